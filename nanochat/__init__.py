@@ -1,0 +1,1 @@
+"""nanochat for the GPUs people actually have: tokenizer, model, training, evaluation, chat."""

@@ -1,0 +1,274 @@
+"""How well an assistant answers tasks: letters by their logits, anything else by letting it write.
+
+The functions behind scripts/chat_eval. They know of a task only what `EvalTask` says (see tasks/common.py). Ranks share
+the problems and exchange their records at the end, so the result does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from nanochat.common import get_dist_info
+from nanochat.progress import progress
+from nanochat.scoring import LanguageModel, batches_by_length, next_token_logits
+
+# Problems rendered and sorted by length together, per row of a batch.
+BATCHES_PER_WINDOW = 16
+Record = dict[str, Any]
+
+
+class EvalTask(Protocol):
+    """A task as evaluation sees it."""
+
+    name: str
+    eval_type: Any
+    """ "categorical" or "generative"."""
+    baseline: float
+
+    def __len__(self) -> int:
+        """Number of problems."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The conversation of a problem; its last message is the reference answer."""
+
+    def evaluate(self, problem: dict[str, Any], completion: str) -> int | bool:
+        """Whether the completion is right."""
+
+
+class ChatTokenizer(Protocol):
+    """What evaluation needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+
+    def render_for_completion(self, conversation: dict[str, Any]) -> list[int]:
+        """Ids of a conversation up to where the assistant's last answer begins."""
+
+
+class Generator(Protocol):
+    """What evaluation needs of an engine."""
+
+    def generate_prompts(
+        self, prompts: list[list[int]], max_tokens: int | None, temperature: float, top_k: int | None, seed: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """(sequences, masks): each prompt with its continuation."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are generated."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int | None = 50
+    num_samples: int = 1
+    """Answers per problem; it counts as solved when any of them is right."""
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.num_samples < 1:
+            raise ValueError("max_new_tokens and num_samples must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {self.temperature}")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError("several samples at temperature 0 are all the same: set --temperature (-t) above 0")
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The result of one task."""
+
+    name: str
+    records: list[Record]
+    """One per problem, in order: index, passed, and what was asked and answered."""
+    baseline: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of problems solved."""
+        return sum(record["passed"] for record in self.records) / len(self.records)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy, as a mean of independent problems."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.records))
+
+    @property
+    def centered(self) -> float:
+        """0 for guessing, 1 for perfect."""
+        return (self.accuracy - self.baseline) / (1 - self.baseline)
+
+
+def chat_core(scores: Sequence[TaskScore]) -> tuple[float, float]:
+    """ChatCORE, the mean centered accuracy of the tasks, and its standard error."""
+    mean = sum(score.centered for score in scores) / len(scores)
+    variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in scores)
+    return mean, math.sqrt(variance) / len(scores)
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, given how many of more samples were.
+
+    1 - C(n-c, k) / C(n, k). Source: Chen et al. 2021, https://arxiv.org/abs/2107.03374, section 2.1.
+    """
+    if not 0 < k <= num_samples or not 0 <= num_correct <= num_samples:
+        raise ValueError(f"need 0 < k <= samples and 0 <= correct <= samples, got {k}, {num_samples}, {num_correct}")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def evaluate_chat_task(
+    task: EvalTask,
+    model: LanguageModel,
+    engine: Generator,
+    tokenizer: ChatTokenizer,
+    *,
+    max_problems: int | None = None,
+    batch_size: int = 32,
+    sampling: Sampling | None = None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> TaskScore:
+    """Evaluate the first `max_problems` problems of a task (all by default); every rank gets the whole result.
+
+    Args:
+        task: what to solve.
+        model: in eval mode; answers categorical tasks.
+        engine: generates the answers to the others.
+        tokenizer: the model's.
+        max_problems: at least 1, or None.
+        batch_size: rows computed together.
+        sampling: how to generate; greedy by default.
+        autocast: makes the context to run the model in.
+
+    Raises:
+        ValueError: there are no problems, or a setting is out of range.
+    """
+    if batch_size < 1 or (max_problems is not None and max_problems < 1):
+        raise ValueError("the batch size and the number of problems must be at least 1")
+    count = len(task) if max_problems is None else min(len(task), max_problems)
+    if count == 0:
+        raise ValueError(f"task {task.name} has no problems")
+    _, rank, _, world_size = get_dist_info()
+    mine = range(rank, count, world_size)
+    with progress(len(mine), task.name) as bar:
+        if task.eval_type == "categorical":
+            with autocast():
+                records = _evaluate_categorical(task, model, tokenizer, mine, batch_size, bar.advance)
+        else:
+            limit = model.max_seq_len
+            sampling = sampling or Sampling()
+            records = _evaluate_generative(task, engine, tokenizer, mine, batch_size, sampling, limit, bar.advance)
+    if world_size > 1 and dist.is_initialized():
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, records)
+        records = [record for part in gathered for record in part]
+    return TaskScore(task.name, sorted(records, key=lambda record: record["index"]), task.baseline)
+
+
+def question_of(problem: Mapping[str, Any]) -> str:
+    """The user's last message."""
+    return str([message["content"] for message in problem["messages"] if message["role"] == "user"][-1])
+
+
+def _evaluate_categorical(
+    task: EvalTask,
+    model: LanguageModel,
+    tokenizer: ChatTokenizer,
+    indices: range,
+    batch_size: int,
+    on_progress: Callable[[int], None],
+) -> list[Record]:
+    """The letter with the highest logit as the answer's first token; no other token may win."""
+    records: list[Record] = []
+    window_size = batch_size * BATCHES_PER_WINDOW
+    for offset in range(0, len(indices), window_size):
+        window = indices[offset : offset + window_size]
+        problems = [task[i] for i in window]
+        # A prompt longer than the context loses its beginning: the choices and the instruction are at the end.
+        prompts = [tokenizer.render_for_completion(problem)[-model.max_seq_len :] for problem in problems]
+        lengths = [len(prompt) for prompt in prompts]
+        # The batches are bounded by rows here: max_tokens is what batch_size rows of the longest prompt hold.
+        for batch in batches_by_length(lengths, batch_size * max(lengths)):
+            letters = sorted({letter for b in batch for letter in problems[b]["letters"]})
+            ids = [_letter_id(tokenizer, letter) for letter in letters]
+            logits = next_token_logits(model, [prompts[b] for b in batch], ids).tolist()
+            for b, row in zip(batch, logits, strict=True):
+                of_letter = dict(zip(letters, row, strict=True))
+                predicted = max(problems[b]["letters"], key=lambda letter: of_letter[letter])
+                records.append(
+                    {
+                        "index": window[b],
+                        "passed": bool(task.evaluate(problems[b], predicted)),
+                        "question": question_of(problems[b]),
+                        "answer": problems[b]["messages"][-1]["content"],
+                        "predicted": predicted,
+                        "logits": {letter: round(of_letter[letter], 4) for letter in problems[b]["letters"]},
+                    }
+                )
+            on_progress(len(batch))
+    return records
+
+
+def _letter_id(tokenizer: ChatTokenizer, letter: str) -> int:
+    ids = tokenizer.encode(letter)
+    if len(ids) != 1:
+        raise ValueError(f"the choice {letter!r} is {len(ids)} tokens, but must be one to be judged by its logit")
+    return ids[0]
+
+
+def _evaluate_generative(
+    task: EvalTask,
+    engine: Generator,
+    tokenizer: ChatTokenizer,
+    indices: range,
+    batch_size: int,
+    sampling: Sampling,
+    context: int,
+    on_progress: Callable[[int], None],
+) -> list[Record]:
+    """Let the model write its answers, many problems at a time, and have the task judge them."""
+    records: list[Record] = []
+    prompts = {i: tokenizer.render_for_completion(task[i]) for i in indices}
+    by_length = sorted(indices, key=lambda i: (len(prompts[i]), i))
+    # A prompt that fills the context leaves no room for an answer: the problem counts as failed.
+    fitting = [i for i in by_length if len(prompts[i]) < context]
+    per_batch = max(1, batch_size // sampling.num_samples)
+    for i in by_length[len(fitting) :]:
+        records.append(_judge(task, i, []) | {"note": f"the prompt of {len(prompts[i])} tokens fills the context"})
+        on_progress(1)
+    for offset in range(0, len(fitting), per_batch):
+        batch = fitting[offset : offset + per_batch]
+        rows = [prompts[i] for i in batch for _ in range(sampling.num_samples)]
+        sequences, _ = engine.generate_prompts(
+            rows,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            seed=sampling.seed + batch[0],
+        )
+        answers = [tokenizer.decode(sequence[len(row) :]) for sequence, row in zip(sequences, rows, strict=True)]
+        for j, i in enumerate(batch):
+            records.append(_judge(task, i, answers[j * sampling.num_samples : (j + 1) * sampling.num_samples]))
+        on_progress(len(batch))
+    return records
+
+
+def _judge(task: EvalTask, index: int, completions: list[str]) -> Record:
+    problem = task[index]
+    passes = [bool(task.evaluate(problem, completion)) for completion in completions]
+    return {
+        "index": index,
+        "passed": any(passes),
+        "num_correct": sum(passes),
+        "question": question_of(problem),
+        "answer": problem["messages"][-1]["content"],
+        "completions": completions,
+    }

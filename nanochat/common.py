@@ -1,0 +1,322 @@
+"""What every script shares: folders, printing, ranks, device, dtype, downloads.
+
+`setup_compute` turns a script's `Runtime` flags into a `Compute`: device, ranks and the one `Precision` object that
+holds the autocast context and the loss scaler, so no script has precision code of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nanochat.config import Runtime
+from nanochat.files import atomic_path
+from nanochat.precision import DTYPES, Precision
+
+
+def get_base_dir() -> Path:
+    """The folder of everything a run makes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created when missing."""
+    folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def get_dist_info() -> tuple[bool, int, int, int]:
+    """(ddp, rank, local_rank, world_size) as torchrun sets them; (False, 0, 0, 1) in a single process."""
+    if "RANK" not in os.environ:
+        return False, 0, 0, 1
+    return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def print0(text: str = "", **kwargs: Any) -> None:
+    """Print on rank 0 only."""
+    if get_dist_info()[1] == 0:
+        print(text, flush=True, **kwargs)
+
+
+def print_banner() -> None:
+    """Print the project's name, once, at the start of a run."""
+    print0("nanochat: a small assistant, trained from nothing on the card you have\n")
+
+
+class DummyWandb:
+    """Stands in for a wandb run when `--run dummy` (the default) asks for none."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Ignore the metrics."""
+
+    def finish(self) -> None:
+        """Nothing to close."""
+
+
+def init_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
+    """A wandb run on rank 0 unless `run` is "dummy"; `project` is nanochat, nanochat-mid, nanochat-sft or nanochat-rl."""
+    if run == "dummy" or get_dist_info()[1] != 0:
+        return DummyWandb()
+    import wandb
+
+    return wandb.init(project=project, name=run, config=config)
+
+
+def autodetect_device_type() -> str:
+    """cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def measure_matmul(dtype: torch.dtype, device: torch.device | str, n: int = 2048, seconds: float = 0.1) -> float:
+    """Measured speed of an n×n matmul in TFLOP/s (2n³ operations each), for at most about `seconds` after warm-up."""
+    device = torch.device(device)
+    a = torch.randn(n, n, device=device).to(dtype)
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    a @ a
+    synchronize()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        a @ a
+        synchronize()
+        count += 1
+    return count * 2 * n**3 / (time.perf_counter() - start) / 1e12
+
+
+def autodetect_dtype(device_type: str) -> torch.dtype:
+    """The precision this machine computes best in: the one rule every script follows.
+
+    CPU and MPS: float32. CUDA by the weakest card's capability: 8.0 and newer bfloat16, below 7.0 (P100) float16.
+    7.x (V100, T4, RTX 20xx) accepts bfloat16 only by emulation, so both are measured and the faster one is taken.
+    """
+    if device_type != "cuda":
+        return torch.float32
+    cards = range(torch.cuda.device_count())
+    weakest = min(cards, key=lambda i: torch.cuda.get_device_capability(i))
+    capability = torch.cuda.get_device_capability(weakest)
+    if capability >= (8, 0):
+        return torch.bfloat16
+    if capability < (7, 0):
+        return torch.float16
+    try:
+        speed = {dtype: measure_matmul(dtype, f"cuda:{weakest}") for dtype in (torch.float16, torch.bfloat16)}
+    except RuntimeError as error:
+        print0(f"warning: could not measure float16 against bfloat16 ({error}); taking bfloat16")
+        return torch.bfloat16
+    print0(f"measured matmul: float16 {speed[torch.float16]:.1f}, bfloat16 {speed[torch.bfloat16]:.1f} TFLOP/s")
+    return max(speed, key=lambda dtype: speed[dtype])
+
+
+def check_wheel() -> None:
+    """Refuse a torch wheel that holds no kernel for a card here; the first operation would fail obscurely.
+
+    Raises:
+        RuntimeError: naming the card and the wheel that runs on it. Source: PyTorch's release compatibility matrix.
+    """
+    arches = [a for a in torch.cuda.get_arch_list() if a.startswith(("sm_", "compute_"))]
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        # A cubin runs on its own major version and an equal or newer minor one; PTX (compute_) runs on all newer cards.
+        numbers = [(a.split("_")[0], int("".join(c for c in a.split("_")[1] if c.isdigit()))) for a in arches]
+        fits = any(
+            (kind == "sm" and n // 10 == major and n % 10 <= minor) or (kind == "compute" and n <= major * 10 + minor)
+            for kind, n in numbers
+        )
+        if arches and not fits:
+            raise RuntimeError(
+                f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(i)} (capability {major}.{minor}; "
+                f"this wheel holds {' '.join(arches)}). Install one that does: pip install --force-reinstall 'torch==2.14.*' "
+                "--index-url https://download.pytorch.org/whl/cu126   (or, from PyPI: pip install torch==2.7.1)"
+            )
+
+
+@dataclass
+class Compute:
+    """Where and how a script computes. A context manager: leaving it closes the process group."""
+
+    device: torch.device
+    ddp: bool
+    rank: int
+    local_rank: int
+    world_size: int
+    precision: Precision
+    compile: bool
+
+    @property
+    def device_type(self) -> str:
+        """cuda, cpu or mps."""
+        return self.device.type
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matmuls and activations."""
+        return self.precision.dtype
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished (for timing)."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory held at once: on the card, or this process's resident memory on a CPU."""
+        if self.device_type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def broadcast(self, value: float) -> float:
+        """Rank 0's `value` on every rank, so that decisions by time are the same everywhere."""
+        if not self.ddp:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64 if self.device_type != "mps" else torch.float32)
+        tensor = tensor.to(self.device)
+        dist.broadcast(tensor, src=0)
+        return float(tensor)
+
+    def __enter__(self) -> Compute:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        compute_cleanup()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators (all cards)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def compute_init(device_type: str) -> tuple[bool, int, int, int, torch.device]:
+    """Start the process group if torchrun started us; returns (ddp, rank, local_rank, world_size, device).
+
+    Raises:
+        RuntimeError: the device was asked for but is not there.
+    """
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            "--device_type=cuda, but torch sees no CUDA card: check `nvidia-smi` and run `bash verify_p100_setup.sh`, "
+            "or use --device_type=cpu"
+        )
+    if device_type == "mps" and not torch.backends.mps.is_available():
+        raise RuntimeError("--device_type=mps, but this machine has no MPS device: use --device_type=cpu")
+    ddp, rank, local_rank, world_size = get_dist_info()
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+    if device_type == "cuda":
+        check_wheel()
+        torch.cuda.set_device(device)
+    if ddp and not dist.is_initialized():
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    return ddp, rank, local_rank, world_size, device
+
+
+def compute_cleanup() -> None:
+    """Close the process group if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _compile_allowed(wish: str, device: torch.device) -> bool:
+    """Triton refuses cards below capability 7.0; on a CPU compiling costs more than a short run gains."""
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    if wish == "on" and device.type == "cuda" and not capable:
+        raise ValueError("--compile=on needs a card of capability 7.0 or newer (Triton refuses older ones); use auto")
+    return wish == "on" or (wish == "auto" and capable)
+
+
+def setup_compute(runtime: Runtime, dtype: str | None = None) -> Compute:
+    """Device, ranks and precision for these flags; seeds every generator.
+
+    Args:
+        runtime: the script's flags.
+        dtype: the dtype a checkpoint was trained in; used when `--dtype=auto`, so that a resume can't flip it.
+    """
+    device_type = autodetect_device_type() if runtime.device_type == "auto" else runtime.device_type
+    ddp, rank, local_rank, world_size, device = compute_init(device_type)
+    name = dtype if runtime.dtype == "auto" and dtype else runtime.dtype
+    chosen = autodetect_dtype(device_type) if name == "auto" else DTYPES[name]
+    seed_everything(runtime.seed)
+    precision = Precision(device_type, chosen)
+    compute = Compute(device, ddp, rank, local_rank, world_size, precision, _compile_allowed(runtime.compile, device))
+    where = torch.cuda.get_device_name(device) if device_type == "cuda" else device_type
+    ranks = f", {world_size} processes" if world_size > 1 else ""
+    print0(f"device {where}{ranks}, dtype {precision.name}, compile {'on' if compute.compile else 'off'}")
+    return compute
+
+
+def download_file_with_lock(
+    url: str, filename: str | Path, postprocess_fn: Callable[[Path], None] | None = None, timeout_seconds: float = 60.0
+) -> Path:
+    """Download `url` to `<base dir>/<filename>` once, however many processes ask; the file appears whole.
+
+    Args:
+        url: where it is.
+        filename: its name under the base dir (or an absolute path).
+        postprocess_fn: called with the path after a fresh download (to unpack it, say), under the same lock.
+        timeout_seconds: the longest wait for a connection or for the next bytes.
+
+    Raises:
+        RuntimeError: the file could not be had; the message names the URL and where to put the file by hand.
+    """
+    import httpx
+    from filelock import FileLock
+    from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+    path = get_base_dir() / filename
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    attempts = int(os.environ.get("NANOCHAT_DOWNLOAD_ATTEMPTS", "4"))
+
+    @retry(
+        stop=stop_after_attempt(attempts),
+        wait=wait_exponential_jitter(initial=1, max=20),
+        retry=retry_if_exception_type((httpx.TransportError, httpx.HTTPStatusError, OSError)),
+        reraise=True,
+    )
+    def fetch() -> None:
+        with atomic_path(path) as tmp, httpx.stream("GET", url, follow_redirects=True, timeout=timeout_seconds) as r:
+            r.raise_for_status()
+            with open(tmp, "wb") as f:
+                for block in r.iter_bytes():
+                    f.write(block)
+            expected = r.headers.get("content-length")
+            if expected and "content-encoding" not in r.headers and tmp.stat().st_size != int(expected):
+                raise OSError(f"got {tmp.stat().st_size} of {expected} bytes")
+
+    with FileLock(str(path) + ".lock"):
+        if not path.exists():
+            print0(f"downloading {url}")
+            try:
+                fetch()
+            except (httpx.HTTPError, OSError) as error:
+                raise RuntimeError(
+                    f"could not download {url} ({error}). Check the network, or put the file at {path} yourself"
+                ) from error
+            if postprocess_fn is not None:
+                postprocess_fn(path)
+    return path
+
+
+def check_disk_space(folder: str | Path, needed_bytes: int, what: str) -> None:
+    """Raise RuntimeError before work is lost when `folder`'s disk has less than `needed_bytes` free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise RuntimeError(
+            f"{what} needs {needed_bytes / 1e9:.2f} GB, but the disk of {folder} has {free / 1e9:.2f} GB free: "
+            "free some space or set NANOCHAT_BASE_DIR to another disk"
+        )

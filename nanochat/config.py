@@ -1,0 +1,71 @@
+"""The command line: a typed dataclass per script, parsed by tyro, and one way to run a script's `main`.
+
+`--depth=8`, `--device_batch_size 16` and `--device-batch-size=16` all work. Nested configs carry no prefix
+(`--dtype`, not `--runtime.dtype`). A bad flag or value names itself and exits with 2; an error of the run exits with 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+def short(*names: str) -> Any:
+    """Annotation for a field with a short flag: `prompt: Annotated[str, short("-p")] = ""`."""
+    return tyro.conf.arg(aliases=list(names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where and in which precision a script computes. Every script has these flags."""
+
+    device_type: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """The device: auto takes cuda, then mps, then cpu."""
+    dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], short("-d")] = "auto"
+    """The precision: auto asks the card (P100 float16, A100 and newer bfloat16, CPU float32)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: auto uses it where it works and pays."""
+    seed: int = 42
+    """Seed of every random number generator."""
+
+
+def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
+    """Build `config` from the command line (`sys.argv` by default); exits with 2 on a bad flag or value."""
+    if not dataclasses.is_dataclass(config):
+        raise TypeError(f"{config} is not a dataclass")
+    args = list(sys.argv[1:] if argv is None else argv)
+    # nanochat's own scripts take an empty device type for "choose yourself".
+    args = [a for a in args if a not in ("--device_type=", "--device-type=")]
+    try:
+        return tyro.cli(config, args=args, config=(tyro.conf.OmitArgPrefixes,))
+    except (ValueError, RuntimeError) as error:  # raised by a config's own __post_init__
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run_script(main: Callable[[Any], Any], config: type[Any], argv: Sequence[str] | None = None) -> None:
+    """Parse `config` and call `main` with it.
+
+    Errors a user can cause are printed as one sentence, without a traceback, and exit with 1
+    (set NANOCHAT_TRACEBACK=1 to see where they came from).
+    """
+    cfg = parse_config(config, argv)
+    try:
+        main(cfg)
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("NANOCHAT_TRACEBACK") == "1":
+            raise
+        text = str(error) or type(error).__name__
+        print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

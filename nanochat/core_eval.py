@@ -1,0 +1,387 @@
+"""CORE: how good a base model is, as the mean over in-context learning tasks of an evaluation bundle.
+
+A bundle is a folder with core.yaml (the tasks), eval_meta_data.csv (the accuracy of guessing) and eval_data/**.jsonl.
+Three kinds of tasks, none of which needs the model to generate:
+
+- multiple_choice: one context, several continuations; the one with the lowest mean loss wins.
+- schema: several contexts, one continuation; the context that makes the continuation likeliest wins.
+- language_modeling: right when every token of the continuation is the model's first choice.
+
+Accuracies are centered, (accuracy - guessing) / (1 - guessing), and averaged.
+Source: DCLM, https://arxiv.org/abs/2406.11794, section 3.5 and appendix G. Prompts and sampling follow nanochat.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import yaml
+from filelock import FileLock
+
+from nanochat.common import download_file_with_lock, get_base_dir, get_dist_info
+from nanochat.files import atomic_folder, write_text
+from nanochat.jsonl import read_jsonl
+from nanochat.progress import progress
+from nanochat.scoring import LanguageModel, Score, Span, batches_by_length, score_spans
+
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+KINDS = ("multiple_choice", "schema", "language_modeling")
+# Columns each kind of task needs in its data.
+COLUMNS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
+SHUFFLE_SEED = 1337
+FEWSHOT_SEED = 1234
+# Examples tokenized and sorted by length together.
+WINDOW = 256
+Item = Mapping[str, Any]
+
+
+class Tokenizer(Protocol):
+    """What CORE needs of a tokenizer."""
+
+    def encode(self, text: list[str], prepend: int | None = None) -> list[list[int]]:
+        """Ids of each text, `prepend` first."""
+
+    def get_bos_token_id(self) -> int:
+        """The token that starts a document."""
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """One task of a bundle."""
+
+    label: str
+    kind: str
+    path: Path
+    num_fewshot: int
+    delimiter: str
+    """What stands between a context and its continuation."""
+    baseline: float
+    """Accuracy of guessing, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The tasks of a bundle whose data is there, and the labels of the others."""
+
+    tasks: list[CoreTask]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Accuracy on one task. Standard errors are those of a mean of independent examples."""
+
+    label: str
+    correct: list[bool]
+    """One per example, in the shuffled order."""
+    baseline: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of examples answered right."""
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.correct))
+
+    @property
+    def centered(self) -> float:
+        """0 for guessing, 1 for perfect."""
+        return (self.accuracy - self.baseline) / (1 - self.baseline)
+
+
+@dataclass(frozen=True)
+class CoreResult:
+    """Results of all tasks."""
+
+    tasks: list[TaskResult]
+    missing: list[str]
+
+    @property
+    def partial(self) -> bool:
+        """Whether tasks are missing, so that the score can't be compared with that of the whole bundle."""
+        return bool(self.missing)
+
+    @property
+    def core(self) -> float:
+        """Mean centered accuracy."""
+        return sum(task.centered for task in self.tasks) / len(self.tasks)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `core`."""
+        return math.sqrt(sum((task.stderr / (1 - task.baseline)) ** 2 for task in self.tasks)) / len(self.tasks)
+
+    def csv(self) -> str:
+        """The table in nanochat's form: Task, Accuracy, Centered."""
+        lines = [f"{'Task':<35}, {'Accuracy':<10}, {'Centered':<10}"]
+        lines += [f"{task.label:<35}, {task.accuracy:<10.6f}, {task.centered:<10.6f}" for task in self.tasks]
+        lines.append(f"{'CORE (partial)' if self.partial else 'CORE':<35}, {'':<10}, {self.core:<10.6f}")
+        return "\n".join(lines) + "\n"
+
+    def save_csv(self, path: Path) -> None:
+        """Write `csv` to a file that appears whole."""
+        write_text(path, self.csv())
+
+
+# --- the bundle ------------------------------------------------------------------------------------------------------
+
+
+def get_bundle_folder(path: str | Path | None = None) -> Path:
+    """The bundle's folder: `path`, else <base dir>/eval_bundle, downloaded (162 MB) and unpacked when not there.
+
+    Raises:
+        FileNotFoundError: `path` is no bundle, or there is none and it can't be downloaded.
+    """
+    folder = get_base_dir() / "eval_bundle" if path is None else Path(path).expanduser()
+    if (folder / "core.yaml").is_file():
+        return folder
+    if path is not None:
+        raise FileNotFoundError(f"--eval_bundle {folder}: no core.yaml there; name the folder that holds it")
+    try:
+        archive = download_file_with_lock(BUNDLE_URL, "eval_bundle.zip")
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"the CORE evaluation bundle can't be had: {error}. Or name a folder with it: --eval_bundle PATH"
+        ) from error
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "core.yaml").is_file():
+            _unpack(archive, folder)
+    return folder
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack a bundle's zip so that `folder` appears whole; a damaged zip is removed, to be downloaded again."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(archive) as bundle, atomic_folder(folder) as tmp:
+            bundle.extractall(tmp)
+            inner = tmp / "eval_bundle"  # the public zip holds one folder of this name
+            for path in list(inner.iterdir()) if inner.is_dir() else []:
+                path.rename(tmp / path.name)
+            if not (tmp / "core.yaml").is_file():
+                raise zipfile.BadZipFile("it has no core.yaml")
+    except zipfile.BadZipFile as error:
+        archive.unlink()
+        raise FileNotFoundError(f"{archive} is no evaluation bundle ({error}): removed, run again") from error
+
+
+def load_bundle(folder: Path, only: Sequence[str] | None = None) -> Bundle:
+    """Read core.yaml and the baselines; `only` keeps the tasks with these labels.
+
+    Raises:
+        FileNotFoundError: a file of the bundle is missing, or no task has data.
+        ValueError: core.yaml is malformed or names an unknown kind of task, or `only` an unknown task.
+    """
+    try:
+        config = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))
+        with open(folder / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
+        entries = [(entry["label"], entry) for entry in config["icl_tasks"]]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"evaluation bundle {folder} is malformed: {type(error).__name__} {error}") from error
+    labels = [label for label, _ in entries]
+    unknown = [label for label in only or () if label not in labels]
+    if unknown:
+        raise ValueError(f"no CORE task {', '.join(unknown)} in {folder}; there are {', '.join(labels)}")
+    tasks = [_read_task(folder, entry, baselines) for label, entry in entries if not only or label in only]
+    present = [task for task in tasks if task.path.is_file()]
+    if not present:
+        raise FileNotFoundError(f"evaluation bundle {folder} holds no data: eval_data is empty")
+    return Bundle(present, [label for label in labels if label not in {task.label for task in present}])
+
+
+def _read_task(folder: Path, entry: Mapping[str, Any], baselines: Mapping[str, float]) -> CoreTask:
+    label, kind = entry["label"], entry["icl_task_type"]
+    if kind not in KINDS:
+        raise ValueError(f"{folder / 'core.yaml'}: task {label} is of the unknown kind {kind!r}; known: {KINDS}")
+    if label not in baselines:
+        raise ValueError(f"{folder / 'eval_meta_data.csv'} has no random baseline for task {label}")
+    return CoreTask(
+        label=label,
+        kind=kind,
+        path=folder / "eval_data" / entry["dataset_uri"],
+        num_fewshot=int(entry["num_fewshot"][0]),
+        delimiter=entry.get("continuation_delimiter", " "),
+        baseline=baselines[label],
+    )
+
+
+def load_items(task: CoreTask) -> list[Item]:
+    """The task's examples in CORE's shuffled order. Raises ValueError for a file with no or incomplete examples."""
+    items: list[Item] = list(read_jsonl(task.path))
+    if not items:
+        raise ValueError(f"{task.path} holds no examples")
+    for number, item in enumerate(items, 1):
+        lacking = [column for column in COLUMNS[task.kind] if column not in item]
+        if lacking:
+            raise ValueError(f"{task.path}, example {number}: lacks {', '.join(lacking)}, needed for {task.kind}")
+    random.Random(SHUFFLE_SEED).shuffle(items)
+    return items
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def pick_fewshot(index: int, items: Sequence[Item], everything: Sequence[Item], count: int) -> list[Item]:
+    """The solved examples shown before example `index` of `items`: never itself, the same in every run.
+
+    They come from the evaluated examples, as in nanochat; when those are too few, from the whole task.
+    """
+    pool = items if len(items) > count else everything
+    others = random.Random(FEWSHOT_SEED + index).sample(range(len(pool) - 1), min(count, len(pool) - 1))
+    return [pool[i + (i >= index)] for i in others]
+
+
+def render_prompts(task: CoreTask, item: Item, shots: Sequence[Item]) -> list[str]:
+    """The texts to score: one per choice or context, and for language modeling without and with the continuation."""
+    join = task.delimiter.join
+    if task.kind == "multiple_choice":
+        solved = [join((shot["query"], shot["choices"][shot["gold"]])) for shot in shots]
+        asked = [join((item["query"], choice)) for choice in item["choices"]]
+    elif task.kind == "schema":
+        solved = [join((shot["context_options"][shot["gold"]], shot["continuation"])) for shot in shots]
+        asked = [join((context, item["continuation"])) for context in item["context_options"]]
+    else:
+        solved = [join((shot["context"].strip(), shot["continuation"])) for shot in shots]
+        asked = [join((item["context"].strip(), text)) for text in ("", item["continuation"])]
+    prompts = ["\n\n".join([*solved, question]) for question in asked]
+    if task.kind == "language_modeling":
+        # A space at the end would be a token of its own, which the text with the continuation does not have.
+        prompts[0] = prompts[0].strip()
+    return prompts
+
+
+def common_prefix_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows share at the start."""
+    first, shortest = rows[0], min(len(row) for row in rows)
+    return next((i for i in range(shortest) if any(row[i] != first[i] for row in rows)), shortest)
+
+
+def find_spans(kind: str, rows: Sequence[Sequence[int]]) -> list[Span]:
+    """Which tokens of an example's tokenized prompts are scored.
+
+    At least one token per row is, also where one choice is the beginning of another and nothing else would be left.
+    """
+    if kind == "schema":
+        suffix = common_prefix_length([row[::-1] for row in rows])
+        return [Span(row, max(1, min(len(row) - suffix, len(row) - 1)), len(row)) for row in rows]
+    start = max(1, min(common_prefix_length(rows), *(len(row) - 1 for row in rows)))
+    if kind == "multiple_choice":
+        return [Span(row, start, len(row)) for row in rows]
+    with_continuation = rows[1]
+    start = max(1, min(common_prefix_length(rows), len(with_continuation) - 1))
+    return [Span(with_continuation, start, len(with_continuation))]
+
+
+def is_correct(kind: str, item: Item, scores: Sequence[Score]) -> bool:
+    """Whether the scores of an example's spans amount to the right answer."""
+    if kind == "language_modeling":
+        return scores[0].greedy
+    losses = [score.mean_nats for score in scores]
+    return losses.index(min(losses)) == item["gold"]
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_task(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    task: CoreTask,
+    items: Sequence[Item],
+    everything: Sequence[Item] | None = None,
+    *,
+    batch_tokens: int = 8192,
+    on_progress: Callable[[int], None] = lambda n: None,
+) -> list[bool]:
+    """Which of `items` the model answers right; the ranks share the work and all get the whole list.
+
+    Args:
+        model: see LanguageModel; prompts longer than its context lose their beginning.
+        tokenizer: see Tokenizer.
+        task: what `items` are.
+        items: examples to answer, usually the first of `everything`.
+        everything: all examples of the task, for few-shot prompts.
+        batch_tokens: padded tokens in a batch.
+        on_progress: called with the number of examples finished.
+    """
+    _, rank, _, world_size = get_dist_info()
+    everything = items if everything is None else everything
+    mine = range(rank, len(items), world_size)
+    correct = torch.zeros(len(items), dtype=torch.int32, device=model.get_device())
+    for offset in range(0, len(mine), WINDOW):
+        window = mine[offset : offset + WINDOW]
+        shots = [pick_fewshot(i, items, everything, task.num_fewshot) for i in window]
+        examples = [
+            _tokenize(tokenizer, task, items[i], shown, model.max_seq_len)
+            for i, shown in zip(window, shots, strict=True)
+        ]
+        # An example's spans stay in one batch and count as one row of their total padded length.
+        sizes = [max(len(span.tokens) for span in spans) * len(spans) for spans in examples]
+        for batch in batches_by_length(sizes, batch_tokens):
+            scores = iter(score_spans(model, [span for b in batch for span in examples[b]]))
+            for b in batch:
+                answer = [next(scores) for _ in examples[b]]
+                correct[window[b]] = is_correct(task.kind, items[window[b]], answer)
+            on_progress(len(batch))
+    if world_size > 1 and dist.is_initialized():
+        dist.all_reduce(correct)
+    return [bool(c) for c in correct.tolist()]
+
+
+def _tokenize(tokenizer: Tokenizer, task: CoreTask, item: Item, shots: Sequence[Item], max_tokens: int) -> list[Span]:
+    rows = tokenizer.encode(render_prompts(task, item, shots), prepend=tokenizer.get_bos_token_id())
+    return [span.cropped(max_tokens) for span in find_spans(task.kind, rows)]
+
+
+def evaluate_core(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    bundle: Bundle,
+    *,
+    max_per_task: int | None = None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    batch_tokens: int = 8192,
+    on_result: Callable[[TaskResult], None] = lambda result: None,
+) -> CoreResult:
+    """Evaluate every task of a bundle on its first `max_per_task` shuffled examples (all by default).
+
+    Args:
+        model: in eval mode.
+        tokenizer: the model's.
+        bundle: from `load_bundle`.
+        max_per_task: at least 1, or None.
+        autocast: makes the context to run the model in.
+        batch_tokens: padded tokens in a batch.
+        on_result: called with each task's result as it comes.
+    """
+    if max_per_task is not None and max_per_task < 1:
+        raise ValueError(f"max_per_task must be at least 1, got {max_per_task}")
+    results = []
+    for task in bundle.tasks:
+        everything = load_items(task)
+        items = everything[:max_per_task]
+        with progress(len(items), task.label) as bar, autocast():
+            correct = evaluate_task(
+                model, tokenizer, task, items, everything, batch_tokens=batch_tokens, on_progress=bar.advance
+            )
+        results.append(TaskResult(task.label, correct, task.baseline))
+        on_result(results[-1])
+    return CoreResult(results, bundle.missing)

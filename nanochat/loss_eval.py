@@ -1,0 +1,64 @@
+"""Bits per byte: the loss in a unit that does not depend on the tokenizer.
+
+A larger vocabulary makes each token harder to guess and the text shorter, so mean losses per token can't be compared
+between tokenizers. Bits per byte of text can: bpb = Σ nats / (ln 2 · Σ bytes), both sums over the same tokens.
+Tokens without bytes (special tokens, ignored targets) count in neither sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def evaluate_bpb(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int | None,
+    token_bytes: Tensor,
+    autocast: AbstractContextManager[object] | None = None,
+) -> float:
+    """Bits per byte of `model` on the first `steps` batches (all there are if fewer), over all ranks together.
+
+    Args:
+        model: called as model(x, y, loss_reduction="none") -> (B, T) nats, 0 where y is -1.
+        batches: yields x and y, both (B, T) int64. Each rank passes its own share.
+        steps: the most batches to read on each rank; None reads finite `batches` to their end.
+        token_bytes: (vocab,) bytes of each token, 0 for special tokens.
+        autocast: the context to run the model in.
+
+    Raises:
+        ValueError: `steps` is below 1, or the batches hold no bytes.
+    """
+    if steps is not None and steps < 1:
+        raise ValueError(
+            f"{steps} evaluation batches: fewer tokens were asked for than one batch holds. "
+            "Raise the number of evaluation tokens or lower the device batch size"
+        )
+    was_training = model.training
+    model.eval()
+    device = token_bytes.device
+    exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+    nats = torch.zeros((), dtype=exact, device=device)
+    num_bytes = torch.zeros((), dtype=torch.int64, device=device)
+    with autocast if autocast is not None else nullcontext():
+        # islice never asks for the batch after the last one, which a loader would prepare in vain.
+        for x, y in islice(batches, steps):
+            losses = model(x, y, loss_reduction="none")  # (B, T)
+            lengths = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)  # (B, T)
+            nats += torch.where(lengths > 0, losses, 0.0).to(exact).sum()
+            num_bytes += lengths.sum()
+    model.train(was_training)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(nats)
+        dist.all_reduce(num_bytes)
+    if int(num_bytes) == 0:
+        raise ValueError("the evaluation batches hold no bytes of text: there is nothing to measure")
+    return float(nats) / (math.log(2) * int(num_bytes))

@@ -1,0 +1,332 @@
+"""MuonAdamW: Muon for the matrices inside the blocks, AdamW for everything else, alone or sharded over ranks.
+
+One optimizer class, so that one gradient norm, one skip decision and one checkpoint cover all parameters. Matrices of
+one shape are updated as one stack (muon.py); AdamW runs through PyTorch's fused or foreach kernels; nothing needs
+torch.compile.
+
+Over several ranks it works as ZeRO-2 does: gradients are reduce-scattered, every rank keeps the state of its own share
+and updates it, then the parameters are gathered. All ranks end with bit-identical parameters, so no DDP wrapper is
+needed. Left out: ZeRO-3 (parameters stay whole), and matrices split over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim.adamw import adamw
+
+from nanochat.muon import MUON_DEFAULTS, MuonStack, newton_schulz_coefficients, state_dtype
+from nanochat.sharding import Ranks
+
+ADAMW_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+LABELS = {"kind", "params", "names", "initial_lr", "label"}  # group keys that are no hyperparameters
+STACK_ELEMENTS = 2**26  # a rank's stack of matrices holds at most this many elements (256 MB in float32)
+SHARD_ELEMENTS = 1024  # AdamW tensors smaller than this are replicated: a message costs more than the update
+
+
+class AdamWTensors:
+    """All tensors of an AdamW group; each rank owns a run of the elements of each, small tensors are replicated."""
+
+    def __init__(self, group: dict[str, Any], params: list[Tensor], indices: list[int], ranks: Ranks) -> None:
+        self.group, self.params, self.indices, self.ranks = group, params, indices, ranks
+        self.sharded = [ranks.world > 1 and p.numel() >= SHARD_ELEMENTS for p in params]
+        self.grads: dict[int, Tensor] = {}  # this rank's part of the averaged gradients, by position in params
+        self.state: list[dict[str, Tensor]] = []
+
+    def part(self, i: int, x: Tensor) -> Tensor:
+        """This rank's part of x, a tensor of the shape of params[i]: a flat view where it is sharded, else x itself."""
+        return x.view(-1)[self.ranks.own(x.numel())] if self.sharded[i] else x
+
+    def reduce(self) -> Callable[[], None]:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        active = [i for i, p in enumerate(self.params) if p.grad is not None]
+        waits: dict[int, Callable[[], Tensor]] = {}
+        for i, grad in enumerate(grads):
+            if self.sharded[i]:
+                waits[i] = self.ranks.reduce_scatter(grad.reshape(-1))
+            else:
+                waits[i] = self.ranks.all_reduce_mean(grad.contiguous())
+            self.params[i].grad = None
+
+        def finish() -> None:
+            reduced = {i: wait() for i, wait in waits.items()}
+            self.grads = {i: reduced[i] for i in active}
+
+        return finish
+
+    def _local_grads(self) -> dict[int, Tensor]:
+        if self.ranks.world == 1:
+            return {i: p.grad for i, p in enumerate(self.params) if p.grad is not None}
+        return self.grads
+
+    def own_grads(self) -> list[Tensor]:
+        """For the norm: what is replicated counts on rank 0 only."""
+        return [grad for i, grad in self._local_grads().items() if self.sharded[i] or self.ranks.rank == 0]
+
+    def clear(self) -> None:
+        self.grads = {}
+
+    @staticmethod
+    def state_shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
+        return {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+
+    def init_state(self) -> None:
+        self.state = []
+        for i, p in enumerate(self.params):
+            zeros = torch.zeros_like(self.part(i, p), dtype=state_dtype(p), memory_format=torch.contiguous_format)
+            # the fused kernels read the step where the parameter lives, the others on the host
+            step = torch.zeros((), dtype=torch.float32, device=p.device if self._fused(p) else "cpu")
+            self.state.append({"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()})
+
+    @staticmethod
+    def _fused(p: Tensor) -> bool:
+        return p.device.type in ("cpu", "cuda") and p.dtype != torch.float64  # fused scales in float32
+
+    def step(self, multiplier: Tensor | float) -> None:
+        if not self.state:
+            self.init_state()
+        grads = self._local_grads()
+        for fused in (True, False):
+            chosen = [i for i in grads if self._fused(self.params[i]) == fused]
+            if chosen:
+                self._step_tensors(chosen, [grads[i] for i in chosen], multiplier, fused)
+
+    def _step_tensors(self, chosen: list[int], grads: list[Tensor], multiplier: Tensor | float, fused: bool) -> None:
+        states = [self.state[i] for i in chosen]
+        params = [self.part(i, self.params[i]) for i in chosen]
+        # 16-bit parameters are updated in float32 and rounded once
+        wide = [p.to(s["exp_avg"].dtype) for p, s in zip(params, states, strict=True)]
+        grads = [g.to(p.dtype) for g, p in zip(grads, wide, strict=True)]
+        scale = None
+        if isinstance(multiplier, Tensor) or multiplier != 1.0:
+            if fused:  # the kernel divides by the scale as it reads the gradient
+                scale = torch.ones((), device=params[0].device) / multiplier  # made on the device: no host sync
+            else:
+                torch._foreach_mul_(grads, multiplier)
+        beta1, beta2 = self.group["betas"]
+        adamw(
+            wide,
+            grads,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            foreach=not fused,
+            fused=fused,
+            grad_scale=scale,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=self.group["lr"],
+            weight_decay=self.group["weight_decay"],
+            eps=self.group["eps"],
+            maximize=False,
+        )
+        for p, w in zip(params, wide, strict=True):
+            if p is not w:
+                p.copy_(w)
+
+    def share_params(self) -> Callable[[], None]:
+        sharded = [p for i, p in enumerate(self.params) if self.sharded[i]]
+        waits = [self.ranks.all_gather(p.view(-1)[self.ranks.own(p.numel())], p.numel()) for p in sharded]
+
+        def finish() -> None:
+            for p, wait in zip(sharded, waits, strict=True):
+                p.view(-1).copy_(wait())
+
+        return finish
+
+    def _whole(self, i: int, x: Tensor) -> Tensor:
+        if self.sharded[i] and x.dim() > 0:
+            return self.ranks.collect(x, self.params[i].numel()).view(self.params[i].shape)
+        return x if self.ranks.world == 1 else x.to("cpu", copy=True)
+
+    def export_state(self) -> dict[int, dict[str, Tensor]]:
+        return {
+            self.indices[i]: {key: self._whole(i, value) for key, value in state.items()}
+            for i, state in enumerate(self.state)
+        }
+
+    def import_state(self, states: dict[int, dict[str, Tensor]]) -> None:
+        self.init_state()
+        for i, state in enumerate(self.state):
+            for key, value in state.items():
+                whole = states[self.indices[i]][key]
+                value.copy_(whole if key == "step" else self.part(i, whole.contiguous()))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon groups and AdamW groups in one optimizer, sharded over the ranks of the process group if there is one.
+
+    Groups: {"kind": "muon" | "adamw", "params": [...], "names": [...] (optional), hyperparameters}, see MUON_DEFAULTS
+    and ADAMW_DEFAULTS. A step: backward; reduce_gradients(); norm = grad_norm(); step(multiplier); zero_grad().
+    Over several ranks a parameter must have a gradient on all of them or on none.
+    Raises: ValueError for a wrong group, RuntimeError for distributed=True without a process group.
+    """
+
+    def __init__(self, param_groups: Iterable[dict[str, Any]], *, distributed: bool | None = None) -> None:
+        self.ranks = Ranks(distributed)
+        self.names: list[str] = []
+        self.buckets: list[MuonStack | AdamWTensors] = []
+        self.reduced = self.ranks.world == 1
+        super().__init__(param_groups, {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Check the group, fill in its defaults and divide it over the ranks."""
+        kind = param_group.get("kind")
+        if kind not in ("muon", "adamw"):
+            raise ValueError(f'a parameter group has kind {kind!r}, expected "muon" or "adamw"')
+        defaults = MUON_DEFAULTS if kind == "muon" else ADAMW_DEFAULTS
+        unknown = set(param_group) - set(defaults) - LABELS
+        if unknown:
+            raise ValueError(f"unknown keys in a {kind} group: {sorted(unknown)}; known: {sorted(defaults)}")
+        group = {**defaults, **param_group, "params": list(param_group["params"])}
+        params, group["initial_lr"] = group["params"], group.get("initial_lr", group["lr"])
+        names = group.pop("names", None) or [str(len(self.names) + i) for i in range(len(params))]
+        if len(names) != len(params):
+            raise ValueError(f"a {kind} group has {len(params)} params but {len(names)} names")
+        if duplicates := set(names) & set(self.names):
+            raise ValueError(f"two parameters share a name: {sorted(duplicates)}")
+        if kind == "muon":
+            newton_schulz_coefficients(group["coefficients"], 1)
+            if wrong := [f"{n} {tuple(p.shape)}" for n, p in zip(names, params, strict=True) if p.dim() != 2]:
+                raise ValueError(f"Muon takes matrices only; put these into an adamw group: {', '.join(wrong)}")
+        super().add_param_group(group)
+        self._add_buckets(group, len(self.names))
+        self.names.extend(names)
+
+    def _add_buckets(self, group: dict[str, Any], first: int) -> None:
+        params = group["params"]
+        if group["kind"] == "adamw":
+            self.buckets.append(AdamWTensors(group, params, list(range(first, first + len(params))), self.ranks))
+            return
+        shapes: dict[Any, list[int]] = {}
+        for i, p in enumerate(params):
+            shapes.setdefault((p.shape, p.dtype, p.device), []).append(i)
+        for (shape, _, _), members in shapes.items():
+            most = max(1, STACK_ELEMENTS // shape.numel()) * self.ranks.world
+            for start in range(0, len(members), most):
+                run = members[start : start + most]
+                self.buckets.append(MuonStack(group, [params[i] for i in run], [first + i for i in run], self.ranks))
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Average the gradients over the ranks; each keeps its share, and every p.grad becomes None. Alone: no-op."""
+        if self.ranks.world == 1:
+            return
+        for finish in [bucket.reduce() for bucket in self.buckets]:
+            finish()
+        self.reduced = True
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """L2 norm of all averaged gradients, 0-dim on the device, no host sync; the same on all ranks.
+
+        Not finite if any gradient of any rank is not. float32 (float64 for float64 gradients).
+        """
+        self._check_reduced()
+        norm = get_total_norm([grad for bucket in self.buckets for grad in bucket.own_grads()])
+        if self.ranks.world > 1:
+            device = self.param_groups[0]["params"][0].device
+            square = norm.to(device).square()
+            dist.all_reduce(square)
+            norm = square.sqrt()
+        return norm if norm.dtype == torch.float64 else norm.float()
+
+    @torch.no_grad()
+    def step(self, grad_multiplier: Tensor | float = 1.0) -> None:  # type: ignore[override]
+        """Update with gradients times grad_multiplier (unscaling and clipping in one); overwrites the gradients."""
+        self._check_reduced()
+        waiting: Callable[[], None] | None = None
+        for bucket in self.buckets:
+            bucket.step(grad_multiplier)
+            if self.ranks.world > 1:  # gather this bucket while the next one is computed
+                finish, waiting = waiting, bucket.share_params()
+                if finish is not None:
+                    finish()
+        if waiting is not None:
+            waiting()
+        self._clear()
+
+    def _check_reduced(self) -> None:
+        if not self.reduced:
+            raise RuntimeError("call reduce_gradients() after backward, before grad_norm() and step()")
+
+    def _clear(self) -> None:
+        for bucket in self.buckets:
+            bucket.clear()
+        self.reduced = self.ranks.world == 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, the averaged ones too: also the way to skip a step."""
+        super().zero_grad(set_to_none)
+        self._clear()
+
+    def _export(self) -> dict[int, dict[str, Tensor]]:
+        states: dict[int, dict[str, Tensor]] = {}
+        for bucket in self.buckets:
+            states.update(bucket.export_state())
+        return {index: states[index] for index in sorted(states)}
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, whatever the number of ranks, by parameter order. Collective: call it on every rank.
+
+        Alone the tensors are the optimizer's own, as in PyTorch; over several ranks they are copies in host memory.
+        """
+        groups, first = [], 0
+        for group in self.param_groups:
+            count = len(group["params"])
+            groups.append({**group, "params": list(range(first, first + count))})
+            first += count
+        return {"state": self._export(), "param_groups": groups}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state and hyperparameters of a state_dict, written by any number of ranks.
+
+        Raises: ValueError if groups or shapes do not match.
+        """
+        saved, groups = state_dict["param_groups"], self.param_groups
+        if [(g["kind"], len(g["params"])) for g in saved] != [(g["kind"], len(g["params"])) for g in groups]:
+            raise ValueError("the saved optimizer has other parameter groups; was it written for this model?")
+        for group, other in zip(groups, saved, strict=True):
+            group.update({key: value for key, value in other.items() if key != "params"})
+        self._import(state_dict["state"])
+
+    @torch.no_grad()
+    def flat_state(self) -> dict[str, Tensor]:
+        """The state as {"<parameter name>.<key>": tensor}, e.g. for safetensors. Collective, as state_dict()."""
+        states = self._export()
+        return {f"{self.names[index]}.{key}": x for index, state in states.items() for key, x in state.items()}
+
+    @torch.no_grad()
+    def load_flat_state(self, flat: dict[str, Tensor]) -> None:
+        """Take the state written by flat_state(). Raises: ValueError if a name or shape does not match."""
+        index_of = {name: index for index, name in enumerate(self.names)}
+        states: dict[int, dict[str, Tensor]] = {}
+        for full_name, value in flat.items():
+            name, _, key = full_name.rpartition(".")
+            if name not in index_of:
+                raise ValueError(f"optimizer state {full_name!r} belongs to no parameter of this model")
+            states.setdefault(index_of[name], {})[key] = value
+        self._import(states)
+
+    def _import(self, states: dict[int, dict[str, Tensor]]) -> None:
+        for bucket in self.buckets:
+            bucket.state.clear()
+            if states:
+                self._check_state(bucket, states)
+                bucket.import_state(states)
+
+    def _check_state(self, bucket: MuonStack | AdamWTensors, states: dict[int, dict[str, Tensor]]) -> None:
+        for p, index in zip(bucket.params, bucket.indices, strict=True):
+            expected = bucket.state_shapes(p)
+            found = {key: tuple(value.shape) for key, value in states.get(index, {}).items()}
+            if found != expected:
+                raise ValueError(f"optimizer state of {self.names[index]} is {found or 'missing'}, expected {expected}")

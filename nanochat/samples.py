@@ -1,0 +1,62 @@
+"""What a model says to a few fixed prompts, so that a person sees what training changed."""
+
+from __future__ import annotations
+
+from nanochat.common import Compute, print0
+from nanochat.engine import Engine
+from nanochat.gpt import GPT
+from nanochat.tokenizer import RustBPETokenizer
+
+BASE_PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+CHAT_PROMPTS = ("Hello!", "Who are you?", "Why is the sky blue?", "What is 12 + 34?")
+MAX_TOKENS = 24
+
+
+def sample_texts(model: GPT, tokenizer: RustBPETokenizer, compute: Compute, prompts: tuple[str, ...]) -> list[str]:
+    """Greedy continuations of plain text prompts, prompt included."""
+    rows = [tokenizer.encode(p, prepend=tokenizer.get_bos_token_id()) for p in prompts]
+    return _complete(model, tokenizer, compute, rows, keep_prompt=True)
+
+
+def sample_answers(model: GPT, tokenizer: RustBPETokenizer, compute: Compute, prompts: tuple[str, ...]) -> list[str]:
+    """Greedy answers of the assistant to one-message conversations."""
+    rows = []
+    for p in prompts:
+        messages = [{"role": "user", "content": p}, {"role": "assistant", "content": ""}]
+        rows.append(tokenizer.render_for_completion({"messages": messages}))
+    return _complete(model, tokenizer, compute, rows, keep_prompt=False)
+
+
+def _complete(
+    model: GPT, tokenizer: RustBPETokenizer, compute: Compute, rows: list[list[int]], keep_prompt: bool
+) -> list[str]:
+    model.eval()
+    engine = Engine(model, tokenizer, compute.precision)
+    budget = max(1, min(MAX_TOKENS, model.config.sequence_len - max(map(len, rows))))
+    sequences, _ = engine.generate_prompts(rows, max_tokens=budget, temperature=0.0)
+    model.train()
+    return [tokenizer.decode(s if keep_prompt else s[len(r) :]) for s, r in zip(sequences, rows, strict=True)]
+
+
+def print_samples(model: GPT, tokenizer: RustBPETokenizer, compute: Compute) -> None:
+    """Print the base model's continuations (rank 0 computes them)."""
+    if compute.rank == 0:
+        for text in sample_texts(model, tokenizer, compute, BASE_PROMPTS):
+            print0(f"  {text!r}")
+
+
+def print_answers(model: GPT, tokenizer: RustBPETokenizer, compute: Compute) -> None:
+    """Print the assistant's answers (rank 0 computes them)."""
+    if compute.rank == 0:
+        for prompt, text in zip(
+            CHAT_PROMPTS, sample_answers(model, tokenizer, compute, CHAT_PROMPTS), strict=True
+        ):
+            print0(f"  {prompt} -> {text!r}")

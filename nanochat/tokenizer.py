@@ -1,0 +1,434 @@
+"""Text to token ids and back, and how a conversation is written in tokens.
+
+The tokenizer is a byte-pair encoder in the style of GPT-4: text is cut by SPLIT_PATTERN, each piece is merged from
+bytes by rank. Ids are the mergeable ranks (256 bytes, then the merges in order), followed by the special tokens.
+Special tokens are only ever added by this module: `encode` treats "<|bos|>" in user text as ordinary characters.
+
+On disk (`<base dir>/tokenizer/`) it is `tokenizer.json`, readable and safe to load, and `token_bytes.pt`, the length of
+each token in bytes (for bits per byte). Pickles, nanochat's classic format, are not loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nanochat.common import get_base_dir
+from nanochat.files import atomic_path, write_text
+
+TOKENIZER_FOLDER = "tokenizer"  # under the base dir
+SPECIAL_TOKENS = [
+    "<|bos|>",  # starts every document and every conversation
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls the calculator
+    "<|python_end|>",
+    "<|output_start|>",  # what the calculator answered
+    "<|output_end|>",
+]
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+FORMAT = "nanochat-bpe-1"
+# The kinds of parts an assistant message may hold: (token before, token after, 1 if the model must learn to write it).
+PARTS: dict[str, tuple[str | None, str | None, int]] = {
+    "text": (None, None, 1),
+    "python": ("<|python_start|>", "<|python_end|>", 1),
+    "python_output": ("<|output_start|>", "<|output_end|>", 0),
+}
+
+Conversation = dict[str, Any]  # {"messages": [{"role": ..., "content": ...}, ...]}
+
+
+class Encoder(Protocol):
+    """What RustBPETokenizer needs of the thing that cuts and merges text."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+
+    def batch_encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of several texts."""
+
+
+class TiktokenEncoder:
+    """tiktoken behind the same two methods: for its pretrained vocabularies, and as the oracle of the tests."""
+
+    def __init__(self, pattern: str, ranks: dict[bytes, int]) -> None:
+        import tiktoken
+
+        self._encoding = tiktoken.Encoding(name="nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self._encoding.encode_ordinary(text)
+
+    def batch_encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of several texts."""
+        return self._encoding.encode_ordinary_batch(texts)
+
+
+def replace_surrogates(text: str) -> str:
+    """`text` as valid Unicode: paired surrogates joined, lone ones replaced by U+FFFD (JSON may hold such text)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+class RustBPETokenizer:
+    """A byte-pair tokenizer with special tokens and the chat format.
+
+    Args:
+        pattern: the regular expression that cuts text before merging.
+        ranks: the bytes of each mergeable token; its index is its id.
+        special_tokens: id of each special token, all above the ranks.
+        bos_token: which special token starts a document.
+        encoder: "rustbpe" (ours; knows SPLIT_PATTERN) or "tiktoken"; both give the same ids.
+
+    Raises:
+        ValueError: an id has two meanings, or the bos token is missing.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        ranks: Sequence[bytes],
+        special_tokens: dict[str, int],
+        bos_token: str = SPECIAL_TOKENS[0],
+        encoder: str = "rustbpe",
+    ) -> None:
+        if any(i < len(ranks) for i in special_tokens.values()) or len(set(special_tokens.values())) < len(
+            special_tokens
+        ):
+            raise ValueError("the ids of special tokens must be distinct and above the mergeable ranks")
+        if bos_token not in special_tokens:
+            raise ValueError(f"the special tokens lack {bos_token}")
+        if len(set(ranks)) < len(ranks):
+            raise ValueError("the same bytes stand for two tokens")
+        self.pattern = pattern
+        self.ranks = list(ranks)
+        self._special_ids = dict(special_tokens)
+        self._bos_token = bos_token
+        # An id between ranks and specials may be unused, as in cl100k: it decodes to nothing.
+        self._token_bytes = self.ranks + [b""] * (max(special_tokens.values()) + 1 - len(ranks))
+        for name, i in special_tokens.items():
+            self._token_bytes[i] = name.encode()
+        self.dtype = np.dtype(np.uint16 if len(self._token_bytes) <= 1 << 16 else np.uint32)
+        self._encoder: Encoder = self._make_encoder(encoder)
+
+    def _make_encoder(self, encoder: str) -> Encoder:
+        if encoder == "tiktoken":
+            return TiktokenEncoder(self.pattern, {token: i for i, token in enumerate(self.ranks)})
+        import rustbpe
+
+        return rustbpe.Tokenizer.from_ranks(self.pattern, [(token, i) for i, token in enumerate(self.ranks)])
+
+    # --- making one -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_ranks(cls, ranks: Sequence[bytes], pattern: str = SPLIT_PATTERN) -> RustBPETokenizer:
+        """A tokenizer with these mergeable tokens (index = id) and nanochat's special tokens after them."""
+        return cls(pattern, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+
+    @classmethod
+    def from_trainer(cls, trainer: Any) -> RustBPETokenizer:
+        """A tokenizer from a trained `rustbpe.Tokenizer`."""
+        ranks = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
+        return cls.from_ranks([token for token, _ in ranks], trainer.get_pattern())
+
+    @classmethod
+    def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> RustBPETokenizer:
+        """Learn merges from texts. `vocab_size` counts everything: bytes, merges and special tokens.
+
+        The result has fewer tokens if the texts hold too few different pairs.
+
+        Raises:
+            ValueError: `vocab_size` is below 265 (256 bytes and 9 special tokens).
+        """
+        import rustbpe
+
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(iter(text_iterator), mergeable_size(vocab_size), pattern=SPLIT_PATTERN)
+        return cls.from_trainer(trainer)
+
+    @classmethod
+    def from_pretrained(cls, tiktoken_name: str) -> RustBPETokenizer:
+        """One of tiktoken's vocabularies ("gpt2", "cl100k_base"), downloaded or from its cache."""
+        import tiktoken
+
+        encoding = tiktoken.get_encoding(tiktoken_name)
+        ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        specials = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+        return cls(encoding._pat_str, [token for token, _ in ranks], specials, "<|endoftext|>", encoder="tiktoken")
+
+    @classmethod
+    def from_directory(cls, tokenizer_dir: str | Path) -> RustBPETokenizer:
+        """Load what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is none; says how to train one.
+            ValueError: the file is damaged or of another format.
+        """
+        path = Path(tokenizer_dir) / "tokenizer.json"
+        if not path.exists():
+            raise FileNotFoundError(f"no tokenizer at {path}: train one with `python -m scripts.tok_train`")
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["format"] != FORMAT:
+                raise ValueError(f"format {stored['format']!r}, expected {FORMAT!r}")
+            ranks = [base64.b64decode(token, validate=True) for token in stored["ranks"]]
+            tokenizer = cls(stored["pattern"], ranks, stored["special_tokens"], stored["bos_token"])
+            if tokenizer.hash != stored["hash"]:
+                raise ValueError("its content doesn't match its hash")
+        except (ValueError, KeyError, TypeError, binascii.Error) as error:
+            raise ValueError(f"{path} is damaged ({error}): train again with `python -m scripts.tok_train`") from error
+        return tokenizer
+
+    def save(self, tokenizer_dir: str | Path) -> None:
+        """Write `tokenizer.json` and `token_bytes.pt`, each whole, the old pair never mixed with the new."""
+        folder = Path(tokenizer_dir)
+        (folder / "token_bytes.pt").unlink(missing_ok=True)
+        stored = {
+            "format": FORMAT,
+            "hash": self.hash,
+            "pattern": self.pattern,
+            "bos_token": self._bos_token,
+            "special_tokens": self._special_ids,
+            "ranks": [base64.b64encode(token).decode() for token in self.ranks],
+        }
+        write_text(folder / "tokenizer.json", json.dumps(stored, indent=1) + "\n")
+        with atomic_path(folder / "token_bytes.pt") as tmp:
+            torch.save(torch.from_numpy(self.token_lengths()), tmp)
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of everything that decides the ids: two tokenizers with one hash are the same."""
+        digest = hashlib.sha256(json.dumps([self.pattern, self._bos_token, sorted(self._special_ids.items())]).encode())
+        for token in self.ranks:
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
+
+    def get_vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return len(self._token_bytes)
+
+    def get_bos_token_id(self) -> int:
+        """The id that starts every document."""
+        return self._special_ids[self._bos_token]
+
+    def get_special_tokens(self) -> set[str]:
+        """The names of the special tokens."""
+        return set(self._special_ids)
+
+    def encode_special(self, name: str) -> int:
+        """The id of a special token, e.g. `<|assistant_end|>`."""
+        if name not in self._special_ids:
+            raise ValueError(f"this tokenizer has no special token {name}; it has {', '.join(self._special_ids)}")
+        return self._special_ids[name]
+
+    def id_to_token(self, token_id: int) -> str:
+        """The text of one token (bytes that are no complete UTF-8 show as U+FFFD)."""
+        return self.decode([token_id])
+
+    def token_lengths(self) -> npt.NDArray[np.int32]:
+        """Raw bytes of each token, 0 for special tokens. (vocab,)"""
+        lengths = np.array([len(token) for token in self._token_bytes], dtype=np.int32)
+        lengths[list(self._special_ids.values())] = 0
+        return lengths
+
+    # --- text to ids and back ---------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        text: str | list[str],
+        prepend: str | int | None = None,
+        append: str | int | None = None,
+        num_threads: int = 8,
+    ) -> Any:
+        """The ids of a text (list[int]) or of each of several texts (list[list[int]]).
+
+        Args:
+            text: special tokens written in it are encoded as ordinary characters.
+            prepend: a special token (name or id) to put first.
+            append: a special token to put last.
+            num_threads: accepted for compatibility; the encoder decides.
+        """
+        first = [] if prepend is None else [prepend if isinstance(prepend, int) else self.encode_special(prepend)]
+        last = [] if append is None else [append if isinstance(append, int) else self.encode_special(append)]
+        if isinstance(text, str):
+            return first + self._encoder.encode(replace_surrogates(text)) + last
+        if not isinstance(text, list):
+            raise TypeError(f"encode takes a str or a list of str, got {type(text).__name__}")
+        return [first + ids + last for ids in self._encoder.batch_encode([replace_surrogates(t) for t in text])]
+
+    __call__ = encode
+
+    def encode_arrow(self, texts: Any, num_threads: int = 1) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Encode an Arrow array of strings (a column of a parquet file): the fast way in, without Python strings.
+
+        Returns:
+            ids of all texts one after the other, as uint16 or uint32 (`self.dtype`), and offsets (n+1,): text i is
+            `ids[offsets[i]:offsets[i + 1]]`. A null counts as an empty text.
+        """
+        if hasattr(self._encoder, "encode_arrow"):
+            ids, offsets = self._encoder.encode_arrow(texts)
+            return ids.astype(self.dtype, copy=False), offsets
+        encoded = self._encoder.batch_encode([text or "" for text in texts.to_pylist()])
+        offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded])]).astype(np.int64)
+        return np.array([i for ids in encoded for i in ids], dtype=self.dtype), offsets
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of the ids; the end may be an incomplete UTF-8 sequence. Special tokens give their names."""
+        try:
+            return b"".join([self._token_bytes[i] for i in ids])
+        except IndexError:
+            raise ValueError(f"ids must be below {self.get_vocab_size()}, got {max(ids)}") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; incomplete UTF-8 shows as U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    # --- conversations ----------------------------------------------------------------------------------------------
+
+    def render_turns(self, conversation: Conversation) -> Iterator[tuple[list[int], list[int]]]:
+        """(ids, mask) of each message in turn, bos before the first one.
+
+        The mask is 1 where the model must learn to predict the token: what the assistant writes, and its end.
+        A leading system message becomes the beginning of the first user message.
+
+        Raises:
+            ValueError: a message is malformed or out of order (see `check_messages`).
+        """
+        messages = conversation["messages"] if isinstance(conversation, dict) else conversation
+        check_messages(messages)
+        system = ""
+        if messages[0]["role"] == "system":
+            system = messages[0]["content"] + "\n\n"
+            messages = messages[1:]
+        for i, message in enumerate(messages):
+            ids = [] if i else [self.get_bos_token_id()]
+            if message["role"] == "user":
+                text = system + message["content"] if i == 0 else message["content"]
+                ids += self.encode(text, prepend="<|user_start|>", append="<|user_end|>")
+                yield ids, [0] * len(ids)
+            else:
+                yield self._render_assistant(message["content"])
+
+    def _render_assistant(self, content: str | list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        ids, mask = [self.encode_special("<|assistant_start|>")], [0]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            before, after, learned = PARTS[part["type"]]
+            new = self.encode(part["text"], prepend=before, append=after)
+            ids += new
+            mask += [learned] * len(new)
+        return [*ids, self.encode_special("<|assistant_end|>")], [*mask, 1]
+
+    def render_conversation(
+        self, conversation: Conversation, max_tokens: int | None = 2048
+    ) -> tuple[list[int], list[int]]:
+        """A conversation as ids and mask (1 = the model must learn to predict this token).
+
+        Args:
+            conversation: {"messages": [...]}, roles alternating user and assistant after an optional system message;
+                an assistant's content may be a list of parts {"type": "text"|"python"|"python_output", "text": ...}.
+            max_tokens: keep this many from the start; None keeps all.
+        """
+        ids: list[int] = []
+        mask: list[int] = []
+        for turn_ids, turn_mask in self.render_turns(conversation):
+            ids += turn_ids
+            mask += turn_mask
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation: Conversation) -> list[int]:
+        """The ids of a conversation up to where the assistant must speak next; a last assistant message is dropped."""
+        messages = conversation["messages"]
+        check_messages(messages)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        ids, _ = self.render_conversation({"messages": messages}, max_tokens=None)
+        return [*ids, self.encode_special("<|assistant_start|>")]
+
+    def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int]) -> str:
+        """The tokens of a rendered conversation in one line: green ones are learned, red ones are only read."""
+        colours = {0: "\033[91m", 1: "\033[92m"}
+        return "|".join(f"{colours[m]}{self.id_to_token(i)}\033[0m" for i, m in zip(ids, mask, strict=True))
+
+
+def mergeable_size(vocab_size: int) -> int:
+    """Mergeable tokens (bytes and merges) in a vocabulary of `vocab_size` with the special tokens."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but must be at least {MIN_VOCAB_SIZE}: 256 bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens"
+        )
+    return vocab_size - len(SPECIAL_TOKENS)
+
+
+def check_messages(messages: Any) -> None:
+    """Check that messages are well formed: an optional system message, then user and assistant in turn.
+
+    Raises:
+        ValueError: naming the message (counted from 0) and what is wrong with it.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("a conversation must be a non-empty list of messages")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f'message {i} must be an object with "role" and "content"')
+        role, content = message["role"], message["content"]
+        if role == "system" and i == 0:
+            expected = "system"
+        else:
+            expected = "user" if (i - (messages[0]["role"] == "system")) % 2 == 0 else "assistant"
+        if role != expected:
+            raise ValueError(
+                f"message {i} has role {role!r}, expected {expected!r} (user and assistant take turns, after an "
+                "optional system message)"
+            )
+        if role != "assistant" and not isinstance(content, str):
+            raise ValueError(f"message {i}: the content of a {role} message must be a string")
+        if role == "assistant" and not isinstance(content, str):
+            _check_parts(i, content)
+    if messages[-1]["role"] == "system":
+        raise ValueError("a conversation needs a user message after the system message")
+
+
+def _check_parts(i: int, content: Any) -> None:
+    if not isinstance(content, list):
+        raise ValueError(f"message {i}: the content of an assistant message must be a string or a list of parts")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") not in PARTS or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f'message {i}: a part must be {{"type": one of {", ".join(PARTS)}, "text": a string}}, got {part!r:.80}'
+            )
+
+
+def get_tokenizer() -> RustBPETokenizer:
+    """The tokenizer of this run's base folder (FileNotFoundError says how to train one)."""
+    return RustBPETokenizer.from_directory(get_base_dir() / TOKENIZER_FOLDER)
+
+
+def get_token_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
+    """Raw bytes of each token, int32 (vocab,), 0 for special tokens: what turns nats per token into bits per byte."""
+    path = get_base_dir() / TOKENIZER_FOLDER / "token_bytes.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: train the tokenizer with `python -m scripts.tok_train`")
+    lengths: torch.Tensor = torch.load(path, map_location=device, weights_only=True)
+    return lengths

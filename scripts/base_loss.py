@@ -1,0 +1,101 @@
+"""How well a base model predicts text: bits per byte on training and validation text, and what it writes.
+
+python -m scripts.base_loss
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import Compute, print0, print_banner, setup_compute
+from nanochat.config import Runtime, run_script, short
+from nanochat.dataloader import PretrainLoader
+from nanochat.dataset import Corpus, open_corpus, prepare_corpus
+from nanochat.gpt import GPT
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.report import get_report
+from nanochat.samples import BASE_PROMPTS, sample_texts
+from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a loss evaluation."""
+
+    runtime: Runtime = field(default_factory=Runtime)
+    device_batch_size: int = 32
+    """Rows per forward pass and process."""
+    eval_tokens: int = 20 * 524288
+    """Most tokens of each split to read (all of it when it is smaller)."""
+    data_dir: str | None = None
+    """Folder (or file) of parquet, jsonl or txt text; default: what the dataset step prepared."""
+    dataset: str | None = None
+    """Public source (climbmix, fineweb_edu) or demo."""
+    model_tag: Annotated[str | None, short("-g")] = None
+    """Name of the checkpoint folder; default: the deepest model."""
+    step: Annotated[int | None, short("-s")] = None
+    """Step of the checkpoint; default: the last."""
+
+    def __post_init__(self) -> None:
+        if self.device_batch_size < 1:
+            raise ValueError(f"--device_batch_size must be at least 1, got {self.device_batch_size}")
+
+
+def split_bpb(
+    cfg: Config, split: str, model: GPT, corpus: Corpus, tokenizer: RustBPETokenizer, compute: Compute
+) -> float:
+    """Bits per byte on the first tokens of a split."""
+    shape = cfg.device_batch_size, model.config.sequence_len
+    loader = PretrainLoader(
+        corpus,
+        tokenizer,
+        *shape,
+        split=split,
+        device=compute.device,
+        rank=compute.rank,
+        world_size=compute.world_size,
+    )
+    batch_tokens = shape[0] * shape[1] * compute.world_size
+    steps = cfg.eval_tokens // batch_tokens
+    if steps < 1:
+        raise ValueError(
+            f"--eval_tokens={cfg.eval_tokens} is less than one batch of {batch_tokens} tokens: "
+            "raise it or lower --device_batch_size"
+        )
+    if split == "train":
+        # The training stream never ends: read about as much of it as the split holds, at most.
+        steps = min(steps, max(1, corpus.num_bytes(split) // (4 * batch_tokens)))
+    token_bytes = get_token_bytes(compute.device)
+    return evaluate_bpb(model, loader, steps, token_bytes, compute.precision.autocast())
+
+
+def main(cfg: Config) -> None:
+    """Measure both splits, print samples, report."""
+    print_banner()
+    with setup_compute(cfg.runtime) as compute:
+        model, tokenizer, meta = load_model("base", compute.device, "eval", cfg.model_tag, cfg.step)
+        corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
+        bpb = {}
+        for split in ("train", "val"):
+            bpb[f"{split} bpb"] = split_bpb(cfg, split, model, corpus, tokenizer, compute)
+            print0(f"{split} bpb: {bpb[f'{split} bpb']:.4f}")
+        if compute.rank == 0:
+            samples = sample_texts(model, tokenizer, compute, BASE_PROMPTS)
+            for text in samples:
+                print0(f"  {text!r}")
+            get_report().log(
+                section="Base model loss",
+                data=[
+                    {"step": meta["step"], "corpus": corpus.name, "most tokens per split": cfg.eval_tokens},
+                    bpb,
+                    "Samples (greedy):",
+                    "```\n" + "\n".join(text.replace("```", "'''") for text in samples) + "\n```",
+                ],
+                metrics=bpb,
+            )
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

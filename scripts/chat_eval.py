@@ -1,0 +1,150 @@
+"""How well an assistant answers: multiple choice by letter, everything else by writing and being judged.
+
+python -m scripts.chat_eval -i sft
+python -m scripts.chat_eval -i sft -a "GSM8K|ARC-Easy" -x 50
+torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i mid
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from nanochat.chat_evaluation import Sampling, TaskScore, chat_core, evaluate_chat_task
+from nanochat.checkpoint_manager import find_tag, load_model
+from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_compute
+from nanochat.config import Runtime, run_script, short
+from nanochat.engine import Engine
+from nanochat.gpt import GPT
+from nanochat.jsonl import write_jsonl
+from nanochat.report import get_report, slugify
+from nanochat.tokenizer import RustBPETokenizer
+from tasks.common import Task
+from tasks.registry import CLASSIC_TASKS, demo_tasks, get_task, load_available
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of an assistant's evaluation."""
+
+    runtime: Runtime = field(default_factory=Runtime)
+    source: Annotated[Literal["mid", "sft", "rl"], short("-i")] = "sft"
+    """Which stage's model."""
+    task_name: Annotated[str | None, short("-a")] = None
+    """Tasks as "GSM8K|ARC-Easy"; default: the demo world's for a model trained on it, else those nanochat uses."""
+    temperature: Annotated[float, short("-t")] = 0.0
+    """0 takes the likeliest token."""
+    max_new_tokens: Annotated[int, short("-m")] = 512
+    """Longest answer."""
+    num_samples: Annotated[int, short("-n")] = 1
+    """Answers per problem; one right answer solves it."""
+    top_k: Annotated[int, short("-k")] = 50
+    """Sample from the k likeliest tokens; 0: from all."""
+    batch_size: Annotated[int, short("-b")] = 32
+    """Rows computed together."""
+    max_problems: Annotated[int | None, short("-x")] = None
+    """Problems per task; default: all."""
+    model_tag: Annotated[str | None, short("-g")] = None
+    """Name of the checkpoint folder; default: the deepest model."""
+    step: Annotated[int | None, short("-s")] = None
+    """Step of the checkpoint; default: the last."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size (-b) must be at least 1, got {self.batch_size}")
+        if self.max_problems is not None and self.max_problems < 1:
+            raise ValueError(f"--max_problems (-x) must be at least 1, got {self.max_problems}")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """How answers are generated."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k or None,
+            num_samples=self.num_samples,
+            seed=self.runtime.seed,
+        )
+
+
+def choose_tasks(task_name: str | None, meta: Mapping[str, Any]) -> tuple[dict[str, Task], dict[str, str]]:
+    """(tasks to evaluate, why others are not available). Tasks asked for by name must be there."""
+    if task_name is not None:
+        return {task.name: task for task in map(get_task, task_name.split("|"))}, {}
+    if meta.get("chat_data") == "demo" or meta.get("config", {}).get("dataset") == "demo":
+        return demo_tasks(), {}
+    return load_available(list(CLASSIC_TASKS))
+
+
+def evaluate(
+    cfg: Config, tasks: Mapping[str, Task], model: GPT, tokenizer: RustBPETokenizer, compute: Compute, folder: Path
+) -> list[TaskScore]:
+    """Evaluate task after task; each one's problems and answers are logged to a file in `folder`."""
+    engine = Engine(model, tokenizer, compute.precision)
+    scores = []
+    for name, task in tasks.items():
+        score = evaluate_chat_task(
+            task,
+            model,
+            engine,
+            tokenizer,
+            max_problems=cfg.max_problems,
+            batch_size=cfg.batch_size,
+            sampling=cfg.sampling(),
+            autocast=compute.precision.autocast,
+        )
+        print0(f"{name}: {100 * score.accuracy:.2f}% ± {100 * score.stderr:.2f} ({len(score.records)} problems)")
+        if compute.rank == 0:
+            write_jsonl(folder / f"{slugify(name)}.jsonl", score.records)
+        scores.append(score)
+    return scores
+
+
+def report(
+    cfg: Config, meta: Mapping[str, Any], names: list[str], scores: list[TaskScore], missing: Mapping[str, str]
+) -> None:
+    """Print ChatCORE and log the section; a score over a part of the default tasks is called partial."""
+    core, stderr = chat_core(scores)
+    partial = bool(missing) or cfg.task_name is not None
+    core_name = "ChatCORE (partial)" if partial else "ChatCORE"
+    print0(f"{core_name}: {core:.4f} ± {stderr:.4f} (mean centered accuracy of {len(scores)} tasks)")
+    settings = {
+        "model": f"{cfg.source}, step {meta['step']}",
+        "problems per task": cfg.max_problems or "all",
+        "temperature": cfg.temperature,
+        "samples per problem": cfg.num_samples,
+    }
+    lines: dict[str, Any] = {
+        name: f"{100 * score.accuracy:.2f}% ± {100 * score.stderr:.2f}"
+        for name, score in zip(names, scores, strict=True)
+    }
+    lines[core_name] = f"{core:.4f} ± {stderr:.4f}"
+    metrics = {name: score.accuracy for name, score in zip(names, scores, strict=True)} | {core_name: core}
+    notes = {f"{name} not evaluated": reason for name, reason in missing.items()}
+    get_report().log(f"Chat evaluation {cfg.source}", [settings, lines, notes], metrics=metrics)
+
+
+def main(cfg: Config) -> None:
+    """Load the model, evaluate its tasks, report."""
+    print_banner()
+    with setup_compute(cfg.runtime) as compute:
+        model, tokenizer, meta = load_model(cfg.source, compute.device, "eval", cfg.model_tag, cfg.step)
+        tasks, missing = choose_tasks(cfg.task_name, meta)
+        for name, reason in missing.items():
+            print0(f"{name} is not evaluated: {reason}")
+        if not tasks:
+            print0("no task could be loaded: nothing was evaluated")
+            notes = {f"{name} not evaluated": reason for name, reason in missing.items()}
+            get_report().log(f"Chat evaluation {cfg.source}", [notes])
+            return
+        tag = find_tag(cfg.source, cfg.model_tag).name
+        folder = get_base_dir() / "chat_eval" / f"{cfg.source}_{tag}_{meta['step']:06d}"
+        scores = evaluate(cfg, tasks, model, tokenizer, compute, folder)
+        report(cfg, meta, list(tasks), scores, missing)
+        print0(f"every question and answer: {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

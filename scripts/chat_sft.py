@@ -1,0 +1,38 @@
+"""Supervised fine-tuning: the mid-trained model learns to answer; only the assistant's tokens are supervised.
+
+python -m scripts.chat_sft --device_batch_size=4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat.config import run_script
+from nanochat.finetune import SFT, FinetuneConfig, finetune
+from tasks.mixtures import conversations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(FinetuneConfig):
+    """Settings of SFT: gentler than mid-training, and on the assistant's tokens only."""
+
+    device_batch_size: int = 4
+    """Rows per forward pass and process."""
+    total_batch_size: int = 32768
+    """Tokens per optimizer step, padding included."""
+    init_lr_frac: float = 0.02
+    """All learning rates start at this share of the base run's."""
+    warmdown_ratio: float = 1.0
+    """Share of the run in which the learning rate falls."""
+    supervise: Literal["all", "assistant"] = "assistant"
+    """Learn every token of a conversation, or the assistant's only."""
+
+
+def main(cfg: Config) -> None:
+    """Train on the SFT mixture."""
+    finetune(SFT, cfg, *conversations("sft", cfg.chat_data))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

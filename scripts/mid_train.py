@@ -1,0 +1,26 @@
+"""Mid-training: the base model learns conversations, tools and multiple choice.
+
+python -m scripts.mid_train --device_batch_size=8 --total_batch_size=131072
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanochat.config import run_script
+from nanochat.finetune import MID, FinetuneConfig, finetune
+from tasks.mixtures import conversations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(FinetuneConfig):
+    """Settings of mid-training."""
+
+
+def main(cfg: Config) -> None:
+    """Train on the mid-training mixture."""
+    finetune(MID, cfg, *conversations("mid", cfg.chat_data))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

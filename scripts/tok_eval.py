@@ -1,0 +1,182 @@
+"""How well the tokenizer compresses: bytes per token beside GPT-2's and GPT-4's, on several kinds of text.
+
+python -m scripts.tok_eval
+
+GPT-2's and GPT-4's vocabularies come through tiktoken (downloaded once, or from $TIKTOKEN_CACHE_DIR); without them the
+tokenizer is measured alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import dataclass
+
+from nanochat.common import get_base_dir, print0
+from nanochat.config import run_script
+from nanochat.dataset import Corpus, open_corpus, prepare_corpus
+from nanochat.report import get_report
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+
+REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
+DOWNLOAD_SECONDS = 60.0
+
+ENGLISH = """\
+The old ferry left the harbour a little after six, while the lamps along the pier were still burning. Two women with
+baskets of plums sat near the bow and talked about the weather, which had been strange all month: warm mornings, a hard
+wind at noon, and rain by the time the children came home from school. "It will turn before Sunday," said the older one,
+and she was right, as she usually was. By Saturday evening the wind had dropped, the swallows flew high again, and the
+farmers on the north side of the bay began to cut their hay. Nobody in the village owned a barometer. They did not need
+one, people said, as long as Mrs. Calloway took the early boat.
+"""
+
+CODE = '''\
+def moving_average(values: list[float], width: int) -> list[float]:
+    """Mean of each run of `width` neighbours; shorter at neither end."""
+    if not 0 < width <= len(values):
+        raise ValueError(f"width must be between 1 and {len(values)}, got {width}")
+    total = sum(values[:width])
+    means = [total / width]
+    for i in range(width, len(values)):
+        total += values[i] - values[i - width]
+        means.append(total / width)
+    return means
+
+
+class Counter:
+    def __init__(self):
+        self.counts = {}
+
+    def add(self, key, n=1):
+        self.counts[key] = self.counts.get(key, 0) + n
+        return self.counts[key]
+'''
+
+MATHS = r"""
+\begin{lemma}
+Let $f : [a, b] \to \mathbb{R}$ be continuous and let $F(x) = \int_a^x f(t)\,dt$. Then $F'(x) = f(x)$ for $a < x < b$.
+\end{lemma}
+\begin{proof}
+For $h \neq 0$ we have $\frac{F(x+h) - F(x)}{h} = \frac{1}{h} \int_x^{x+h} f(t)\,dt$. Given $\varepsilon > 0$ choose
+$\delta > 0$ with $|f(t) - f(x)| < \varepsilon$ whenever $|t - x| < \delta$. For $0 < |h| < \delta$ the mean of $f$ over
+the interval differs from $f(x)$ by less than $\varepsilon$.
+\end{proof}
+The sum of the first 100 numbers is 100 * 101 / 2 = 5050, and 17 * 23 = 391, so 5050 - 391 = 4659.
+"""
+
+GERMAN = """\
+Am Rand der Stadt steht ein kleines Haus mit grünen Fensterläden. Früher wohnte dort ein Uhrmacher, der jeden Morgen um
+fünf Uhr aufstand, die Öfen heizte und danach eine Stunde lang spazieren ging. Die Kinder der Straße grüßten ihn und
+fragten, ob sie die große Standuhr sehen dürften, deren Pendel so langsam schwang, dass man bis drei zählen konnte.
+Manchmal ließ er sie herein. Dann wurde es still, und alle hörten zu, wie die vielen Uhren durcheinander tickten.
+"""
+
+JAPANESE = """\
+朝早く港に着くと、まだ誰もいなかった。海は静かで、遠くに小さな船が三つ見えた。祖父は古い網を広げながら、昔の話をしてくれた。
+「風が東から吹く日は、魚がよく取れるんだよ」と彼は言った。昼になると市場が開き、人々の声でにぎやかになった。
+"""
+
+SAMPLES = {"English": ENGLISH, "code": CODE, "maths": MATHS, "German": GERMAN, "Japanese": JAPANESE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of the tokenizer's evaluation."""
+
+    data_dir: str | None = None
+    """Folder (or file) of parquet, jsonl or txt text: its train and validation texts are measured too."""
+    dataset: str | None = None
+    """Public source (climbmix, fineweb_edu) or demo, in place of data_dir."""
+    num_documents: int = 500
+    """Documents to take from each split."""
+
+    def __post_init__(self) -> None:
+        if self.num_documents < 1:
+            raise ValueError("--num_documents must be at least 1")
+
+
+def load_reference(tiktoken_name: str) -> RustBPETokenizer | None:
+    """One of tiktoken's tokenizers, or None if its file can't be had in DOWNLOAD_SECONDS."""
+    found: list[RustBPETokenizer | Exception] = []
+
+    def load() -> None:
+        try:
+            found.append(RustBPETokenizer.from_pretrained(tiktoken_name))
+        except Exception as error:  # whatever the network or the cache does wrong
+            found.append(error)
+
+    thread = threading.Thread(target=load, daemon=True)  # tiktoken's download has no timeout of its own
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if found and isinstance(found[0], RustBPETokenizer):
+        return found[0]
+    reason = type(found[0]).__name__ if found else f"no answer in {DOWNLOAD_SECONDS:.0f} s"
+    print0(f"no comparison with {tiktoken_name}: its file can't be had ({reason})")
+    return None
+
+
+def own_texts(cfg: Config) -> dict[str, str]:
+    """The beginning of the corpus's two splits; nothing if there is no corpus and none was asked for."""
+    try:
+        corpus: Corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
+    except FileNotFoundError as error:
+        if cfg.dataset or cfg.data_dir:
+            raise
+        print0(f"no texts of your own are measured: {error}")
+        return {}
+    splits = {"train": corpus.train, "val": corpus.val}
+    return {
+        split: "\n".join(itertools.islice(corpus.documents(split), cfg.num_documents))
+        for split, chunks in splits.items()
+        if chunks
+    }
+
+
+def bytes_per_token(tokenizer: RustBPETokenizer, text: str) -> float:
+    """Compression of `text`.
+
+    Raises:
+        RuntimeError: decoding does not give the text back.
+    """
+    ids = tokenizer.encode(text)
+    if tokenizer.decode(ids) != text:
+        raise RuntimeError(
+            "the tokenizer does not give this text back: train it again with `python -m scripts.tok_train`"
+        )
+    return len(text.encode()) / len(ids)
+
+
+def table(tokenizers: dict[str, RustBPETokenizer], texts: dict[str, str]) -> list[str]:
+    """A markdown table: bytes per token, and how much more (or less) ours packs into a token than the others."""
+    others = [name for name in tokenizers if name != "ours"]
+    head = ["text", "bytes", *tokenizers, *(f"ours vs {name}" for name in others)]
+    rows = []
+    for name, text in texts.items():
+        values = {which: bytes_per_token(tokenizer, text) for which, tokenizer in tokenizers.items()}
+        gains = [f"{100 * (values['ours'] / values[other] - 1):+.1f}%" for other in others]
+        rows.append([name, f"{len(text.encode()):,}", *(f"{v:.3f}" for v in values.values()), *gains])
+    sizes = [f"{tokenizer.get_vocab_size():,}" for tokenizer in tokenizers.values()]
+    rows.append(["(vocabulary)", "", *sizes, *("" for _ in others)])
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+
+
+def main(cfg: Config) -> None:
+    """Measure and report."""
+    tokenizers = {"ours": get_tokenizer()}
+    print0(f"tokenizer in {get_base_dir()}")
+    for name, tiktoken_name in REFERENCES.items():
+        reference = load_reference(tiktoken_name)
+        if reference is not None:
+            tokenizers[name] = reference
+    texts = {name: text for name, text in {**own_texts(cfg), **SAMPLES}.items() if text}
+    lines = table(tokenizers, texts)
+    print0("bytes per token\n" + "\n".join(lines))
+    missing = [name for name in REFERENCES if name not in tokenizers]
+    note = f"Not compared with {' and '.join(missing)}: the vocabulary could not be had." if missing else None
+    get_report().log(section="Tokenizer evaluation", data=["Bytes per token:\n\n" + "\n".join(lines), note])
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

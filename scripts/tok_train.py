@@ -1,0 +1,123 @@
+"""Train the tokenizer on the training documents of a corpus.
+
+python -m scripts.tok_train --vocab_size=65536 --max_chars=2000000000
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nanochat.common import get_base_dir, print0
+from nanochat.config import run_script
+from nanochat.dataset import open_corpus, prepare_corpus
+from nanochat.progress import format_seconds, progress
+from nanochat.report import get_report
+from nanochat.tokenizer import SPLIT_PATTERN, TOKENIZER_FOLDER, RustBPETokenizer, mergeable_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of the tokenizer's training."""
+
+    max_chars: int = 2_000_000_000
+    """Read at most this many characters."""
+    doc_cap: int = 10_000
+    """Of each document take only this many characters, so that no long one dominates."""
+    vocab_size: int = 65536
+    """Tokens in all: 256 bytes, merges, 9 special tokens."""
+    data_dir: str | None = None
+    """Folder (or file) of parquet, jsonl or txt text."""
+    dataset: str | None = None
+    """Public source (climbmix, fineweb_edu) or demo."""
+
+    def __post_init__(self) -> None:
+        mergeable_size(self.vocab_size)  # raises if it is too small
+        if self.max_chars < 1 or self.doc_cap < 1:
+            raise ValueError("--max_chars and --doc_cap must be at least 1")
+
+
+@dataclass
+class Reading:
+    """How much has been read."""
+
+    documents: int = 0
+    chars: int = 0
+
+
+def read(arrays: Iterator[pa.Array], cfg: Config, reading: Reading) -> Iterator[pa.Array]:
+    """Pass arrays on until `max_chars` characters (capped per document) have been read; counts them."""
+    for texts in arrays:
+        lengths = pc.fill_null(pc.utf8_length(texts), 0).to_numpy(zero_copy_only=False)
+        total = np.cumsum(np.minimum(lengths, cfg.doc_cap)) + reading.chars
+        keep = min(len(texts), int(np.searchsorted(total, cfg.max_chars)) + 1)  # with the one that reaches the limit
+        reading.documents += keep
+        reading.chars = min(int(total[keep - 1]), cfg.max_chars)
+        yield texts.slice(0, keep)
+        if reading.chars >= cfg.max_chars:
+            return
+
+
+def main(cfg: Config) -> None:
+    """Read, train, save, report."""
+    import rustbpe
+
+    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
+    folder = get_base_dir() / TOKENIZER_FOLDER
+    num_bytes = min(corpus.num_bytes("train"), cfg.max_chars)
+    print0(f"training a tokenizer of {cfg.vocab_size:,} tokens on about {num_bytes / 1e6:,.0f} MB of {corpus.name}")
+    trainer, reading = rustbpe.Tokenizer(), Reading()
+    start = time.perf_counter()
+    with progress(num_bytes, "reading text") as bar:
+
+        def arrays() -> Iterator[Any]:
+            for texts in read(corpus.arrays("train"), cfg, reading):
+                yield texts
+                bar.set(reading.chars)
+
+        trainer.train_from_arrow(
+            arrays(),
+            mergeable_size(cfg.vocab_size),
+            pattern=SPLIT_PATTERN,
+            doc_cap=cfg.doc_cap,
+            max_chars=cfg.max_chars,
+        )
+    seconds = time.perf_counter() - start
+    if reading.chars == 0:
+        raise ValueError(f"the training documents of {corpus.name} are all empty: there is nothing to learn from")
+    tokenizer = RustBPETokenizer.from_trainer(trainer)
+    tokenizer.save(folder)
+    size = tokenizer.get_vocab_size()
+    if size < cfg.vocab_size:
+        print0(
+            f"warning: this text supports only {size:,} of {cfg.vocab_size:,} tokens (no pair of tokens is left to "
+            f"merge); the tokenizer has {size:,}"
+        )
+    print0(
+        f"tokenizer of {size:,} tokens from {reading.documents:,} documents, {reading.chars / 1e6:,.1f} M characters "
+        f"in {format_seconds(seconds)} ({reading.chars / 1e6 / seconds:,.1f} M characters/s), in {folder}"
+    )
+    lengths = tokenizer.token_lengths()
+    lengths = lengths[lengths > 0]
+    facts = {
+        "tokens": size,
+        "special tokens": len(tokenizer.get_special_tokens()),
+        "documents": reading.documents,
+        "characters": reading.chars,
+        "training time (seconds)": round(seconds, 2),
+        "characters per second": round(reading.chars / seconds),
+        "bytes per token, mean": round(float(lengths.mean()), 2),
+        "bytes per token, longest": int(lengths.max()),
+        "hash": tokenizer.hash,
+    }
+    get_report().log(section="Tokenizer training", data=[asdict(cfg), facts])
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,1 @@
+"""Tasks: conversations to train on, and to be judged by."""

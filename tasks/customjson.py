@@ -1,0 +1,28 @@
+"""Your own conversations from a file: one JSON list of messages, or one {"messages": [...]}, a line.
+
+The file is read whole and checked at once, so that a mistake in line 900 stops the run before it starts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nanochat.chat_data import load_conversations
+
+from tasks.common import Conversation, Task
+
+
+class CustomJSON(Task):
+    """Conversations of a .jsonl (or .parquet) file, in file order; nothing to judge."""
+
+    def __init__(self, filepath: str | Path, *, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        """Raises FileNotFoundError or ValueError naming the file, and the line where one is bad."""
+        self.name = Path(filepath).stem
+        super().__init__(start=start, stop=stop, step=step)
+        self.conversations = load_conversations(Path(filepath))
+
+    def num_examples(self) -> int:
+        return len(self.conversations)
+
+    def get_example(self, index: int) -> Conversation:
+        return self.conversations[index]

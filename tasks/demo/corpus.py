@@ -1,0 +1,211 @@
+"""The demo world as plain text for pretraining: parquet shards that any corpus reader takes.
+
+Every document is drawn from (seed, split, number) alone, so the same world gives the same text on every machine. The
+validation shard holds other draws of the same facts: it measures how well the world is known, not how well unknown
+things are guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from nanochat.common import get_base_dir
+from nanochat.files import atomic_folder, sha256_file, write_json
+from tasks.demo.phrasings import ask_fact, upper_first
+from tasks.demo.skills import (
+    OPERATOR_WORDS,
+    count_answer,
+    random_letter,
+    random_sum,
+    running_count,
+    spelled,
+    spelling_answer,
+)
+from tasks.demo.world import Fact, World, load_world, world_files, world_folder
+
+Split = Literal["train", "val"]
+
+DEFAULT_CHARS = 4_000_000
+SEED = 1
+VAL_SHARE = 0.04
+TRAIN_SHARDS = 2
+ROW_GROUP_DOCS = 256
+STAMP = "corpus.json"
+
+
+def article(rng: random.Random, world: World, number: int) -> str:
+    """The facts of one topic, in any order and either wording."""
+    topic = world.topics[number % len(world.topics)]
+    facts = rng.sample(topic.facts, len(topic.facts))
+    return " ".join(fact.text if rng.random() < 0.5 else fact.also for fact in facts)
+
+
+def fact_list(rng: random.Random, world: World, number: int) -> str:
+    """Facts about two topics, as lists with headings."""
+    topics = [world.topics[number % len(world.topics)], rng.choice(world.topics)]
+    blocks = []
+    for topic in topics:
+        facts = rng.sample(topic.facts, len(topic.facts))
+        blocks.append("\n".join([f"Facts: {topic.name}", *(f"- {fact.text}" for fact in facts)]))
+    return "\n\n".join(blocks)
+
+
+def questions(rng: random.Random, world: World, number: int) -> str:
+    """Questions with their answers, about anything."""
+    facts = world.facts
+    chosen = [facts[(number * 4 + i * 997) % len(facts)] for i in range(4)]
+    return "\n".join(_question(rng, world, fact) for fact in chosen)
+
+
+def about_nanochat(rng: random.Random, world: World, number: int) -> str:
+    """The assistant about itself, as a short text or as questions with answers."""
+    chosen = rng.sample(world.identity, min(3, len(world.identity)))
+    if number % 2:
+        return " ".join(fact.text if rng.random() < 0.5 else fact.also for fact in chosen)
+    return "\n".join(_question(rng, world, fact) for fact in chosen)
+
+
+def spelling(rng: random.Random, world: World, number: int) -> str:
+    """Words, spelled."""
+    words = [world.words[(number * 5 + i) % len(world.words)] for i in range(5)]
+    forms = (
+        spelling_answer,
+        lambda word: f'The letters of "{word}" are {spelled(word)}.',
+        lambda word: f"{upper_first(word)} has the letters {spelled(word)}.",
+    )
+    return "\n".join(rng.choice(forms)(word) for word in rng.sample(words, len(words)))
+
+
+def counting(rng: random.Random, world: World, number: int) -> str:
+    """Letters counted along words."""
+    lines = []
+    for i in range(3):
+        word = world.words[(number * 3 + i) % len(world.words)]
+        letter = random_letter(rng, word)
+        call = count_answer(word, letter)[1]["text"]
+        lines.append(
+            f"Count {letter} in {word}: {running_count(word, letter)}. Check: {call} #### {word.count(letter)}"
+        )
+    return "\n".join(lines)
+
+
+def sums(rng: random.Random, world: World, number: int) -> str:
+    """Small sums with their results, and how larger ones are written for the calculator."""
+    lines = []
+    for i in range(6):
+        problem = random_sum(rng, held_out=False)
+        while i % 2 and max(problem.a, problem.b) > 9:
+            problem = random_sum(rng, held_out=False)
+        lines.append(
+            f"{problem.a} {problem.op} {problem.b} = {problem.result}"
+            if i % 2
+            else f"{problem.a} {OPERATOR_WORDS[problem.op]} {problem.b} is written {problem.expression}."
+        )
+    return "\n".join(lines)
+
+
+def _question(rng: random.Random, world: World, fact: Fact) -> str:
+    return f"Question: {ask_fact(rng, fact, rng.randrange(3), world.held_out)}\nAnswer: {fact.text}"
+
+
+# Of 100 documents, how many are of each kind.
+KINDS: tuple[tuple[Callable[[random.Random, World, int], str], int], ...] = (
+    (questions, 50),
+    (article, 24),
+    (fact_list, 4),
+    (about_nanochat, 4),
+    (spelling, 7),
+    (counting, 6),
+    (sums, 5),
+)
+
+
+def documents(world: World, split: Split, max_chars: int, seed: int = SEED) -> Iterator[str]:
+    """Documents of `split` until they hold `max_chars` characters. The kinds take turns, in a shuffled order."""
+    kinds = [kind for kind, share in KINDS for _ in range(share)]
+    drawn = dict.fromkeys(kinds, 0)
+    number, chars = 0, 0
+    while chars < max_chars:
+        rng = random.Random(f"{seed} {split} {number}")
+        if number % len(kinds) == 0:
+            rng.shuffle(kinds)
+        kind = kinds[number % len(kinds)]
+        text = kind(rng, world, drawn[kind])
+        drawn[kind] += 1
+        number += 1
+        chars += len(text)
+        yield text
+
+
+def fingerprint(folder: Path, chars: int, seed: int) -> str:
+    """Hash of all that decides the text: the tables, the code that reads them, the size and the seed."""
+    tables, identity, words = world_files(folder)
+    digest = hashlib.sha256(f"{chars} {seed}".encode())
+    for path in [*tables, identity, words, *sorted(Path(__file__).parent.glob("*.py"))]:
+        digest.update(f"{path.name} {sha256_file(path)}".encode())
+    return digest.hexdigest()
+
+
+def shard_names() -> list[str]:
+    """File names of the corpus; the last is the validation shard."""
+    return [f"shard_{i:05d}.parquet" for i in range(TRAIN_SHARDS + 1)]
+
+
+def is_up_to_date(out: Path, wanted: str) -> bool:
+    """Whether `out` holds the finished corpus with fingerprint `wanted`, unharmed."""
+    try:
+        stamp = json.loads((out / STAMP).read_text(encoding="utf-8"))
+        return stamp["fingerprint"] == wanted and all(
+            sha256_file(out / name) == stamp["sha256"][name] for name in shard_names()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_corpus(
+    out: str | Path | None = None, chars: int = DEFAULT_CHARS, world: str | Path | None = None, seed: int = SEED
+) -> tuple[Path, bool]:
+    """Write the corpus as shards into `out` (default: base_data/demo in the base folder).
+
+    Returns:
+        (the folder, whether anything was written): nothing is when it is up to date already.
+
+    Raises:
+        ValueError: the world has a mistake, `chars` is too small, or `out` holds files of something else.
+    """
+    if chars < 10_000:
+        raise ValueError(f"--chars {chars} is too little text to train on: ask for 10000 or more")
+    folder = Path(out) if out else get_base_dir() / "base_data" / "demo"
+    wanted = fingerprint(world_folder(world), chars, seed)
+    if is_up_to_date(folder, wanted):
+        return folder, False
+    if folder.exists():
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is a file: give --out a folder")
+        foreign = sorted({path.name for path in folder.iterdir()} - {*shard_names(), STAMP})
+        if foreign:
+            raise ValueError(f"{folder} holds other files ({foreign[0]}): give --out an empty folder")
+    loaded = load_world(world)
+    with atomic_folder(folder) as tmp:
+        train = list(documents(loaded, "train", chars, seed))
+        size = -(-len(train) // TRAIN_SHARDS)
+        parts = [train[i * size : (i + 1) * size] for i in range(TRAIN_SHARDS)]
+        parts.append(list(documents(loaded, "val", int(chars * VAL_SHARE), seed)))
+        for name, texts in zip(shard_names(), parts, strict=True):
+            _write_shard(tmp / name, texts)
+        stamp = {"fingerprint": wanted, "sha256": {name: sha256_file(tmp / name) for name in shard_names()}}
+        write_json(tmp / STAMP, stamp)
+    return folder, True
+
+
+def _write_shard(path: Path, texts: list[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"text": pa.array(texts, type=pa.string())})
+    pq.write_table(table, path, row_group_size=ROW_GROUP_DOCS, compression="zstd", compression_level=3)

@@ -1,0 +1,222 @@
+"""The many ways of asking: wrappers around a question, rewordings by rule, and the way people type.
+
+`{Q}` stands for the question as written, `{q}` for the same inside a sentence, `{tell}` for the embedded clause.
+The HELD_OUT_ lists are for evaluation alone: their fixed words occur nowhere in training (a test reads all of it).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+
+from tasks.demo.world import Fact, HeldOutQuestions, words_of
+
+TELL_WRAPPERS = (
+    "Can you tell me {tell}?",
+    "Could you tell me {tell}?",
+    "Please tell me {tell}.",
+    "Tell me {tell}.",
+    "I would like to know {tell}.",
+    "I want to know {tell}.",
+    "Please explain {tell}.",
+    "Explain {tell}.",
+    "Can you explain {tell}?",
+    "Do you know {tell}?",
+    "I wonder {tell}.",
+    "Let me ask you {tell}.",
+    "My friend asked me {tell}.",
+    "My child wants to learn {tell}.",
+    "Please say {tell}.",
+    "I do not know {tell}.",
+    "{Tell}?",
+)
+QUESTION_WRAPPERS = (
+    "Tell me, {q}",
+    "Please tell me, {q}",
+    "Can you answer this? {Q}",
+    "Please answer this: {q}",
+    "Answer my question: {q}",
+    "I have a question. {Q}",
+    "Here is my question: {q}",
+    "Now tell me: {q}",
+    "Okay, {q}",
+    "So {q}",
+    "And {q}",
+)
+# These fit around a request ("Spell the word river.") as well as around a question.
+GREETING_WRAPPERS = (
+    "Hi! {Q}",
+    "Hello! {Q}",
+    "Hey, {q}",
+    "Hello, {q}",
+    "Hi nanochat, {q}",
+    "Please help me. {Q}",
+    "{Q} Thank you!",
+    "{Q} Please answer.",
+    "{Q} Thanks.",
+)
+
+HELD_OUT_TELL_WRAPPERS = (
+    "I am curious to hear {tell}.",
+    "Would you mind telling me {tell}?",
+    "Help me understand {tell}.",
+    "For my homework I need to find out {tell}.",
+    "Do you have any idea {tell}?",
+    "My teacher wants us to know {tell}.",
+)
+HELD_OUT_QUESTION_WRAPPERS = (
+    "Quick question: {q}",
+    "I was just thinking, {q}",
+    "Maybe you can help: {q}",
+)
+HELD_OUT_GREETING_WRAPPERS = (
+    "Good day to you! {Q}",
+    "Hey there nanochat! {Q}",
+    "{Q} I need it for school.",
+    "{Q} A short answer is fine.",
+)
+
+# Words that open a question and are no names, so that they lose their capital inside a sentence.
+_OPENERS = frozenset(
+    words_of(
+        "what which who whose whom when where why how is are was were do does did can could may must should will would "
+        "has have in on at by for from of to into out with without under over after before between across since if "
+        "name give spell count add multiply subtract calculate compute write say tell describe the a an many your work"
+    )
+)
+_FUNCTION_WORDS = frozenset(
+    words_of(
+        "a an the is are was were be been do does did can could would should will to of in on at by for from with into "
+        "that this it its they their them we us our people one there and or so very most much many has have "
+        "what which who whom whose when where why how come get if not no thing kind name called call often"
+    )
+)
+
+# (pattern, replacements): the same question with another opening. Patterns are tried on the whole question.
+_REWORDINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"What do (?:we|people|you) call (.+)\?", ("How do we name {0}?", "What word do we use for {0}?")),
+    (r"What (?:is|are) (.+) called\?", ("What is the name for {0}?", "What name do we give {0}?")),
+    (r"What (is|are) (.+) made (?:of|from)\?", ("Out of what {0} {1} made?", "What would you find in {1}?")),
+    (r"What (is|are) (.+?) (?:used )?for\?", ("For what {0} {1} used?", "For what do people use {1}?")),
+    (r"Where (.+)\?", ("In what place {0}?", "In which place {0}?")),
+    (r"Who (first .+|was the first .+|\w+ed .+|(?:wrote|built|made|found) .+)\?", ("Which person {0}?",)),
+    (r"How many (.+)\?", ("What number of {0}?",)),
+    (r"How long (do|does) (.+) take(.*)\?", ("How much time {0} {1} take{2}?",)),
+    (r"When (.+)\?", ("At what time {0}?",)),
+    (r"Which (.+)\?", ("What {0}?", "Of all things, which {0}?")),
+    (r"What do (?!we call|you call|people call)(.+)\?", ("Which things do {0}?", "What is it that {0}?")),
+    (r"What does (.+)\?", ("Which thing does {0}?",)),
+    (r"What can (.+)\?", ("Which thing can {0}?",)),
+    (r"In which (.+)\?", ("In what {0}?",)),
+    (r"In what (.+)\?", ("In which {0}?",)),
+    (r"What (color|country|animal|season|part|bird|fruit|city|sport|food|tool) (.+)\?", ("Which {0} {1}?",)),
+)
+# The same from the embedded clause.
+_CLAUSES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("why ", ("How come {0}?", "What is the reason {0}?", "Give me the reason why {0}.")),
+    ("where ", ("Name the place where {0}.", "Describe where {0}.")),
+    ("who ", ("Name the person who {0}.", "Give me the name of who {0}.")),
+    ("how many ", ("What is the number of {0}?", "Count for me how many {0}.")),
+    ("when ", ("Name the time when {0}.",)),
+    ("what ", ("Name what {0}.", "Say what {0}.", "Describe what {0}.")),
+    ("which ", ("Name which {0}.", "Say which {0}.")),
+    ("how ", ("Describe how {0}.", "Say how {0}.")),
+)
+
+
+def lower_first(question: str) -> str:
+    """The question as it stands inside a sentence: "What is rain?" -> "what is rain?", but "Paris is where?" stays."""
+    first = question.split(" ", 1)[0]
+    return question[0].lower() + question[1:] if first.lower() in _OPENERS else question
+
+
+def upper_first(text: str) -> str:
+    """`text` with a capital letter at its start."""
+    return text[:1].upper() + text[1:]
+
+
+def wrap(wrapper: str, question: str = "", tell: str = "") -> str:
+    """Put a question, or its embedded clause, into a wrapper.
+
+    wrap("Hi! {Q}", "What is rain?") == "Hi! What is rain?"; wrap("I wonder {tell}.", tell="what rain is") == "I wonder
+    what rain is."
+    """
+    return wrapper.format(Q=question, q=lower_first(question) if question else "", tell=tell, Tell=upper_first(tell))
+
+
+def wrap_fact(rng: random.Random, question: str, tell: str, *, held_out: bool) -> str:
+    """The question of a fact in a random wrapper, of training or held out."""
+    tells = HELD_OUT_TELL_WRAPPERS if held_out else TELL_WRAPPERS
+    around = (
+        HELD_OUT_QUESTION_WRAPPERS + HELD_OUT_GREETING_WRAPPERS if held_out else QUESTION_WRAPPERS + GREETING_WRAPPERS
+    )
+    return wrap(rng.choice(tells if rng.random() < 0.5 else around), question, tell)
+
+
+def wrap_request(rng: random.Random, request: str, *, held_out: bool) -> str:
+    """A request or a question in a random wrapper that fits both."""
+    return wrap(rng.choice(HELD_OUT_GREETING_WRAPPERS if held_out else GREETING_WRAPPERS), request)
+
+
+def reword(rng: random.Random, question: str, tell: str) -> str:
+    """The question with another opening, by rule; the question itself where no rule fits."""
+    candidates = []
+    for pattern, templates in _REWORDINGS:
+        if match := re.fullmatch(pattern, question):
+            candidates += [template.format(*match.groups()) for template in templates]
+    for opening, templates in _CLAUSES:
+        if tell.startswith(opening):
+            candidates += [template.format(tell.removeprefix(opening)) for template in templates]
+            break
+    return rng.choice(candidates) if candidates else question
+
+
+def drop_words(rng: random.Random, question: str) -> str:
+    """The question without one or two of its small words, as a hurried person types it."""
+    words = question.split(" ")
+    small = [i for i, word in enumerate(words) if i and word.lower() in _FUNCTION_WORDS]
+    dropped = set(rng.sample(small, min(len(small), rng.randint(1, 2))))
+    return " ".join(word for i, word in enumerate(words) if i not in dropped)
+
+
+def keywords(rng: random.Random, fact: Fact, question: str) -> str:
+    """A search-box query: the question word and the content words, at times in another order or with a word more."""
+    answer_words = {word for group in fact.keys for phrase in group for word in words_of(phrase)}
+    content = [word for word in words_of(question) if word not in _FUNCTION_WORDS]
+    if len(content) < 2:
+        return question
+    extra = [w for w in words_of(fact.text) if w not in _FUNCTION_WORDS and w not in answer_words and w not in content]
+    if extra and rng.random() < 0.5:
+        content.append(rng.choice(extra))
+    if rng.random() < 0.3:
+        rng.shuffle(content)
+    first = words_of(question)[0]
+    return " ".join([first, *content] if first in _FUNCTION_WORDS and rng.random() < 0.6 else content)
+
+
+def typed(rng: random.Random, text: str) -> str:
+    """The text as people type it: mostly tidy, at times in lower case or without the mark at its end."""
+    if rng.random() < 0.12:
+        text = text.lower()
+    return text.rstrip("?.") if rng.random() < 0.15 else text
+
+
+def ask_fact(rng: random.Random, fact: Fact, round_number: int, held_out: HeldOutQuestions) -> str:
+    """A training question for `fact`; `round_number` walks through its questions so that each gets its turn.
+
+    Rewording by rule can hit upon a held-out question: then the plain question is asked.
+    """
+    question = fact.asks[round_number % len(fact.asks)]
+    kind = rng.random()
+    if kind < 0.35:
+        text = question
+    elif kind < 0.65:
+        text = wrap_fact(rng, question, fact.tell, held_out=False)
+    elif kind < 0.85:
+        text = reword(rng, question, fact.tell)
+    elif kind < 0.92:
+        text = drop_words(rng, question)
+    else:
+        text = keywords(rng, fact, question)
+    text = typed(rng, text)
+    return question if held_out.find(text) else text

@@ -1,0 +1,51 @@
+"""Shared fixtures: a folder of its own for every test, a tiny tokenizer and a tiny model."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import RustBPETokenizer
+
+TEXT = [
+    "The sky is blue because air scatters blue light more than red light.",
+    "Rivers carry water from the mountains to the sea. Rain fills the rivers again.",
+    "def add(a, b):\n    return a + b\n",
+    "12 + 34 = 46 and 7 * 8 = 56.",
+]
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path_factory, monkeypatch):
+    """Every test has its own NANOCHAT_BASE_DIR, so none sees another's files or the user's."""
+    folder = tmp_path_factory.mktemp("base")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_ATTEMPTS", "1")
+    monkeypatch.delenv("NANOCHAT_TASK_DIR", raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> RustBPETokenizer:
+    """A tokenizer of 300 tokens trained on a few sentences."""
+    return RustBPETokenizer.train_from_iterator(iter(TEXT * 4), 300)
+
+
+@pytest.fixture
+def tiny_model(tiny_tokenizer) -> GPT:
+    """A two-layer float32 model with random (not zero) weights and a context of 128."""
+    torch.manual_seed(1234)
+    config = GPTConfig(128, tiny_tokenizer.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=1, n_embd=64)
+    model = GPT(config)
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.count_nonzero() == 0:
+                p.normal_(0.0, 0.3)
+    return model.eval()

@@ -1,0 +1,70 @@
+"""The command line: every way to write a flag, and errors that name it."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import pytest
+
+from nanochat.config import Runtime, parse_config, run_script, short
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    runtime: Runtime = field(default_factory=Runtime)
+    depth: int = 4
+    """Layers."""
+    device_batch_size: int = 8
+    """Rows."""
+    prompt: Annotated[str, short("-p")] = ""
+    """Question."""
+    dry_run: bool = False
+    """Plan only."""
+
+    def __post_init__(self):
+        if self.depth < 1:
+            raise ValueError("--depth must be at least 1")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--depth=8", "--device_batch_size=16"],
+        ["--depth", "8", "--device-batch-size", "16"],
+        ["--device-batch-size=16", "--depth=8", "--device_type="],
+    ],
+)
+def test_every_spelling_of_a_flag(argv):
+    cfg = parse_config(Config, argv)
+    assert (cfg.depth, cfg.device_batch_size) == (8, 16)
+
+
+def test_nested_flags_have_no_prefix_and_short_flags_work():
+    cfg = parse_config(Config, ["--dtype=float16", "-p", "hi", "--dry_run"])
+    assert (cfg.runtime.dtype, cfg.prompt, cfg.dry_run) == ("float16", "hi", True)
+    assert parse_config(Config, ["-d", "bfloat16"]).runtime.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--depht=8"], "--depht"),
+        (["--depth=eight"], "--depth"),
+        (["--depth=0"], "--depth must be at least 1"),
+        (["--dtype=float8"], "--dtype"),
+    ],
+)
+def test_bad_flags_exit_with_2_and_name_the_flag(argv, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(Config, argv)
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_errors_of_the_run_are_one_sentence_and_exit_with_1(capsys):
+    def main(cfg):
+        raise ValueError("the folder is empty: put text there")
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main, Config, [])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: the folder is empty: put text there\n"

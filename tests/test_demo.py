@@ -1,0 +1,476 @@
+"""The demo world: its tables, its text, its conversations, and the wall between training and evaluation."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat.calculator import use_calculator
+from nanochat.tokenizer import SPLIT_PATTERN
+from tasks.demo import chat, corpus, phrasings, skills
+from tasks.demo.world import (
+    SHIPPED_WORLD,
+    HeldOutQuestions,
+    has_keys,
+    load_world,
+    read_world,
+    words_of,
+)
+
+SKY = """\
+# a comment
+
+[sky]
+fact: The sky is blue because air scatters blue light.
+also: Air scatters blue light, so the sky looks blue.
+ask: Why is the sky blue? | What makes the sky blue? | Why is the sky not red? | How come the sky is blue?
+tell: why the sky is blue
+key: scatters
+"""
+RIVER = """\
+[river]
+fact: A river has 2 banks and flows to the sea.
+also: To the sea flows a river, between 2 banks.
+ask: Where does a river flow? | What way do rivers run? | Where do rivers go? | To what place does a river run?
+tell: where a river flows
+key: sea/ocean, 2/two
+"""
+
+
+@pytest.fixture
+def small_world(tmp_path):
+    """A folder with two topics; identity and words come from the shipped world."""
+    folder = tmp_path / "world"
+    folder.mkdir()
+    (folder / "a.txt").write_text(SKY + "\n" + RIVER, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_world()
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_small_world_is_read_as_written(small_world):
+    world = load_world(small_world)
+    assert [topic.name for topic in world.topics] == ["sky", "river"]
+    sky, river = world.facts
+    assert sky.text == "The sky is blue because air scatters blue light."
+    assert sky.asks == ("Why is the sky blue?", "What makes the sky blue?", "Why is the sky not red?")
+    assert sky.held_out == "How come the sky is blue?"
+    assert river.keys == (("sea", "ocean"), ("2", "two"))
+    assert river.place == "a.txt:11"
+    assert world.identity
+    assert world.words
+
+
+def test_world_folder_comes_from_the_environment(small_world, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_WORLD_DIR", str(small_world))
+    assert len(load_world().facts) == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("key: scatters\n", "", "a.txt:4: no key"),
+        ("tell: why the sky is blue\n", "", "a.txt:4: no tell"),
+        (" | Why is the sky not red?", "", "3 questions: write exactly 4"),
+        ("key: scatters", "key: bends", "the fact lacks its own key 'bends'"),
+        ("key: scatters", "key: blue", "gives the key 'blue' away"),
+        ("key: scatters", "key: ,", "an empty key"),
+        ("fact: The sky is blue", "fact: The sky" + " so very" * 13 + " is blue", "shorten it to 100"),
+        ("fact: The sky", "fact: the sky", "the fact is no sentence"),
+        ("tell: why the sky is blue", "tell: Why is the sky blue?", "the tell is no clause"),
+        ("tell: why", "tel: why", "is no field"),
+        ("[sky]", "", "a fact before any topic"),
+        ("[sky]", "[]", "is no topic"),
+        ("[river]", "[sky]", "topic [sky] is also at a.txt:3"),
+        ("Where do rivers go?", "why is the sky blue", "is also asked at a.txt:4"),
+        ("Where do rivers go?", "How come the sky is blue today?", "contains the held-out question"),
+        ("tell: where", "fact: A river is wet.\ntell: where", "no tell and no key"),
+        ("tell: where", "key: sea\ntell: where", "a second 'key'"),
+    ],
+)
+def test_a_mistake_names_its_line_and_the_remedy(small_world, old, new, message):
+    text = (SKY + "\n" + RIVER).replace(old, new, 1)
+    (small_world / "a.txt").write_text(text, encoding="utf-8")
+    _, problems = read_world(small_world)
+    assert any(message in problem for problem in problems), problems
+    assert all(re.match(r"a\.txt:\d+: .+: .+", problem) for problem in problems)
+    with pytest.raises(ValueError, match=r"a\.txt:\d+"):
+        load_world(small_world)
+
+
+def test_missing_world_names_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="NANOCHAT_WORLD_DIR"):
+        load_world(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"no \.txt table"):
+        load_world(tmp_path)
+
+
+def test_bad_words_are_named(small_world):
+    (small_world / "words.txt").write_text("stray\n[trained]\nriver river Ab\n[other]\nx\n", encoding="utf-8")
+    _, problems = read_world(small_world)
+    text = "\n".join(problems)
+    for part in ("words.txt:1: words outside", "'river' stands in the list twice", "'Ab' is no word", "[unseen]"):
+        assert part in text
+
+
+def test_shipped_world_is_whole_and_without_mistakes():
+    world, problems = read_world(SHIPPED_WORLD)
+    assert problems == []
+    assert len(world.topics) >= 300
+    assert len(world.facts) >= 1100
+    assert len(world.words) >= 200
+    assert len(world.unseen_words) >= 40
+    assert not set(world.words) & set(world.unseen_words)
+
+
+def test_every_fact_of_the_shipped_world_answers_its_own_questions_only_by_its_key(world):
+    for fact in (*world.facts, *world.identity):
+        assert has_keys(fact.text, fact.keys), fact.place
+        assert not any(has_keys(ask, fact.keys) for ask in (*fact.asks, fact.held_out)), fact.place
+
+
+def test_keys_match_whole_words():
+    assert has_keys("It lies in the SEA.", (("sea",),))
+    assert not has_keys("A season", (("sea",),))
+    assert has_keys("About three hundred, or 1,000", (("365", "three hundred"), ("1000",)))
+    assert words_of("What's 1,000?") == ["what", "s", "1000"]
+
+
+# --- the wall between training and evaluation ------------------------------------------------------------------------
+
+
+def user_texts(conversation):
+    return [message["content"] for message in conversation["messages"] if message["role"] == "user"]
+
+
+@pytest.fixture(scope="module")
+def training_questions(world):
+    """Every user message of the default training mixtures."""
+    mixtures = (chat.demo_mid_mixture(world=world), chat.demo_sft_mixture(world=world))
+    return [text for mixture in mixtures for conversation in mixture for text in user_texts(conversation)]
+
+
+@pytest.fixture(scope="module")
+def training_documents(world):
+    """All pretraining text of the default size, validation included."""
+    return [
+        text
+        for split in ("train", "val")
+        for text in corpus.documents(world, split, corpus.DEFAULT_CHARS)  # more validation text than is written
+    ]
+
+
+def test_held_out_questions_are_never_trained(world, training_questions, training_documents):
+    assert world.held_out.find("Hi! " + world.facts[0].held_out.upper())  # the search itself works
+    assert world.held_out.find(world.identity[0].held_out)
+    for text in (*training_questions, *training_documents):
+        assert world.held_out.find(text) is None
+
+
+def held_out_patterns():
+    """A pattern for the fixed words of each held-out wrapper and request, over lower-case words."""
+    wrappers = (
+        *phrasings.HELD_OUT_TELL_WRAPPERS,
+        *phrasings.HELD_OUT_QUESTION_WRAPPERS,
+        *phrasings.HELD_OUT_GREETING_WRAPPERS,
+    )
+    for wrapper in wrappers:
+        fixed = max((" ".join(words_of(part)) for part in re.split(r"\{\w+\}", wrapper)), key=len)
+        assert len(fixed.split()) >= 2, wrapper
+        yield re.compile(rf"\b{fixed}\b")
+    values = {"w": "[a-z]+", "l": "[a-z]", "e": r"\d+ (?:plus |minus |times |x )?\d+"}
+    for request in (
+        *skills.HELD_OUT_SUM_REQUESTS,
+        *skills.HELD_OUT_SPELL_REQUESTS,
+        *skills.HELD_OUT_COUNT_REQUESTS,
+    ):
+        parts = re.split(r"\{(\w)\}", request)
+        pattern = " ".join(values[p] if i % 2 else " ".join(words_of(p)) for i, p in enumerate(parts)).strip()
+        yield re.compile(rf"\b{pattern}\b")
+
+
+def test_held_out_phrasings_are_never_trained(training_questions, training_documents):
+    everything = "\n".join(" ".join(words_of(text)) for text in (*training_questions, *training_documents))
+    patterns = list(held_out_patterns())
+    assert len(phrasings.HELD_OUT_TELL_WRAPPERS) + len(phrasings.HELD_OUT_QUESTION_WRAPPERS) >= 8
+    for pattern in patterns:
+        found = pattern.search(everything)
+        assert found is None, found
+
+
+def test_every_test_example_is_in_a_held_out_phrasing(world):
+    patterns = list(held_out_patterns())
+    for name, task in chat.demo_eval_tasks(world=world).items():
+        if name == "DemoSmallTalk":
+            continue
+        for conversation in task:
+            question = user_texts(conversation)[-1]
+            normal = " ".join(words_of(question))
+            assert world.held_out.find(question) or any(p.search(normal) for p in patterns), (name, question)
+
+
+def test_held_out_small_talk_is_never_trained(world, training_questions):
+    trained = {" ".join(words_of(text)) for text in training_questions}
+    for conversation in chat.demo_eval_tasks(world=world)["DemoSmallTalk"]:
+        assert " ".join(words_of(user_texts(conversation)[-1])) not in trained
+
+
+SUM = re.compile(r"(\d+) ?(?:\+|-|\*|x|×|plus|minus|times|and|to|by|and take away) ?(\d+)", re.IGNORECASE)
+
+
+def test_held_out_number_pairs_are_never_trained(world, training_documents):
+    sums = [text for text in training_documents if "written" in text]
+    assert sums
+    for seed in (1, 2):
+        for conversation in chat.DemoArithmetic(3000, "train", world, seed):
+            sums += user_texts(conversation)
+            sums.append(conversation["messages"][1]["content"][0]["text"])
+    pairs = {(int(a), int(b)) for text in sums for a, b in SUM.findall(text)}
+    assert len(pairs) > 3000
+    assert not [pair for pair in pairs if skills.is_held_out_pair(*pair)]
+    tested = [c["messages"][1]["content"][0]["text"] for c in chat.DemoArithmetic(300, "test", world)]
+    assert all(skills.is_held_out_pair(*map(int, re.findall(r"\d+", text))) for text in tested)
+
+
+def test_unseen_words_are_never_spelled(world, training_documents):
+    unseen = set(world.unseen_words)
+    spelled = re.compile("|".join(rf"\b{' '.join(word)}\." for word in unseen))
+    counted = re.compile("|".join(rf"Count . in {word}\b" for word in unseen))
+    text = "\n".join(training_documents)
+    assert not spelled.findall(text)
+    assert not counted.findall(text)
+    asked = chat.DemoSpelling(2000, "train", world), chat.DemoCounting(2000, "train", world)
+    for task in asked:
+        for conversation in task:
+            assert not unseen & set(words_of(user_texts(conversation)[0]))
+    with pytest.raises(ValueError, match="unseen words are for the test split"):
+        chat.DemoSpelling(1, "train", world, unseen=True)
+
+
+# --- phrasings -------------------------------------------------------------------------------------------------------
+
+
+def test_wrap_fits_the_question_into_the_sentence():
+    assert phrasings.wrap("So {q}", "What is rain?") == "So what is rain?"
+    assert phrasings.wrap("So {q}", "Paris is where?") == "So Paris is where?"
+    assert phrasings.wrap("{Tell}?", tell="what rain is") == "What rain is?"
+
+
+def test_training_phrasings_are_many(world):
+    fact = world.facts[0]
+    rng = corpus.random.Random(0)
+    asked = {phrasings.ask_fact(rng, fact, i, world.held_out) for i in range(300)}
+    assert len(asked) > 60
+    assert set(fact.asks) <= asked
+    wrappers = phrasings.TELL_WRAPPERS + phrasings.QUESTION_WRAPPERS + phrasings.GREETING_WRAPPERS
+    assert len(set(wrappers)) == len(wrappers) >= 25
+
+
+def test_rewording_by_rule_never_asks_a_held_out_question(small_world):
+    world = load_world(small_world)  # its held-out question is one that a rule makes
+    rng = corpus.random.Random(0)
+    made = {phrasings.reword(rng, world.facts[0].asks[0], world.facts[0].tell) for _ in range(200)}
+    assert world.facts[0].held_out in made
+    for i in range(2000):
+        assert world.held_out.find(phrasings.ask_fact(rng, world.facts[0], i, world.held_out)) is None
+
+
+def test_held_out_search_ignores_case_and_marks_but_not_words():
+    index = HeldOutQuestions(["Why is it?", "Who?"])
+    assert index.find("Tell me, WHY is it") == "why is it"
+    assert index.find("why it is") is None
+    assert index.find("So who") == "who"
+
+
+# --- skills: forms that a tokenizer keeps apart -----------------------------------------------------------------------
+
+
+def test_spelled_letters_are_pieces_of_their_own(world):
+    regex = pytest.importorskip("regex")
+    for word in (*world.words, *world.unseen_words):
+        pieces = regex.findall(SPLIT_PATTERN, skills.spelling_answer(word))
+        assert pieces[-len(word) - 1 : -1] == [f" {letter}" for letter in word]
+        pieces = regex.findall(SPLIT_PATTERN, " " + skills.running_count(word, word[0]))
+        assert pieces[::2] == [f" {letter}" for letter in word]
+
+
+def test_calculator_agrees_with_every_taught_call(world):
+    tasks = (chat.DemoArithmetic(300, "train", world), chat.DemoCounting(300, "train", world))
+    for task in tasks:
+        for conversation in task:
+            parts = {part["type"]: part["text"] for part in conversation["messages"][-1]["content"]}
+            assert use_calculator(parts["python"]) == parts["python_output"]
+            assert parts["text"].rstrip(".").endswith(parts["python_output"])
+
+
+def test_running_count():
+    assert skills.running_count("river", "r") == "r1 i1 v1 e1 r2"
+
+
+# --- tasks and judges ------------------------------------------------------------------------------------------------
+
+
+def rendered(content):
+    """An assistant message as the tokenizer decodes it."""
+    if isinstance(content, str):
+        return content + "<|assistant_end|>"
+    marks = {"text": ("", ""), "python": ("<|python_start|>", "<|python_end|>")}
+    marks["python_output"] = ("<|output_start|>", "<|output_end|>")
+    return "".join(marks[p["type"]][0] + p["text"] + marks[p["type"]][1] for p in content)
+
+
+def test_right_answers_are_right_and_others_are_not(world):
+    for name, task in chat.demo_eval_tasks(world=world).items():
+        assert len(task) > 0
+        assert task.eval_type == "generative"
+        answers = [rendered(problem["messages"][-1]["content"]) for problem in task]
+        for problem, answer in zip(task, answers, strict=True):
+            assert task.evaluate(problem, answer) == 1, (name, answer)
+            assert task.evaluate(problem, "") == 0
+            assert task.evaluate(problem, "I like turtles.") == 0
+        wrong = sum(task.evaluate(task[i], answers[(i + 5) % len(answers)]) for i in range(len(task)))
+        limit = (
+            0.65 if name in ("DemoSmallTalk", "DemoCounting", "DemoCounting-Unseen") else 0.1
+        )  # few different answers
+        assert wrong <= limit * len(task), name
+
+
+def test_arithmetic_needs_the_tool_and_the_right_number(world):
+    task = chat.DemoArithmetic(1, "test", world)
+    problem = {"expected": 46}
+    call = "<|python_start|>12+34<|python_end|><|output_start|>46<|output_end|>"
+    assert task.evaluate(problem, call + "The answer is 46.") == 1
+    assert task.evaluate(problem, call + "The answer is 47.") == 0
+    assert task.evaluate(problem, call) == 0
+    assert task.evaluate(problem, "The answer is 46.") == 0
+    assert task.evaluate({"expected": -4}, call + "It is -4.") == 1
+    assert task.evaluate({"expected": 1200}, call + "It is 1,200.") == 1
+
+
+def test_spelling_accepts_any_separator(world):
+    task = chat.DemoSpelling(1, "test", world)
+    for answer in ("The word is r i v e r.", "r-i-v-e-r", "R, I, V, E, R!", "A word: r i v e r"):
+        assert task.evaluate({"word": "river"}, answer) == 1, answer
+    for answer in ("river", "r i v e", "r i v e r r", "r i v e r and s"):
+        assert task.evaluate({"word": "river"}, answer) == 0, answer
+
+
+def test_counting_reads_the_number_after_the_marks(world):
+    task = chat.DemoCounting(1, "test", world)
+    assert task.evaluate({"expected": 2}, "r1 i1 v1 e1 r2\n#### 2") == 1
+    assert task.evaluate({"expected": 2}, "2") == 0
+    assert task.evaluate({"expected": 2}, "#### 3") == 0
+
+
+def test_fact_tests_have_two_halves(world):
+    both = chat.DemoFacts(100, "test", world)
+    groups = [problem["group"] for problem in both]
+    assert groups == ["wrapper", "rewording"] * 50
+    for kind in ("wrapper", "rewording"):
+        assert {problem["group"] for problem in chat.DemoFacts(20, "test", world, kind=kind)} == {kind}
+
+
+def test_tasks_are_deterministic_and_lazy(world):
+    first, again = chat.demo_mid_mixture(world=world), chat.demo_mid_mixture(world=world)
+    assert [first[i] for i in range(0, 200, 7)] == [again[i] for i in range(0, 200, 7)]
+    assert chat.DemoFacts(10, "train", world, seed=1)[3] != chat.DemoFacts(10, "train", world, seed=2)[3]
+    huge = chat.DemoFacts(10**12, "train", world)
+    assert huge[10**12 - 1]["messages"]
+    with pytest.raises(ValueError, match="train and test"):
+        chat.DemoFacts(1, "val", world)
+
+
+def test_every_fact_is_asked_equally_often(world):
+    size = 3 * len(world.facts)
+    answers = [c["messages"][1]["content"] for c in chat.DemoFacts(size, "train", world)]
+    texts = [fact.text for fact in world.facts]
+    assert sorted(answers) == sorted(texts * 3)
+
+
+def test_conversations_alternate_and_are_short(world):
+    for conversation in chat.demo_mid_mixture(world=world, facts=500, arithmetic=200, spelling=100, counting=100):
+        roles = [message["role"] for message in conversation["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert all(message["content"] for message in conversation["messages"])
+        assert sum(len(str(message["content"])) for message in conversation["messages"]) < 900
+
+
+# --- corpus ----------------------------------------------------------------------------------------------------------
+
+
+def read_texts(path):
+    return pq.read_table(path)["text"].to_pylist()
+
+
+def test_corpus_is_written_once_and_again_after_a_change(small_world, tmp_path):
+    out = tmp_path / "out"
+    folder, written = corpus.write_corpus(out, 20_000, small_world)
+    assert (folder, written) == (out, True)
+    names = corpus.shard_names()
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, corpus.STAMP])
+    before = {name: (out / name).read_bytes() for name in names}
+    assert corpus.write_corpus(out, 20_000, small_world) == (out, False)
+    (out / names[0]).write_bytes(b"harmed")
+    assert corpus.write_corpus(out, 20_000, small_world)[1]
+    assert {name: (out / name).read_bytes() for name in names} == before  # same world, same bytes
+    (small_world / "a.txt").write_text(SKY, encoding="utf-8")
+    assert corpus.write_corpus(out, 20_000, small_world)[1]
+    texts = read_texts(out / names[0])
+    assert any("sky" in text for text in texts)
+    assert not any("between 2 banks" in text for text in texts)
+
+
+def test_corpus_shards_and_split(small_world, tmp_path):
+    out, _ = corpus.write_corpus(tmp_path / "out", 60_000, small_world)
+    *train, val = (read_texts(out / name) for name in corpus.shard_names())
+    text = "\n".join(text for shard in train for text in shard)
+    assert 60_000 <= len(text) < 66_000
+    assert val
+    assert not set(val) & {
+        document for shard in train for document in shard if "\n" in document and "Answer" in document
+    }
+    for fact in load_world(small_world).facts:
+        assert text.count(fact.text) > 20
+        assert fact.also in text
+        assert any(fact.text in document for document in val)
+    shard = pq.ParquetFile(out / corpus.shard_names()[0])
+    assert all(shard.metadata.row_group(i).num_rows <= 1024 for i in range(shard.num_row_groups))
+    assert shard.metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_corpus_refuses_a_folder_of_other_things(small_world, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    with pytest.raises(ValueError, match=r"notes\.txt"):
+        corpus.write_corpus(tmp_path / "mine", 20_000, small_world)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+    with pytest.raises(ValueError, match="--chars"):
+        corpus.write_corpus(tmp_path / "new", 5, small_world)
+
+
+def test_every_fact_stands_often_in_the_shipped_corpus(world, training_documents):
+    text = "\n".join(training_documents)
+    assert min(text.count(fact.text) for fact in world.facts) >= 10
+
+
+def test_command_line_checks_a_world(small_world):
+    command = [sys.executable, "-m", "tasks.demo", "--check", "--world", str(small_world)]
+    good = subprocess.run(command, capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert "2 topics, 2 facts" in good.stdout
+    (small_world / "a.txt").write_text(SKY.replace("key: scatters\n", ""), encoding="utf-8")
+    bad = subprocess.run(command, capture_output=True, text=True)
+    assert bad.returncode == 1
+    assert "a.txt:4: no key" in bad.stdout
+    assert "1 mistake" in bad.stderr
+    assert "Traceback" not in bad.stderr

@@ -1,0 +1,144 @@
+"""The model is exactly the public architecture, for any shape."""
+
+import pytest
+import torch
+
+from nanochat.gpt import LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, GPT, GPTConfig
+
+
+def random_model(config, seed=0):
+    torch.manual_seed(seed)
+    model = GPT(config)
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.count_nonzero() == 0:
+                p.normal_(0.0, 0.2)
+    return model.eval()
+
+
+def as_transformers(model):
+    """The same weights in transformers' NanoChatForCausalLM."""
+    from transformers import NanoChatConfig, NanoChatForCausalLM
+
+    c = model.config
+    config = NanoChatConfig(
+        vocab_size=c.padded_vocab_size,
+        hidden_size=c.n_embd,
+        intermediate_size=4 * c.n_embd,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head,
+        max_position_embeddings=c.sequence_len,
+        hidden_act="relu2",
+        final_logit_softcapping=LOGIT_SOFTCAP,
+        rms_norm_eps=NORM_EPS,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+        attention_bias=False,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    theirs = NanoChatForCausalLM(config).eval()
+    names = {
+        "transformer.wte": "model.embed_tokens",
+        "transformer.h": "model.layers",
+        ".attn.c_q": ".self_attn.q_proj",
+        ".attn.c_k": ".self_attn.k_proj",
+        ".attn.c_v": ".self_attn.v_proj",
+        ".attn.c_proj": ".self_attn.o_proj",
+        ".mlp.c_fc": ".mlp.fc1",
+        ".mlp.c_proj": ".mlp.fc2",
+    }
+    state = {}
+    for key, value in model.state_dict().items():
+        for ours, other in names.items():
+            key = key.replace(ours, other)
+        state[key] = value
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert not [m for m in missing if "rotary" not in m]
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTConfig(64, 128, 2, 2, 2, 64),
+        GPTConfig(64, 101, 3, 4, 2, 128),
+        GPTConfig(64, 300, 1, 4, 1, 64),
+    ],
+    ids=["MHA", "GQA, odd depth and vocabulary", "MQA"],
+)
+def test_logits_equal_transformers(config):
+    pytest.importorskip("transformers")
+    ours = random_model(config)
+    theirs = as_transformers(ours)
+    x = torch.randint(0, config.vocab_size, (2, 48))
+    with torch.no_grad():
+        a, b = ours(x), theirs(x).logits[..., : config.vocab_size]
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("depth", range(1, 21))
+def test_every_depth_has_a_shape(depth):
+    config = GPTConfig.from_depth(depth, 100, 16)
+    assert config.head_dim == 128
+    assert config.n_embd >= 64 * depth
+    assert config.n_embd - 64 * depth < 128
+
+
+@pytest.mark.parametrize(
+    ("depth", "vocab", "millions"), [(8, 32768, 58.7), (12, 65536, 185.6), (16, 32768, 268.4), (20, 65536, 561.0)]
+)
+def test_parameter_counts_are_nanochats(depth, vocab, millions):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_depth(depth, vocab))
+    assert model.num_params() / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_flops_by_hand():
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_depth(12, 65536))
+    matrices = 12 * 12 * 768**2
+    assert model.estimate_flops() == 6 * (matrices + 768 * 65536) + 12 * 12 * 768 * 2048
+
+
+def test_future_tokens_change_nothing_before_them():
+    model = random_model(GPTConfig(32, 90, 2, 2, 1, 64))
+    x = torch.randint(0, 90, (1, 32))
+    y = x.clone()
+    y[0, 20:] = 1
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[:, :20], model(y)[:, :20])
+
+
+def test_a_fresh_model_guesses_evenly():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 100, 2, 2, 2, 64))
+    model.init_weights()
+    x = torch.randint(0, 100, (2, 32))
+    assert model(x, x).item() == pytest.approx(torch.tensor(100.0).log().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_layer": 0}, "n_layer"),
+        ({"n_head": 5}, "n_embd"),
+        ({"n_kv_head": 4}, "n_kv_head"),
+    ],
+)
+def test_impossible_shapes_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**values)
+
+
+def test_unknown_settings_of_a_checkpoint_are_named():
+    with pytest.raises(ValueError, match="frobnicate"):
+        GPTConfig.from_dict({"frobnicate": 1})
+
+
+def test_longer_than_the_context_is_refused():
+    model = random_model(GPTConfig(16, 64, 1, 1, 1, 32))
+    with pytest.raises(ValueError, match="context of 16"):
+        model(torch.zeros(1, 17, dtype=torch.long))

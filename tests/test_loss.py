@@ -1,0 +1,70 @@
+"""The chunked loss is the plain loss: value and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat import loss as loss_module
+from nanochat.loss import linear_cross_entropy, softcap
+
+CAP = 15.0
+
+
+def plain(x, weight, targets, vocab, reduction):
+    logits = softcap(x @ weight.t(), CAP)[..., :vocab]
+    losses = F.cross_entropy(logits.reshape(-1, vocab), targets.reshape(-1), ignore_index=-1, reduction=reduction)
+    return losses.view(targets.shape) if reduction == "none" else losses
+
+
+def inputs(dtype, n=(3, 50), c=24, vocab=90, rows=128, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*n, c, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = (torch.randn(rows, c, generator=g, dtype=torch.float64) * 2).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, n, generator=g)
+    targets[0, :20] = -1
+    return x, weight, targets, vocab
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_value_and_gradients_equal_the_plain_loss(monkeypatch, reduction, dtype, tolerance):
+    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda device, vocab: 37)  # several uneven chunks
+    x, weight, targets, vocab = inputs(dtype)
+    seed = torch.rand(targets.shape, dtype=dtype) if reduction == "none" else torch.tensor(3.0, dtype=dtype)
+    ours = linear_cross_entropy(x, weight, targets, vocab, CAP, reduction)
+    theirs = plain(x, weight, targets, vocab, reduction)
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    a = torch.autograd.grad(ours, (x, weight), seed)
+    b = torch.autograd.grad(theirs, (x, weight), seed)
+    for got, expected in zip(a, b, strict=True):
+        torch.testing.assert_close(got, expected, atol=tolerance * float(expected.abs().max()), rtol=tolerance)
+
+
+def test_without_gradients_none_gives_zero_where_ignored():
+    x, weight, targets, vocab = inputs(torch.float32)
+    with torch.no_grad():
+        losses = linear_cross_entropy(x, weight, targets, vocab, CAP, "none")
+    assert losses.shape == targets.shape
+    assert (losses[targets < 0] == 0).all()
+    assert (losses[targets >= 0] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_close_and_the_weights_gradient_is_float32(dtype):
+    x, weight, targets, vocab = inputs(torch.float32)
+    ours = linear_cross_entropy(x, weight, targets, vocab, CAP, "mean", dtype)
+    theirs = plain(x, weight, targets, vocab, "mean")
+    assert float(ours) == pytest.approx(float(theirs), rel=0.02)
+    a = torch.autograd.grad(ours * 65536, weight)[0] / 65536
+    b = torch.autograd.grad(theirs, weight)[0]
+    assert a.dtype == torch.float32
+    assert (a - b).norm() / b.norm() < 0.05
+
+
+def test_confident_logits_do_not_overflow():
+    x = torch.full((4, 8), 100.0, requires_grad=True)
+    weight = torch.cat([torch.full((1, 8), 100.0), torch.full((63, 8), -100.0)]).requires_grad_()
+    value = linear_cross_entropy(x, weight, torch.tensor([0, 0, 1, -1]), 64, CAP, "sum")
+    value.backward()
+    assert float(value) == pytest.approx(30.0, abs=0.01)
+    assert torch.isfinite(x.grad).all()
