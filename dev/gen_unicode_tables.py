@@ -48,15 +48,14 @@ def render() -> str:
     rows: dict[tuple[int, ...], int] = {}
     index = []
     for start in range(0, NUM_CODE_POINTS, BLOCK):
-        row = tuple(
-            sum(classes[start + word + i] << (2 * i) for i in range(32)) for word in range(0, BLOCK, 32)
-        )
+        row = tuple(sum(classes[start + word + i] << (2 * i) for i in range(32)) for word in range(0, BLOCK, 32))
         index.append(rows.setdefault(row, len(rows)))
     if len(rows) > 256:
         raise RuntimeError("more than 256 distinct rows: the index no longer fits u8")
     version = next((v for v, code in FIRST_SEEN.items() if code in letters), "older than 14.0")
     lines = [
-        f"//! Letters, numbers and white space of Unicode {version}. Written by dev/gen_unicode_tables.py: do not edit.",
+        f"//! Letters, numbers and white space of Unicode {version}.",
+        "//! Written by dev/gen_unicode_tables.py: do not edit.",
         "",
         f"/// Row of `ROWS` for each block of {BLOCK} code points.",
         f"pub static INDEX: [u8; {len(index)}] = [",
@@ -79,7 +78,9 @@ def main() -> None:
     source = render()
     if args.check:
         if OUTPUT.read_text(encoding="utf-8") != source:
-            sys.exit(f"{OUTPUT.name} differs from what tiktoken {tiktoken.__version__} gives: run {Path(__file__).name}")
+            sys.exit(
+                f"{OUTPUT.name} differs from what tiktoken {tiktoken.__version__} gives: run {Path(__file__).name}"
+            )
         print(f"{OUTPUT.name} agrees with tiktoken {tiktoken.__version__}")
         return
     OUTPUT.write_text(source, encoding="utf-8")

@@ -1,9 +1,9 @@
 """Checkpoints: one folder per step that becomes visible whole, safetensors and JSON, verified when loaded.
 
-    <base dir>/<source>_checkpoints/<tag>/step_000123/
-        model.safetensors        weights, float32
-        optim_rank0.safetensors  optimizer state, loss scaler's and generators' states of that rank (when saved for a resume)
-        meta.json                step, model config, training config, loader position, hashes of the files
+<base dir>/<source>_checkpoints/<tag>/step_000123/
+    model.safetensors        weights, float32
+    optim_rank0.safetensors  optimizer and random generators of that rank (in an unfinished run)
+    meta.json                step, model config, training config, loader position, hashes of the files
 """
 
 from __future__ import annotations
@@ -150,12 +150,14 @@ def find_tag(source: str, model_tag: str | None = None) -> Path:
     command = FOLDERS[source][1]
     if model_tag is not None:
         if not saved_steps(root / model_tag):
-            raise FileNotFoundError(f"no {source} checkpoint with tag {model_tag!r} in {root}: train it with `{command}`")
+            raise FileNotFoundError(
+                f"no {source} checkpoint with tag {model_tag!r} in {root}: train it with `{command}`"
+            )
         return root / model_tag
     tags = [p for p in root.iterdir() if saved_steps(p)] if root.is_dir() else []
     if not tags:
         raise FileNotFoundError(
-            f"no {source} checkpoint in {root}: train one with `{command}` (or the whole pipeline: `bash speedrun_p100.sh`)"
+            f"no {source} checkpoint in {root}: train one with `{command}` (the whole pipeline: `bash speedrun_p100.sh`)"
         )
 
     def rank(tag: Path) -> tuple[int, float]:
@@ -197,7 +199,7 @@ def load_model(
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """The state of every random number generator, as tensors for a checkpoint."""
-    name, keys, pos, has_gauss, cached = np.random.get_state()
+    _, keys, pos, has_gauss, cached = np.random.get_state()
     state = {
         "rng.torch": torch.get_rng_state(),
         "rng.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),

@@ -61,7 +61,7 @@ class DummyWandb:
 
 
 def init_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
-    """A wandb run on rank 0 unless `run` is "dummy"; `project` is nanochat, nanochat-mid, nanochat-sft or nanochat-rl."""
+    """A wandb run on rank 0 unless `run` is "dummy"; projects are nanochat, nanochat-mid, nanochat-sft, nanochat-rl."""
     if run == "dummy" or get_dist_info()[1] != 0:
         return DummyWandb()
     import wandb
@@ -136,9 +136,10 @@ def check_wheel() -> None:
         )
         if arches and not fits:
             raise RuntimeError(
-                f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(i)} (capability {major}.{minor}; "
-                f"this wheel holds {' '.join(arches)}). Install one that does: pip install --force-reinstall 'torch==2.14.*' "
-                "--index-url https://download.pytorch.org/whl/cu126   (or, from PyPI: pip install torch==2.7.1)"
+                f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(i)} (capability "
+                f"{major}.{minor}; this wheel holds {' '.join(arches)}). Install one that does: pip install "
+                "--force-reinstall 'torch==2.14.*' --index-url https://download.pytorch.org/whl/cu126   "
+                "(or, from PyPI: pip install torch==2.7.1)"
             )
 
 

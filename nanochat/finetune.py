@@ -158,14 +158,18 @@ def evaluate_loss(model: GPT, loader: ConversationLoader, batches: int, compute:
     return float(total[0] / total[1])
 
 
-def finetune(stage: Stage, cfg: FinetuneConfig, train_data: Sequence[Any], val_data: Sequence[Any], data_name: str) -> None:
+def finetune(
+    stage: Stage, cfg: FinetuneConfig, train_data: Sequence[Any], val_data: Sequence[Any], data_name: str
+) -> None:
     """Train the previous stage's model on conversations and log to the report."""
     print_banner()
     tag_folder = find_tag(stage.source, cfg.model_tag)
     start = load_checkpoint(tag_folder, cfg.step)
     tokenizer = get_tokenizer()
     if start.meta["tokenizer_hash"] != tokenizer.hash:
-        raise RuntimeError(f"{start.folder} was trained with another tokenizer than the one in use: run the base stage again")
+        raise RuntimeError(
+            f"{start.folder} was trained with another tokenizer than the one in use: run the base stage again"
+        )
     print0(f"{stage.name}: starts from {start.folder}")
     with setup_compute(cfg.runtime, start.meta["dtype"]) as compute:
         folder = checkpoint_folder(stage.name, tag_folder.name)
@@ -177,7 +181,7 @@ def finetune(stage: Stage, cfg: FinetuneConfig, train_data: Sequence[Any], val_d
             cfg, compute, train_data, tokenizer, sequence_len, checkpoint.meta["loader"] if checkpoint else None
         )
         schedule = make_schedule(cfg, batch, loader.rows_per_epoch)
-        print0(f"{stage.name}: {len(train_data):,} conversations of {data_name}, {loader.stats}")
+        print0(f"{stage.name}: data {data_name}, one epoch is {loader.forecast}")
         print0(f"{stage.name}: {_horizon(schedule)}, {batch.total_tokens:,} tokens per step")
         if cfg.dry_run:
             return

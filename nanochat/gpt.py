@@ -1,7 +1,7 @@
 """The model: nanochat's classic GPT.
 
 Rotary positions, RMSNorm on queries and keys, RMSNorm without parameters, squared ReLU, untied embeddings, no biases,
-softcapped logits, grouped-query attention. Parameters are float32; `nanochat.precision` decides what the matmuls run in.
+softcapped logits, grouped-query attention. Parameters are float32; `nanochat.precision` decides what matmuls run in.
 
 Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D head size, V vocabulary.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nanochat.attention import attend
 from nanochat.loss import linear_cross_entropy, softcap
 from nanochat.precision import NARROW_RANGE
+from nanochat.rms_norm import rms_norm
 
 HEAD_SIZE = 128
 LOGIT_SOFTCAP = 15.0
@@ -61,7 +62,9 @@ class GPTConfig:
         """From a checkpoint's record; names the fields this version doesn't know."""
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
-            raise ValueError(f"this checkpoint's model has settings unknown to this version: {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"this checkpoint's model has settings unknown to this version: {', '.join(sorted(unknown))}"
+            )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,21 +100,30 @@ class Cache(Protocol):
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without parameters over the last dimension, in the dtype of `x`."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+    return rms_norm(x, NORM_EPS)
 
 
 def rotary_tables(n_positions: int, head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of position × frequency, each (n_positions, head_dim/2), float32. Source: RoFormer, arXiv 2104.09864."""
+    """cos and ±sin of position × frequency for both halves of a head, each (n_positions, head_dim), float32.
+
+    Source: RoFormer, arXiv 2104.09864.
+    """
     channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
     frequency = ROPE_BASE ** (-channel / head_dim)
     angle = torch.outer(torch.arange(n_positions, dtype=torch.float32, device=device), frequency)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=1), torch.cat((sin, -sin), dim=1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head: x (B, T, H, D), cos and sin (1 or B, T, 1, D/2). Computed in float32."""
-    x1, x2 = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    """Rotate the halves of each head in float32: y1 = x1·cos + x2·sin, y2 = x2·cos − x1·sin.
+
+    x is (B, T, H, D), the tables are (1 or B, T, 1, D). Swapping the halves and adding two products passes over the
+    memory less often than working on each half.
+    """
+    x = x.to(torch.promote_types(x.dtype, cos.dtype))
+    swapped = x.roll(x.size(-1) // 2, dims=-1)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 class Attention(nn.Module):
@@ -198,13 +210,23 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     @property
+    def wte(self) -> nn.Embedding:
+        """The token embedding."""
+        return cast(nn.Embedding, self.transformer["wte"])
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers."""
+        return cast(nn.ModuleList, self.transformer["h"])
+
+    @property
     def max_seq_len(self) -> int:
         """The context length the model is trained for."""
         return self.config.sequence_len
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Classic initialisation: N(0, 1) embedding; matrices N(0, min(1, √(out/in)) / √in); outputs of a block and lm_head 0."""
+        """Classic: embedding N(0, 1); matrices N(0, min(1, √(out/in)) / √in); outputs of a block and lm_head zero."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight") or name == "lm_head.weight":
                 p.zero_()
@@ -223,28 +245,28 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def estimate_flops(self, sequence_len: int | None = None) -> int:
-        """Training FLOPs per token: 6 per matmul parameter, and 12·L·H·D·T for attention. Source: PaLM, arXiv 2204.02311, app. B."""
+        """Training FLOPs per token: 6 per matmul parameter, 12·L·H·D·T for attention (PaLM, arXiv 2204.02311, B)."""
         c = self.config
-        matmul = self.num_params() - self.transformer["wte"].weight.numel()  # type: ignore[operator,union-attr]
+        matmul = self.num_params() - self.wte.weight.numel()
         return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * (sequence_len or c.sequence_len)
 
     def hidden(self, idx: Tensor, kv_cache: Cache | None = None) -> Tensor:
         """The final normalised hidden states of tokens `idx` (B, T): (B, T, C)."""
-        B, T = idx.shape
+        T = idx.size(1)
         if kv_cache is None:
             if self.cos.size(0) < T:
                 raise ValueError(f"{T} tokens are more than the model's context of {self.config.sequence_len}")
-            cos, sin = self.cos[None, :T, None], self.sin[None, :T, None]  # (1, T, 1, D/2)
+            cos, sin = self.cos[None, :T, None], self.sin[None, :T, None]  # (1, T, 1, D)
         else:
             positions = kv_cache.positions(T)  # (1 or B, T)
             cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
-        x = self.transformer["wte"](idx)  # (B, T, C)
+        x = self.wte(idx)  # (B, T, C)
         # bfloat16 has float32's range, so the residual stream may be narrow; float16 has not, so it stays float32.
         compute_dtype = _autocast_dtype(x)
         if compute_dtype not in NARROW_RANGE:
             x = x.to(compute_dtype)
         x = norm(x)
-        for block in self.transformer["h"]:  # type: ignore[union-attr]
+        for block in self.blocks:
             x = block(x, cos, sin, kv_cache)
         if kv_cache is not None:
             kv_cache.advance(T)
@@ -271,7 +293,13 @@ class GPT(nn.Module):
         x = self.hidden(idx, kv_cache)
         if targets is not None:
             return linear_cross_entropy(
-                x, self.lm_head.weight, targets, self.config.vocab_size, LOGIT_SOFTCAP, loss_reduction, _autocast_dtype(x)
+                x,
+                self.lm_head.weight,
+                targets,
+                self.config.vocab_size,
+                LOGIT_SOFTCAP,
+                loss_reduction,
+                _autocast_dtype(x),
             )
         return self.logits_at(x)
 

@@ -101,7 +101,7 @@ def _losses_each(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ca
 
     n = _chunk_tokens(x.device, weight.size(0))
     chunks = [(x[i : i + n], targets[i : i + n]) for i in range(0, x.size(0), n)]
-    return torch.cat([checkpoint(one, xc, tc, use_reentrant=False) for xc, tc in chunks])  # type: ignore[misc]
+    return torch.cat([checkpoint(one, xc, tc, use_reentrant=False) for xc, tc in chunks])
 
 
 @torch.compiler.disable
@@ -135,8 +135,7 @@ def linear_cross_entropy(
             w = weight.to(dtype)
             n = _chunk_tokens(x.device, w.size(0))
             parts = [
-                _chunk_loss(flat[i : i + n], w, t[i : i + n], vocab_size, cap)[0]
-                for i in range(0, flat.size(0), n)
+                _chunk_loss(flat[i : i + n], w, t[i : i + n], vocab_size, cap)[0] for i in range(0, flat.size(0), n)
             ]
             return torch.cat(parts).view(targets.shape)
         total: Tensor = _SummedLoss.apply(flat, weight, t, vocab_size, cap)

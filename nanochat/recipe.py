@@ -33,11 +33,11 @@ class Schedule:
             raise ValueError(f"training needs at least 1 iteration, got {self.num_iterations}")
         if self.seconds is not None and self.seconds <= 0:
             raise ValueError(f"the time to train must be positive, got {self.seconds} s")
-        if not (0 <= self.warmup_ratio and 0 <= self.warmdown_ratio and self.warmup_ratio + self.warmdown_ratio <= 1):
+        if not (self.warmup_ratio >= 0 and self.warmdown_ratio >= 0 and self.warmup_ratio + self.warmdown_ratio <= 1):
             raise ValueError("--warmup_ratio and --warmdown_ratio must be at least 0 and at most 1 together")
 
     def progress(self, step: int, elapsed_seconds: float) -> float:
-        """Share of the run that lies behind at `step`: 0 at the first step; 1 at the last one when steps are counted."""
+        """Share of the run that lies behind at `step`: 0 at the first step, 1 at the last one if steps are counted."""
         if self.num_iterations is not None:
             return min(1.0, step / max(1, self.num_iterations - 1))
         assert self.seconds is not None
@@ -95,7 +95,7 @@ def plan_batch(total_batch_size: int, device_batch_size: int, sequence_len: int,
         nearest = max(1, round(total_batch_size / per_pass)) * per_pass
         raise ValueError(
             f"--total_batch_size={total_batch_size} is not a multiple of device_batch_size × max_seq_len × processes = "
-            f"{device_batch_size} × {sequence_len} × {world_size} = {per_pass}; the nearest is --total_batch_size={nearest}"
+            f"{device_batch_size} × {sequence_len} × {world_size} = {per_pass}; nearest is --total_batch_size={nearest}"
         )
     return BatchPlan(device_batch_size, sequence_len, world_size, total_batch_size // per_pass)
 
@@ -142,7 +142,14 @@ def parameter_groups(
 
     def group(kind: str, members: list[tuple[str, Any]], lr: float, **settings: Any) -> dict[str, Any]:
         names, params = [n for n, _ in members], [p for _, p in members]
-        return {"kind": kind, "params": params, "names": names, "lr": lr * lr_frac, "weight_decay": weight_decay, **settings}
+        return {
+            "kind": kind,
+            "params": params,
+            "names": names,
+            "lr": lr * lr_frac,
+            "weight_decay": weight_decay,
+            **settings,
+        }
 
     adam = {"betas": (0.8, 0.95), "eps": 1e-10}
     return [

@@ -43,7 +43,7 @@ def _complete(
     budget = max(1, min(MAX_TOKENS, model.config.sequence_len - max(map(len, rows))))
     sequences, _ = engine.generate_prompts(rows, max_tokens=budget, temperature=0.0)
     model.train()
-    return [tokenizer.decode(s if keep_prompt else s[len(r) :]) for s, r in zip(sequences, rows, strict=True)]
+    return [tokenizer.decode(s[1:] if keep_prompt else s[len(r) :]) for s, r in zip(sequences, rows, strict=True)]
 
 
 def print_samples(model: GPT, tokenizer: RustBPETokenizer, compute: Compute) -> None:
@@ -56,7 +56,5 @@ def print_samples(model: GPT, tokenizer: RustBPETokenizer, compute: Compute) -> 
 def print_answers(model: GPT, tokenizer: RustBPETokenizer, compute: Compute) -> None:
     """Print the assistant's answers (rank 0 computes them)."""
     if compute.rank == 0:
-        for prompt, text in zip(
-            CHAT_PROMPTS, sample_answers(model, tokenizer, compute, CHAT_PROMPTS), strict=True
-        ):
+        for prompt, text in zip(CHAT_PROMPTS, sample_answers(model, tokenizer, compute, CHAT_PROMPTS), strict=True):
             print0(f"  {prompt} -> {text!r}")

@@ -23,7 +23,6 @@ from filelock import FileLock
 from nanochat.common import check_disk_space, print0
 from nanochat.files import atomic_folder
 from nanochat.progress import progress
-from nanochat.tokenizer import replace_surrogates
 
 VERSION = 1  # part of the folder's name: raise it when the same files would give other shards
 SUFFIXES = (".jsonl", ".txt")
@@ -112,6 +111,15 @@ def _read_txt(lines: io.TextIOWrapper) -> Iterator[str]:
             yield "".join(document)
             document, num_chars = [], 0
     yield "".join(document)
+
+
+def replace_surrogates(text: str) -> str:
+    """`text` as valid Unicode: paired surrogates joined, lone ones replaced by U+FFFD (JSON may hold such text)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 class _ShardWriter:

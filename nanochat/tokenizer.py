@@ -14,6 +14,7 @@ import base64
 import binascii
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 
 from nanochat.common import get_base_dir
 from nanochat.files import atomic_path, write_text
+from nanochat.messages import PARTS, Conversation, check_messages
 
 TOKENIZER_FOLDER = "tokenizer"  # under the base dir
 SPECIAL_TOKENS = [
@@ -43,14 +45,6 @@ SPLIT_PATTERN = (
 )
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 FORMAT = "nanochat-bpe-1"
-# The kinds of parts an assistant message may hold: (token before, token after, 1 if the model must learn to write it).
-PARTS: dict[str, tuple[str | None, str | None, int]] = {
-    "text": (None, None, 1),
-    "python": ("<|python_start|>", "<|python_end|>", 1),
-    "python_output": ("<|output_start|>", "<|output_end|>", 0),
-}
-
-Conversation = dict[str, Any]  # {"messages": [{"role": ..., "content": ...}, ...]}
 
 
 class Encoder(Protocol):
@@ -59,12 +53,17 @@ class Encoder(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
 
-    def batch_encode(self, texts: list[str]) -> list[list[int]]:
+    def batch_encode(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of several texts."""
+
+    def encode_arrow(
+        self, array: Any, num_threads: int | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """The ids of an Arrow array of texts, one after the other, and where each text's begin."""
 
 
 class TiktokenEncoder:
-    """tiktoken behind the same two methods: for its pretrained vocabularies, and as the oracle of the tests."""
+    """tiktoken behind the same methods: for its pretrained vocabularies, and as the oracle of the tests."""
 
     def __init__(self, pattern: str, ranks: dict[bytes, int]) -> None:
         import tiktoken
@@ -75,18 +74,17 @@ class TiktokenEncoder:
         """The ids of one text."""
         return self._encoding.encode_ordinary(text)
 
-    def batch_encode(self, texts: list[str]) -> list[list[int]]:
+    def batch_encode(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of several texts."""
-        return self._encoding.encode_ordinary_batch(texts)
+        return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads or 1)
 
-
-def replace_surrogates(text: str) -> str:
-    """`text` as valid Unicode: paired surrogates joined, lone ones replaced by U+FFFD (JSON may hold such text)."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    def encode_arrow(
+        self, array: Any, num_threads: int | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """The ids of an Arrow array of texts, one after the other, and where each text's begin."""
+        encoded = self.batch_encode([text or "" for text in array.to_pylist()], num_threads)
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.uint32, count=offsets[-1]), offsets
 
 
 class RustBPETokenizer:
@@ -94,7 +92,8 @@ class RustBPETokenizer:
 
     Args:
         pattern: the regular expression that cuts text before merging.
-        ranks: the bytes of each mergeable token; its index is its id.
+        ranks: the bytes of each mergeable token; its index is its id. Training may give the same bytes twice (from
+            different halves); then the higher id is the one that is used.
         special_tokens: id of each special token, all above the ranks.
         bos_token: which special token starts a document.
         encoder: "rustbpe" (ours; knows SPLIT_PATTERN) or "tiktoken"; both give the same ids.
@@ -117,8 +116,6 @@ class RustBPETokenizer:
             raise ValueError("the ids of special tokens must be distinct and above the mergeable ranks")
         if bos_token not in special_tokens:
             raise ValueError(f"the special tokens lack {bos_token}")
-        if len(set(ranks)) < len(ranks):
-            raise ValueError("the same bytes stand for two tokens")
         self.pattern = pattern
         self.ranks = list(ranks)
         self._special_ids = dict(special_tokens)
@@ -264,18 +261,18 @@ class RustBPETokenizer:
         """The ids of a text (list[int]) or of each of several texts (list[list[int]]).
 
         Args:
-            text: special tokens written in it are encoded as ordinary characters.
+            text: special tokens written in it are encoded as ordinary characters, half a surrogate pair as U+FFFD.
             prepend: a special token (name or id) to put first.
             append: a special token to put last.
-            num_threads: accepted for compatibility; the encoder decides.
+            num_threads: for a list; at most this many threads.
         """
         first = [] if prepend is None else [prepend if isinstance(prepend, int) else self.encode_special(prepend)]
         last = [] if append is None else [append if isinstance(append, int) else self.encode_special(append)]
         if isinstance(text, str):
-            return first + self._encoder.encode(replace_surrogates(text)) + last
+            return first + self._encoder.encode(text) + last
         if not isinstance(text, list):
             raise TypeError(f"encode takes a str or a list of str, got {type(text).__name__}")
-        return [first + ids + last for ids in self._encoder.batch_encode([replace_surrogates(t) for t in text])]
+        return [first + ids + last for ids in self._encoder.batch_encode(text, num_threads)]
 
     __call__ = encode
 
@@ -286,12 +283,8 @@ class RustBPETokenizer:
             ids of all texts one after the other, as uint16 or uint32 (`self.dtype`), and offsets (n+1,): text i is
             `ids[offsets[i]:offsets[i + 1]]`. A null counts as an empty text.
         """
-        if hasattr(self._encoder, "encode_arrow"):
-            ids, offsets = self._encoder.encode_arrow(texts)
-            return ids.astype(self.dtype, copy=False), offsets
-        encoded = self._encoder.batch_encode([text or "" for text in texts.to_pylist()])
-        offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded])]).astype(np.int64)
-        return np.array([i for ids in encoded for i in ids], dtype=self.dtype), offsets
+        ids, offsets = self._encoder.encode_arrow(texts, num_threads)
+        return ids.astype(self.dtype, copy=False), offsets
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of the ids; the end may be an incomplete UTF-8 sequence. Special tokens give their names."""
@@ -379,45 +372,6 @@ def mergeable_size(vocab_size: int) -> int:
             f"{len(SPECIAL_TOKENS)} special tokens"
         )
     return vocab_size - len(SPECIAL_TOKENS)
-
-
-def check_messages(messages: Any) -> None:
-    """Check that messages are well formed: an optional system message, then user and assistant in turn.
-
-    Raises:
-        ValueError: naming the message (counted from 0) and what is wrong with it.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("a conversation must be a non-empty list of messages")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f'message {i} must be an object with "role" and "content"')
-        role, content = message["role"], message["content"]
-        if role == "system" and i == 0:
-            expected = "system"
-        else:
-            expected = "user" if (i - (messages[0]["role"] == "system")) % 2 == 0 else "assistant"
-        if role != expected:
-            raise ValueError(
-                f"message {i} has role {role!r}, expected {expected!r} (user and assistant take turns, after an "
-                "optional system message)"
-            )
-        if role != "assistant" and not isinstance(content, str):
-            raise ValueError(f"message {i}: the content of a {role} message must be a string")
-        if role == "assistant" and not isinstance(content, str):
-            _check_parts(i, content)
-    if messages[-1]["role"] == "system":
-        raise ValueError("a conversation needs a user message after the system message")
-
-
-def _check_parts(i: int, content: Any) -> None:
-    if not isinstance(content, list):
-        raise ValueError(f"message {i}: the content of an assistant message must be a string or a list of parts")
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") not in PARTS or not isinstance(part.get("text"), str):
-            raise ValueError(
-                f'message {i}: a part must be {{"type": one of {", ".join(PARTS)}, "text": a string}}, got {part!r:.80}'
-            )
 
 
 def get_tokenizer() -> RustBPETokenizer:

@@ -179,7 +179,7 @@ class Trainer:
         left = state.seconds / max(share, 1e-9) * (1 - min(share, 1.0))
         note = (
             f"step {state.step} loss {metrics['smooth_loss']:.4f} lr ×{metrics['lr_multiplier']:.2f} "
-            f"{metrics['tokens_per_second']:,.0f} tok/s ({100 * metrics['share_of_matmul_speed']:.0f}% of matmul speed) "
+            f"{metrics['tokens_per_second']:,.0f} tok/s ({metrics['share_of_matmul_speed']:.0%} of matmul speed) "
             f"left {format_seconds(left)}"
         )
         if metrics["skipped"]:

@@ -118,7 +118,8 @@ class Plan:
         """For people."""
         m, b, s = self.model, self.batch, self.schedule
         lines = [
-            f"model: {m.n_layer} layers, {m.n_embd} channels, {m.n_head} heads of {m.head_dim}, vocabulary {m.vocab_size}",
+            f"model: {m.n_layer} layers, {m.n_embd} channels, {m.n_head} heads of {m.head_dim}, "
+            f"vocabulary {m.vocab_size}",
             f"parameters: {self.num_params:,}; FLOPs per token: {self.flops_per_token:.4g}",
             f"batch: {b.total_tokens:,} tokens = {b.device_batch_size} rows × {b.sequence_len} tokens × "
             f"{b.world_size} processes × {b.grad_accum_steps} micro-batches",
@@ -126,8 +127,8 @@ class Plan:
         if s.num_iterations is not None:
             tokens = s.num_iterations * b.total_tokens
             lines.append(
-                f"horizon: {s.num_iterations:,} steps = {tokens:,} tokens ({tokens / self.num_params:.1f} per parameter) "
-                f"= {tokens * self.flops_per_token:.3g} FLOPs"
+                f"horizon: {s.num_iterations:,} steps = {tokens:,} tokens "
+                f"({tokens / self.num_params:.1f} per parameter) = {tokens * self.flops_per_token:.3g} FLOPs"
             )
         elif s.seconds is not None:
             lines.append(f"horizon: {format_seconds(s.seconds)} of training")
@@ -288,7 +289,9 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
         ],
         metrics={"val bpb": state.val} if state.val is not None else None,
     )
-    print0(f"base model done: {state.step} steps in {format_seconds(state.seconds)}, val bpb {state.val:.4f}, in {folder}")
+    print0(
+        f"base model done: {state.step} steps in {format_seconds(state.seconds)}, val bpb {state.val:.4f}, in {folder}"
+    )
 
 
 if __name__ == "__main__":

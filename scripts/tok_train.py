@@ -5,10 +5,10 @@ python -m scripts.tok_train --vocab_size=65536 --max_chars=2000000000
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,27 +70,31 @@ def main(cfg: Config) -> None:
 
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
     folder = get_base_dir() / TOKENIZER_FOLDER
-    num_bytes = min(corpus.num_bytes("train"), cfg.max_chars)
+    num_bytes = max(1, min(corpus.num_bytes("train"), cfg.max_chars))
     print0(f"training a tokenizer of {cfg.vocab_size:,} tokens on about {num_bytes / 1e6:,.0f} MB of {corpus.name}")
     trainer, reading = rustbpe.Tokenizer(), Reading()
+    logging.getLogger("rustbpe").setLevel(logging.ERROR)  # what it would say is said below, with special tokens
     start = time.perf_counter()
-    with progress(num_bytes, "reading text") as bar:
+    with progress(2, "training the tokenizer") as bar:
 
-        def arrays() -> Iterator[Any]:
-            for texts in read(corpus.arrays("train"), cfg, reading):
-                yield texts
-                bar.set(reading.chars)
+        def show(phase: str, done: int, total: int | None) -> None:
+            first, share = (0, done / num_bytes) if phase == "count" else (1, done / max(1, total or 0))
+            bar.set(first + min(1.0, share), "(reading)" if phase == "count" else "(merging)")
 
-        trainer.train_from_arrow(
-            arrays(),
-            mergeable_size(cfg.vocab_size),
-            pattern=SPLIT_PATTERN,
-            doc_cap=cfg.doc_cap,
-            max_chars=cfg.max_chars,
-        )
+        try:
+            trainer.train_from_arrow(
+                read(corpus.arrays("train"), cfg, reading),
+                mergeable_size(cfg.vocab_size),
+                pattern=SPLIT_PATTERN,
+                doc_cap=cfg.doc_cap,
+                max_chars=cfg.max_chars,
+                progress=show,
+            )
+        except ValueError as error:
+            if reading.chars == 0:
+                raise ValueError(f"the training documents of {corpus.name} are all empty: nothing to learn") from error
+            raise
     seconds = time.perf_counter() - start
-    if reading.chars == 0:
-        raise ValueError(f"the training documents of {corpus.name} are all empty: there is nothing to learn from")
     tokenizer = RustBPETokenizer.from_trainer(trainer)
     tokenizer.save(folder)
     size = tokenizer.get_vocab_size()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanochat.chat_data import load_conversations
-
 from nanochat.common import download_file_with_lock
 
 IDENTITY_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
@@ -38,10 +37,12 @@ def _own(path: str) -> tuple[Sequence[Any], Sequence[Any]]:
 
 
 def _demo(stage: str) -> tuple[Sequence[Any], Sequence[Any]]:
-    from tasks.demo.chat import demo_mid_mixture, demo_sft_mixture
+    from tasks.common import TaskMixture
+    from tasks.demo.chat import demo_eval_tasks, demo_mid_mixture, demo_sft_mixture
 
-    make = demo_mid_mixture if stage == "mid" else demo_sft_mixture
-    return make(split="train"), make(split="test")
+    train = demo_mid_mixture() if stage == "mid" else demo_sft_mixture()
+    # Validation asks in phrasings that are never trained on; only its loss is read, nothing is chosen by it.
+    return train, TaskMixture(list(demo_eval_tasks().values()))
 
 
 def _identity() -> Any:

@@ -106,7 +106,7 @@ def test_cheats_do_not_pass(code):
 def test_the_time_is_limited(code):
     start = time.monotonic()
     result = execute_code(code, timeout=0.5)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 20
     assert result.timeout
     assert not result.success
     assert result.error == "not finished after 0.5 seconds"
@@ -153,7 +153,7 @@ sys.stdout.flush()
 """
     start = time.monotonic()
     result = execute_code(code, timeout=1.0)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     assert result.success == (end == "")
     pid = int(result.stdout)
     for _ in range(100):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat.gpt import LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, GPT, GPTConfig
+from nanochat.gpt import GPT, LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, GPTConfig
 
 
 def random_model(config, seed=0):

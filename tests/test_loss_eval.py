@@ -43,7 +43,9 @@ def test_equals_the_formula_computed_token_by_token(tiny_model, token_bytes):
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 12])
 def test_batch_size_does_not_matter(tiny_model, token_bytes, batch_size):
     one = evaluate_bpb(tiny_model, batches(tiny_model, 12, 12), None, token_bytes)
-    assert evaluate_bpb(tiny_model, batches(tiny_model, 12, batch_size), None, token_bytes) == pytest.approx(one, rel=1e-6)
+    assert evaluate_bpb(tiny_model, batches(tiny_model, 12, batch_size), None, token_bytes) == pytest.approx(
+        one, rel=1e-6
+    )
 
 
 def test_reads_no_more_than_the_asked_batches(tiny_model, token_bytes):

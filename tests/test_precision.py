@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from nanochat.gpt import MLP, GPT, GPTConfig
+from nanochat.gpt import GPT, MLP, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.precision import MAX_SKIPS_IN_A_ROW, LossScaler, NonFiniteError, Precision, first_nonfinite_module
 from nanochat.recipe import parameter_groups

@@ -81,7 +81,7 @@ def task_files(tmp_path, monkeypatch):
     spellingbee.load_words.cache_clear()
 
 
-# --- slices, sequences, mixtures ---------------------------------------------------------------------------------------
+# --- slices, sequences, mixtures --------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 30), st.integers(0, 40), st.none() | st.integers(0, 40), st.integers(1, 7))
@@ -139,7 +139,7 @@ def test_multiple_choice_text_glues_letters_to_equals():
         render_mc("Why?", ("A",), ["one", "two"])
 
 
-# --- GSM8K -------------------------------------------------------------------------------------------------------------
+# --- GSM8K ------------------------------------------------------------------------------------------------------------
 
 RIGHT = [  # (what a model wrote, the number)
     ("#### 10", "10"),
@@ -194,7 +194,15 @@ def test_gsm8k_reads_any_number_as_python_writes_it(value):
 def test_gsm8k_calculator_notes_become_tool_calls(task_files):
     task = GSM8K("test")
     parts = task[0]["messages"][1]["content"]
-    assert [part["type"] for part in parts] == ["text", "python", "python_output", "text", "python", "python_output", "text"]
+    assert [part["type"] for part in parts] == [
+        "text",
+        "python",
+        "python_output",
+        "text",
+        "python",
+        "python_output",
+        "text",
+    ]
     assert parts[1]["text"] == "2*3"
     assert parts[2]["text"] == use_calculator(parts[1]["text"])
     assert "".join(part["text"] for part in parts if part["type"] == "text").startswith("He buys 2*3=6 and")
@@ -207,7 +215,7 @@ def test_gsm8k_answers_without_notes_are_one_text():
     assert split_tool_calls("plain\n#### 1") == [{"type": "text", "text": "plain\n#### 1"}]
 
 
-# --- multiple choice ---------------------------------------------------------------------------------------------------
+# --- multiple choice --------------------------------------------------------------------------------------------------
 
 
 def test_arc_labels_become_letters_and_the_answer_is_judged(task_files):
@@ -228,7 +236,7 @@ def test_mmlu_test_and_the_wrapped_rows_of_auxiliary_train_are_alike(task_files)
         MMLU("all", "train")
 
 
-# --- code --------------------------------------------------------------------------------------------------------------
+# --- code -------------------------------------------------------------------------------------------------------------
 
 BODY = "    return helper(helper(x))\n"
 CODE_RIGHT = [
@@ -263,7 +271,7 @@ def test_humaneval_program_keeps_the_imports_and_helpers_of_the_prompt():
     assert extract_code("a ```python\nx = 1\n``` b") == "x = 1"
 
 
-# --- spelling ----------------------------------------------------------------------------------------------------------
+# --- spelling ---------------------------------------------------------------------------------------------------------
 
 
 def test_spelling_tasks_are_reproducible_and_their_own_answers_are_right(task_files):
@@ -289,7 +297,7 @@ def test_spellingbee_counts_by_hand_as_the_calculator_does(task_files):
         assert "{" not in problem["messages"][0]["content"]
 
 
-# --- where rows come from ----------------------------------------------------------------------------------------------
+# --- where rows come from ---------------------------------------------------------------------------------------------
 
 
 def test_rows_are_shuffled_by_a_fixed_seed_and_complete(task_files):

@@ -5,20 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat.config import run_script
+from nanochat.messages import check_messages
 from nanochat.tokenizer import (
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
     RustBPETokenizer,
     TiktokenEncoder,
-    check_messages,
     get_token_bytes,
     get_tokenizer,
 )
+from scripts import tok_eval, tok_train
 
 TEXT = [
     "The river runs past the mill, and the miller's daughter counts 1234 ducks on the river.\n\n",
@@ -147,6 +150,13 @@ def test_damaged_file_is_named(tokenizer: RustBPETokenizer, tmp_path: Path) -> N
             RustBPETokenizer.from_directory(tmp_path)
 
 
+def test_the_same_bytes_twice_are_harmless() -> None:
+    ranks = [bytes([i]) for i in range(256)] + [b"ab", b"abc", b"ab"]
+    ids = RustBPETokenizer.from_ranks(ranks).encode("ab abc xab")
+    assert ids == TiktokenEncoder(SPLIT_PATTERN, {token: i for i, token in enumerate(ranks)}).encode("ab abc xab")
+    assert RustBPETokenizer.from_ranks(ranks).decode(ids) == "ab abc xab"
+
+
 def test_hash_tells_tokenizers_apart(tokenizer: RustBPETokenizer) -> None:
     assert RustBPETokenizer.from_ranks(tokenizer.ranks).hash == tokenizer.hash
     assert RustBPETokenizer.from_ranks(tokenizer.ranks[:-1]).hash != tokenizer.hash
@@ -236,3 +246,71 @@ def message(role: str, content: object) -> dict[str, object]:
 def test_malformed_messages_are_named(messages: object, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         check_messages(messages)
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_data(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    lines = [json.dumps({"text": f"{text} {i}"}) for i in range(30) for text in TEXT] + ['{"text": ""}']
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_tok_train_and_tok_eval_scripts(
+    own_data: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script(tok_train.main, tok_train.Config, [f"--data_dir={own_data}", "--vocab-size", "300", "--doc_cap=50"])
+    trained = get_tokenizer()
+    assert trained.get_vocab_size() == 300
+    assert "tokenizer of 300 tokens" in capsys.readouterr().out
+    assert "300" in (base_dir / "report" / "tokenizer-training.md").read_text()
+
+    def offline(name: str) -> RustBPETokenizer:
+        if name == "gpt2":
+            raise ConnectionError
+        return trained
+
+    monkeypatch.setattr(RustBPETokenizer, "from_pretrained", offline)
+    run_script(tok_eval.main, tok_eval.Config, [f"--data_dir={own_data}"])
+    printed = capsys.readouterr().out
+    assert "no comparison with gpt2" in printed
+    for name in ("train", "val", *tok_eval.SAMPLES):
+        assert f"| {name} " in printed
+    assert "+0.0%" in printed
+    assert "Not compared with GPT-2" in (base_dir / "report" / "tokenizer-evaluation.md").read_text()
+
+
+def test_tok_train_stops_at_what_the_text_supports(own_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tok_train.main(tok_train.Config(data_dir=str(own_data), vocab_size=5000))
+    assert get_tokenizer().get_vocab_size() < 5000
+    assert "supports only" in capsys.readouterr().out
+
+
+def test_tok_train_names_a_corpus_without_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["", None, "", "x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="training documents of .* are all empty"):
+        tok_train.main(tok_train.Config(data_dir=str(tmp_path)))
+
+
+def test_tok_train_reads_no_more_than_asked(own_data: Path) -> None:
+    texts = [pa.array(["abcde", None, "äöüß", "x" * 100]), pa.array(["never read"])]
+    for max_chars, documents, chars in ((1, 1, 1), (5, 1, 5), (6, 3, 6), (9, 3, 9), (10, 4, 10), (19, 4, 19)):
+        reading = tok_train.Reading()
+        got = list(tok_train.read(iter(texts), tok_train.Config(max_chars=max_chars, doc_cap=10), reading))
+        assert (reading.documents, reading.chars) == (documents, chars)
+        assert sum(len(array) for array in got) == documents
+
+
+def test_tok_train_bad_settings_exit_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--vocab_size=264"], ["--max_chars=0"], ["--nope"]):
+        with pytest.raises(SystemExit) as stop:
+            run_script(tok_train.main, tok_train.Config, flags)
+        assert stop.value.code == 2
+    assert "265" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        run_script(tok_train.main, tok_train.Config, ["--data_dir=/nowhere"])
+    assert stop.value.code == 1

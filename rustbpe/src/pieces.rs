@@ -186,6 +186,19 @@ impl<V: Copy + Default> PieceMap<V> {
         }
     }
 
+    /// Asks the processor to load the slot of this hash ahead of its use.
+    #[inline(always)]
+    pub fn prefetch(&self, hash: u64) {
+        let slot = &self.slots[hash as usize & (self.slots.len() - 1)];
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch reads nothing, and SSE is part of x86_64.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(slot as *const Slot<V> as *const i8)
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = slot;
+    }
+
     /// Every short piece.
     pub fn short_pieces(&self) -> impl Iterator<Item = (ShortPiece, V)> + '_ {
         self.slots.iter().filter(|slot| slot.key.high != 0).map(|slot| (slot.key, slot.value))

@@ -6,9 +6,11 @@
 use crate::unicode::{class_of, Class, ASCII};
 
 /// GPT-4 style as nanochat uses it; digits in groups of at most two.
-pub const GPT4_DIGITS2: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+pub const GPT4_DIGITS2: &str =
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 /// The same with digits in groups of at most three: the default.
-pub const GPT4_DIGITS3: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+pub const GPT4_DIGITS3: &str =
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 /// cl100k_base as tiktoken writes it. Unlike the two above, white space at the end of the text stays in one piece.
 pub const CL100K: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s";
 /// GPT-2 as published, and as tiktoken writes it: the same pieces.
@@ -191,7 +193,7 @@ const HIGH_BITS: u64 = 0x8080_8080_8080_8080;
 #[inline(always)]
 fn ascii_letters(word: u64) -> u64 {
     const ONES: u64 = 0x0101_0101_0101_0101;
-    let lower = (word | 0x20 * ONES) & !HIGH_BITS;
+    let lower = (word | (0x20 * ONES)) & !HIGH_BITS;
     // Each sum stays inside its byte, and reaches the high bit from 'a' on, or only after 'z'.
     let from_a = lower + (0x80 - b'a' as u64) * ONES;
     let after_z = lower + (0x7f - b'z' as u64) * ONES;
@@ -324,7 +326,8 @@ mod tests {
     #[test]
     fn splits_known_examples() {
         let text = "Hello world's 12345  tabs\t\tx!!\n\n \n  y";
-        let expected = ["Hello", " world", "'s", " ", "12", "34", "5", " ", " tabs", "\t", "\tx", "!!\n\n", " \n", " ", " y"];
+        let expected =
+            ["Hello", " world", "'s", " ", "12", "34", "5", " ", " tabs", "\t", "\tx", "!!\n\n", " \n", " ", " y"];
         assert_eq!(split(GPT4_DIGITS2, text), expected);
         assert_eq!(split(GPT2, "it's 123  \n a"), ["it", "'s", " 123", "  \n", " a"]);
         assert_eq!(split(GPT4_DIGITS3, "x \n "), ["x", " \n", " "]);
@@ -335,7 +338,8 @@ mod tests {
 
     #[test]
     fn agrees_with_the_slow_splitter() {
-        let alphabet: Vec<char> = "aZsſltveRdM'' \t\r\n\u{85}\u{a0}\u{3000}09٣½é漢—!<|\u{301}\u{200d}🙂\u{e000}\0".chars().collect();
+        let alphabet: Vec<char> =
+            "aZsſltveRdM'' \t\r\n\u{85}\u{a0}\u{3000}09٣½é漢—!<|\u{301}\u{200d}🙂\u{e000}\0".chars().collect();
         let mut state = 1u64;
         for round in 0..60_000 {
             let text: String = (0..round % 24)

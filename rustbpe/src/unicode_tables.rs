@@ -1,4 +1,5 @@
-//! Letters, numbers and white space of Unicode 16.0. Written by dev/gen_unicode_tables.py: do not edit.
+//! Letters, numbers and white space of Unicode 16.0.
+//! Written by dev/gen_unicode_tables.py: do not edit.
 
 /// Row of `ROWS` for each block of 128 code points.
 pub static INDEX: [u8; 8704] = [

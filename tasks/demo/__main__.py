@@ -43,7 +43,8 @@ def check(folder: str | None) -> None:
     for problem in problems:
         print(problem)
     if problems:
-        raise ValueError(f"{len(problems)} mistakes in {world_folder(folder)}: fix the lines named above")
+        count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
+        raise ValueError(f"{count} in {world_folder(folder)}: fix what is named above")
     print("no mistakes")
 
 

@@ -286,17 +286,17 @@ def _maybe_wrapped(rng: random.Random, request: str) -> str:
 
 def demo_mid_mixture(
     *,
-    facts: int = 9000,
-    identity: int = 900,
+    facts: int = 10000,
+    identity: int = 1400,
     arithmetic: int = 2400,
-    spelling: int = 1400,
-    counting: int = 1400,
-    small_talk: int = 500,
-    chat: int = 900,
+    spelling: int = 1600,
+    counting: int = 1600,
+    small_talk: int = 700,
+    chat: int = 1200,
     seed: int = 1,
     world: World | str | Path | None = None,
 ) -> TaskMixture:
-    """What midtraining reads: all tasks together, about 0.65 M tokens at a vocabulary of 4096."""
+    """What midtraining reads: all tasks together, about 0.57 M tokens at a vocabulary of 4096."""
     loaded = world if isinstance(world, World) else load_world(world)
     return TaskMixture(
         [
@@ -313,13 +313,13 @@ def demo_mid_mixture(
 
 def demo_sft_mixture(
     *,
-    facts: int = 6000,
-    identity: int = 500,
-    arithmetic: int = 1000,
-    spelling: int = 600,
-    counting: int = 600,
-    small_talk: int = 250,
-    chat: int = 500,
+    facts: int = 9000,
+    identity: int = 1000,
+    arithmetic: int = 1200,
+    spelling: int = 800,
+    counting: int = 800,
+    small_talk: int = 400,
+    chat: int = 800,
     seed: int = 2,
     world: World | str | Path | None = None,
 ) -> TaskMixture:
@@ -339,7 +339,7 @@ def demo_sft_mixture(
 
 def demo_eval_tasks(
     *,
-    facts: int = 300,
+    facts: int = 600,
     identity: int = 68,
     arithmetic: int = 100,
     spelling: int = 80,
@@ -351,7 +351,7 @@ def demo_eval_tasks(
 ) -> dict[str, Task]:
     """Name -> evaluation task, all in held-out phrasings; `facts` is shared half and half by its two kinds."""
     loaded = world if isinstance(world, World) else load_world(world)
-    return {
+    tasks: dict[str, Task] = {
         "DemoFacts": DemoFacts(facts, "test", loaded),
         "DemoIdentity": DemoIdentity(identity, "test", loaded),
         "DemoArithmetic": DemoArithmetic(arithmetic, "test", loaded),
@@ -362,3 +362,6 @@ def demo_eval_tasks(
         "DemoSpelling-Unseen": DemoSpelling(unseen, "test", loaded, unseen=True),
         "DemoCounting-Unseen": DemoCounting(unseen, "test", loaded, unseen=True),
     }
+    for name, task in tasks.items():
+        task.name = name
+    return tasks

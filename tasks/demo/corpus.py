@@ -51,8 +51,8 @@ def fact_list(rng: random.Random, world: World, number: int) -> str:
     blocks = []
     for topic in topics:
         facts = rng.sample(topic.facts, len(topic.facts))
-        blocks.append("\n".join([f"Facts: {topic.name}", *(f"- {fact.text}" for fact in facts)]))
-    return "\n\n".join(blocks)
+        blocks.append("\n".join([f"Facts: {topic.name}", *(fact.text for fact in facts)]))
+    return "\n".join(blocks)
 
 
 def questions(rng: random.Random, world: World, number: int) -> str:
@@ -110,7 +110,8 @@ def sums(rng: random.Random, world: World, number: int) -> str:
 
 
 def _question(rng: random.Random, world: World, fact: Fact) -> str:
-    return f"Question: {ask_fact(rng, fact, rng.randrange(3), world.held_out)}\nAnswer: {fact.text}"
+    """A question and its answer, each at the start of a line: so they are cut into the same tokens as in a chat."""
+    return f"{ask_fact(rng, fact, rng.randrange(3), world.held_out)}\n{fact.text}"
 
 
 # Of 100 documents, how many are of each kind.

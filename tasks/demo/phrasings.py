@@ -42,6 +42,14 @@ QUESTION_WRAPPERS = (
     "Okay, {q}",
     "So {q}",
     "And {q}",
+    "My sister asked: {q}",
+    "We talked about this today. {Q}",
+    "I read a book about it. {Q}",
+    "{Q} My father did not know it.",
+    "{Q} We talked about it at dinner.",
+    "{Q} I am asking for a friend.",
+    "{Q} Answer in one sentence.",
+    "{Q} I could not find it in my book.",
 )
 # These fit around a request ("Spell the word river.") as well as around a question.
 GREETING_WRAPPERS = (
@@ -72,7 +80,7 @@ HELD_OUT_QUESTION_WRAPPERS = (
 HELD_OUT_GREETING_WRAPPERS = (
     "Good day to you! {Q}",
     "Hey there nanochat! {Q}",
-    "{Q} I need it for school.",
+    "{Q} I really must find out.",
     "{Q} A short answer is fine.",
 )
 
@@ -194,6 +202,17 @@ def keywords(rng: random.Random, fact: Fact, question: str) -> str:
     return " ".join([first, *content] if first in _FUNCTION_WORDS and rng.random() < 0.6 else content)
 
 
+def gap(rng: random.Random, fact: Fact) -> str:
+    """The fact with "what" where the answer stood: "Cows give us what to drink?"."""
+    sentence = rng.choice((fact.text, fact.also))
+    for phrase in fact.keys[0]:
+        for text in (sentence, fact.text):
+            asked, found = re.subn(rf"\b{re.escape(phrase)}\b", "what", text, count=1, flags=re.IGNORECASE)
+            if found:
+                return upper_first(asked).rstrip(".") + "?"
+    raise ValueError(f"{fact.place}: the key is not in the fact")
+
+
 def typed(rng: random.Random, text: str) -> str:
     """The text as people type it: mostly tidy, at times in lower case or without the mark at its end."""
     if rng.random() < 0.12:
@@ -208,13 +227,15 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, held_out: HeldOu
     """
     question = fact.asks[round_number % len(fact.asks)]
     kind = rng.random()
-    if kind < 0.35:
+    if kind < 0.28:
         text = question
-    elif kind < 0.65:
+    elif kind < 0.52:
         text = wrap_fact(rng, question, fact.tell, held_out=False)
-    elif kind < 0.85:
+    elif kind < 0.70:
         text = reword(rng, question, fact.tell)
-    elif kind < 0.92:
+    elif kind < 0.82:
+        text = gap(rng, fact)
+    elif kind < 0.88:
         text = drop_words(rng, question)
     else:
         text = keywords(rng, fact, question)

@@ -95,7 +95,7 @@ HELD_OUT_COUNT_REQUESTS = (
     "Can you count the letter {l} in {w}?",
     "In the word {w}, how many {l} are there?",
     "How often do you see the letter {l} in {w}?",
-    "What is the number of {l} in {w}?",
+    "How many letters {l} can you find in {w}?",
 )
 
 

@@ -24,10 +24,10 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str, Keys], ...] = (
       "I have to go.", "I must go now."), GOODBYE, (("goodbye",),)),
     (("How are you?", "How are you today?", "How do you do?", "Are you well?", "How is it going?", "Hi, how are you?",
       "Hello, how are you?"), HOW_ARE_YOU, (("ready",),)),
-    (("That is great!", "Great!", "Very good!", "I like that.", "Nice!", "That is good.", "Wow!", "Good answer!"),
+    (("That is great!", "Great!", "I like that.", "Nice!", "That is nice.", "Wow!", "What a great answer!"),
      GOOD, (("glad",),)),
     (("That is wrong.", "This is not right.", "You are wrong.", "No, that is not right.", "I do not understand.",
-      "That makes no sense.", "Bad answer."), SORRY, (("sorry",),)),
+      "That makes no sense.", "That is a bad answer."), SORRY, (("sorry",),)),
 )  # fmt: skip
 SMALL_TALK_TEST: tuple[tuple[tuple[str, ...], str, Keys], ...] = (
     (("Good afternoon!", "Hey there!", "Hello my friend!"), HELLO, (("hello",),)),

@@ -1,0 +1,210 @@
+"""The whole road in one command: text → tokenizer → base → mid → SFT → report → an answer.
+
+`bash speedrun_p100.sh` calls this after the set-up; settings come from the environment (see `nanochat.profiles`):
+
+    PROFILE=tiny python -m nanochat.pipeline
+    python -m nanochat.pipeline --dry_run        print the stages and their commands
+
+Every stage is a process of its own. A finished stage leaves a mark, `<base dir>/pipeline/<stage>.json`, with a hash of
+its flags and of the data it read; it is skipped as long as that hash is the same and its output is there. When a stage
+does run, the marks of all stages that build on it are removed first, so they run as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import get_base_dir
+from nanochat.config import run_script
+from nanochat.files import write_json
+from nanochat.process import run_logged
+from nanochat.profiles import Profile, Settings, choose_profile, count_shards, training_speed
+from nanochat.progress import format_seconds
+from nanochat.stages import Stage, expected_seconds, make_stages
+
+
+class Pipeline:
+    """Runs stages in order, skips the finished ones, and keeps marks and logs in `folder`."""
+
+    def __init__(self, stages: Sequence[Stage], base_dir: Path, profile: Profile) -> None:
+        self.stages, self.base_dir, self.profile = list(stages), base_dir, profile
+        self.folder = base_dir / "pipeline"
+
+    def mark_path(self, stage: Stage) -> Path:
+        """Where the state of a stage is kept."""
+        return self.folder / f"{stage.name}.json"
+
+    def log_path(self, stage: Stage) -> Path:
+        """Where the output of a stage is kept."""
+        return self.folder / f"{stage.name}.log"
+
+    def mark(self, stage: Stage) -> dict[str, Any]:
+        """What is known of a stage: state ("started" or "done"), key, seconds; empty if nothing."""
+        try:
+            mark = json.loads(self.mark_path(stage).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return mark if isinstance(mark, dict) and mark.get("key") == stage.key else {}
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether it finished with the same settings and its output is still there."""
+        there = stage.output is None or any(self.base_dir.glob(stage.output))
+        return there and self.mark(stage).get("state") == "done"
+
+    def dependents(self, stage: Stage) -> list[Stage]:
+        """The stages that build on it, directly or through others."""
+        names = {stage.name}
+        for later in self.stages:  # in order, so one pass is enough
+            if names & set(later.needs):
+                names.add(later.name)
+        return [other for other in self.stages if other.name in names - {stage.name}]
+
+    def run(self, env: Mapping[str, str]) -> None:
+        """Run what is not done.
+
+        Raises:
+            RuntimeError: a stage failed; names it, its log and how to go on.
+        """
+        for number, stage in enumerate(self.stages, 1):
+            title = f"[{number}/{len(self.stages)}] {stage.name}"
+            if self.is_done(stage):
+                print(f"{title}: skipped, done before in {format_seconds(self.mark(stage)['seconds'])}", flush=True)
+                continue
+            expected = expected_seconds(self.profile, stage.name)
+            how_long = f"expected time {format_seconds(expected)}" if expected else "how long it takes is not known yet"
+            print(f"\n{title}: {stage.about} ({how_long})", flush=True)
+            seconds = self.run_stage(stage, env)
+            print(f"{title}: finished in {format_seconds(seconds)}", flush=True)
+
+    def run_stage(self, stage: Stage, env: Mapping[str, str]) -> float:
+        """Run one stage; returns its seconds."""
+        resume = self.mark(stage).get("state") == "started"
+        for other in self.dependents(stage):
+            self.mark_path(other).unlink(missing_ok=True)
+        record = {"key": stage.key, "flags": [*stage.flags, *stage.unmarked_flags]}
+        write_json(self.mark_path(stage), {"state": "started", **record})
+        start = time.monotonic()
+        code = run_logged(stage.command(resume), self.log_path(stage), env)
+        seconds = time.monotonic() - start
+        if code != 0:
+            reason = f"was killed by signal {-code}" if code < 0 else f"exit code {code}"
+            hint = " (9 often means that the machine ran out of memory)" if code == -9 else ""
+            raise RuntimeError(
+                f"the stage {stage.name} failed: {reason}{hint}. Its output is in {self.log_path(stage)}. "
+                "To go on, run the same command again: finished stages are skipped"
+            )
+        write_json(self.mark_path(stage), {"state": "done", **record, "seconds": round(seconds, 1)})
+        return seconds
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the base dir's lock: two pipelines in one folder would overwrite each other.
+
+    Raises:
+        RuntimeError: another one is running.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(str(folder / ".lock"), timeout=0):
+            yield
+    except Timeout:
+        raise RuntimeError(
+            f"another pipeline is running in {folder.parent}: wait for it, or set NANOCHAT_BASE_DIR to another folder"
+        ) from None
+
+
+# --- this machine ----------------------------------------------------------------------------------------------------
+
+
+def count_cards() -> int:
+    """CUDA cards that torch sees (asked without starting CUDA, which would hold memory on the card)."""
+    import torch
+
+    return torch.cuda.device_count() if torch.version.cuda else 0
+
+
+def card_name() -> str:
+    """Name of the first card, "" if it can't be had."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout.strip() else ""
+
+
+def shards_needed(profile: Profile) -> int:
+    """Shards for the tokens that base training will read."""
+    import torch
+
+    from nanochat.gpt import GPT, GPTConfig
+
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_depth(profile.depth, profile.vocab_size, profile.max_seq_len))
+    if profile.hours is None:
+        return count_shards(20 * model.num_params())  # base_train's default horizon
+    speed = training_speed(card_name()) * profile.nproc
+    return count_shards(profile.hours * 3600 * speed / model.estimate_flops())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Run the pipeline; its settings come from the environment (bash speedrun_p100.sh -h lists them)."""
+
+    dry_run: bool = False
+    """Print the stages and their commands, run nothing."""
+
+
+def closing_lines(profile: Profile, base_dir: Path, seconds: float) -> list[str]:
+    """What to do with the result."""
+    default = Path.home() / ".cache" / "nanochat"
+    env = "" if base_dir == default else f"NANOCHAT_BASE_DIR={base_dir} "
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    peak = peak / 1024 if sys.platform == "darwin" else peak  # bytes there, KiB elsewhere
+    return [
+        "",
+        f"done in {format_seconds(seconds)}" + (f", at most {peak:.1f} GiB of memory in one process" if peak else ""),
+        f"report:       {base_dir / 'report' / 'report.md'}",
+        f"talk to it:   {env}{sys.executable} -m scripts.chat_cli -g {profile.tag}",
+        f"in a browser: {env}{sys.executable} -m scripts.chat_web -g {profile.tag}",
+    ]
+
+
+def main(cfg: Config) -> None:
+    """Choose the profile, run the stages."""
+    start = time.monotonic()
+    try:
+        settings = Settings.from_env(os.environ)
+        profile = choose_profile(settings, count_cards())
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    base_dir = get_base_dir().absolute()
+    public = profile.dataset not in (None, "demo")
+    stages = make_stages(profile, settings, base_dir, shards_needed(profile) if public else 0)
+    print(f"profile {profile.name}: {profile.about}; everything goes into {base_dir}", flush=True)
+    if cfg.dry_run:
+        for stage in stages:
+            print(f"{stage.name}: {stage.about}\n    {' '.join(['python', *stage.command()[1:]])}")
+        return
+    pipeline = Pipeline(stages, base_dir, profile)
+    with only_one(pipeline.folder):
+        pipeline.run({**profile.env, **os.environ, "NANOCHAT_BASE_DIR": str(base_dir)})
+    print("\n".join(closing_lines(profile, base_dir, time.monotonic() - start)), flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# nanochat's own speedrun: the pipeline of speedrun_p100.sh at depth 20, on 8 large cards through torchrun.
+# Every setting of speedrun_p100.sh works here too (bash speedrun.sh -h); NPROC sets the number of cards.
+set -euo pipefail
+
+export PROFILE="${PROFILE:-d20}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/speedrun_p100.sh" "$@"
