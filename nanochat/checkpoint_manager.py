@@ -157,7 +157,7 @@ def find_tag(source: str, model_tag: str | None = None) -> Path:
     tags = [p for p in root.iterdir() if saved_steps(p)] if root.is_dir() else []
     if not tags:
         raise FileNotFoundError(
-            f"no {source} checkpoint in {root}: train one with `{command}` (the whole pipeline: `bash speedrun_p100.sh`)"
+            f"no {source} checkpoint in {root}: train one with `{command}` (or everything: `bash speedrun_p100.sh`)"
         )
 
     def rank(tag: Path) -> tuple[int, float]:

@@ -291,17 +291,13 @@ class GPT(nn.Module):
             float32 softcapped logits (B, T, V), or the loss in float32.
         """
         x = self.hidden(idx, kv_cache)
-        if targets is not None:
-            return linear_cross_entropy(
-                x,
-                self.lm_head.weight,
-                targets,
-                self.config.vocab_size,
-                LOGIT_SOFTCAP,
-                loss_reduction,
-                _autocast_dtype(x),
-            )
-        return self.logits_at(x)
+        return self.logits_at(x) if targets is None else self.loss(x, targets, loss_reduction)
+
+    def loss(self, x: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
+        """The loss of hidden states `x` (B, T, C) against `targets` (B, T); never compiled, unlike `hidden`."""
+        return linear_cross_entropy(
+            x, self.lm_head.weight, targets, self.config.vocab_size, LOGIT_SOFTCAP, reduction, _autocast_dtype(x)
+        )
 
     def logits_at(self, x: Tensor) -> Tensor:
         """Softcapped float32 logits of chosen hidden states (…, C) -> (…, V): for when few positions matter."""

@@ -104,7 +104,6 @@ def _losses_each(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ca
     return torch.cat([checkpoint(one, xc, tc, use_reentrant=False) for xc, tc in chunks])
 
 
-@torch.compiler.disable
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -114,7 +113,7 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Cross entropy of `softcap(x @ weight.T)` against `targets`; torch.compile breaks its graph here.
+    """Cross entropy of `softcap(x @ weight.T)` against `targets`. Runs outside torch.compile (see Trainer).
 
     Args:
         x: (…, C) hidden states.

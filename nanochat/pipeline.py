@@ -95,7 +95,11 @@ class Pipeline:
         record = {"key": stage.key, "flags": [*stage.flags, *stage.unmarked_flags]}
         write_json(self.mark_path(stage), {"state": "started", **record})
         start = time.monotonic()
-        code = run_logged(stage.command(resume), self.log_path(stage), env)
+        try:
+            code = run_logged(stage.command(resume), self.log_path(stage), env)
+        except KeyboardInterrupt:
+            print(f"\nstopped in the stage {stage.name}; the same command goes on from here", flush=True)
+            raise
         seconds = time.monotonic() - start
         if code != 0:
             reason = f"was killed by signal {-code}" if code < 0 else f"exit code {code}"

@@ -137,7 +137,7 @@ class Precision:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW or self.scaler.scale < 1.0:
             raise NonFiniteError(
-                f"the gradients were not finite {self.skipped_in_a_row} steps in a row, loss scale {self.scaler.scale:g}"
+                f"gradients were not finite {self.skipped_in_a_row} steps in a row, loss scale {self.scaler.scale:g}"
             )
         return StepResult(skipped=not finite, grad_norm=norm)
 

@@ -10,10 +10,11 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -35,7 +36,7 @@ class LineLog:
         *lines, self.rest = (self.rest + data).split(b"\n")
         for line in lines:
             self._write(line)
-        self.rest = self.rest[self.rest.rstrip(b"\r").rfind(b"\r") + 1 :]  # drawn over: never needed again
+        self.rest = self.rest[self.rest.rstrip(b"\r").rfind(b"\r") + 1 :]  # what was drawn over is never needed
         self.file.flush()
 
     def _write(self, line: bytes) -> None:
@@ -66,14 +67,28 @@ def _open_channel(terminal: bool) -> tuple[int, int]:
     return reader, writer
 
 
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that what must be cleaned up is."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_logged(command: Sequence[str], log_path: Path, env: Mapping[str, str]) -> int:
     """Run `command`, show its output, append it to `log_path`; returns its exit code (−n when killed by signal n).
 
-    Ctrl-C reaches the command too; its last words are still read before KeyboardInterrupt goes on.
+    Ctrl-C reaches the command too; its last words are read before KeyboardInterrupt goes on. SIGTERM is passed on.
     """
     reader, writer = _open_channel(sys.stdout.isatty())
     interrupted = False
-    with LineLog(log_path) as log:
+    with LineLog(log_path) as log, _exit_on_sigterm():
         log.feed(f"$ {' '.join(command)}   ({time.strftime('%Y-%m-%d %H:%M:%S')})\n".encode())
         process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=dict(env))
         os.close(writer)

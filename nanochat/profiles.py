@@ -66,26 +66,33 @@ class Profile:
         return max(1, min(self.device_batch_size // 2, rows_per_step))
 
 
-# The demo: a small world that ships with nanochat, learned in minutes on a CPU. Its numbers are tuned together.
+# The demo: a small world that ships with nanochat, learned in minutes on a CPU. Its numbers are tuned together:
+# small batches make many steps, each stage hands a high learning rate to the next, and SFT ends at zero.
 DEMO = Profile(
     name="demo",
     about="the small world that ships with nanochat, on this CPU, nothing is downloaded",
     depth=4,
-    vocab_size=2048,
+    vocab_size=4096,
     max_seq_len=256,
-    device_batch_size=16,
-    total_batch_size=4096,
-    sft_batch_size=4096,
+    device_batch_size=8,
+    total_batch_size=2048,
+    sft_batch_size=2048,
     dataset="demo",
     chat_data="demo",
-    steps={"base_train": 450, "mid_train": 300, "chat_sft": 150},
+    steps={"base_train": 390, "mid_train": 275, "chat_sft": 200},
     flags={
-        "base_train": ("--eval_every=200", "--eval_tokens=32768", "--sample_every=0"),
+        "base_train": (
+            "--eval_every=0",
+            "--eval_tokens=32768",
+            "--sample_every=0",
+            "--warmdown_ratio=0.2",
+            "--final_lr_frac=0.3",
+        ),
         "base_loss": ("--eval_tokens=32768",),
         # Only a bundle that is already there is used: the demo downloads nothing.
         "base_eval": ("--max_per_task=5",),
-        "mid_train": ("--eval_every=150", "--eval_batches=4"),
-        "chat_sft": ("--eval_every=0", "--eval_batches=4", "--init_lr_frac=0.3"),
+        "mid_train": ("--eval_every=0", "--eval_batches=4", "--warmdown_ratio=0.3", "--final_lr_frac=0.4"),
+        "chat_sft": ("--eval_every=0", "--eval_batches=4", "--init_lr_frac=0.5"),
         "chat_eval_mid": ("--max_problems=30", "--max_new_tokens=96"),
         "chat_eval_sft": ("--max_new_tokens=96",),
     },

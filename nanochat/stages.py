@@ -54,21 +54,21 @@ class Stage:
 
 
 def fingerprint(path: Path) -> str:
-    """Changes when a file, or a text of a folder, changes (small files by content, large ones by size and time)."""
+    """Changes when a file, or a text in a folder, changes (small files by content, large ones by size and time)."""
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file() and file.suffix in TEXT_SUFFIXES:
             stat = file.stat()
             large = stat.st_size > SMALL_FILE_BYTES
             content = f"{stat.st_size} {stat.st_mtime_ns}".encode() if large else file.read_bytes()
-            digest.update(f"{file.relative_to(path)}\n".encode() + hashlib.sha256(content).digest())
+            digest.update(f"{file.name}\n".encode() + hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
 def demo_world() -> tuple[str, ...]:
-    """What the demo's texts and conversations depend on."""
-    own = os.environ.get("NANOCHAT_WORLD_DIR")
-    return (fingerprint(ROOT / "tasks" / "demo"), *([fingerprint(Path(own))] if own else []))
+    """What the demo's texts and conversations depend on: the code that draws them, and the tables of the world."""
+    code = ROOT / "tasks" / "demo"
+    return (fingerprint(code), fingerprint(Path(os.environ.get("NANOCHAT_WORLD_DIR") or code / "world").expanduser()))
 
 
 # --- from a profile to stages ----------------------------------------------------------------------------------------

@@ -92,7 +92,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.flops_per_token = self.model.estimate_flops(self.model.config.sequence_len)
-        self._forward = torch.compile(self.model, dynamic=False) if self.compute.compile else self.model
+        # The layers are compiled; the loss works chunk by chunk and stays outside.
+        self._hidden = torch.compile(self.model.hidden, dynamic=False) if self.compute.compile else self.model.hidden
         self._last_save = time.monotonic()
 
     # -- one step -------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class Trainer:
         total = torch.zeros((), device=self.compute.device)
         for x, y in batches:
             with self.compute.precision.autocast():
-                loss = self._forward(x, y, loss_reduction="sum") * weight
+                loss = self.model.loss(self._hidden(x), y, "sum") * weight
             self.compute.precision.backward(loss)
             total += loss.detach()
         result = self.compute.precision.step([self.optimizer], s.grad_clip)

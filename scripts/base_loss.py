@@ -91,7 +91,7 @@ def main(cfg: Config) -> None:
                     {"step": meta["step"], "corpus": corpus.name, "most tokens per split": cfg.eval_tokens},
                     bpb,
                     "Samples (greedy):",
-                    "```\n" + "\n".join(text.replace("```", "'''") for text in samples) + "\n```",
+                    "```\n" + "\n".join(repr(text).replace("```", "'''") for text in samples) + "\n```",
                 ],
                 metrics=bpb,
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 
 from nanochat.execution import execute_code
-
 from tasks.common import Conversation, Task
 from tasks.sources import load_rows
 

@@ -81,7 +81,7 @@ def make_loaders(
 
 
 @given(data=datasets, T=st.integers(8, 120), supervise=st.sampled_from(["all", "assistant"]), window=st.integers(1, 30))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_an_epoch_supervises_every_kept_token_exactly_once(
     data: list[dict[str, Any]], T: int, supervise: Any, window: int
 ) -> None:
@@ -135,7 +135,7 @@ def to_last_supervised(piece: Sequence[tuple[int, int]]) -> tuple[tuple[int, int
     steps=st.integers(0, 5),
     window=st.integers(1, 30),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_resume_and_world_size_keep_the_order(
     data: list[dict[str, Any]], T: int, shapes: tuple[int, int, int, int], steps: int, window: int
 ) -> None:
@@ -237,6 +237,7 @@ def test_bad_conversation_is_named_by_its_number() -> None:
 
 
 @given(lengths=st.lists(st.integers(0, 20), max_size=60), capacity=st.integers(20, 50))
+@settings(max_examples=60, deadline=None)
 def test_packing_keeps_every_item_whole(lengths: list[int], capacity: int) -> None:
     bins = pack_best_fit(lengths, capacity)
     assert sorted(i for items in bins for i in items) == list(range(len(lengths)))

@@ -96,7 +96,7 @@ def usable(corpus_texts: list[list[list[str]]], folder: Path) -> Corpus | None:
 
 
 @given(texts=corpora, case=cases, read=st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_order_equals_the_obvious_concatenation(
     tmp_path_factory: pytest.TempPathFactory, texts: list[list[list[str]]], case: Case, read: int
 ) -> None:
@@ -113,7 +113,7 @@ def test_order_equals_the_obvious_concatenation(
 
 
 @given(texts=corpora, first=cases, second=cases, steps=st.integers(0, 6), read=st.tuples(*[st.integers(1, 6)] * 2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_resume_continues_the_stream_with_any_shape(
     tmp_path_factory: pytest.TempPathFactory,
     texts: list[list[list[str]]],
@@ -145,7 +145,7 @@ def test_resume_continues_the_stream_with_any_shape(
 
 
 @given(texts=corpora, case=cases)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_validation_predicts_every_token_once(
     tmp_path_factory: pytest.TempPathFactory, texts: list[list[list[str]]], case: Case
 ) -> None:
@@ -245,6 +245,7 @@ def test_damaged_shard_stops_training_with_its_name(tmp_path: Path) -> None:
 
 
 @given(texts=st.lists(st.text(max_size=5), max_size=8))
+@settings(max_examples=40, deadline=None)
 def test_insert_bos(texts: list[str]) -> None:
     ids, offsets = BYTES.encode_arrow(pa.array(texts, pa.string()))
     expected = [i for text in texts if text for i in (BOS, *text.encode())]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
@@ -64,8 +66,8 @@ def test_small_world_is_read_as_written(small_world):
     assert [topic.name for topic in world.topics] == ["sky", "river"]
     sky, river = world.facts
     assert sky.text == "The sky is blue because air scatters blue light."
-    assert sky.asks == ("Why is the sky blue?", "What makes the sky blue?", "Why is the sky not red?")
-    assert sky.held_out == "How come the sky is blue?"
+    assert sky.asks == ("Why is the sky blue?", "What makes the sky blue?", "How come the sky is blue?")
+    assert sky.held_out == "Why is the sky not red?"
     assert river.keys == (("sea", "ocean"), ("2", "two"))
     assert river.place == "a.txt:11"
     assert world.identity
@@ -94,7 +96,7 @@ def test_world_folder_comes_from_the_environment(small_world, monkeypatch):
         ("[sky]", "[]", "is no topic"),
         ("[river]", "[sky]", "topic [sky] is also at a.txt:3"),
         ("Where do rivers go?", "why is the sky blue", "is also asked at a.txt:4"),
-        ("Where do rivers go?", "How come the sky is blue today?", "contains the held-out question"),
+        ("Where do rivers go?", "Why is the sky not red today?", "contains the held-out question"),
         ("tell: where", "fact: A river is wet.\ntell: where", "no tell and no key"),
         ("tell: where", "key: sea\ntell: where", "a second 'key'"),
     ],
@@ -164,11 +166,8 @@ def training_questions(world):
 @pytest.fixture(scope="module")
 def training_documents(world):
     """All pretraining text of the default size, validation included."""
-    return [
-        text
-        for split in ("train", "val")
-        for text in corpus.documents(world, split, corpus.DEFAULT_CHARS)  # more validation text than is written
-    ]
+    sizes = {"train": corpus.DEFAULT_CHARS, "val": int(corpus.DEFAULT_CHARS * corpus.VAL_SHARE)}
+    return [text for split, chars in sizes.items() for text in corpus.documents(world, split, chars)]
 
 
 def test_held_out_questions_are_never_trained(world, training_questions, training_documents):
@@ -201,12 +200,12 @@ def held_out_patterns():
 
 
 def test_held_out_phrasings_are_never_trained(training_questions, training_documents):
-    everything = "\n".join(" ".join(words_of(text)) for text in (*training_questions, *training_documents))
+    lines = {line for text in (*training_questions, *training_documents) for line in text.split("\n")}
+    everything = "\n".join(" ".join(words_of(line)) for line in lines)
     patterns = list(held_out_patterns())
-    assert len(phrasings.HELD_OUT_TELL_WRAPPERS) + len(phrasings.HELD_OUT_QUESTION_WRAPPERS) >= 8
+    assert len(patterns) >= 25
     for pattern in patterns:
-        found = pattern.search(everything)
-        assert found is None, found
+        assert pattern.search(everything) is None, pattern
 
 
 def test_every_test_example_is_in_a_held_out_phrasing(world):
@@ -278,12 +277,13 @@ def test_training_phrasings_are_many(world):
 
 
 def test_rewording_by_rule_never_asks_a_held_out_question(small_world):
-    world = load_world(small_world)  # its held-out question is one that a rule makes
+    fact = load_world(small_world).facts[0]
+    held_out = HeldOutQuestions([fact.asks[2]])  # one that a rule makes out of the first question
     rng = random.Random(0)
-    made = {phrasings.reword(rng, world.facts[0].asks[0], world.facts[0].tell) for _ in range(200)}
-    assert world.facts[0].held_out in made
+    assert fact.asks[2] in {phrasings.reword(rng, fact.asks[0], fact.tell) for _ in range(200)}
+    trained = dataclasses.replace(fact, asks=fact.asks[:2])
     for i in range(2000):
-        assert world.held_out.find(phrasings.ask_fact(rng, world.facts[0], i, world.held_out)) is None
+        assert held_out.find(phrasings.ask_fact(rng, trained, i, held_out)) is None
 
 
 def test_held_out_search_ignores_case_and_marks_but_not_words():
@@ -458,8 +458,8 @@ def test_corpus_refuses_a_folder_of_other_things(small_world, tmp_path):
 
 
 def test_every_fact_stands_often_in_the_shipped_corpus(world, training_documents):
-    text = "\n".join(training_documents)
-    assert min(text.count(fact.text) for fact in world.facts) >= 10
+    sentences = Counter(part for text in training_documents for part in re.split(r"(?<=[.!]) |\n", text))
+    assert min(sentences[fact.text] for fact in world.facts) >= 10
 
 
 def test_command_line_checks_a_world(small_world, capsys):

@@ -76,7 +76,7 @@ def test_greedy_equals_naive_recomputation(tiny_model, tiny_tokenizer):
         assert [m[0] for _, m in columns] == masks
 
 
-@pytest.mark.parametrize("budget", [1, 300, 16384])
+@pytest.mark.parametrize("budget", [1, 300, None])
 def test_many_prompts_equal_one_at_a_time(tiny_model, tiny_tokenizer, budget):
     engine = Engine(tiny_model, tiny_tokenizer)
     generator = torch.Generator().manual_seed(5)

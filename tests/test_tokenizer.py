@@ -42,6 +42,11 @@ def tokenizer() -> RustBPETokenizer:
     return RustBPETokenizer.train_from_iterator(TEXT * 20, 400)
 
 
+@pytest.fixture(scope="module")
+def oracle(tokenizer: RustBPETokenizer) -> TiktokenEncoder:
+    return TiktokenEncoder(SPLIT_PATTERN, {token: i for i, token in enumerate(tokenizer.ranks)})
+
+
 def test_vocab_size_counts_bytes_merges_and_specials(tokenizer: RustBPETokenizer) -> None:
     assert tokenizer.get_vocab_size() == 400
     assert tokenizer.ranks[:256] == [bytes([i]) for i in range(256)]
@@ -66,8 +71,9 @@ def test_text_too_poor_for_the_vocabulary_gives_a_smaller_one() -> None:
 
 @given(text=texts)
 @settings(max_examples=150, deadline=None)
-def test_same_ids_as_tiktoken_and_exact_round_trip(tokenizer: RustBPETokenizer, text: str) -> None:
-    oracle = TiktokenEncoder(SPLIT_PATTERN, {token: i for i, token in enumerate(tokenizer.ranks)})
+def test_same_ids_as_tiktoken_and_exact_round_trip(
+    tokenizer: RustBPETokenizer, oracle: TiktokenEncoder, text: str
+) -> None:
     ids = tokenizer.encode(text)
     assert ids == oracle.encode(text)
     assert tokenizer.decode(ids) == text
@@ -292,7 +298,7 @@ def test_tok_train_stops_at_what_the_text_supports(own_data: Path, capsys: pytes
 
 def test_tok_train_names_a_corpus_without_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["", None, "", "x"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="training documents of .* are all empty"):
+    with pytest.raises(ValueError, match=r"training documents of .* are all empty"):
         tok_train.main(tok_train.Config(data_dir=str(tmp_path)))
 
 

@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 
 use crate::documents::{num_chars, num_threads, share_blocks, truncate, Documents};
-use crate::pieces::{hash_bytes, PieceMap, ShortPiece};
+use crate::pieces::{hash_bytes, PieceMap, ShortPiece, Waiting};
 use crate::split::Pattern;
 
 /// What training may read. `u64::MAX` stands for no limit.
@@ -61,8 +61,7 @@ impl Counter {
             }
         };
         let work = |(map, totals): &mut (PieceMap<u64>, Totals), block: usize| {
-            let mut waiting = [(ShortPiece::default(), 0u64); 32];
-            let mut n = 0usize;
+            let mut waiting = Waiting::default();
             for i in blocks[block].start..blocks[block].end.min(count) {
                 match documents.get(i) {
                     Ok(text) => {
@@ -74,12 +73,8 @@ impl Counter {
                             Some(piece) => {
                                 let hash = piece.hash();
                                 map.prefetch(hash);
-                                waiting[n % 32] = (piece, hash);
-                                n += 1;
-                                if n % 32 == 0 {
-                                    for &(piece, hash) in &waiting {
-                                        *map.short_entry(piece, hash) += 1;
-                                    }
+                                if waiting.push(piece, hash) {
+                                    add_one_each(map, &mut waiting);
                                 }
                             }
                             None => *map.long_entry(&bytes[start..end]) += 1,
@@ -91,9 +86,7 @@ impl Counter {
                     }
                 }
             }
-            for &(piece, hash) in &waiting[..n % 32] {
-                *map.short_entry(piece, hash) += 1;
-            }
+            add_one_each(map, &mut waiting);
             true
         };
         let mut report_bytes = |taken: usize| report(documents.num_bytes(0..blocks[taken - 1].end) as u64);
@@ -164,6 +157,13 @@ impl Counter {
         });
         drop(maps);
         gather(&sums)
+    }
+}
+
+#[inline(always)]
+fn add_one_each(map: &mut PieceMap<u64>, waiting: &mut Waiting) {
+    for &(piece, hash) in waiting.take() {
+        *map.short_entry(piece, hash) += 1;
     }
 }
 

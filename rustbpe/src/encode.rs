@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::documents::{num_threads, share_blocks, Documents};
 use crate::pairs::{Pair, PairMap, NO_TOKEN};
-use crate::pieces::{PieceMap, ShortPiece};
+use crate::pieces::{prefetch, PieceMap, ShortPiece, Waiting};
 use crate::split::Pattern;
 
 /// Tokens and their ids: a vocabulary without special tokens.
@@ -177,32 +177,42 @@ impl Encoder {
     ) -> Result<EncodedBlock<T>, String> {
         let mut ids = Vec::with_capacity(documents.num_bytes(range.clone()) / 3 + 16);
         let mut lengths = Vec::with_capacity(range.len());
+        let mut waiting = Waiting::default();
         for i in range {
             let text = documents.get(i)?;
+            let bytes = text.as_bytes();
             let before = ids.len();
-            self.pattern
-                .for_each_piece(text, |start, end| self.encode_piece(text.as_bytes(), start, end, cache, &mut ids));
+            self.pattern.for_each_piece(text, |start, end| match ShortPiece::new(bytes, start, end) {
+                Some(piece) => {
+                    let hash = piece.hash();
+                    prefetch(cache.entry(hash));
+                    if waiting.push(piece, hash) {
+                        self.encode_short(&mut waiting, cache, &mut ids);
+                    }
+                }
+                None => {
+                    self.encode_short(&mut waiting, cache, &mut ids);
+                    self.encode_long(&bytes[start..end], cache, &mut ids);
+                }
+            });
+            self.encode_short(&mut waiting, cache, &mut ids);
             lengths.push(ids.len() - before);
         }
         Ok(EncodedBlock { ids, lengths })
     }
 
-    /// Appends the ids of the piece `bytes[start..end]`.
+    /// Appends the ids of the pieces that wait.
     #[inline(always)]
-    fn encode_piece<T: Id>(&self, bytes: &[u8], start: usize, end: usize, cache: &mut Cache, out: &mut Vec<T>) {
-        match ShortPiece::new(bytes, start, end) {
-            Some(piece) => {
-                let hash = piece.hash();
-                let entry = cache.find(piece, hash);
-                if entry.piece != piece {
-                    self.fill(piece, hash, cache, out);
-                } else if entry.num_ids == 1 {
-                    out.push(T::from_u32(entry.ids[0]));
-                } else {
-                    out.extend(entry.ids[..entry.num_ids as usize].iter().map(|&id| T::from_u32(id)));
-                }
+    fn encode_short<T: Id>(&self, waiting: &mut Waiting, cache: &mut Cache, out: &mut Vec<T>) {
+        for &(piece, hash) in waiting.take() {
+            let entry = cache.entry(hash);
+            if entry.piece != piece {
+                self.fill(piece, hash, cache, out);
+            } else if entry.num_ids == 1 {
+                out.push(T::from_u32(entry.ids[0]));
+            } else {
+                out.extend(entry.ids[..entry.num_ids as usize].iter().map(|&id| T::from_u32(id)));
             }
-            None => self.encode_long(&bytes[start..end], cache, out),
         }
     }
 
@@ -224,7 +234,7 @@ impl Encoder {
             entry.num_ids = parts.len() as u32;
             parts.iter().zip(&mut entry.ids).for_each(|(part, id)| *id = part.0);
         }
-        *cache.find_mut(hash) = entry;
+        *cache.entry_mut(hash) = entry;
     }
 
     #[cold]
@@ -335,11 +345,11 @@ impl Cache {
     const SIZE: usize = 1 << 17;
 
     #[inline(always)]
-    fn find(&self, _piece: ShortPiece, hash: u64) -> &Entry {
+    fn entry(&self, hash: u64) -> &Entry {
         &self.entries[hash as usize % Cache::SIZE]
     }
 
-    fn find_mut(&mut self, hash: u64) -> &mut Entry {
+    fn entry_mut(&mut self, hash: u64) -> &mut Entry {
         &mut self.entries[hash as usize % Cache::SIZE]
     }
 }

@@ -3,7 +3,7 @@
 //! The text is cut into pieces by [`split`] (no regular expression engine), equal pieces are counted in [`count`], and
 //! [`train`] merges the most frequent pair of tokens until the vocabulary is full. [`encode`] applies the merges to new
 //! text. Both read documents where they lie ([`documents`]): Arrow buffers or one joined buffer. [`abi`] is the border
-//! to Python and the only module with `unsafe`.
+//! to Python; all `unsafe` is there, but for one prefetch in [`pieces`].
 //!
 //! The result does not depend on the number of threads.
 

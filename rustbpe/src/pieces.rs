@@ -80,6 +80,49 @@ impl Hasher for BytesHasher {
     }
 }
 
+/// Asks the processor to load `place` ahead of its use: misses of the cache are most of the time of training and encoding.
+#[inline(always)]
+pub fn prefetch<T>(place: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch has no effect that a program can see, whatever the address, and SSE is part of x86_64.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        _mm_prefetch::<_MM_HINT_T0>(place as *const T as *const i8);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
+/// Short pieces with their hashes, which wait while the places where they belong are being loaded.
+pub struct Waiting {
+    pieces: [(ShortPiece, u64); Waiting::ROOM],
+    used: usize,
+}
+
+impl Default for Waiting {
+    fn default() -> Self {
+        Waiting { pieces: [Default::default(); Waiting::ROOM], used: 0 }
+    }
+}
+
+impl Waiting {
+    const ROOM: usize = 32;
+
+    /// Adds a piece, and says whether there is no more room.
+    #[inline(always)]
+    pub fn push(&mut self, piece: ShortPiece, hash: u64) -> bool {
+        self.pieces[self.used] = (piece, hash);
+        self.used += 1;
+        self.used == Waiting::ROOM
+    }
+
+    /// Takes all pieces, in the order in which they came.
+    #[inline(always)]
+    pub fn take(&mut self) -> &[(ShortPiece, u64)] {
+        &self.pieces[..std::mem::take(&mut self.used)]
+    }
+}
+
 #[derive(Clone, Copy, Default)]
 struct Slot<V> {
     /// A length of 0 marks an empty slot: no piece is empty.
@@ -186,17 +229,10 @@ impl<V: Copy + Default> PieceMap<V> {
         }
     }
 
-    /// Asks the processor to load the slot of this hash ahead of its use.
+    /// Loads the slot of this hash ahead of its use.
     #[inline(always)]
     pub fn prefetch(&self, hash: u64) {
-        let slot = &self.slots[hash as usize & (self.slots.len() - 1)];
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch reads nothing, and SSE is part of x86_64.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(slot as *const Slot<V> as *const i8)
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = slot;
+        prefetch(&self.slots[hash as usize & (self.slots.len() - 1)]);
     }
 
     /// Every short piece.

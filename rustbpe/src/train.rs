@@ -5,7 +5,7 @@
 //!
 //! The pieces lie one after another in one array with a place for each byte. A token fills as many places as it has
 //! bytes, and its id stands in the first and in the last of them, so both neighbours of a token are one look away and
-//! merging never moves anything. Each pair knows the places where it may start; places that have changed since are
+//! merging never moves anything. Beside the id stands how often the piece occurs. Each pair knows the places where it may start; places that have changed since are
 //! recognized by the ids found there.
 //!
 //! Only pairs that could be merged soon are kept exactly: those that occur at least 2^level times are in the heap and
@@ -18,6 +18,7 @@ use std::ops::Range;
 
 use crate::count::PieceCounts;
 use crate::pairs::{Pair, PairMap, NO_TOKEN};
+use crate::pieces::prefetch;
 
 /// Between pieces, and in places that no longer start a token.
 const GAP: u32 = NO_TOKEN;
@@ -33,11 +34,15 @@ struct Candidate {
     places: Range<usize>,
 }
 
+#[derive(Clone, Copy)]
+struct Place {
+    token: u32,
+    /// How often the piece occurs that this place belongs to.
+    count: u32,
+}
+
 struct Trainer {
-    tokens: Vec<u32>,
-    /// Index into `counts` of the piece at each place.
-    piece_at: Vec<u32>,
-    counts: Vec<u64>,
+    text: Vec<Place>,
     /// Bytes of each token.
     lengths: Vec<u32>,
     places: Vec<u32>,
@@ -128,26 +133,26 @@ pub fn train(pieces: PieceCounts, vocab_size: usize, report: &mut dyn FnMut(u64)
 impl Trainer {
     fn new(pieces: PieceCounts) -> Result<Trainer, String> {
         let PieceCounts { bytes, ends, counts } = pieces;
-        let size = bytes.len() + ends.len() + 1;
-        if size >= GAP as usize {
-            return Err(format!("{size} bytes of distinct pieces are more than the trainer can number: use less text"));
-        }
-        let mut tokens = Vec::with_capacity(size);
-        let mut piece_at = Vec::with_capacity(size);
-        tokens.push(GAP);
-        piece_at.push(0);
+        let gap = Place { token: GAP, count: 0 };
+        let mut text = Vec::with_capacity(bytes.len() + ends.len() + 1);
+        text.push(gap);
         let mut start = 0;
-        for (i, &end) in ends.iter().enumerate() {
-            tokens.extend(bytes[start..end].iter().map(|&b| b as u32));
-            tokens.push(GAP);
-            piece_at.resize(tokens.len(), i as u32);
+        for (&end, &total) in ends.iter().zip(&counts) {
+            // A count beyond 32 bits is shared by several copies of the piece.
+            let mut left = total;
+            while left > 0 {
+                let count = left.min(u32::MAX as u64) as u32;
+                text.extend(bytes[start..end].iter().map(|&b| Place { token: b as u32, count }));
+                text.push(gap);
+                left -= count as u64;
+            }
             start = end;
         }
-        drop((bytes, ends));
+        if text.len() >= GAP as usize {
+            return Err(format!("{} bytes of distinct pieces are more than the trainer can number", text.len()));
+        }
         let mut trainer = Trainer {
-            tokens,
-            piece_at,
-            counts,
+            text,
             lengths: vec![1; 256],
             places: Vec::new(),
             hot: Vec::new(),
@@ -164,12 +169,12 @@ impl Trainer {
 
     /// Makes the candidates of the untouched pieces. The places of each pair are sorted by counting.
     fn add_byte_pairs(&mut self) {
-        let key = |window: &[u32]| (window[0] << 8 | window[1]) as usize;
+        let key = |window: &[Place]| (window[0].token << 8 | window[1].token) as usize;
         let mut count = vec![0u64; 1 << 16];
         let mut next = vec![0usize; 1 << 16];
-        let is_pair = |window: &[u32]| window[0] != GAP && window[1] != GAP;
-        for (i, window) in self.tokens.windows(2).enumerate().filter(|(_, window)| is_pair(window)) {
-            count[key(window)] += self.counts[self.piece_at[i] as usize];
+        let is_pair = |window: &[Place]| window[0].token != GAP && window[1].token != GAP;
+        for window in self.text.windows(2).filter(|window| is_pair(window)) {
+            count[key(window)] += window[0].count as u64;
             next[key(window)] += 1;
         }
         let mut total = 0;
@@ -177,7 +182,7 @@ impl Trainer {
             total += std::mem::replace(slot, total);
         }
         self.places = vec![0; total];
-        for (i, window) in self.tokens.windows(2).enumerate().filter(|(_, window)| is_pair(window)) {
+        for (i, window) in self.text.windows(2).enumerate().filter(|(_, window)| is_pair(window)) {
             let slot = &mut next[key(window)];
             self.places[*slot] = i as u32;
             *slot += 1;
@@ -243,10 +248,10 @@ impl Trainer {
         candidate.count = 0;
         for i in candidate.places.clone() {
             let place = self.places[i] as usize;
-            if self.tokens[place] == a && self.tokens[place + step] == b {
+            if self.text[place].token == a && self.text[place + step].token == b {
                 self.places[kept] = place as u32;
                 kept += 1;
-                candidate.count += self.counts[self.piece_at[place] as usize];
+                candidate.count += self.text[place].count as u64;
             }
         }
         candidate.places.end = kept;
@@ -264,18 +269,21 @@ impl Trainer {
         }
         // Occurrences of (new, a) that were counted and then merged themselves, as in "abab".
         let mut undone = 0;
-        for i in best.places {
+        for i in best.places.clone() {
+            if let Some(&ahead) = self.places.get(i + 8) {
+                prefetch(&self.text[ahead as usize]);
+            }
             let place = self.places[i] as usize;
             let middle = place + length_a;
-            if self.tokens[place] != a || self.tokens[middle] != b {
+            if self.text[place].token != a || self.text[middle].token != b {
                 continue;
             }
             let end = middle + length_b;
-            let count = self.counts[self.piece_at[place] as usize];
-            let (before, after) = (self.tokens[place - 1], self.tokens[end]);
-            self.tokens[middle] = GAP;
-            self.tokens[place] = new;
-            self.tokens[end - 1] = new;
+            let count = self.text[place].count as u64;
+            let (before, after) = (self.text[place - 1].token, self.text[end].token);
+            self.text[middle].token = GAP;
+            self.text[place].token = new;
+            self.text[end - 1].token = new;
             if before != GAP {
                 self.left.add(before, place - self.lengths[before as usize] as usize, count);
                 if before == new {

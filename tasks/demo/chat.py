@@ -314,7 +314,7 @@ def demo_mid_mixture(
 def demo_sft_mixture(
     *,
     facts: int = 9000,
-    identity: int = 1000,
+    identity: int = 1500,
     arithmetic: int = 1200,
     spelling: int = 800,
     counting: int = 800,

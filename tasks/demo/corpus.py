@@ -116,13 +116,13 @@ def _question(rng: random.Random, world: World, fact: Fact) -> str:
 
 # Of 100 documents, how many are of each kind.
 KINDS: tuple[tuple[Callable[[random.Random, World, int], str], int], ...] = (
-    (questions, 50),
-    (article, 24),
+    (questions, 60),
+    (article, 16),
     (fact_list, 4),
-    (about_nanochat, 4),
-    (spelling, 7),
-    (counting, 6),
-    (sums, 5),
+    (about_nanochat, 5),
+    (spelling, 6),
+    (counting, 5),
+    (sums, 4),
 )
 
 

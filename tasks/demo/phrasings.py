@@ -119,7 +119,31 @@ _REWORDINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"In what (.+)\?", ("In which {0}?",)),
     (r"What (color|country|animal|season|part|bird|fruit|city|sport|food|tool) (.+)\?", ("Which {0} {1}?",)),
 )
-# The same from the embedded clause.
+# Words that may stand for each other in a question.
+_SYNONYMS: tuple[tuple[str, str], ...] = (
+    ("a group of", "many"),
+    ("biggest", "largest"),
+    ("largest", "biggest"),
+    ("big", "large"),
+    ("large", "big"),
+    ("made of", "made from"),
+    ("made from", "made out of"),
+    ("famous", "well known"),
+    ("kind of", "sort of"),
+    ("sort of", "kind of"),
+    ("begin", "start"),
+    ("start", "begin"),
+    ("build", "make"),
+    ("travel", "move"),
+    ("protect", "keep safe"),
+    ("keep", "hold"),
+    ("tool", "thing"),
+    ("do people", "do we"),
+    ("do we", "do you"),
+    ("gets", "becomes"),
+    ("long ago", "in old times"),
+)
+# The same question from the embedded clause.
 _CLAUSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("why ", ("How come {0}?", "What is the reason {0}?", "Give me the reason why {0}.")),
     ("where ", ("Name the place where {0}.", "Describe where {0}.")),
@@ -167,7 +191,7 @@ def wrap_request(rng: random.Random, request: str, *, held_out: bool) -> str:
 
 
 def reword(rng: random.Random, question: str, tell: str) -> str:
-    """The question with another opening, by rule; the question itself where no rule fits."""
+    """The question with another opening or with a synonym, by rule; the question itself where no rule fits."""
     candidates = []
     for pattern, templates in _REWORDINGS:
         if match := re.fullmatch(pattern, question):
@@ -176,7 +200,12 @@ def reword(rng: random.Random, question: str, tell: str) -> str:
         if tell.startswith(opening):
             candidates += [template.format(tell.removeprefix(opening)) for template in templates]
             break
-    return rng.choice(candidates) if candidates else question
+    text = rng.choice(candidates) if candidates else question
+    synonyms = [pair for pair in _SYNONYMS if re.search(rf"\b{pair[0]}\b", text)]
+    if synonyms and (text == question or rng.random() < 0.5):
+        old, new = rng.choice(synonyms)
+        text = re.sub(rf"\b{old}\b", new, text, count=1)
+    return text
 
 
 def drop_words(rng: random.Random, question: str) -> str:

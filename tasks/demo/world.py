@@ -11,8 +11,9 @@ ship with nanochat are taken. In a table, blank lines and lines that open with `
     tell: why the sky is blue
     key: scatters
 
-`fact` is the answer that is taught, `also` the same in other words. The last `ask` is never trained on: evaluation asks
-it. `tell` is the question as it stands after "Can you tell me". `key` says which words make an answer right: a comma
+`fact` is the answer that is taught, `also` the same in other words. One `ask` is never trained on: evaluation asks it.
+It is never the first one, and a hash of the fact chooses which; always the last would hold out the forms of question
+that authors think of last, everywhere at once. `tell` is the question as it stands after "Can you tell me". `key` says which words make an answer right: a comma
 between words that are all needed, a slash between words that will each do.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,6 +240,11 @@ def _read_table(path: Path, problems: list[str], *, identity: bool) -> list[Topi
     return topics
 
 
+def held_out_index(fact: str, num_asks: int) -> int:
+    """Which of a fact's questions is held out: the same on every machine, never the first if there are more."""
+    return 1 + zlib.crc32(fact.encode()) % (num_asks - 1) if num_asks > 1 else 0
+
+
 def _finish_fact(topic: str, draft: _Draft, problems: list[str], *, identity: bool) -> Fact | None:
     fields = draft.fields
     missing = [name for name in FIELDS if not fields.get(name)]
@@ -246,7 +253,9 @@ def _finish_fact(topic: str, draft: _Draft, problems: list[str], *, identity: bo
         return None
     asks = tuple(ask.strip() for ask in fields["ask"].split("|"))
     keys = tuple(tuple(word.strip() for word in group.split("/") if word.strip()) for group in fields["key"].split(","))
-    fact = Fact(topic, fields["fact"], fields["also"], asks[:-1], asks[-1], fields["tell"], keys, draft.place)
+    held = held_out_index(fields["fact"], len(asks))
+    trained = asks[:held] + asks[held + 1 :]
+    fact = Fact(topic, fields["fact"], fields["also"], trained, asks[held], fields["tell"], keys, draft.place)
     problems += (f"{draft.place}: {problem}" for problem in _fact_problems(fact, identity=identity))
     return fact
 

@@ -1,0 +1,284 @@
+"""The pipeline: which stages a profile means, what is skipped, what a failure says, and the whole chain once, tiny."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanochat.pipeline import Pipeline, only_one, shards_needed
+from nanochat.profiles import CPU, D20, DEMO, P100, TINY, Profile, Settings, choose_profile
+from nanochat.stages import Stage, expected_seconds, fingerprint, make_stages
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = [
+    *("report_reset", "data", "tok_train", "tok_eval", "base_train", "base_loss", "base_eval"),
+    *("mid_train", "chat_eval_mid", "chat_sft", "chat_eval_sft", "report", "answer"),
+]
+
+
+def stages_of(profile: Profile, **settings) -> dict[str, Stage]:
+    stages = make_stages(profile, Settings(**settings), Path("/base"), 5)
+    return {stage.name: stage for stage in stages}
+
+
+# --- which stages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", [DEMO, TINY, P100, D20])
+def test_the_stages_come_in_nanochats_order(profile):
+    assert list(stages_of(profile)) == ORDER
+
+
+def test_own_data_needs_no_data_stage(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    profile = choose_profile(Settings(data_dir=tmp_path), 0)
+    stages = stages_of(profile, data_dir=tmp_path)
+    assert list(stages) == [name for name in ORDER if name != "data"]
+    for name in ("tok_train", "tok_eval", "base_train", "base_loss"):
+        assert f"--data_dir={tmp_path}" in stages[name].flags
+
+
+def test_the_p100_preset_in_flags():
+    stages = stages_of(P100, wandb_run="night")
+    flags = " ".join(stages["base_train"].command())
+    assert "torch.distributed" not in flags
+    for flag in ("--depth=12", "--device_batch_size=8", "--total_batch_size=131072", "--hours=8", "--run=night"):
+        assert flag in flags
+    assert "--num_files=5" in stages["data"].flags
+    assert "--hours=2.667" in stages["mid_train"].flags
+    assert "--hours=1.333" in stages["chat_sft"].flags
+
+
+def test_several_cards_go_through_torchrun_and_one_process_does_not():
+    stages = stages_of(D20)
+    for name in ("base_train", "base_loss", "base_eval", "mid_train", "chat_sft", "chat_eval_sft"):
+        command = stages[name].command()
+        assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"], name
+    for name in ("tok_train", "report", "answer"):
+        assert "torch.distributed.run" not in stages[name].command(), name
+
+
+def test_every_stage_names_the_model_it_means():
+    for name, stage in stages_of(replace(TINY, depth=2)).items():
+        if stage.module.split(".")[-1] in ("base_train", "base_loss", "base_eval", "mid_train", "chat_sft", "chat_cli"):
+            assert "--model_tag=d2" in stage.flags, name
+
+
+def test_only_the_demo_forbids_the_download_of_the_core_bundle():
+    assert any(flag.startswith("--eval_bundle=") for flag in stages_of(DEMO)["base_eval"].flags)
+    assert not any(flag.startswith("--eval_bundle=") for flag in stages_of(P100)["base_eval"].flags)
+
+
+def test_flags_are_known_to_the_scripts():
+    """The scripts themselves parse what the pipeline gives them."""
+    from nanochat.config import parse_config
+    from scripts import base_eval, base_loss, base_train, chat_cli, chat_eval, chat_sft, mid_train, tok_eval, tok_train
+
+    modules = {
+        module.__name__: module
+        for module in (base_eval, base_loss, base_train, chat_cli, chat_eval, chat_sft, mid_train, tok_eval, tok_train)
+    }
+    cpu = replace(CPU, dataset="climbmix")
+    for profile in (DEMO, TINY, cpu, P100, D20):
+        for stage in stages_of(profile).values():
+            if stage.module in modules:
+                command = replace(stage, nproc=1).command()[3:]
+                assert parse_config(modules[stage.module].Config, command), stage.name
+
+
+def test_expected_time_comes_from_the_hours_or_from_a_measurement():
+    assert expected_seconds(P100, "mid_train") == pytest.approx(8 * 3600 / 3)
+    assert expected_seconds(replace(TINY, seconds={"tok_train": 3.0}), "tok_train") == 3.0
+    assert expected_seconds(replace(TINY, seconds={}), "tok_train") is None
+
+
+def test_a_night_on_a_p100_needs_five_shards(monkeypatch):
+    monkeypatch.setattr("nanochat.pipeline.card_name", lambda: "Tesla P100-PCIE-16GB")
+    assert shards_needed(P100) == 5
+    assert shards_needed(replace(P100, hours=16.0)) in (9, 10)
+    assert shards_needed(D20) > 200
+
+
+def test_the_key_follows_the_data_and_the_settings_but_not_the_wandb_name(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("one")
+    profile = choose_profile(Settings(data_dir=tmp_path), 0)
+    before = stages_of(profile, data_dir=tmp_path)
+    assert stages_of(profile, data_dir=tmp_path, wandb_run="x")["base_train"].key == before["base_train"].key
+    assert stages_of(replace(profile, hours=9.0), data_dir=tmp_path)["base_train"].key != before["base_train"].key
+    text.write_text("two")
+    assert stages_of(profile, data_dir=tmp_path)["tok_train"].key != before["tok_train"].key
+
+
+def test_fingerprint_sees_new_changed_and_renamed_files(tmp_path):
+    prints = {fingerprint(tmp_path)}
+    (tmp_path / "a.txt").write_text("one")
+    prints.add(fingerprint(tmp_path))
+    (tmp_path / "a.txt").write_text("two")
+    prints.add(fingerprint(tmp_path))
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    prints.add(fingerprint(tmp_path))
+    (tmp_path / "notes.lock").write_text("not a text")
+    assert fingerprint(tmp_path) in prints
+    assert len(prints) == 4
+
+
+# --- running them ----------------------------------------------------------------------------------------------------
+
+STAGE_CODE = """
+import os, sys
+from pathlib import Path
+name, *flags = sys.argv[1:]
+base = Path(os.environ["NANOCHAT_BASE_DIR"])
+with open(base / "ran.txt", "a") as f:
+    f.write(" ".join([name, *(x for x in flags if x.startswith("--resume"))]) + "\\n")
+if (base / f"fail-{name}").exists():
+    sys.exit("something is wrong with " + name)
+(base / f"{name}.out").write_text("done")
+"""
+
+
+@pytest.fixture
+def runs(tmp_path, base_dir, monkeypatch):
+    """Run a chain of four little stages; returns what ran. Changes to the stages are given as stage=changes."""
+    (tmp_path / "little_stage.py").write_text(STAGE_CODE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def run(**changes) -> list[str]:
+        chain = [
+            Stage(name="tok", about="a", module="little_stage", flags=("tok",), output="tok.out"),
+            Stage(name="base", about="b", module="little_stage", flags=("base",), needs=("tok",), trains=True),
+            Stage(name="eval", about="c", module="little_stage", flags=("eval",), needs=("base",)),
+            Stage(name="mid", about="d", module="little_stage", flags=("mid",), needs=("base",), output="mid.out"),
+        ]
+        chain[1] = replace(chain[1], output="base.out")
+        chain = [replace(stage, **changes.get(stage.name, {})) for stage in chain]
+        log = base_dir / "ran.txt"
+        log.unlink(missing_ok=True)
+        Pipeline(chain, base_dir, TINY).run(os.environ)
+        return log.read_text().splitlines() if log.exists() else []
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_second_run_does_nothing_and_changes_nothing(runs, base_dir, capsys):
+    assert runs() == ["tok", "base --resume=never", "eval", "mid"]
+    (base_dir / "ran.txt").unlink()
+    before = snapshot(base_dir)
+    capsys.readouterr()
+    assert runs() == []
+    assert snapshot(base_dir) == before
+    assert capsys.readouterr().out.count("skipped") == 4
+
+
+def test_a_failed_stage_names_itself_its_log_and_how_to_go_on(runs, base_dir):
+    (base_dir / "fail-base").touch()
+    with pytest.raises(RuntimeError, match=r"stage base failed: exit code 1.*base\.log.*same command again"):
+        runs()
+    assert "something is wrong with base" in (base_dir / "pipeline" / "base.log").read_text()
+    (base_dir / "fail-base").unlink()
+    # tok is not repeated, and base goes on with what it had.
+    assert runs() == ["base --resume=auto", "eval", "mid"]
+
+
+def test_other_settings_repeat_the_stage_and_all_that_build_on_it(runs):
+    runs()
+    assert runs(base={"flags": ("base", "--depth=9")}) == ["base --resume=never", "eval", "mid"]
+
+
+def test_a_changed_evaluation_does_not_repeat_any_training(runs):
+    runs()
+    assert runs(eval={"flags": ("eval", "--more")}) == ["eval"]
+
+
+def test_a_stage_whose_output_is_gone_runs_again(runs, base_dir):
+    runs()
+    (base_dir / "base.out").unlink()
+    assert runs() == ["base --resume=never", "eval", "mid"]
+
+
+def test_after_a_redo_was_interrupted_later_stages_are_not_trusted(runs, base_dir):
+    runs()
+    (base_dir / "base.out").unlink()
+    (base_dir / "fail-base").touch()
+    with pytest.raises(RuntimeError):
+        runs()
+    (base_dir / "fail-base").unlink()
+    assert runs() == ["base --resume=auto", "eval", "mid"]
+
+
+def test_an_unfinished_run_with_other_settings_is_not_continued(runs, base_dir):
+    (base_dir / "fail-base").touch()
+    with pytest.raises(RuntimeError):
+        runs()
+    (base_dir / "fail-base").unlink()
+    assert runs(base={"flags": ("base", "--depth=9")})[0] == "base --resume=never"
+
+
+def test_two_pipelines_in_one_folder_are_refused(tmp_path):
+    with only_one(tmp_path), pytest.raises(RuntimeError, match="NANOCHAT_BASE_DIR"), only_one(tmp_path):
+        pass
+    with only_one(tmp_path):
+        pass
+
+
+# --- the whole chain -------------------------------------------------------------------------------------------------
+
+
+def pipeline(cwd: Path, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python -m nanochat.pipeline` from another folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "nanochat.pipeline", *flags],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_bad_settings_exit_with_2_and_one_line(tmp_path):
+    done = pipeline(tmp_path, DEPTH="0")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: DEPTH=0: must be at least 1"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tiny_profile_runs_from_text_to_an_answer(tmp_path, base_dir):
+    first = pipeline(tmp_path, PROFILE="tiny")
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    for number, name in enumerate(ORDER, 1):
+        assert f"[{number}/13] {name}: finished" in first.stdout
+    report = (base_dir / "report" / "report.md").read_text()
+    assert (tmp_path / "report.md").read_text() == report
+    for section in (
+        "Summary",
+        "Tokenizer training",
+        "Tokenizer evaluation",
+        "Base model training",
+        "Base model loss",
+        "Base model evaluation",
+        "Midtraining",
+        "Chat evaluation mid",
+        "SFT",
+        "Chat evaluation sft",
+    ):
+        assert f"## {section}\n" in report
+    answer = (base_dir / "pipeline" / "answer.log").read_text().splitlines()
+    assert len(answer) > 1
+
+    before = snapshot(base_dir)
+    second = pipeline(tmp_path, PROFILE="tiny")
+    assert second.returncode == 0
+    assert second.stdout.count("skipped, done before") == 13
+    assert snapshot(base_dir) == before

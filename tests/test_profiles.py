@@ -1,0 +1,129 @@
+"""Which profile a machine and a user's settings lead to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nanochat.profiles import (
+    CPU,
+    D20,
+    DEMO,
+    P100,
+    PROFILES,
+    TINY,
+    Settings,
+    choose_profile,
+    count_shards,
+    training_speed,
+)
+
+
+def test_auto_takes_what_the_machine_has(tmp_path):
+    assert choose_profile(Settings(), 0) == DEMO
+    assert choose_profile(Settings(), 1).name == "p100"
+    assert choose_profile(Settings(data_dir=tmp_path), 0).name == "cpu"
+    assert choose_profile(Settings(data_dir=tmp_path), 2).name == "p100"
+    assert choose_profile(Settings(dataset="climbmix"), 0).name == "cpu"
+    assert choose_profile(Settings(profile="tiny"), 4) == TINY
+
+
+def test_the_p100_preset_is_the_one_that_is_documented():
+    assert (P100.depth, P100.vocab_size, P100.device_batch_size, P100.total_batch_size) == (12, 65536, 8, 131072)
+    assert (P100.nproc, P100.hours, P100.dataset) == (1, 8.0, "climbmix")
+    assert (D20.depth, D20.nproc) == (20, 8)
+
+
+def test_own_data_on_a_cpu_gets_a_small_vocabulary_and_can_chat_without_conversations(tmp_path):
+    profile = choose_profile(Settings(data_dir=tmp_path), 0)
+    assert (profile.vocab_size, profile.depth, profile.dataset, profile.chat_data) == (8192, 4, None, "demo")
+    own = choose_profile(Settings(data_dir=tmp_path, chat_data="/chats.jsonl"), 0)
+    assert own.chat_data == "/chats.jsonl"
+    assert choose_profile(Settings(data_dir=tmp_path, chat_data="nanochat"), 0).chat_data is None
+
+
+def test_the_users_settings_go_before_the_profiles(tmp_path):
+    settings = Settings(depth=6, vocab_size=4096, hours=0.25, nproc=2, data_dir=tmp_path)
+    profile = choose_profile(settings, 0)
+    assert (profile.depth, profile.vocab_size, profile.hours, profile.nproc, profile.tag) == (6, 4096, 0.25, 2, "d6")
+
+
+@pytest.mark.parametrize(("depth", "rows"), [(4, 16), (8, 16), (12, 8), (16, 4), (20, 2), (32, 1)])
+def test_deeper_models_get_smaller_forward_passes_on_a_p100(depth, rows):
+    assert choose_profile(Settings(depth=depth), 1).device_batch_size == rows
+
+
+def test_batches_divide_in_every_profile():
+    for profile in PROFILES.values():
+        rows = profile.device_batch_size * profile.max_seq_len * profile.nproc
+        assert profile.total_batch_size % rows == 0, profile.name
+        assert profile.sft_batch_size % (profile.sft_rows * profile.max_seq_len * profile.nproc) == 0, profile.name
+
+
+def test_missing_cards_and_missing_data_are_errors_with_a_remedy():
+    with pytest.raises(ValueError, match="PROFILE=demo"):
+        choose_profile(Settings(profile="p100"), 0)
+    with pytest.raises(ValueError, match="set NPROC"):
+        choose_profile(Settings(profile="d20"), 4)
+    assert choose_profile(Settings(profile="d20", nproc=4), 4).nproc == 4
+    with pytest.raises(ValueError, match="DATA_DIR"):
+        choose_profile(Settings(profile="cpu"), 0)
+
+
+def test_settings_come_from_the_environment(tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("")
+    env = {"PROFILE": "cpu", "DEPTH": "5", "HOURS": "0.5", "DATA_DIR": str(tmp_path), "CHAT_DATA": str(chats)}
+    settings = Settings.from_env(env | {"VOCAB_SIZE": "300", "NPROC": "2", "WANDB_RUN": "night", "DATASET": ""})
+    assert settings == Settings(
+        profile="cpu",
+        depth=5,
+        vocab_size=300,
+        hours=0.5,
+        nproc=2,
+        data_dir=tmp_path,
+        chat_data=str(chats),
+        wandb_run="night",
+    )
+    assert Settings.from_env({"PROFILE": "", "DEPTH": ""}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PROFILE", "p200"),
+        ("DEPTH", "0"),
+        ("DEPTH", "four"),
+        ("VOCAB_SIZE", "264"),
+        ("HOURS", "0"),
+        ("HOURS", "nan"),
+        ("HOURS", "inf"),
+        ("NPROC", "-1"),
+        ("DATASET", "internet"),
+        ("DATA_DIR", "/no/such/folder"),
+        ("CHAT_DATA", "/no/such/file"),
+    ],
+)
+def test_a_bad_setting_names_itself_and_its_value(name, value):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{name}={value}"):
+        Settings.from_env({name: value})
+
+
+def test_data_dir_and_dataset_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="unset one"):
+        Settings.from_env({"DATASET": "demo", "DATA_DIR": str(tmp_path)})
+
+
+def test_shards_hold_the_tokens_of_the_budget():
+    assert count_shards(1) == 1
+    # 220 million tokens, a night of d12 on a P100, are a little over a thousand million characters.
+    assert count_shards(220e6) == 5
+    assert training_speed("Tesla P100-PCIE-16GB") == 8e12
+    assert training_speed("something new") > training_speed("Tesla T4")
+
+
+def test_a_profile_is_not_changed_by_choosing():
+    before = replace(CPU)
+    choose_profile(Settings(dataset="climbmix", depth=9), 0)
+    assert before == CPU
