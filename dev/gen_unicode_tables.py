@@ -58,6 +58,7 @@ def render() -> str:
         "//! Written by dev/gen_unicode_tables.py: do not edit.",
         "",
         f"/// Row of `ROWS` for each block of {BLOCK} code points.",
+        "#[rustfmt::skip]",
         f"pub static INDEX: [u8; {len(index)}] = [",
     ]
     lines += ["    " + ", ".join(map(str, index[i : i + 20])) + "," for i in range(0, len(index), 20)]
@@ -65,6 +66,7 @@ def render() -> str:
         "];",
         "",
         "/// Two bits for each code point: 0 other, 1 letter, 2 number, 3 white space.",
+        "#[rustfmt::skip]",
         f"pub static ROWS: [[u64; {BLOCK // 32}]; {len(rows)}] = [",
     ]
     lines += ["    [" + ", ".join(f"0x{word:016x}" for word in row) + "]," for row in rows]

@@ -219,26 +219,6 @@ class PretrainLoader:
         """How long `next` had to wait for data in all."""
         return self._batches.wait_seconds
 
-    @staticmethod
-    def count_batches(
-        corpus: Corpus,
-        tokenizer: RustBPETokenizer,
-        batch_size: int,
-        sequence_len: int,
-        split: str = "val",
-        world_size: int = 1,
-        limit: int | None = None,
-    ) -> int:
-        """Batches in one pass over a split (a partly filled last one counts); stops counting at `limit`."""
-        per_batch = batch_size * sequence_len * world_size
-        num_tokens = 0
-        for texts in corpus.arrays(split):
-            _, offsets = tokenizer.encode_arrow(texts)
-            num_tokens += int(offsets[-1]) + int((np.diff(offsets) > 0).sum())  # a bos for each that isn't empty
-            if limit is not None and num_tokens > per_batch * limit:
-                return limit
-        return -(-(num_tokens - 1) // per_batch) if num_tokens else 0
-
     def close(self) -> None:
         """Stop the background thread (it also stops by itself when the loader is gone)."""
         self._batches.close()

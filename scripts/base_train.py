@@ -165,15 +165,6 @@ def make_plan(cfg: Config, vocab_size: int, world_size: int) -> Plan:
 def validation(cfg: Config, compute: Compute, model: GPT, corpus: Corpus, tokenizer: RustBPETokenizer) -> float:
     """Bits per byte over the first `eval_tokens` of the validation set, or all of it."""
     row_tokens = cfg.device_batch_size * cfg.max_seq_len * compute.world_size
-    wanted = max(1, cfg.eval_tokens // row_tokens)
-    steps = PretrainLoader.count_batches(
-        corpus, tokenizer, cfg.device_batch_size, cfg.max_seq_len, "val", compute.world_size, limit=wanted
-    )
-    if steps < 1:
-        raise ValueError(
-            f"the validation set of {corpus.name} is smaller than one batch of {row_tokens} tokens: "
-            "lower --device_batch_size or --max_seq_len, or use more text"
-        )
     loader = PretrainLoader(
         corpus,
         tokenizer,
@@ -184,8 +175,8 @@ def validation(cfg: Config, compute: Compute, model: GPT, corpus: Corpus, tokeni
         rank=compute.rank,
         world_size=compute.world_size,
     )
-    token_bytes = get_token_bytes(compute.device)
-    return evaluate_bpb(model, loader, steps, token_bytes, compute.precision.autocast())
+    steps = max(1, cfg.eval_tokens // row_tokens)
+    return evaluate_bpb(model, loader, steps, get_token_bytes(compute.device), compute.precision.autocast())
 
 
 def main(cfg: Config) -> None:

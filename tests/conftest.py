@@ -13,6 +13,9 @@ import torch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 
+# The models here are tiny: more threads only wait for each other, and long ones on a busy machine.
+torch.set_num_threads(1)
+
 TEXT = [
     "The sky is blue because air scatters blue light more than red light.",
     "Rivers carry water from the mountains to the sea. Rain fills the rivers again.",

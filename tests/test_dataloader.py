@@ -157,8 +157,6 @@ def test_validation_predicts_every_token_once(
     batches = [list(loader) for loader in case.loaders(corpus, "val")]
     assert len({len(of_rank) for of_rank in batches}) == 1
     n = len(batches[0])
-    assert n == PretrainLoader.count_batches(corpus, BYTES, case.B, case.T, "val", case.world_size)
-    assert min(n, 2) == PretrainLoader.count_batches(corpus, BYTES, case.B, case.T, "val", case.world_size, limit=2)
     expected = list(slow_stream(corpus, "val"))
     xs = [int(v) for i in range(n) for of_rank in batches for v in of_rank[i][0].flatten()]
     ys = [int(v) for i in range(n) for of_rank in batches for v in of_rank[i][1].flatten()]

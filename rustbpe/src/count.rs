@@ -11,7 +11,7 @@ use crate::split::Pattern;
 pub struct Limits {
     /// Characters of each document.
     pub doc_chars: u64,
-    /// Characters altogether; the document that passes this is the last one, and is read whole.
+    /// Characters altogether; the document that takes the sum beyond this is the last one, and is read whole.
     pub total_chars: u64,
 }
 
@@ -27,7 +27,8 @@ pub struct Counter {
     limits: Limits,
     /// One map and one sum for each thread.
     workers: Vec<(PieceMap<u64>, Totals)>,
-    chars_left: u64,
+    /// Characters seen; only counted if there is a limit.
+    chars: u64,
 }
 
 /// The distinct pieces one after another, and how often each occurs.
@@ -43,7 +44,7 @@ impl Counter {
     /// `threads` 0 means one for each processor.
     pub fn new(pattern: Pattern, limits: Limits, threads: usize) -> Counter {
         let workers = (0..num_threads(threads)).map(|_| Default::default()).collect();
-        Counter { pattern, limits, workers, chars_left: limits.total_chars }
+        Counter { pattern, limits, workers, chars: 0 }
     }
 
     /// Counts a batch. Returns false once `total_chars` is reached: later batches would be ignored.
@@ -94,7 +95,7 @@ impl Counter {
         match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
             Some((_, message)) => Err(message),
             None if !finished => Err("stopped by the progress callback".into()),
-            None => Ok(self.chars_left > 0 || self.limits.total_chars == u64::MAX),
+            None => Ok(self.chars <= self.limits.total_chars),
         }
     }
 
@@ -104,11 +105,11 @@ impl Counter {
             return Ok(documents.len());
         }
         for i in 0..documents.len() {
-            if self.chars_left == 0 {
+            if self.chars > self.limits.total_chars {
                 return Ok(i);
             }
             let chars = num_chars(truncate(documents.get(i)?, self.limits.doc_chars));
-            self.chars_left = self.chars_left.saturating_sub(chars);
+            self.chars += chars;
         }
         Ok(documents.len())
     }
@@ -233,10 +234,13 @@ mod tests {
 
     #[test]
     fn limits_are_in_characters() {
-        let limits = Limits { doc_chars: 3, total_chars: 5 };
-        let (pieces, totals, more) = count(&["añbc", "xyé!", "never"], limits, 2);
+        let texts = ["añbc", "xyé!", "never"];
+        let limits = |total_chars| Limits { doc_chars: 3, total_chars };
+        let (pieces, totals, more) = count(&texts, limits(5), 2);
         assert_eq!(pieces, vec![("añb".into(), 1), ("xyé".into(), 1)]);
         assert_eq!(totals, Totals { documents: 2, bytes: 8 });
         assert!(!more);
+        assert_eq!(count(&texts, limits(6), 2).1.documents, 3);
+        assert_eq!(count(&texts, limits(2), 2).1.documents, 1);
     }
 }

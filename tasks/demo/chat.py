@@ -287,7 +287,7 @@ def _maybe_wrapped(rng: random.Random, request: str) -> str:
 def demo_mid_mixture(
     *,
     facts: int = 10000,
-    identity: int = 1400,
+    identity: int = 1800,
     arithmetic: int = 2400,
     spelling: int = 1600,
     counting: int = 1600,
@@ -314,7 +314,7 @@ def demo_mid_mixture(
 def demo_sft_mixture(
     *,
     facts: int = 9000,
-    identity: int = 1500,
+    identity: int = 1800,
     arithmetic: int = 1200,
     spelling: int = 800,
     counting: int = 800,

@@ -28,6 +28,14 @@ TELL_WRAPPERS = (
     "My child wants to learn {tell}.",
     "Please say {tell}.",
     "I do not know {tell}.",
+    "My mother wants me to learn {tell}.",
+    "The doctor asked me {tell}.",
+    "A man on the bus wanted to hear {tell}.",
+    "In school they asked us {tell}.",
+    "The farmer would like to hear {tell}.",
+    "Would you please tell us {tell}?",
+    "Is it clear to you {tell}?",
+    "I need to know {tell} for a game.",
     "{Tell}?",
 )
 QUESTION_WRAPPERS = (
@@ -50,6 +58,12 @@ QUESTION_WRAPPERS = (
     "{Q} I am asking for a friend.",
     "{Q} Answer in one sentence.",
     "{Q} I could not find it in my book.",
+    "The baker asked me: {q}",
+    "Before we eat, {q}",
+    "{Q} My brother thinks he knows it.",
+    "{Q} The captain wants to hear it.",
+    "My cat does not know this. {Q}",
+    "At the market I thought: {q}",
 )
 # These fit around a request ("Spell the word river.") as well as around a question.
 GREETING_WRAPPERS = (
@@ -62,6 +76,11 @@ GREETING_WRAPPERS = (
     "{Q} Thank you!",
     "{Q} Please answer.",
     "{Q} Thanks.",
+    "Good morning! {Q}",
+    "Good evening, {q}",
+    "Hi there! {Q}",
+    "{Q} I have to know it.",
+    "Dear nanochat, {q}",
 )
 
 HELD_OUT_TELL_WRAPPERS = (

@@ -13,8 +13,8 @@ ship with nanochat are taken. In a table, blank lines and lines that open with `
 
 `fact` is the answer that is taught, `also` the same in other words. One `ask` is never trained on: evaluation asks it.
 It is never the first one, and a hash of the fact chooses which; always the last would hold out the forms of question
-that authors think of last, everywhere at once. `tell` is the question as it stands after "Can you tell me". `key` says which words make an answer right: a comma
-between words that are all needed, a slash between words that will each do.
+that authors think of last, everywhere at once. `tell` is the question as it stands after "Can you tell me". `key` says
+which words make an answer right: a comma between words that are all needed, a slash between words that will each do.
 """
 
 from __future__ import annotations
