@@ -9,6 +9,7 @@ A round that fails prints its seed: `--seed N --rounds 1` runs it again. A crash
 import argparse
 import contextlib
 import itertools
+import logging
 import random
 import sys
 import time
@@ -130,11 +131,11 @@ def throw_rubbish(rng: random.Random, tokenizer: rustbpe.Tokenizer) -> None:
     may_refuse(rustbpe.Tokenizer().train_from_arrow, pa.array([b"ok", junk]), 300)
     may_refuse(tokenizer.encode_arrow, pa.array([junk, None, b""], "binary"))
     offsets = np.array([rng.randrange(-5, 70) for _ in range(5)], dtype=np.int32)
-    broken = pa.Array.from_buffers(
-        pa.string(), rng.randrange(5), [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(junk)]
-    )
-    may_refuse(tokenizer.encode_arrow, broken)
-    may_refuse(rustbpe.Tokenizer().train_from_arrow, broken, 300)
+    buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(junk)]
+    with contextlib.suppress(pa.ArrowInvalid):  # Arrow looks at the first and the last offset itself
+        broken = pa.Array.from_buffers(pa.string(), rng.randrange(5), buffers)
+        may_refuse(tokenizer.encode_arrow, broken)
+        may_refuse(rustbpe.Tokenizer().train_from_arrow, broken, 300)
     may_refuse(tokenizer.decode_bytes, [rng.choice([0, 255, 256, 2**16, -1, 2**31, 2**63, 2**70]) for _ in range(3)])
     may_refuse(tokenizer.decode_bytes, rng.choice([None, "text", [None], [[1]], [1.5], {1}, np.ones((2, 2))]))
     may_refuse(tokenizer.encode, rng.choice([None, 3, b"bytes", ["a"]]))
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the first round; counts up")
     parser.add_argument("--verbose", action="store_true", help="write each seed to standard error")
     args = parser.parse_args()
+    logging.getLogger("rustbpe").setLevel(logging.ERROR)  # small vocabularies are meant here
     start, seed = time.monotonic(), args.seed
     while time.monotonic() - start < args.seconds and seed - args.seed < args.rounds:
         if args.verbose:

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -44,11 +46,26 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
     args = list(sys.argv[1:] if argv is None else argv)
     # nanochat's own scripts take an empty device type for "choose yourself".
     args = [a for a in args if a not in ("--device_type=", "--device-type=")]
+    said = io.StringIO()
     try:
-        return tyro.cli(config, args=args, config=(tyro.conf.OmitArgPrefixes,))
-    except (ValueError, RuntimeError) as error:  # raised by a config's own __post_init__
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config, args=args, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if stop.code:
+            print(f"error: {_one_line(said.getvalue())} (--help lists all flags)", file=sys.stderr)
+        raise
+
+
+def _one_line(box: str) -> str:
+    """The message inside tyro's drawn box of several lines."""
+    lines = [line.strip("╭╮╰╯│─ \n") for line in box.splitlines()]
+    start = 1 if lines and lines[0] else 0  # the title
+    kept = []
+    for line in lines[start:]:
+        if line.startswith(("For full helptext", "Argument helptext")):
+            break
+        kept.append(line)
+    return " ".join(line for line in kept if line) or "the flags could not be understood"
 
 
 def run_script(main: Callable[[Any], Any], config: type[Any], argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -158,10 +158,18 @@ def evaluate_loss(model: GPT, loader: ConversationLoader, batches: int, compute:
     return float(total[0] / total[1])
 
 
-def finetune(
-    stage: Stage, cfg: FinetuneConfig, train_data: Sequence[Any], val_data: Sequence[Any], data_name: str
-) -> None:
-    """Train the previous stage's model on conversations and log to the report."""
+Conversations = tuple[Sequence[Any], Sequence[Any], str]
+"""For training, for validation, and the name of the data."""
+
+
+def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversations]) -> None:
+    """Train the previous stage's model on conversations and log to the report.
+
+    Args:
+        stage: MID or SFT.
+        cfg: the settings.
+        load_data: reads the conversations; called once the model to start from is known to be there.
+    """
     print_banner()
     tag_folder = find_tag(stage.source, cfg.model_tag)
     start = load_checkpoint(tag_folder, cfg.step)
@@ -171,6 +179,7 @@ def finetune(
             f"{start.folder} was trained with another tokenizer than the one in use: run the base stage again"
         )
     print0(f"{stage.name}: starts from {start.folder}")
+    train_data, val_data, data_name = load_data()
     with setup_compute(cfg.runtime, start.meta["dtype"]) as compute:
         folder = checkpoint_folder(stage.name, tag_folder.name)
         sequence_len = min(cfg.max_seq_len or 1 << 62, start.meta["model_config"]["sequence_len"])

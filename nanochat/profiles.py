@@ -79,7 +79,7 @@ DEMO = Profile(
     sft_batch_size=2048,
     dataset="demo",
     chat_data="demo",
-    steps={"base_train": 380, "mid_train": 290, "chat_sft": 220},
+    steps={"base_train": 380, "mid_train": 290, "chat_sft": 230},
     flags={
         "base_train": (
             "--eval_every=0",
@@ -123,16 +123,19 @@ TINY = Profile(
         "answer": ("--max_tokens=16",),
     },
     seconds={
-        **{
-            "report_reset": 4,
-            "data": 4,
-            "tok_train": 4,
-            "tok_eval": 3,
-            "base_train": 8,
-            "base_loss": 5,
-            "base_eval": 3,
-        },
-        **{"mid_train": 7, "chat_eval_mid": 4, "chat_sft": 11, "chat_eval_sft": 8, "report": 5, "answer": 4},
+        "report_reset": 4,
+        "data": 4,
+        "tok_train": 4,
+        "tok_eval": 3,
+        "base_train": 8,
+        "base_loss": 5,
+        "base_eval": 3,
+        "mid_train": 7,
+        "chat_eval_mid": 4,
+        "chat_sft": 11,
+        "chat_eval_sft": 8,
+        "report": 5,
+        "answer": 4,
     },
 )
 

@@ -31,7 +31,7 @@ class Config(FinetuneConfig):
 
 def main(cfg: Config) -> None:
     """Train on the SFT mixture."""
-    finetune(SFT, cfg, *conversations("sft", cfg.chat_data))
+    finetune(SFT, cfg, lambda: conversations("sft", cfg.chat_data))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Config(FinetuneConfig):
 
 def main(cfg: Config) -> None:
     """Train on the mid-training mixture."""
-    finetune(MID, cfg, *conversations("mid", cfg.chat_data))
+    finetune(MID, cfg, lambda: conversations("mid", cfg.chat_data))
 
 
 if __name__ == "__main__":

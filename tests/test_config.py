@@ -57,7 +57,10 @@ def test_bad_flags_exit_with_2_and_name_the_flag(argv, named, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_config(Config, argv)
     assert stop.value.code == 2
-    assert named in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert named in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
 
 
 def test_errors_of_the_run_are_one_sentence_and_exit_with_1(capsys):

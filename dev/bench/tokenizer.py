@@ -5,8 +5,8 @@
 
 All contestants take turns in every round. Prints the best MB/s of each, and the median over the rounds of how many
 times as fast as the peer it was: by the clock, and by the processor time of all threads, which other work on the
-machine disturbs less. Then one line of JSON. Merges and ids that should be equal are compared: a difference is an error. Our
-encoder is new in every round: building its tables is part of the time.
+machine disturbs less. Then one line of JSON. Merges and ids that should be equal are compared: a difference is an
+error. Our encoder is new in every round: building its tables is part of the time.
 """
 
 import argparse

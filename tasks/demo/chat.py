@@ -314,8 +314,8 @@ def demo_mid_mixture(
 def demo_sft_mixture(
     *,
     facts: int = 9000,
-    identity: int = 1800,
-    arithmetic: int = 1200,
+    identity: int = 2000,
+    arithmetic: int = 1600,
     spelling: int = 800,
     counting: int = 800,
     small_talk: int = 400,

@@ -47,6 +47,10 @@ SUM_REQUESTS = (
     "My homework is {e}.",
     "The teacher asks for {e}.",
     "What is the result of {e}?",
+    "Work this out: {e}",
+    "Work on {e}, please.",
+    "Here is a sum for you: {e}",
+    "Please do this sum: {e}",
 )
 HELD_OUT_SUM_REQUESTS = (
     "What does {e} make?",
@@ -93,6 +97,8 @@ SPELL_REQUESTS = (
     "My friend cannot spell {w}.",
     "What is the spelling of {w}?",
     "I want to write the word {w}.",
+    "Which letters are used to write {w}?",
+    "I can never spell {w}.",
 )
 HELD_OUT_SPELL_REQUESTS = (
     "How would I spell {w}?",
