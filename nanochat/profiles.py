@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.dataset import SOURCES
+from nanochat.precision import cpu_has_bf16
 
 # A shard of the public corpora holds about 250 million characters. Source: nanochat.
 SHARD_CHARS = 250e6
@@ -53,6 +54,10 @@ class Profile:
     env: Mapping[str, str] = field(default_factory=dict)
     """More environment of the stages (what the user has set goes before)."""
     needs_cards: bool = False
+    bfloat16_on_cpu: bool = False
+    """Train in bfloat16 on a CPU that multiplies it in hardware: half as fast again as float32 (see dev/LOG.md)."""
+    dtype: str = "auto"
+    """The precision of base training; later stages take their model's."""
 
     @property
     def tag(self) -> str:
@@ -79,8 +84,10 @@ DEMO = Profile(
     sft_batch_size=2048,
     dataset="demo",
     chat_data="demo",
-    steps={"base_train": 380, "mid_train": 290, "chat_sft": 230},
+    bfloat16_on_cpu=True,
+    steps={"base_train": 390, "mid_train": 290, "chat_sft": 230},
     flags={
+        "tok_eval": ("--no-compare",),
         "base_train": (
             "--eval_every=0",
             "--eval_tokens=32768",
@@ -113,6 +120,7 @@ TINY = Profile(
     steps={"base_train": 10, "mid_train": 5, "chat_sft": 5},
     flags={
         "data": ("--chars=200000",),
+        "tok_eval": ("--no-compare",),
         "base_train": ("--eval_every=0", "--eval_tokens=1024", "--sample_every=0"),
         "base_loss": ("--eval_tokens=1024",),
         "base_eval": ("--max_per_task=1",),
@@ -152,6 +160,7 @@ CPU = Profile(
     dataset=None,
     chat_data="demo",
     hours=0.5,
+    bfloat16_on_cpu=True,
     flags={
         "base_train": ("--eval_every=100", "--eval_tokens=262144", "--sample_every=0"),
         "base_loss": ("--eval_tokens=262144",),
@@ -304,6 +313,7 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         nproc=settings.nproc or profile.nproc,
         dataset=dataset,
         chat_data=None if chat_data == "nanochat" else chat_data,
+        dtype="bfloat16" if profile.bfloat16_on_cpu and not num_cards and cpu_has_bf16() else profile.dtype,
     )
     if dataset is None and settings.data_dir is None:
         raise ValueError(

@@ -175,6 +175,7 @@ def base_stages(profile: Profile, settings: Settings, base_dir: Path) -> list[St
             f"--total_batch_size={profile.total_batch_size}",
             *data,
             *horizon(profile, "base_train"),
+            f"--dtype={profile.dtype}",
             tag,
             *profile.flags.get("base_train", ()),
         ),

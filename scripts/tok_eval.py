@@ -89,6 +89,8 @@ class Config:
     """Public source (climbmix, fineweb_edu) or demo, in place of data_dir."""
     num_documents: int = 500
     """Documents to take from each split."""
+    compare: bool = True
+    """Compare with GPT-2's and GPT-4's tokenizers (downloaded once)."""
 
     def __post_init__(self) -> None:
         if self.num_documents < 1:
@@ -166,14 +168,14 @@ def main(cfg: Config) -> None:
     """Measure and report."""
     tokenizers = {"ours": get_tokenizer()}
     print0(f"tokenizer in {get_base_dir()}")
-    for name, tiktoken_name in REFERENCES.items():
+    for name, tiktoken_name in REFERENCES.items() if cfg.compare else ():
         reference = load_reference(tiktoken_name)
         if reference is not None:
             tokenizers[name] = reference
     texts = {name: text for name, text in {**own_texts(cfg), **SAMPLES}.items() if text}
     lines = table(tokenizers, texts)
     print0("bytes per token\n" + "\n".join(lines))
-    missing = [name for name in REFERENCES if name not in tokenizers]
+    missing = [name for name in REFERENCES if cfg.compare and name not in tokenizers]
     note = f"Not compared with {' and '.join(missing)}: the vocabulary could not be had." if missing else None
     get_report().log(section="Tokenizer evaluation", data=["Bytes per token:\n\n" + "\n".join(lines), note])
 

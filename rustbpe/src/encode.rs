@@ -5,7 +5,7 @@
 //! tiktoken's; like there, the halves need not be the ones that training merged.)
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashSet};
+use std::collections::{BTreeMap, BinaryHeap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use crate::documents::{num_threads, share_blocks, Documents};
@@ -280,42 +280,78 @@ impl Encoder {
         }
     }
 
-    /// Merges with a heap of pairs, so that the time stays near linear in the length.
+    /// Merges with lists of places for each id that can be made, so that the time stays near linear in the length.
     fn merge_many(&self, piece: &[u8], each: impl FnMut(u32)) {
-        const NONE: usize = usize::MAX;
-        // A list linked both ways; a token that was merged into the one before it becomes NO_TOKEN.
-        let mut tokens: Vec<u32> = piece.iter().map(|&byte| self.byte_ids[byte as usize]).collect();
-        let mut next: Vec<usize> = (1..=tokens.len()).collect();
-        let mut before: Vec<usize> = (0..tokens.len()).map(|i| i.wrapping_sub(1)).collect();
-        next[tokens.len() - 1] = NONE;
-        let mut heap: BinaryHeap<Reverse<(u32, usize)>> = (1..tokens.len())
-            .map(|i| Reverse((self.merged(tokens[i - 1], tokens[i]), i - 1)))
-            .filter(|Reverse((id, _))| *id != NO_TOKEN)
-            .collect();
-        while let Some(Reverse((id, at))) = heap.pop() {
-            // Stale if a neighbour, or this token itself, has merged since.
-            if tokens[at] == NO_TOKEN || next[at] == NONE || self.merged(tokens[at], tokens[next[at]]) != id {
-                continue;
+        let mut chain = Chain::new(piece.iter().map(|&byte| self.byte_ids[byte as usize]).collect());
+        // Places where the token `id` could be made of two.
+        let mut places_of: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for i in 1..chain.tokens.len() {
+            let id = self.merged(chain.tokens[i - 1], chain.tokens[i]);
+            if id != NO_TOKEN {
+                places_of.entry(id).or_default().push(i as u32 - 1);
             }
-            let gone = next[at];
-            tokens[at] = id;
-            tokens[gone] = NO_TOKEN;
-            next[at] = next[gone];
-            if next[at] != NONE {
-                before[next[at]] = at;
-                let merged = self.merged(id, tokens[next[at]]);
-                if merged != NO_TOKEN {
-                    heap.push(Reverse((merged, at)));
-                }
-            }
-            if before[at] != NONE {
-                let merged = self.merged(tokens[before[at]], id);
-                if merged != NO_TOKEN {
-                    heap.push(Reverse((merged, before[at])));
+        }
+        // A merge may make room for one with a lower id, which then comes first. It lies at the place of the merge or
+        // before it, and so before all places that are still in the list, if it has the same id as these.
+        let mut urgent: BinaryHeap<Reverse<Pair>> = BinaryHeap::new();
+        while let Some(&lowest) = places_of.keys().next() {
+            let mut places = places_of.remove(&lowest).unwrap_or_default();
+            places.sort_unstable(); // in order already, or nearly
+            for place in places {
+                urgent.push(Reverse((lowest, place)));
+                while let Some(Reverse((id, place))) = urgent.pop() {
+                    let next = chain.next[place as usize];
+                    let (left, right) = (chain.token(place), chain.token(next));
+                    if left == NO_TOKEN || right == NO_TOKEN || self.merged(left, right) != id {
+                        continue; // one of the two has merged with another since
+                    }
+                    chain.merge(place, next, id);
+                    let before = chain.before[place as usize];
+                    for (first, second) in [(before, place), (place, chain.next[place as usize])] {
+                        match self.merged(chain.token(first), chain.token(second)) {
+                            NO_TOKEN => {}
+                            made if made <= lowest => urgent.push(Reverse((made, first))),
+                            made => places_of.entry(made).or_default().push(first),
+                        }
+                    }
                 }
             }
         }
-        tokens.into_iter().filter(|&id| id != NO_TOKEN).for_each(each);
+        chain.tokens.into_iter().filter(|&id| id != NO_TOKEN).for_each(each);
+    }
+}
+
+/// Tokens of a long piece, linked both ways; one that was merged into the one before it becomes NO_TOKEN.
+struct Chain {
+    tokens: Vec<u32>,
+    next: Vec<u32>,
+    before: Vec<u32>,
+}
+
+impl Chain {
+    const NONE: u32 = u32::MAX;
+
+    fn new(tokens: Vec<u32>) -> Chain {
+        let length = u32::try_from(tokens.len()).expect("a piece of text has fewer than 2^32 bytes");
+        let next = (1..length).chain([Chain::NONE]).collect();
+        let before = [Chain::NONE].into_iter().chain(0..length - 1).collect();
+        Chain { tokens, next, before }
+    }
+
+    /// The token at a place, or NO_TOKEN beyond the ends.
+    fn token(&self, place: u32) -> u32 {
+        self.tokens.get(place as usize).copied().unwrap_or(NO_TOKEN)
+    }
+
+    /// Puts `id` in the place of the two tokens at `place` and `next`.
+    fn merge(&mut self, place: u32, next: u32, id: u32) {
+        self.tokens[place as usize] = id;
+        self.tokens[next as usize] = NO_TOKEN;
+        let after = self.next[next as usize];
+        self.next[place as usize] = after;
+        if after != Chain::NONE {
+            self.before[after as usize] = place;
+        }
     }
 }
 
@@ -449,6 +485,24 @@ mod tests {
                 let mut long = Vec::new();
                 encoder.merge_many(piece.as_bytes(), |id| long.push(id));
                 assert_eq!(long, expected, "{piece}");
+            }
+        }
+    }
+
+    #[test]
+    fn lower_ids_that_appear_late_come_first() {
+        // "abc" has a lower id than the "ab" that it is made of.
+        let vocabulary = vocabulary(&["cab", "abc", "bcab", "ab", "bc", "aab"]);
+        let encoder = encoder(&vocabulary);
+        for round in 0..3000u32 {
+            let letter = |i: u32| b"abc"[(round.wrapping_mul(2654435761) >> (i % 29)) as usize % 3];
+            let piece: Vec<u8> = (0..round % 40 + 2).map(letter).collect();
+            let expected = encode_slowly(&vocabulary, &piece);
+            if expected.len() > 1 {
+                let mut long = Vec::new();
+                encoder.merge_many(&piece, |id| long.push(id));
+                assert_eq!(long, expected, "{piece:?}");
+                assert_eq!(encode(&encoder, std::str::from_utf8(&piece).unwrap()), expected, "{piece:?}");
             }
         }
     }
