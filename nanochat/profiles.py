@@ -103,6 +103,21 @@ DEMO = Profile(
         "chat_eval_mid": ("--max_problems=30", "--max_new_tokens=96"),
         "chat_eval_sft": ("--max_new_tokens=96",),
     },
+    seconds={
+        "report_reset": 2,
+        "data": 4,
+        "tok_train": 2,
+        "tok_eval": 2,
+        "base_train": 200,
+        "base_loss": 8,
+        "base_eval": 2,
+        "mid_train": 150,
+        "chat_eval_mid": 6,
+        "chat_sft": 130,
+        "chat_eval_sft": 11,
+        "report": 2,
+        "answer": 2,
+    },
 )
 
 # The same chain in about a minute, for tests: it shows that everything fits together, not that anything is learned.

@@ -314,7 +314,7 @@ def demo_mid_mixture(
 def demo_sft_mixture(
     *,
     facts: int = 9000,
-    identity: int = 2000,
+    identity: int = 2400,
     arithmetic: int = 1600,
     spelling: int = 800,
     counting: int = 800,

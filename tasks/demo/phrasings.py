@@ -81,6 +81,10 @@ GREETING_WRAPPERS = (
     "Hi there! {Q}",
     "{Q} I have to know it.",
     "Dear nanochat, {q}",
+    "{Q} I must know today.",
+    "{Q} This is important for me.",
+    "{Q} We want to find it out soon.",
+    "{Q} That is really interesting.",
 )
 
 HELD_OUT_TELL_WRAPPERS = (
