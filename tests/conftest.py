@@ -34,6 +34,12 @@ def base_dir(tmp_path_factory, monkeypatch):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def matmul_precision():
+    """Every test begins with exact float32 matmuls, whatever the one before has set."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> RustBPETokenizer:
     """A tokenizer of 300 tokens trained on a few sentences."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from nanochat import profiles
 from nanochat.profiles import (
     CPU,
     D20,
@@ -20,6 +21,12 @@ from nanochat.profiles import (
 )
 
 
+@pytest.fixture(autouse=True)
+def plain_cpu(monkeypatch):
+    """A CPU without bfloat16 instructions, whatever this one has."""
+    monkeypatch.setattr(profiles, "cpu_has_bf16", lambda: False)
+
+
 def test_auto_takes_what_the_machine_has(tmp_path):
     assert choose_profile(Settings(), 0) == DEMO
     assert choose_profile(Settings(), 1).name == "p100"
@@ -27,6 +34,15 @@ def test_auto_takes_what_the_machine_has(tmp_path):
     assert choose_profile(Settings(data_dir=tmp_path), 2).name == "p100"
     assert choose_profile(Settings(dataset="climbmix"), 0).name == "cpu"
     assert choose_profile(Settings(profile="tiny"), 4) == TINY
+
+
+def test_bfloat16_only_without_a_card_and_where_the_cpu_has_it(monkeypatch, tmp_path):
+    assert choose_profile(Settings(), 0).dtype == "auto"
+    monkeypatch.setattr(profiles, "cpu_has_bf16", lambda: True)
+    assert choose_profile(Settings(), 0).dtype == "bfloat16"
+    assert choose_profile(Settings(data_dir=tmp_path), 0).dtype == "bfloat16"
+    assert choose_profile(Settings(), 1).dtype == "auto"
+    assert choose_profile(Settings(profile="demo"), 1).dtype == "auto"
 
 
 def test_the_p100_preset_is_the_one_that_is_documented():

@@ -1,7 +1,7 @@
 """Speed of rustbpe against the rustbpe of PyPI, tiktoken and Hugging Face tokenizers: same text, threads and run.
 
-    pip install --target /tmp/peer rustbpe        # a folder of its own: the module has the same name as ours
-    python dev/bench/tokenizer.py --data FOLDER_OF_PARQUET_FILES --peer /tmp/peer
+    pip install --target /tmp/peer_rustbpe rustbpe    # a folder of its own: the module has the same name as ours
+    python dev/bench/tokenizer.py --data FOLDER_OF_PARQUET_FILES
 
 All contestants take turns in every round. Prints the best MB/s of each, and the median over the rounds of how many
 times as fast as the peer it was: by the clock, and by the processor time of all threads, which other work on the

@@ -479,3 +479,38 @@ pub unsafe extern "C" fn rustbpe_decode(
         Ok(())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn last_error() -> String {
+        let mut buffer = vec![0; 200];
+        // SAFETY: the buffer has the capacity that is told.
+        let length = unsafe { rustbpe_last_error(buffer.as_mut_ptr(), buffer.len()) };
+        String::from_utf8_lossy(&buffer[..length.min(200)]).into_owned()
+    }
+
+    #[test]
+    fn panics_and_errors_become_messages() {
+        assert_eq!(guarded(|| Ok(())), 0);
+        assert_eq!(guarded(|| Err("told".into())), -1);
+        assert_eq!(last_error(), "told");
+        assert_eq!(guarded(|| panic!("number {}", 7)), -1);
+        assert_eq!(last_error(), "internal error: number 7");
+    }
+
+    #[test]
+    fn null_handles_and_buffers_are_refused() {
+        let mut sizes = [0u64; 3];
+        // SAFETY: null is allowed everywhere here; the other pointers are to live memory.
+        unsafe {
+            assert_eq!(rustbpe_sizes(std::ptr::null(), sizes.as_mut_ptr()), -1);
+            assert!(last_error().contains("null"));
+            let (ids, bytes) = (std::ptr::null(), std::ptr::null());
+            assert_eq!(rustbpe_from_ranks(bytes, 0, bytes, 0, std::ptr::null(), ids, 1, std::ptr::null_mut()), -1);
+            rustbpe_tokenizer_free(std::ptr::null_mut());
+            rustbpe_counter_free(std::ptr::null_mut());
+        }
+    }
+}
