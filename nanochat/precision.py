@@ -45,7 +45,7 @@ class LossScaler:
     """Multiplies the loss so that float16 gradients neither vanish nor overflow.
 
     After a non-finite step the scale is halved; after `growth_interval` good steps in a row it is doubled.
-    Same rule and same state as torch.amp.GradScaler (Micikevicius et al. 2017, arXiv 1710.03740).
+    Same rule as torch.amp.GradScaler (Micikevicius et al. 2017, arXiv 1710.03740).
     """
 
     def __init__(self, enabled: bool, init_scale: float = 2.0**16, growth_interval: int = 1000) -> None:

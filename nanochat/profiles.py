@@ -55,7 +55,7 @@ class Profile:
     """More environment of the stages (what the user has set goes before)."""
     needs_cards: bool = False
     bfloat16_on_cpu: bool = False
-    """Train in bfloat16 on a CPU that multiplies it in hardware: half as fast again as float32 (see dev/LOG.md)."""
+    """Train in bfloat16 on a CPU that multiplies it in hardware: 1.4 times as fast as float32 (see dev/LOG.md)."""
     dtype: str = "auto"
     """The precision of base training; later stages take their model's."""
 
