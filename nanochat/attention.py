@@ -89,7 +89,7 @@ def plan_ragged(mask: Tensor, positions: Tensor, window: int | None = None) -> l
     return [Piece(slice(0, mask.size(2)), slice(0, mask.size(3)), mask)]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: float | None = None) -> Tensor:
     """Attention of T queries to S keys.
 
     Args:
@@ -97,19 +97,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> Tensor:
         k: (B, S, K, D); H is a multiple of K.
         v: (B, S, K, D).
         pieces: from `plan_attention` or `plan_ragged`; they cover the queries in their order.
+        scale: factor on the products of queries and keys; None: 1/√D.
 
     Returns:
         (B, T, H, D).
     """
     repeats = q.size(2) // k.size(2)
     if repeats > 1 and q.size(1) == 1:
-        return _attend_one(q, k, v, pieces[0], repeats)
+        return _attend_one(q, k, v, pieces[0], scale)
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
     parts = [
         F.scaled_dot_product_attention(
-            _run(q, p.queries), _run(k, p.keys), _run(v, p.keys), attn_mask=p.mask, is_causal=p.causal
+            _run(q, p.queries), _run(k, p.keys), _run(v, p.keys), attn_mask=p.mask, is_causal=p.causal, scale=scale
         )
         for p in pieces
     ]
@@ -122,9 +123,10 @@ def _run(x: Tensor, part: slice) -> Tensor:
     return x if part == slice(0, x.size(2)) else x[:, :, part]
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, piece: Piece, repeats: int) -> Tensor:
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float | None) -> Tensor:
     """One query per row: the heads that share keys become queries of one head, so that no key is copied."""
     B, _, H, D = q.shape
+    repeats = H // k.size(2)
     grouped = q.view(B, H // repeats, repeats, D)
     k, v = _run(k.transpose(1, 2), piece.keys), _run(v.transpose(1, 2), piece.keys)  # (B, K, S, D)
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=piece.mask).reshape(B, 1, H, D)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=piece.mask, scale=scale).reshape(B, 1, H, D)
