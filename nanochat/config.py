@@ -37,6 +37,8 @@ class Runtime:
     """torch.compile: auto uses it where it works and pays."""
     seed: int = 42
     """Seed of every random number generator."""
+    deterministic: bool = False
+    """Bit-reproducible on a card too, somewhat slower; on a CPU it always is."""
 
 
 def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
