@@ -31,13 +31,19 @@ class StopRequest:
     """Within `with`, signals only set `requested`; the second one ends the process with 128 + its number."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._asked = False
+        self._parent = os.getppid()
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came, or torchrun is gone: nobody would look after its ranks any more."""
+        return self._asked or ("RANK" in os.environ and os.getppid() != self._parent)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.requested:
-            self.requested, self._since = True, time.monotonic()
+        if not self._asked:
+            self._asked, self._since = True, time.monotonic()
             self._say(f"{signal.Signals(number).name}: finishing the step and saving; once more leaves at once")
         elif time.monotonic() - self._since > SAME_WISH_SECONDS:
             self._say("leaving at once; the checkpoints that are there stay good")
