@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -9,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from nanochat.chat_data import ConversationLoader
-from nanochat.checkpoint_manager import build_model, checkpoint_folder, find_tag, load_checkpoint
+from nanochat.checkpoint_manager import build_model, check_tokenizer, checkpoint_folder, choose_tag, load_checkpoint
 from nanochat.common import Compute, init_wandb, print0, print_banner, setup_compute
 from nanochat.config import Runtime
 from nanochat.gpt import GPT
@@ -17,11 +19,12 @@ from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
 from nanochat.recipe import BatchPlan, Schedule, parameter_groups, plan_batch
 from nanochat.report import get_report
+from nanochat.resume import find_resume, model_hash, only_run, saved_dtype
 from nanochat.samples import print_answers
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.trainer import Trainer, TrainSettings, find_resume
+from nanochat.trainer import Trainer, TrainSettings
 
-MAY_CHANGE = {"run", "resume", "eval_every", "save_every", "save_every_minutes", "dry_run", "runtime"}
+SAMPLED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,8 @@ class FinetuneConfig:
     """Learn every token of a conversation, or the assistant's only."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on with an unfinished run of the same settings."""
+    force: bool = False
+    """Go on with an unfinished run although settings differ."""
     eval_every: int = 150
     """Steps between evaluations (0: only at the end)."""
     eval_batches: int = 20
@@ -79,6 +84,10 @@ class FinetuneConfig:
     """Steps between checkpoints, besides those by the clock (0: none)."""
     save_every_minutes: float = 10.0
     """Minutes between checkpoints."""
+    keep_last: int = 2
+    """How many checkpoints of an unfinished run stay, besides the one of the lowest validation loss."""
+    keep_every: int = 0
+    """Also keep those whose step is a multiple of this, for good (0: none)."""
     dry_run: bool = False
     """Print the resolved plan and stop."""
 
@@ -87,6 +96,8 @@ class FinetuneConfig:
             raise ValueError(f"--num_epochs must be positive, got {self.num_epochs}")
         if self.hours is not None and self.hours <= 0:
             raise ValueError(f"--hours must be positive, got {self.hours}")
+        if self.keep_last < 1:
+            raise ValueError(f"--keep_last must be at least 1, got {self.keep_last}")
 
 
 @dataclass(frozen=True)
@@ -171,21 +182,22 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversa
         load_data: reads the conversations; called once the model to start from is known to be there.
     """
     print_banner()
-    tag_folder = find_tag(stage.source, cfg.model_tag)
+    tag_folder, why = choose_tag(stage.source, cfg.model_tag)
     start = load_checkpoint(tag_folder, cfg.step)
     tokenizer = get_tokenizer()
-    if start.meta["tokenizer_hash"] != tokenizer.hash:
-        raise RuntimeError(
-            f"{start.folder} was trained with another tokenizer than the one in use: run the base stage again"
-        )
-    print0(f"{stage.name}: starts from {start.folder}")
+    check_tokenizer(start, tokenizer)
+    print0(f"{stage.name}: starts from {start.folder} ({why})")
     train_data, val_data, data_name = load_data()
-    with setup_compute(cfg.runtime, start.meta["dtype"]) as compute:
-        folder = checkpoint_folder(stage.name, tag_folder.name)
+    folder = checkpoint_folder(stage.name, tag_folder.name)
+    dtype = saved_dtype(folder, cfg.resume) or start.meta["dtype"]
+    with setup_compute(cfg.runtime, dtype) as compute, only_run(folder, needed=not cfg.dry_run):
         sequence_len = min(cfg.max_seq_len or 1 << 62, start.meta["model_config"]["sequence_len"])
         batch = plan_batch(cfg.total_batch_size, cfg.device_batch_size, sequence_len, compute.world_size)
         config = asdict(cfg)
-        checkpoint = None if cfg.dry_run else find_resume(folder, config, cfg.resume, MAY_CHANGE)
+        inputs = {"tokenizer": tokenizer.hash, "model": model_hash(start), "conversations": sample_hash(train_data)}
+        checkpoint = None
+        if not cfg.dry_run:
+            checkpoint = find_resume(folder, config, cfg.resume, inputs=inputs, force=cfg.force)
         loader = make_loader(
             cfg, compute, train_data, tokenizer, sequence_len, checkpoint.meta["loader"] if checkpoint else None
         )
@@ -216,9 +228,11 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversa
                 eval_every=cfg.eval_every or None,
                 save_every=cfg.save_every or None,
                 save_every_minutes=cfg.save_every_minutes,
+                keep_last=cfg.keep_last,
+                keep_every=cfg.keep_every or None,
             ),
             folder=folder,
-            meta={"config": config, "tokenizer_hash": tokenizer.hash, "chat_data": data_name},
+            meta={"config": config, "inputs": inputs, "tokenizer_hash": tokenizer.hash, "chat_data": data_name},
             evaluate=lambda: evaluate_loss(
                 model, make_loader(cfg, compute, val_data, tokenizer, sequence_len), cfg.eval_batches, compute
             ),
@@ -249,6 +263,13 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversa
         metrics = {"val loss": state.val} if state.val is not None else None
         get_report().log(section=stage.section, data=[config, facts], metrics=metrics)
         print0(f"{stage.name} done: {state.step} steps in {format_seconds(state.seconds)}, in {folder}")
+
+
+def sample_hash(conversations: Sequence[Any]) -> str:
+    """A hash of how many conversations there are and of SAMPLED of them: reading all could take minutes."""
+    count = len(conversations)
+    chosen = [conversations[i * count // SAMPLED] for i in range(SAMPLED)] if count else []
+    return hashlib.sha256(json.dumps([count, chosen], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _horizon(schedule: Schedule) -> str:
