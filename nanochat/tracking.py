@@ -31,18 +31,18 @@ class TensorBoard:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
-        self._writer.add_text("config", "\n".join(f"- {k}: {v}" for k, v in config.items()))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder))
+        self._writer.add_text("config", "\n".join(f"- {k}: {v}" for k, v in config.items()))
 
     def log(self, record: dict[str, Any]) -> None:
         """One point for every number, at the record's step."""
         for name, value in record.items():
             if name != "step" and isinstance(value, Real):
-                self._writer.add_scalar(name, float(value), record.get("step"))  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, float(value), record.get("step"))
 
     def finish(self) -> None:
         """Flush and close the files."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class Trackio:
@@ -86,6 +86,6 @@ def init_tracker(tracker: TrackerName, run: str, project: str, config: dict[str,
         import wandb
     except ImportError as error:
         raise RuntimeError(
-            f"--tracker={tracker} needs a package that is not installed ({error}): pip install {tracker}, or leave --run out"
+            f"--tracker={tracker} needs a package that isn't installed ({error}): pip install {tracker}, or leave --run out"
         ) from error
-    return wandb.init(project=project, name=run, config=config)  # type: ignore[no-any-return]
+    return wandb.init(project=project, name=run, config=config)
