@@ -1,7 +1,8 @@
-"""The model: nanochat's classic GPT.
+"""The model: nanochat's classic GPT, and what its main branch has added since, each addition a switch.
 
-Rotary positions, RMSNorm on queries and keys, RMSNorm without parameters, squared ReLU, untied embeddings, no biases,
-softcapped logits, grouped-query attention. Parameters are float32; `nanochat.precision` decides what matmuls run in.
+Classic: rotary positions, RMSNorm on queries and keys, RMSNorm without parameters, squared ReLU, untied embeddings, no
+biases, softcapped logits, grouped-query attention. The switches are described in nanochat/gpt_config.py; one that is
+off costs nothing. Parameters are float32; `nanochat.precision` decides what matmuls run in.
 
 Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D head size, V vocabulary.
 """
@@ -9,77 +10,27 @@ Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D head 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, cast
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from nanochat.attention import attend
+from nanochat.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
+from nanochat.gpt_config import ROPE_BASE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
 from nanochat.loss import linear_cross_entropy, softcap
 from nanochat.precision import NARROW_RANGE
 from nanochat.rms_norm import rms_norm
 
-HEAD_SIZE = 128
+__all__ = ["GPT", "LOGIT_SOFTCAP", "NORM_EPS", "ROPE_BASE", "GPTConfig"]
+
 LOGIT_SOFTCAP = 15.0
-ROPE_BASE = 10000.0
 # One fixed epsilon for every dtype, so that a model gives the same results in each of them.
 NORM_EPS = 1e-6
-VOCAB_MULTIPLE = 64
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Everything that defines the model's shape. Stored in every checkpoint."""
-
-    sequence_len: int = 2048
-    vocab_size: int = 65536
-    n_layer: int = 12
-    n_head: int = 6
-    n_kv_head: int = 6
-    n_embd: int = 768
-
-    def __post_init__(self) -> None:
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"n_embd {self.n_embd} must be an even multiple of n_head {self.n_head}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
-
-    @classmethod
-    def from_depth(cls, depth: int, vocab_size: int, sequence_len: int = 2048) -> GPTConfig:
-        """The classic shape of a depth: 64 channels per layer, rounded up to whole heads of 128."""
-        if depth < 1:
-            raise ValueError(f"--depth must be at least 1, got {depth}")
-        n_head = max(1, math.ceil(64 * depth / HEAD_SIZE))
-        return cls(sequence_len, vocab_size, depth, n_head, n_head, n_head * HEAD_SIZE)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
-        """From a checkpoint's record; names the fields this version doesn't know."""
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(
-                f"this checkpoint's model has settings unknown to this version: {', '.join(sorted(unknown))}"
-            )
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one attention head."""
-        return self.n_embd // self.n_head
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of lm_head: a multiple of 64 multiplies faster."""
-        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+# Multipliers of the hash of a pair of tokens: two large primes.
+BIGRAM_HASH = (1000003, 998244353)
 
 
 class Cache(Protocol):
@@ -88,11 +39,17 @@ class Cache(Protocol):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store this step's (B, T, K, D) keys and values; return all so far."""
 
+    def get_pos(self) -> int:
+        """Length of the longest row."""
+
     def positions(self, n_tokens: int) -> Tensor:
         """Rotary positions of the next `n_tokens`: (1, T) or (B, T)."""
 
     def attention_mask(self) -> Tensor | None:
         """Which cached positions each query may see, (B, 1, T, all); None: causal."""
+
+    def previous_tokens(self, idx: Tensor) -> Tensor:
+        """Remember the next tokens (B, T); return the token before each, −1 where there is none."""
 
     def advance(self, n: int) -> None:
         """Called once after the last layer."""
@@ -103,14 +60,14 @@ def norm(x: Tensor) -> Tensor:
     return rms_norm(x, NORM_EPS)
 
 
-def rotary_tables(n_positions: int, head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def rotary_tables(n_positions: int, head_dim: int, base: float = ROPE_BASE) -> tuple[Tensor, Tensor]:
     """cos and ±sin of position × frequency for both halves of a head, each (n_positions, head_dim), float32.
 
     Source: RoFormer, arXiv 2104.09864.
     """
-    channel = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
-    frequency = ROPE_BASE ** (-channel / head_dim)
-    angle = torch.outer(torch.arange(n_positions, dtype=torch.float32, device=device), frequency)
+    channel = torch.arange(0, head_dim, 2, dtype=torch.float32)
+    frequency = base ** (-channel / head_dim)
+    angle = torch.outer(torch.arange(n_positions, dtype=torch.float32), frequency)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=1), torch.cat((sin, -sin), dim=1)
 
@@ -126,6 +83,17 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, swapped, sin)
 
 
+@dataclass
+class Context:
+    """What one forward pass has in common for all layers."""
+
+    cos: Tensor  # (1 or B, T, 1, D)
+    sin: Tensor
+    pieces: dict[int | None, list[Piece]]  # by window
+    kv_cache: Cache | None = None
+    first: Tensor | None = None  # (B, T) bool, true where a segment begins; None: at each row's position 0 only
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads."""
 
@@ -138,19 +106,27 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(config.n_embd, kv_dim, bias=False)
         self.c_v = nn.Linear(config.n_embd, kv_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        gated = config.has_value_embedding(layer)
+        self.ve_gate = nn.Linear(VALUE_GATE_CHANNELS, self.n_kv_head, bias=False) if gated else None
+        self.window = config.windows[layer]
+        # The factor on q and on k, as one factor on their products.
+        self.scale = None if config.qk_scale == 1.0 else config.qk_scale**2 * self.head_dim**-0.5
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, value: Tensor | None = None) -> Tensor:
+        """x (B, T, C); value (B, T, K·D): the tokens' value embeddings in this layer, if it has them."""
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
-        q = norm(apply_rotary(q, cos, sin)).to(v.dtype)
-        k = norm(apply_rotary(k, cos, sin)).to(v.dtype)
-        mask = None
-        if kv_cache is not None:
-            k, v = kv_cache.update(self.layer, k, v)  # (B, all, K, D)
-            mask = kv_cache.attention_mask()
-        y = attend(q, k, v, mask)  # (B, T, H, D)
+        if self.ve_gate is not None and value is not None:
+            # Source: value residuals, arXiv 2410.17897; gated and as an embedding: modded-nanogpt, nanochat.
+            gate = 3.0 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate.to(v.dtype).unsqueeze(-1) * value.to(v.dtype).view(v.shape)
+        q = norm(apply_rotary(q, context.cos, context.sin)).to(v.dtype)
+        k = norm(apply_rotary(k, context.cos, context.sin)).to(v.dtype)
+        if context.kv_cache is not None:
+            k, v = context.kv_cache.update(self.layer, k, v)  # (B, all, K, D)
+        y = attend(q, k, v, context.pieces[self.window], self.scale)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))
 
 
@@ -184,8 +160,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Cache | None) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, kv_cache)
+    def forward(self, x: Tensor, context: Context, value: Tensor | None = None) -> Tensor:
+        x = x + self.attn(norm(x), context, value)
         return x + self.mlp(norm(x))
 
 
@@ -205,9 +181,29 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        cos, sin = rotary_tables(config.sequence_len, config.head_dim)
+        self._add_switched_parameters(config)
+        self.activation_checkpointing = False
+        self.windows = set(config.windows)
+        cos, sin = rotary_tables(config.sequence_len, config.head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def _add_switched_parameters(self, config: GPTConfig) -> None:
+        """The parameters of the switches that are on, under nanochat's names."""
+        rows, kv_dim = config.padded_vocab_size, config.n_kv_head * config.head_dim
+        if config.residual_scalars:
+            self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+        if config.value_embeddings:
+            layers = [i for i in range(config.n_layer) if config.has_value_embedding(i)]
+            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv_dim) for i in layers})
+        if config.smear:
+            self.smear_gate = nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False)
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+        if config.bigram_buckets:
+            self.bigram = nn.Embedding(config.bigram_buckets, config.n_embd)
 
     @property
     def wte(self) -> nn.Embedding:
@@ -226,15 +222,44 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Classic: embedding N(0, 1); matrices N(0, min(1, √(out/in)) / √in); outputs of a block and lm_head zero."""
+        """Draw new weights, by name.
+
+        Classic: embedding N(0, 1); matrices N(0, min(1, √(out/in)) / √in); outputs of a block and lm_head zero.
+        Modern: embedding N(0, 0.8); lm_head N(0, 0.001); matrices uniform with deviation 1/√in, 0.4/√in for c_fc;
+        outputs of a block zero.
+        """
+        modern = self.config.init == "modern"
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight") or name == "lm_head.weight":
+            if p.dim() == 1 or "gate" in name or "value_embeds" in name or name == "bigram.weight":
+                self._init_switched(name, p, generator)
+            elif name.endswith("c_proj.weight") or (name == "lm_head.weight" and not modern):
                 p.zero_()
-            elif name == "transformer.wte.weight":
-                p.normal_(0.0, 1.0, generator=generator)
+            elif name in ("transformer.wte.weight", "lm_head.weight"):
+                std = 0.001 if name == "lm_head.weight" else 0.8 if modern else 1.0
+                p.normal_(0.0, std, generator=generator)
+            elif modern:
+                bound = math.sqrt(3 / p.size(1)) * (0.4 if name.endswith("c_fc.weight") else 1.0)
+                p.uniform_(-bound, bound, generator=generator)
             else:
                 fan_out, fan_in = p.shape
                 p.normal_(0.0, fan_in**-0.5 * min(1.0, math.sqrt(fan_out / fan_in)), generator=generator)
+
+    def _init_switched(self, name: str, p: Tensor, generator: torch.Generator | None) -> None:
+        """The switches' parameters: close to what the model would be without them. Source: nanochat."""
+        depth = torch.linspace(0.0, 1.0, p.size(0), device=p.device) if p.dim() == 1 else None
+        if name == "resid_lambdas" and depth is not None:
+            p.copy_(1.15 - 0.10 * depth)
+        elif name == "x0_lambdas" and depth is not None:
+            p.copy_(0.20 - 0.15 * depth)
+        elif name == "backout_lambda":
+            p.fill_(0.2)
+        elif "gate" in name:
+            p.uniform_(0.0, 0.02, generator=generator)
+        elif "value_embeds" in name:
+            bound = math.sqrt(3 / self.config.n_embd)
+            p.uniform_(-bound, bound, generator=generator)
+        else:  # smear_lambda, bigram
+            p.zero_()
 
     def get_device(self) -> torch.device:
         """The device the parameters are on."""
@@ -244,32 +269,92 @@ class GPT(nn.Module):
         """All parameters, embedding included."""
         return sum(p.numel() for p in self.parameters())
 
-    def estimate_flops(self, sequence_len: int | None = None) -> int:
-        """Training FLOPs per token: 6 per matmul parameter, 12·L·H·D·T for attention (PaLM, arXiv 2204.02311, B)."""
-        c = self.config
-        matmul = self.num_params() - self.wte.weight.numel()
-        return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * (sequence_len or c.sequence_len)
+    def num_matmul_params(self) -> int:
+        """Parameters every token is multiplied with: all but embeddings, which are looked up, and scalars."""
+        return sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
 
-    def hidden(self, idx: Tensor, kv_cache: Cache | None = None) -> Tensor:
-        """The final normalised hidden states of tokens `idx` (B, T): (B, T, C)."""
-        T = idx.size(1)
-        if kv_cache is None:
-            if self.cos.size(0) < T:
-                raise ValueError(f"{T} tokens are more than the model's context of {self.config.sequence_len}")
-            cos, sin = self.cos[None, :T, None], self.sin[None, :T, None]  # (1, T, 1, D)
-        else:
+    def estimate_flops(self, sequence_len: int | None = None) -> int:
+        """Training FLOPs per token: 6 per matmul parameter, 12·H·D·T for each layer's attention, T at most its window.
+
+        Source: PaLM, arXiv 2204.02311, B.
+        """
+        c, T = self.config, sequence_len or self.config.sequence_len
+        reach = sum(T if window is None else min(window, T) for window in c.windows)
+        return 6 * self.num_matmul_params() + 12 * c.n_head * c.head_dim * reach
+
+    def _context(self, idx: Tensor, kv_cache: Cache | None, segments: Tensor | None) -> Context:
+        """Rotary tables and attention pieces of a forward pass."""
+        T, device, windows = idx.size(1), idx.device, self.windows
+        if kv_cache is not None:
+            if segments is not None:
+                raise ValueError("segments are for training rows: with a kv_cache every row is one segment")
             positions = kv_cache.positions(T)  # (1 or B, T)
-            cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+            mask = kv_cache.attention_mask()
+            if mask is None:
+                pieces = {w: plan_attention(T, kv_cache.get_pos() + T, device, w) for w in windows}
+            else:
+                pieces = {w: plan_ragged(mask, positions, w) for w in windows}
+            return Context(self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2), pieces, kv_cache)
+        if self.cos.size(0) < T:
+            raise ValueError(f"{T} tokens are more than the model's context of {self.config.sequence_len}")
+        if segments is None:
+            pieces = {w: plan_attention(T, T, device, w) for w in windows}
+            return Context(self.cos[None, :T, None], self.sin[None, :T, None], pieces)
+        if segments.shape != idx.shape:
+            raise ValueError(f"segments are {tuple(segments.shape)}, the tokens {tuple(idx.shape)}: give one per token")
+        starts = segment_starts(segments)
+        positions = torch.arange(T, device=device) - starts  # (B, T)
+        pieces = {w: plan_attention(T, T, device, w, starts) for w in windows}
+        cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        return Context(cos, sin, pieces, first=positions == 0)
+
+    def _embed(self, idx: Tensor, context: Context) -> Tensor:
+        """The normalised embedding of tokens (B, T), with what the switches take from the token before: (B, T, C)."""
+        x = self._normed_wte(idx)
+        if not (self.config.smear or self.config.bigram_buckets):
+            return x
+        if context.kv_cache is not None:
+            before = context.kv_cache.previous_tokens(idx)  # (B, T)
+        else:
+            before = F.pad(idx, (1, -1), value=-1)
+            if context.first is not None:
+                before = before.masked_fill(context.first, -1)
+        plain = x
+        if self.config.bigram_buckets:
+            bucket = (BIGRAM_HASH[0] * idx + BIGRAM_HASH[1] * (before + 1)) % self.config.bigram_buckets
+            x = x + self.bigram(bucket).to(x.dtype)
+        if self.config.smear:
+            shifted = F.pad(plain, (0, 0, 1, -1)) if context.kv_cache is None else self._normed_wte(before.clamp(min=0))
+            gate = self.smear_lambda * torch.sigmoid(self.smear_gate(plain[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
+            x = x + gate.masked_fill(before.unsqueeze(-1) < 0, 0.0).to(x.dtype) * shifted
+        return x
+
+    def _normed_wte(self, idx: Tensor) -> Tensor:
         x = self.wte(idx)  # (B, T, C)
         # bfloat16 has float32's range, so the residual stream may be narrow; float16 has not, so it stays float32.
         compute_dtype = _autocast_dtype(x)
-        if compute_dtype not in NARROW_RANGE:
-            x = x.to(compute_dtype)
-        x = norm(x)
-        for block in self.blocks:
-            x = block(x, cos, sin, kv_cache)
+        return norm(x if compute_dtype in NARROW_RANGE else x.to(compute_dtype))
+
+    def hidden(self, idx: Tensor, kv_cache: Cache | None = None, segments: Tensor | None = None) -> Tensor:
+        """The final normalised hidden states of tokens `idx` (B, T): (B, T, C). `segments`: see `forward`."""
+        c = self.config
+        context = self._context(idx, kv_cache, segments)
+        x = x0 = self._embed(idx, context)
+        middle = None
+        for i, block in enumerate(self.blocks):
+            if c.residual_scalars:
+                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            value = self.value_embeds[str(i)](idx) if c.has_value_embedding(i) else None
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, value, use_reentrant=False)
+            else:
+                x = block(x, context, value)
+            if i == c.n_layer // 2 and c.backout:
+                middle = x
+        if middle is not None:
+            x = x - self.backout_lambda.to(x.dtype) * middle
         if kv_cache is not None:
-            kv_cache.advance(T)
+            kv_cache.advance(idx.size(1))
         return norm(x)
 
     def forward(
@@ -278,6 +363,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         kv_cache: Cache | None = None,
         loss_reduction: Literal["mean", "sum", "none"] = "mean",
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Logits of tokens `idx`, or the loss against `targets`.
 
@@ -286,11 +372,16 @@ class GPT(nn.Module):
             targets: (B, T) ids of the next tokens; −1 is ignored.
             kv_cache: keys and values of the tokens before `idx`.
             loss_reduction: over the targets that count; "none" gives (B, T) with 0 where ignored.
+            segments: (B, T) integers, the same inside a document or conversation and different between neighbours in a
+                row: each is computed as if it were alone. Not together with a kv_cache.
 
         Returns:
             float32 softcapped logits (B, T, V), or the loss in float32.
+
+        Raises:
+            ValueError: more tokens than the context, or segments of another shape or with a kv_cache.
         """
-        x = self.hidden(idx, kv_cache)
+        x = self.hidden(idx, kv_cache, segments)
         return self.logits_at(x) if targets is None else self.loss(x, targets, loss_reduction)
 
     def loss(self, x: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:

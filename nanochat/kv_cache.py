@@ -40,6 +40,7 @@ class KVCache:
         # Zeros, not empty: a masked position is multiplied by 0, and 0 · NaN would be NaN.
         self.k_cache = torch.zeros(num_layers, batch_size, seq_len, num_heads, head_dim, device=device, dtype=dtype)
         self.v_cache = torch.zeros_like(self.k_cache)  # (L, B, T, H, D)
+        self.tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)  # for previous_tokens
         self.set_lengths([0] * batch_size)
 
     def set_lengths(self, lengths: list[int]) -> None:
@@ -74,6 +75,7 @@ class KVCache:
         self._check_room(used)
         self.k_cache[:, : self.batch_size, :used] = other.k_cache[:, : other.batch_size, :used]
         self.v_cache[:, : self.batch_size, :used] = other.v_cache[:, : other.batch_size, :used]
+        self.tokens[: self.batch_size, :used] = other.tokens[: other.batch_size, :used]
         self.set_lengths(other._lengths * (self.batch_size // other.batch_size))
 
     def drop(self, rows: Sequence[int]) -> list[int]:
@@ -85,6 +87,7 @@ class KVCache:
             if gap != last:
                 self.k_cache[:, gap, :used] = self.k_cache[:, last, :used]
                 self.v_cache[:, gap, :used] = self.v_cache[:, last, :used]
+                self.tokens[gap, :used] = self.tokens[last, :used]
                 order[gap] = order[last]
             order.pop()
         self.batch_size = len(order)
@@ -120,6 +123,14 @@ class KVCache:
             values[self._rows, self._positions] = v.to(values.dtype)
         end = self.get_pos() + n
         return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype)
+
+    def previous_tokens(self, idx: Tensor) -> Tensor:
+        """Remember the next tokens (B, n); return the token before each, −1 where there is none: (B, n)."""
+        self._plan(idx.size(1))
+        rows = torch.arange(self.batch_size, device=idx.device).unsqueeze(1)
+        self.tokens[rows, self._positions] = idx
+        before = self.tokens[rows, (self._positions - 1).clamp(min=0)]
+        return before.masked_fill(self._positions == 0, -1)
 
     def _plan(self, n: int) -> None:
         """Positions and mask of the next `n` tokens, worked out once for all layers."""
