@@ -1,6 +1,7 @@
 """A model folder in the format of Hugging Face transformers, written and read.
 
-The classic model is transformers' own `NanoChatForCausalLM`: the same function, other names.
+The classic model is transformers' own `NanoChatForCausalLM`: the same function, other names. A model with modern
+switches has no class there: its folder brings one along (nanochat/hf_code), loaded with `trust_remote_code=True`.
 
     config.json  generation_config.json  model.safetensors     the model
     tokenizer.json  tokenizer_config.json                       the tokenizer, with the chat template
@@ -19,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat.files import atomic_folder, write_json, write_text
-from nanochat.gpt import LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, GPTConfig
+from nanochat.gpt import BIGRAM_HASH, GPT, LOGIT_SOFTCAP, NORM_EPS
+from nanochat.gpt_config import ROPE_BASE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
+from nanochat.hf_hub import model_folder
 from nanochat.hf_tokenizer import CHAT_TEMPLATE, from_hf_json, to_hf_json
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -35,7 +38,10 @@ PARAMETER_NAMES = {
     ".mlp.c_fc.": ".mlp.fc1.",
     ".mlp.c_proj.": ".mlp.fc2.",
 }
-VOCABULARY_TABLES = ("transformer.wte.weight", "lm_head.weight")
+MODERN_CODE = Path(__file__).parent / "hf_code"
+MODERN_FILES = ("configuration_nanochat_modern.py", "modeling_nanochat_modern.py")
+# The fields that any classic model may set; `init` is how it began, not what it computes.
+CLASSIC_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init")
 # What chat_cli uses when it is not told otherwise.
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50}
 
@@ -54,31 +60,70 @@ def own_name(name: str) -> str:
     return name
 
 
+def is_classic(config: GPTConfig) -> bool:
+    """Whether every switch is off, so that transformers has a class for it."""
+    plain = GPTConfig(**{name: getattr(config, name) for name in CLASSIC_FIELDS})
+    return plain == config
+
+
+def has_a_row_per_token(name: str) -> bool:
+    """Whether this (our) parameter's rows are token ids, padded to a multiple of 64."""
+    return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def hf_config(config: GPTConfig, tokenizer: RustBPETokenizer) -> dict[str, Any]:
     """The content of config.json. The vocabulary is the tokenizer's: the padding rows stay behind."""
-    return {
-        "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
+    shape = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
-        "intermediate_size": 4 * config.n_embd,
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_kv_head,
         "max_position_embeddings": config.sequence_len,
-        "hidden_act": "relu2",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "rms_norm_eps": NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
         "final_logit_softcapping": LOGIT_SOFTCAP,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "dtype": "float32",
         **special_ids(tokenizer),
+    }
+    return shape | (_classic_config(config) if is_classic(config) else _modern_config(config))
+
+
+def _classic_config(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "intermediate_size": 4 * config.n_embd,
+        "hidden_act": "relu2",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+    }
+
+
+def _modern_config(config: GPTConfig) -> dict[str, Any]:
+    configuration, modeling = (name.removesuffix(".py") for name in MODERN_FILES)
+    return {
+        "architectures": ["NanoChatModernForCausalLM"],
+        "model_type": "nanochat_modern",
+        "auto_map": {
+            "AutoConfig": f"{configuration}.NanoChatModernConfig",
+            "AutoModelForCausalLM": f"{modeling}.NanoChatModernForCausalLM",
+        },
+        "rope_base": config.rope_base,
+        "qk_scale": config.qk_scale,
+        "windows": config.windows,
+        "residual_scalars": config.residual_scalars,
+        "value_embedding_layers": [i for i in range(config.n_layer) if config.has_value_embedding(i)],
+        "value_gate_channels": VALUE_GATE_CHANNELS,
+        "smear": config.smear,
+        "smear_gate_channels": SMEAR_GATE_CHANNELS,
+        "backout": config.backout,
+        "bigram_buckets": config.bigram_buckets,
+        "bigram_hash": list(BIGRAM_HASH),
     }
 
 
@@ -132,8 +177,8 @@ def write_hf_folder(
         )
     weights = {}
     for name, value in state.items():
-        rows = value[: config.vocab_size] if name in VOCABULARY_TABLES else value
-        weights[hf_name(name)] = rows.detach().to("cpu", dtype).contiguous().clone()
+        rows = value[: config.vocab_size] if has_a_row_per_token(name) else value
+        weights[hf_name(name) if is_classic(config) else name] = rows.detach().to("cpu", dtype).contiguous().clone()
     dtype_name = str(dtype).removeprefix("torch.")
     with atomic_folder(folder) as tmp:
         save_file(weights, tmp / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -143,6 +188,8 @@ def write_hf_folder(
         write_json(tmp / "tokenizer_config.json", tokenizer_config(config, tokenizer))
         write_json(tmp / OWN_FILE, {"model_config": config.to_dict(), "tokenizer": tokenizer.to_dict()})
         write_text(tmp / "README.md", card)
+        for name in () if is_classic(config) else MODERN_FILES:
+            write_text(tmp / name, (MODERN_CODE / name).read_text(encoding="utf-8"))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -167,18 +214,36 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPET
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} ids, the model only {config.vocab_size}"
         )
     state = {own_name(name): value.float() for name, value in _read_weights(folder).items()}
-    for name in VOCABULARY_TABLES:
-        if name not in state:
-            raise ValueError(f"{folder}: the weights lack {hf_name(name)}")
-        missing_rows = config.padded_vocab_size - len(state[name])
-        state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, max(0, missing_rows)))[: config.padded_vocab_size]
+    for name in state:
+        if has_a_row_per_token(name):
+            missing = max(0, config.padded_vocab_size - len(state[name]))
+            state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, missing))[: config.padded_vocab_size]
     return state, config, tokenizer
+
+
+def load_hf_model(path_or_repo: str, device: torch.device) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
+    """(model, tokenizer, meta) of such a folder, or of a hub repository "owner/name", ready to chat with.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: see `read_hf_folder` and `hf_hub.model_folder`.
+    """
+    state, config, tokenizer = read_hf_folder(model_folder(path_or_repo))
+    model = GPT(config)
+    model.load_state_dict(state)
+    return (
+        model.to(device).eval(),
+        tokenizer,
+        {"step": 0, "model_config": config.to_dict(), "imported_from": path_or_repo},
+    )
 
 
 def own_config(stored: dict[str, Any]) -> GPTConfig:
     """Our config from a classic model's config.json; ValueError names a setting that ours has no switch for."""
     if stored.get("model_type") != "nanochat":
-        raise ValueError(f"config.json: model_type is {stored.get('model_type')!r}, only 'nanochat' can be imported")
+        raise ValueError(
+            f"config.json: model_type is {stored.get('model_type')!r}; only 'nanochat', or what export_hf wrote, can "
+            "be imported"
+        )
     rope = stored.get("rope_parameters") or {}
     fixed = {
         "hidden_act": ("relu2", stored.get("hidden_act", "relu2")),

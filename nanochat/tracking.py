@@ -86,6 +86,6 @@ def init_tracker(tracker: TrackerName, run: str, project: str, config: dict[str,
         import wandb
     except ImportError as error:
         raise RuntimeError(
-            f"--tracker={tracker} needs a package that isn't installed ({error}): pip install {tracker}, or leave --run out"
+            f"--tracker={tracker} needs a package that is missing ({error}): pip install {tracker}, or leave --run out"
         ) from error
     return wandb.init(project=project, name=run, config=config)

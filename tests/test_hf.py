@@ -1,5 +1,6 @@
 """Export to and import from transformers' format: same logits, same ids, same conversations, same answers."""
 
+import dataclasses
 import json
 import random
 
@@ -12,7 +13,7 @@ from nanochat.checkpoint_manager import load_model, save_checkpoint
 from nanochat.common import get_base_dir
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf_format import own_config, read_hf_folder, write_hf_folder
+from nanochat.hf_format import is_classic, own_config, read_hf_folder, write_hf_folder
 from nanochat.hf_tokenizer import byte_characters, from_hf_json, to_hf_json
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -44,17 +45,36 @@ def random_model(tokenizer, depth=2, **changes):
     generator = torch.Generator().manual_seed(7)
     model.init_weights(generator)
     with torch.no_grad():
-        for p in model.parameters():  # the classic start has zeros, which would hide mistakes
-            if not p.any():
-                p.normal_(0.0, 0.05, generator=generator)
+        for p in model.parameters():  # the start has zeros and tiny gates, which would hide mistakes
+            if p.abs().mean() < 0.02 or p.numel() == 1:
+                p.normal_(0.0, 0.3 if p.dim() == 1 else 0.05, generator=generator)
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=[(2, 4), (4, 4), (3, 2), (2, 1)], ids=["d2", "d4", "d3 GQA", "d2 MQA"])
+MODERN = {
+    "residual_scalars": True,
+    "value_embeddings": True,
+    "smear": True,
+    "backout": True,
+    "qk_scale": 1.2,
+    "rope_base": 100000.0,
+    "init": "modern",
+}
+MODELS = {
+    "d2": {"depth": 2},
+    "d4": {"depth": 4},
+    "d3 GQA": {"depth": 3, "n_kv_head": 2},
+    "d2 MQA": {"depth": 2, "n_kv_head": 1, "init": "modern"},
+    "modern d2": {"depth": 2, **MODERN},
+    "modern d4 GQA": {"depth": 4, "n_kv_head": 2, **MODERN},
+    "windows and bigrams": {"depth": 3, "sequence_len": 600, "window_pattern": "SL", "bigram_buckets": 500},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def exported(request, tokenizer, tmp_path_factory):
     """(our model, the folder it was exported to)."""
-    depth, n_kv_head = request.param
-    model = random_model(tokenizer, depth, n_kv_head=n_kv_head)
+    model = random_model(tokenizer, **MODELS[request.param])
     folder = tmp_path_factory.mktemp("hf") / "model"
     write_hf_folder(folder, model.state_dict(), model.config, tokenizer, "# card\n")
     return model, folder
@@ -63,14 +83,17 @@ def exported(request, tokenizer, tmp_path_factory):
 def load_theirs(folder):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
 
 
 def test_logits_are_equal(exported):
     model, folder = exported
     theirs = load_theirs(folder)
-    assert type(theirs).__name__ == "NanoChatForCausalLM"
-    ids = torch.randint(model.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+    native = type(theirs).__module__.startswith("transformers.models.nanochat.")
+    assert native == is_classic(model.config)
+    ids = torch.randint(
+        model.config.vocab_size, (3, model.config.sequence_len), generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-4, rtol=0)
 
@@ -105,10 +128,12 @@ def test_import_of_a_folder_that_transformers_wrote(exported, tokenizer, tmp_pat
     from transformers import AutoTokenizer
 
     model, folder = exported
+    if not is_classic(model.config):
+        pytest.skip("only the classic model has a class in transformers")
     load_theirs(folder).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     state, config, imported = read_hf_folder(tmp_path)
-    assert config == model.config
+    assert config == dataclasses.replace(model.config, init="classic")
     again = GPT(config)
     again.load_state_dict(state)
     ids = torch.randint(config.vocab_size, (2, 30))
@@ -116,6 +141,37 @@ def test_import_of_a_folder_that_transformers_wrote(exported, tokenizer, tmp_pat
         assert torch.equal(again.eval()(ids), model(ids))
     for text in TEXT[:3]:
         assert imported.encode(text) == tokenizer.encode(text)
+
+
+def test_left_padded_rows_generate_what_they_would_alone(exported, tokenizer):
+    """Batched generation in transformers pads on the left: neither attention nor smear may look at the padding."""
+    model, folder = exported
+    if is_classic(model.config):
+        pytest.skip("transformers' own class")
+    theirs = load_theirs(folder)
+    rows = [tokenizer.encode(text, prepend="<|bos|>") for text in ("The quick", "The quick brown fox jumps over", "a")]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        together = theirs.generate(ids, attention_mask=mask, **settings)
+        for row, out in zip(rows, together, strict=True):
+            alone = theirs.generate(torch.tensor([row]), **settings)[0]
+            assert out[width:].tolist() == alone[len(row) :].tolist()
+
+
+def test_half_precision_loads_and_stays_close(exported, tokenizer):
+    """An old card would load the folder in float16."""
+    from transformers import AutoModelForCausalLM
+
+    model, folder = exported
+    if is_classic(model.config):
+        pytest.skip("transformers' own class")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, trust_remote_code=True).eval()
+    ids = torch.randint(model.config.vocab_size, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=0.1, rtol=0)
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -214,6 +270,10 @@ def test_the_chat_template_refuses_messages_out_of_order(their_tokenizer):
 
 def test_config_settings_that_ours_lacks_are_named(exported):
     stored = json.loads((exported[1] / "config.json").read_text())
+    if stored["model_type"] != "nanochat":
+        with pytest.raises(ValueError, match="model_type is 'nanochat_modern'"):
+            own_config(stored)
+        return
     for name, value in (("hidden_act", "silu"), ("intermediate_size", 100), ("final_logit_softcapping", None)):
         with pytest.raises(ValueError, match=name):
             own_config(stored | {name: value})
@@ -296,7 +356,7 @@ def test_import_keeps_the_tokenizer_that_other_models_need(checkpoint, tmp_path)
 def test_the_text_generation_pipeline_serves_the_folder(exported):
     from transformers import pipeline
 
-    chat = pipeline("text-generation", model=str(exported[1]), device="cpu")
+    chat = pipeline("text-generation", model=str(exported[1]), device="cpu", trust_remote_code=True)
     answer = chat([{"role": "user", "content": "The quick"}], max_new_tokens=4, do_sample=False)
     assert answer[0]["generated_text"][-1]["role"] == "assistant"
 

@@ -7,7 +7,7 @@ class NanoChatModernConfig(PretrainedConfig):
     """Every addition is a switch; with all of them off it is transformers' own NanoChat model."""
 
     model_type = "nanochat_modern"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ("past_key_values",)
 
     def __init__(
         self,
@@ -30,6 +30,7 @@ class NanoChatModernConfig(PretrainedConfig):
         backout=False,
         bigram_buckets=0,
         bigram_hash=(1, 1),
+        use_cache=True,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -51,4 +52,5 @@ class NanoChatModernConfig(PretrainedConfig):
         self.backout = backout
         self.bigram_buckets = bigram_buckets
         self.bigram_hash = list(bigram_hash)
+        self.use_cache = use_cache
         super().__init__(**kwargs)

@@ -102,7 +102,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NanoChatModernConfig
     base_model_prefix = "transformer"
     _supports_sdpa = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ("Block",)
 
     def __init__(self, config):
         super().__init__(config)
