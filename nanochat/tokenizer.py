@@ -184,22 +184,24 @@ class RustBPETokenizer:
         if not path.exists():
             raise FileNotFoundError(f"no tokenizer at {path}: train one with `python -m scripts.tok_train`")
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["format"] != FORMAT:
-                raise ValueError(f"format {stored['format']!r}, expected {FORMAT!r}")
-            ranks = [base64.b64decode(token, validate=True) for token in stored["ranks"]]
-            tokenizer = cls(stored["pattern"], ranks, stored["special_tokens"], stored["bos_token"])
-            if tokenizer.hash != stored["hash"]:
-                raise ValueError("its content doesn't match its hash")
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, binascii.Error) as error:
             raise ValueError(f"{path} is damaged ({error}): train again with `python -m scripts.tok_train`") from error
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> RustBPETokenizer:
+        """From `to_dict`'s result; ValueError or KeyError when it is of another format or was changed."""
+        if stored["format"] != FORMAT:
+            raise ValueError(f"format {stored['format']!r}, expected {FORMAT!r}")
+        ranks = [base64.b64decode(token, validate=True) for token in stored["ranks"]]
+        tokenizer = cls(stored["pattern"], ranks, stored["special_tokens"], stored["bos_token"])
+        if tokenizer.hash != stored["hash"]:
+            raise ValueError("its content doesn't match its hash")
         return tokenizer
 
-    def save(self, tokenizer_dir: str | Path) -> None:
-        """Write `tokenizer.json` and `token_bytes.pt`, each whole, the old pair never mixed with the new."""
-        folder = Path(tokenizer_dir)
-        (folder / "token_bytes.pt").unlink(missing_ok=True)
-        stored = {
+    def to_dict(self) -> dict[str, Any]:
+        """Everything it is, JSON-ready."""
+        return {
             "format": FORMAT,
             "hash": self.hash,
             "pattern": self.pattern,
@@ -207,7 +209,12 @@ class RustBPETokenizer:
             "special_tokens": self._special_ids,
             "ranks": [base64.b64encode(token).decode() for token in self.ranks],
         }
-        write_text(folder / "tokenizer.json", json.dumps(stored, indent=1) + "\n")
+
+    def save(self, tokenizer_dir: str | Path) -> None:
+        """Write `tokenizer.json` and `token_bytes.pt`, each whole, the old pair never mixed with the new."""
+        folder = Path(tokenizer_dir)
+        (folder / "token_bytes.pt").unlink(missing_ok=True)
+        write_text(folder / "tokenizer.json", json.dumps(self.to_dict(), indent=1) + "\n")
         with atomic_path(folder / "token_bytes.pt") as tmp:
             torch.save(torch.from_numpy(self.token_lengths()), tmp)
 

@@ -1,0 +1,71 @@
+"""Metrics reach the tracker that was asked for, and nothing is imported or written when none was."""
+
+import sys
+
+import pytest
+
+from nanochat.common import DummyWandb
+from nanochat.tracking import init_tracker
+
+RECORDS = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5, "note": "text is no point"}]
+
+
+def test_no_run_means_no_tracker(monkeypatch):
+    for name in ("wandb", "tensorboard", "trackio"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it would fail
+        assert isinstance(init_tracker(name, "dummy", "nanochat", {}), DummyWandb)
+
+
+def test_only_rank_0_tracks(monkeypatch):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert isinstance(init_tracker("wandb", "night", "nanochat", {}), DummyWandb)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(RuntimeError, match="pip install trackio"):
+        init_tracker("trackio", "night", "nanochat", {})
+
+
+def test_tensorboard_holds_the_points(monkeypatch, tmp_path):
+    event_file_loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    tracker = init_tracker("tensorboard", "night", "nanochat", {"depth": 4})
+    for record in RECORDS:
+        tracker.log(record)
+    tracker.finish()
+    (path,) = (tmp_path / "tensorboard" / "nanochat" / "night").iterdir()
+    events = event_file_loader.EventFileLoader(str(path)).Load()
+    points = [(e.step, v.tag, v.tensor.float_val[0]) for e in events for v in e.summary.value if v.tag == "loss"]
+    assert points == [(1, "loss", 2.5), (2, "loss", 1.5)]
+
+
+def test_wandb_gets_the_records(monkeypatch, tmp_path):
+    """wandb's offline mode: a run folder appears, nothing leaves the machine."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracker = init_tracker("wandb", "night", "nanochat", {"depth": 4})
+    for record in RECORDS:
+        tracker.log(record)
+    tracker.finish()
+    assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_trackio_keeps_the_points(monkeypatch, tmp_path):
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    import trackio
+
+    got = []
+    monkeypatch.setattr(trackio, "init", lambda **settings: got.append(settings))
+    monkeypatch.setattr(trackio, "log", lambda numbers, step: got.append((step, numbers)))
+    monkeypatch.setattr(trackio, "finish", lambda: got.append("finished"))
+    tracker = init_tracker("trackio", "night", "nanochat", {"depth": 4})
+    for record in RECORDS:
+        tracker.log(record)
+    tracker.finish()
+    assert got[0] == {"project": "nanochat", "name": "night", "config": {"depth": 4}}
+    assert got[1] == (1, {"loss": 2.5})
+    assert got[-1] == "finished"
