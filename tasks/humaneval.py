@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from nanochat.execution import execute_code
+from nanochat.execution import check_function
 from tasks.common import Conversation, Task
 from tasks.sources import load_rows
 
@@ -21,29 +21,32 @@ def extract_code(completion: str) -> str:
     return block[1] if block else completion
 
 
-def build_program(prompt: str, entry_point: str, completion: str, test: str) -> str:
-    """A program that defines the answer and runs the tests; it reaches its last line only when all of them passed.
+def build_solution(prompt: str, entry_point: str, completion: str) -> str:
+    """The source that defines the answer's function: the answer's code behind the prompt's imports and helpers.
 
-    The prompt's imports and helper functions come first, because the tests may use them. An answer that does not define
-    the function itself continues the prompt: its body alone.
+    An answer that does not define the function itself continues the prompt: its body alone.
     """
     code = extract_code(completion)
     definition = re.compile(rf"^def {re.escape(entry_point)}\b", re.MULTILINE)
-    if definition.search(code):
-        start = definition.search(prompt)
-        solution = prompt[: start.start() if start else 0] + "\n" + code
-    else:
-        solution = prompt + "\n" + code
-    return f"{solution}\n\n{test}\n\ncheck({entry_point})\n"
+    if not definition.search(code):
+        return prompt + "\n" + code + "\n"
+    start = definition.search(prompt)
+    return prompt[: start.start() if start else 0] + "\n" + code + "\n"
 
 
 class HumanEval(Task):
-    """Python functions to write. Runs the model's code: see nanochat/execution.py for what contains it."""
+    """Python functions to write. Runs the model's code: see nanochat/execution.py for what contains it.
+
+    Where that is weak, `evaluate` raises IsolationError unless `allow_weak_isolation`.
+    """
 
     name = "HumanEval"
     eval_type = "generative"
 
-    def __init__(self, *, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+    def __init__(
+        self, *, start: int = 0, stop: int | None = None, step: int = 1, allow_weak_isolation: bool = False
+    ) -> None:
+        self.allow_weak_isolation = allow_weak_isolation
         super().__init__(start=start, stop=stop, step=step)
         self.rows = load_rows(
             "openai/openai_humaneval",
@@ -68,6 +71,11 @@ class HumanEval(Task):
         }
 
     def evaluate(self, problem: Conversation, completion: str) -> bool:
-        prompt = problem["messages"][0]["content"]
-        # success means that the last line was reached: leaving before the tests (sys.exit) is none.
-        return execute_code(build_program(prompt, problem["entry_point"], completion, problem["test"])).success
+        prompt, entry_point = problem["messages"][0]["content"], problem["entry_point"]
+        return check_function(
+            build_solution(prompt, entry_point, completion),
+            entry_point,
+            f"{problem['test']}\n\ncheck({entry_point})\n",
+            prompt,  # its helper functions, which some tests call
+            allow_weak_isolation=self.allow_weak_isolation,
+        ).success
