@@ -19,7 +19,7 @@ from nanochat.recipe import BatchPlan, Schedule, parameter_groups, plan_batch
 from nanochat.report import get_report
 from nanochat.samples import print_answers
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.trainer import Trainer, TrainSettings, find_resume
+from nanochat.trainer import Trainer, TrainSettings, find_resume, unfinished_dtype
 
 MAY_CHANGE = {"run", "resume", "eval_every", "save_every", "save_every_minutes", "dry_run", "runtime"}
 
@@ -180,8 +180,8 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversa
         )
     print0(f"{stage.name}: starts from {start.folder}")
     train_data, val_data, data_name = load_data()
-    with setup_compute(cfg.runtime, start.meta["dtype"]) as compute:
-        folder = checkpoint_folder(stage.name, tag_folder.name)
+    folder = checkpoint_folder(stage.name, tag_folder.name)
+    with setup_compute(cfg.runtime, unfinished_dtype(folder, cfg.resume)) as compute:
         sequence_len = min(cfg.max_seq_len or 1 << 62, start.meta["model_config"]["sequence_len"])
         batch = plan_batch(cfg.total_batch_size, cfg.device_batch_size, sequence_len, compute.world_size)
         config = asdict(cfg)
@@ -243,6 +243,7 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversa
             "training time": format_seconds(state.seconds),
             "tokens per second": state.tokens / max(state.seconds, 1e-9),
             "skipped steps": compute.precision.skipped,
+            "loss scale": compute.precision.scaler.scale,
             "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
             "validation loss (nats per supervised token)": state.val,
         }

@@ -2,12 +2,15 @@
 
 One optimizer step: gather the micro-batches, count the tokens that are supervised on all ranks, add up the gradients
 of the summed loss divided by that count (so that any split into micro-batches or ranks is the same mathematics), then
-`Precision.step`. A checkpoint holds everything the next step depends on, the position in the data included.
+`Precision.step`. A skipped step doesn't count: the step number, the schedule and the token count stay until an update
+is made, with the same batches if a smaller loss scale can mend it, else with the next ones. A checkpoint holds
+everything the next step depends on, the position in the data included.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -27,9 +30,10 @@ from nanochat.checkpoint_manager import (
     saved_steps,
 )
 from nanochat.common import Compute, DummyWandb, measure_matmul, print0
+from nanochat.compiling import compiled, should_compile
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.precision import NonFiniteError, first_nonfinite_module
+from nanochat.precision import NonFiniteError, StepResult, first_nonfinite_module
 from nanochat.progress import Bar, format_seconds, progress
 from nanochat.recipe import Schedule, muon_momentum
 
@@ -92,8 +96,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.flops_per_token = self.model.estimate_flops(self.model.config.sequence_len)
-        # The layers are compiled; the loss works chunk by chunk and stays outside.
-        self._hidden = torch.compile(self.model.hidden, dynamic=False) if self.compute.compile else self.model.hidden
+        # None: to be measured before the first step.
+        self._compile: bool | None = None if self.compute.measure_compile else self.compute.compile
+        self._hidden = compiled(self.model) if self._compile else self.model.hidden
+        self.compute.precision.plan_steps(self.settings.schedule.num_iterations)
         self._last_save = time.monotonic()
 
     # -- one step -------------------------------------------------------------------------------------------------
@@ -107,7 +113,30 @@ class Trainer:
             group["lr"] = group["initial_lr"] * multiplier
             if group["kind"] == "muon":
                 group["momentum"] = muon_momentum(self.state.step)
-        batches = [next(self.loader) for _ in range(s.grad_accum_steps)]
+        batches = self._next_batches()
+        if self._compile is None:
+            self._decide_compile(batches[0][0])
+        result, loss = self._attempt(batches)
+        while result.skipped:
+            self._report_skip(result, loss)
+            if not result.retry:
+                batches = self._next_batches()
+            result, loss = self._attempt(batches)
+        self.state.tokens += int(batches[0][0].numel()) * len(batches) * self.compute.world_size
+        return {
+            "loss": loss,
+            "lr_multiplier": multiplier,
+            "grad_norm": result.grad_norm,
+            "skipped": self.compute.precision.skipped,
+            "scale": self.compute.precision.scaler.scale,
+        }
+
+    def _next_batches(self) -> list[tuple[Tensor, Tensor]]:
+        return [next(self.loader) for _ in range(self.settings.grad_accum_steps)]
+
+    def _attempt(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[StepResult, float]:
+        """Try an update with these micro-batches; returns what became of it and the mean loss."""
+        self._batches = batches
         count = torch.stack([(y >= 0).sum() for _, y in batches]).sum()
         if self.compute.ddp:
             dist.all_reduce(count)
@@ -119,19 +148,28 @@ class Trainer:
                 loss = self.model.loss(self._hidden(x), y, "sum") * weight
             self.compute.precision.backward(loss)
             total += loss.detach()
-        result = self.compute.precision.step([self.optimizer], s.grad_clip)
-        self.optimizer.zero_grad(set_to_none=True)
         if self.compute.ddp:
             dist.all_reduce(total, op=dist.ReduceOp.SUM)
             total /= self.compute.world_size
-        self.state.tokens += int(batches[0][0].numel()) * len(batches) * self.compute.world_size
-        metrics = {"loss": float(total), "lr_multiplier": multiplier, "grad_norm": result.grad_norm}
-        if not result.skipped and metrics["loss"] != metrics["loss"]:
-            raise NonFiniteError("the loss is not a number")
-        metrics["skipped"] = self.compute.precision.skipped
-        metrics["scale"] = self.compute.precision.scaler.scale
-        self._batches = batches
-        return metrics
+        result = self.compute.precision.step([self.optimizer], self.settings.grad_clip, total)
+        self.optimizer.zero_grad(set_to_none=True)
+        return result, float(total)
+
+    def _report_skip(self, result: StepResult, loss: float) -> None:
+        precision = self.compute.precision
+        reason = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
+        how = f"again at loss scale {precision.scaler.scale:g}" if result.retry else "on the next batch instead"
+        step = self.state.step + 1
+        print0(f"{self.label}: step {step} skipped ({reason}), {how}; {precision.skipped} skipped so far")
+
+    def _decide_compile(self, idx: Tensor) -> None:
+        schedule = self.settings.schedule
+        steps = schedule.num_iterations
+        passes = None if steps is None else (steps - self.state.step) * self.settings.grad_accum_steps
+        seconds = (schedule.seconds or 0.0) - self.state.seconds
+        self._compile = should_compile(self.model, self.compute, idx, passes, seconds)
+        if self._compile:
+            self._hidden = compiled(self.model)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -244,6 +282,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "precision": self.compute.precision.state_dict(),
             "dtype": self.compute.precision.name,
+            "compile": self._compile,
             "model_config": self.model.config.to_dict(),
             self.val_name: self.state.val,
         }
@@ -258,6 +297,9 @@ class Trainer:
         """Continue from a checkpoint's meta and optimizer tensors (the model and loader are built from it already)."""
         self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith("rng.")})
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
+        if self._compile is None:
+            self._compile = checkpoint_meta.get("compile")
+            self._hidden = compiled(self.model) if self._compile else self.model.hidden
         self.state = TrainState(**checkpoint_meta["state"])
         if self.compute.rank == 0:
             _drop_later_metrics(self.folder / METRICS_FILE, self.state.step)
@@ -265,20 +307,21 @@ class Trainer:
         print0(f"{self.label}: goes on at step {self.state.step}")
 
     def _explain(self, error: NonFiniteError) -> NonFiniteError:
-        batch = getattr(self, "_batches", None)
-        where = None
-        if batch is not None:
-            x = batch[0][0]
-
-            def forward() -> None:
-                with self.compute.precision.autocast():
+        def forward() -> None:
+            with self.compute.precision.autocast():
+                for x, _ in self._batches:
                     self.model(x)
 
-            where = first_nonfinite_module(self.model, forward)
+        found = [first_nonfinite_module(self.model, forward)]
+        if self.compute.ddp:  # all ranks stopped at this step, but only one may have met the batch
+            found = [None] * self.compute.world_size
+            dist.all_gather_object(found, first_nonfinite_module(self.model, forward))
+        where = next((name for name in found if name), None)
         layer = f"the first layer with non-finite activations is {where}" if where else "all activations are finite"
+        doubt = " or --dtype=float32" if self.compute.precision.scaler.enabled else ""
         return NonFiniteError(
             f"training stopped at step {self.state.step}: {error}; {layer}. Lower the learning rates "
-            "(--matrix_lr, --embedding_lr), set --grad_clip=1.0, or use --dtype=float32; the last checkpoint stays"
+            f"(--matrix_lr, --embedding_lr), set --grad_clip=1.0{doubt}; the last checkpoint stays"
         )
 
 
@@ -335,3 +378,15 @@ def find_resume(folder: Path, config: dict[str, Any], resume: str, ignore: set[s
     if dist.is_initialized():
         dist.barrier()
     return None
+
+
+def unfinished_dtype(folder: Path, resume: str) -> str | None:
+    """The dtype of the unfinished run in `folder` that `find_resume` would continue, so that a resume can't flip it."""
+    steps = saved_steps(folder) if resume == "auto" else []
+    if not steps:
+        return None
+    try:
+        meta = json.loads((folder / f"step_{steps[-1]:06d}" / "meta.json").read_text(encoding="utf-8"))
+        return None if meta["complete"] else str(meta["dtype"])
+    except (OSError, ValueError, KeyError):  # damaged: find_resume will say so
+        return None

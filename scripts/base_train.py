@@ -24,7 +24,7 @@ from nanochat.recipe import BatchPlan, Schedule, parameter_groups, plan_batch, p
 from nanochat.report import get_report
 from nanochat.samples import print_samples
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
-from nanochat.trainer import Trainer, TrainSettings, find_resume
+from nanochat.trainer import Trainer, TrainSettings, find_resume, unfinished_dtype
 
 # Settings a resumed run may change: they don't touch the mathematics of a step.
 MAY_CHANGE = {"run", "resume", "eval_every", "sample_every", "save_every", "save_every_minutes", "dry_run", "runtime"}
@@ -191,7 +191,7 @@ def main(cfg: Config) -> None:
             if not cfg.dry_run:
                 raise
             vocab_size = 65536
-    with setup_compute(cfg.runtime) as compute:
+    with setup_compute(cfg.runtime, unfinished_dtype(checkpoint_folder("base", cfg.tag), cfg.resume)) as compute:
         plan = make_plan(cfg, vocab_size, compute.world_size)
         for line in plan.lines():
             print0(line)
@@ -273,6 +273,7 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
                 "share of time waiting for data": loader.wait_seconds / max(state.seconds, 1e-9),
                 "epochs begun": loader.epoch + 1,
                 "skipped steps": compute.precision.skipped,
+                "loss scale": compute.precision.scaler.scale,
                 "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
                 "minimum validation bpb": state.min_val,
                 "final validation bpb": state.val,
