@@ -78,24 +78,32 @@ def autodetect_device_type() -> str:
 
 
 def measure_matmul(dtype: torch.dtype, device: torch.device | str, n: int = 2048, seconds: float = 0.1) -> float:
-    """Measured speed of an n×n matmul in TFLOP/s (2n³ operations each), for at most about `seconds` after warm-up."""
+    """Measured speed of an n×n matmul in TFLOP/s (2n³ operations each), for at most about `seconds` after warm-up.
+
+    Where one such matmul would take longer than that (emulated dtypes), n is halved until it doesn't.
+    """
     device = torch.device(device)
-    a = torch.randn(n, n, device=device).to(dtype)
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
+    def matmuls(size: int, limit: float) -> tuple[int, float]:
+        a = torch.randn(size, size, device=device).to(dtype)
+        start, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - start < limit:
+            a @ a
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elif device.type == "mps":
+                torch.mps.synchronize()
+            count += 1
+        return count, time.perf_counter() - start
 
-    a @ a
-    synchronize()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        a @ a
-        synchronize()
-        count += 1
-    return count * 2 * n**3 / (time.perf_counter() - start) / 1e12
+    small = min(n, 256)
+    matmuls(small, 0.0)  # loads libraries and kernels
+    once = matmuls(small, 0.0)[1]
+    while n > small and once * (n / small) ** 3 > seconds:
+        n //= 2
+    matmuls(n, 0.0)
+    count, used = matmuls(n, seconds)
+    return count * 2 * n**3 / used / 1e12
 
 
 def autodetect_dtype(device_type: str) -> torch.dtype:
