@@ -198,6 +198,8 @@ class Compute:
         """Wait until the device has finished (for timing)."""
         if self.device_type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device_type == "mps":
+            torch.mps.synchronize()
 
     def peak_memory_bytes(self) -> int:
         """Most memory held at once: on the card, or this process's resident memory on a CPU."""
