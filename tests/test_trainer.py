@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat import compiling
-from nanochat.checkpoint_manager import load_checkpoint, saved_steps
+from nanochat.checkpoint_manager import load_checkpoint, rng_state, saved_steps
 from nanochat.common import setup_compute
 from nanochat.config import Runtime
 from nanochat.gpt import GPT, GPTConfig
@@ -167,6 +167,14 @@ class _Poisoned(CountingData):
         return None
 
 
+class _Wandb:
+    def __init__(self):
+        self.logged = []
+
+    def log(self, record):
+        self.logged.append(record)
+
+
 def test_a_skipped_float16_step_is_made_again_with_the_same_batch(base_dir, capsys):
     clean = make(base_dir / "clean", steps=6, dtype="float16")
     clean.compute.precision.scaler.scale = 2.0**15  # powers of two: the scale itself changes no bit
@@ -174,7 +182,9 @@ def test_a_skipped_float16_step_is_made_again_with_the_same_batch(base_dir, caps
     capsys.readouterr()
     trainer = make(base_dir / "t", steps=6, dtype="float16")
     trainer.loader = _Poisoned(4, trainer.model, at=3)
+    trainer.wandb = _Wandb()
     trainer.run()
+    assert [(r["skipped"], r["scale"]) for r in trainer.wandb.logged[1:4]] == [(0, 2.0**16), (1, 2.0**15), (1, 2.0**15)]
     assert (trainer.state.step, trainer.state.tokens) == (clean.state.step, clean.state.tokens)
     assert trainer.loader.state_dict() == clean.loader.state_dict()  # no text was lost
     assert losses(base_dir / "t") == pytest.approx(losses(base_dir / "clean"), rel=1e-3)
@@ -248,16 +258,9 @@ def test_compile_is_kept_only_where_it_pays(base_dir, monkeypatch, eager, fast, 
     assert load_checkpoint(base_dir / "t").meta["compile"] is kept
     again = make(base_dir / "t", steps=8)
     calls = measuring(again, monkeypatch, [])  # nothing is measured on a resume
-    again.resume(
-        load_checkpoint(base_dir / "t").meta, trainer.optimizer.flat_state() | compiling_rng(trainer.compute.device)
-    )
+    tensors = trainer.optimizer.flat_state() | rng_state(trainer.compute.device)
+    again.resume(load_checkpoint(base_dir / "t").meta, tensors)
     assert len(calls) == kept
-
-
-def compiling_rng(device):
-    from nanochat.checkpoint_manager import rng_state
-
-    return rng_state(device)
 
 
 def test_a_compiler_that_fails_is_done_without(base_dir, monkeypatch, capsys):
