@@ -6,6 +6,7 @@ holds the autocast context and the loss scaler, so no script has precision code 
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from nanochat.config import Runtime
 from nanochat.files import atomic_path
-from nanochat.precision import DTYPES, Precision
+from nanochat.precision import DTYPE_NAMES, DTYPES, Precision, candidate_dtypes, dtype_cost
 
 
 def get_base_dir() -> Path:
@@ -77,46 +78,62 @@ def autodetect_device_type() -> str:
 
 
 def measure_matmul(dtype: torch.dtype, device: torch.device | str, n: int = 2048, seconds: float = 0.1) -> float:
-    """Measured speed of an n×n matmul in TFLOP/s (2n³ operations each), for at most about `seconds` after warm-up."""
+    """Measured speed of an n×n matmul in TFLOP/s (2n³ operations each), for at most about `seconds` after warm-up.
+
+    Where one such matmul would take longer than that (emulated dtypes), n is halved until it doesn't.
+    """
     device = torch.device(device)
-    # A generator of its own: a resumed run measures again, and its random numbers must not depend on that.
-    a = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def matmuls(size: int, limit: float) -> tuple[int, float]:
+        # A generator of its own: a resumed run measures again, and its random numbers must not depend on that.
+        a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+        start, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - start < limit:
+            a @ a
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elif device.type == "mps":
+                torch.mps.synchronize()
+            count += 1
+        return count, time.perf_counter() - start
 
-    a @ a
-    synchronize()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        a @ a
-        synchronize()
-        count += 1
-    return count * 2 * n**3 / (time.perf_counter() - start) / 1e12
+    small = min(n, 256)
+    matmuls(small, 0.0)  # loads libraries and kernels
+    once = matmuls(small, 0.0)[1]
+    while n > small and once * (n / small) ** 3 > seconds:
+        n //= 2
+    matmuls(n, 0.0)
+    count, used = matmuls(n, seconds)
+    return count * 2 * n**3 / used / 1e12
 
 
 def autodetect_dtype(device_type: str) -> torch.dtype:
     """The precision this machine computes best in: the one rule every script follows.
 
-    CPU and MPS: float32. CUDA by the weakest card's capability: 8.0 and newer bfloat16, below 7.0 (P100) float16.
-    7.x (V100, T4, RTX 20xx) accepts bfloat16 only by emulation, so both are measured and the faster one is taken.
+    CPU and MPS: float32. CUDA by the weakest card's capability: 8.0 and newer bfloat16, below 7.0 (P100) float16;
+    7.x (V100, T4, RTX 20xx) by measurement. See `nanochat.precision.candidate_dtypes`.
     """
     if device_type != "cuda":
-        return torch.float32
-    cards = range(torch.cuda.device_count())
-    weakest = min(cards, key=lambda i: torch.cuda.get_device_capability(i))
-    capability = torch.cuda.get_device_capability(weakest)
-    if capability >= (8, 0):
-        return torch.bfloat16
-    if capability < (7, 0):
-        return torch.float16
+        return candidate_dtypes(device_type)[0]
+    weakest = min(range(torch.cuda.device_count()), key=torch.cuda.get_device_capability)
+    candidates = candidate_dtypes("cuda", torch.cuda.get_device_capability(weakest))
+    return candidates[0] if len(candidates) == 1 else _fastest_dtype(candidates, f"cuda:{weakest}")
+
+
+@functools.cache
+def _fastest_dtype(candidates: tuple[torch.dtype, ...], device: str) -> torch.dtype:
+    """The candidate with the fastest matmuls, measured once per process in about 0.2 s; the last if none can run."""
     try:
-        speed = {dtype: measure_matmul(dtype, f"cuda:{weakest}") for dtype in (torch.float16, torch.bfloat16)}
+        speed = {dtype: measure_matmul(dtype, device) for dtype in candidates}
     except RuntimeError as error:
-        print0(f"warning: could not measure float16 against bfloat16 ({error}); taking bfloat16")
-        return torch.bfloat16
-    print0(f"measured matmul: float16 {speed[torch.float16]:.1f}, bfloat16 {speed[torch.bfloat16]:.1f} TFLOP/s")
+        names = " against ".join(DTYPE_NAMES[dtype] for dtype in candidates)
+        fallback = candidates[-1]
+        print0(
+            f"warning: could not measure {names} ({error}); taking {DTYPE_NAMES[fallback]}: if this card only emulates "
+            f"it, --dtype={DTYPE_NAMES[candidates[0]]} is several times faster"
+        )
+        return fallback
+    print0("measured matmul: " + ", ".join(f"{DTYPE_NAMES[dtype]} {speed[dtype]:.1f}" for dtype in speed) + " TFLOP/s")
     return max(speed, key=lambda dtype: speed[dtype])
 
 
@@ -138,10 +155,19 @@ def check_wheel() -> None:
         if arches and not fits:
             raise RuntimeError(
                 f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(i)} (capability "
-                f"{major}.{minor}; this wheel holds {' '.join(arches)}). Install one that does: pip install "
-                "--force-reinstall 'torch==2.14.*' --index-url https://download.pytorch.org/whl/cu126   "
-                "(or, from PyPI: pip install torch==2.7.1)"
+                f"{major}.{minor}; this wheel holds {' '.join(arches)}). Install one that does: "
+                f"{reinstall_line((major, minor))}"
             )
+
+
+def reinstall_line(capability: tuple[int, int]) -> str:
+    """The command that installs a torch with kernels for a card. Source: PyTorch's release compatibility matrix."""
+    if capability < (7, 5):
+        return (
+            "pip install --force-reinstall 'torch==2.14.*' --index-url https://download.pytorch.org/whl/cu126   "
+            "(or, from PyPI: pip install --force-reinstall torch==2.7.1)"
+        )
+    return "pip install --force-reinstall 'torch==2.14.*'"
 
 
 @dataclass
@@ -155,6 +181,9 @@ class Compute:
     world_size: int
     precision: Precision
     compile: bool
+    """torch.compile works here and is not turned off."""
+    measure_compile: bool = False
+    """Compile only if that is measured to be faster (`--compile=auto`)."""
 
     @property
     def device_type(self) -> str:
@@ -170,6 +199,8 @@ class Compute:
         """Wait until the device has finished (for timing)."""
         if self.device_type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device_type == "mps":
+            torch.mps.synchronize()
 
     def peak_memory_bytes(self) -> int:
         """Most memory held at once: on the card, or this process's resident memory on a CPU."""
@@ -226,10 +257,7 @@ def compute_init(device_type: str) -> tuple[bool, int, int, int, torch.device]:
         RuntimeError: the device was asked for but is not there.
     """
     if device_type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            "--device_type=cuda, but torch sees no CUDA card: check `nvidia-smi` and run `bash verify_p100_setup.sh`, "
-            "or use --device_type=cpu"
-        )
+        raise RuntimeError(f"--device_type=cuda, but {_why_no_cuda()}, or use --device_type=cpu")
     if device_type == "mps" and not torch.backends.mps.is_available():
         raise RuntimeError("--device_type=mps, but this machine has no MPS device: use --device_type=cpu")
     ddp, rank, local_rank, world_size = get_dist_info()
@@ -240,6 +268,15 @@ def compute_init(device_type: str) -> tuple[bool, int, int, int, torch.device]:
     if ddp and not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return ddp, rank, local_rank, world_size, device
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is a build without CUDA: install one with it (P100, V100 and older: "
+            f"{reinstall_line((6, 0))}; newer cards: {reinstall_line((8, 0))})"
+        )
+    return "torch sees no CUDA card: check `nvidia-smi` and run `bash verify_p100_setup.sh`"
 
 
 def compute_cleanup() -> None:
@@ -256,24 +293,60 @@ def _compile_allowed(wish: str, device: torch.device) -> bool:
     return wish == "on" or (wish == "auto" and capable)
 
 
+def _agree_on_dtype(chosen: torch.dtype, device: torch.device) -> torch.dtype:
+    """The choice of the rank with the weakest card, on all ranks: measurements and machines may differ."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    proposals: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(proposals, (capability, dist.get_rank(), DTYPE_NAMES[chosen]))
+    return DTYPES[min(proposals)[2]]
+
+
+def _choose_dtype(wish: str, device: torch.device, ddp: bool) -> torch.dtype:
+    """The dtype that `wish` (a name of DTYPES, or auto) means; says what an unfavourable one costs.
+
+    Raises:
+        RuntimeError: the device can't compute in it.
+    """
+    chosen = autodetect_dtype(device.type) if wish == "auto" else DTYPES[wish]
+    if ddp:
+        chosen = _agree_on_dtype(chosen, device)
+    name = DTYPE_NAMES[chosen]
+    try:
+        a = torch.ones(8, 8, device=device).to(chosen)
+        a @ a
+    except (RuntimeError, TypeError) as error:
+        raise RuntimeError(f"{device.type} can't compute in {name} ({error}): use --dtype=float32") from error
+    if wish != "auto":
+        cuda = device.type == "cuda"
+        capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
+        cost = dtype_cost(device.type, chosen, capability, torch.cuda.get_device_name(device) if cuda else "")
+        if cost is not None:
+            print0(f"warning: dtype {name}: {cost}")
+    return chosen
+
+
 def setup_compute(runtime: Runtime, dtype: str | None = None) -> Compute:
     """Device, ranks and precision for these flags; seeds every generator.
 
     Args:
         runtime: the script's flags.
-        dtype: the dtype a checkpoint was trained in; used when `--dtype=auto`, so that a resume can't flip it.
+        dtype: the dtype of the run that is resumed; used when `--dtype=auto`, so that a resume can't flip it.
     """
     device_type = autodetect_device_type() if runtime.device_type == "auto" else runtime.device_type
     set_deterministic(runtime.deterministic or device_type == "cpu")
     ddp, rank, local_rank, world_size, device = compute_init(device_type)
-    name = dtype if runtime.dtype == "auto" and dtype else runtime.dtype
-    chosen = autodetect_dtype(device_type) if name == "auto" else DTYPES[name]
+    if runtime.device_type == "auto" and device_type == "cpu" and shutil.which("nvidia-smi"):
+        print0(f"warning: this machine has NVIDIA's driver, but the run takes the CPU: {_why_no_cuda()}")
+    wish = dtype if runtime.dtype == "auto" and dtype else runtime.dtype
+    precision = Precision(device_type, _choose_dtype(wish, device, ddp))
     seed_everything(runtime.seed)
-    precision = Precision(device_type, chosen)
-    compute = Compute(device, ddp, rank, local_rank, world_size, precision, _compile_allowed(runtime.compile, device))
+    compiles = _compile_allowed(runtime.compile, device)
+    measure = compiles and runtime.compile == "auto"
+    compute = Compute(device, ddp, rank, local_rank, world_size, precision, compiles, measure)
     where = torch.cuda.get_device_name(device) if device_type == "cuda" else device_type
     ranks = f", {world_size} processes" if world_size > 1 else ""
-    print0(f"device {where}{ranks}, dtype {precision.name}, compile {'on' if compute.compile else 'off'}")
+    compiling = "if faster" if measure else "on" if compiles else "off"
+    print0(f"device {where}{ranks}, dtype {precision.name}, compile {compiling}")
     return compute
 
 

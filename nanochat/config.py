@@ -15,13 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
+# tyro is imported where it is used, so that what computes (dev/gpu_check.py) runs where it isn't installed.
 
 T = TypeVar("T")
 
 
 def short(*names: str) -> Any:
     """Annotation for a field with a short flag: `prompt: Annotated[str, short("-p")] = ""`."""
+    import tyro
+
     return tyro.conf.arg(aliases=list(names))
 
 
@@ -34,7 +36,7 @@ class Runtime:
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], short("-d")] = "auto"
     """The precision: auto asks the card (P100 float16, A100 and newer bfloat16, CPU float32)."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: auto uses it where it works and pays."""
+    """torch.compile: auto measures whether it pays (CUDA capability 7.0 or newer, long training runs)."""
     seed: int = 42
     """Seed of every random number generator."""
     deterministic: bool = False
@@ -43,6 +45,8 @@ class Runtime:
 
 def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
     """Build `config` from the command line (`sys.argv` by default); exits with 2 on a bad flag or value."""
+    import tyro
+
     if not dataclasses.is_dataclass(config):
         raise TypeError(f"{config} is not a dataclass")
     args = list(sys.argv[1:] if argv is None else argv)

@@ -189,8 +189,10 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversa
     print0(f"{stage.name}: starts from {start.folder} ({why})")
     train_data, val_data, data_name = load_data()
     folder = checkpoint_folder(stage.name, tag_folder.name)
-    dtype = saved_dtype(folder, cfg.resume) or start.meta["dtype"]
-    with setup_compute(cfg.runtime, dtype) as compute, only_run(folder, needed=not cfg.dry_run):
+    with (
+        setup_compute(cfg.runtime, saved_dtype(folder, cfg.resume)) as compute,
+        only_run(folder, needed=not cfg.dry_run),
+    ):
         sequence_len = min(cfg.max_seq_len or 1 << 62, start.meta["model_config"]["sequence_len"])
         batch = plan_batch(cfg.total_batch_size, cfg.device_batch_size, sequence_len, compute.world_size)
         config = asdict(cfg)
@@ -257,6 +259,7 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversa
             "training time": format_seconds(state.seconds),
             "tokens per second": state.tokens / max(state.seconds, 1e-9),
             "skipped steps": compute.precision.skipped,
+            "loss scale": compute.precision.scaler.scale,
             "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
             "validation loss (nats per supervised token)": state.val,
         }

@@ -3,6 +3,9 @@
 Parameters, gradients and optimizer state stay float32 in every mode; only matmuls and activations change. In float16 a
 loss scaler keeps small gradients from vanishing. torch's own GradScaler decides for each optimizer and each rank by
 itself, so that one optimizer can skip a step while another takes it; here every step is taken by all or by none.
+
+This file holds the one table of dtypes and the one rule that maps a device to its dtype; no other file names a 16-bit
+dtype of torch (tests/test_precision.py checks it).
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from nanochat.cards import find_card
 
 # The one table of precisions: names on the command line and in checkpoints.
 DTYPES: dict[str, torch.dtype] = {
@@ -26,6 +32,70 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The dtypes whose largest number (65504) ordinary activations reach.
 NARROW_RANGE = frozenset({torch.float16})
 MAX_SKIPS_IN_A_ROW = 12
+# Steps between attempts to double the loss scale when the run's length is not known. Each may cost a skipped step.
+GROWTH_INTERVAL = 200
+MIN_GROWTH_INTERVAL, MAX_GROWTH_INTERVAL = 10, 1000
+
+
+def candidate_dtypes(device_type: str, capability: tuple[int, int] = (0, 0)) -> tuple[torch.dtype, ...]:
+    """The dtypes among which the fastest is the best for a device; the last one where nothing can be measured.
+
+    CPU and MPS float32. CUDA: bfloat16 from capability 8.0 on, float16 below 7.0. 7.x (V100, T4, RTX 20xx) has fast
+    float16 and takes bfloat16 by emulation, so there both are candidates. `torch.cuda.is_bf16_supported()` is no help:
+    it counts emulation.
+    """
+    if device_type != "cuda":
+        return (DTYPES["float32"],)
+    if capability >= (8, 0):
+        return (DTYPES["bfloat16"],)
+    if capability < (7, 0):
+        return (DTYPES["float16"],)
+    return DTYPES["float16"], DTYPES["bfloat16"]
+
+
+def dtype_cost(
+    device_type: str, dtype: torch.dtype, capability: tuple[int, int] = (0, 0), card: str = ""
+) -> str | None:
+    """What it costs to compute in `dtype` on a device that does better in another one; None if there is nothing to say.
+
+    Args:
+        device_type: cuda, cpu or mps.
+        dtype: one of DTYPES.
+        capability: of the CUDA card.
+        card: its name, as torch gives it.
+    """
+    name = DTYPE_NAMES[dtype]
+    if device_type == "cpu":
+        if name == "float16":
+            return "float16 on a CPU is for tests: its matmuls are several times slower than float32"
+        if name == "bfloat16" and not cpu_has_bf16():
+            return "this CPU has no bfloat16 instructions: slower than float32, and less precise"
+    elif device_type == "mps" and name != "float32":
+        return f"{name} on MPS was not tested: overflow or missing operations are possible; float32 is the safe choice"
+    elif device_type == "cuda":
+        return _cuda_dtype_cost(name, capability, card)
+    return None
+
+
+def _cuda_dtype_cost(name: str, capability: tuple[int, int], card: str) -> str | None:
+    known = find_card(card)
+    if name == "bfloat16" and capability < (8, 0):
+        return (
+            "this card has no bfloat16 arithmetic and emulates it: slower than float32, and on cards with tensor cores "
+            "several times slower than float16 (a V100 was measured at 10 against 95 TFLOP/s)"
+        )
+    if name == "float16" and capability >= (8, 0):
+        return "float16 is no faster than bfloat16 on this card, and needs loss scaling: steps may be skipped"
+    if name == "float16" and capability < (7, 0):
+        return "PyTorch multiplies float16 in float32 on this card: half the memory for activations, but no faster"
+    if name == "float32" and capability < (7, 0):
+        return "activations take twice the memory of float16; the matmuls are as fast"
+    if name == "float32":
+        fast = "half the matmul speed of bfloat16 at best" if capability >= (8, 0) else "the tensor cores stay unused"
+        if known is not None and known.tensor_cores:
+            fast += f" (peak {known.peak_tflops('float32'):g} instead of {known.float16:g} TFLOP/s)"
+        return f"{fast}, and activations take twice the memory"
+    return None
 
 
 class ShardedOptimizer(Protocol):
@@ -48,7 +118,7 @@ class LossScaler:
     Same rule as torch.amp.GradScaler (Micikevicius et al. 2017, arXiv 1710.03740).
     """
 
-    def __init__(self, enabled: bool, init_scale: float = 2.0**16, growth_interval: int = 1000) -> None:
+    def __init__(self, enabled: bool, init_scale: float = 2.0**16, growth_interval: int = GROWTH_INTERVAL) -> None:
         self.enabled = enabled
         self.growth_interval = growth_interval
         self.scale = init_scale if enabled else 1.0
@@ -81,12 +151,14 @@ class StepResult:
 
     skipped: bool
     grad_norm: float
+    retry: bool = False
+    """Skipped because the scaled gradients overflowed: the same batch can succeed at the scale that is set now."""
 
 
 class Precision:
     """The dtype of a run, with everything that follows from it."""
 
-    def __init__(self, device_type: str, dtype: torch.dtype, growth_interval: int = 1000) -> None:
+    def __init__(self, device_type: str, dtype: torch.dtype, growth_interval: int = GROWTH_INTERVAL) -> None:
         self.device_type = device_type
         self.dtype = dtype
         self.name = DTYPE_NAMES[dtype]
@@ -114,32 +186,57 @@ class Precision:
         """Back-propagate the scaled loss."""
         (loss * self.scaler.scale).backward()
 
-    def step(self, optimizers: Sequence[ShardedOptimizer], grad_clip: float | None = None) -> StepResult:
+    def plan_steps(self, num_steps: int | None) -> None:
+        """Fit the growth interval to the run: at most ten attempts to double the scale, each of which may cost a step.
+
+        None: the length is not known (it follows the clock).
+        """
+        if num_steps is not None:
+            self.scaler.growth_interval = min(MAX_GROWTH_INTERVAL, max(MIN_GROWTH_INTERVAL, num_steps // 10))
+
+    def step(
+        self, optimizers: Sequence[ShardedOptimizer], grad_clip: float | None = None, loss: Tensor | None = None
+    ) -> StepResult:
         """Average, unscale, check, clip and apply the gradients: all optimizers on all ranks, or none.
 
+        Args:
+            optimizers: all of the run.
+            grad_clip: the largest global norm of the gradient; None doesn't clip.
+            loss: the unscaled loss of the step, 0-dim; a step whose loss is not finite on any rank is skipped in every
+                dtype. The loss scale is left alone then: it acts only after the loss.
+
         Raises:
-            RuntimeError: too many steps in a row had non-finite gradients, or the scale fell below 1.
+            NonFiniteError: too many steps in a row had non-finite gradients, or the scale fell below 1.
         """
         for optimizer in optimizers:
             optimizer.reduce_gradients()
-        norms = torch.stack([optimizer.grad_norm().float() for optimizer in optimizers])
-        # One host sync a step. The norm is global, so every rank takes the same branch.
-        norm = float(torch.linalg.vector_norm(norms)) / self.scaler.scale
-        finite = norm == norm and norm != float("inf")
+        norm = torch.linalg.vector_norm(torch.stack([optimizer.grad_norm().float() for optimizer in optimizers]))
+        checked = norm[None] if loss is None else torch.stack([norm, loss.detach().to(norm)])
+        bad = (~torch.isfinite(checked)).to(norm.dtype)  # gradients, loss
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        # One host sync a step. `bad` is the same on all ranks, so every rank takes the same branch.
+        scaled_norm, bad_gradient, *rest = torch.cat([norm[None], bad]).tolist()
+        bad_loss, finite = any(rest), not (bad_gradient or any(rest))
+        scale = self.scaler.scale
         if finite:
-            multiplier = 1.0 / self.scaler.scale
-            if grad_clip is not None and norm > grad_clip:
-                multiplier *= grad_clip / norm
+            multiplier = 1.0 / scale
+            if grad_clip is not None and scaled_norm / scale > grad_clip:
+                multiplier = grad_clip / scaled_norm
             for optimizer in optimizers:
                 optimizer.step(multiplier)
-        self.scaler.update(finite)
+        if not bad_loss:
+            self.scaler.update(finite)
+        self._count(finite, "loss" if bad_loss else "gradient")
+        return StepResult(not finite, scaled_norm / scale, retry=not finite and not bad_loss and self.scaler.enabled)
+
+    def _count(self, finite: bool, what: str) -> None:
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW or self.scaler.scale < 1.0:
-            raise NonFiniteError(
-                f"gradients were not finite {self.skipped_in_a_row} steps in a row, loss scale {self.scaler.scale:g}"
-            )
-        return StepResult(skipped=not finite, grad_norm=norm)
+        if self.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
+            raise NonFiniteError(f"{self.skipped_in_a_row} steps in a row were skipped: the {what} is not finite")
+        if self.scaler.scale < 1.0:
+            raise NonFiniteError(f"the {what} is not finite even at a loss scale of {2 * self.scaler.scale:g}")
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state: scaler and skip counters."""
@@ -151,8 +248,9 @@ class Precision:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`'s result."""
-        self.scaler.load_state_dict(state["scaler"])
+        """Continue from `state_dict`'s result; a scale of another dtype means nothing here and is left out."""
+        if state["dtype"] == self.name:
+            self.scaler.load_state_dict(state["scaler"])
         self.skipped = int(state["skipped"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
 

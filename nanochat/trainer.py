@@ -2,13 +2,16 @@
 
 One optimizer step: gather the micro-batches, count the tokens that are supervised on all ranks, add up the gradients
 of the summed loss divided by that count (so that any split into micro-batches or ranks is the same mathematics), then
-`Precision.step`. A checkpoint holds everything the next step depends on, the position in the data included; it is
-written in the background, and a disk that can't take it does not stop the training.
+`Precision.step`. A skipped step doesn't count: the step number, the schedule and the token count stay until an update
+is made, with the same batches if a smaller loss scale can mend it, else with the next ones. A checkpoint holds
+everything the next step depends on, the position in the data included; it is written in the background, and a disk
+that can't take it does not stop the training.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -23,10 +26,11 @@ from torch import Tensor
 from nanochat.checkpoint_manager import restore_rng_state, rng_state, saved_steps
 from nanochat.checkpoint_writer import CheckpointWriter, Keep, Snapshot, clean_leftovers, host_copy
 from nanochat.common import Compute, DummyWandb, measure_matmul, print0
+from nanochat.compiling import compiled, should_compile
 from nanochat.gpt import GPT
 from nanochat.metrics_log import MetricsLog
 from nanochat.optim import MuonAdamW
-from nanochat.precision import NonFiniteError, first_nonfinite_module
+from nanochat.precision import NonFiniteError, StepResult, first_nonfinite_module
 from nanochat.progress import Bar, format_seconds, progress
 from nanochat.recipe import Schedule, muon_momentum
 from nanochat.report import git_state
@@ -97,8 +101,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.flops_per_token = self.model.estimate_flops(self.model.config.sequence_len)
-        # The layers are compiled; the loss works chunk by chunk and stays outside.
-        self._hidden = torch.compile(self.model.hidden, dynamic=False) if self.compute.compile else self.model.hidden
+        # None: to be measured before the first step.
+        self._compile: bool | None = None if self.compute.measure_compile else self.compute.compile
+        self._hidden = compiled(self.model) if self._compile else self.model.hidden
+        self.compute.precision.plan_steps(self.settings.schedule.num_iterations)
         keep = Keep(self.settings.keep_last, self.settings.keep_every)
         self.writer = CheckpointWriter(self.folder, keep)
         self.metrics_log = MetricsLog(self.folder / METRICS_FILE)
@@ -119,7 +125,30 @@ class Trainer:
             group["lr"] = group["initial_lr"] * multiplier
             if group["kind"] == "muon":
                 group["momentum"] = muon_momentum(self.state.step)
-        batches = [next(self.loader) for _ in range(s.grad_accum_steps)]
+        batches = self._next_batches()
+        if self._compile is None:
+            self._decide_compile(batches[0][0])
+        result, loss = self._attempt(batches)
+        while result.skipped:
+            self._report_skip(result, loss)
+            if not result.retry:
+                batches = self._next_batches()
+            result, loss = self._attempt(batches)
+        self.state.tokens += int(batches[0][0].numel()) * len(batches) * self.compute.world_size
+        return {
+            "loss": loss,
+            "lr_multiplier": multiplier,
+            "grad_norm": result.grad_norm,
+            "skipped": self.compute.precision.skipped,
+            "scale": self.compute.precision.scaler.scale,
+        }
+
+    def _next_batches(self) -> list[tuple[Tensor, Tensor]]:
+        return [next(self.loader) for _ in range(self.settings.grad_accum_steps)]
+
+    def _attempt(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[StepResult, float]:
+        """Try an update with these micro-batches; returns what became of it and the mean loss."""
+        self._batches = batches
         count = torch.stack([(y >= 0).sum() for _, y in batches]).sum()
         if self.compute.ddp:
             dist.all_reduce(count)
@@ -131,19 +160,28 @@ class Trainer:
                 loss = self.model.loss(self._hidden(x), y, "sum") * weight
             self.compute.precision.backward(loss)
             total += loss.detach()
-        result = self.compute.precision.step([self.optimizer], s.grad_clip)
-        self.optimizer.zero_grad(set_to_none=True)
         if self.compute.ddp:
             dist.all_reduce(total, op=dist.ReduceOp.SUM)
             total /= self.compute.world_size
-        self.state.tokens += int(batches[0][0].numel()) * len(batches) * self.compute.world_size
-        metrics = {"loss": float(total), "lr_multiplier": multiplier, "grad_norm": result.grad_norm}
-        if not result.skipped and metrics["loss"] != metrics["loss"]:
-            raise NonFiniteError("the loss is not a number")
-        metrics["skipped"] = self.compute.precision.skipped
-        metrics["scale"] = self.compute.precision.scaler.scale
-        self._batches = batches
-        return metrics
+        result = self.compute.precision.step([self.optimizer], self.settings.grad_clip, total)
+        self.optimizer.zero_grad(set_to_none=True)
+        return result, float(total)
+
+    def _report_skip(self, result: StepResult, loss: float) -> None:
+        precision = self.compute.precision
+        reason = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
+        how = f"again at loss scale {precision.scaler.scale:g}" if result.retry else "on the next batch instead"
+        step = self.state.step + 1
+        print0(f"{self.label}: step {step} skipped ({reason}), {how}; {precision.skipped} skipped so far")
+
+    def _decide_compile(self, idx: Tensor) -> None:
+        schedule = self.settings.schedule
+        steps = schedule.num_iterations
+        passes = None if steps is None else (steps - self.state.step) * self.settings.grad_accum_steps
+        seconds = (schedule.seconds or 0.0) - self.state.seconds
+        self._compile = should_compile(self.model, self.compute, idx, passes, seconds)
+        if self._compile:
+            self._hidden = compiled(self.model)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -305,6 +343,7 @@ class Trainer:
             "precision": self.compute.precision.state_dict(),
             "dtype": self.compute.precision.name,
             "world_size": self.compute.world_size,
+            "compile": self._compile,
             "model_config": self.model.config.to_dict(),
             "code": git_state(),
             "torch": torch.__version__,
@@ -379,22 +418,26 @@ class Trainer:
             return
         self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith("rng.")})
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
+        if self._compile is None:
+            self._compile = checkpoint_meta.get("compile")
+            self._hidden = compiled(self.model) if self._compile else self.model.hidden
         restore_rng_state(optimizer, self.compute.device)
         print0(f"{self.label}: goes on at step {self.state.step}")
 
     def _explain(self, error: NonFiniteError) -> NonFiniteError:
-        batch = getattr(self, "_batches", None)
-        where = None
-        if batch is not None:
-            x = batch[0][0]
-
-            def forward() -> None:
-                with self.compute.precision.autocast():
+        def forward() -> None:
+            with self.compute.precision.autocast():
+                for x, _ in self._batches:
                     self.model(x)
 
-            where = first_nonfinite_module(self.model, forward)
+        found = [first_nonfinite_module(self.model, forward)]
+        if self.compute.ddp:  # all ranks stopped at this step, but only one may have met the batch
+            found = [None] * self.compute.world_size
+            dist.all_gather_object(found, first_nonfinite_module(self.model, forward))
+        where = next((name for name in found if name), None)
         layer = f"the first layer with non-finite activations is {where}" if where else "all activations are finite"
+        doubt = " or --dtype=float32" if self.compute.precision.scaler.enabled else ""
         return NonFiniteError(
             f"training stopped at step {self.state.step}: {error}; {layer}. Lower the learning rates "
-            "(--matrix_lr, --embedding_lr), set --grad_clip=1.0, or use --dtype=float32; the last checkpoint stays"
+            f"(--matrix_lr, --embedding_lr), set --grad_clip=1.0{doubt}; the last checkpoint stays"
         )

@@ -286,6 +286,7 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
                 "share of time waiting for data": loader.wait_seconds / max(state.seconds, 1e-9),
                 "epochs begun": loader.epoch + 1,
                 "skipped steps": compute.precision.skipped,
+                "loss scale": compute.precision.scaler.scale,
                 "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
                 "minimum validation bpb": state.min_val,
                 "final validation bpb": state.val,

@@ -18,33 +18,55 @@ class FakeCards:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: capabilities[getattr(i, "index", i)])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: "a card")
+        common._fastest_dtype.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(arches))
 
 
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+
+
 @pytest.mark.parametrize(
-    ("card", "capability", "dtype"),
+    ("device", "capability", "candidates"),
     [
-        ("P100", (6, 0), torch.float16),
-        ("GTX 1080", (6, 1), torch.float16),
-        ("A100", (8, 0), torch.bfloat16),
-        ("RTX 3090", (8, 6), torch.bfloat16),
-        ("RTX 4090", (8, 9), torch.bfloat16),
-        ("H100", (9, 0), torch.bfloat16),
-        ("RTX 5090", (12, 0), torch.bfloat16),
+        ("P100", (6, 0), [HALF]),
+        ("GTX 1080", (6, 1), [HALF]),
+        ("V100", (7, 0), [HALF, BRAIN]),
+        ("T4", (7, 5), [HALF, BRAIN]),
+        ("RTX 2080 Ti", (7, 5), [HALF, BRAIN]),
+        ("A100", (8, 0), [BRAIN]),
+        ("RTX 3090", (8, 6), [BRAIN]),
+        ("RTX 4090", (8, 9), [BRAIN]),
+        ("H100", (9, 0), [BRAIN]),
+        ("RTX 5090", (12, 0), [BRAIN]),
+        ("cpu", None, [FULL]),
+        ("mps", None, [FULL]),
     ],
 )
-def test_dtype_by_capability(monkeypatch, card, capability, dtype):
-    FakeCards(monkeypatch, capability)
-    assert common.autodetect_dtype("cuda") == dtype
+def test_the_dtype_of_every_device(monkeypatch, device, capability, candidates):
+    """Where there are two candidates the one that is measured to be faster is taken, whichever it is."""
+    if capability is None:
+        assert common.autodetect_dtype(device) == candidates[0]
+        return
+    for fastest in candidates:
+        FakeCards(monkeypatch, capability)
+        measured = []
+
+        def measure(dtype, device, fastest=fastest, measured=measured):
+            measured.append(dtype)
+            return 90.0 if dtype == fastest else 10.0
+
+        monkeypatch.setattr(common, "measure_matmul", measure)
+        assert common.autodetect_dtype("cuda") == fastest
+        assert common.autodetect_dtype("cuda") == fastest
+        assert measured == (candidates if len(candidates) > 1 else [])  # once, and only where it is needed
 
 
-@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
-@pytest.mark.parametrize(("half", "brain", "best"), [(90.0, 10.0, torch.float16), (10.0, 12.0, torch.bfloat16)])
-def test_volta_and_turing_are_measured(monkeypatch, capability, half, brain, best):
-    FakeCards(monkeypatch, capability)
-    speed = {torch.float16: half, torch.bfloat16: brain}
-    monkeypatch.setattr(common, "measure_matmul", lambda dtype, device: speed[dtype])
-    assert common.autodetect_dtype("cuda") == best
+def test_both_measurements_are_printed_once(monkeypatch, capsys):
+    FakeCards(monkeypatch, (7, 0))
+    monkeypatch.setattr(common, "measure_matmul", lambda dtype, device: {HALF: 94.8, BRAIN: 10.3}[dtype])
+    common.autodetect_dtype("cuda")
+    common.autodetect_dtype("cuda")
+    assert capsys.readouterr().out == "measured matmul: float16 94.8, bfloat16 10.3 TFLOP/s\n"
 
 
 def test_without_a_measurement_volta_takes_bfloat16_and_says_so(monkeypatch, capsys):
@@ -61,11 +83,6 @@ def test_without_a_measurement_volta_takes_bfloat16_and_says_so(monkeypatch, cap
 def test_the_weakest_card_decides(monkeypatch):
     FakeCards(monkeypatch, (8, 0), (6, 0))
     assert common.autodetect_dtype("cuda") == torch.float16
-
-
-@pytest.mark.parametrize("device_type", ["cpu", "mps"])
-def test_cpu_and_mps_are_float32(device_type):
-    assert common.autodetect_dtype(device_type) == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -88,10 +105,67 @@ def test_wheel_without_kernels_is_refused_with_the_remedy(monkeypatch, capabilit
             common.check_wheel()
 
 
+def test_a_new_card_is_not_sent_to_the_wheel_for_old_ones(monkeypatch):
+    FakeCards(monkeypatch, (12, 0), arches=("sm_80", "sm_90"))
+    with pytest.raises(RuntimeError, match=r"pip install --force-reinstall 'torch==2.14.\*'$"):
+        common.check_wheel()
+
+
 def test_cuda_asked_for_but_absent(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="--device_type=cpu"):
         common.setup_compute(Runtime(device_type="cuda"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(RuntimeError, match=r"build without CUDA: .*pip install"):
+        common.setup_compute(Runtime(device_type="cuda"))
+
+
+def test_a_cpu_build_on_a_machine_with_a_card_is_noticed(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(common.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert common.setup_compute(Runtime()).device_type == "cpu"
+    assert "warning" in capsys.readouterr().out
+
+
+def test_a_dtype_the_device_cannot_compute_in_is_refused(monkeypatch):
+    def ones(*size, device):
+        raise TypeError("BFloat16 is not supported on MPS")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(RuntimeError, match="--dtype=float32"):
+        common.setup_compute(Runtime(device_type="cpu", dtype="bfloat16"))
+
+
+def test_a_slow_choice_says_what_it_costs_and_auto_says_nothing(capsys):
+    common.setup_compute(Runtime(device_type="cpu", dtype="float16"))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(said) == 1
+    assert "float16 on a CPU" in said[0]
+    common.setup_compute(Runtime(device_type="cpu"))
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wish", "capability", "compiles", "measured"),
+    [
+        ("auto", (6, 0), False, False),
+        ("auto", (7, 0), True, True),
+        ("on", (8, 0), True, False),
+        ("off", (8, 0), False, False),
+    ],
+)
+def test_compile_by_capability(monkeypatch, wish, capability, compiles, measured):
+    FakeCards(monkeypatch, capability)
+    assert common._compile_allowed(wish, torch.device("cuda", 0)) == compiles
+    assert not common._compile_allowed("auto", torch.device("cpu"))
+    assert (compiles and wish == "auto") == measured
+
+
+def test_compile_on_is_refused_where_triton_is(monkeypatch):
+    FakeCards(monkeypatch, (6, 1))
+    with pytest.raises(ValueError, match="--compile=on"):
+        common._compile_allowed("on", torch.device("cuda", 0))
 
 
 def test_a_checkpoints_dtype_wins_over_auto_but_not_over_the_flag():

@@ -1,14 +1,30 @@
 """Loss scaling: every optimizer steps or none does; the forward pass of the MLP survives float16."""
 
+import ast
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
+from nanochat import common
+from nanochat.config import Runtime
 from nanochat.gpt import GPT, MLP, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.precision import MAX_SKIPS_IN_A_ROW, LossScaler, NonFiniteError, Precision, first_nonfinite_module
+from nanochat.precision import (
+    DTYPES,
+    MAX_SKIPS_IN_A_ROW,
+    LossScaler,
+    NonFiniteError,
+    Precision,
+    dtype_cost,
+    first_nonfinite_module,
+)
 from nanochat.recipe import parameter_groups
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make(seed=0):
@@ -40,20 +56,97 @@ def test_scaler_follows_torchs_own():
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_one_bad_gradient_stops_every_parameter_and_halves_the_scale(bad):
-    model, optimizer = make()
+def test_one_bad_gradient_stops_every_optimizer_and_halves_the_scale(bad):
+    model, whole = make()
+    optimizers = [MuonAdamW([{**group, "names": None}]) for group in whole.param_groups]
     precision = Precision("cpu", torch.float16)
     before = copy.deepcopy(model.state_dict())
-    with precision.autocast():
-        loss = model(*batch())
-    precision.backward(loss)
-    model.transformer["h"][1].mlp.c_fc.weight.grad[3, 3] = bad
     scale = precision.scaler.scale
-    result = precision.step([optimizer])
+    for poisoned in (True, False):
+        with precision.autocast():
+            loss = model(*batch())
+        precision.backward(loss)
+        if poisoned:
+            model.transformer["h"][1].mlp.c_fc.weight.grad[3, 3] = bad
+        result = precision.step(optimizers, 1.0, loss)
+        unchanged = [torch.equal(before[name], value) for name, value in model.state_dict().items()]
+        if poisoned:
+            assert (result.skipped, result.retry, precision.skipped) == (True, True, 1)
+            assert precision.scaler.scale == scale / 2
+            assert all(unchanged)
+        else:  # the same batch goes through at the next attempt
+            assert not result.skipped
+            assert not all(unchanged)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_bad_loss_is_noticed_in_every_dtype(dtype, bad):
+    model, optimizer = make()
+    precision = Precision("cpu", dtype)
+    scale = precision.scaler.scale
+    model(*batch()).backward()
+    before = copy.deepcopy(model.state_dict())
+    result = precision.step([optimizer], None, torch.tensor(bad))
     assert result.skipped
-    assert precision.skipped == 1
-    assert precision.scaler.scale == scale / 2
+    assert not result.retry  # a smaller scale can't mend the loss
+    assert precision.scaler.scale == scale
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def rank_main(rank, folder):
+    """Rank 1 meets an infinite gradient at step 1 and an infinite loss at step 3; the ranks' own dtypes differ."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    agreed = common._agree_on_dtype((torch.float16, torch.float32)[rank], torch.device("cpu"))
+    model, optimizer = make()
+    precision = Precision("cpu", agreed)
+    record = []
+    for step in range(5):
+        x = torch.randint(0, 70, (2, 32), generator=torch.Generator().manual_seed(10 * step + rank))
+        with precision.autocast():
+            loss = model(x[:, :-1], x[:, 1:])
+        precision.backward(loss)
+        if rank == 1 and step == 1:
+            model.lm_head.weight.grad[5, 5] = float("inf")
+        if rank == 1 and step == 3:
+            loss = loss * float("inf")
+        before = copy.deepcopy(model.state_dict())
+        result = precision.step([optimizer], 1.0, loss)
+        optimizer.zero_grad()
+        same = all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        record.append((result.skipped, result.retry, same, precision.scaler.scale))
+    torch.save({"record": record, "weights": model.state_dict()}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_what_one_rank_meets_both_ranks_skip_and_stay_identical(tmp_path):
+    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["record"] == second["record"]
+    scale = 2.0**16
+    assert first["record"] == [
+        (False, False, False, scale),
+        (True, True, True, scale / 2),
+        (False, False, False, scale / 2),
+        (True, False, True, scale / 2),
+        (False, False, False, scale / 2),
+    ]
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(20, 10), (300, 30), (3000, 300), (50_000, 1000)])
+def test_growth_is_fitted_to_the_run(steps, interval):
+    precision = Precision("cpu", torch.float16)
+    precision.plan_steps(steps)
+    for _ in range(interval - 1):
+        precision.scaler.update(True)
+    assert precision.scaler.scale == 2.0**16
+    precision.scaler.update(True)
+    assert precision.scaler.scale == 2.0**17
 
 
 def test_scaled_step_equals_the_unscaled_one():
@@ -88,6 +181,22 @@ def test_state_survives_a_checkpoint():
     a.skipped = 3
     b.load_state_dict(a.state_dict())
     assert (b.scaler.scale, b.skipped) == (a.scaler.scale, 3)
+
+
+def test_the_scale_of_another_dtype_is_not_taken_over():
+    full, half = Precision("cpu", torch.float32), Precision("cpu", torch.float16)
+    half.load_state_dict(full.state_dict())
+    assert half.scaler.scale == 2.0**16
+
+
+def test_a_scale_below_one_stops_the_run():
+    model, optimizer = make()
+    precision = Precision("cpu", torch.float16)
+    precision.scaler.scale = 1.0
+    model(*batch()).backward()
+    model.lm_head.weight.grad[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="loss scale of 1"):
+        precision.step([optimizer])
 
 
 def test_first_nonfinite_module_is_named():
@@ -142,3 +251,106 @@ def test_narrow_training_follows_float32(dtype):
         finals.append(loss.item())
     assert finals[0] < 4.0
     assert abs(finals[0] - finals[1]) < 0.02 * finals[0]
+
+
+@pytest.mark.slow
+def test_three_hundred_steps_in_float16_end_where_float32_does():
+    """A d2 on text it can learn; the final losses are means over the last ten steps."""
+    text = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint8).long()
+    finals = {}
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(32, 256, 2, 1, 1, 64))
+        model.init_weights()
+        groups = parameter_groups(model, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0)
+        optimizer, precision = MuonAdamW(groups), Precision("cpu", dtype)
+        precision.plan_steps(300)
+        offsets, losses = torch.Generator().manual_seed(1), []
+        for step in range(300):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * min(1.0, (300 - step) / 100)
+            rows = torch.randint(len(text) - 33, (4, 1), generator=offsets) + torch.arange(33)
+            retry = True
+            while retry:
+                with precision.autocast():
+                    loss = model(text[rows[:, :-1]], text[rows[:, 1:]])
+                precision.backward(loss)
+                retry = precision.step([optimizer], 1.0, loss).retry
+                optimizer.zero_grad()
+            losses.append(loss.item())
+        finals[dtype] = sum(losses[-10:]) / 10
+    assert finals[torch.float32] < 0.5 * losses[0]
+    assert abs(finals[torch.float16] / finals[torch.float32] - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "capability", "card", "word"),
+    [
+        ("cpu", torch.float16, (0, 0), "", "tests"),
+        ("mps", torch.float16, (0, 0), "", "not tested"),
+        ("cuda", torch.bfloat16, (6, 0), "Tesla P100-PCIE-16GB", "emulates"),
+        ("cuda", torch.bfloat16, (7, 0), "Tesla V100-SXM2-16GB", "emulates"),
+        ("cuda", torch.bfloat16, (7, 5), "Tesla T4", "emulates"),
+        ("cuda", torch.float16, (6, 0), "Tesla P100-PCIE-16GB", "no faster"),
+        ("cuda", torch.float32, (6, 0), "Tesla P100-PCIE-16GB", "twice the memory"),
+        ("cuda", torch.float32, (7, 5), "Tesla T4", "8.1 instead of 65"),
+        ("cuda", torch.float32, (8, 0), "NVIDIA A100-SXM4-40GB", "156 instead of 312"),
+        ("cuda", torch.float32, (8, 6), "an unknown card", "half the matmul speed"),
+        ("cuda", torch.float16, (9, 0), "NVIDIA H100 80GB HBM3", "loss scaling"),
+        ("cuda", torch.float16, (7, 0), "Tesla V100-SXM2-16GB", None),
+        ("cuda", torch.bfloat16, (8, 0), "NVIDIA A100-SXM4-40GB", None),
+        ("cpu", torch.float32, (0, 0), "", None),
+        ("mps", torch.float32, (0, 0), "", None),
+    ],
+)
+def test_an_unfavourable_dtype_says_what_it_costs(device_type, dtype, capability, card, word):
+    cost = dtype_cost(device_type, dtype, capability, card)
+    assert cost is None if word is None else word in cost
+
+
+def test_no_16_bit_dtype_is_hard_coded_outside_the_one_table():
+    """In code torch's 16-bit dtypes come from DTYPES; their names stand there, in the flag and in the data sheets."""
+    found = []
+    for path in sorted(p for folder in ("nanochat", "scripts", "tasks", "dev") for p in (ROOT / folder).rglob("*.py")):
+        if path.name == "precision.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            of_torch = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch"
+            if of_torch and node.attr in ("float16", "bfloat16", "half"):
+                found.append(f"{path.name}:{node.lineno}: torch.{node.attr}")
+            method = node.func if isinstance(node, ast.Call) else None
+            if isinstance(method, ast.Attribute) and method.attr in ("half", "bfloat16"):
+                found.append(f"{path.name}:{node.lineno}: .{method.attr}()")
+            text = node.value if isinstance(node, ast.Constant) else None
+            if text in ("float16", "bfloat16", "fp16", "bf16") and path.name not in NAMES_DTYPES:
+                found.append(f"{path.name}:{node.lineno}: {text!r}")
+    assert found == []
+
+
+# The flag's choices; the data sheets; which of DTYPES a CPU's matrix iteration or a profile takes.
+NAMES_DTYPES = {"config.py", "cards.py", "muon.py", "profiles.py"}
+
+
+@pytest.mark.parametrize(
+    "script", ["base_train", "mid_train", "chat_sft", "base_loss", "base_eval", "chat_eval", "chat_cli", "chat_web"]
+)
+def test_every_script_that_computes_takes_dtype_and_its_help_says_so(script, capsys):
+    import importlib
+
+    from nanochat.config import parse_config
+
+    module = importlib.import_module(f"scripts.{script}")
+    for name in DTYPES:
+        assert parse_config(module.Config, [f"--dtype={name}"]).runtime == Runtime(dtype=name)
+    with pytest.raises(SystemExit):
+        parse_config(module.Config, ["--help"])
+    assert "--dtype {auto,float32,float16,bfloat16}" in capsys.readouterr().out
+
+
+def test_no_script_that_computes_is_without_a_precision():
+    """Whoever builds or loads a model gets its device and dtype from setup_compute."""
+    for path in sorted((ROOT / "scripts").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "load_model" in text or "GPT(" in text:
+            assert "setup_compute(" in text, path.name
+            assert "autocast(dtype" not in text.replace("torch.", ""), path.name

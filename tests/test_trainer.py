@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import load_checkpoint, saved_steps
+from nanochat import compiling
+from nanochat.checkpoint_manager import load_checkpoint, rng_state, saved_steps
 from nanochat.common import setup_compute
 from nanochat.config import Runtime
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.precision import NonFiniteError
 from nanochat.recipe import Schedule, parameter_groups
-from nanochat.resume import find_resume
+from nanochat.resume import find_resume, saved_dtype
 from nanochat.trainer import METRICS_FILE, Trainer, TrainSettings
 
 VOCAB, T = 60, 16
@@ -146,3 +147,133 @@ def test_a_nan_stops_the_run_and_names_the_layer(base_dir):
         trainer.model.transformer["h"][1].mlp.c_fc.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match=r"transformer\.h\.1\.mlp\.c_fc"):
         trainer.run()
+
+
+class _Poisoned(CountingData):
+    """Before batch `at` is handed out for the first time, one weight's gradient is made infinite, once."""
+
+    def __init__(self, rows, model, at):
+        super().__init__(rows)
+        self.model, self.at, self.batches = model, at, 0
+        model.lm_head.weight.register_hook(self.poison)
+
+    def __next__(self):
+        self.batches += 1
+        return super().__next__()
+
+    def poison(self, grad):
+        if self.batches == self.at:
+            self.at = None
+            return grad.clone().fill_(float("inf"))
+        return None
+
+
+class _Wandb:
+    def __init__(self):
+        self.logged = []
+
+    def log(self, record):
+        self.logged.append(record)
+
+
+def test_a_skipped_float16_step_is_made_again_with_the_same_batch(base_dir, capsys):
+    clean = make(base_dir / "clean", steps=6, dtype="float16")
+    clean.compute.precision.scaler.scale = 2.0**15  # powers of two: the scale itself changes no bit
+    clean.run()
+    capsys.readouterr()
+    trainer = make(base_dir / "t", steps=6, dtype="float16")
+    trainer.loader = _Poisoned(4, trainer.model, at=3)
+    trainer.wandb = _Wandb()
+    trainer.run()
+    assert [(r["skipped"], r["scale"]) for r in trainer.wandb.logged[1:4]] == [(0, 2.0**16), (1, 2.0**15), (1, 2.0**15)]
+    assert (trainer.state.step, trainer.state.tokens) == (clean.state.step, clean.state.tokens)
+    assert trainer.loader.state_dict() == clean.loader.state_dict()  # no text was lost
+    assert losses(base_dir / "t") == pytest.approx(losses(base_dir / "clean"), rel=1e-3)
+    records = [json.loads(line) for line in (base_dir / "t" / METRICS_FILE).read_text().splitlines()]
+    assert [(r["skipped"], r["scale"]) for r in records[:6]] == [(0, 2.0**16)] * 2 + [(1, 2.0**15)] * 4
+    assert "step 3 skipped (a gradient is not finite), again at loss scale 32768; 1 skipped so far" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_a_scale_the_next_batch_is_taken_and_the_step_does_not_count(base_dir, capsys, dtype):
+    trainer = make(base_dir / "t", steps=6, dtype=dtype)
+    trainer.loader = _Poisoned(4, trainer.model, at=3)
+    trainer.run()
+    assert (trainer.state.step, trainer.compute.precision.skipped, trainer.loader.batches) == (6, 1, 7)
+    assert trainer.state.tokens == 6 * 4 * T
+    assert "on the next batch instead; 1 skipped so far" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_scale_and_dtype(base_dir):
+    trainer = make(base_dir / "t", steps=6, dtype="float16", save_every=2)
+    trainer.loader = _Poisoned(4, trainer.model, at=1)
+    original = trainer.train_step
+
+    def die_at_three():
+        if trainer.state.step == 3:
+            raise KeyboardInterrupt
+        return original()
+
+    trainer.train_step = die_at_three
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert saved_dtype(base_dir / "t", "auto") == "float16"
+    assert saved_dtype(base_dir / "t", "never") is None
+    checkpoint = load_checkpoint(base_dir / "t", with_optimizer=True)
+    again = make(base_dir / "t", steps=6, dtype=saved_dtype(base_dir / "t", "auto"))
+    again.resume(checkpoint.meta, checkpoint.optimizer)
+    scaler = again.compute.precision.scaler
+    assert (scaler.scale, scaler.good_steps, again.compute.precision.skipped) == (2.0**15, 2, 1)
+    again.run()
+    assert saved_dtype(base_dir / "t", "auto") is None  # complete
+
+
+def measuring(trainer, monkeypatch, times):
+    """Let `trainer` measure torch.compile; `times` are the seconds of an eager and a compiled pass."""
+    trainer.compute.compile = trainer.compute.measure_compile = True
+    trainer.__post_init__()
+    calls = []
+    monkeypatch.setattr(compiling, "compiled", lambda model: calls.append("compiled") or model.hidden)
+    monkeypatch.setattr("nanochat.trainer.compiled", compiling.compiled)
+    queue = list(times)
+    monkeypatch.setattr(compiling, "seconds_per_pass", lambda *arguments: queue.pop(0))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("eager", "fast", "tried", "kept"),
+    [
+        (1.0, 0.5, False, False),  # 8 s in all: too short to try
+        (100.0, 50.0, True, True),
+        (100.0, 99.0, True, False),
+        (100.0, float("inf"), True, False),
+    ],
+)
+def test_compile_is_kept_only_where_it_pays(base_dir, monkeypatch, eager, fast, tried, kept):
+    trainer = make(base_dir / "t", steps=8)
+    calls = measuring(trainer, monkeypatch, [eager, fast])
+    trainer.run()
+    assert len(calls) == tried + kept
+    assert load_checkpoint(base_dir / "t").meta["compile"] is kept
+    again = make(base_dir / "t", steps=8)
+    calls = measuring(again, monkeypatch, [])  # nothing is measured on a resume
+    tensors = trainer.optimizer.flat_state() | rng_state(trainer.compute.device)
+    again.resume(load_checkpoint(base_dir / "t").meta, tensors)
+    assert len(calls) == kept
+
+
+def test_a_compiler_that_fails_is_done_without(base_dir, monkeypatch, capsys):
+    trainer = make(base_dir / "t", steps=4)
+    trainer.compute.compile = trainer.compute.measure_compile = True
+    trainer.__post_init__()
+
+    def fail(model):
+        raise FileNotFoundError("no C compiler\nat all")
+
+    monkeypatch.setattr(compiling, "compiled", fail)
+    monkeypatch.setattr(compiling, "WORTH_SECONDS", 0.0)
+    trainer.run()
+    assert "warning: torch.compile does not work here" in capsys.readouterr().out
+    assert trainer.state.step == 4
