@@ -1,4 +1,4 @@
-"""The training loop of every stage: base, mid-training and SFT differ in data, loss mask and schedule, not here.
+"""The training loop of every stage: base, mid-training, SFT and RL differ in data, loss and schedule, not here.
 
 One optimizer step: gather the micro-batches, count the tokens that are supervised on all ranks, add up the gradients
 of the summed loss divided by that count (so that any split into micro-batches or ranks is the same mathematics), then
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -35,13 +35,26 @@ from nanochat.recipe import Schedule, muon_momentum
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_SMOOTHING = 0.9
+MORE_STATE = "more."  # how tensors of `more_state` are called in a checkpoint
+
+
+class Batch(NamedTuple):
+    """What a loader hands out, each (B, T) on the device; a loader may leave out the last ones."""
+
+    x: Tensor
+    y: Tensor
+    """The next tokens; −1 is not supervised."""
+    segments: Tensor | None = None
+    """Which conversation of its row a token belongs to; None: a row is one text."""
+    extras: dict[str, Tensor] | None = None
+    """What an `objective` of its own needs, by name."""
 
 
 class Loader(Protocol):
-    """Batches (x, y), each (B, T) on the device; −1 in y is not supervised."""
+    """Batches without end."""
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """The next batch."""
+    def __next__(self) -> tuple[Any, ...]:
+        """The fields of the next `Batch`."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready position of the next batch that was not handed out."""
@@ -56,6 +69,8 @@ class TrainSettings:
     grad_clip: float | None = None
     eval_every: int | None = None
     sample_every: int | None = None
+    eval_first: bool = False
+    """Evaluate before the first step too."""
     save_every: int | None = None
     save_every_minutes: float = 10.0
 
@@ -84,8 +99,17 @@ class Trainer:
     settings: TrainSettings
     folder: Path
     meta: dict[str, Any]
-    evaluate: Callable[[], float] | None = None
+    evaluate: Callable[[], float | dict[str, float]] | None = None
+    """The value to follow, called `val_name`; or several values by name, that one among them."""
     val_name: str = "val_bpb"
+    objective: Callable[[GPT, Tensor, Batch], Tensor] | None = None
+    """The loss of hidden states (B, T, C), summed over the supervised tokens; None: cross entropy."""
+    more_metrics: Callable[[], dict[str, float]] | None = None
+    """What to log with every step besides the loop's own."""
+    weights: Callable[[], dict[str, Tensor]] | None = None
+    """The weights for a checkpoint; None: the model's."""
+    more_state: Callable[[], dict[str, Tensor]] | None = None
+    """What an unfinished checkpoint needs besides those weights; `resume` leaves it to the caller."""
     sample: Callable[[], None] | None = None
     wandb: Any = field(default_factory=DummyWandb)
     state: TrainState = field(default_factory=TrainState)
@@ -107,16 +131,16 @@ class Trainer:
             group["lr"] = group["initial_lr"] * multiplier
             if group["kind"] == "muon":
                 group["momentum"] = muon_momentum(self.state.step)
-        batches = [next(self.loader) for _ in range(s.grad_accum_steps)]
-        count = torch.stack([(y >= 0).sum() for _, y in batches]).sum()
+        batches = [Batch(*next(self.loader)) for _ in range(s.grad_accum_steps)]
+        count = torch.stack([(batch.y >= 0).sum() for batch in batches]).sum()
         if self.compute.ddp:
             dist.all_reduce(count)
         # reduce_gradients averages over ranks, hence the factor world_size.
         weight = self.compute.world_size / count
         total = torch.zeros((), device=self.compute.device)
-        for x, y in batches:
+        for batch in batches:
             with self.compute.precision.autocast():
-                loss = self.model.loss(self._hidden(x), y, "sum") * weight
+                loss = self.summed_loss(batch) * weight
             self.compute.precision.backward(loss)
             total += loss.detach()
         result = self.compute.precision.step([self.optimizer], s.grad_clip)
@@ -124,14 +148,24 @@ class Trainer:
         if self.compute.ddp:
             dist.all_reduce(total, op=dist.ReduceOp.SUM)
             total /= self.compute.world_size
-        self.state.tokens += int(batches[0][0].numel()) * len(batches) * self.compute.world_size
+        self.state.tokens += sum(batch.x.numel() for batch in batches) * self.compute.world_size
         metrics = {"loss": float(total), "lr_multiplier": multiplier, "grad_norm": result.grad_norm}
         if not result.skipped and metrics["loss"] != metrics["loss"]:
             raise NonFiniteError("the loss is not a number")
         metrics["skipped"] = self.compute.precision.skipped
         metrics["scale"] = self.compute.precision.scaler.scale
+        if self.more_metrics is not None:
+            metrics |= self.more_metrics()
         self._batches = batches
         return metrics
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        """The loss of a micro-batch, summed over its supervised tokens; compute it under autocast."""
+        segments = {} if batch.segments is None else {"segments": batch.segments}
+        x = self._hidden(batch.x, **segments)
+        if self.objective is not None:
+            return self.objective(self.model, x, batch)
+        return self.model.loss(x, batch.y, "sum")
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -201,7 +235,7 @@ class Trainer:
 
     def _maybe_evaluate(self) -> None:
         s, step = self.settings, self.state.step
-        if step and s.eval_every and step % s.eval_every == 0:
+        if s.eval_every and step % s.eval_every == 0 and (step or s.eval_first):
             self._evaluate()
         if step and s.sample_every and step % s.sample_every == 0 and self.sample is not None:
             self.sample()
@@ -210,12 +244,14 @@ class Trainer:
         if self.evaluate is None:
             return
         self.model.eval()
-        value = self.evaluate()
+        result = self.evaluate()
         self.model.train()
+        values = result if isinstance(result, dict) else {self.val_name: result}
+        value = values[self.val_name]
         self.state.val = value
         self.state.min_val = value if self.state.min_val is None else min(value, self.state.min_val)
-        print0(f"{self.label}: step {self.state.step} {self.val_name} {value:.4f}")
-        record = {"step": self.state.step, "seconds": round(self.state.seconds, 3), self.val_name: value}
+        print0(f"{self.label}: step {self.state.step} " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        record = {"step": self.state.step, "seconds": round(self.state.seconds, 3), **values}
         self._append_metrics(record)
         self.wandb.log(record)
 
@@ -238,6 +274,8 @@ class Trainer:
         if not complete:
             optimizer = self.optimizer.flat_state()
             optimizer |= rng_state(self.compute.device)
+            if self.more_state is not None:
+                optimizer |= {MORE_STATE + name: value for name, value in self.more_state().items()}
         meta = self.meta | {
             "complete": complete,
             "state": vars(self.state),
@@ -248,15 +286,14 @@ class Trainer:
             self.val_name: self.state.val,
         }
         if self.compute.rank == 0:
-            save_checkpoint(
-                self.folder, self.state.step, self.model.state_dict(), optimizer, meta, keep=1 if complete else 2
-            )
+            weights = self.weights() if self.weights is not None else self.model.state_dict()
+            save_checkpoint(self.folder, self.state.step, weights, optimizer, meta, keep=1 if complete else 2)
         if self.compute.ddp:
             dist.barrier()
 
     def resume(self, checkpoint_meta: dict[str, Any], optimizer: dict[str, Tensor]) -> None:
         """Continue from a checkpoint's meta and optimizer tensors (the model and loader are built from it already)."""
-        self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith("rng.")})
+        self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(("rng.", MORE_STATE))})
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
         self.state = TrainState(**checkpoint_meta["state"])
         if self.compute.rank == 0:
@@ -268,11 +305,11 @@ class Trainer:
         batch = getattr(self, "_batches", None)
         where = None
         if batch is not None:
-            x = batch[0][0]
+            first = batch[0]
 
             def forward() -> None:
-                with self.compute.precision.autocast():
-                    self.model(x)
+                with self.compute.precision.autocast(), torch.no_grad():
+                    self.summed_loss(first)
 
             where = first_nonfinite_module(self.model, forward)
         layer = f"the first layer with non-finite activations is {where}" if where else "all activations are finite"
