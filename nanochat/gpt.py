@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.attention import attend
+from nanochat.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
 from nanochat.loss import linear_cross_entropy, softcap
 from nanochat.precision import NARROW_RANGE
 from nanochat.rms_norm import rms_norm
@@ -88,6 +88,9 @@ class Cache(Protocol):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store this step's (B, T, K, D) keys and values; return all so far."""
 
+    def get_pos(self) -> int:
+        """Length of the longest row."""
+
     def positions(self, n_tokens: int) -> Tensor:
         """Rotary positions of the next `n_tokens`: (1, T) or (B, T)."""
 
@@ -126,6 +129,16 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, swapped, sin)
 
 
+@dataclass
+class Context:
+    """What one forward pass has in common for all layers."""
+
+    cos: Tensor  # (1 or B, T, 1, D)
+    sin: Tensor
+    pieces: list[Piece]
+    kv_cache: Cache | None
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads."""
 
@@ -139,18 +152,16 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, kv_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
-        q = norm(apply_rotary(q, cos, sin)).to(v.dtype)
-        k = norm(apply_rotary(k, cos, sin)).to(v.dtype)
-        mask = None
-        if kv_cache is not None:
-            k, v = kv_cache.update(self.layer, k, v)  # (B, all, K, D)
-            mask = kv_cache.attention_mask()
-        y = attend(q, k, v, mask)  # (B, T, H, D)
+        q = norm(apply_rotary(q, context.cos, context.sin)).to(v.dtype)
+        k = norm(apply_rotary(k, context.cos, context.sin)).to(v.dtype)
+        if context.kv_cache is not None:
+            k, v = context.kv_cache.update(self.layer, k, v)  # (B, all, K, D)
+        y = attend(q, k, v, context.pieces)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))
 
 
@@ -184,8 +195,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Cache | None) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, kv_cache)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attn(norm(x), context)
         return x + self.mlp(norm(x))
 
 
@@ -250,16 +261,30 @@ class GPT(nn.Module):
         matmul = self.num_params() - self.wte.weight.numel()
         return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * (sequence_len or c.sequence_len)
 
-    def hidden(self, idx: Tensor, kv_cache: Cache | None = None) -> Tensor:
-        """The final normalised hidden states of tokens `idx` (B, T): (B, T, C)."""
-        T = idx.size(1)
-        if kv_cache is None:
-            if self.cos.size(0) < T:
-                raise ValueError(f"{T} tokens are more than the model's context of {self.config.sequence_len}")
-            cos, sin = self.cos[None, :T, None], self.sin[None, :T, None]  # (1, T, 1, D)
-        else:
+    def _context(self, idx: Tensor, kv_cache: Cache | None, segments: Tensor | None) -> Context:
+        """Rotary tables and attention pieces of a forward pass."""
+        T, device = idx.size(1), idx.device
+        if kv_cache is not None:
+            if segments is not None:
+                raise ValueError("segments are for training rows: with a kv_cache every row is one segment")
             positions = kv_cache.positions(T)  # (1 or B, T)
-            cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+            mask = kv_cache.attention_mask()
+            pieces = plan_attention(T, kv_cache.get_pos() + T, device) if mask is None else plan_ragged(mask, positions)
+            return Context(self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2), pieces, kv_cache)
+        if self.cos.size(0) < T:
+            raise ValueError(f"{T} tokens are more than the model's context of {self.config.sequence_len}")
+        if segments is None:
+            return Context(self.cos[None, :T, None], self.sin[None, :T, None], plan_attention(T, T, device), None)
+        if segments.shape != idx.shape:
+            raise ValueError(f"segments are {tuple(segments.shape)}, the tokens {tuple(idx.shape)}: give one per token")
+        starts = segment_starts(segments)
+        positions = torch.arange(T, device=device) - starts  # (B, T)
+        pieces = plan_attention(T, T, device, starts=starts)
+        return Context(self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2), pieces, None)
+
+    def hidden(self, idx: Tensor, kv_cache: Cache | None = None, segments: Tensor | None = None) -> Tensor:
+        """The final normalised hidden states of tokens `idx` (B, T): (B, T, C). `segments`: see `forward`."""
+        context = self._context(idx, kv_cache, segments)
         x = self.wte(idx)  # (B, T, C)
         # bfloat16 has float32's range, so the residual stream may be narrow; float16 has not, so it stays float32.
         compute_dtype = _autocast_dtype(x)
@@ -267,9 +292,9 @@ class GPT(nn.Module):
             x = x.to(compute_dtype)
         x = norm(x)
         for block in self.blocks:
-            x = block(x, cos, sin, kv_cache)
+            x = block(x, context)
         if kv_cache is not None:
-            kv_cache.advance(T)
+            kv_cache.advance(idx.size(1))
         return norm(x)
 
     def forward(
@@ -278,6 +303,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         kv_cache: Cache | None = None,
         loss_reduction: Literal["mean", "sum", "none"] = "mean",
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Logits of tokens `idx`, or the loss against `targets`.
 
@@ -286,11 +312,16 @@ class GPT(nn.Module):
             targets: (B, T) ids of the next tokens; −1 is ignored.
             kv_cache: keys and values of the tokens before `idx`.
             loss_reduction: over the targets that count; "none" gives (B, T) with 0 where ignored.
+            segments: (B, T) integers, the same inside a document or conversation and different between neighbours in a
+                row: each is computed as if it were alone. Not together with a kv_cache.
 
         Returns:
             float32 softcapped logits (B, T, V), or the loss in float32.
+
+        Raises:
+            ValueError: more tokens than the context, or segments of another shape or with a kv_cache.
         """
-        x = self.hidden(idx, kv_cache)
+        x = self.hidden(idx, kv_cache, segments)
         return self.logits_at(x) if targets is None else self.loss(x, targets, loss_reduction)
 
     def loss(self, x: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, GPTConfig
+from nanochat.kv_cache import KVCache
 
 
 def random_model(config, seed=0):
@@ -142,3 +143,43 @@ def test_longer_than_the_context_is_refused():
     model = random_model(GPTConfig(16, 64, 1, 1, 1, 32))
     with pytest.raises(ValueError, match="context of 16"):
         model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def pieces_of_rows(rows):
+    """(B, T) segments from lists of lengths."""
+    return torch.stack([torch.repeat_interleave(torch.arange(len(r)), torch.tensor(r)) for r in rows])
+
+
+def test_segments_are_computed_as_if_alone():
+    config = GPTConfig(600, 90, 2, 2, 1, 64)
+    model = random_model(config)
+    rows = [[300, 299, 1], [600], [7, 500, 93]]
+    x = torch.randint(0, 90, (3, 600))
+    y = torch.randint(0, 90, (3, 600))
+    packed = model(x, y, loss_reduction="sum", segments=pieces_of_rows(rows))
+    alone = 0.0
+    for i, lengths in enumerate(rows):
+        start = 0
+        for n in lengths:
+            alone = alone + model(
+                x[i : i + 1, start : start + n], y[i : i + 1, start : start + n], loss_reduction="sum"
+            )
+            start += n
+    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=0)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(packed, parameters), torch.autograd.grad(alone, parameters), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-5)
+
+
+def test_segments_in_a_compiled_model_and_with_wrong_input():
+    model = random_model(GPTConfig(40, 90, 1, 2, 2, 32))
+    x = torch.randint(0, 90, (2, 40))
+    segments = pieces_of_rows([[10, 30], [39, 1]])
+    with torch.no_grad():
+        compiled = torch.compile(model.hidden, dynamic=False, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, segments=segments), model.hidden(x, segments=segments))
+    with pytest.raises(ValueError, match="one per token"):
+        model(x, segments=segments[:, :5])
+    cache = KVCache(2, 2, 40, 16, 1)
+    with pytest.raises(ValueError, match="kv_cache"):
+        model(x, kv_cache=cache, segments=segments)
