@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -257,7 +258,7 @@ class RolloutLoader:
         answers = sorted(answers, key=lambda a: len(a.ids))
         n = self.settings.micro_batches
         borders = [round(i * len(answers) / n) for i in range(n + 1)]
-        parts = [answers[a:b] for a, b in zip(borders[:-1], borders[1:], strict=True)]
+        parts = [answers[a:b] for a, b in pairwise(borders)]
         empty = Answer([0, 0], [0, 0], 0.0)
         return [self._make_batch(part or [empty]) for part in parts]
 

@@ -69,8 +69,6 @@ class TrainSettings:
     grad_clip: float | None = None
     eval_every: int | None = None
     sample_every: int | None = None
-    eval_first: bool = False
-    """Evaluate before the first step too."""
     save_every: int | None = None
     save_every_minutes: float = 10.0
 
@@ -119,6 +117,7 @@ class Trainer:
         # The layers are compiled; the loss works chunk by chunk and stays outside.
         self._hidden = torch.compile(self.model.hidden, dynamic=False) if self.compute.compile else self.model.hidden
         self._last_save = time.monotonic()
+        self.last_evaluation: dict[str, float] = {}
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -161,8 +160,7 @@ class Trainer:
 
     def summed_loss(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch, summed over its supervised tokens; compute it under autocast."""
-        segments = {} if batch.segments is None else {"segments": batch.segments}
-        x = self._hidden(batch.x, **segments)
+        x = self._hidden(batch.x, segments=batch.segments)
         if self.objective is not None:
             return self.objective(self.model, x, batch)
         return self.model.loss(x, batch.y, "sum")
@@ -235,12 +233,13 @@ class Trainer:
 
     def _maybe_evaluate(self) -> None:
         s, step = self.settings, self.state.step
-        if s.eval_every and step % s.eval_every == 0 and (step or s.eval_first):
-            self._evaluate()
+        if step and s.eval_every and step % s.eval_every == 0:
+            self.run_evaluation()
         if step and s.sample_every and step % s.sample_every == 0 and self.sample is not None:
             self.sample()
 
-    def _evaluate(self) -> None:
+    def run_evaluation(self) -> None:
+        """Evaluate, and log the values."""
         if self.evaluate is None:
             return
         self.model.eval()
@@ -248,6 +247,7 @@ class Trainer:
         self.model.train()
         values = result if isinstance(result, dict) else {self.val_name: result}
         value = values[self.val_name]
+        self.last_evaluation = values
         self.state.val = value
         self.state.min_val = value if self.state.min_val is None else min(value, self.state.min_val)
         print0(f"{self.label}: step {self.state.step} " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
@@ -256,8 +256,9 @@ class Trainer:
         self.wandb.log(record)
 
     def _final_evaluation(self) -> None:
-        self._evaluate()
+        self.run_evaluation()
         if self.sample is not None:
+            print0(f"{self.label}: samples after {self.state.step} steps")
             self.model.eval()
             self.sample()
 
