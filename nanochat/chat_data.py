@@ -10,6 +10,7 @@ Padding and everything unsupervised is -1 in y, and every row supervises somethi
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy.typing as npt
 import torch
 
 from nanochat.background import Prefetch, to_device
-from nanochat.messages import Conversation, check_messages
+from nanochat.common import print0
+from nanochat.messages import Conversation, check_messages, from_openai
 from nanochat.packing import Packer, PackingStats, Place, Renderer, Supervise
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -30,7 +32,8 @@ from nanochat.tokenizer import RustBPETokenizer
 def load_conversations(path: str | Path) -> list[Conversation]:
     """The conversations of a .jsonl file or of a .parquet file with a column `messages`.
 
-    A line of JSONL is a list of messages or {"messages": [...]}; a message is {"role", "content"}.
+    A line of JSONL is a list of messages or {"messages": [...]}; a message is {"role", "content"}, or one of OpenAI's
+    form with tool calls. Calls of tools that the engine does not have are learned as text, and said.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -43,15 +46,20 @@ def load_conversations(path: str | Path) -> list[Conversation]:
         )
     read = _read_parquet if path.suffix == ".parquet" else _read_jsonl
     conversations = []
+    other_tools: Counter[str] = Counter()
     for place, record in read(path):
         messages = record.get("messages") if isinstance(record, dict) else record
         try:
+            messages = from_openai(messages, other_tools)
             check_messages(messages)
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from None
         conversations.append({"messages": messages})
     if not conversations:
         raise ValueError(f"{path} holds no conversations")
+    if other_tools:
+        names = ", ".join(f"{name} ({count}×)" for name, count in other_tools.most_common(5))
+        print0(f"warning: {path} calls tools that nothing will answer, as the engine has a calculator only: {names}")
     return conversations
 
 
