@@ -10,7 +10,8 @@ usage() {
 bash speedrun_p100.sh [--dry_run]      (bash speedrun.sh: the same for 8 large cards)
 
 Trains an assistant from nothing and asks it one question. Run it again to go on where it stopped: finished stages are
-skipped. Settings come from the environment:
+skipped, and what has changed is made again. Ctrl-C or `kill` save first; the exit code is then 75 (1: an error).
+Settings come from the environment:
 
   PROFILE            auto (default): p100 with a CUDA card; without one cpu for your own data, else demo
                      demo (a small world, minutes on a CPU), cpu, p100, d20 (8 cards), tiny (a test)

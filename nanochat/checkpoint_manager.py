@@ -1,9 +1,14 @@
 """Checkpoints: one folder per step that becomes visible whole, safetensors and JSON, verified when loaded.
 
 <base dir>/<source>_checkpoints/<tag>/step_000123/
-    model.safetensors        weights, float32
-    optim_rank0.safetensors  optimizer and random generators of that rank (in an unfinished run)
-    meta.json                step, model config, training config, loader position, hashes of the files
+    model.safetensors        weights
+    optim_rank0.safetensors  rank 0's part of the optimizer state, and its random generators (in an unfinished run);
+    optim_rank1.safetensors  ... so for every rank
+    meta.json                step, model config, training config, position in the data, loss scale, time used, code
+    SHA256SUMS               of all of these, as `sha256sum -c` reads it
+
+A kill at any moment leaves the checkpoints that were there: a new one is written under a hidden name, synced to the
+disk, and renamed. Writing in the background and what is kept: checkpoint_writer.py.
 """
 
 from __future__ import annotations
@@ -17,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from nanochat.common import check_disk_space, get_base_dir
-from nanochat.files import atomic_folder, sha256_file, write_json
+from nanochat.common import get_base_dir, get_dist_info, print0
+from nanochat.files import sha256_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -32,17 +38,24 @@ FOLDERS = {
     "sft": ("chatsft_checkpoints", "python -m scripts.chat_sft"),
     "rl": ("chatrl_checkpoints", "python -m scripts.chat_rl"),
 }
-_STEP = re.compile(r"step_(\d+)")
+MODEL_FILE, META_FILE, SUMS_FILE = "model.safetensors", "meta.json", "SHA256SUMS"
+DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+"""What reading a damaged checkpoint may raise."""
+_STEP = re.compile(r"step_(\d{6}|[1-9]\d{6,})")  # as step_folder writes it
+_SUM = re.compile(r"([0-9a-f]{64})  ([\w.]+)\n")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint; `optimizer` is empty unless it was asked for."""
+    """A loaded checkpoint; `optimizer` (with the generators, "rng.…") is empty unless it was asked for."""
 
     folder: Path
     meta: dict[str, Any]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+
+
+# --- which are there -------------------------------------------------------------------------------------------------
 
 
 def checkpoint_folder(source: str, tag: str) -> Path:
@@ -52,56 +65,44 @@ def checkpoint_folder(source: str, tag: str) -> Path:
     return get_base_dir() / FOLDERS[source][0] / tag
 
 
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is."""
+    return folder / f"step_{step:06d}"
+
+
 def saved_steps(folder: Path) -> list[int]:
     """The steps saved in `folder`, ascending; strays and half-written folders are ignored."""
     if not folder.is_dir():
         return []
     matches = ((_STEP.fullmatch(p.name), p) for p in folder.iterdir())
-    return sorted(int(m.group(1)) for m, p in matches if m and (p / "meta.json").is_file())
+    return sorted(int(m.group(1)) for m, p in matches if m and (p / META_FILE).is_file())
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: dict[str, Tensor],
-    optimizer: dict[str, Tensor] | None,
-    meta: dict[str, Any],
-    keep: int | None = 2,
-) -> Path:
-    """Write one checkpoint atomically and drop all but the newest `keep`; call it on rank 0.
-
-    Args:
-        folder: the tag's folder.
-        step: optimizer steps done.
-        model: weights by name.
-        optimizer: everything a resume needs besides `meta`, as tensors by name; None for a finished model.
-        meta: JSON-ready record; the files' hashes are added.
-        keep: how many checkpoints stay; None keeps all.
-    """
-    tensors = {"model.safetensors": model, "optim_rank0.safetensors": optimizer or {}}
-    size = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
-    folder.mkdir(parents=True, exist_ok=True)
-    check_disk_space(folder, size + (16 << 20), f"the checkpoint of step {step}")
-    target = folder / f"step_{step:06d}"
-    with atomic_folder(target) as tmp:
-        hashes = {}
-        for name, part in tensors.items():
-            if part:
-                save_file({k: v.detach().cpu().contiguous() for k, v in part.items()}, tmp / name)
-                hashes[name] = sha256_file(tmp / name)
-        write_json(tmp / "meta.json", {"step": step, **meta, "files": hashes})
-    if keep is not None:
-        for old in saved_steps(folder)[:-keep]:
-            _remove(folder / f"step_{old:06d}")
-    return target
+def read_meta(path: Path) -> dict[str, Any]:
+    """The verified meta.json of the checkpoint in the folder `path`."""
+    if sha256_file(path / META_FILE) != read_sums(path).get(META_FILE):
+        raise ValueError(f"{META_FILE} does not match its SHA-256")
+    meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+    if not isinstance(meta, dict):
+        raise ValueError(f"{META_FILE} holds no record")
+    return meta
 
 
-def _remove(folder: Path) -> None:
-    import shutil
+def read_sums(path: Path) -> dict[str, str]:
+    """SHA-256 by file name, as SHA256SUMS has them."""
+    text = (path / SUMS_FILE).read_text(encoding="ascii")
+    sums = {name: digest for digest, name in _SUM.findall(text)}
+    if text != format_sums(sums):
+        raise ValueError(f"{SUMS_FILE} is malformed")
+    return sums
 
-    # meta.json goes first: a folder without it is no checkpoint, so a kill half-way leaves nothing that looks whole.
-    (folder / "meta.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+
+def format_sums(sums: dict[str, str]) -> str:
+    """The text of SHA256SUMS."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(folder: Path, step: int | None = None, with_optimizer: bool = False) -> Checkpoint:
@@ -119,25 +120,73 @@ def load_checkpoint(folder: Path, step: int | None = None, with_optimizer: bool 
         raise FileNotFoundError(f"no checkpoint in {folder}")
     problems = []
     for candidate in [step] if step is not None else reversed(steps):
-        path = folder / f"step_{candidate:06d}"
+        path = step_folder(folder, candidate)
         try:
             return _read(path, with_optimizer)
-        except (OSError, ValueError, KeyError) as error:
+        except DAMAGED as error:
             problems.append(f"{path}: {error}")
-            print(f"warning: damaged checkpoint skipped: {problems[-1]}", flush=True)
+            print0(f"warning: damaged checkpoint skipped: {problems[-1]}")
     raise RuntimeError("damaged checkpoint: " + "; ".join(problems))
 
 
 def _read(path: Path, with_optimizer: bool) -> Checkpoint:
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    meta = read_meta(path)
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, expected in meta["files"].items():
-        if name.startswith("optim") and not with_optimizer:
+    for name, expected in read_sums(path).items():
+        if name == META_FILE or (name.startswith("optim") and not with_optimizer):
             continue
         if sha256_file(path / name) != expected:
             raise ValueError(f"{name} does not match its SHA-256")
         parts[name] = load_file(path / name)
-    return Checkpoint(path, meta, parts["model.safetensors"], parts.get("optim_rank0.safetensors", {}))
+    ranks = sum(name.startswith("optim") for name in parts)
+    shards = [parts[optimizer_file(rank)] for rank in range(ranks)]
+    return Checkpoint(path, meta, parts[MODEL_FILE], merge_shards(shards, get_dist_info()[1]))
+
+
+def optimizer_file(rank: int) -> str:
+    """The name of a rank's part of the optimizer state."""
+    return f"optim_rank{rank}.safetensors"
+
+
+def merge_shards(shards: list[dict[str, Tensor]], rank: int) -> dict[str, Tensor]:
+    """The whole optimizer state from every rank's part, with the random generators of `rank` (if it was there).
+
+    What several ranks have are runs of one flat tensor; MuonAdamW.load_flat_state gives it its shape.
+    """
+    merged: dict[str, list[Tensor]] = {}
+    for number, shard in enumerate(shards):
+        for name, value in shard.items():
+            if not name.startswith("rng.") or number == rank:
+                merged.setdefault(name, []).append(value)
+    return {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in merged.items()}
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor] | None,
+    meta: dict[str, Any],
+    keep: int | None = 2,
+) -> Path:
+    """Write one checkpoint here and now, by one process, and drop all but the newest `keep`; returns its folder.
+
+    Args:
+        folder: the tag's folder.
+        step: optimizer steps done.
+        model: weights by name.
+        optimizer: everything a resume needs besides `meta`, as tensors by name; None for a finished model.
+        meta: JSON-ready record.
+        keep: how many checkpoints stay; None keeps all.
+    """
+    from nanochat.checkpoint_writer import Keep, Snapshot, host_copy, write_snapshot
+
+    snapshot = Snapshot(step, host_copy(model), None if optimizer is None else host_copy(optimizer), meta)
+    write_snapshot(folder, snapshot, Keep(keep))
+    return step_folder(folder, step)
+
+
+# --- choosing a model ------------------------------------------------------------------------------------------------
 
 
 def find_tag(source: str, model_tag: str | None = None) -> Path:
@@ -146,6 +195,11 @@ def find_tag(source: str, model_tag: str | None = None) -> Path:
     Raises:
         FileNotFoundError: there is none; says which command makes one.
     """
+    return choose_tag(source, model_tag)[0]
+
+
+def choose_tag(source: str, model_tag: str | None = None) -> tuple[Path, str]:
+    """`find_tag`'s folder, and why it was chosen."""
     root = checkpoint_folder(source, "x").parent
     command = FOLDERS[source][1]
     if model_tag is not None:
@@ -153,18 +207,50 @@ def find_tag(source: str, model_tag: str | None = None) -> Path:
             raise FileNotFoundError(
                 f"no {source} checkpoint with tag {model_tag!r} in {root}: train it with `{command}`"
             )
-        return root / model_tag
-    tags = [p for p in root.iterdir() if saved_steps(p)] if root.is_dir() else []
+        return root / model_tag, "asked for"
+    # What a fresh start has moved aside is only taken when it is named.
+    tags = [p for p in root.iterdir() if p.suffix != ".old" and saved_steps(p)] if root.is_dir() else []
     if not tags:
         raise FileNotFoundError(
             f"no {source} checkpoint in {root}: train one with `{command}` (or everything: `bash speedrun_p100.sh`)"
         )
 
-    def rank(tag: Path) -> tuple[int, float]:
+    def depth(tag: Path) -> int:
         match = re.fullmatch(r"d(\d+)", tag.name)
-        return int(match.group(1)) if match else -1, tag.stat().st_mtime
+        return int(match.group(1)) if match else -1
 
-    return max(tags, key=rank)
+    chosen = max(tags, key=lambda tag: (depth(tag), tag.stat().st_mtime))
+    names = ", ".join(sorted(tag.name for tag in tags))
+    if len(tags) == 1:
+        return chosen, "the only one"
+    return chosen, f"the deepest of {names}" if depth(chosen) >= 0 else f"saved last of {names}"
+
+
+def check_tokenizer(checkpoint: Checkpoint, tokenizer: RustBPETokenizer) -> None:
+    """Raise RuntimeError when a checkpoint belongs to another tokenizer: its token ids would mean other text."""
+    wanted = checkpoint.meta.get("tokenizer_hash")
+    if wanted is not None and wanted != tokenizer.hash:
+        raise RuntimeError(
+            f"{checkpoint.folder} was trained with another tokenizer ({wanted[:8]}…) than the one in "
+            f"{get_base_dir() / 'tokenizer'} ({tokenizer.hash[:8]}…): put that tokenizer back or train again"
+        )
+
+
+def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into `model`.
+
+    Raises:
+        ValueError: it is a model of another shape; names the settings that differ.
+    """
+    before, now = checkpoint.meta["model_config"], model.config.to_dict()
+    if before != now:
+        names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
+        changed = [f"{n} {before.get(n)} -> {now.get(n)}" for n in names]
+        raise ValueError(
+            f"{checkpoint.folder} holds a model of another shape ({', '.join(changed)}): choose another --model_tag, "
+            "or --resume=never to start over"
+        )
+    model.load_state_dict(checkpoint.model)
 
 
 def build_model(checkpoint: Checkpoint, device: torch.device, phase: str) -> GPT:
@@ -178,7 +264,7 @@ def build_model(checkpoint: Checkpoint, device: torch.device, phase: str) -> GPT
 def load_model(
     source: str, device: torch.device, phase: str = "eval", model_tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-    """(model, tokenizer, meta) of a stage: base, mid, sft or rl.
+    """(model, tokenizer, meta) of a stage: base, mid, sft or rl; says which checkpoint it took and why.
 
     Raises:
         FileNotFoundError: no such checkpoint; the message names the command that makes it.
@@ -186,38 +272,52 @@ def load_model(
     """
     if phase not in ("train", "eval"):
         raise ValueError(f"phase must be train or eval, got {phase!r}")
-    checkpoint = load_checkpoint(find_tag(source, model_tag), step)
+    folder, why = choose_tag(source, model_tag)
+    checkpoint = load_checkpoint(folder, step)
+    newest = saved_steps(folder)[-1]
+    taken = checkpoint.meta["step"]
+    which = "asked for" if step is not None else "the newest" if taken == newest else "the newest that is undamaged"
+    unfinished = "" if checkpoint.meta.get("complete", True) else ", of an unfinished run"
+    print0(f"checkpoint {checkpoint.folder}: tag {folder.name} ({why}), step {taken} ({which}{unfinished})")
     tokenizer = get_tokenizer()
-    wanted = checkpoint.meta.get("tokenizer_hash")
-    if wanted is not None and wanted != tokenizer.hash:
-        raise RuntimeError(
-            f"{checkpoint.folder} was trained with another tokenizer ({wanted[:8]}…) than the one in "
-            f"{get_base_dir() / 'tokenizer'} ({tokenizer.hash[:8]}…): put that tokenizer back or train again"
-        )
+    check_tokenizer(checkpoint, tokenizer)
     return build_model(checkpoint, device, phase), tokenizer, checkpoint.meta
+
+
+# --- random generators -----------------------------------------------------------------------------------------------
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """The state of every random number generator, as tensors for a checkpoint."""
     _, keys, pos, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
     state = {
         "rng.torch": torch.get_rng_state(),
         "rng.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "rng.numpy_position": torch.tensor([pos, has_gauss], dtype=torch.int64),
         "rng.numpy_cached": torch.tensor([cached], dtype=torch.float64),
-        "rng.python": torch.tensor(random.getstate()[1], dtype=torch.int64),
+        "rng.python": torch.tensor([version, *internal], dtype=torch.int64),
+        "rng.python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
     }
     if device.type == "cuda":
         state["rng.cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["rng.mps"] = torch.mps.get_rng_state()
     return state
 
 
 def restore_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what `rng_state` returned."""
+    """Put back what `rng_state` returned; a rank that has none (there were fewer ranks) keeps its seed."""
+    if "rng.torch" not in state:
+        return
     torch.set_rng_state(state["rng.torch"])
     pos, has_gauss = state["rng.numpy_position"].tolist()
     keys = state["rng.numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, pos, has_gauss, float(state["rng.numpy_cached"])))
-    random.setstate((3, tuple(state["rng.python"].tolist()), None))
+    version, *internal = state["rng.python"].tolist()
+    gauss = state["rng.python_gauss"].tolist()
+    random.setstate((version, tuple(internal), gauss[0] if gauss else None))
     if device.type == "cuda" and "rng.cuda" in state:
         torch.cuda.set_rng_state(state["rng.cuda"], device)
+    if device.type == "mps" and "rng.mps" in state:
+        torch.mps.set_rng_state(state["rng.mps"])

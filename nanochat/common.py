@@ -79,7 +79,8 @@ def autodetect_device_type() -> str:
 def measure_matmul(dtype: torch.dtype, device: torch.device | str, n: int = 2048, seconds: float = 0.1) -> float:
     """Measured speed of an n×n matmul in TFLOP/s (2n³ operations each), for at most about `seconds` after warm-up."""
     device = torch.device(device)
-    a = torch.randn(n, n, device=device).to(dtype)
+    # A generator of its own: a resumed run measures again, and its random numbers must not depend on that.
+    a = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -187,6 +188,14 @@ class Compute:
         dist.broadcast(tensor, src=0)
         return float(tensor)
 
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Each flag, true if it is true on some rank."""
+        if not self.ddp:
+            return list(flags)
+        tensor = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return [bool(x) for x in tensor.tolist()]
+
     def __enter__(self) -> Compute:
         return self
 
@@ -199,6 +208,15 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def set_deterministic(on: bool) -> None:
+    """Let torch use only algorithms that give the same bits every time (with as many threads and cards)."""
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # only costs time
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.backends.cudnn.benchmark = False
 
 
 def compute_init(device_type: str) -> tuple[bool, int, int, int, torch.device]:
@@ -246,6 +264,7 @@ def setup_compute(runtime: Runtime, dtype: str | None = None) -> Compute:
         dtype: the dtype a checkpoint was trained in; used when `--dtype=auto`, so that a resume can't flip it.
     """
     device_type = autodetect_device_type() if runtime.device_type == "auto" else runtime.device_type
+    set_deterministic(runtime.deterministic or device_type == "cpu")
     ddp, rank, local_rank, world_size, device = compute_init(device_type)
     name = dtype if runtime.dtype == "auto" and dtype else runtime.dtype
     chosen = autodetect_dtype(device_type) if name == "auto" else DTYPES[name]

@@ -37,6 +37,8 @@ class Runtime:
     """torch.compile: auto uses it where it works and pays."""
     seed: int = 42
     """Seed of every random number generator."""
+    deterministic: bool = False
+    """Bit-reproducible on a card too, somewhat slower; on a CPU it always is."""
 
 
 def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
@@ -76,13 +78,23 @@ def run_script(main: Callable[[Any], Any], config: type[Any], argv: Sequence[str
     """
     cfg = parse_config(config, argv)
     try:
-        main(cfg)
+        _record(main)(cfg)
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("NANOCHAT_TRACEBACK") == "1":
             raise
         text = str(error) or type(error).__name__
-        print(f"error: {text}", file=sys.stderr)
+        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"error{rank}: {text}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _record(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`main`; under torchrun its error is also handed to torchrun, which names the rank that failed first."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return main
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(main)

@@ -218,6 +218,11 @@ class MuonStack:
         whole = {key: self.ranks.collect(value, len(self.params)) for key, value in self.state.items()}
         return {index: {key: x[i] for key, x in whole.items()} for i, index in enumerate(self.indices) if whole}
 
+    def export_own_state(self) -> dict[int, dict[str, Tensor]]:
+        """The state of this rank's matrices."""
+        own = self.indices[self.ranks.own(len(self.params))]
+        return {index: {key: x[i] for key, x in self.state.items()} for i, index in enumerate(own) if self.state}
+
     def import_state(self, states: dict[int, dict[str, Tensor]]) -> None:
         self.init_state()
         for i, index in enumerate(self.indices[self.ranks.own(len(self.params))]):

@@ -11,6 +11,7 @@ needed. Left out: ZeRO-3 (parameters stay whole), and matrices split over ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -149,6 +150,17 @@ class AdamWTensors:
     def export_state(self) -> dict[int, dict[str, Tensor]]:
         return {
             self.indices[i]: {key: self._whole(i, value) for key, value in state.items()}
+            for i, state in enumerate(self.state)
+        }
+
+    def export_own_state(self) -> dict[int, dict[str, Tensor]]:
+        """This rank's part: of a sharded tensor its run of elements, what is replicated on rank 0 only."""
+        return {
+            self.indices[i]: {
+                key: value
+                for key, value in state.items()
+                if self.ranks.rank == 0 or (self.sharded[i] and value.dim() > 0)
+            }
             for i, state in enumerate(self.state)
         }
 
@@ -306,8 +318,20 @@ class MuonAdamW(torch.optim.Optimizer):
         return {f"{self.names[index]}.{key}": x for index, state in states.items() for key, x in state.items()}
 
     @torch.no_grad()
+    def own_flat_state(self) -> dict[str, Tensor]:
+        """This rank's part of flat_state(), the optimizer's own tensors. Not collective.
+
+        Of a tensor that is split over the ranks it is a flat run of elements, to be concatenated in the ranks' order.
+        """
+        states = {index: state for bucket in self.buckets for index, state in bucket.export_own_state().items()}
+        return {f"{self.names[index]}.{key}": x for index, state in states.items() for key, x in state.items()}
+
+    @torch.no_grad()
     def load_flat_state(self, flat: dict[str, Tensor]) -> None:
-        """Take the state written by flat_state(). Raises: ValueError if a name or shape does not match."""
+        """Take the state written by flat_state(), or the own_flat_state() of all ranks, concatenated.
+
+        Raises: ValueError if a name or shape does not match.
+        """
         index_of = {name: index for index, name in enumerate(self.names)}
         states: dict[int, dict[str, Tensor]] = {}
         for full_name, value in flat.items():
@@ -327,6 +351,10 @@ class MuonAdamW(torch.optim.Optimizer):
     def _check_state(self, bucket: MuonStack | AdamWTensors, states: dict[int, dict[str, Tensor]]) -> None:
         for p, index in zip(bucket.params, bucket.indices, strict=True):
             expected = bucket.state_shapes(p)
+            for key, value in states.get(index, {}).items():  # parts of several ranks, concatenated: flat
+                shape = expected.get(key, ())
+                if value.dim() == 1 < len(shape) and value.numel() == math.prod(shape):
+                    states[index][key] = value.view(shape)
             found = {key: tuple(value.shape) for key, value in states.get(index, {}).items()}
             if found != expected:
                 raise ValueError(f"optimizer state of {self.names[index]} is {found or 'missing'}, expected {expected}")

@@ -5,9 +5,13 @@
     PROFILE=tiny python -m nanochat.pipeline
     python -m nanochat.pipeline --dry_run        print the stages and their commands
 
-Every stage is a process of its own. A finished stage leaves a mark, `<base dir>/pipeline/<stage>.json`, with a hash of
-its flags and of the data it read; it is skipped as long as that hash is the same and its output is there. When a stage
-does run, the marks of all stages that build on it are removed first, so they run as well.
+Every stage is a process of its own. A finished stage leaves a mark, `<base dir>/pipeline/<stage>.json`, with hashes of
+its flags, of the results it was made from (the tokenizer, the model of the stage before, the data) and of its own
+result; it is skipped as long as all of these are the same. So what was changed by hand is noticed too, and artefacts of
+different tokenizers or models never meet. When a stage does run, the marks of all stages that build on it are removed
+first, so they run as well.
+
+SIGTERM, SIGUSR1 and Ctrl-C let the stage save and end with exit code 75 (signals.py): the same command goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +36,11 @@ from nanochat.files import write_json
 from nanochat.process import run_logged
 from nanochat.profiles import Profile, Settings, choose_profile, count_shards, training_speed
 from nanochat.progress import format_seconds
+from nanochat.signals import EXIT_STOPPED, Stopped
 from nanochat.stages import Stage, expected_seconds, make_stages
+
+# A stage that was asked to stop: after saving, or (−n and 128 + n: by signal n) before there was anything to save.
+STOPPED_CODES = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 
 class Pipeline:
@@ -57,10 +66,17 @@ class Pipeline:
             return {}
         return mark if isinstance(mark, dict) and mark.get("key") == stage.key else {}
 
+    def inputs(self, stage: Stage) -> dict[str, str | None]:
+        """The results that a stage is made from, as they are now."""
+        return {other.name: other.result(self.base_dir) for other in self.stages if other.name in stage.needs}
+
     def is_done(self, stage: Stage) -> bool:
-        """Whether it finished with the same settings and its output is still there."""
-        there = stage.output is None or any(self.base_dir.glob(stage.output))
-        return there and self.mark(stage).get("state") == "done"
+        """Whether it finished with the same settings and inputs, and its result is still what it was."""
+        mark, result = self.mark(stage), stage.result(self.base_dir)
+        if mark.get("state") != "done" or result is None or mark.get("inputs") != self.inputs(stage):
+            return False
+        # What nothing else is made from (the report) may be edited.
+        return mark.get("result") == result or not any(stage.name in other.needs for other in self.stages)
 
     def dependents(self, stage: Stage) -> list[Stage]:
         """The stages that build on it, directly or through others."""
@@ -75,6 +91,7 @@ class Pipeline:
 
         Raises:
             RuntimeError: a stage failed; names it, its log and how to go on.
+            Stopped: a signal asked to stop.
         """
         for number, stage in enumerate(self.stages, 1):
             title = f"[{number}/{len(self.stages)}] {stage.name}"
@@ -89,15 +106,18 @@ class Pipeline:
 
     def run_stage(self, stage: Stage, env: Mapping[str, str]) -> float:
         """Run one stage; returns its seconds."""
-        resume = self.mark(stage).get("state") == "started"
+        before, inputs = self.mark(stage), self.inputs(stage)
+        resume = before.get("state") == "started" and before.get("inputs") == inputs
         for other in self.dependents(stage):
             self.mark_path(other).unlink(missing_ok=True)
-        record = {"key": stage.key, "flags": [*stage.flags, *stage.unmarked_flags]}
+        record = {"key": stage.key, "flags": [*stage.flags, *stage.unmarked_flags], "inputs": inputs}
         write_json(self.mark_path(stage), {"state": "started", **record})
         start = time.monotonic()
         try:
             code = run_logged(stage.command(resume), self.log_path(stage), env)
-        except KeyboardInterrupt:
+            if code in STOPPED_CODES:
+                raise Stopped
+        except Stopped:
             print(f"\nstopped in the stage {stage.name}; the same command goes on from here", flush=True)
             raise
         seconds = time.monotonic() - start
@@ -108,7 +128,13 @@ class Pipeline:
                 f"the stage {stage.name} failed: {reason}{hint}. Its output is in {self.log_path(stage)}. "
                 "To go on, run the same command again: finished stages are skipped"
             )
-        write_json(self.mark_path(stage), {"state": "done", **record, "seconds": round(seconds, 1)})
+        result = stage.result(self.base_dir)
+        if result is None:
+            raise RuntimeError(
+                f"the stage {stage.name} ended without a finished {stage.output}: see {self.log_path(stage)}, and run "
+                "the same command again"
+            )
+        write_json(self.mark_path(stage), {"state": "done", **record, "result": result, "seconds": round(seconds, 1)})
         return seconds
 
 

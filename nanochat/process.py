@@ -7,17 +7,21 @@ left on the screen: the last state of every line, without colours.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
+from types import FrameType, TracebackType
+from typing import Any, BinaryIO
+
+from nanochat.signals import Stopped
 
 READ_BYTES = 1 << 16
 _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
@@ -67,44 +71,65 @@ def _open_channel(terminal: bool) -> tuple[int, int]:
     return reader, writer
 
 
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that what must be cleaned up is."""
+class _PassOn:
+    """Within `with`, signals that ask to stop are passed on to `process`; it decides when it ends."""
 
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.asked = False
+        self._before: dict[int, Any] = {}
 
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        # Ctrl-C reaches every process of the terminal by itself.
+        if self.process is not None and number != signal.SIGINT:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
+
+    def __enter__(self) -> _PassOn:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+                if number := getattr(signal, name, None):
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+
+def _end_with_parent() -> None:
+    """In a new process: get SIGTERM when the one that started it is gone, even by SIGKILL (Linux only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def run_logged(command: Sequence[str], log_path: Path, env: Mapping[str, str]) -> int:
     """Run `command`, show its output, append it to `log_path`; returns its exit code (−n when killed by signal n).
 
-    Ctrl-C reaches the command too; its last words are read before KeyboardInterrupt goes on. SIGTERM is passed on.
+    SIGTERM, SIGUSR1 and Ctrl-C reach the command too; its last words are read until it has ended.
+
+    Raises:
+        Stopped: one of these signals came.
     """
     reader, writer = _open_channel(sys.stdout.isatty())
-    interrupted = False
-    with LineLog(log_path) as log, _exit_on_sigterm():
+    with LineLog(log_path) as log, _PassOn() as signals:
         log.feed(f"$ {' '.join(command)}   ({time.strftime('%Y-%m-%d %H:%M:%S')})\n".encode())
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=dict(env))
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=writer,
+            stderr=writer,
+            env=dict(env),
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        signals.process = process
+        if signals.asked:  # it came before there was anybody to pass it on to
+            process.terminate()
         os.close(writer)
         try:
-            while True:
-                try:
-                    data = os.read(reader, READ_BYTES)
-                except OSError:  # how a pseudo-terminal says that its other end is closed
-                    break
-                except KeyboardInterrupt:
-                    if interrupted:
-                        raise
-                    interrupted = True
-                    continue
-                if not data:
-                    break
+            # A pseudo-terminal says by an OSError that its other end is closed.
+            while data := _read(reader):
                 with contextlib.suppress(BrokenPipeError):  # nobody reads us any more: the log still counts
                     sys.stdout.buffer.write(data)
                     sys.stdout.buffer.flush()
@@ -115,6 +140,13 @@ def run_logged(command: Sequence[str], log_path: Path, env: Mapping[str, str]) -
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    if interrupted:
-        raise KeyboardInterrupt
+    if signals.asked:
+        raise Stopped
     return code
+
+
+def _read(reader: int) -> bytes:
+    try:
+        return os.read(reader, READ_BYTES)
+    except OSError:
+        return b""

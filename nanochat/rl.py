@@ -17,11 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.chat_evaluation import pass_at_k
-from nanochat.checkpoint_manager import Checkpoint, build_model, checkpoint_folder
-from nanochat.common import Compute, init_wandb, print0, print_banner, setup_compute
-from nanochat.engine import Engine
-from nanochat.finetune import (
-    MAY_CHANGE,
+from nanochat.chat_stage import (
     StageConfig,
     Start,
     checkpoint_hooks,
@@ -32,13 +28,17 @@ from nanochat.finetune import (
     run_trainer,
     train_settings,
 )
+from nanochat.checkpoint_manager import Checkpoint, build_model, checkpoint_folder
+from nanochat.common import Compute, init_wandb, print0, print_banner, setup_compute
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.progress import format_seconds
 from nanochat.report import get_report
+from nanochat.resume import find_resume, model_hash, only_run, saved_dtype
 from nanochat.rollouts import RewardTask, RolloutLoader, RolloutSettings, Scorer, answer_prompts
 from nanochat.samples import print_answers
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.trainer import Batch, Trainer, find_resume
+from nanochat.trainer import Batch, Trainer
 
 EVAL_ROWS = 256  # answers sampled together in an evaluation
 
@@ -47,7 +47,7 @@ EVAL_ROWS = 256  # answers sampled together in an evaluation
 class RLConfig(StageConfig):
     """Settings of reinforcement learning."""
 
-    source: Literal["mid", "sft", "rl"] = "sft"
+    source: Literal["mid", "sft"] = "sft"
     """Which stage's model to start from."""
     examples_per_step: int = 16
     """Problems per step, over all processes."""
@@ -182,13 +182,12 @@ def reinforce(cfg: RLConfig, load_tasks: Any) -> None:
     """
     print_banner()
     start = find_start(cfg.source, cfg)
-    print0(f"rl: starts from {start.checkpoint.folder}")
     tasks: RLTasks = load_tasks(start.checkpoint.meta)
-    with setup_compute(cfg.runtime, start.checkpoint.meta["dtype"]) as compute:
+    folder = checkpoint_folder("rl", start.tag)
+    dtype = saved_dtype(folder, cfg.resume) or start.checkpoint.meta["dtype"]
+    with setup_compute(cfg.runtime, dtype) as compute, only_run(folder, needed=not cfg.dry_run):
         # Every step has rows of another length: compiling would start again and again.
         compute = replace(compute, compile=False)
-        config = asdict(cfg)
-        folder = checkpoint_folder("rl", start.tag if cfg.source != "rl" else f"{start.tag}_again")
         steps_per_epoch = len(tasks.train) / cfg.examples_per_step * cfg.updates_per_rollout
         schedule = make_schedule(cfg, steps_per_epoch)
         print0(
@@ -197,14 +196,16 @@ def reinforce(cfg: RLConfig, load_tasks: Any) -> None:
         )
         if cfg.dry_run:
             return
-        checkpoint = find_resume(folder, config, cfg.resume, MAY_CHANGE)
+        inputs = {"tokenizer": start.tokenizer.hash, "model": model_hash(start.checkpoint), "task": tasks.train.name}
+        checkpoint = find_resume(folder, asdict(cfg), cfg.resume, inputs=inputs, force=cfg.force)
         trainer, loader = make_rl_trainer(cfg, compute, start, checkpoint, tasks, schedule, folder)
         if checkpoint is None:
             trainer.run_evaluation()
         before = trainer.last_evaluation if checkpoint is None else checkpoint.meta["before"]
-        trainer.meta["before"] = before
+        trainer.meta |= {"inputs": inputs, "before": before}
         run_trainer(trainer, checkpoint)
-        report(cfg, trainer, loader, tasks, compute)
+        if trainer.last_evaluation:  # else the run was complete before, and reported
+            report(cfg, trainer, loader, tasks, compute)
 
 
 def make_rl_trainer(

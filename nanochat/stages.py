@@ -9,11 +9,22 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.checkpoint_manager import (
+    DAMAGED,
+    META_FILE,
+    MODEL_FILE,
+    read_meta,
+    read_sums,
+    saved_steps,
+    step_folder,
+)
+from nanochat.files import sha256_file
 from nanochat.profiles import MID_HOURS, SFT_HOURS, Profile, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "Why is the sky blue?"
 SMALL_FILE_BYTES = 1_000_000
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 TEXT_SUFFIXES = (".parquet", ".jsonl", ".txt", ".py")
 HOURS_SHARE = {"base_train": 1.0, "mid_train": MID_HOURS, "chat_sft": SFT_HOURS}
 
@@ -51,6 +62,42 @@ class Stage:
             runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}", *runner]
         resuming = [f"--resume={'auto' if resume else 'never'}"] if self.trains else []
         return [sys.executable, *runner, *self.flags, *self.unmarked_flags, *resuming]
+
+    def result(self, base_dir: Path) -> str | None:
+        """A hash of what it has left, "" if it leaves nothing; None if that is not there, or not finished."""
+        if self.output is None:
+            return ""
+        found = sorted(base_dir.glob(self.output))
+        if not found:
+            return None
+        if found[-1].name == META_FILE:
+            return _checkpoint_hash(found[-1].parent.parent)
+        lines = [f"{path.relative_to(base_dir)} {_content_hash(path)}\n" for path in found]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _checkpoint_hash(folder: Path) -> str | None:
+    """The hash of a finished run's weights. Weights only: the time that a run took does not matter to later stages."""
+    try:
+        newest = step_folder(folder, saved_steps(folder)[-1])
+        return read_sums(newest)[MODEL_FILE] if read_meta(newest)["complete"] else None
+    except (*DAMAGED, IndexError):
+        return None
+
+
+def _content_hash(path: Path) -> str:
+    """The hash of a file, of a large one by its size and SAMPLES blocks of it; a folder only has to be there."""
+    if path.is_dir():
+        return "folder"
+    size = path.stat().st_size
+    if size <= SAMPLES * SAMPLE_BYTES:
+        return sha256_file(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as f:
+        for i in range(SAMPLES):
+            f.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(f.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def fingerprint(path: Path) -> str:

@@ -2,13 +2,14 @@
 
 One optimizer step: gather the micro-batches, count the tokens that are supervised on all ranks, add up the gradients
 of the summed loss divided by that count (so that any split into micro-batches or ranks is the same mathematics), then
-`Precision.step`. A checkpoint holds everything the next step depends on, the position in the data included.
+`Precision.step`. A checkpoint holds everything the next step depends on, the position in the data included; it is
+written in the background, and a disk that can't take it does not stop the training.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import copy
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,21 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.checkpoint_manager import (
-    load_checkpoint,
-    restore_rng_state,
-    rng_state,
-    save_checkpoint,
-    saved_steps,
-)
+from nanochat.checkpoint_manager import restore_rng_state, rng_state, saved_steps
+from nanochat.checkpoint_writer import CheckpointWriter, Keep, Snapshot, clean_leftovers, host_copy
 from nanochat.common import Compute, DummyWandb, measure_matmul, print0
 from nanochat.gpt import GPT
+from nanochat.metrics_log import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.precision import NonFiniteError, first_nonfinite_module
 from nanochat.progress import Bar, format_seconds, progress
 from nanochat.recipe import Schedule, muon_momentum
+from nanochat.report import git_state
+from nanochat.signals import Stopped, StopRequest
 
 METRICS_FILE = "metrics.jsonl"
+RETRY_SECONDS = 30.0  # after a checkpoint that could not be written
 LOSS_SMOOTHING = 0.9
 MORE_STATE = "more."  # how tensors of `more_state` are called in a checkpoint
 
@@ -71,6 +71,10 @@ class TrainSettings:
     sample_every: int | None = None
     save_every: int | None = None
     save_every_minutes: float = 10.0
+    keep_last: int = 2
+    keep_every: int | None = None
+    final_retry_minutes: float = 30.0
+    """How long the finished model waits for a disk that can take it."""
 
 
 @dataclass
@@ -83,6 +87,7 @@ class TrainState:
     tokens: int = 0
     val: float | None = None
     min_val: float | None = None
+    metrics_bytes: int = 0
 
 
 @dataclass(kw_only=True)
@@ -116,8 +121,15 @@ class Trainer:
         self.flops_per_token = self.model.estimate_flops(self.model.config.sequence_len)
         # The layers are compiled; the loss works chunk by chunk and stays outside.
         self._hidden = torch.compile(self.model.hidden, dynamic=False) if self.compute.compile else self.model.hidden
+        keep = Keep(self.settings.keep_last, self.settings.keep_every)
+        self.writer = CheckpointWriter(self.folder, keep)
+        self.metrics_log = MetricsLog(self.folder / METRICS_FILE)
+        self.complete = False
         self._last_save = time.monotonic()
         self.last_evaluation: dict[str, float] = {}
+        self._retry_at: float | None = None
+        self._owed = False  # a checkpoint was due while the one before was still being written
+        self._saves = 0
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -172,10 +184,26 @@ class Trainer:
 
         Raises:
             NonFiniteError: the run can't go on; names the first layer that is not finite. The last checkpoint stays.
+            Stopped: a signal asked to stop; the run is saved.
         """
+        if self.complete:
+            print0(f"{self.label}: this run is complete already (--resume=never trains it again)")
+            return self.state
+        try:
+            with StopRequest() as stop:
+                self._train(stop)
+                self._final_evaluation()
+                self._save_finished()
+        finally:
+            self._close_writer()
+        return self.state
+
+    def _train(self, stop: StopRequest) -> None:
         schedule = self.settings.schedule
         peak = measure_matmul(self.compute.dtype, self.compute.device, n=1024)
         total = schedule.num_iterations or schedule.seconds or 1.0
+        if self.compute.rank == 0:
+            self.metrics_log.cut(self.state.metrics_bytes, self.state.step)
         with progress(total, self.label) as bar:
             while not schedule.finished(self.state.step, self.state.seconds):
                 self._maybe_evaluate()
@@ -189,10 +217,7 @@ class Trainer:
                 seconds = time.perf_counter() - start
                 self._account(metrics, seconds, self.state.tokens - tokens_before, peak)
                 self._report(bar, metrics)
-                self._maybe_save()
-        self._final_evaluation()
-        self.save(complete=True)
-        return self.state
+                self._maybe_save(stop)
 
     def _account(self, metrics: dict[str, float], seconds: float, tokens: int, peak_tflops: float) -> None:
         state = self.state
@@ -219,15 +244,14 @@ class Trainer:
             note += f" skipped {metrics['skipped']:.0f} scale {metrics['scale']:g}"
         bar.set(done, note)
         record = {"step": state.step, "seconds": round(state.seconds, 3), "tokens": state.tokens}
-        record |= {k: float(f"{v:.6g}") for k, v in metrics.items()}
+        record |= {k: float(f"{v:.9g}") for k, v in metrics.items()}
         self._append_metrics(record)
         self.wandb.log(record)
 
     def _append_metrics(self, record: dict[str, Any]) -> None:
         if self.compute.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+            self.metrics_log.append(record)
+            self.state.metrics_bytes = self.metrics_log.position
 
     # -- evaluation and checkpoints -------------------------------------------------------------------------------
 
@@ -262,43 +286,138 @@ class Trainer:
             self.model.eval()
             self.sample()
 
-    def _maybe_save(self) -> None:
-        s = self.settings
-        due = self.compute.broadcast(time.monotonic() - self._last_save) >= 60 * s.save_every_minutes
-        if due or (s.save_every and self.state.step % s.save_every == 0):
-            self.save(complete=False)
+    def _maybe_save(self, stop: StopRequest) -> None:
+        """Save if it is time, stop if that was asked for, try again what has failed. All ranks do the same."""
+        s, now = self.settings, time.monotonic()
+        due = now - self._last_save >= 60 * s.save_every_minutes or (
+            self._retry_at is not None and now >= self._retry_at
+        )
+        stopping, due, busy, failed = self.compute.any_rank(
+            stop.requested, due and self.compute.rank == 0, self.writer.busy, self.writer.error is not None
+        )
+        due = due or self._owed or bool(s.save_every and self.state.step % s.save_every == 0)
+        if failed:
+            self._save_failed()
+        if stopping:
+            self._save_and_stop()
+        elif due:
+            self._owed = busy and not failed
+            if not self._owed:
+                self.save(complete=False, wait=False)
 
-    def save(self, complete: bool) -> None:
-        """Write a checkpoint (all ranks take part; rank 0 writes). A complete one carries no optimizer state."""
-        self._last_save = time.monotonic()
-        optimizer: dict[str, Tensor] | None = None
+    def save(self, complete: bool, wait: bool = True) -> bool:
+        """Write a checkpoint; all ranks take part. A complete one carries no optimizer state.
+
+        Args:
+            complete: the run is over.
+            wait: until it is on the disk; else training goes on while it is written.
+
+        Returns:
+            Whether it is there (with `wait`; else True).
+        """
+        self.writer.wait()
+        self.writer.error = None
+        self._last_save, self._retry_at = time.monotonic(), None
+        self._saves += 1
+        if not complete or self.compute.rank == 0:
+            self.writer.start(self._snapshot(complete))
+        if not wait:
+            return True
+        self.writer.wait()
+        (failed,) = self.compute.any_rank(self.writer.error is not None)
+        if failed:
+            self._save_failed()
+        return not failed
+
+    def _snapshot(self, complete: bool) -> Snapshot:
+        """A copy of all that the next step depends on."""
+        first = self.compute.rank == 0
+        optimizer = None
         if not complete:
-            optimizer = self.optimizer.flat_state()
-            optimizer |= rng_state(self.compute.device)
-            if self.more_state is not None:
-                optimizer |= {MORE_STATE + name: value for name, value in self.more_state().items()}
+            optimizer = host_copy(self.optimizer.own_flat_state()) | rng_state(self.compute.device)
+            if first and self.more_state is not None:
+                optimizer |= host_copy({MORE_STATE + name: value for name, value in self.more_state().items()})
         meta = self.meta | {
             "complete": complete,
             "state": vars(self.state),
             "loader": self.loader.state_dict(),
             "precision": self.compute.precision.state_dict(),
             "dtype": self.compute.precision.name,
+            "world_size": self.compute.world_size,
             "model_config": self.model.config.to_dict(),
+            "code": git_state(),
+            "torch": torch.__version__,
             self.val_name: self.state.val,
         }
+        return Snapshot(
+            self.state.step,
+            host_copy(self.weights() if self.weights is not None else self.model.state_dict()) if first else {},
+            optimizer,
+            copy.deepcopy(meta),
+            self.compute.rank,
+            self.compute.world_size,
+            self._saves,
+        )
+
+    def _save_failed(self) -> None:
+        """Say loudly what is wrong, and plan another try."""
+        if self.writer.error is None:
+            self.writer.abandon()  # another rank has failed
+        error, self.writer.error = self.writer.error, None
+        self._retry_at = time.monotonic() + min(RETRY_SECONDS, 60 * self.settings.save_every_minutes)
+        if error is not None:
+            steps = saved_steps(self.folder)
+            newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+            print(
+                f"\nWARNING: {self.label}: no checkpoint could be written to {self.folder} ({error}). Training goes on "
+                f"and will try again; until then {newest}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.compute.any_rank(False)  # nobody writes any more
         if self.compute.rank == 0:
-            weights = self.weights() if self.weights is not None else self.model.state_dict()
-            save_checkpoint(self.folder, self.state.step, weights, optimizer, meta, keep=1 if complete else 2)
-        if self.compute.ddp:
-            dist.barrier()
+            clean_leftovers(self.folder)
+
+    def _save_and_stop(self) -> None:
+        saved = self.save(complete=False)
+        print0(f"{self.label}: stopped at step {self.state.step}" + (", saved" if saved else ", NOT saved"))
+        print0("the same command goes on from here")
+        raise Stopped
+
+    def _save_finished(self) -> None:
+        """The last checkpoint: nothing is left to do but to wait for a disk that can take it."""
+        give_up = time.monotonic() + 60 * self.settings.final_retry_minutes
+        while not self.save(complete=True):
+            (over,) = self.compute.any_rank(time.monotonic() > give_up)
+            if over:
+                raise RuntimeError(
+                    f"the finished model could not be written to {self.folder}: make room there and start the same "
+                    "command again, it goes on from the newest checkpoint"
+                )
+            time.sleep(min(RETRY_SECONDS, 6 * self.settings.final_retry_minutes))
+        self.complete = True
+
+    def _close_writer(self) -> None:
+        """Let what is being written come to its end, unless it waits for a rank that is gone."""
+        self.writer.wait(5.0 if self.compute.ddp else None)
 
     def resume(self, checkpoint_meta: dict[str, Any], optimizer: dict[str, Tensor]) -> None:
-        """Continue from a checkpoint's meta and optimizer tensors (the model and loader are built from it already)."""
+        """Continue from a checkpoint's meta and optimizer tensors (the model and loader are built from it already).
+
+        Raises:
+            RuntimeError: the ranks have found different checkpoints.
+        """
+        self.state = TrainState(**checkpoint_meta["state"])
+        if self.compute.broadcast(self.state.step) != self.state.step:
+            raise RuntimeError(
+                f"rank 0 and rank {self.compute.rank} found different checkpoints in {self.folder}: can all of them "
+                "read it?"
+            )
+        self.complete = bool(checkpoint_meta["complete"])
+        if self.complete:
+            return
         self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(("rng.", MORE_STATE))})
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
-        self.state = TrainState(**checkpoint_meta["state"])
-        if self.compute.rank == 0:
-            _drop_later_metrics(self.folder / METRICS_FILE, self.state.step)
         restore_rng_state(optimizer, self.compute.device)
         print0(f"{self.label}: goes on at step {self.state.step}")
 
@@ -318,58 +437,3 @@ class Trainer:
             f"training stopped at step {self.state.step}: {error}; {layer}. Lower the learning rates "
             "(--matrix_lr, --embedding_lr), set --grad_clip=1.0, or use --dtype=float32; the last checkpoint stays"
         )
-
-
-def _drop_later_metrics(path: Path, step: int) -> None:
-    """Forget the metrics of steps that will be made again."""
-    from nanochat.files import write_text
-
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):  # a line torn by a kill
-        return 1 << 62
-
-
-def find_resume(folder: Path, config: dict[str, Any], resume: str, ignore: set[str]) -> Any:
-    """The checkpoint to continue in `folder`, or None for a fresh start (an older run there is moved to `<tag>.old`).
-
-    Args:
-        folder: the tag's checkpoint folder.
-        config: this run's settings, JSON-ready.
-        resume: "auto" or "never".
-        ignore: settings that may differ.
-
-    Raises:
-        ValueError: an unfinished run with other settings is there; names each difference and the remedy.
-    """
-    if not saved_steps(folder):
-        return None
-    if resume == "auto":
-        checkpoint = load_checkpoint(folder, with_optimizer=True)
-        if not checkpoint.meta["complete"]:
-            before = checkpoint.meta["config"]
-            names = sorted((set(before) | set(config)) - ignore)
-            changed = [f"{n}: {before.get(n)} -> {config.get(n)}" for n in names if before.get(n) != config.get(n)]
-            if changed:
-                raise ValueError(
-                    f"an unfinished run with other settings is in {folder} ({'; '.join(changed)}): use its settings, "
-                    "another --model_tag, or --resume=never to start over"
-                )
-            return checkpoint
-    if int(os.environ.get("RANK", "0")) == 0:
-        import shutil
-
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        print0(f"a run was in {folder}: moved to {old.name}")
-    if dist.is_initialized():
-        dist.barrier()
-    return None

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_folder
+from nanochat.checkpoint_manager import checkpoint_folder, load_weights
 from nanochat.common import Compute, init_wandb, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.dataloader import PretrainLoader
@@ -22,12 +22,10 @@ from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
 from nanochat.recipe import BatchPlan, Schedule, parameter_groups, plan_batch, plan_iterations
 from nanochat.report import get_report
+from nanochat.resume import find_resume, only_run, saved_dtype
 from nanochat.samples import print_samples
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
-from nanochat.trainer import Trainer, TrainSettings, find_resume
-
-# Settings a resumed run may change: they don't touch the mathematics of a step.
-MAY_CHANGE = {"run", "resume", "eval_every", "sample_every", "save_every", "save_every_minutes", "dry_run", "runtime"}
+from nanochat.trainer import Trainer, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +75,8 @@ class Config:
     """Learning rate at the end, as a share of the full one."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on with an unfinished run of the same settings."""
+    force: bool = False
+    """Go on with an unfinished run although settings differ."""
     eval_every: int = 250
     """Steps between evaluations of the validation set (0: only at the end)."""
     eval_tokens: int = 20 * 524288
@@ -87,6 +87,10 @@ class Config:
     """Steps between checkpoints, besides those by the clock (0: none)."""
     save_every_minutes: float = 10.0
     """Minutes between checkpoints."""
+    keep_last: int = 2
+    """How many checkpoints of an unfinished run stay, besides the one of the lowest validation loss."""
+    keep_every: int = 0
+    """Also keep those whose step is a multiple of this, for good (0: none)."""
     model_tag: str | None = None
     """Name of the checkpoint folder; default d<depth>."""
     dry_run: bool = False
@@ -97,6 +101,8 @@ class Config:
             raise ValueError(f"--depth must be at least 1, got {self.depth}")
         if self.hours is not None and self.hours <= 0:
             raise ValueError(f"--hours must be positive, got {self.hours}")
+        if self.keep_last < 1:
+            raise ValueError(f"--keep_last must be at least 1, got {self.keep_last}")
 
     @property
     def tag(self) -> str:
@@ -191,7 +197,11 @@ def main(cfg: Config) -> None:
             if not cfg.dry_run:
                 raise
             vocab_size = 65536
-    with setup_compute(cfg.runtime) as compute:
+    folder = checkpoint_folder("base", cfg.tag)
+    with (
+        setup_compute(cfg.runtime, saved_dtype(folder, cfg.resume)) as compute,
+        only_run(folder, needed=not cfg.dry_run),
+    ):
         plan = make_plan(cfg, vocab_size, compute.world_size)
         for line in plan.lines():
             print0(line)
@@ -205,12 +215,13 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
     folder = checkpoint_folder("base", cfg.tag)
     config = asdict(cfg)
-    checkpoint = find_resume(folder, config, cfg.resume, MAY_CHANGE)
+    inputs = {"tokenizer": tokenizer.hash}
+    checkpoint = find_resume(folder, config, cfg.resume, inputs=inputs, force=cfg.force)
     model = GPT(plan.model)
     if checkpoint is None:
         model.init_weights()
     else:
-        model.load_state_dict(checkpoint.model)
+        load_weights(model, checkpoint)
     model.to(compute.device).train()
     loader = PretrainLoader(
         corpus,
@@ -244,9 +255,11 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
             sample_every=cfg.sample_every or None,
             save_every=cfg.save_every or None,
             save_every_minutes=cfg.save_every_minutes,
+            keep_last=cfg.keep_last,
+            keep_every=cfg.keep_every or None,
         ),
         folder=folder,
-        meta={"config": config, "tokenizer_hash": tokenizer.hash, "corpus": corpus.name},
+        meta={"config": config, "inputs": inputs, "tokenizer_hash": tokenizer.hash, "corpus": corpus.name},
         evaluate=lambda: validation(cfg, compute, model, corpus, tokenizer),
         sample=lambda: print_samples(model, tokenizer, compute),
         wandb=init_wandb(cfg.run, "nanochat", config),

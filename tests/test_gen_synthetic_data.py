@@ -88,5 +88,5 @@ def test_errors_are_one_sentence(server, tmp_path):
     server.broken = True
     with pytest.raises(RuntimeError, match="no such model"):
         gen.main(gen.Config(base_url=server.url, model="m", num=1, out=str(tmp_path / "o.jsonl")))
-    with pytest.raises(FileNotFoundError, match="nothing.txt"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
         gen.main(gen.Config(base_url=server.url, model="m", about="nothing.txt"))

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.process import LineLog, run_logged
+from nanochat.signals import EXIT_STOPPED
 
 
 def python(code: str) -> list[str]:
@@ -88,7 +89,7 @@ def test_stopping_the_runner_stops_the_command(tmp_path):
     while not (pid_file.exists() and pid_file.read_text()):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert process.wait(timeout=60) == EXIT_STOPPED
     for _ in range(200):
         try:
             os.kill(int(pid_file.read_text()), 0)

@@ -173,15 +173,15 @@ def test_an_epoch_shows_every_problem_once(tiny_model, tiny_tokenizer):
 
 
 def test_rewards_rise(saved_sft):
-    checkpoint = train(num_iterations=30, num_samples=8, examples_per_step=4, init_lr_frac=1.0)
+    checkpoint = train(num_iterations=20, num_samples=8, examples_per_step=4, init_lr_frac=1.0)
     before, after = metrics("pass@1")
     assert after > before + 0.3
-    assert len(metrics("reward")) == 30
+    assert len(metrics("reward")) == 20
     assert checkpoint.meta["complete"]
 
 
 def test_float16_is_finite(saved_sft):
-    train(runtime=Runtime(device_type="cpu", dtype="float16"))
+    train(runtime=Runtime(device_type="cpu", dtype="float16"), num_iterations=2, eval_examples=2)
     assert all(loss == loss for loss in metrics("loss"))
     assert metrics("scale")[-1] > 1
 
@@ -213,7 +213,8 @@ def test_pass_at_k_agrees_with_sampling_by_hand(tiny_model, tiny_tokenizer):
     rows = [tiny_tokenizer.render_for_completion(p) for p in (TASKS.val[i] for i in range(8)) for _ in range(8)]
     answers = answer_prompts(Engine(tiny_model, tiny_tokenizer), rows, 6, 1.0, None, seed=CPU.seed)
     right = [
-        TASKS.val.reward({}, tiny_tokenizer.decode(ids[len(row) :])) for (ids, _), row in zip(answers, rows, strict=True)
+        TASKS.val.reward({}, tiny_tokenizer.decode(ids[len(row) :]))
+        for (ids, _), row in zip(answers, rows, strict=True)
     ]
     expected = sum(pass_at_k(8, int(sum(right[i : i + 8])), 4) for i in range(0, 64, 8)) / 8
     assert scores["pass@4"] == pytest.approx(expected)

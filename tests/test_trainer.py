@@ -12,7 +12,8 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.precision import NonFiniteError
 from nanochat.recipe import Schedule, parameter_groups
-from nanochat.trainer import METRICS_FILE, Trainer, TrainSettings, find_resume
+from nanochat.resume import find_resume
+from nanochat.trainer import METRICS_FILE, Trainer, TrainSettings
 
 VOCAB, T = 60, 16
 
@@ -127,7 +128,7 @@ def test_an_unfinished_run_with_other_settings_is_refused_by_name(base_dir):
     trainer = make(base_dir / "t", steps=4)
     trainer.train_step()
     trainer.save(complete=False)
-    with pytest.raises(ValueError, match=r"steps: 4 -> 9.*--resume=never"):
+    with pytest.raises(ValueError, match=r"(?s)steps: 4 -> 9.*--resume=never"):
         find_resume(base_dir / "t", {"steps": 9}, "auto", set())
     assert find_resume(base_dir / "t", {"steps": 9}, "auto", {"steps"}) is not None
 

@@ -1,0 +1,353 @@
+"""Kill a small base -> mid -> SFT pipeline at random moments, go on each time, compare with an undisturbed run.
+
+    python dev/chaos.py                          20 × SIGKILL, 5 × SIGTERM on the pipeline, 6 torn disks
+    python dev/chaos.py --ranks 2 --kills 6      two gloo ranks, of which one is killed
+
+Final weights, position in the data, loss scale, counters and the loss log (loss, gradient norm, learning rate of every
+step) must be the same bit for bit; a SIGTERM must lose no step and exit with 75; a dead rank must end the other.
+
+A torn disk: while a run writes checkpoints every few steps, the largest file it may write is limited to a random
+number of bytes (RLIMIT_FSIZE, from outside), so that a write stops in the middle of a file; as root also a tmpfs that
+fills up.
+The newest checkpoint that loads must be at most one interval old, and the run must end with the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nanochat.config import run_script  # noqa: E402
+
+TRAINED = {"base_train": "base_checkpoints", "mid_train": "mid_checkpoints", "chat_sft": "chatsft_checkpoints"}
+COMPARED = ("step", "tokens", "loss", "smooth_loss", "grad_norm", "lr_multiplier", "skipped", "scale", "val_bpb")
+COMPARED += ("val_loss",)
+SAVE_EVERY = 5
+LONGEST_SECONDS = 300.0  # for one launch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to do to the pipeline."""
+
+    kills: int = 20
+    """SIGKILLs, spread over the stages."""
+    terms: int = 5
+    """SIGTERMs."""
+    tears: int = 6
+    """Torn disks, in base training (and one tmpfs, as root)."""
+    ranks: int = 1
+    """Processes of torchrun; with more than one, each SIGKILL hits one of them."""
+    steps: int = 120
+    """Optimizer steps of each stage."""
+    only: str | None = None
+    """Only the stages up to this one: base_train, mid_train or chat_sft."""
+    seed: int = 1
+    """Of the random moments."""
+    folder: str | None = None
+    """Where to work; default: a temporary folder, removed at the end."""
+    child: bool = False
+    """(Used by itself: run the pipeline in $NANOCHAT_BASE_DIR.)"""
+
+    @property
+    def stages(self) -> list[str]:
+        """The training stages that are run."""
+        names = list(TRAINED)
+        return names[: names.index(self.only) + 1] if self.only else names
+
+
+def run_pipeline(cfg: Config) -> None:
+    """The child: the stages up to SFT, without the evaluations."""
+    from nanochat.pipeline import Pipeline, only_one
+    from nanochat.profiles import TINY, Settings
+    from nanochat.stages import make_stages
+
+    save = f"--save_every={SAVE_EVERY}"
+    profile = replace(
+        TINY,
+        max_seq_len=64,
+        total_batch_size=512,
+        sft_batch_size=512,
+        nproc=cfg.ranks,
+        steps=dict.fromkeys(TRAINED, cfg.steps),
+        flags={
+            "data": ("--chars=100000",),
+            "base_train": ("--eval_every=30", "--eval_tokens=1024", "--sample_every=0", save),
+            "mid_train": ("--eval_every=30", "--eval_batches=1", save),
+            "chat_sft": ("--eval_every=30", "--eval_batches=1", save),
+        },
+    )
+    base_dir = Path(os.environ["NANOCHAT_BASE_DIR"])
+    names = ["data", "tok_train", *cfg.stages]
+    stages = [
+        replace(s, needs=tuple(n for n in s.needs if n in names))
+        for s in make_stages(profile, Settings(), base_dir)
+        if s.name in names
+    ]
+    pipeline = Pipeline(stages, base_dir, profile)
+    with only_one(pipeline.folder):
+        pipeline.run(os.environ)
+
+
+# --- watching a run --------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One launch of the pipeline in `base_dir`."""
+
+    def __init__(self, cfg: Config, base_dir: Path) -> None:
+        self.cfg, self.base_dir = cfg, base_dir
+        self.log = base_dir.with_name(base_dir.name + ".log")
+        command = [sys.executable, str(Path(__file__).resolve()), "--child", f"--ranks={cfg.ranks}"]
+        command += [f"--steps={cfg.steps}", *([f"--only={cfg.only}"] if cfg.only else [])]
+        env = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=ROOT)
+
+    def step(self, stage: str) -> int:
+        """The last step in a stage's loss log."""
+        try:
+            lines = (self.base_dir / TRAINED[stage] / "d1" / "metrics.jsonl").read_bytes().splitlines()
+            return int(json.loads(lines[-1])["step"])
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    def wait_for(self, happened: Callable[[], bool]) -> bool:
+        """Wait until `happened()`; False if the run ended before."""
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while not happened():
+            if self.process.poll() is not None:
+                return False
+            if time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"nothing happened for {LONGEST_SECONDS:.0f} s: see {self.log}")
+            time.sleep(0.005)
+        return True
+
+    def wait(self) -> int:
+        """Its exit code."""
+        try:
+            return self.process.wait(timeout=LONGEST_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise RuntimeError(f"it did not end within {LONGEST_SECONDS:.0f} s: see {self.log}") from None
+
+    def workers(self) -> list[Any]:
+        """The processes that train."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            return [p for p in children if any(a.startswith("scripts.") for a in p.cmdline()) and not p.children()]
+        return []
+
+    def kill(self) -> None:
+        """SIGKILL for all of its processes at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def expect(self, code: int, *allowed: int) -> None:
+        """Wait for the end; any other exit code is an error."""
+        found = self.wait()
+        if found not in (code, *allowed):
+            tail = self.log.read_text(errors="replace")[-3000:]
+            raise RuntimeError(f"exit code {found}, expected {code}:\n{tail}")
+
+
+def newest_step(base_dir: Path, stage: str) -> int | None:
+    """The step of the newest checkpoint that loads, optimizer included; None if there is none."""
+    from nanochat.checkpoint_manager import load_checkpoint
+
+    try:
+        folder = base_dir / TRAINED[stage] / "d1"
+        return int(load_checkpoint(folder, with_optimizer=True).meta["step"])
+    except (FileNotFoundError, RuntimeError):
+        return None
+
+
+# --- what is done to it ----------------------------------------------------------------------------------------------
+
+
+def kill_at_random(cfg: Config, base_dir: Path, rng: random.Random) -> float:
+    """All kills, then to the end; returns the longest time that a rank outlived a killed one."""
+    kinds = ["KILL"] * cfg.kills + ["TERM"] * cfg.terms
+    rng.shuffle(kinds)
+    # A moment: when this stage has come to this step, and a little later.
+    moments = sorted((rng.randrange(len(cfg.stages)), rng.randint(0, cfg.steps)) for _ in kinds)
+    slowest = 0.0
+    for number, (kind, (at, step)) in enumerate(zip(kinds, moments, strict=True), 1):
+        stage = cfg.stages[at]
+        run = Run(cfg, base_dir)
+        # What was reached before the last kill counts: then this one comes while the run starts.
+        if run.wait_for(lambda run=run, stage=stage, step=step: run.step(stage) >= step):  # type: ignore[misc]
+            time.sleep(rng.uniform(0, 0.3) if rng.random() < 0.7 else rng.uniform(0, 4))
+        reached = run.step(stage)
+        if kind == "TERM":
+            os.kill(run.process.pid, signal.SIGTERM)
+            run.expect(75, 0, 1 if cfg.ranks > 1 else 75)
+            kept = newest_step(base_dir, stage)
+            if run.step(stage) > reached and kept != run.step(stage):  # it was training
+                raise RuntimeError(f"SIGTERM lost steps: step {run.step(stage)} was made, {kept} is saved")
+        elif cfg.ranks > 1 and (workers := run.workers()):
+            start = time.monotonic()
+            with contextlib.suppress(Exception):
+                rng.choice(workers).kill()
+            run.expect(1, 0)
+            slowest = max(slowest, time.monotonic() - start)
+        else:
+            run.kill()
+        print(f"  {number}/{len(kinds)} SIG{kind} in {stage} at step {reached}", flush=True)
+    Run(cfg, base_dir).expect(0)
+    return slowest
+
+
+def tear(cfg: Config, base_dir: Path, rng: random.Random) -> int:
+    """Let the disk fail in base training, kill the run, mend the disk; returns how old the newest checkpoint was."""
+    import psutil
+
+    run = Run(cfg, base_dir)
+    start = newest_step(base_dir, "base_train") or 0
+    if not run.wait_for(lambda: run.step("base_train") >= start + 2 * SAVE_EVERY + 1 and bool(run.workers())):
+        return 0
+    size = sum(p.stat().st_size for p in (base_dir / TRAINED["base_train"] / "d1").glob("step_*/model.safetensors"))
+    for worker in run.workers():
+        psutil.Process(worker.pid).rlimit(psutil.RLIMIT_FSIZE, (rng.randrange(max(2, size)), resource.RLIM_INFINITY))
+    torn_at = run.step("base_train")
+    said = run.log.stat().st_size
+    run.wait_for(lambda: b"WARNING" in run.log.read_bytes()[said:])
+    run.kill()
+    newest = newest_step(base_dir, "base_train")
+    return torn_at - (newest or 0)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size_bytes: int) -> Iterator[None]:
+    """A tmpfs over `folder` (what is in it is copied there and back). Needs root."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        kept = folder.with_name(folder.name + ".kept")
+        shutil.copytree(folder, kept, ignore=shutil.ignore_patterns("ballast"))
+        subprocess.run(["umount", str(folder)], check=True)
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        shutil.rmtree(kept)
+
+
+def fill_disk(cfg: Config, base_dir: Path) -> int:
+    """Base training on a disk that is full for a while; returns how old the newest checkpoint was when it got full."""
+    folder = base_dir / TRAINED["base_train"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with small_disk(folder, 64 << 20):
+        run = Run(cfg, base_dir)
+        run.wait_for(lambda: run.step("base_train") >= 2 * SAVE_EVERY + 1)
+        with contextlib.suppress(OSError), open(folder / "ballast", "wb", buffering=0) as f:
+            while True:
+                f.write(bytes(1 << 12))
+        full_at = run.step("base_train")
+        run.wait_for(lambda: b"WARNING" in run.log.read_bytes())
+        age = full_at - (newest_step(base_dir, "base_train") or 0)
+        (folder / "ballast").unlink()
+        run.expect(0)  # the same process goes on to the end
+    return age
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def outcome(cfg: Config, base_dir: Path) -> dict[str, Any]:
+    """All that must not depend on interruptions."""
+    from nanochat.checkpoint_manager import load_checkpoint, read_sums
+
+    found: dict[str, Any] = {}
+    for stage in cfg.stages:
+        folder = base_dir / TRAINED[stage] / "d1"
+        checkpoint = load_checkpoint(folder)
+        state = {k: v for k, v in checkpoint.meta["state"].items() if k not in ("seconds", "metrics_bytes")}
+        found[f"{stage}: weights"] = read_sums(checkpoint.folder)["model.safetensors"]
+        found[f"{stage}: position in the data"] = checkpoint.meta["loader"]
+        found[f"{stage}: counters"] = (state, checkpoint.meta["precision"], checkpoint.meta["complete"])
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        found[f"{stage}: loss log"] = [[json.loads(line).get(name) for name in COMPARED] for line in lines]
+    return found
+
+
+def compare(cfg: Config, wanted: dict[str, Any], base_dir: Path) -> None:
+    """Raise RuntimeError with the names of what differs."""
+    found = outcome(cfg, base_dir)
+    if different := [name for name in wanted if wanted[name] != found[name]]:
+        raise RuntimeError(f"not the same as without interruptions: {', '.join(different)} (in {base_dir})")
+
+
+def main(cfg: Config) -> None:
+    """Run undisturbed, then disturbed; compare."""
+    if cfg.child:
+        run_pipeline(cfg)
+        return
+    start, rng = time.monotonic(), random.Random(cfg.seed)
+    with contextlib.ExitStack() as stack:
+        work = Path(cfg.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos")))
+        (work / "calm").mkdir(parents=True)
+        Run(cfg, work / "calm").expect(0)
+        wanted = outcome(cfg, work / "calm")
+        print(
+            f"undisturbed: {len(cfg.stages)} stages of {cfg.steps} steps in {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
+        result: dict[str, Any] = {"kills": cfg.kills, "terms": cfg.terms, "ranks": cfg.ranks}
+        if cfg.kills + cfg.terms:
+            (work / "killed").mkdir()
+            slowest = kill_at_random(cfg, work / "killed", rng)
+            compare(cfg, wanted, work / "killed")
+            print(f"{cfg.kills} × SIGKILL, {cfg.terms} × SIGTERM: the same bit for bit", flush=True)
+            if cfg.ranks > 1:
+                print(f"a killed rank ended the others within {slowest:.1f} s")
+                result["seconds_to_end"] = round(slowest, 1)
+        if cfg.tears:
+            result["checkpoint_age_steps"] = torn_disks(cfg, work, wanted, rng)
+        result["seconds"] = round(time.monotonic() - start)
+        print(json.dumps(result))
+
+
+def torn_disks(cfg: Config, work: Path, wanted: dict[str, Any], rng: random.Random) -> int:
+    """The disks that fail; returns the greatest age of the newest good checkpoint, in steps."""
+    base = replace(cfg, only="base_train")
+    wanted = {name: value for name, value in wanted.items() if name.startswith("base_train")}
+    ages = []
+    (work / "torn").mkdir()
+    for _ in range(cfg.tears):
+        ages.append(tear(base, work / "torn", rng))
+    Run(base, work / "torn").expect(0)
+    compare(base, wanted, work / "torn")
+    if os.geteuid() == 0:
+        (work / "full").mkdir()
+        ages.append(fill_disk(base, work / "full"))
+        compare(base, wanted, work / "full")
+    # A checkpoint of step n is being written while the next steps are made: one interval, and those.
+    if max(ages) > 2 * SAVE_EVERY:
+        raise RuntimeError(f"the newest good checkpoint was {max(ages)} steps old, saved every {SAVE_EVERY}")
+    print(
+        f"{len(ages)} torn or full disks: the newest good checkpoint was at most {max(ages)} steps old, then the same"
+    )
+    return max(ages)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

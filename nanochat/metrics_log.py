@@ -1,0 +1,71 @@
+"""The loss log of a run: JSON lines that survive a full disk, and that a resume cuts back to its checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from nanochat.files import write_bytes
+
+
+class MetricsLog:
+    """Appends records to a file. What can't be written is kept in memory and tried again with the next record.
+
+    Attributes:
+        position: bytes of all records so far; put into a checkpoint, given to `cut` by a resume.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = 0
+        self._pending = b""
+        self._failing = False
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record."""
+        line = (json.dumps(record) + "\n").encode()
+        self.position += len(line)
+        self._pending += line
+        size = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as f:
+                size = f.seek(0, os.SEEK_END)
+                written = f.write(self._pending)
+                if written != len(self._pending):
+                    raise OSError("the disk took only a part of the record")
+        except OSError as error:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+            if not self._failing:
+                print(
+                    f"WARNING: {self.path} can't be written ({error}); training goes on, it is tried again every step",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._failing = True
+            return
+        self._pending, self._failing = b"", False
+
+    def cut(self, position: int, step: int) -> None:
+        """Forget all that came after `position`, where `step` steps were done: they will be made again."""
+        self._pending = b""
+        if self.path.is_file():
+            if self.path.stat().st_size >= position:
+                os.truncate(self.path, position)
+            else:  # it lost something: the folder had vanished, or a power cut took the end
+                lines = self.path.read_bytes().splitlines(keepends=True)
+                write_bytes(self.path, b"".join(line for line in lines if _step_of(line) <= step))
+        self.position = self.path.stat().st_size if self.path.is_file() else 0
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # torn by a kill
+        return float("inf")

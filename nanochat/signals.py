@@ -1,0 +1,68 @@
+"""A run that is asked to stop finishes its step and saves; the second time it leaves at once.
+
+SIGTERM (a scheduler, `kill`), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning before a time limit) all ask. The process
+then exits with EXIT_STOPPED, which tells "stopped as you wished, the same command goes on" from an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+# sysexits.h: EX_TEMPFAIL, "the user is invited to retry".
+EXIT_STOPPED = 75
+# torchrun passes a Ctrl-C on to its workers, which have had it from the terminal already: that is one wish, not two.
+SAME_WISH_SECONDS = 1.0
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop, and has saved; ends the process with EXIT_STOPPED."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_STOPPED)
+
+
+class StopRequest:
+    """Within `with`, signals only set `requested`; the second one ends the process with 128 + its number."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._parent = os.getppid()
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came, or torchrun is gone: nobody would look after its ranks any more."""
+        return self._asked or ("RANK" in os.environ and os.getppid() != self._parent)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._asked:
+            self._asked, self._since = True, time.monotonic()
+            self._say(f"{signal.Signals(number).name}: finishing the step and saving; once more leaves at once")
+        elif time.monotonic() - self._since > SAME_WISH_SECONDS:
+            self._say("leaving at once; the checkpoints that are there stay good")
+            os._exit(128 + number)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        # os.write: print could be interrupted in the middle of a print by this very handler.
+        if int(os.environ.get("RANK", "0")) == 0:
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+                if number := getattr(signal, name, None):
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)

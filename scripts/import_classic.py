@@ -1,0 +1,39 @@
+"""Take over a model that nanochat itself has trained (model_*.pt with meta_*.json).
+
+python -m scripts.import_classic --folder=/old/base_checkpoints/d20 --source=base
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanochat.classic import import_classic
+from nanochat.config import run_script
+from nanochat.tokenizer import get_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to import."""
+
+    folder: Path
+    """The folder with the .pt files."""
+    source: Literal["base", "mid", "sft", "rl"] = "base"
+    """Which stage made it."""
+    model_tag: str | None = None
+    """The name it gets here; default: that of the folder."""
+    step: int | None = None
+    """Default: the last."""
+
+
+def main(cfg: Config) -> None:
+    """Read, check, write."""
+    folder = cfg.folder.expanduser().absolute()
+    target = import_classic(folder, cfg.source, cfg.model_tag or folder.name, get_tokenizer(), cfg.step)
+    print(f"imported into {target}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
