@@ -10,6 +10,7 @@ Padding and everything unsupervised is -1 in y, and every row supervises somethi
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy.typing as npt
 import torch
 
 from nanochat.background import Prefetch, to_device
-from nanochat.messages import Conversation, check_messages
+from nanochat.common import print0
+from nanochat.messages import Conversation, check_messages, from_openai
 from nanochat.packing import Packer, PackingStats, Place, Renderer, Supervise
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -30,7 +32,8 @@ from nanochat.tokenizer import RustBPETokenizer
 def load_conversations(path: str | Path) -> list[Conversation]:
     """The conversations of a .jsonl file or of a .parquet file with a column `messages`.
 
-    A line of JSONL is a list of messages or {"messages": [...]}; a message is {"role", "content"}.
+    A line of JSONL is a list of messages or {"messages": [...]}; a message is {"role", "content"}, or one of OpenAI's
+    form with tool calls. Calls of tools that the engine does not have are learned as text, and said.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -43,15 +46,20 @@ def load_conversations(path: str | Path) -> list[Conversation]:
         )
     read = _read_parquet if path.suffix == ".parquet" else _read_jsonl
     conversations = []
+    other_tools: Counter[str] = Counter()
     for place, record in read(path):
         messages = record.get("messages") if isinstance(record, dict) else record
         try:
+            messages = from_openai(messages, other_tools)
             check_messages(messages)
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from None
         conversations.append({"messages": messages})
     if not conversations:
         raise ValueError(f"{path} holds no conversations")
+    if other_tools:
+        names = ", ".join(f"{name} ({count}×)" for name, count in other_tools.most_common(5))
+        print0(f"warning: {path} calls tools that nothing will answer, as the engine has a calculator only: {names}")
     return conversations
 
 
@@ -90,12 +98,15 @@ class Batch(NamedTuple):
 
     x: npt.NDArray[np.int64]
     y: npt.NDArray[np.int64]
+    segments: npt.NDArray[np.int64]
     stats: PackingStats
     after: Place
 
 
 class ConversationLoader:
-    """Endless iterator of (x, y), both int64 (B, T) on `device`; y is -1 where nothing is to be learned.
+    """Endless iterator of (x, y) or (x, y, segments), int64 (B, T) on `device`; y is -1 where nothing is learned.
+
+    Segments number the conversations of a row, padding last: with them the model reads each as if it were alone.
 
     Args:
         dataset: has a length and gives conversation i as {"messages": [...]}.
@@ -106,6 +117,7 @@ class ConversationLoader:
         rank: which of the `world_size` processes this is.
         world_size: how many processes share the batches.
         supervise: learn "all" tokens (but bos), or those of the "assistant" only.
+        isolate: hand out segments.
         seed: of the shuffles.
         state: `state_dict()` of an earlier loader, to go on where it stopped.
 
@@ -123,6 +135,7 @@ class ConversationLoader:
         rank: int = 0,
         world_size: int = 1,
         supervise: Supervise = "assistant",
+        isolate: bool = False,
         seed: int = 42,
         state: dict[str, Any] | None = None,
     ) -> None:
@@ -132,7 +145,7 @@ class ConversationLoader:
             raise ValueError(f"rank {rank} is not below the world size {world_size}")
         if len(dataset) == 0:
             raise ValueError("there are no conversations to train on")
-        self.device = torch.device(device)
+        self.device, self.isolate = torch.device(device), isolate
         self.stats = PackingStats()
         """Of the rows handed out to all ranks together so far."""
         self._identity = {
@@ -148,14 +161,15 @@ class ConversationLoader:
         packer, start = self._packer, self._place
         self._batches = Prefetch(lambda: _batches(packer, start, batch_size, rank, world_size))
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return self
 
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def __next__(self) -> tuple[Any, ...]:
         batch = next(self._batches)
         self._place = batch.after
         self.stats.add(batch.stats)
-        return to_device(batch.x, self.device), to_device(batch.y, self.device)
+        arrays = (batch.x, batch.y, batch.segments) if self.isolate else (batch.x, batch.y)
+        return tuple(to_device(array, self.device) for array in arrays)
 
     @property
     def epoch(self) -> int:
@@ -206,15 +220,18 @@ def _batches(packer: Packer, start: Place, batch_size: int, rank: int, world_siz
     while True:
         ids = np.full((batch_size, capacity), bos, dtype=np.int64)  # (B, T+1)
         mask = np.zeros((batch_size, capacity), dtype=np.bool_)  # (B, T+1)
+        segments = np.zeros((batch_size, capacity), dtype=np.int64)  # (B, T+1)
         stats, after = PackingStats(), start
         for i in range(batch_size * world_size):
             row = next(rows)
             stats.add(row.stats)
             after = row.after
             if i // batch_size == rank:
-                n = sum(len(r.ids) for r in row.conversations)
+                lengths = [len(r.ids) for r in row.conversations]
+                n, count = sum(lengths), len(lengths)
                 ids[i % batch_size, :n] = np.concatenate([r.ids for r in row.conversations])
                 mask[i % batch_size, :n] = np.concatenate([r.mask for r in row.conversations])
+                segments[i % batch_size] = np.repeat(np.arange(count + 1), [*lengths, capacity - n])
         x = np.ascontiguousarray(ids[:, :-1])
         y = np.where(mask[:, 1:], ids[:, 1:], -1)
-        yield Batch(x, y, stats, after)
+        yield Batch(x, y, np.ascontiguousarray(segments[:, :-1]), stats, after)

@@ -1,103 +1,61 @@
-"""Mid-training and SFT: the same loop as pretraining, on conversations. What differs is in `StageDefaults`."""
+"""Mid-training and SFT: the same loop as pretraining, on conversations. What differs is in `Stage`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
 from nanochat.chat_data import ConversationLoader
-from nanochat.checkpoint_manager import build_model, check_tokenizer, checkpoint_folder, choose_tag, load_checkpoint
-from nanochat.common import Compute, init_wandb, print0, print_banner, setup_compute
-from nanochat.config import Runtime
-from nanochat.gpt import GPT
-from nanochat.optim import MuonAdamW
+from nanochat.chat_stage import (
+    StageConfig,
+    Start,
+    checkpoint_hooks,
+    describe_horizon,
+    find_start,
+    make_schedule,
+    prepare_model,
+    run_trainer,
+    train_settings,
+)
+from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder
+from nanochat.common import Compute, init_wandb, measure_matmul, print0, print_banner, setup_compute
+from nanochat.config import short
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.progress import format_seconds
-from nanochat.recipe import BatchPlan, Schedule, parameter_groups, plan_batch
+from nanochat.recipe import BatchPlan, Schedule, plan_batch
 from nanochat.report import get_report
 from nanochat.resume import find_resume, model_hash, only_run, saved_dtype
 from nanochat.samples import print_answers
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.trainer import Trainer, TrainSettings
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.trainer import Batch, Trainer
 
 SAMPLED = 256
+# Share of the measured matmul speed that training is assumed to reach, to foretell how much it will read in some hours.
+ASSUMED_EFFICIENCY = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(StageConfig):
     """Settings of mid-training and SFT."""
 
-    runtime: Runtime = field(default_factory=Runtime)
-    run: str = "dummy"
-    """Name of the wandb run; dummy means no wandb."""
-    model_tag: str | None = None
-    """Tag of the model to start from; default: the deepest."""
-    step: int | None = None
-    """Step of the model to start from; default: the last."""
-    chat_data: str | None = None
+    chat_data: Annotated[str | None, short("--data")] = None
     """Conversations: a .jsonl or .parquet file, "demo", or nothing for nanochat's own mixture."""
-    num_iterations: int | None = None
-    """Optimizer steps; default: as many as num_epochs need."""
-    num_epochs: float = 1.0
-    """Passes over the conversations."""
-    hours: float | None = None
-    """Train for this long instead; the schedule follows the clock."""
     max_seq_len: int | None = None
     """Tokens per row; default: the model's context."""
-    device_batch_size: int = 8
-    """Rows per forward pass and process."""
     total_batch_size: int = 524288
     """Tokens per optimizer step, padding included."""
-    embedding_lr: float = 0.2
-    """Learning rate of the embedding, as in base_train."""
-    unembedding_lr: float = 0.004
-    """Learning rate of lm_head, as in base_train."""
-    matrix_lr: float = 0.02
-    """Learning rate of the matrices, as in base_train."""
-    init_lr_frac: float = 1.0
-    """All learning rates start at this share."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    grad_clip: float | None = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
-    warmup_ratio: float = 0.0
-    """Share of the run in which the learning rate rises."""
-    warmdown_ratio: float = 0.2
-    """Share of the run in which the learning rate falls."""
-    final_lr_frac: float = 0.0
-    """Learning rate at the end, as a share of the first."""
     supervise: Literal["all", "assistant"] = "all"
     """Learn every token of a conversation, or the assistant's only."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto goes on with an unfinished run of the same settings."""
-    force: bool = False
-    """Go on with an unfinished run although settings differ."""
-    eval_every: int = 150
-    """Steps between evaluations (0: only at the end)."""
+    isolate_conversations: bool = False
+    """Read each conversation of a row as if it were alone in it."""
     eval_batches: int = 20
     """Batches per evaluation."""
-    save_every: int = 0
-    """Steps between checkpoints, besides those by the clock (0: none)."""
-    save_every_minutes: float = 10.0
-    """Minutes between checkpoints."""
-    keep_last: int = 2
-    """How many checkpoints of an unfinished run stay, besides the one of the lowest validation loss."""
-    keep_every: int = 0
-    """Also keep those whose step is a multiple of this, for good (0: none)."""
-    dry_run: bool = False
-    """Print the resolved plan and stop."""
-
-    def __post_init__(self) -> None:
-        if self.num_epochs <= 0:
-            raise ValueError(f"--num_epochs must be positive, got {self.num_epochs}")
-        if self.hours is not None and self.hours <= 0:
-            raise ValueError(f"--hours must be positive, got {self.hours}")
-        if self.keep_last < 1:
-            raise ValueError(f"--keep_last must be at least 1, got {self.keep_last}")
 
 
 @dataclass(frozen=True)
@@ -132,24 +90,9 @@ def make_loader(
         rank=compute.rank,
         world_size=compute.world_size,
         supervise=cfg.supervise,
+        isolate=cfg.isolate_conversations,
         seed=cfg.runtime.seed,
         state=state,
-    )
-
-
-def make_schedule(cfg: FinetuneConfig, batch: BatchPlan, rows_per_epoch: int) -> Schedule:
-    """Steps for the asked epochs, or the asked time."""
-    rows_per_step = batch.total_tokens // batch.sequence_len
-    iterations = cfg.num_iterations if cfg.num_iterations and cfg.num_iterations > 0 else None
-    seconds = cfg.hours * 3600 if cfg.hours and iterations is None else None
-    if iterations is None and seconds is None:
-        iterations = max(1, round(cfg.num_epochs * rows_per_epoch / rows_per_step))
-    return Schedule(
-        num_iterations=iterations,
-        seconds=seconds,
-        warmup_ratio=cfg.warmup_ratio,
-        warmdown_ratio=cfg.warmdown_ratio,
-        final_lr_frac=cfg.final_lr_frac,
     )
 
 
@@ -159,21 +102,49 @@ def evaluate_loss(model: GPT, loader: ConversationLoader, batches: int, compute:
     model.eval()
     total = torch.zeros(2, device=compute.device)
     for _ in range(batches):
-        x, y = next(loader)
+        batch = Batch(*next(loader))
         with compute.precision.autocast():
-            total[0] += model(x, y, loss_reduction="sum")
-        total[1] += (y >= 0).sum()
+            total[0] += model(batch.x, batch.y, loss_reduction="sum", segments=batch.segments)
+        total[1] += (batch.y >= 0).sum()
     if compute.ddp:
         torch.distributed.all_reduce(total)
     model.train()
     return float(total[0] / total[1])
 
 
-Conversations = tuple[Sequence[Any], Sequence[Any], str]
-"""For training, for validation, and the name of the data."""
+# --- mid-training and SFT ---------------------------------------------------------------------------------------------
 
 
-def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversations]) -> None:
+class Budget(NamedTuple):
+    """How much a run can read, so that a mixture can be cut to it."""
+
+    tokens: int | None
+    """None: as much as there is."""
+    depth: int
+
+
+def plan_budget(cfg: FinetuneConfig, model_config: GPTConfig, compute: Compute) -> Budget:
+    """The tokens of the asked steps; those of the asked hours are estimated from the speed of matmuls here."""
+    tokens = None
+    if cfg.num_iterations and cfg.num_iterations > 0:
+        tokens = cfg.num_iterations * cfg.total_batch_size
+    elif cfg.hours:
+        speed = ASSUMED_EFFICIENCY * 1e12 * measure_matmul(compute.dtype, compute.device, n=1024)
+        with torch.device("meta"):
+            flops = GPT(model_config).estimate_flops()
+        tokens = int(cfg.hours * 3600 * speed * compute.world_size / flops)
+    return Budget(tokens, model_config.n_layer)
+
+
+class Conversations(NamedTuple):
+    """What a stage learns from."""
+
+    train: Sequence[Any]
+    val: Sequence[Any]
+    name: str
+
+
+def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Conversations]) -> None:
     """Train the previous stage's model on conversations and log to the report.
 
     Args:
@@ -182,90 +153,91 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversa
         load_data: reads the conversations; called once the model to start from is known to be there.
     """
     print_banner()
-    tag_folder, why = choose_tag(stage.source, cfg.model_tag)
-    start = load_checkpoint(tag_folder, cfg.step)
-    tokenizer = get_tokenizer()
-    check_tokenizer(start, tokenizer)
-    print0(f"{stage.name}: starts from {start.folder} ({why})")
-    train_data, val_data, data_name = load_data()
-    folder = checkpoint_folder(stage.name, tag_folder.name)
-    with (
-        setup_compute(cfg.runtime, saved_dtype(folder, cfg.resume)) as compute,
-        only_run(folder, needed=not cfg.dry_run),
-    ):
-        sequence_len = min(cfg.max_seq_len or 1 << 62, start.meta["model_config"]["sequence_len"])
+    start = find_start(stage.source, cfg)
+    folder = checkpoint_folder(stage.name, start.tag)
+    dtype = saved_dtype(folder, cfg.resume)
+    with setup_compute(cfg.runtime, dtype) as compute, only_run(folder, needed=not cfg.dry_run):
+        model_config = start.checkpoint.meta["model_config"]
+        sequence_len = min(cfg.max_seq_len or 1 << 62, model_config["sequence_len"])
         batch = plan_batch(cfg.total_batch_size, cfg.device_batch_size, sequence_len, compute.world_size)
-        config = asdict(cfg)
-        inputs = {"tokenizer": tokenizer.hash, "model": model_hash(start), "conversations": sample_hash(train_data)}
+        data = load_data(plan_budget(cfg, GPTConfig.from_dict(model_config), compute))
+        inputs = {
+            "tokenizer": start.tokenizer.hash,
+            "model": model_hash(start.checkpoint),
+            "conversations": sample_hash(data.train),
+        }
         checkpoint = None
         if not cfg.dry_run:
-            checkpoint = find_resume(folder, config, cfg.resume, inputs=inputs, force=cfg.force)
+            checkpoint = find_resume(folder, asdict(cfg), cfg.resume, inputs=inputs, force=cfg.force)
         loader = make_loader(
-            cfg, compute, train_data, tokenizer, sequence_len, checkpoint.meta["loader"] if checkpoint else None
+            cfg, compute, data.train, start.tokenizer, sequence_len, checkpoint.meta["loader"] if checkpoint else None
         )
-        schedule = make_schedule(cfg, batch, loader.rows_per_epoch)
-        print0(f"{stage.name}: data {data_name}, one epoch is {loader.forecast}")
-        print0(f"{stage.name}: {_horizon(schedule)}, {batch.total_tokens:,} tokens per step")
+        schedule = make_schedule(cfg, loader.rows_per_epoch * sequence_len / batch.total_tokens)
+        print0(f"{stage.name}: data {data.name}, one epoch is {loader.forecast}")
+        print0(f"{stage.name}: {describe_horizon(schedule)}, {batch.total_tokens:,} tokens per step")
         if cfg.dry_run:
             return
-        model = build_model(checkpoint or start, compute.device, "train")
-        groups = parameter_groups(
-            model,
-            embedding_lr=cfg.embedding_lr,
-            unembedding_lr=cfg.unembedding_lr,
-            matrix_lr=cfg.matrix_lr,
-            weight_decay=cfg.weight_decay,
-            lr_frac=cfg.init_lr_frac,
-        )
-        trainer = Trainer(
-            label=stage.name,
-            model=model,
-            optimizer=MuonAdamW(groups),
-            loader=loader,
-            compute=compute,
-            settings=TrainSettings(
-                schedule=schedule,
-                grad_accum_steps=batch.grad_accum_steps,
-                grad_clip=cfg.grad_clip or None,
-                eval_every=cfg.eval_every or None,
-                save_every=cfg.save_every or None,
-                save_every_minutes=cfg.save_every_minutes,
-                keep_last=cfg.keep_last,
-                keep_every=cfg.keep_every or None,
-            ),
-            folder=folder,
-            meta={"config": config, "inputs": inputs, "tokenizer_hash": tokenizer.hash, "chat_data": data_name},
-            evaluate=lambda: evaluate_loss(
-                model, make_loader(cfg, compute, val_data, tokenizer, sequence_len), cfg.eval_batches, compute
-            ),
-            val_name="val_loss",
-            sample=lambda: print_answers(model, tokenizer, compute),
-            wandb=init_wandb(cfg.run, stage.wandb_project, config),
-        )
-        if checkpoint is not None:
-            trainer.resume(checkpoint.meta, checkpoint.optimizer)
-        else:
-            print0(f"{stage.name}: answers before")
-            print_answers(model, tokenizer, compute)
-        state = trainer.run()
-        trainer.wandb.finish()
-        facts = {
-            "conversations": len(train_data),
-            "data": data_name,
-            "packing": str(loader.stats),
-            "steps": state.step,
-            "tokens": state.tokens,
-            "dtype": compute.precision.name,
-            "training time": format_seconds(state.seconds),
-            "tokens per second": state.tokens / max(state.seconds, 1e-9),
-            "skipped steps": compute.precision.skipped,
-            "loss scale": compute.precision.scaler.scale,
-            "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
-            "validation loss (nats per supervised token)": state.val,
-        }
-        metrics = {"val loss": state.val} if state.val is not None else None
-        get_report().log(section=stage.section, data=[config, facts], metrics=metrics)
-        print0(f"{stage.name} done: {state.step} steps in {format_seconds(state.seconds)}, in {folder}")
+        trainer = make_trainer(stage, cfg, compute, start, checkpoint, data, loader, schedule, batch, folder)
+        trainer.meta["inputs"] = inputs
+        run_trainer(trainer, checkpoint)
+        print0(f"{stage.name}: learned from {loader.stats}")
+        report(stage, trainer, data, loader, compute)
+
+
+def make_trainer(
+    stage: Stage,
+    cfg: FinetuneConfig,
+    compute: Compute,
+    start: Start,
+    checkpoint: Checkpoint | None,
+    data: Conversations,
+    loader: ConversationLoader,
+    schedule: Schedule,
+    batch: BatchPlan,
+    folder: Path,
+) -> Trainer:
+    """The shared loop with what is this stage's own."""
+    model, optimizer = prepare_model(cfg, start.checkpoint, checkpoint, compute.device)
+    tokenizer = start.tokenizer
+    return Trainer(
+        label=stage.name,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        compute=compute,
+        settings=train_settings(cfg, schedule, batch.grad_accum_steps),
+        folder=folder,
+        meta={"config": asdict(cfg), "tokenizer_hash": tokenizer.hash, "chat_data": data.name},
+        evaluate=lambda: evaluate_loss(
+            model, make_loader(cfg, compute, data.val, tokenizer, batch.sequence_len), cfg.eval_batches, compute
+        ),
+        val_name="val_loss",
+        sample=lambda: print_answers(model, tokenizer, compute),
+        wandb=init_wandb(cfg.run, stage.wandb_project, asdict(cfg)),
+        **checkpoint_hooks(cfg, model),
+    )
+
+
+def report(stage: Stage, trainer: Trainer, data: Conversations, loader: ConversationLoader, compute: Compute) -> None:
+    """Log the run to the report."""
+    state = trainer.state
+    facts = {
+        "conversations": len(data.train),
+        "data": data.name,
+        "packing": str(loader.stats),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "dtype": compute.precision.name,
+        "training time": format_seconds(state.seconds),
+        "tokens per second": state.tokens / max(state.seconds, 1e-9),
+        "skipped steps": compute.precision.skipped,
+        "loss scale": compute.precision.scaler.scale,
+        "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
+        "validation loss (nats per supervised token)": state.val,
+    }
+    metrics = {"val loss": state.val} if state.val is not None else None
+    get_report().log(section=stage.section, data=[trainer.meta["config"], facts], metrics=metrics)
+    print0(f"{stage.name} done: {state.step} steps in {format_seconds(state.seconds)}, in {trainer.folder}")
 
 
 def sample_hash(conversations: Sequence[Any]) -> str:
@@ -273,9 +245,3 @@ def sample_hash(conversations: Sequence[Any]) -> str:
     count = len(conversations)
     chosen = [conversations[i * count // SAMPLED] for i in range(SAMPLED)] if count else []
     return hashlib.sha256(json.dumps([count, chosen], sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _horizon(schedule: Schedule) -> str:
-    if schedule.num_iterations is not None:
-        return f"{schedule.num_iterations:,} steps"
-    return f"{format_seconds(schedule.seconds or 0)} of training"

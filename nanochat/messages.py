@@ -1,7 +1,13 @@
-"""What a conversation is: {"messages": [{"role": "user", "content": "..."}, ...]}, and the check that it is one."""
+"""What a conversation is: {"messages": [{"role": "user", "content": "..."}, ...]}, and the check that it is one.
+
+Messages as OpenAI's chat API has them (https://platform.openai.com/docs/api-reference/chat) are read too: a developer
+message is a system message, and tool calls and their results become parts of the assistant's answer.
+"""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from typing import Any
 
 # The kinds of parts an assistant message may hold: (token before, token after, 1 if the model must learn to write it).
@@ -11,7 +17,102 @@ PARTS: dict[str, tuple[str | None, str | None, int]] = {
     "python_output": ("<|output_start|>", "<|output_end|>", 0),
 }
 
+# The one tool of the engine, by the names that people give it.
+CALCULATOR_NAMES = ("python", "calculator", "calculate")
+
 Conversation = dict[str, Any]  # {"messages": [{"role": ..., "content": ...}, ...]}
+
+
+def from_openai(messages: Any, other_tools: Counter[str] | None = None) -> Any:
+    """Messages in OpenAI's form as ours; those that are ours already, or malformed, come back as they are.
+
+    Args:
+        messages: a list of messages.
+        other_tools: counts the calls of tools that are not the calculator; these are written as name(arguments).
+
+    Raises:
+        ValueError: a tool call or result is malformed; names the message.
+    """
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        return messages
+    if not any(_is_openai(m) for m in messages):
+        return messages
+    result: list[dict[str, Any]] = []
+    calls: dict[str, dict[str, str]] = {}  # the parts of calls that wait for a result, by id
+    after_tool = False
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        if role == "tool":
+            call = calls.pop(str(message.get("tool_call_id")), None)
+            if call is None:
+                raise ValueError(f"message {i} is the result of a tool call that no message before it makes")
+            parts = result[-1]["content"]
+            at = next(n for n, part in enumerate(parts) if part is call)
+            parts.insert(at + 1, {"type": "python_output", "text": _text(i, message.get("content"))})
+        elif role == "assistant":
+            parts = _assistant_parts(i, message, calls, other_tools)
+            if after_tool:
+                result[-1]["content"] += parts
+            else:
+                result.append({"role": role, "content": parts})
+        else:
+            calls.clear()  # nobody answers them any more
+            content = message.get("content")
+            content = _text(i, content) if isinstance(content, list) else content
+            result.append({"role": "system" if role == "developer" else role, "content": content})
+        after_tool = role == "tool"
+    return result
+
+
+def _is_openai(message: dict[str, Any]) -> bool:
+    """Whether a message has something that only OpenAI's form has."""
+    role, content = message.get("role"), message.get("content")
+    texts_only = role != "assistant" and isinstance(content, list)
+    return bool(message.get("tool_calls")) or role in ("tool", "developer") or texts_only
+
+
+def _text(i: int, content: Any) -> str:
+    """The text of a content that may be a list of texts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(isinstance(c, dict) and c.get("type") == "text" for c in content):
+        return "".join(str(c.get("text", "")) for c in content)
+    raise ValueError(f"message {i}: only text can be learned from, got the content {content!r:.80}")
+
+
+def _assistant_parts(
+    i: int, message: dict[str, Any], calls: dict[str, dict[str, str]], other_tools: Counter[str] | None
+) -> list[dict[str, str]]:
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [dict(part) if isinstance(part, dict) else part for part in content]
+    else:
+        text = _text(i, content)
+        parts = [{"type": "text", "text": text}] if text else []
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f'message {i}: a tool call must have a "function" with a "name"')
+        part = {"type": "python", "text": _call_text(function["name"], function.get("arguments"))}
+        if function["name"] not in CALCULATOR_NAMES and other_tools is not None:
+            other_tools[function["name"]] += 1
+        calls[str(call.get("id"))] = part
+        parts.append(part)
+    return parts
+
+
+def _call_text(name: str, arguments: Any) -> str:
+    """What the assistant writes to call a tool: an expression for the calculator, name(arguments) for any other."""
+    values = arguments
+    if isinstance(arguments, str):
+        try:
+            values = json.loads(arguments)
+        except ValueError:
+            values = arguments
+    if name not in CALCULATOR_NAMES:
+        return f"{name}({arguments if isinstance(arguments, str) else json.dumps(values, ensure_ascii=False)})"
+    texts = [v for v in values.values() if isinstance(v, str)] if isinstance(values, dict) else []
+    return texts[0] if len(texts) == 1 else str(arguments)
 
 
 def check_messages(messages: Any) -> None:

@@ -1,4 +1,4 @@
-"""The training loop of every stage: base, mid-training and SFT differ in data, loss mask and schedule, not here.
+"""The training loop of every stage: base, mid-training, SFT and RL differ in data, loss and schedule, not here.
 
 One optimizer step: gather the micro-batches, count the tokens that are supervised on all ranks, add up the gradients
 of the summed loss divided by that count (so that any split into micro-batches or ranks is the same mathematics), then
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -39,13 +39,26 @@ from nanochat.signals import Stopped, StopRequest
 METRICS_FILE = "metrics.jsonl"
 RETRY_SECONDS = 30.0  # after a checkpoint that could not be written
 LOSS_SMOOTHING = 0.9
+MORE_STATE = "more."  # how tensors of `more_state` are called in a checkpoint
+
+
+class Batch(NamedTuple):
+    """What a loader hands out, each (B, T) on the device; a loader may leave out the last ones."""
+
+    x: Tensor
+    y: Tensor
+    """The next tokens; −1 is not supervised."""
+    segments: Tensor | None = None
+    """Which conversation of its row a token belongs to; None: a row is one text."""
+    extras: dict[str, Tensor] | None = None
+    """What an `objective` of its own needs, by name."""
 
 
 class Loader(Protocol):
-    """Batches (x, y), each (B, T) on the device; −1 in y is not supervised."""
+    """Batches without end."""
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """The next batch."""
+    def __next__(self) -> tuple[Any, ...]:
+        """The fields of the next `Batch`."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready position of the next batch that was not handed out."""
@@ -93,8 +106,17 @@ class Trainer:
     settings: TrainSettings
     folder: Path
     meta: dict[str, Any]
-    evaluate: Callable[[], float] | None = None
+    evaluate: Callable[[], float | dict[str, float]] | None = None
+    """The value to follow, called `val_name`; or several values by name, that one among them."""
     val_name: str = "val_bpb"
+    objective: Callable[[GPT, Tensor, Batch], Tensor] | None = None
+    """The loss of hidden states (B, T, C), summed over the supervised tokens; None: cross entropy."""
+    more_metrics: Callable[[], dict[str, float]] | None = None
+    """What to log with every step besides the loop's own."""
+    weights: Callable[[], dict[str, Tensor]] | None = None
+    """The weights for a checkpoint; None: the model's."""
+    more_state: Callable[[], dict[str, Tensor]] | None = None
+    """What an unfinished checkpoint needs besides those weights; `resume` leaves it to the caller."""
     sample: Callable[[], None] | None = None
     wandb: Any = field(default_factory=DummyWandb)
     state: TrainState = field(default_factory=TrainState)
@@ -110,6 +132,7 @@ class Trainer:
         self.metrics_log = MetricsLog(self.folder / METRICS_FILE)
         self.complete = False
         self._last_save = time.monotonic()
+        self.last_evaluation: dict[str, float] = {}
         self._retry_at: float | None = None
         self._owed = False  # a checkpoint was due while the one before was still being written
         self._saves = 0
@@ -127,37 +150,38 @@ class Trainer:
                 group["momentum"] = muon_momentum(self.state.step)
         batches = self._next_batches()
         if self._compile is None:
-            self._decide_compile(batches[0][0])
+            self._decide_compile(batches[0].x)
         result, loss = self._attempt(batches)
         while result.skipped:
             self._report_skip(result, loss)
             if not result.retry:
                 batches = self._next_batches()
             result, loss = self._attempt(batches)
-        self.state.tokens += int(batches[0][0].numel()) * len(batches) * self.compute.world_size
-        return {
+        self.state.tokens += sum(batch.x.numel() for batch in batches) * self.compute.world_size
+        metrics = {
             "loss": loss,
             "lr_multiplier": multiplier,
             "grad_norm": result.grad_norm,
             "skipped": self.compute.precision.skipped,
             "scale": self.compute.precision.scaler.scale,
         }
+        return metrics if self.more_metrics is None else metrics | self.more_metrics()
 
-    def _next_batches(self) -> list[tuple[Tensor, Tensor]]:
-        return [next(self.loader) for _ in range(self.settings.grad_accum_steps)]
+    def _next_batches(self) -> list[Batch]:
+        return [Batch(*next(self.loader)) for _ in range(self.settings.grad_accum_steps)]
 
-    def _attempt(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[StepResult, float]:
+    def _attempt(self, batches: list[Batch]) -> tuple[StepResult, float]:
         """Try an update with these micro-batches; returns what became of it and the mean loss."""
         self._batches = batches
-        count = torch.stack([(y >= 0).sum() for _, y in batches]).sum()
+        count = torch.stack([(batch.y >= 0).sum() for batch in batches]).sum()
         if self.compute.ddp:
             dist.all_reduce(count)
         # reduce_gradients averages over ranks, hence the factor world_size.
         weight = self.compute.world_size / count
         total = torch.zeros((), device=self.compute.device)
-        for x, y in batches:
+        for batch in batches:
             with self.compute.precision.autocast():
-                loss = self.model.loss(self._hidden(x), y, "sum") * weight
+                loss = self.summed_loss(batch) * weight
             self.compute.precision.backward(loss)
             total += loss.detach()
         if self.compute.ddp:
@@ -182,6 +206,13 @@ class Trainer:
         self._compile = should_compile(self.model, self.compute, idx, passes, seconds)
         if self._compile:
             self._hidden = compiled(self.model)
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        """The loss of a micro-batch, summed over its supervised tokens; compute it under autocast."""
+        x = self._hidden(batch.x, segments=batch.segments)
+        if self.objective is not None:
+            return self.objective(self.model, x, batch)
+        return self.model.loss(x, batch.y, "sum")
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -264,26 +295,31 @@ class Trainer:
     def _maybe_evaluate(self) -> None:
         s, step = self.settings, self.state.step
         if step and s.eval_every and step % s.eval_every == 0:
-            self._evaluate()
+            self.run_evaluation()
         if step and s.sample_every and step % s.sample_every == 0 and self.sample is not None:
             self.sample()
 
-    def _evaluate(self) -> None:
+    def run_evaluation(self) -> None:
+        """Evaluate, and log the values."""
         if self.evaluate is None:
             return
         self.model.eval()
-        value = self.evaluate()
+        result = self.evaluate()
         self.model.train()
+        values = result if isinstance(result, dict) else {self.val_name: result}
+        value = values[self.val_name]
+        self.last_evaluation = values
         self.state.val = value
         self.state.min_val = value if self.state.min_val is None else min(value, self.state.min_val)
-        print0(f"{self.label}: step {self.state.step} {self.val_name} {value:.4f}")
-        record = {"step": self.state.step, "seconds": round(self.state.seconds, 3), self.val_name: value}
+        print0(f"{self.label}: step {self.state.step} " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        record = {"step": self.state.step, "seconds": round(self.state.seconds, 3), **values}
         self._append_metrics(record)
         self.wandb.log(record)
 
     def _final_evaluation(self) -> None:
-        self._evaluate()
+        self.run_evaluation()
         if self.sample is not None:
+            print0(f"{self.label}: samples after {self.state.step} steps")
             self.model.eval()
             self.sample()
 
@@ -336,6 +372,8 @@ class Trainer:
         optimizer = None
         if not complete:
             optimizer = host_copy(self.optimizer.own_flat_state()) | rng_state(self.compute.device)
+            if first and self.more_state is not None:
+                optimizer |= host_copy({MORE_STATE + name: value for name, value in self.more_state().items()})
         meta = self.meta | {
             "complete": complete,
             "state": vars(self.state),
@@ -351,7 +389,7 @@ class Trainer:
         }
         return Snapshot(
             self.state.step,
-            host_copy(self.model.state_dict()) if first else {},
+            host_copy(self.weights() if self.weights is not None else self.model.state_dict()) if first else {},
             optimizer,
             copy.deepcopy(meta),
             self.compute.rank,
@@ -416,7 +454,7 @@ class Trainer:
         self.complete = bool(checkpoint_meta["complete"])
         if self.complete:
             return
-        self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith("rng.")})
+        self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(("rng.", MORE_STATE))})
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
         if self._compile is None:
             self._compile = checkpoint_meta.get("compile")
@@ -427,8 +465,9 @@ class Trainer:
     def _explain(self, error: NonFiniteError) -> NonFiniteError:
         def forward() -> None:
             with self.compute.precision.autocast():
-                for x, _ in self._batches:
-                    self.model(x)
+                for batch in self._batches:
+                    x = self.model.hidden(batch.x, segments=batch.segments)
+                    self.model.logits_at(x[:, -1])
 
         found = [first_nonfinite_module(self.model, forward)]
         if self.compute.ddp:  # all ranks stopped at this step, but only one may have met the batch

@@ -27,11 +27,13 @@ class Config(FinetuneConfig):
     """Share of the run in which the learning rate falls."""
     supervise: Literal["all", "assistant"] = "assistant"
     """Learn every token of a conversation, or the assistant's only."""
+    isolate_conversations: bool = True
+    """Read each conversation of a row as if it were alone in it."""
 
 
 def main(cfg: Config) -> None:
     """Train on the SFT mixture."""
-    finetune(SFT, cfg, lambda: conversations("sft", cfg.chat_data))
+    finetune(SFT, cfg, lambda budget: conversations("sft", cfg.chat_data, budget))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Config(FinetuneConfig):
 
 def main(cfg: Config) -> None:
     """Train on the mid-training mixture."""
-    finetune(MID, cfg, lambda: conversations("mid", cfg.chat_data))
+    finetune(MID, cfg, lambda budget: conversations("mid", cfg.chat_data, budget))
 
 
 if __name__ == "__main__":

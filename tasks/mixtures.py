@@ -1,100 +1,162 @@
-"""Which conversations mid-training and SFT learn from: the user's own, the demo world's, or nanochat's mixtures."""
+"""What each stage learns from: the user's own conversations, the demo world's, or nanochat's mixtures; and RL's tasks.
+
+nanochat's mixtures are cut to what a run can read (see `mid_sizes`): a short run, or a tiny model, gets fewer tasks and
+passes them more often, instead of a little of everything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanochat.chat_data import load_conversations
-from nanochat.common import download_file_with_lock
+from nanochat.common import get_base_dir
+from nanochat.finetune import Budget, Conversations
+from nanochat.rl import RLTasks
+from tasks.common import Task, TaskMixture
 
-IDENTITY_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
+# Written by dev/gen_synthetic_data.py; without it the assistant is who tasks/demo/world/identity.txt says.
+IDENTITY_FILE = "identity_conversations.jsonl"
+IDENTITY_SIZE = 1000
 # Every 50th of the user's conversations is kept for validation.
 VAL_STRIDE = 50
+# The mixture of mid-training (source: nanochat), and about how many tokens a conversation has at a vocabulary of 65536.
+MID_TASKS = {"smoltalk": 460_341, "mmlu": 99_842, "gsm8k": 7_473, "spelling": 200_000, "spelling_bee": 80_000}
+TOKENS_EACH = {"smoltalk": 800, "mmlu": 180, "gsm8k": 220, "spelling": 40, "spelling_bee": 150, "identity": 250}
+# Below this depth a model learns nothing from multiple choice and word problems: they are left out.
+SMALL_DEPTH = 8
+SMALL_TASKS = ("smoltalk", "spelling")
 
 
-def conversations(stage: str, chat_data: str | None) -> tuple[Sequence[Any], Sequence[Any], str]:
-    """(training, validation, name) for a stage, "mid" or "sft".
+def conversations(stage: str, chat_data: str | None, budget: Budget) -> Conversations:
+    """What a stage, "mid" or "sft", learns from.
 
     Args:
         stage: which mixture.
         chat_data: "demo", a file of conversations, or None for nanochat's mixture from the hub.
+        budget: how much will be read.
     """
     if chat_data == "demo":
-        return *_demo(stage), "demo"
+        return _demo(stage)
     if chat_data is not None:
-        return *_own(chat_data), chat_data
-    return *(_nanochat_mid() if stage == "mid" else _nanochat_sft()), "nanochat"
+        return _own(chat_data)
+    return _nanochat_mid(budget) if stage == "mid" else _nanochat_sft(budget)
 
 
-def _own(path: str) -> tuple[Sequence[Any], Sequence[Any]]:
+def _own(path: str) -> Conversations:
     rows = load_conversations(path)
     if len(rows) < 2:
         raise ValueError(f"--chat_data={path} has {len(rows)} conversations: at least 2 are needed, one for validation")
     stride = min(VAL_STRIDE, len(rows))
     train = [row for i, row in enumerate(rows) if i % stride]
-    return train, rows[::stride]
+    return Conversations(train, rows[::stride], path)
 
 
-def _demo(stage: str) -> tuple[Sequence[Any], Sequence[Any]]:
-    from tasks.common import TaskMixture
+def _demo(stage: str) -> Conversations:
     from tasks.demo.chat import demo_eval_tasks, demo_mid_mixture, demo_sft_mixture
 
     train = demo_mid_mixture() if stage == "mid" else demo_sft_mixture()
     # Validation asks in phrasings that are never trained on; only its loss is read, nothing is chosen by it.
-    return train, TaskMixture(list(demo_eval_tasks().values()))
+    return Conversations(train, TaskMixture(list(demo_eval_tasks().values())), "demo")
 
 
-def _identity() -> Any:
+def mid_sizes(budget: Budget) -> dict[str, int]:
+    """Conversations of each task for mid-training: all shrink alike to what can be read once, and tasks that a small
+    model can't learn are left out; identity keeps its size up to a tenth of the budget."""
+    tasks = {name: n for name, n in MID_TASKS.items() if budget.depth >= SMALL_DEPTH or name in SMALL_TASKS}
+    identity = 2 * IDENTITY_SIZE
+    if budget.tokens is None:
+        return {**tasks, "identity": identity}
+    identity = max(1, min(identity, budget.tokens // 10 // TOKENS_EACH["identity"]))
+    full = sum(n * TOKENS_EACH[name] for name, n in tasks.items())
+    share = min(1.0, (budget.tokens - identity * TOKENS_EACH["identity"]) / full)
+    return {**{name: max(1, round(share * n)) for name, n in tasks.items()}, "identity": identity}
+
+
+def _identity(size: int) -> Task:
+    """Who the assistant is: the user's own file, else the identity that ships with nanochat."""
     from tasks.customjson import CustomJSON
+    from tasks.demo.chat import DemoIdentity
 
-    return CustomJSON(download_file_with_lock(IDENTITY_URL, "identity_conversations.jsonl"))
+    path = get_base_dir() / IDENTITY_FILE
+    own = CustomJSON(path, stop=size) if path.is_file() else None
+    return own if own is not None else DemoIdentity(size, "train")
 
 
-def _nanochat_mid() -> tuple[Sequence[Any], Sequence[Any]]:
-    from tasks.common import TaskMixture
+def _nanochat_mid(budget: Budget) -> Conversations:
     from tasks.gsm8k import GSM8K
     from tasks.mmlu import MMLU
     from tasks.smoltalk import SmolTalk
     from tasks.spellingbee import SimpleSpelling, SpellingBee
 
+    sizes = mid_sizes(budget)
+    build: Mapping[str, Callable[[int], Task]] = {
+        "smoltalk": lambda n: SmolTalk(split="train", stop=n),
+        "mmlu": lambda n: MMLU(subset="auxiliary_train", split="train", stop=n),
+        "gsm8k": lambda n: GSM8K(subset="main", split="train", stop=n),
+        "spelling": lambda n: SimpleSpelling(size=n, split="train"),
+        "spelling_bee": lambda n: SpellingBee(size=n, split="train"),
+    }
     train = TaskMixture(
-        [
-            SmolTalk(split="train"),
-            MMLU(subset="auxiliary_train", split="train"),
-            GSM8K(subset="main", split="train"),
-            _identity(),
-            _identity(),
-            SimpleSpelling(size=200_000, split="train"),
-            SpellingBee(size=80_000, split="train"),
-        ]
+        [*(build[name](n) for name, n in sizes.items() if name != "identity"), *_identities(sizes["identity"])]
     )
-    val = TaskMixture(
-        [
-            SmolTalk(split="test"),
-            MMLU(subset="all", split="test", stop=5200),
-            GSM8K(subset="main", split="test", stop=420),
-        ]
-    )
-    return train, val
+    val: list[Task] = [SmolTalk(split="test")]
+    if "mmlu" in sizes:
+        val += [MMLU(subset="all", split="test", stop=5200), GSM8K(subset="main", split="test", stop=420)]
+    return Conversations(train, TaskMixture(val), "nanochat")
 
 
-def _nanochat_sft() -> tuple[Sequence[Any], Sequence[Any]]:
+def _identities(size: int) -> list[Task]:
+    """`size` identity conversations in passes of at most IDENTITY_SIZE."""
+    return [_identity(min(IDENTITY_SIZE, size - done)) for done in range(0, size, IDENTITY_SIZE)]
+
+
+def _nanochat_sft(budget: Budget) -> Conversations:
     from tasks.arc import ARC
-    from tasks.common import TaskMixture
     from tasks.gsm8k import GSM8K
     from tasks.smoltalk import SmolTalk
     from tasks.spellingbee import SimpleSpelling, SpellingBee
 
-    train = TaskMixture(
-        [
+    smoltalk = SmolTalk(split="train", stop=10_000)
+    train: list[Task] = [smoltalk, _identity(IDENTITY_SIZE), SimpleSpelling(size=300, split="train")]
+    if budget.depth >= SMALL_DEPTH:
+        train += [
             ARC(subset="ARC-Easy", split="train"),
             ARC(subset="ARC-Challenge", split="train"),
             GSM8K(subset="main", split="train"),
-            SmolTalk(split="train", stop=10_000),
-            _identity(),
-            SimpleSpelling(size=300, split="train"),
             SpellingBee(size=300, split="train"),
         ]
-    )
-    return train, SmolTalk(split="test")
+    return Conversations(TaskMixture(train), SmolTalk(split="test"), "nanochat")
+
+
+# --- reinforcement learning -------------------------------------------------------------------------------------------
+
+
+def _rl_gsm8k() -> RLTasks:
+    from tasks.gsm8k import GSM8K
+
+    return RLTasks(GSM8K("train"), GSM8K("test"))
+
+
+def _rl_spelling_bee() -> RLTasks:
+    from tasks.spellingbee import SpellingBee
+
+    return RLTasks(SpellingBee(size=10_000, split="train"), SpellingBee(size=256, split="test"))
+
+
+def _rl_demo() -> RLTasks:
+    from tasks.demo.wordsums import DemoWordSums
+
+    return RLTasks(DemoWordSums(10_000, "train"), DemoWordSums(400, "test"))
+
+
+RL_TASKS: Mapping[str, Callable[[], RLTasks]] = {
+    "GSM8K": _rl_gsm8k,
+    "SpellingBee": _rl_spelling_bee,
+    "DemoWordSums": _rl_demo,
+}
+
+
+def rl_tasks(name: str | None, meta: Mapping[str, Any]) -> RLTasks:
+    """The problems of a task of RL_TASKS; by default those that suit the model with this meta data."""
+    return RL_TASKS[name or ("DemoWordSums" if meta.get("chat_data") == "demo" else "GSM8K")]()

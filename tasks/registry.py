@@ -61,6 +61,16 @@ def demo_tasks() -> dict[str, Task]:
     return demo_eval_tasks()
 
 
+def _demo_word_sums() -> Task:
+    from tasks.demo.wordsums import DemoWordSums
+
+    return DemoWordSums(400, "test")
+
+
+# Evaluated only when asked for: what chat_rl learns from in the demo world.
+TASKS_ON_REQUEST: Mapping[str, Callable[[], Task]] = {"DemoWordSums": _demo_word_sums}
+
+
 def get_task(name: str) -> Task:
     """The evaluation task called `name` (any case): a classic one, else one of the demo world.
 
@@ -68,14 +78,14 @@ def get_task(name: str) -> Task:
         ValueError: no such task; lists those there are.
         FileNotFoundError: its data can't be had.
     """
-    for known, build in CLASSIC_TASKS.items():
+    for known, build in [*CLASSIC_TASKS.items(), *TASKS_ON_REQUEST.items()]:
         if known.lower() == name.lower():
             return build()
     demo = demo_tasks()
     for known, task in demo.items():
         if known.lower() == name.lower():
             return task
-    raise ValueError(f"no task called {name!r}; there are {', '.join([*CLASSIC_TASKS, *demo])}")
+    raise ValueError(f"no task called {name!r}; there are {', '.join([*CLASSIC_TASKS, *demo, *TASKS_ON_REQUEST])}")
 
 
 def load_available(names: list[str]) -> tuple[dict[str, Task], dict[str, str]]:

@@ -1,6 +1,7 @@
 """Conversations in rows: nothing split, nothing twice, exact targets, exact resume, and errors that name the line."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 from nanochat import packing
 from nanochat.chat_data import ConversationLoader, load_conversations
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.messages import from_openai
 from nanochat.packing import pack_best_fit
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -294,3 +297,161 @@ def test_bad_parquet_files_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"messages": [PAIR, PAIR[:1] * 2]}), path)
     with pytest.raises(ValueError, match=r"a\.parquet, row 1: message 1 has role 'user'"):
         load_conversations(path)
+
+
+# --- segments: every conversation of a row is read as if it were alone ------------------------------------------------
+
+
+@torch.no_grad()
+def unpacked_loss(model: GPT, data: list[dict[str, Any]], T: int) -> tuple[float, int]:
+    """Summed loss and number of supervised tokens, one conversation at a time, rendered by hand."""
+    total, count = 0.0, 0
+    for conversation in data:
+        ids, mask = BYTES.render_conversation(conversation, max_tokens=None)
+        assert len(ids) <= T + 1
+        x, y = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
+        y = torch.where(torch.tensor([mask[1:]]) == 1, y, -1)
+        total += float(model(x, y, loss_reduction="sum"))
+        count += int((y >= 0).sum())
+    return total, count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_loss_of_packed_conversations_is_that_of_each_alone(batch_size: int) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(96, BYTES.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.count_nonzero() == 0:
+                p.normal_(0.0, 0.3)
+    data = [conversation("q" * (i % 9), f"{i}" * (1 + i % 5), "and ü") for i in range(24)]
+    expected, count = unpacked_loss(model, data, 96)
+    losses = {}
+    for isolate in (True, False):
+        loader = ConversationLoader(data, BYTES, batch_size, 96, isolate=isolate)
+        total, seen = 0.0, 0
+        while loader.epoch == 0:
+            x, y, *segments = next(loader)
+            if loader.epoch == 1:  # the last batch may hold rows of the next epoch
+                rows = loader.rows_per_epoch % batch_size or batch_size
+                x, y, segments = x[:rows], y[:rows], [s[:rows] for s in segments]
+            total += float(model(x, y, loss_reduction="sum", segments=segments[0] if segments else None))
+            seen += int((y >= 0).sum())
+        assert seen == count
+        losses[isolate] = total / seen
+    assert losses[True] == pytest.approx(expected / count, rel=1e-5)
+    assert losses[False] != pytest.approx(expected / count, rel=1e-3)
+
+
+@given(data=datasets, T=st.integers(30, 90))
+@settings(max_examples=30, deadline=None)
+def test_segments_change_exactly_where_a_conversation_begins(data: list[dict[str, Any]], T: int) -> None:
+    if all(expected_pieces(c, T + 1, "assistant") is None for c in data):
+        return
+    x, _, segments = next(ConversationLoader(data, BYTES, 2, T, isolate=True))
+    for row, ids in zip(segments.tolist(), x.tolist(), strict=True):
+        borders = [i for i in range(1, T) if row[i] != row[i - 1]]
+        assert all(row[i] == row[i - 1] + 1 and ids[i] == BOS for i in borders)
+        inside = [i for i in range(1, T) if ids[i] == BOS and row[i] == row[i - 1]]
+        assert all(row[i] == row[-1] for i in inside)  # the padding behind the last conversation
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+# NANOCHAT_MASK_EXAMPLES=1000 checks as many conversations.
+MASK_EXAMPLES = int(os.environ.get("NANOCHAT_MASK_EXAMPLES", "200"))
+
+
+@given(
+    c=st.builds(
+        make_conversation,
+        st.one_of(st.none(), st.text(max_size=30)),
+        st.lists(st.tuples(st.text(max_size=30), st.one_of(st.text(max_size=30), st.lists(part, max_size=5)))).filter(
+            bool
+        ),
+        st.booleans(),
+    )
+)
+@settings(max_examples=MASK_EXAMPLES, deadline=None)
+def test_exactly_what_the_assistant_writes_is_supervised(c: dict[str, Any]) -> None:
+    """The bytes of the supervised tokens, written down from the messages without the renderer."""
+    expected = b""
+    for message in c["messages"]:
+        if message["role"] != "assistant":
+            continue
+        content = message["content"]
+        for piece in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            text = piece["text"].encode("utf-8", errors="replace")
+            if piece["type"] == "python":
+                text = b"<|python_start|>" + text + b"<|python_end|>"
+            expected += b"" if piece["type"] == "python_output" else text
+        expected += b"<|assistant_end|>"
+    length = len(BYTES.render_conversation(c, max_tokens=None)[0])
+    if not expected:
+        with pytest.raises(ValueError, match="raise --max_seq_len"):
+            next(ConversationLoader([c], BYTES, 1, length, isolate=True))
+        return
+    x, y, _ = next(ConversationLoader([c], BYTES, 1, length, isolate=True))
+    assert BYTES.decode_bytes([i for i in y[0].tolist() if i >= 0]) == expected
+    assert all(t in (-1, i) for i, t in zip(x[0, 1:].tolist(), y[0, :-1].tolist(), strict=True))
+
+
+# --- messages of OpenAI's form ----------------------------------------------------------------------------------------
+
+
+def call(name: str, arguments: Any, number: str = "1") -> dict[str, Any]:
+    return {"id": number, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def test_openai_messages_with_tools_become_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "12+34, "}, {"type": "text", "text": "and 5*6?"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call("calculator", '{"expression": "12+34"}', "a"), call("python", {"code": "5*6"}, "b")],
+        },
+        {"role": "tool", "tool_call_id": "b", "content": "30"},
+        {"role": "tool", "tool_call_id": "a", "content": "46"},
+        {"role": "assistant", "content": "46 and 30."},
+        {"role": "user", "content": "The weather?"},
+        {"role": "assistant", "content": "Wait.", "tool_calls": [call("get_weather", '{"city": "Rome"}')]},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": messages, "tools": []}) + "\n")
+    (c,) = load_conversations(path)
+    assert [m["role"] for m in c["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert c["messages"][1]["content"] == "12+34, and 5*6?"
+    assert [(p["type"], p["text"]) for p in c["messages"][2]["content"]] == [
+        ("python", "12+34"),
+        ("python_output", "46"),
+        ("python", "5*6"),
+        ("python_output", "30"),
+        ("text", "46 and 30."),
+    ]
+    assert c["messages"][4]["content"][1] == {"type": "python", "text": 'get_weather({"city": "Rome"})'}
+    assert "get_weather (1×)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        ({"role": "tool", "tool_call_id": "x", "content": "1"}, "message 1 is the result of a tool call"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, 'message 1: a tool call must have a "function"'),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "message 1: only text"),
+    ],
+)
+def test_bad_openai_messages_name_the_line(tmp_path: Path, message: dict[str, Any], complaint: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(PAIR) + "\n" + json.dumps([PAIR[0], message]) + "\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {complaint}"):
+        load_conversations(path)
+
+
+@given(c=conversations)
+@settings(max_examples=30, deadline=None)
+def test_our_own_messages_stay_as_they_are(c: dict[str, Any]) -> None:
+    assert from_openai(c["messages"]) is c["messages"]

@@ -1,0 +1,292 @@
+"""Answers of the model itself as training batches: what reinforcement learning learns from.
+
+A step draws problems, lets the model answer each several times with the tools it has, and rewards the answers. An
+answer's advantage is its reward less the mean reward of its group, so a group whose answers are all right or all wrong
+teaches nothing and is left out; if no group is left, other problems are drawn.
+
+Everything that is drawn follows from (seed, rollout number, try, rank): a resume needs only that number, and the
+answers still to be learned from.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat.common import Compute
+from nanochat.engine import Engine
+from nanochat.gpt import GPT
+from nanochat.messages import Conversation
+from nanochat.tokenizer import RustBPETokenizer
+
+MAX_TRIES = 4  # draws of problems before a step is made without anything to learn
+
+
+class RewardTask(Protocol):
+    """What reinforcement learning needs of a task."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """Number of problems."""
+
+    def __getitem__(self, index: int) -> Conversation:
+        """The conversation of a problem; its last message is the reference answer."""
+
+    def reward(self, problem: Conversation, completion: str) -> float:
+        """How good an answer is: 1 right, 0 wrong, or between."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """How answers are sampled, and how they become batches."""
+
+    examples_per_step: int = 16
+    """Problems per step, over all processes."""
+    num_samples: int = 16
+    """Answers to each."""
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = None
+    """None: from all tokens, as the gradient assumes."""
+    updates_per_rollout: int = 1
+    """Optimizer steps on the same answers."""
+    micro_batches: int = 1
+    """Batches that one step's answers are handed out in."""
+    seed: int = 42
+
+
+class Answer(NamedTuple):
+    """One answer to learn from."""
+
+    ids: list[int]
+    """Prompt and answer."""
+    mask: list[int]
+    """1 where the model chose the token."""
+    advantage: float
+
+
+Scorer = Callable[[Tensor, Tensor], Tensor]
+"""Loss in nats of each target: x, y (B, T) -> (B, T)."""
+
+
+def answer_prompts(
+    engine: Engine, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int | None, seed: int
+) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of an answer to each prompt; the token that ends an answer is part of it, chosen by the model."""
+    sequences, masks = engine.generate_prompts(prompts, max_new_tokens, temperature, top_k, seed)
+    answers = []
+    for prompt, ids, mask in zip(prompts, sequences, masks, strict=True):
+        limit = min(max_new_tokens, engine.context_length - len(prompt))
+        if len(ids) - len(prompt) < limit:  # it ended by itself, else it was cut off
+            ids, mask = [*ids, engine.assistant_end], [*mask, 1]
+        answers.append((ids, mask))
+    return answers
+
+
+def to_rows(answers: Sequence[Answer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """x and y (B, T), padded behind with unsupervised places, and the advantages (B, 1)."""
+    T = max(len(a.ids) for a in answers) - 1
+    x = torch.zeros(len(answers), T, dtype=torch.long)
+    y = torch.full((len(answers), T), -1, dtype=torch.long)
+    for i, a in enumerate(answers):
+        n, ids = len(a.ids) - 1, torch.tensor(a.ids)
+        x[i, :n] = ids[:-1]
+        y[i, :n] = torch.where(torch.tensor(a.mask[1:]) == 1, ids[1:], -1)
+    return x.to(device), y.to(device), torch.tensor([[a.advantage] for a in answers], device=device)
+
+
+def group_advantages(rewards: Sequence[float], group: int) -> list[float]:
+    """Each reward less the mean of its group of `group` neighbours. Source: Kool et al. 2019, "Buy 4 REINFORCE
+    Samples, Get a Baseline for Free!"; without the division by the deviation, which favours the very easy and the very
+    hard (Liu et al. 2025, arXiv 2503.20783)."""
+    means = [sum(rewards[i : i + group]) / group for i in range(0, len(rewards), group)]
+    return [reward - means[i // group] for i, reward in enumerate(rewards)]
+
+
+class RolloutLoader:
+    """Endless iterator of micro-batches (x, y, None, extras), all sampled from the model as it is at the step's start.
+
+    `extras` holds "advantage" (B, 1), and for each scorer its losses (B, T) by name.
+
+    Args:
+        model: the model that is being trained.
+        tokenizer: its tokenizer.
+        task: the problems.
+        compute: device, ranks and precision.
+        settings: how to sample.
+        scorers: what else to compute of the answers before the first update, by name.
+        state: `state_dict()` of an earlier loader, to go on where it stopped.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: RustBPETokenizer,
+        task: RewardTask,
+        compute: Compute,
+        settings: RolloutSettings,
+        scorers: dict[str, Scorer] | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        if settings.num_samples < 2:
+            raise ValueError(f"--num_samples={settings.num_samples}: the group baseline needs at least 2 answers each")
+        if len(task) == 0:
+            raise ValueError(f"task {task.name} has no problems")
+        if settings.examples_per_step % compute.world_size:
+            raise ValueError(
+                f"--examples_per_step={settings.examples_per_step} is not a multiple of the {compute.world_size} "
+                "processes"
+            )
+        self.tokenizer, self.task, self.compute, self.settings = tokenizer, task, compute, settings
+        self.engine = Engine(model, tokenizer, compute.precision)
+        self.scorers = scorers or {}
+        self.metrics: dict[str, float] = {}
+        """Of the last rollout, over all ranks."""
+        self._rollouts = 0 if state is None else int(state["rollouts"])
+        self._uses_left = 0 if state is None else int(state["uses_left"])
+        self._queue: list[tuple[Any, ...]] = []
+        self._batches: list[tuple[Any, ...]] = []
+        if self._uses_left:
+            assert state is not None
+            self._batches = [self._from_json(rows) for rows in state["batches"][compute.rank]]
+            self.metrics = state["metrics"]
+
+    def __iter__(self) -> RolloutLoader:
+        return self
+
+    def __next__(self) -> tuple[Any, ...]:
+        if not self._queue:
+            if self._uses_left == 0:
+                self._batches = self._make_batches(self._roll_out())
+                self._uses_left = self.settings.updates_per_rollout
+            self._queue = list(self._batches)
+            self._uses_left -= 1
+        return self._queue.pop(0)
+
+    # --- sampling -----------------------------------------------------------------------------------------------------
+
+    def _problems(self, attempt: int) -> list[int]:
+        """This rank's problems: a shuffled pass over the task; further tries draw anew."""
+        s, count = self.settings, len(self.task)
+        first = self._rollouts * s.examples_per_step
+        if attempt:
+            rng = random.Random(f"{s.seed}/{self._rollouts}/{attempt}")
+            drawn = [rng.randrange(count) for _ in range(s.examples_per_step)]
+        else:
+            epochs = range(first // count, (first + s.examples_per_step - 1) // count + 1)
+            orders = {epoch: self._order(epoch) for epoch in epochs}
+            drawn = [orders[n // count][n % count] for n in range(first, first + s.examples_per_step)]
+        return drawn[self.compute.rank :: self.compute.world_size]
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.task)))
+        random.Random(f"{self.settings.seed}/{epoch}").shuffle(order)
+        return order
+
+    def _roll_out(self) -> list[Answer]:
+        """This rank's answers for the next step; those without an advantage only if there are no others."""
+        totals: dict[str, float] = {}
+        answers: list[Answer] = []
+        useful: list[Answer] = []
+        for attempt in range(MAX_TRIES):
+            answers = self._answer(attempt, totals)
+            useful = [a for a in answers if abs(a.advantage) > 1e-9]
+            if useful:
+                break
+        self._rollouts += 1
+        self.metrics = self._means(totals)
+        if not answers:
+            raise ValueError(
+                f"no problem of {self.task.name} leaves room for an answer in the model's context of "
+                f"{self.engine.context_length} tokens: train a model with a longer one"
+            )
+        return useful or answers
+
+    @torch.inference_mode()
+    def _answer(self, attempt: int, totals: dict[str, float]) -> list[Answer]:
+        s = self.settings
+        problems = [self.task[i] for i in self._problems(attempt)]
+        prompts = [self.tokenizer.render_for_completion(problem) for problem in problems]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < self.engine.context_length]
+        rows = [prompts[i] for i in fitting for _ in range(s.num_samples)]
+        seed = random.Random(f"{s.seed}/{self._rollouts}/{attempt}/{self.compute.rank}").getrandbits(62)
+        sampled = answer_prompts(self.engine, rows, s.max_new_tokens, s.temperature, s.top_k, seed)
+        rewards = []
+        for i, (ids, _) in enumerate(sampled):
+            problem = problems[fitting[i // s.num_samples]]
+            rewards.append(float(self.task.reward(problem, self.tokenizer.decode(ids[len(rows[i]) :]))))
+        advantages = group_advantages(rewards, s.num_samples)
+        count = {
+            "answers": len(sampled),
+            "reward": sum(rewards),
+            "answer_tokens": sum(len(ids) - len(row) for (ids, _), row in zip(sampled, rows, strict=True)),
+            "useful": sum(abs(a) > 1e-9 for a in advantages),
+            "too_long": len(problems) - len(fitting),
+        }
+        for name, value in count.items():
+            totals[name] = totals.get(name, 0.0) + value
+        return [Answer(ids, mask, a) for (ids, mask), a in zip(sampled, advantages, strict=True)]
+
+    def _means(self, totals: dict[str, float]) -> dict[str, float]:
+        values = torch.tensor(list(totals.values()), dtype=torch.float32, device=self.compute.device)
+        if self.compute.ddp:
+            dist.all_reduce(values)
+        sums = dict(zip(totals, values.tolist(), strict=True))
+        answers = max(1.0, sums["answers"])
+        means = {name: sums[name] / answers for name in ("reward", "answer_tokens")}
+        return {
+            **means,
+            "useful_share": sums["useful"] / answers,
+            "problems_too_long": sums["too_long"],
+            "answers": sums["answers"],
+        }
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def _make_batches(self, answers: list[Answer]) -> list[tuple[Any, ...]]:
+        """Exactly `micro_batches` of them, answers of similar length together; one may hold nothing to learn."""
+        answers = sorted(answers, key=lambda a: len(a.ids))
+        n = self.settings.micro_batches
+        borders = [round(i * len(answers) / n) for i in range(n + 1)]
+        parts = [answers[a:b] for a, b in pairwise(borders)]
+        empty = Answer([0, 0], [0, 0], 0.0)
+        return [self._make_batch(part or [empty]) for part in parts]
+
+    def _make_batch(self, answers: list[Answer]) -> tuple[Any, ...]:
+        x, y, advantage = to_rows(answers, self.compute.device)
+        extras = {"advantage": advantage} | {name: score(x, y) for name, score in self.scorers.items()}
+        return x, y, None, extras
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many rollouts were made, and the answers that are to be used again; for JSON. Collective."""
+        state: dict[str, Any] = {"rollouts": self._rollouts, "uses_left": self._uses_left}
+        if self._uses_left:
+            mine = [self._to_json(batch) for batch in self._batches]
+            every: list[Any] = [mine]
+            if self.compute.ddp:
+                every = [None] * self.compute.world_size
+                dist.all_gather_object(every, mine)
+            state |= {"batches": every, "metrics": self.metrics}
+        return state
+
+    @staticmethod
+    def _to_json(batch: tuple[Any, ...]) -> dict[str, Any]:
+        x, y, _, extras = batch
+        return {"x": x.tolist(), "y": y.tolist(), "extras": {k: v.tolist() for k, v in extras.items()}}
+
+    def _from_json(self, batch: dict[str, Any]) -> tuple[Any, ...]:
+        device = self.compute.device
+        extras = {k: torch.tensor(v, dtype=torch.float32, device=device) for k, v in batch["extras"].items()}
+        return torch.tensor(batch["x"], device=device), torch.tensor(batch["y"], device=device), None, extras

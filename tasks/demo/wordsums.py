@@ -1,0 +1,69 @@
+"""Sums in words: which operation is meant must be understood from the wording, the calculator does the rest.
+
+Harder than DemoArithmetic, whose requests name the operation by its sign or name: of these wordings SFT has seen none,
+so its model uses the calculator but often asks it for the wrong operation. That leaves something that reinforcement
+learning can find by trying. In the test split the pairs of numbers are those that no training ever uses.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tasks.common import Conversation
+from tasks.demo.chat import DemoTask, conversation, final_text, tool_calls
+from tasks.demo.skills import Sum, is_held_out_pair, sum_answer
+
+# {a} and {b} in the order the calculator needs them.
+WORDINGS = {
+    "+": (
+        "What is the total of {a} and {b}?",
+        "Put {a} and {b} together.",
+        "How much is {a} and {b} together?",
+        "Please add up {a} and {b}.",
+        "What is {a} more than {b}?",
+        "Increase {a} by {b}.",
+        "{a} and {b} more: what is that?",
+    ),
+    "-": (
+        "What is {a} without {b}?",
+        "What is left of {a} after {b}?",
+        "How much more is {a} than {b}?",
+        "Decrease {a} by {b}.",
+        "How much is {a} less {b}?",
+        "{a} and {b} less: what is that?",
+    ),
+    "*": (
+        "Take {a} times as much as {b}.",
+        "What is the price of {a} books for {b} coins each?",
+        "What do you get for {a} counted {b} times?",
+        "Repeat {a} for {b} days. How much is that?",
+        "What is {a} groups of {b}?",
+        "What is {a} rows of {b}?",
+    ),
+}
+
+
+class DemoWordSums(DemoTask):
+    """Sums of two numbers below 100, asked in words that don't name the operation."""
+
+    def get_example(self, index: int) -> Conversation:
+        rng = self.random(index)
+        while True:
+            op = rng.choice("+-*")
+            a, b = rng.randint(11, 99), rng.randint(2, 99)
+            if op == "-" and a < b:
+                a, b = b, a
+            if is_held_out_pair(a, b) == self.held_out:
+                break
+        problem = Sum(a, op, b)
+        question = rng.choice(WORDINGS[op]).format(a=a, b=b)
+        return conversation((question, sum_answer(problem)), expected=problem.result)
+
+    def evaluate(self, problem: Conversation, completion: str) -> int:
+        """1 when the calculator was used and the last number of the answer is the right one."""
+        numbers = re.findall(r"-?\d+", final_text(completion).replace(",", ""))
+        return int(bool(tool_calls(completion)) and bool(numbers) and int(numbers[-1]) == problem["expected"])
+
+    def reward(self, problem: Conversation, completion: str) -> float:
+        """1.0 for a right answer, else 0.0: what reinforcement learning maximises."""
+        return float(self.evaluate(problem, completion))

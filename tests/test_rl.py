@@ -1,0 +1,264 @@
+"""Reinforcement learning: the loss is the policy gradient, rewards rise, and a killed run goes on exactly."""
+
+import json
+
+import pytest
+import torch
+
+from nanochat.chat_evaluation import pass_at_k
+from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, save_checkpoint
+from nanochat.common import get_base_dir, setup_compute
+from nanochat.config import Runtime, parse_config
+from nanochat.engine import Engine
+from nanochat.rl import RLConfig, RLTasks, evaluate_pass_at_k, policy_loss, reinforce
+from nanochat.rollouts import Answer, RolloutLoader, RolloutSettings, answer_prompts, group_advantages, to_rows
+from nanochat.trainer import METRICS_FILE, Batch, Trainer
+from scripts import chat_rl
+from tasks.demo.wordsums import WORDINGS, DemoWordSums
+from tasks.mixtures import rl_tasks
+from tasks.registry import get_task
+
+CPU = Runtime(device_type="cpu", dtype="float32")
+
+
+class SayVowels:
+    """Prompts whose right answers have a certain vowel: a random model hits it now and then."""
+
+    name = "SayVowels"
+
+    def __init__(self, size=20):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        return {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "a"}]}
+
+    def reward(self, problem, completion):
+        return float("e" in completion.split("<|assistant_end|>")[0])
+
+
+TASKS = RLTasks(SayVowels(), SayVowels(8))
+
+
+def config(**changes):
+    settings = {
+        "runtime": CPU,
+        "num_iterations": 5,
+        "examples_per_step": 3,
+        "num_samples": 4,
+        "device_batch_size": 5,
+        "max_new_tokens": 6,
+        "eval_every": 0,
+        "eval_examples": 6,
+        "eval_samples": 4,
+        "init_lr_frac": 0.2,
+    }
+    return RLConfig(**(settings | changes))
+
+
+@pytest.fixture
+def saved_sft(tiny_model, tiny_tokenizer):
+    """The tiny model as an SFT checkpoint."""
+    tiny_tokenizer.save(get_base_dir() / "tokenizer")
+    meta = {"model_config": tiny_model.config.to_dict(), "tokenizer_hash": tiny_tokenizer.hash, "dtype": "float32"}
+    save_checkpoint(checkpoint_folder("sft", "d2"), 1, tiny_model.state_dict(), None, meta | {"chat_data": "demo"})
+
+
+def train(**changes):
+    reinforce(config(**changes), lambda meta: TASKS)
+    return load_checkpoint(checkpoint_folder("rl", "d2"))
+
+
+def metrics(name):
+    lines = (checkpoint_folder("rl", "d2") / METRICS_FILE).read_text().splitlines()
+    return [record[name] for record in map(json.loads, lines) if name in record]
+
+
+def make_loader(model, tokenizer, state=None, **settings):
+    compute = setup_compute(CPU)
+    chosen = RolloutSettings(**({"examples_per_step": 3, "num_samples": 4, "max_new_tokens": 6} | settings))
+    return RolloutLoader(model, tokenizer, TASKS.train, compute, chosen, state=json.loads(json.dumps(state)))
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_advantages_are_rewards_without_the_group_mean():
+    assert group_advantages([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], 3) == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0, 0, 0])
+
+
+def test_the_gradient_is_that_of_reward_weighted_log_likelihood(tiny_model, tiny_tokenizer):
+    answers = [Answer([1, 2, 3, 4, 5], [0, 0, 1, 1, 1], 0.75), Answer([1, 2, 9, 8], [0, 0, 1, 0], -0.25)]
+    x, y, advantage = to_rows(answers, torch.device("cpu"))
+    batch = Batch(x, y, None, {"advantage": advantage})
+    policy_loss(tiny_model(x, y, loss_reduction="none"), batch).backward()
+    got = {name: p.grad.clone() for name, p in tiny_model.named_parameters()}
+    tiny_model.zero_grad()
+    for ids, mask, a in answers:  # one row at a time, without padding, by log_softmax
+        logp = tiny_model(torch.tensor([ids[:-1]])).log_softmax(-1)
+        chosen = [t for t in range(1, len(ids)) if mask[t]]
+        (-a * sum(logp[0, t - 1, ids[t]] for t in chosen)).backward()
+    for name, p in tiny_model.named_parameters():
+        assert torch.allclose(got[name], p.grad, atol=1e-5), name
+
+
+def test_forced_tokens_and_padding_are_not_learned():
+    x, y, _ = to_rows([Answer([7, 8, 9, 10], [0, 1, 0, 1], 1.0), Answer([7, 8], [0, 1], 1.0)], torch.device("cpu"))
+    assert x.tolist() == [[7, 8, 9], [7, 0, 0]]
+    assert y.tolist() == [[8, -1, 10], [8, -1, -1]]
+
+
+def test_clipping_and_penalty_are_zero_in_effect_at_the_start_and_bound_later():
+    losses = torch.tensor([[1.0, 2.0, 0.0]], requires_grad=True)
+    y, advantage = torch.tensor([[5, 6, -1]]), torch.tensor([[0.5]])
+    extras = {"advantage": advantage, "old": losses.detach(), "reference": losses.detach()}
+    batch = Batch(y, y, None, extras)
+    (plain,) = torch.autograd.grad(policy_loss(losses, batch), losses)
+    (clipped,) = torch.autograd.grad(policy_loss(losses, batch, clip=0.2, kl=0.3), losses)
+    assert torch.allclose(plain, clipped)
+    moved = Batch(y, y, None, extras | {"old": losses.detach() + 1.0})  # e times as likely as before
+    (bounded,) = torch.autograd.grad(policy_loss(losses, moved, clip=0.2), losses)
+    assert bounded.abs().max() == 0
+    assert policy_loss(losses + 0.5, batch, kl=1.0) > policy_loss(losses + 0.5, batch)
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_ends_with_a_chosen_end_unless_it_was_cut(tiny_model, tiny_tokenizer):
+    engine = Engine(tiny_model, tiny_tokenizer)
+    prompts = [tiny_tokenizer.encode("hi", prepend="<|bos|>")] * 40
+    answers = answer_prompts(engine, prompts, 8, 1.0, None, seed=3)
+    ended = [ids[-1] == engine.assistant_end for ids, _ in answers]
+    assert all(len(ids) == len(mask) for ids, mask in answers)
+    for (ids, mask), end in zip(answers, ended, strict=True):
+        assert mask[: len(prompts[0])] == [0] * len(prompts[0])
+        new = len(ids) - len(prompts[0])
+        assert new == 8 or (end and mask[-1] == 1)
+
+
+def test_batches_hold_every_useful_answer_once(tiny_model, tiny_tokenizer):
+    one = next(make_loader(tiny_model, tiny_tokenizer, micro_batches=1))
+    several = make_loader(tiny_model, tiny_tokenizer, micro_batches=5)
+    parts = [next(several) for _ in range(5)]
+    assert sum(int((y >= 0).sum()) for _, y, _, _ in parts) == int((one[1] >= 0).sum()) > 0
+    total = sum(float((e["advantage"] * (y >= 0)).sum()) for _, y, _, e in parts)
+    assert total == pytest.approx(float((one[3]["advantage"] * (one[1] >= 0)).sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_loader_goes_on_where_it_stopped(tiny_model, tiny_tokenizer, updates):
+    first = make_loader(tiny_model, tiny_tokenizer, updates_per_rollout=updates)
+    next(first)
+    second = make_loader(tiny_model, tiny_tokenizer, first.state_dict(), updates_per_rollout=updates)
+    for _ in range(3):
+        a, b = next(first), next(second)
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+        assert torch.equal(a[3]["advantage"], b[3]["advantage"])
+
+
+def test_an_epoch_shows_every_problem_once(tiny_model, tiny_tokenizer):
+    loader = make_loader(tiny_model, tiny_tokenizer, examples_per_step=4)
+    seen = []
+    for rollout in range(5):
+        loader._rollouts = rollout
+        seen += loader._problems(0)
+    assert sorted(seen) == list(range(20))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_rise(saved_sft):
+    checkpoint = train(num_iterations=20, num_samples=8, examples_per_step=4, init_lr_frac=1.0)
+    before, after = metrics("pass@1")
+    assert after > before + 0.3
+    assert len(metrics("reward")) == 20
+    assert checkpoint.meta["complete"]
+
+
+def test_float16_is_finite(saved_sft):
+    train(runtime=Runtime(device_type="cpu", dtype="float16"), num_iterations=2, eval_examples=2)
+    assert all(loss == loss for loss in metrics("loss"))
+    assert metrics("scale")[-1] > 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"updates_per_rollout": 2, "clip": 0.2, "kl": 0.1}, {"lora_rank": 2}])
+def test_a_killed_run_ends_with_the_same_weights(saved_sft, monkeypatch, changes):
+    whole, rewards = train(**changes).model, metrics("reward")
+    original = Trainer.train_step
+
+    def train_step(self):
+        if self.state.step == 4:
+            monkeypatch.setattr(Trainer, "train_step", original)
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(resume="never", save_every=3, **changes)
+    part = train(save_every=3, **changes).model
+    assert metrics("reward") == rewards
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_pass_at_k_agrees_with_sampling_by_hand(tiny_model, tiny_tokenizer):
+    compute, cfg = setup_compute(CPU), config(eval_examples=8, eval_samples=8)
+    scores = evaluate_pass_at_k(cfg, tiny_model, tiny_tokenizer, TASKS.val, compute)
+    assert list(scores) == ["pass@1", "pass@2", "pass@4", "pass@8"]
+    assert list(scores.values()) == sorted(scores.values())
+    rows = [tiny_tokenizer.render_for_completion(p) for p in (TASKS.val[i] for i in range(8)) for _ in range(8)]
+    answers = answer_prompts(Engine(tiny_model, tiny_tokenizer), rows, 6, 1.0, None, seed=CPU.seed)
+    right = [
+        TASKS.val.reward({}, tiny_tokenizer.decode(ids[len(row) :]))
+        for (ids, _), row in zip(answers, rows, strict=True)
+    ]
+    expected = sum(pass_at_k(8, int(sum(right[i : i + 8])), 4) for i in range(0, 64, 8)) / 8
+    assert scores["pass@4"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"updates_per_rollout": 2}, "--clip"),
+        ({"clip": 2.0}, "clip"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"num_samples": 1}, "group baseline"),
+        ({"eval_examples": 0}, "eval_examples"),
+    ],
+)
+def test_impossible_settings_are_refused(saved_sft, changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        train(**changes)
+
+
+# --- the tasks --------------------------------------------------------------------------------------------------------
+
+
+def test_word_sums_are_right_and_hold_out_their_numbers():
+    train_task, test_task = DemoWordSums(300, "train"), DemoWordSums(300, "test")
+    pairs = []
+    for task in (train_task, test_task):
+        numbers = set()
+        for problem in task:
+            call, output, _ = problem["messages"][1]["content"]
+            assert int(output["text"]) == eval(call["text"]) == problem["expected"]
+            written = f"<|python_start|>{call['text']}<|python_end|>The answer is {problem['expected']}."
+            assert task.reward(problem, written) == 1.0
+            assert task.reward(problem, f"The answer is {problem['expected']}.") == 0.0
+            assert task.reward(problem, written.replace("answer is ", "answer is 1")) == 0.0
+            numbers.add(frozenset(call["text"].replace("-", "+").replace("*", "+").split("+")))
+        pairs.append(numbers)
+    assert not pairs[0] & pairs[1]
+    assert {len(set(asks)) for asks in WORDINGS.values()} == {6, 7}
+
+
+def test_the_task_follows_the_model():
+    assert rl_tasks(None, {"chat_data": "demo"}).train.name == "DemoWordSums"
+    assert get_task("demowordsums").name == "DemoWordSums"
+    assert parse_config(chat_rl.Config, ["--task=GSM8K"]).task == "GSM8K"
+    with pytest.raises(ValueError, match="SpellingBee"):
+        chat_rl.Config(task="chess")
