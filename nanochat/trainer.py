@@ -31,7 +31,7 @@ from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.precision import NonFiniteError, first_nonfinite_module
 from nanochat.progress import Bar, format_seconds, progress
-from nanochat.recipe import Schedule, muon_momentum
+from nanochat.recipe import Schedule
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_SMOOTHING = 0.9
@@ -101,12 +101,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next `grad_accum_steps` batches; returns its metrics."""
         s = self.settings
-        share = s.schedule.progress(self.state.step, self.state.seconds)
-        multiplier = s.schedule.lr_multiplier(share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
-            if group["kind"] == "muon":
-                group["momentum"] = muon_momentum(self.state.step)
+        multiplier = s.schedule.apply(self.optimizer.param_groups, self.state.step, self.state.seconds)
         batches = [next(self.loader) for _ in range(s.grad_accum_steps)]
         count = torch.stack([(y >= 0).sum() for _, y in batches]).sum()
         if self.compute.ddp:
