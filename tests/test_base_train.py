@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.config import parse_config
 from nanochat.gpt_config import NANOCHAT_2026
 from nanochat.recipe import MODERN
@@ -77,6 +78,6 @@ def test_a_run_of_each_recipe(recipe, tiny_tokenizer, base_dir, tmp_path, monkey
     losses = [r["loss"] for r in records if "loss" in r]
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.5
-    meta = json.loads(next(folder.glob("meta_*.json")).read_text())
+    meta = load_checkpoint(folder).meta
     assert meta["model_config"]["smear"] == (recipe == "modern")
     assert torch.isfinite(torch.tensor(losses)).all()
