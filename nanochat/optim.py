@@ -25,7 +25,8 @@ from nanochat.muon import MUON_DEFAULTS, MuonStack, newton_schulz_coefficients, 
 from nanochat.sharding import Ranks
 
 ADAMW_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-LABELS = {"kind", "params", "names", "initial_lr", "label"}  # group keys that are no hyperparameters
+# Group keys that are no hyperparameters.
+LABELS = {"kind", "params", "names", "initial_lr", "initial_weight_decay", "label"}
 STACK_ELEMENTS = 2**26  # a rank's stack of matrices holds at most this many elements (256 MB in float32)
 SHARD_ELEMENTS = 1024  # AdamW tensors smaller than this are replicated: a message costs more than the update
 
@@ -199,6 +200,7 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ValueError(f"unknown keys in a {kind} group: {sorted(unknown)}; known: {sorted(defaults)}")
         group = {**defaults, **param_group, "params": list(param_group["params"])}
         params, group["initial_lr"] = group["params"], group.get("initial_lr", group["lr"])
+        group.setdefault("initial_weight_decay", group["weight_decay"])
         names = group.pop("names", None) or [str(len(self.names) + i) for i in range(len(params))]
         if len(names) != len(params):
             raise ValueError(f"a {kind} group has {len(params)} params but {len(names)} names")

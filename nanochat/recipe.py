@@ -1,19 +1,129 @@
 """The recipe: how a run's numbers follow from a few settings. Pure functions, no training here.
 
-Batch, steps and gradient accumulation; the learning rate and momentum schedules; which parameter gets which optimizer.
+Two presets: `classic`, nanochat of December 2025, and `modern`, what its main branch had learned by July 2026, with
+everything scaled by the horizon. Batch, steps and gradient accumulation; the schedules of learning rate, momentum and
+decay; which parameter gets which optimizer.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanochat.gpt import GPT
+import torch
 
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt_config import NANOCHAT_2026
+
+DEFAULT_RECIPE = "classic"
 # AdamW learning rates were tuned at this width; they scale with width^-½. Source: nanochat.
 REFERENCE_WIDTH = 768
-MUON_WARMUP_STEPS = 300
+# Modern rates and decay were tuned at this batch, for a model of this depth. Source: nanochat.
+REFERENCE_BATCH = 2**19
+REFERENCE_DEPTH = 12
+# The best batch grows with the horizon to this power. Source: Power Lines, arXiv 2505.13738.
+BATCH_EXPONENT = 0.383
+# Decay is scaled up for short runs, to keep its sum; far below the reference that leaves no weights. This is a guess.
+MAX_WEIGHT_DECAY = 1.0
+# At most this share of a run is warmup. A guess, for runs so short that it matters.
+MAX_WARMUP_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A recipe for any depth, vocabulary and horizon. Learning rates are for the reference width and batch."""
+
+    switches: dict[str, Any]
+    embedding_lr: float
+    unembedding_lr: float
+    matrix_lr: float
+    scalar_lr: float
+    weight_decay: float
+    total_batch_size: int | None  # tokens; None: from the horizon, and the learning rates from the batch
+    tokens_per_parameter: float
+    warmup_steps: int
+    warmdown_ratio: float
+    final_lr_frac: float
+    momentum: Momentum
+    decay_to_zero: bool
+    muon: dict[str, Any]
+    # AdamW settings by group, see `parameter_groups`; what isn't named has ADAM and the run's weight decay.
+    adam: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def scales(self) -> bool:
+        """Whether batch, learning rates and decay follow from the horizon."""
+        return self.total_batch_size is None
+
+    def scaling_params(self, model: GPT) -> int:
+        """The parameters that `tokens_per_parameter` counts: classic all, modern matrices and lm_head."""
+        if not self.scales:
+            return model.num_params()
+        blocks = sum(p.numel() for p in model.blocks.parameters())
+        return blocks + model.lm_head.weight.numel()
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Muon's momentum: from `start` to `peak` in `steps`; during the LR's warmdown on to `end`."""
+
+    start: float = 0.85
+    peak: float = 0.95
+    steps: int = 300
+    end: float | None = None
+
+    def at(self, step: int, warmdown: float = 0.0) -> float:
+        """The momentum of `step`; `warmdown` is the share of the warmdown that lies behind."""
+        share = min(step / self.steps, 1.0)
+        if share == 1.0 and self.end is not None:
+            return self.peak + warmdown * (self.end - self.peak)
+        return (1 - share) * self.start + share * self.peak
+
+
+ADAM: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10}
+CLASSIC = Preset(
+    switches={},
+    embedding_lr=0.2,
+    unembedding_lr=0.004,
+    matrix_lr=0.02,
+    scalar_lr=0.5,
+    weight_decay=0.0,
+    total_batch_size=524288,
+    tokens_per_parameter=20.0,
+    warmup_steps=0,
+    warmdown_ratio=0.2,
+    final_lr_frac=0.0,
+    momentum=Momentum(),
+    decay_to_zero=False,
+    muon={"momentum": 0.95},
+)
+MODERN = Preset(
+    switches=NANOCHAT_2026,
+    embedding_lr=0.3,
+    unembedding_lr=0.008,
+    matrix_lr=0.02,
+    scalar_lr=0.5,
+    weight_decay=0.28,
+    total_batch_size=None,
+    tokens_per_parameter=12.0,
+    warmup_steps=40,
+    warmdown_ratio=0.65,
+    final_lr_frac=0.05,
+    momentum=Momentum(0.85, 0.97, 400, 0.90),
+    decay_to_zero=True,
+    muon={"momentum": 0.97, "coefficients": "polar", "beta2": 0.9, "row_equalize": True, "cautious": True},
+    adam={
+        "wte": {"betas": (0.8, 0.995), "weight_decay": 0.001},
+        "values": {"betas": (0.8, 0.995), "weight_decay": 0.01},
+        "lm_head": {"betas": (0.8, 0.96), "weight_decay": 0.01},
+        "resid": {"weight_decay": 0.05},
+        "x0": {"betas": (0.96, 0.95), "weight_decay": 0.0},
+        "gates": {"weight_decay": 0.0},
+    },
+)
+PRESETS = {"classic": CLASSIC, "modern": MODERN}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +133,11 @@ class Schedule:
     num_iterations: int | None = None
     seconds: float | None = None
     warmup_ratio: float = 0.0
+    warmup_steps: int = 0
     warmdown_ratio: float = 0.2
     final_lr_frac: float = 0.0
+    momentum: Momentum = Momentum()
+    decay_to_zero: bool = False
 
     def __post_init__(self) -> None:
         if (self.num_iterations is None) == (self.seconds is None):
@@ -35,6 +148,8 @@ class Schedule:
             raise ValueError(f"the time to train must be positive, got {self.seconds} s")
         if not (self.warmup_ratio >= 0 and self.warmdown_ratio >= 0 and self.warmup_ratio + self.warmdown_ratio <= 1):
             raise ValueError("--warmup_ratio and --warmdown_ratio must be at least 0 and at most 1 together")
+        if self.warmup_steps < 0:
+            raise ValueError(f"--warmup_steps must be 0 or more, got {self.warmup_steps}")
 
     def progress(self, step: int, elapsed_seconds: float) -> float:
         """Share of the run that lies behind at `step`: 0 at the first step, 1 at the last one if steps are counted."""
@@ -50,20 +165,97 @@ class Schedule:
         assert self.seconds is not None
         return elapsed_seconds >= self.seconds
 
-    def lr_multiplier(self, progress: float) -> float:
-        """Linear warmup, constant, linear warmdown to `final_lr_frac`; never negative."""
-        if self.warmup_ratio > 0 and progress < self.warmup_ratio:
+    def lr_multiplier(self, progress: float, step: int | None = None) -> float:
+        """Linear warmup (by `step` where it is counted in steps), constant, linear warmdown; never negative."""
+        warmup = 1.0
+        if step is not None and step < self.warmup_steps:
+            warmup = (step + 1) / self.warmup_steps
+        elif self.warmup_ratio > 0 and progress < self.warmup_ratio:
             return max(progress / self.warmup_ratio, 0.01)
+        done = self.warmdown(progress)
+        return min(warmup, (1 - done) + done * self.final_lr_frac)
+
+    def warmdown(self, progress: float) -> float:
+        """Share of the warmdown that lies behind: 0 until it begins, 1 at the end."""
         if self.warmdown_ratio > 0 and progress > 1 - self.warmdown_ratio:
-            left = (1 - progress) / self.warmdown_ratio
-            return left + (1 - left) * self.final_lr_frac
-        return 1.0
+            return 1 - (1 - progress) / self.warmdown_ratio
+        return 0.0
+
+    def apply(self, groups: Iterable[dict[str, Any]], step: int, elapsed_seconds: float) -> float:
+        """Set every optimizer group's learning rate, Muon's momentum and decay for `step`; returns the multiplier."""
+        share = self.progress(step, elapsed_seconds)
+        multiplier = self.lr_multiplier(share, step)
+        for group in groups:
+            group["lr"] = group["initial_lr"] * multiplier
+            if group["kind"] == "muon":
+                group["momentum"] = self.momentum.at(step, self.warmdown(share))
+                decay = 0.5 * (1 + math.cos(math.pi * share)) if self.decay_to_zero else 1.0
+                group["weight_decay"] = group["initial_weight_decay"] * decay
+        return multiplier
 
 
-def muon_momentum(step: int) -> float:
-    """Muon's momentum: 0.85 rising to 0.95 over the first 300 steps. Source: nanochat."""
-    share = min(step / MUON_WARMUP_STEPS, 1.0)
-    return (1 - share) * 0.85 + share * 0.95
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """A run's resolved numbers."""
+
+    total_batch_size: int
+    embedding_lr: float
+    unembedding_lr: float
+    matrix_lr: float
+    scalar_lr: float
+    weight_decay: float
+
+    def override(self, **explicit: float | None) -> Hyperparameters:
+        """The same with every number that is not None replaced."""
+        return replace(self, **{name: value for name, value in explicit.items() if value is not None})  # type: ignore[arg-type]
+
+
+def scale_hyperparameters(
+    preset: Preset, model: GPT, horizon_tokens: float | None, total_batch_size: int | None = None, multiple_of: int = 1
+) -> Hyperparameters:
+    """A preset's numbers for a model and a horizon.
+
+    Args:
+        preset: the recipe.
+        model: may be on the meta device.
+        horizon_tokens: D, tokens of the whole run; None: `preset.tokens_per_parameter`.
+        total_batch_size: tokens per step, when it is not the recipe's to choose.
+        multiple_of: a batch that is derived is rounded to a multiple of this.
+
+    For D_ref tokens (those of a depth-12 model) and the reference batch B_ref of 2^19 the preset's numbers hold. Else
+    B = B_ref·(D/D_ref)^0.383 as a power of two, rates × √(B/B_ref), decay × √(B/B_ref)·D_ref/D. Source: nanochat;
+    the decay keeps the averaging time of AdamW in epochs constant, arXiv 2405.13698.
+    """
+    rates = {name: getattr(preset, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
+    if preset.total_batch_size is not None:
+        batch = total_batch_size or preset.total_batch_size
+        return Hyperparameters(total_batch_size=batch, weight_decay=preset.weight_decay, **rates)
+    reference = reference_tokens(preset, model.config)
+    tokens = horizon_tokens or preset.tokens_per_parameter * preset.scaling_params(model)
+    if total_batch_size is None:
+        ideal = REFERENCE_BATCH * (tokens / reference) ** BATCH_EXPONENT
+        total_batch_size = max(1, round(2 ** round(math.log2(ideal)) / multiple_of)) * multiple_of
+    factor = math.sqrt(total_batch_size / REFERENCE_BATCH)
+    return Hyperparameters(
+        total_batch_size=total_batch_size,
+        weight_decay=min(preset.weight_decay * factor * reference / tokens, MAX_WEIGHT_DECAY),
+        **{name: rate * factor for name, rate in rates.items()},
+    )
+
+
+def batch_for_steps(preset: Preset, model: GPT, num_iterations: int) -> int:
+    """The batch of a run of so many steps: B = B_ref·(steps·B/D_ref)^0.383, solved for B."""
+    if preset.total_batch_size is not None:
+        return preset.total_batch_size
+    steps_of_reference = num_iterations * REFERENCE_BATCH / reference_tokens(preset, model.config)
+    return round(REFERENCE_BATCH * steps_of_reference ** (BATCH_EXPONENT / (1 - BATCH_EXPONENT)))
+
+
+def reference_tokens(preset: Preset, config: GPTConfig) -> float:
+    """D_ref: the tokens a model of the reference depth and this vocabulary is trained on."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_depth(REFERENCE_DEPTH, config.vocab_size, 64, **preset.switches))
+    return preset.tokens_per_parameter * preset.scaling_params(model)
 
 
 @dataclass(frozen=True)
@@ -127,33 +319,52 @@ def parameter_groups(
     matrix_lr: float,
     weight_decay: float,
     lr_frac: float = 1.0,
+    scalar_lr: float = 0.5,
+    preset: Preset = CLASSIC,
 ) -> list[dict[str, Any]]:
-    """Classic nanochat: AdamW for the embedding and lm_head (rates × (width/768)^-½), Muon for the blocks' matrices.
+    """Which optimizer moves which parameter, and how fast: Muon the blocks' matrices, AdamW everything else.
 
-    `lr_frac` scales every learning rate: a later stage starts where the one before ended.
+    Rates of embeddings and lm_head are × (width/768)^-½; value and bigram embeddings have half the embedding's.
+    `lr_frac` scales every learning rate: a later stage starts where the one before ended. Source: nanochat.
     """
-    named = list(model.named_parameters())
-    wte = [(n, p) for n, p in named if n == "transformer.wte.weight"]
-    head = [(n, p) for n, p in named if n == "lm_head.weight"]
-    matrices = [(n, p) for n, p in named if n.startswith("transformer.h.")]
-    if len(wte) + len(head) + len(matrices) != len(named):
-        raise RuntimeError("a parameter belongs to no optimizer group: extend parameter_groups in nanochat/recipe.py")
     width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
+    rates = {
+        "wte": embedding_lr * width_scale,
+        "lm_head": unembedding_lr * width_scale,
+        "matrices": matrix_lr,
+        "values": 0.5 * embedding_lr * width_scale,
+        "resid": 0.01 * scalar_lr,
+        "x0": scalar_lr,
+        "gates": 0.4 * scalar_lr,
+    }
+    members: dict[str, list[tuple[str, Any]]] = {kind: [] for kind in rates}
+    for name, p in model.named_parameters():
+        members[_group_of(name)].append((name, p))
+    groups = []
+    for kind, named in members.items():
+        muon = kind == "matrices"
+        settings: dict[str, Any] = {"weight_decay": weight_decay}
+        settings |= preset.muon if muon else ADAM | preset.adam.get(kind, {})
+        settings |= {"kind": "muon" if muon else "adamw", "lr": rates[kind] * lr_frac}
+        if named:
+            groups.append(settings | {"names": [n for n, _ in named], "params": [p for _, p in named]})
+    return groups
 
-    def group(kind: str, members: list[tuple[str, Any]], lr: float, **settings: Any) -> dict[str, Any]:
-        names, params = [n for n, _ in members], [p for _, p in members]
-        return {
-            "kind": kind,
-            "params": params,
-            "names": names,
-            "lr": lr * lr_frac,
-            "weight_decay": weight_decay,
-            **settings,
-        }
 
-    adam = {"betas": (0.8, 0.95), "eps": 1e-10}
-    return [
-        group("adamw", wte, embedding_lr * width_scale, **adam),
-        group("adamw", head, unembedding_lr * width_scale, **adam),
-        group("muon", matrices, matrix_lr, momentum=0.95),
-    ]
+def _group_of(name: str) -> str:
+    """The parameter group of a parameter, by its name."""
+    if name.startswith("transformer.h."):
+        return "matrices"
+    for prefix, kind in {
+        "transformer.wte.": "wte",
+        "lm_head.": "lm_head",
+        "value_embeds.": "values",
+        "bigram.": "values",
+        "resid_lambdas": "resid",
+        "x0_lambdas": "x0",
+        "smear_": "gates",
+        "backout_": "gates",
+    }.items():
+        if name.startswith(prefix):
+            return kind
+    raise RuntimeError(f"parameter {name} belongs to no optimizer group: extend nanochat/recipe.py")

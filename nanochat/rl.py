@@ -184,7 +184,7 @@ def reinforce(cfg: RLConfig, load_tasks: Any) -> None:
     start = find_start(cfg.source, cfg)
     tasks: RLTasks = load_tasks(start.checkpoint.meta)
     folder = checkpoint_folder("rl", start.tag)
-    dtype = saved_dtype(folder, cfg.resume) or start.checkpoint.meta["dtype"]
+    dtype = saved_dtype(folder, cfg.resume)
     with setup_compute(cfg.runtime, dtype) as compute, only_run(folder, needed=not cfg.dry_run):
         # Every step has rows of another length: compiling would start again and again.
         compute = replace(compute, compile=False)

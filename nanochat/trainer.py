@@ -32,7 +32,7 @@ from nanochat.metrics_log import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.precision import NonFiniteError, StepResult, first_nonfinite_module
 from nanochat.progress import Bar, format_seconds, progress
-from nanochat.recipe import Schedule, muon_momentum
+from nanochat.recipe import Schedule
 from nanochat.report import git_state
 from nanochat.signals import Stopped, StopRequest
 
@@ -141,13 +141,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next `grad_accum_steps` batches; returns its metrics."""
-        s = self.settings
-        share = s.schedule.progress(self.state.step, self.state.seconds)
-        multiplier = s.schedule.lr_multiplier(share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
-            if group["kind"] == "muon":
-                group["momentum"] = muon_momentum(self.state.step)
+        multiplier = self.settings.schedule.apply(self.optimizer.param_groups, self.state.step, self.state.seconds)
         batches = self._next_batches()
         if self._compile is None:
             self._decide_compile(batches[0].x)

@@ -1,18 +1,21 @@
 """Pretrain the base model: predict the next token of plain text.
 
 python -m scripts.base_train --depth=12 --device_batch_size=8 --total_batch_size=131072
+python -m scripts.base_train --depth=12 --device_batch_size=8 --recipe=modern --hours=8
 torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth=20
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_folder, load_weights
-from nanochat.common import Compute, init_wandb, print0, print_banner, setup_compute
+from nanochat.common import Compute, init_wandb, measure_matmul, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
@@ -20,12 +23,57 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
-from nanochat.recipe import BatchPlan, Schedule, parameter_groups, plan_batch, plan_iterations
+from nanochat.recipe import (
+    DEFAULT_RECIPE,
+    MAX_WARMUP_SHARE,
+    PRESETS,
+    BatchPlan,
+    Hyperparameters,
+    Schedule,
+    batch_for_steps,
+    parameter_groups,
+    plan_batch,
+    plan_iterations,
+    scale_hyperparameters,
+)
 from nanochat.report import get_report
 from nanochat.resume import find_resume, only_run, saved_dtype
 from nanochat.samples import print_samples
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
 from nanochat.trainer import Trainer, TrainSettings
+
+# What training makes of the measured matmul speed, to plan a horizon given in hours. A guess.
+SHARE_OF_MATMUL_SPEED = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The model's switches; each is the recipe's unless it is given."""
+
+    n_kv_head: int | None = None
+    """Key/value heads, a divisor of the heads; default: as many as heads."""
+    residual_scalars: bool | None = None
+    """Learned scalars on the residual stream and on the embedding, per layer."""
+    value_embeddings: bool | None = None
+    """Gated embeddings added to the values of every second layer."""
+    smear: bool | None = None
+    """Mix the previous token's embedding into each token's."""
+    backout: bool | None = None
+    """Subtract a share of the middle layer before the output."""
+    qk_scale: float | None = None
+    """Factor on normalised queries and keys."""
+    rope_base: float | None = None
+    """Base of the rotary frequencies."""
+    init: Literal["classic", "modern"] | None = None
+    """How weights begin."""
+    window_pattern: str | None = None
+    """Repeated over the layers, the last is always L. L: whole context, S: a quarter of it."""
+    bigram_buckets: int | None = None
+    """Size of a hashed embedding of token pairs; 0: none."""
+
+    def given(self) -> dict[str, Any]:
+        """The settings that are not left to the recipe."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +81,10 @@ class Config:
     """Settings of a pretraining run."""
 
     runtime: Runtime = field(default_factory=Runtime)
+    architecture: Architecture = field(default_factory=Architecture)
+    recipe: Literal["classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
+    """Preset of model and optimizer: classic is nanochat of December 2025, modern that of July 2026; every flag that is
+    given goes before it."""
     run: str = "dummy"
     """Name of the wandb run; dummy means no wandb."""
     depth: int = 20
@@ -51,28 +103,36 @@ class Config:
     """Train for this long: the schedule follows the clock."""
     target_flops: float | None = None
     """Train for this many FLOPs."""
-    target_param_data_ratio: float | None = 20.0
-    """Train on this many tokens per parameter (20: Chinchilla)."""
+    target_param_data_ratio: float | None = None
+    """Train on this many tokens per parameter; default: 20 per parameter (classic, Chinchilla), 12 per parameter of
+    matrices and lm_head (modern)."""
     device_batch_size: int = 32
     """Rows per forward pass and process: lower it when memory runs out, the total batch stays."""
-    total_batch_size: int = 524288
-    """Tokens per optimizer step, over all processes and micro-batches."""
-    embedding_lr: float = 0.2
-    """Learning rate of the embedding (AdamW), × (width/768)^-½."""
-    unembedding_lr: float = 0.004
-    """Learning rate of lm_head (AdamW), × (width/768)^-½."""
-    matrix_lr: float = 0.02
-    """Learning rate of the blocks' matrices (Muon)."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    total_batch_size: int | None = None
+    """Tokens per optimizer step, over all processes and micro-batches; default: 524288 (classic), by the horizon
+    (modern)."""
+    embedding_lr: float | None = None
+    """Learning rate of the embedding (AdamW), × (width/768)^-½; default: 0.2 (classic), 0.3 by batch (modern)."""
+    unembedding_lr: float | None = None
+    """Learning rate of lm_head (AdamW), × (width/768)^-½; default: 0.004 (classic), 0.008 by batch (modern)."""
+    matrix_lr: float | None = None
+    """Learning rate of the blocks' matrices (Muon); default: 0.02 (classic), 0.02 by batch (modern)."""
+    scalar_lr: float | None = None
+    """Learning rate of the switches' scalars (AdamW); default: 0.5 by batch (modern)."""
+    weight_decay: float | None = None
+    """Decoupled weight decay; default: 0 (classic), 0.28 by batch and horizon (modern)."""
     grad_clip: float | None = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
     warmup_ratio: float = 0.0
     """Share of the run in which the learning rate rises."""
-    warmdown_ratio: float = 0.2
-    """Share of the run in which the learning rate falls to its end."""
-    final_lr_frac: float = 0.0
-    """Learning rate at the end, as a share of the full one."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises; default: 0 (classic), 40 (modern; fewer in a short run)."""
+    warmdown_ratio: float | None = None
+    """Share of the run in which the learning rate falls to its end; default: 0.2 (classic), 0.65 (modern)."""
+    final_lr_frac: float | None = None
+    """Learning rate at the end, as a share of the full one; default: 0 (classic), 0.05 (modern)."""
+    activation_checkpointing: bool = False
+    """Keep no activations inside the layers but compute them again: less memory, about a third more time."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on with an unfinished run of the same settings."""
     force: bool = False
@@ -117,18 +177,22 @@ class Plan:
     model: GPTConfig
     batch: BatchPlan
     schedule: Schedule
+    rates: Hyperparameters
     num_params: int
     flops_per_token: int
+    horizon_tokens: int
 
     def lines(self) -> list[str]:
         """For people."""
-        m, b, s = self.model, self.batch, self.schedule
+        m, b, s, r = self.model, self.batch, self.schedule, self.rates
         lines = [
             f"model: {m.n_layer} layers, {m.n_embd} channels, {m.n_head} heads of {m.head_dim}, "
             f"vocabulary {m.vocab_size}",
             f"parameters: {self.num_params:,}; FLOPs per token: {self.flops_per_token:.4g}",
             f"batch: {b.total_tokens:,} tokens = {b.device_batch_size} rows × {b.sequence_len} tokens × "
             f"{b.world_size} processes × {b.grad_accum_steps} micro-batches",
+            f"learning rates: embedding {r.embedding_lr:.4g}, lm_head {r.unembedding_lr:.4g}, "
+            f"matrices {r.matrix_lr:.4g}, scalars {r.scalar_lr:.4g}; weight decay {r.weight_decay:.4g}",
         ]
         if s.num_iterations is not None:
             tokens = s.num_iterations * b.total_tokens
@@ -141,31 +205,80 @@ class Plan:
         return lines
 
 
-def make_plan(cfg: Config, vocab_size: int, world_size: int) -> Plan:
-    """Everything that follows from the settings."""
-    model_config = GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len)
+def make_plan(
+    cfg: Config,
+    vocab_size: int,
+    world_size: int,
+    horizon_tokens: int | None = None,
+    tflops: Callable[[], float] = lambda: 1.0,
+) -> Plan:
+    """Everything that follows from the settings.
+
+    Args:
+        cfg: the settings.
+        vocab_size: of the tokenizer.
+        world_size: processes.
+        horizon_tokens: what a resumed run has planned for.
+        tflops: measures this machine's matmul speed per process, in TFLOP/s; called when the horizon is a time.
+    """
+    preset = PRESETS[cfg.recipe]
+    settings = preset.switches | cfg.architecture.given()
+    model_config = GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, **settings)
     with torch.device("meta"):
         model = GPT(model_config)
-    batch = plan_batch(cfg.total_batch_size, cfg.device_batch_size, cfg.max_seq_len, world_size)
-    by_time = cfg.hours is not None and not (cfg.num_iterations and cfg.num_iterations > 0)
+    flops, by_steps = model.estimate_flops(), bool(cfg.num_iterations and cfg.num_iterations > 0)
+    by_time = cfg.hours is not None and not by_steps
+    if horizon_tokens is None and by_time and cfg.hours is not None and preset.scales:
+        horizon_tokens = int(cfg.hours * 3600 * tflops() * 1e12 * SHARE_OF_MATMUL_SPEED * world_size / flops)
+    ratio = cfg.target_param_data_ratio or preset.tokens_per_parameter
+    tokens = horizon_tokens or _horizon(
+        cfg, preset.scaling_params(model), ratio, flops, partial(batch_for_steps, preset, model)
+    )
+    per_row = cfg.max_seq_len * world_size
+    rates = scale_hyperparameters(preset, model, tokens, cfg.total_batch_size, per_row)
+    rates = rates.override(
+        embedding_lr=cfg.embedding_lr,
+        unembedding_lr=cfg.unembedding_lr,
+        matrix_lr=cfg.matrix_lr,
+        scalar_lr=cfg.scalar_lr,
+        weight_decay=cfg.weight_decay,
+    )
+    rows = cfg.device_batch_size
+    if cfg.total_batch_size is None and preset.scales:  # the batch is ours to choose, so rows that divide it are too
+        rows = max(n for n in range(1, rows + 1) if rates.total_batch_size // per_row % n == 0)
+    batch = plan_batch(rates.total_batch_size, rows, cfg.max_seq_len, world_size)
     iterations = None
     if not by_time:
         iterations = plan_iterations(
             batch_tokens=batch.total_tokens,
-            num_params=model.num_params(),
-            flops_per_token=model.estimate_flops(),
+            num_params=preset.scaling_params(model),
+            flops_per_token=flops,
             num_iterations=cfg.num_iterations,
             target_flops=cfg.target_flops,
-            target_param_data_ratio=cfg.target_param_data_ratio,
+            target_param_data_ratio=ratio,
         )
+    steps = iterations or tokens // batch.total_tokens
+    warmup_steps = min(preset.warmup_steps, int(MAX_WARMUP_SHARE * steps))
     schedule = Schedule(
         num_iterations=iterations,
         seconds=cfg.hours * 3600 if by_time and cfg.hours else None,
         warmup_ratio=cfg.warmup_ratio,
-        warmdown_ratio=cfg.warmdown_ratio,
-        final_lr_frac=cfg.final_lr_frac,
+        warmup_steps=warmup_steps if cfg.warmup_steps is None else cfg.warmup_steps,
+        warmdown_ratio=preset.warmdown_ratio if cfg.warmdown_ratio is None else cfg.warmdown_ratio,
+        final_lr_frac=preset.final_lr_frac if cfg.final_lr_frac is None else cfg.final_lr_frac,
+        momentum=preset.momentum,
+        decay_to_zero=preset.decay_to_zero,
     )
-    return Plan(model_config, batch, schedule, model.num_params(), model.estimate_flops())
+    return Plan(model_config, batch, schedule, rates, model.num_params(), flops, tokens)
+
+
+def _horizon(cfg: Config, scaling_params: int, ratio: float, flops: int, batch_of: Callable[[int], int]) -> int:
+    """Tokens of the run, by the first horizon that is set."""
+    if cfg.num_iterations and cfg.num_iterations > 0:
+        return cfg.num_iterations * (cfg.total_batch_size or batch_of(cfg.num_iterations))
+    if cfg.target_flops and cfg.target_flops > 0:
+        return int(cfg.target_flops / flops)
+    return int(ratio * scaling_params)
 
 
 def validation(cfg: Config, compute: Compute, model: GPT, corpus: Corpus, tokenizer: RustBPETokenizer) -> float:
@@ -202,11 +315,15 @@ def main(cfg: Config) -> None:
         setup_compute(cfg.runtime, saved_dtype(folder, cfg.resume)) as compute,
         only_run(folder, needed=not cfg.dry_run),
     ):
-        plan = make_plan(cfg, vocab_size, compute.world_size)
+        plan = make_plan(cfg, vocab_size, compute.world_size, tflops=partial(_measure, compute))
         for line in plan.lines():
             print0(line)
         if not cfg.dry_run:
             train(cfg, plan, compute)
+
+
+def _measure(compute: Compute) -> float:
+    return compute.broadcast(measure_matmul(compute.dtype, compute.device, n=1024))
 
 
 def train(cfg: Config, plan: Plan, compute: Compute) -> None:
@@ -217,7 +334,11 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
     config = asdict(cfg)
     inputs = {"tokenizer": tokenizer.hash}
     checkpoint = find_resume(folder, config, cfg.resume, inputs=inputs, force=cfg.force)
+    if checkpoint is not None and plan.horizon_tokens != checkpoint.meta.get("horizon_tokens", plan.horizon_tokens):
+        # A horizon in hours was measured; the batch must not change with the machine's mood.
+        plan = make_plan(cfg, plan.model.vocab_size, compute.world_size, checkpoint.meta["horizon_tokens"])
     model = GPT(plan.model)
+    model.activation_checkpointing = cfg.activation_checkpointing
     if checkpoint is None:
         model.init_weights()
     else:
@@ -226,7 +347,7 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
     loader = PretrainLoader(
         corpus,
         tokenizer,
-        cfg.device_batch_size,
+        plan.batch.device_batch_size,
         cfg.max_seq_len,
         split="train",
         device=compute.device,
@@ -234,12 +355,15 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
         world_size=compute.world_size,
         state=checkpoint.meta["loader"] if checkpoint else None,
     )
+    rates = plan.rates
     groups = parameter_groups(
         model,
-        embedding_lr=cfg.embedding_lr,
-        unembedding_lr=cfg.unembedding_lr,
-        matrix_lr=cfg.matrix_lr,
-        weight_decay=cfg.weight_decay,
+        embedding_lr=rates.embedding_lr,
+        unembedding_lr=rates.unembedding_lr,
+        matrix_lr=rates.matrix_lr,
+        scalar_lr=rates.scalar_lr,
+        weight_decay=rates.weight_decay,
+        preset=PRESETS[cfg.recipe],
     )
     trainer = Trainer(
         label="base",
@@ -259,7 +383,8 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
             keep_every=cfg.keep_every or None,
         ),
         folder=folder,
-        meta={"config": config, "inputs": inputs, "tokenizer_hash": tokenizer.hash, "corpus": corpus.name},
+        meta={"config": config, "inputs": inputs, "tokenizer_hash": tokenizer.hash, "corpus": corpus.name}
+        | {"horizon_tokens": plan.horizon_tokens},
         evaluate=lambda: validation(cfg, compute, model, corpus, tokenizer),
         sample=lambda: print_samples(model, tokenizer, compute),
         wandb=init_wandb(cfg.run, "nanochat", config),

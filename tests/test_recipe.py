@@ -1,10 +1,26 @@
 """Planning: batches that divide, schedules that start, fall and end where they should."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.recipe import Schedule, muon_momentum, plan_batch, plan_iterations
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
+from nanochat.recipe import (
+    CLASSIC,
+    MODERN,
+    PRESETS,
+    REFERENCE_BATCH,
+    Momentum,
+    Schedule,
+    batch_for_steps,
+    parameter_groups,
+    plan_batch,
+    plan_iterations,
+    reference_tokens,
+    scale_hyperparameters,
+)
 
 
 @given(
@@ -61,7 +77,89 @@ def test_horizons_in_their_order():
         plan_iterations(**common, num_iterations=None, target_flops=None, target_param_data_ratio=None)
 
 
-def test_momentum_rises_to_its_end():
-    assert muon_momentum(0) == pytest.approx(0.85)
-    assert muon_momentum(150) == pytest.approx(0.90)
-    assert muon_momentum(10_000) == pytest.approx(0.95)
+def test_momentum_rises_to_its_end_and_falls_with_the_learning_rate():
+    classic, modern = CLASSIC.momentum, MODERN.momentum
+    assert [classic.at(step) for step in (0, 150, 10_000)] == pytest.approx([0.85, 0.90, 0.95])
+    assert classic.at(10_000, warmdown=1.0) == pytest.approx(0.95)
+    assert [modern.at(step) for step in (0, 200, 400)] == pytest.approx([0.85, 0.91, 0.97])
+    assert modern.at(9_000, warmdown=0.5) == pytest.approx(0.935)
+    assert Momentum(0.8, 0.9, 10, 0.85).at(5, warmdown=1.0) == pytest.approx(0.85)
+
+
+def test_warmup_in_steps():
+    schedule = Schedule(num_iterations=101, warmup_steps=10, warmdown_ratio=0.5, final_lr_frac=0.1)
+    values = [schedule.lr_multiplier(schedule.progress(step, 0.0), step) for step in range(101)]
+    assert values[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert values[10:51] == [1.0] * 41
+    assert values[-1] == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="--warmup_steps"):
+        Schedule(num_iterations=5, warmup_steps=-1)
+
+
+def meta_model(depth=4, vocab=1000, **settings):
+    with torch.device("meta"):
+        return GPT(GPTConfig.from_depth(depth, vocab, 64, **settings))
+
+
+def test_modern_numbers_hold_at_the_reference_and_scale_from_there():
+    model = meta_model(12, 32768, **MODERN.switches)
+    at = scale_hyperparameters(MODERN, model, None)
+    # 12 tokens for each of the matrices' 84.9M and lm_head's 25.2M parameters, and the gates of the value embeddings
+    assert reference_tokens(MODERN, model.config) == 12 * (12 * 12 * 768**2 + 768 * 32768 + 6 * 12 * 6)
+    assert at.total_batch_size == REFERENCE_BATCH == 524288
+    assert (at.embedding_lr, at.unembedding_lr, at.matrix_lr, at.scalar_lr) == (0.3, 0.008, 0.02, 0.5)
+    assert at.weight_decay == pytest.approx(0.28)
+    quarter = scale_hyperparameters(MODERN, model, reference_tokens(MODERN, model.config) / 64)
+    assert quarter.total_batch_size == 2**17  # 64^0.383 = 4.9, and the nearest power of two is 4
+    assert quarter.matrix_lr == pytest.approx(0.01)
+    given_batch = scale_hyperparameters(MODERN, model, None, total_batch_size=2**15)
+    assert given_batch.matrix_lr == pytest.approx(0.005)
+    assert given_batch.weight_decay == pytest.approx(0.07)
+    short = scale_hyperparameters(MODERN, model, 1e6, multiple_of=3000)
+    assert short.total_batch_size % 3000 == 0
+    assert short.weight_decay <= 1.0
+    assert at.override(matrix_lr=0.5, scalar_lr=None).matrix_lr == 0.5
+
+
+def test_the_batch_of_a_number_of_steps_agrees_with_the_batch_of_its_tokens():
+    model = meta_model(12, 32768, **MODERN.switches)
+    for steps in (300, 2520, 20_000):
+        batch = batch_for_steps(MODERN, model, steps)
+        derived = scale_hyperparameters(MODERN, model, batch * steps).total_batch_size
+        assert 0.7 < derived / batch < 1.42
+    assert batch_for_steps(CLASSIC, model, 300) == 524288
+
+
+def test_classic_numbers_do_not_scale():
+    r = scale_hyperparameters(CLASSIC, meta_model(), 1e6, total_batch_size=4096)
+    assert (r.total_batch_size, r.embedding_lr, r.unembedding_lr, r.matrix_lr) == (4096, 0.2, 0.004, 0.02)
+    assert r.weight_decay == 0.0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("switches", [{}, MODERN.switches | {"bigram_buckets": 64}], ids=["classic", "modern"])
+def test_every_parameter_is_in_one_group_and_a_step_works(name, switches):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.from_depth(2, 70, 16, **switches))
+    model.init_weights()
+    rates = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02, "weight_decay": 0.1, "scalar_lr": 0.5}
+    groups = parameter_groups(model, **rates, preset=PRESETS[name])
+    names = [n for g in groups for n in g["names"]]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    optimizer = MuonAdamW(groups)
+    schedule = Schedule(num_iterations=10, decay_to_zero=True, warmdown_ratio=0.5)
+    multiplier = schedule.apply(optimizer.param_groups, 9, 0.0)
+    assert multiplier == 0.0
+    assert [g["weight_decay"] for g in optimizer.param_groups if g["kind"] == "muon"] == [pytest.approx(0.0)]
+    schedule.apply(optimizer.param_groups, 2, 0.0)
+    x = torch.randint(0, 70, (2, 16))
+    before = model(x, x)
+    before.backward()
+    optimizer.step()
+    assert model(x, x) < before
+    rate = {n: g["lr"] for g in groups for n in g["names"]}
+    width = (128 / 768) ** -0.5
+    assert rate["transformer.wte.weight"] == pytest.approx(0.2 * width)
+    if switches:
+        assert rate["value_embeds.1.weight"] == pytest.approx(0.1 * width)
+        assert (rate["resid_lambdas"], rate["x0_lambdas"], rate["smear_lambda"]) == (0.005, 0.5, 0.2)

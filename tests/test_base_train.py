@@ -1,0 +1,83 @@
+"""The plan of a pretraining run: what the recipes derive, what flags override, and a run of each."""
+
+import json
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import load_checkpoint
+from nanochat.config import parse_config
+from nanochat.gpt_config import NANOCHAT_2026
+from nanochat.recipe import MODERN
+from scripts.base_train import Config, main, make_plan
+
+
+def plan_of(*flags, vocab_size=32768, **settings):
+    return make_plan(parse_config(Config, list(flags)), vocab_size, 1, **settings)
+
+
+def test_classic_is_nanochats():
+    plan = plan_of("--depth=20", "--recipe=classic", vocab_size=65536)
+    assert plan.batch.total_tokens == 524288
+    assert plan.num_params == 560_988_160
+    assert plan.schedule.num_iterations == 21400
+    assert plan.model.to_dict().items() >= {"smear": False, "window_pattern": "L", "qk_scale": 1.0}.items()
+    assert (plan.rates.matrix_lr, plan.schedule.warmdown_ratio, plan.schedule.final_lr_frac) == (0.02, 0.2, 0.0)
+
+
+def test_modern_at_its_reference_is_nanochats():
+    plan = plan_of("--depth=12", "--recipe=modern")
+    assert plan.model.to_dict().items() >= NANOCHAT_2026.items()
+    assert plan.batch.total_tokens == 524288
+    assert plan.rates.weight_decay == pytest.approx(0.28)
+    assert plan.schedule.num_iterations == 2520
+    s = plan.schedule
+    assert (s.warmup_steps, s.warmdown_ratio, s.final_lr_frac, s.decay_to_zero) == (40, 0.65, 0.05, True)
+
+
+def test_a_small_budget_takes_smaller_batches_and_rows_that_divide_them():
+    plan = plan_of(
+        "--depth=4", "--recipe=modern", "--target_flops=1e14", "--max_seq_len=512", "--device_batch_size=100"
+    )
+    assert plan.batch.total_tokens < 2**17
+    assert plan.batch.device_batch_size <= 100
+    assert plan.rates.matrix_lr < 0.02
+    timed = plan_of("--depth=4", "--recipe=modern", "--hours=1", tflops=lambda: 0.1)
+    faster = plan_of("--depth=4", "--recipe=modern", "--hours=1", tflops=lambda: 100.0)
+    assert timed.batch.total_tokens < faster.batch.total_tokens
+    again = plan_of("--depth=4", "--recipe=modern", "--hours=1", horizon_tokens=timed.horizon_tokens)
+    assert again == timed
+
+
+def test_flags_go_before_the_recipe():
+    flags = ("--matrix_lr=0.5", "--weight_decay=0", "--warmdown_ratio=0.1", "--smear=False", "--window_pattern=SL")
+    plan = plan_of("--depth=4", "--recipe=modern", "--total_batch_size=65536", "--num_iterations=9", *flags)
+    assert plan.batch.total_tokens == 65536
+    assert (plan.rates.matrix_lr, plan.rates.weight_decay, plan.schedule.warmdown_ratio) == (0.5, 0.0, 0.1)
+    assert (plan.model.smear, plan.model.window_pattern, plan.model.backout) == (False, "SL", True)
+    assert plan.schedule.num_iterations == 9
+    assert plan.rates.embedding_lr == pytest.approx(MODERN.embedding_lr * 0.125**0.5)
+    with pytest.raises(ValueError, match="n_kv_head"):
+        plan_of("--depth=4", "--n_kv_head=3")
+
+
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+def test_a_run_of_each_recipe(recipe, tiny_tokenizer, base_dir, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("a", "b"):
+        lines = [json.dumps({"text": "Rain fills the rivers. " * 30}) for _ in range(40)]
+        (text / f"{name}.jsonl").write_text("\n".join(lines))
+    tiny_tokenizer.save(base_dir / "tokenizer")
+    flags = ["--depth=2", "--max_seq_len=64", "--device_batch_size=4", "--total_batch_size=256", "--num_iterations=12"]
+    flags += ["--eval_tokens=256", "--sample_every=0", f"--data_dir={text}", f"--recipe={recipe}", "--device_type=cpu"]
+    flags += ["--activation_checkpointing", "--compile=off"]
+    main(parse_config(Config, flags))
+    folder = base_dir / "base_checkpoints" / "d2"
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.5
+    meta = load_checkpoint(folder).meta
+    assert meta["model_config"]["smear"] == (recipe == "modern")
+    assert torch.isfinite(torch.tensor(losses)).all()
