@@ -2,40 +2,13 @@
 
 import pytest
 import torch
+from reference_generation import naive_greedy
 
-from nanochat.calculator import use_calculator
 from nanochat.engine import Engine
-from nanochat.kv_cache import KVCache
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache
 from nanochat.precision import Precision
 from nanochat.scheduler import Scheduler
-
-
-def naive_greedy(model, tokenizer, prompt, max_tokens):
-    """The slow way: no cache, no batch. Returns (new tokens, masks) with the token that ended it."""
-    special = tokenizer.encode_special
-    tokens, masks, forced, expression = [], [], [], None
-    while len(tokens) < min(max_tokens, model.config.sequence_len - len(prompt)):
-        if forced:
-            tokens.append(forced.pop(0))
-            masks.append(0)
-            continue
-        with torch.no_grad():
-            token = int(model(torch.tensor([prompt + tokens]))[0, -1].argmax())
-        tokens.append(token)
-        masks.append(1)
-        if token in (special("<|assistant_end|>"), special("<|bos|>")):
-            break
-        if token == special("<|python_start|>"):
-            expression = []
-        elif token == special("<|python_end|>") and expression is not None:
-            result = use_calculator(tokenizer.decode(expression))
-            if result is not None:
-                forced = [special("<|output_start|>"), *tokenizer.encode(result), special("<|output_end|>")]
-            expression = None
-        elif expression is not None:
-            expression.append(token)
-    return tokens, masks
 
 
 class Script(GPT):

@@ -15,7 +15,7 @@ def uniform(n, seed=0):
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "kept"),
     [(1.0, None, None, 4), (0.5, 0, 1.0, 4), (1.0, 2, None, 2), (2.0, 3, None, 3), (1.0, 100, None, 4),
-     (1.0, None, 0.6, 1), (1.0, None, 0.7, 2), (1.0, 3, 0.9, 3), (1.0, None, 1e-9, 1)],
+     (1.0, None, 0.6, 1), (1.0, None, 0.7, 2), (1.0, 3, 0.95, 3), (1.0, 3, 0.9, 2), (1.0, None, 1e-9, 1)],
 )  # fmt: skip
 def test_follows_the_distribution(temperature, top_k, top_p, kept):
     logits = torch.tensor([[1.0, 2.0, -1.0, 0.0]])  # probabilities .24 .64 .03 .09
