@@ -118,7 +118,7 @@ document.addEventListener("keydown", (event) => {
 // --- the rest ----------------------------------------------------------------------------------------------------------
 
 function nameTheme() {
-  byId("theme").querySelector("span").textContent = document.documentElement.dataset.theme === "dark" ? "Light" : "Dark";
+  byId("theme").querySelector("span").textContent = document.documentElement.dataset.theme === "dark" ? "Light theme" : "Dark theme";
 }
 
 byId("theme").addEventListener("click", () => {

@@ -135,7 +135,7 @@ function facts({ model, workers, running, waiting, uptime_seconds: uptime }) {
     ["Bits per byte", model.bpb ? `${model.bpb.toFixed(3)} on held-out text` : null],
     ["Number format", model.dtype],
     ["Runs on", workers.map((worker) => worker.device).join(", ")],
-    ["Speed", speeds.length ? `${Math.round(speeds.reduce((a, b) => a + b, 0)).toLocaleString("en")} tokens/s in all` : "not measured yet"],
+    ["Speed", speeds.length ? `${Math.round(speeds.reduce((a, b) => a + b, 0)).toLocaleString("en")} tokens/s` : "not measured yet"],
     ["Now", `${running} ${running === 1 ? "answer" : "answers"} being written, ${waiting} waiting`],
     ["Up for", uptime < 120 ? `${Math.round(uptime)} s` : uptime < 7200 ? `${Math.round(uptime / 60)} min` : `${Math.round(uptime / 3600)} h`],
   ].filter(([, value]) => value);
