@@ -89,9 +89,12 @@ class FastDecoder:
         self._cos, self._sin = model.cos[:, None, None], model.sin[:, None, None]  # (T, 1, 1, D)
 
     def _pack(self, weight: Tensor) -> Any:
-        """A weight (out, in) in the form that `_linear` multiplies with."""
+        """A weight (out, in) in the form that `_linear` multiplies with: (in, out), or in 8 bits with its scales."""
         if not self.int8:
-            return weight.detach().to(self.dtype)
+            w = weight.detach().to(self.dtype).t()
+            # For a few rows MKL reads a wide float32 matrix up to twice as fast when it is contiguous this way round.
+            wide = w.device.type == "cpu" and self.dtype == torch.float32 and w.size(1) >= w.size(0)
+            return w.contiguous() if wide else w
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
         scale = scale.to(torch.bfloat16)
         packed = (weight / scale.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
@@ -100,13 +103,13 @@ class FastDecoder:
     def _linear(self, x: Tensor, weight: Any) -> Tensor:
         if self.int8:
             return torch._weight_int8pack_mm(x, *weight)
-        return F.linear(x, weight)
+        return torch.mm(x, weight)
 
     def _add_linear(self, residual: Tensor, x: Tensor, weight: Any) -> Tensor:
         """residual + x · weightᵀ."""
         if self.int8 or residual.dtype != x.dtype:
             return residual + self._linear(x, weight)
-        return torch.addmm(residual, x, weight.t())
+        return torch.addmm(residual, x, weight)
 
     @torch.inference_mode()
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
