@@ -1,16 +1,14 @@
-"""What the command line and the web page share: fitting a conversation into the context."""
+"""A conversation with a model: fitting it into the context, asking, and remembering what was said."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.answer import AnswerReader, Part, join_parts
-from nanochat.engine import Engine
+from nanochat.answer import Part, join_parts
+from nanochat.batching import BatchEngine, GenerationRequest
 from nanochat.tokenizer import RustBPETokenizer
-
-__all__ = ["AnswerReader", "AnswerSettings", "Part", "answer", "answer_room", "fit_context", "join_parts"]
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": ...} as in RustBPETokenizer
 
@@ -23,30 +21,85 @@ class AnswerSettings:
     top_k: int | None = 50
     max_tokens: int = 512
     seed: int = 42
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
 
 
-def answer(
-    engine: Engine,
-    tokenizer: RustBPETokenizer,
-    prompt: list[int],
-    settings: AnswerSettings,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[Part]:
-    """Stream the parts of the answer to a prompt (see `fit_context`). It ends early when `stopped()` says so."""
-    reader = AnswerReader(tokenizer)
-    columns = engine.generate(
-        prompt,
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        seed=settings.seed,
-    )
-    for column, _ in columns:
-        if stopped():
-            return
-        part = reader.read(column[0])
-        if part is not None:
-            yield part
+class Conversation:
+    """The messages so far, and how the next one is answered.
+
+    Args:
+        engine: runs the model.
+        tokenizer: the model's.
+        settings: how answers are chosen; may be replaced between two questions.
+        notice: told when old messages no longer fit into the context.
+    """
+
+    def __init__(
+        self,
+        engine: BatchEngine,
+        tokenizer: RustBPETokenizer,
+        settings: AnswerSettings,
+        notice: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.engine, self.tokenizer, self.settings, self.notice = engine, tokenizer, settings, notice
+        self.system = ""
+        self.messages: list[Message] = []
+        self._asked = 0
+
+    def clear(self) -> None:
+        """Start a new conversation; the system message stays."""
+        self.messages = []
+
+    def undo(self) -> str | None:
+        """Take back the last question and its answer; returns the question, None if there is none."""
+        if not self.messages:
+            return None
+        question: str = self.messages[-2]["content"]
+        del self.messages[-2:]
+        return question
+
+    def ask(self, question: str) -> Generator[Part, None, None]:
+        """Stream the answer to `question`; stopping early (closing this) keeps what was said.
+
+        When the context is full in the middle of an answer, the model goes on with the newer half of it.
+
+        Raises:
+            ValueError: the question does not fit into the model's context; it is forgotten.
+            RuntimeError: the model failed.
+        """
+        context, settings = self.engine.context_length, self.settings
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*self.messages, {"role": "user", "content": question}]
+        room = context - answer_room(context, settings.max_tokens)
+        prompt, left_out = fit_context(self.tokenizer, [*system, *messages], room)
+        if left_out:
+            self.notice(f"context full: the {left_out} oldest messages are forgotten")
+        kept = 2 + len(self.tokenizer.encode(self.system)) if system else 1  # bos, user_start, the system message
+        request = GenerationRequest(
+            tokens=prompt,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
+            seed=settings.seed + self._asked,  # asking the same again gives another answer
+            slide=True,
+            keep=min(kept, context // 2),
+        )
+        self._asked += 1
+        generation = self.engine.submit(request)
+        parts: list[Part] = []
+        try:
+            for event in generation.events():
+                if event.kind == "error":
+                    raise RuntimeError(event.text)
+                if event.kind != "done":
+                    parts.append(Part(event.kind, event.text))
+                    yield parts[-1]
+        finally:
+            generation.cancel()
+            self.messages = [*messages[left_out:], {"role": "assistant", "content": join_parts(parts)}]
 
 
 def answer_room(context_length: int, max_tokens: int) -> int:
