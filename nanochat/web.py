@@ -103,8 +103,8 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: ChatRequest) -> AnswerResponse:
         tokens, left_out = await service.chat_prompt(request.messages, request.max_tokens, forget=True)
         answer = Answer(pool, [service.generation(tokens, request)])
-        prompt = [message.to_message() for message in request.messages] if service.log is not None else None
-        return AnswerResponse(answer, _stream(service, answer, left_out, prompt))
+        said = [[message.to_message() for message in request.messages]]
+        return AnswerResponse(answer, _stream(service, answer, left_out, said))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -138,12 +138,12 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
         }
 
 
-async def _stream(service: Service, answer: Answer, left_out: int, prompt: Any) -> AsyncIterator[str]:
+async def _stream(service: Service, answer: Answer, left_out: int, prompts: list[Any]) -> AsyncIterator[str]:
     if left_out:
         yield json.dumps({"left_out": left_out})
     began: float | None = None
     try:
-        async for _, event in service.events(answer, prompt):
+        async for _, event in service.events(answer, prompts):
             began = began or time.monotonic()
             if event.kind == "done":
                 usage = event.usage

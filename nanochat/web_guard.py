@@ -88,10 +88,7 @@ class Guard:
         if refusal is not None:
             await respond(refusal)(scope, receive, send_with_headers)
             return
-        try:
-            await self.app(scope, limited_receive, send_with_headers)
-        except RequestError as error:  # the body was too large, and no route has answered yet
-            await respond(error)(scope, receive, send_with_headers)
+        await self.app(scope, limited_receive, send_with_headers)
 
     def _refusal(self, path: str, method: str, headers: Headers) -> RequestError | None:
         access = self.access
@@ -128,7 +125,7 @@ def host_name(host: str) -> str:
 
 def respond(error: RequestError) -> JSONResponse:
     """The response that tells of an error."""
-    return JSONResponse(error.body, error.status, headers=error.headers)
+    return JSONResponse(error.body, error.status_code, headers=error.headers)
 
 
 def explain_problems(problems: Iterable[dict[str, object]]) -> tuple[str, str | None]:

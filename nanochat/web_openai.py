@@ -43,8 +43,8 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         forget = body.truncation == "auto"
         tokens, _ = await service.chat_prompt(body.messages, max_tokens, forget)
         asked = several(service.generation(tokens, body, max_tokens), body.n)
-        prompt = [message.to_message() for message in body.messages] if service.log is not None else None
-        return await _Completion(service, "chat.completion", len(tokens)).respond(body, request, asked, prompt)
+        said = [[message.to_message() for message in body.messages]] * body.n
+        return await _Completion(service, "chat.completion", len(tokens)).respond(body, request, asked, said)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -52,10 +52,10 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         prompts = await run_in_threadpool(_encode, service, body.prompts)
         asked = [copy for tokens in prompts for copy in several(service.generation(tokens, body), body.n)]
         completion = _Completion(service, "text_completion", sum(map(len, prompts)))
-        if body.echo:
-            texts = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in body.prompts]
-            completion.echo = [text for text in texts for _ in range(body.n)]
-        return await completion.respond(body, request, asked, body.prompts)
+        texts = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in body.prompts]
+        said = [text for text in texts for _ in range(body.n)]
+        completion.echo = said if body.echo else []
+        return await completion.respond(body, request, asked, said)
 
 
 def _model(service: Service) -> dict[str, Any]:
@@ -113,20 +113,20 @@ class _Completion:
         }
 
     async def respond(
-        self, body: OpenAIRequest, request: Request, asked: Sequence[GenerationRequest], prompt: Any
+        self, body: OpenAIRequest, request: Request, asked: Sequence[GenerationRequest], prompts: Sequence[Any]
     ) -> Response:
         """Start the generations and answer with what they write."""
         answer = Answer(self.service.pool, asked)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return AnswerResponse(answer, self._stream(answer, len(asked), usage, prompt))
+            return AnswerResponse(answer, self._stream(answer, len(asked), usage, prompts))
         try:
             collected = await answer.collect_for(request)
         except AnswerFailed as error:
             raise RequestError(500, str(error), kind="server_error") from error
         if collected is None:
             return Response(status_code=CLIENT_GONE)
-        self.service.written(prompt, collected)
+        self.service.written(prompts, dict(enumerate(collected)))
         choices = [self._choice(i, events) for i, events in enumerate(collected)]
         usages = [events[-1].usage for events in collected]
         return JSONResponse({**self.head, "choices": choices, "usage": count_usage(self.prompt_tokens, usages)})
@@ -142,13 +142,13 @@ class _Completion:
             message["parts"] = parts
         return {**choice, "message": message}
 
-    async def _stream(self, answer: Answer, n: int, include_usage: bool, prompt: Any) -> AsyncIterator[str]:
+    async def _stream(self, answer: Answer, n: int, include_usage: bool, prompts: Sequence[Any]) -> AsyncIterator[str]:
         for i in range(n if self.is_chat else len(self.echo)):
             first = {"role": "assistant", "content": ""} if self.is_chat else self.echo[i]
             yield self._chunk(i, first, None, include_usage)
         usages: list[Usage | None] = []
         try:
-            async for i, event in self.service.events(answer, prompt):
+            async for i, event in self.service.events(answer, prompts):
                 if event.kind == "done":
                     usages.append(event.usage)
                     yield self._chunk(i, {} if self.is_chat else "", event.finish_reason, include_usage)

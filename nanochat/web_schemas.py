@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from fastapi import HTTPException
 from pydantic import BaseModel, Field, model_validator
 
 MAX_MESSAGES = 500
@@ -21,7 +22,7 @@ TokenIds = Annotated[
 PromptText = Annotated[str, Field(max_length=MAX_CONVERSATION_CHARS)]
 
 
-class RequestError(Exception):
+class RequestError(HTTPException):
     """A request that can't be served, in the words and the shape of OpenAI's API."""
 
     def __init__(
@@ -34,8 +35,7 @@ class RequestError(Exception):
         param: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers or {}
+        super().__init__(status, message, headers=headers)
         self.body = error_body(message, kind=kind, code=code, param=param)
 
 

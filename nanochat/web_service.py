@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,14 @@ class Service:
             )
         return tokens, left_out
 
-    def written(self, prompt: Any, collected: Sequence[Sequence[Event]]) -> None:
-        """Log answers, if that was asked for."""
+    def written(self, prompts: Sequence[Any], answers: Mapping[int, Sequence[Event]]) -> None:
+        """Log answers and the prompt of each, if that was asked for."""
         if self.log is not None:
-            for events in collected:
-                self.log.write(prompt, events)
+            for i, events in answers.items():
+                self.log.write(prompts[i], events)
 
-    async def events(self, answer: Answer, prompt: Any) -> AsyncIterator[tuple[int, Event]]:
-        """The events of an answer, logged if that was asked for."""
+    async def events(self, answer: Answer, prompts: Sequence[Any]) -> AsyncIterator[tuple[int, Event]]:
+        """The events of an answer, logged if that was asked for; `prompts` has one for each of its generations."""
         collected: dict[int, list[Event]] = {}
         try:
             async for i, event in answer.events():
@@ -119,7 +119,7 @@ class Service:
                     collected.setdefault(i, []).append(event)
                 yield i, event
         finally:
-            self.written(prompt, list(collected.values()))
+            self.written(prompts, collected)
 
 
 def join_events(events: Sequence[Event]) -> list[dict[str, str]]:
