@@ -99,7 +99,7 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
     pool, defaults = service.pool, service.defaults
     started = time.monotonic()
 
-    @app.post("/chat/completions", response_class=AnswerResponse)
+    @app.post("/chat/completions", response_model=None)
     async def chat_completions(request: ChatRequest) -> AnswerResponse:
         tokens, left_out = await service.chat_prompt(request.messages, request.max_tokens, forget=True)
         answer = Answer(pool, [service.generation(tokens, request)])

@@ -95,6 +95,9 @@ def _encode(service: Service, prompts: Sequence[str | list[int]]) -> list[list[i
             code="context_length_exceeded",
             param="prompt",
         )
+    vocab_size = service.tokenizer.get_vocab_size()
+    if any(max(tokens) >= vocab_size for tokens in encoded):
+        raise RequestError(400, f"token ids must be below {vocab_size}", param="prompt")
     return encoded
 
 
