@@ -1,29 +1,16 @@
-"""What the command line and the web page share: fitting a conversation into the context, and reading an answer.
-
-The model's answer comes as tokens. `AnswerReader` turns them into parts a person can read: text (never half a
-character), what was sent to the calculator, and what it answered.
-"""
+"""A conversation with a model: fitting it into the context, asking, and remembering what was said."""
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from nanochat.engine import Engine
+from nanochat.answer import Part, join_parts
+from nanochat.batching import BatchEngine, GenerationRequest
 from nanochat.tokenizer import RustBPETokenizer
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": ...} as in RustBPETokenizer
-PartType = Literal["text", "python", "python_output"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of an answer. Text comes in several pieces as it is written; the others come whole."""
-
-    type: PartType
-    text: str
 
 
 @dataclass(frozen=True)
@@ -34,73 +21,85 @@ class AnswerSettings:
     top_k: int | None = 50
     max_tokens: int = 512
     seed: int = 42
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
 
 
-class AnswerReader:
-    """Turns the tokens of one answer into parts. Special tokens never show; nor do bytes that form no character."""
+class Conversation:
+    """The messages so far, and how the next one is answered.
 
-    def __init__(self, tokenizer: RustBPETokenizer) -> None:
-        self._tokenizer = tokenizer
-        special = tokenizer.encode_special
-        self._special = {special(name) for name in tokenizer.get_special_tokens()}
-        self._opens: dict[int, PartType] = {special("<|python_start|>"): "python"}
-        self._opens[special("<|output_start|>")] = "python_output"
-        self._closes = {special("<|python_end|>"), special("<|output_end|>")}
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
-        self._inside: PartType | None = None
-        self._held: list[int] = []
+    Args:
+        engine: runs the model.
+        tokenizer: the model's.
+        settings: how answers are chosen; may be replaced between two questions.
+        notice: told when old messages no longer fit into the context.
+    """
 
-    def read(self, token: int) -> Part | None:
-        """The part that `token` completes, if any."""
-        if token not in self._special:
-            if self._inside is not None:
-                self._held.append(token)
-                return None
-            text = self._decoder.decode(self._tokenizer.decode_bytes([token]))
-            return Part("text", text) if text else None
-        self._decoder.reset()
-        if token in self._opens:
-            self._inside, self._held = self._opens[token], []
-        elif token in self._closes and self._inside is not None:
-            part = Part(self._inside, self._tokenizer.decode(self._held))
-            self._inside = None
-            return part
-        return None
+    def __init__(
+        self,
+        engine: BatchEngine,
+        tokenizer: RustBPETokenizer,
+        settings: AnswerSettings,
+        notice: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.engine, self.tokenizer, self.settings, self.notice = engine, tokenizer, settings, notice
+        self.system = ""
+        self.messages: list[Message] = []
+        self._asked = 0
 
+    def clear(self) -> None:
+        """Start a new conversation; the system message stays."""
+        self.messages = []
 
-def answer(
-    engine: Engine,
-    tokenizer: RustBPETokenizer,
-    prompt: list[int],
-    settings: AnswerSettings,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[Part]:
-    """Stream the parts of the answer to a prompt (see `fit_context`). It ends early when `stopped()` says so."""
-    reader = AnswerReader(tokenizer)
-    columns = engine.generate(
-        prompt,
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        seed=settings.seed,
-    )
-    for column, _ in columns:
-        if stopped():
-            return
-        part = reader.read(column[0])
-        if part is not None:
-            yield part
+    def undo(self) -> str | None:
+        """Take back the last question and its answer; returns the question, None if there is none."""
+        if not self.messages:
+            return None
+        question: str = self.messages[-2]["content"]
+        del self.messages[-2:]
+        return question
 
+    def ask(self, question: str) -> Generator[Part, None, None]:
+        """Stream the answer to `question`; stopping early (closing this) keeps what was said.
 
-def join_parts(parts: list[Part]) -> list[dict[str, str]]:
-    """The parts of a whole answer as the content of an assistant message, neighbouring texts joined."""
-    content: list[dict[str, str]] = []
-    for part in parts:
-        if part.type == "text" and content and content[-1]["type"] == "text":
-            content[-1]["text"] += part.text
-        else:
-            content.append({"type": part.type, "text": part.text})
-    return content
+        When the context is full in the middle of an answer, the model goes on with the newer half of it.
+
+        Raises:
+            ValueError: the question does not fit into the model's context; it is forgotten.
+            RuntimeError: the model failed.
+        """
+        context, settings = self.engine.context_length, self.settings
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*self.messages, {"role": "user", "content": question}]
+        room = context - answer_room(context, settings.max_tokens)
+        prompt, left_out = fit_context(self.tokenizer, [*system, *messages], room)
+        if left_out:
+            self.notice(f"context full: the {left_out} oldest messages are forgotten")
+        kept = 2 + len(self.tokenizer.encode(self.system)) if system else 1  # bos, user_start, the system message
+        request = GenerationRequest(
+            tokens=prompt,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
+            seed=settings.seed + self._asked,  # asking the same again gives another answer
+            slide=True,
+            keep=min(kept, context // 2),
+        )
+        self._asked += 1
+        generation = self.engine.submit(request)
+        parts: list[Part] = []
+        try:
+            for event in generation.events():
+                if event.kind == "error":
+                    raise RuntimeError(event.text)
+                if event.kind != "done":
+                    parts.append(Part(event.kind, event.text))
+                    yield parts[-1]
+        finally:
+            generation.cancel()
+            self.messages = [*messages[left_out:], {"role": "assistant", "content": join_parts(parts)}]
 
 
 def answer_room(context_length: int, max_tokens: int) -> int:

@@ -1,11 +1,12 @@
 """The key/value cache: what attention has computed for the tokens so far, so that a new token costs one position.
 
+All rows are allocated at once. A forward pass runs on some neighbouring rows (`select`); rows can change places
+(`swap`) and share what they have in common (`copy`).
+
 Shapes: L layers, B rows, T positions, H key/value heads, D head size.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,63 +42,86 @@ class KVCache:
         self.k_cache = torch.zeros(num_layers, batch_size, seq_len, num_heads, head_dim, device=device, dtype=dtype)
         self.v_cache = torch.zeros_like(self.k_cache)  # (L, B, T, H, D)
         self.tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)  # for previous_tokens
-        self.set_lengths([0] * batch_size)
+        self._lengths = [0] * batch_size
+        self.select(0, batch_size)
 
-    def set_lengths(self, lengths: list[int]) -> None:
-        """Say how many positions of each row count; what lies behind is overwritten later."""
-        self._lengths = list(lengths)
-        self.cache_seqlens = torch.tensor(self._lengths, dtype=torch.int32, device=self.k_cache.device)  # (B,)
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def cache_seqlens(self) -> Tensor:
+        """The length of every row, (B,) int32."""
+        return torch.tensor(self._lengths, dtype=torch.int32, device=self.k_cache.device)
+
+    def select(self, start: int, stop: int) -> None:
+        """Let the next forward passes run on rows `start` to `stop` only."""
+        self._start, self._stop = start, stop
         self._planned: int | None = None
 
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Say how many positions of each selected row count; what lies behind is overwritten later."""
+        self._lengths[self._start : self._stop] = lengths
+        self._planned = None
+
     def get_pos(self) -> int:
-        """Length of the longest row."""
-        return max(self._lengths)
+        """Length of the longest selected row."""
+        return max(self._lengths[self._start : self._stop])
 
     def get_layer_cache(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(keys, values) of one layer, (B, T, H, D) each, written and unwritten positions."""
-        return self.k_cache[layer, : self.batch_size], self.v_cache[layer, : self.batch_size]
+        """(keys, values) of one layer, (selected rows, T, H, D) each, written and unwritten positions."""
+        return self.k_cache[layer, self._start : self._stop], self.v_cache[layer, self._start : self._stop]
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
-        self.set_lengths([0] * self.batch_size)
+        self._lengths = [0] * self.batch_size
+        self.select(0, self.batch_size)
 
     def advance(self, n: int) -> None:
         """Count the `n` positions that `update` has written in every layer."""
-        self._lengths = [length + n for length in self._lengths]
-        self.cache_seqlens += n
-        self._planned = None
+        self.set_lengths([length + n for length in self._lengths[self._start : self._stop]])
 
     def prefill(self, other: KVCache) -> None:
         """Start from `other`'s content; a single row of it is repeated in every row of this one."""
         if other.batch_size not in (1, self.batch_size):
             raise ValueError(f"can't fill {self.batch_size} rows from a cache of {other.batch_size} rows")
-        used = other.get_pos()
+        used = max(other._lengths)
         self._check_room(used)
-        self.k_cache[:, : self.batch_size, :used] = other.k_cache[:, : other.batch_size, :used]
-        self.v_cache[:, : self.batch_size, :used] = other.v_cache[:, : other.batch_size, :used]
-        self.tokens[: self.batch_size, :used] = other.tokens[: other.batch_size, :used]
+        self.reset()
+        self.k_cache[:, :, :used] = other.k_cache[:, :, :used]
+        self.v_cache[:, :, :used] = other.v_cache[:, :, :used]
+        self.tokens[:, :used] = other.tokens[:, :used]
         self.set_lengths(other._lengths * (self.batch_size // other.batch_size))
 
-    def drop(self, rows: Sequence[int]) -> list[int]:
-        """Remove rows: the last row moves into each gap. Returns, for each row that stays, which one it was."""
-        order = list(range(self.batch_size))
-        used = self.get_pos()
-        for gap in sorted(rows, reverse=True):
-            last = len(order) - 1
-            if gap != last:
-                self.k_cache[:, gap, :used] = self.k_cache[:, last, :used]
-                self.v_cache[:, gap, :used] = self.v_cache[:, last, :used]
-                self.tokens[gap, :used] = self.tokens[last, :used]
-                order[gap] = order[last]
-            order.pop()
-        self.batch_size = len(order)
-        self.set_lengths([self._lengths[row] for row in order])
-        return order
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let row `target` begin with the first `length` positions of row `source`, and end there."""
+        if source != target:
+            self.k_cache[:, target, :length] = self.k_cache[:, source, :length]
+            self.v_cache[:, target, :length] = self.v_cache[:, source, :length]
+            self.tokens[target, :length] = self.tokens[source, :length]
+        self._lengths[target] = length
+        self._planned = None
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange two rows, with what lies behind their lengths up to the longer of both."""
+        used = max(self._lengths[a], self._lengths[b])
+        for cache in (self.k_cache, self.v_cache):
+            kept = cache[:, a, :used].clone()
+            cache[:, a, :used] = cache[:, b, :used]
+            cache[:, b, :used] = kept
+        self.tokens[[a, b], :used] = self.tokens[[b, a], :used]
+        self._lengths[a], self._lengths[b] = self._lengths[b], self._lengths[a]
+        self._planned = None
+
+    def wipe(self, row: int) -> None:
+        """Empty a row and overwrite what it held: a NaN left behind would spoil the next one's masked positions."""
+        self.k_cache[:, row] = 0
+        self.v_cache[:, row] = 0
+        self._lengths[row] = 0
+        self._planned = None
 
     # --- what the model calls -----------------------------------------------------------------------------------------
 
     def positions(self, n_tokens: int) -> Tensor:
-        """Positions of the next `n_tokens`: (1, n) when all rows are equally long, else (B, n)."""
+        """Positions of the next `n_tokens`: (1, n) when all selected rows are equally long, else (B, n)."""
         self._plan(n_tokens)
         return self._positions
 
@@ -114,36 +138,38 @@ class KVCache:
         n = k.size(1)
         self._plan(n)
         keys, values = self.get_layer_cache(layer)
+        end = self.get_pos() + n
         if self._mask is None:
-            start = self.get_pos()
-            keys[:, start : start + n] = k
-            values[:, start : start + n] = v
+            keys[:, end - n : end] = k
+            values[:, end - n : end] = v
         else:
             keys[self._rows, self._positions] = k.to(keys.dtype)
             values[self._rows, self._positions] = v.to(values.dtype)
-        end = self.get_pos() + n
         return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype)
 
     def previous_tokens(self, idx: Tensor) -> Tensor:
         """Remember the next tokens (B, n); return the token before each, −1 where there is none: (B, n)."""
         self._plan(idx.size(1))
-        rows = torch.arange(self.batch_size, device=idx.device).unsqueeze(1)
-        self.tokens[rows, self._positions] = idx
-        before = self.tokens[rows, (self._positions - 1).clamp(min=0)]
+        tokens = self.tokens[self._start : self._stop]
+        rows = torch.arange(tokens.size(0), device=idx.device).unsqueeze(1)
+        tokens[rows, self._positions] = idx
+        before = tokens[rows, (self._positions - 1).clamp(min=0)]
         return before.masked_fill(self._positions == 0, -1)
 
     def _plan(self, n: int) -> None:
         """Positions and mask of the next `n` tokens, worked out once for all layers."""
         if self._planned == n:
             return
-        longest, device = self.get_pos(), self.k_cache.device
+        lengths, device = self._lengths[self._start : self._stop], self.k_cache.device
+        longest = max(lengths)
         self._check_room(longest + n)
         self._mask: Tensor | None = None
-        if min(self._lengths) == longest:
+        if min(lengths) == longest:
             self._positions = torch.arange(longest, longest + n, device=device).unsqueeze(0)  # (1, n)
         else:
-            self._positions = self.cache_seqlens.long().unsqueeze(1) + torch.arange(n, device=device)  # (B, n)
-            self._rows = torch.arange(self.batch_size, device=device).unsqueeze(1)  # (B, 1)
+            new = torch.arange(n, device=device)
+            self._positions = torch.tensor(lengths, device=device).unsqueeze(1) + new  # (B, n)
+            self._rows = torch.arange(len(lengths), device=device).unsqueeze(1)  # (B, 1)
             keys = torch.arange(longest + n, device=device)
             self._mask = keys <= self._positions[:, None, :, None]  # (B, 1, n, all)
         self._planned = n

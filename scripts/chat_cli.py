@@ -2,8 +2,9 @@
 
 python -m scripts.chat_cli                                  the newest chat model, a conversation
 python -m scripts.chat_cli -p "Why is the sky blue?"        one answer; standard output holds nothing else
+python -m scripts.chat_cli -p - < question.txt              the same, asked by a file
 
-In a conversation: `clear` starts a new one, `quit` or `exit` (or Ctrl-D) ends it, Ctrl-C stops an answer.
+In a conversation `/help` lists the commands, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D ends.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Generator, Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nanochat.chat import AnswerSettings, Message, Part, answer, answer_room, fit_context, join_parts
+from nanochat.answer import Part
+from nanochat.batching import BatchEngine
+from nanochat.chat import AnswerSettings, Conversation
+from nanochat.chat_commands import NAMES, Quit, is_command, run_command
 from nanochat.checkpoint_manager import find_tag, load_model
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script, short
-from nanochat.engine import Engine
-from nanochat.files import atomic_path
-from nanochat.tokenizer import RustBPETokenizer
+from nanochat.fast_decode import Weights
+from nanochat.sampling import Sampling
 
-HISTORY_LINES = 1000
+PREFILL_CHUNK = 1024  # nobody else waits, but Ctrl-C does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,135 +39,140 @@ class Config:
     source: Annotated[Literal["base", "mid", "sft", "rl"], short("-i")] = "sft"
     """Which stage's model to talk to."""
     prompt: Annotated[str | None, short("-p")] = None
-    """Ask this, print the answer and stop; default: a conversation."""
+    """Ask this, print the answer and stop; "-" reads it from standard input. Default: a conversation."""
     temperature: Annotated[float, short("-t")] = 0.6
     """0 takes the likeliest token every time; higher is more varied."""
     top_k: Annotated[int, short("-k")] = 50
     """Choose among the k likeliest tokens; 0: among all."""
+    top_p: float | None = None
+    """Choose among the likeliest tokens that together reach this probability; default: among all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that occurred already less likely."""
     max_tokens: Annotated[int, short("-m")] = 512
     """The longest answer, in tokens."""
+    system: str = ""
+    """What the model is told first."""
+    weights: Weights = "auto"
+    """What the weights are read as while generating: int8 (CPU) and bfloat16 are faster and less exact."""
     model_tag: Annotated[str | None, short("-g")] = None
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
     """Step of the checkpoint; default: the last."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"--top_k must be 0 (all tokens) or more, got {self.top_k}")
+        Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+        )
         if self.max_tokens < 1:
             raise ValueError(f"--max_tokens must be at least 1, got {self.max_tokens}")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("--prompt is empty: ask something, or leave it out for a conversation")
 
 
-class Conversation:
-    """The messages so far, and how the next one is answered."""
-
-    def __init__(self, engine: Engine, tokenizer: RustBPETokenizer, settings: AnswerSettings) -> None:
-        self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
-        self.messages: list[Message] = []
-        self._asked = 0
-
-    def clear(self) -> None:
-        """Start a new conversation."""
-        self.messages = []
-
-    def ask(self, question: str) -> Generator[Part, None, None]:
-        """Stream the answer to `question`; stopping early keeps what was said.
-
-        Raises:
-            ValueError: the question does not fit into the model's context; it is forgotten.
-        """
-        context = self.engine.context_length
-        room = context - answer_room(context, self.settings.max_tokens)
-        messages = [*self.messages, {"role": "user", "content": question}]
-        prompt, left_out = fit_context(self.tokenizer, messages, room)
-        if left_out:
-            print(f"(context full: the {left_out} oldest messages are forgotten)", file=sys.stderr)
-        settings = AnswerSettings(
-            self.settings.temperature,
-            self.settings.top_k,
-            self.settings.max_tokens,
-            self.settings.seed + self._asked,  # asking the same again gives another answer
-        )
-        self._asked += 1
-        parts: list[Part] = []
-        try:
-            for part in answer(self.engine, self.tokenizer, prompt, settings):
-                parts.append(part)
-                yield part
-        finally:
-            self.messages = [*messages[left_out:], {"role": "assistant", "content": join_parts(parts)}]
+def say(text: str) -> None:
+    """Tell the user something that is not part of an answer."""
+    print(text, file=sys.stderr, flush=True)
 
 
-def show(parts: Iterable[Part], tools: bool) -> None:
-    """Print an answer as it comes; with `tools`, also what the calculator was asked, dimmed."""
+def show(parts: Iterable[Part], terminal: bool) -> None:
+    """Print an answer as it comes; on a terminal also, dimmed, what the calculator was asked."""
     for part in parts:
+        text = printable(part.text) if terminal else part.text
         if part.type == "text":
-            print(part.text, end="", flush=True)
-        elif tools:
-            sign = "[" if part.type == "python" else " = "
-            end = "" if part.type == "python" else "]"
-            print(f"\033[2m{sign}{part.text}{end}\033[0m", end="", flush=True)
+            print(text, end="", flush=True)
+        elif terminal:
+            sign, end = ("[", "") if part.type == "python" else (" = ", "]")
+            print(f"\033[2m{sign}{text}{end}\033[0m", end="", flush=True)
     print(flush=True)
 
 
-@contextlib.contextmanager
-def line_history(path: Path) -> Iterator[None]:
-    """Cursor keys and a history of typed lines, kept in `path` (readable only by you)."""
-    try:
-        import readline
-    except ImportError:  # not on every system
-        yield
-        return
-    if path.exists():
-        with contextlib.suppress(OSError):
-            readline.read_history_file(path)
-    readline.set_history_length(HISTORY_LINES)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError), atomic_path(path) as tmp:
-            os.close(os.open(tmp, os.O_CREAT | os.O_WRONLY, 0o600))
-            readline.write_history_file(tmp)
+def printable(text: str) -> str:
+    """Text without control characters: a model must not be able to steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
-def converse(conversation: Conversation) -> None:
-    """Read lines and answer them until the end of input, `quit` or `exit`."""
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if terminal:
-        print("Type a message. `clear` starts again, `quit` ends, Ctrl-C stops an answer.")
+def prompt_reader(history: Path) -> Callable[[], str]:
+    """Reads messages from a terminal: history, editing, several lines with Alt-Enter or by pasting."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    history.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(history, os.O_CREAT | os.O_WRONLY, 0o600))  # what was typed is nobody else's business
+    session: PromptSession[str] = PromptSession(
+        history=FileHistory(str(history)),
+        auto_suggest=AutoSuggestFromHistory(),
+        completer=WordCompleter(NAMES, sentence=True),
+        complete_while_typing=False,
+        multiline=True,
+        key_bindings=keys,
+        prompt_continuation="     ",
+    )
+    return lambda: session.prompt("\nYou: ")
+
+
+def converse(conversation: Conversation, read: Callable[[], str], terminal: bool) -> None:
+    """Read messages and answer them until the end of input or `/quit`."""
     while True:
         try:
-            line = input("\nYou: " if terminal else "").strip()
+            line = read().strip()
         except EOFError:
             return
         except KeyboardInterrupt:
-            print("\n(Ctrl-D or `quit` ends the program)")
+            say("(Ctrl-D or /quit ends the program)")
             continue
-        if line.lower() in ("quit", "exit"):
-            return
-        if line.lower() == "clear":
-            conversation.clear()
-            print("(new conversation)", file=sys.stderr)
-        elif line:
-            reply(conversation, line, terminal)
+        question: str | None = line
+        if is_command(line):
+            try:
+                question = run_command(line, conversation, say)
+            except Quit:
+                return
+            except (ValueError, OSError) as error:
+                say(f"({error})")
+                continue
+        if question:
+            reply(conversation, question, terminal)
 
 
-def reply(conversation: Conversation, line: str, terminal: bool) -> None:
-    """Answer one line; Ctrl-C ends the answer only, a question that is too long is refused."""
+def reply(conversation: Conversation, question: str, terminal: bool) -> None:
+    """Answer one message; Ctrl-C ends the answer only, a question that is too long is refused."""
     if terminal:
         print("\nAssistant: ", end="", flush=True)
     try:
         # Closing tells the conversation that the answer is over, also when it was interrupted while printing.
-        with contextlib.closing(conversation.ask(line)) as parts:
-            show(parts, tools=terminal)
+        with contextlib.closing(conversation.ask(question)) as parts:
+            show(parts, terminal)
     except KeyboardInterrupt:
-        print("\n(stopped)", file=sys.stderr)
-    except ValueError as error:
-        print(f"({error})", file=sys.stderr)
+        say("\n(stopped)")
+    except BrokenPipeError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        say(f"({error})")
+
+
+def answer_once(conversation: Conversation, prompt: str) -> None:
+    """Answer one prompt; standard output holds nothing but the answer."""
+    if prompt == "-":
+        prompt = sys.stdin.read()
+        if not prompt.strip():
+            raise ValueError("--prompt=-: standard input is empty")
+    with contextlib.closing(conversation.ask(prompt)) as parts:
+        show(parts, terminal=sys.stdout.isatty())
 
 
 def main(cfg: Config) -> None:
@@ -174,13 +183,25 @@ def main(cfg: Config) -> None:
         compute = setup_compute(cfg.runtime)
         model, tokenizer, meta = load_model(cfg.source, compute.device, "eval", cfg.model_tag, cfg.step)
         print(f"{cfg.source} model {folder.name}, step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters")
-    settings = AnswerSettings(cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.runtime.seed)
-    conversation = Conversation(Engine(model, tokenizer, compute.precision), tokenizer, settings)
-    if cfg.prompt is not None:
-        show(conversation.ask(cfg.prompt), tools=False)
-        return
-    with line_history(get_base_dir() / "chat_history"):
-        converse(conversation)
+    settings = AnswerSettings(
+        cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.runtime.seed, cfg.top_p, cfg.repetition_penalty
+    )
+    with BatchEngine(
+        model, tokenizer, compute.precision, max_batch_size=1, prefill_chunk=PREFILL_CHUNK, weights=cfg.weights
+    ) as engine:
+        conversation = Conversation(engine, tokenizer, settings, lambda text: say(f"({text})"))
+        conversation.system = cfg.system
+        try:
+            if cfg.prompt is not None:
+                answer_once(conversation, cfg.prompt)
+            elif sys.stdin.isatty() and sys.stdout.isatty():
+                say("Type a message; Alt-Enter starts a new line. /help lists the commands, Ctrl-C stops an answer.")
+                converse(conversation, prompt_reader(get_base_dir() / "chat_history"), terminal=True)
+            else:
+                converse(conversation, input, terminal=False)
+        except BrokenPipeError:
+            # Whoever read the answer has gone. Python would complain about it once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

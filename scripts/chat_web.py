@@ -1,25 +1,29 @@
-"""A chat page for your own model, at http://127.0.0.1:8000.
+"""A chat page and an OpenAI-compatible API for your own model, at http://127.0.0.1:8000 and http://127.0.0.1:8000/v1.
 
 python -m scripts.chat_web
 python -m scripts.chat_web -i sft -g d12 -p 8080
 python -m scripts.chat_web -n 4                    one model on each of four cards
+NANOCHAT_API_KEY=... python -m scripts.chat_web --host 0.0.0.0
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 
+from nanochat.batching import BatchEngine
 from nanochat.chat import AnswerSettings
 from nanochat.checkpoint_manager import find_tag, load_model
-from nanochat.common import setup_compute
+from nanochat.common import Compute, setup_compute
 from nanochat.config import Runtime, run_script, short
-from nanochat.engine import Engine
 
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
+KEY_VARIABLE = "NANOCHAT_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,20 @@ class Config:
     port: Annotated[int, short("-p")] = 8000
     """Where to listen."""
     host: str = "127.0.0.1"
-    """Who may connect: 127.0.0.1 is this machine only, 0.0.0.0 is everybody who can reach it."""
-    queue_size: int = 16
-    """How many requests may wait; more are told to try again later."""
+    """Who may connect: 127.0.0.1 is this machine only, 0.0.0.0 is everybody who can reach it (with the key)."""
+    api_key: str | None = None
+    """What clients must send as `Authorization: Bearer KEY`; default: $NANOCHAT_API_KEY, which other users of this
+    machine can't see in the list of processes."""
+    insecure: bool = False
+    """Serve others than this machine without a key."""
+    cors_origins: tuple[str, ...] = ()
+    """Other sites whose pages may call this server, as `https://example.org`."""
+    max_batch_size: int | None = None
+    """Answers written at the same time by each card; default: 16 on CPU, 32 on a card."""
+    queue_size: int = 64
+    """How many requests may wait at each card; more are told to try again later."""
+    log_conversations: Path | None = None
+    """Append what is asked and answered to this file; default: conversations are not kept."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 2.0:
@@ -61,6 +76,11 @@ class Config:
             raise ValueError(f"--port must be between 0 (any free one) and 65535, got {self.port}")
         if self.queue_size < 0:
             raise ValueError(f"--queue_size must not be negative, got {self.queue_size}")
+        if self.max_batch_size is not None and self.max_batch_size < 1:
+            raise ValueError(f"--max_batch_size must be at least 1, got {self.max_batch_size}")
+        for origin in self.cors_origins:
+            if not origin.startswith(("http://", "https://")) or origin.endswith("/"):
+                raise ValueError(f"--cors_origins takes origins such as https://example.org, got {origin}")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -82,31 +102,75 @@ def choose_devices(device: torch.device, num_gpus: int) -> list[torch.device]:
     return [torch.device("cuda", i) for i in range(num_gpus)]
 
 
+def choose_key(cfg: Config) -> str | None:
+    """The key clients must send.
+
+    Raises:
+        ValueError: the server would be open to others without one, or the key can't be sent in a header.
+    """
+    key = os.environ.get(KEY_VARIABLE) if cfg.api_key is None else cfg.api_key
+    if not key:
+        if cfg.host not in LOCAL_HOSTS and not cfg.insecure:
+            raise ValueError(
+                f"everybody who can reach {cfg.host} could use this server: give a key with --api_key or "
+                f"${KEY_VARIABLE}, or say --insecure"
+            )
+        return None
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError("the API key may hold printable ASCII characters only, without spaces")
+    return key
+
+
+def load_engines(cfg: Config, compute: Compute) -> tuple[list[BatchEngine], Any, dict[str, Any]]:
+    """(an engine on every device, the tokenizer, what the page shows about the model)."""
+    folder = find_tag(cfg.source, cfg.model_tag)
+    engines = []
+    for device in choose_devices(compute.device, cfg.num_gpus):
+        model, tokenizer, meta = load_model(cfg.source, device, "eval", cfg.model_tag, cfg.step)
+        batch_size = cfg.max_batch_size or (16 if device.type == "cpu" else 32)
+        engines.append(
+            BatchEngine(model, tokenizer, compute.precision, max_batch_size=batch_size, max_queue=cfg.queue_size)
+        )
+    config = model.config
+    info = {
+        "id": f"{folder.name}-{cfg.source}",
+        "name": f"{folder.name} {cfg.source}",
+        "step": meta["step"],
+        "params": model.num_params(),
+        "dtype": compute.precision.name,
+        "bpb": (meta.get("state") or {}).get("val"),
+        "n_layer": config.n_layer,
+        "n_embd": config.n_embd,
+        "vocab_size": config.vocab_size,
+        "context_length": config.sequence_len,
+    }
+    return engines, tokenizer, info
+
+
 def main(cfg: Config) -> None:
     """Load the model on every device and serve it."""
-    folder = find_tag(cfg.source, cfg.model_tag)
+    key = choose_key(cfg)
+    find_tag(cfg.source, cfg.model_tag)
     with listen(cfg.host, cfg.port) as server_socket, setup_compute(cfg.runtime) as compute:
-        engines = []
-        for device in choose_devices(compute.device, cfg.num_gpus):
-            model, tokenizer, meta = load_model(cfg.source, device, "eval", cfg.model_tag, cfg.step)
-            engines.append(Engine(model, tokenizer, compute.precision))
-        info = {
-            "name": f"{folder.name} {cfg.source}",
-            "step": meta["step"],
-            "params": model.num_params(),
-            "dtype": compute.precision.name,
-        }
+        engines, tokenizer, info = load_engines(cfg, compute)
         import uvicorn
 
         from nanochat.web import create_app
+        from nanochat.web_answers import DRAIN_SECONDS
+        from nanochat.web_guard import Access
 
+        local = cfg.host in LOCAL_HOSTS
+        access = Access(api_key=key, cors_origins=cfg.cors_origins, local_only=local and key is None)
         defaults = AnswerSettings(cfg.temperature, cfg.top_k, cfg.max_tokens)
-        app = create_app(engines, tokenizer, defaults, info, cfg.queue_size)
-        if cfg.host not in LOCAL_HOSTS:
-            print(f"warning: everybody who can reach {cfg.host} can use this server; it asks for no password")
+        app = create_app(engines, tokenizer, defaults, info, access, cfg.log_conversations)
+        if not local and key is None:
+            print(f"warning: everybody who can reach {cfg.host} can use this server; it asks for no key")
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-        print(f"{info['name']}, step {info['step']}: http://{host}:{server_socket.getsockname()[1]}", flush=True)
-        config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=5)
+        url = f"http://{host}:{server_socket.getsockname()[1]}"
+        print(f"{info['name']}, step {info['step']}: {url} (OpenAI's API: {url}/v1)", flush=True)
+        config = uvicorn.Config(
+            app, log_level="warning", ws="none", timeout_graceful_shutdown=int(DRAIN_SECONDS), server_header=False
+        )
         uvicorn.Server(config).run(sockets=[server_socket])
 
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.chat import AnswerReader, Part, answer_room, fit_context, join_parts
+from nanochat.answer import AnswerReader, Part, join_parts
+from nanochat.chat import answer_room, fit_context
 
 
 def read_all(tokenizer, tokens):

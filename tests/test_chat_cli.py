@@ -1,6 +1,8 @@
 """The terminal chat: clean output in pipes, clear errors, a conversation that survives Ctrl-C and a full context."""
 
 import io
+import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +10,13 @@ from pathlib import Path
 import pytest
 
 import scripts.chat_cli as chat_cli
-from nanochat.chat import AnswerSettings, Part
+from nanochat.answer import Part
+from nanochat.batching import BatchEngine
+from nanochat.chat import AnswerSettings, Conversation
+from nanochat.chat_commands import HELP, Quit, is_command, run_command
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import get_base_dir
 from nanochat.config import parse_config, run_script
-from nanochat.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +32,8 @@ def saved(tiny_model, tiny_tokenizer):
 @pytest.fixture
 def conversation(tiny_model, tiny_tokenizer):
     settings = AnswerSettings(temperature=0.0, top_k=0, max_tokens=12)
-    return chat_cli.Conversation(Engine(tiny_model, tiny_tokenizer), tiny_tokenizer, settings)
+    with BatchEngine(tiny_model, tiny_tokenizer, max_batch_size=1) as engine:
+        yield Conversation(engine, tiny_tokenizer, settings, chat_cli.say)
 
 
 def parse(*argv):
@@ -44,7 +49,9 @@ def test_flags_of_the_classic_script():
     assert cfg.runtime.device_type == "cpu"
 
 
-@pytest.mark.parametrize("argv", [["-t", "-1"], ["-k", "-1"], ["-m", "0"], ["-p", "  "], ["-i", "rlhf"], ["--nope"]])
+@pytest.mark.parametrize(
+    "argv", [["-t", "-1"], ["-k", "-1"], ["-m", "0"], ["-p", "  "], ["--top_p", "2"], ["-i", "x"], ["--no"]]
+)
 def test_bad_flags_exit_with_2(argv, capsys):
     with pytest.raises(SystemExit) as error:
         parse(*argv)
@@ -114,36 +121,150 @@ def test_a_message_longer_than_the_context_is_refused_and_forgotten(conversation
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(conversation, monkeypatch, capsys):
-    def interrupted(*args):
-        yield Part("text", "The sky")
-        raise KeyboardInterrupt
+    shown = []
 
-    monkeypatch.setattr(chat_cli, "answer", interrupted)
-    chat_cli.reply(conversation, "why", terminal=False)
+    def interrupted(part):
+        shown.append(part)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+        return part
+
+    conversation.settings = AnswerSettings(temperature=2.0, max_tokens=100_000)
+    monkeypatch.setattr(chat_cli, "printable", interrupted)
+    chat_cli.reply(conversation, "why", terminal=True)
     out, err = capsys.readouterr()
-    assert out == "The sky"
     assert "(stopped)" in err
-    assert conversation.messages[-1]["content"] == [{"type": "text", "text": "The sky"}]
+    assert "".join(shown[:2]) in out
+    assert conversation.messages[-1]["role"] == "assistant"
+    said = conversation.messages[-1]["content"]
+    assert said[0]["text"].startswith(shown[0])
+    assert conversation.engine.stats()["running"] <= 1
     monkeypatch.undo()
+    conversation.settings = AnswerSettings(temperature=0.0, max_tokens=5)
     list(conversation.ask("and then?"))
     assert len(conversation.messages) == 4
 
 
+def test_ctrl_c_in_a_real_process_stops_the_answer_not_the_program(saved):
+    """A signal in the middle of an answer; the next message is still answered."""
+    command = [sys.executable, "-u", "-m", "scripts.chat_cli", "-t", "2", "-m", "100000000", "--device_type=cpu"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        for _ in range(2):
+            said = b""
+            while not said.strip():
+                process.stdin.write(b"hello\n")
+                process.stdin.flush()
+                said = process.stdout.read(8)
+            process.send_signal(signal.SIGINT)
+            while b"(stopped)" not in (line := process.stderr.readline()):
+                assert line, "the program has ended"
+        process.stdin.close()
+        process.stdout.read()
+        assert process.wait(timeout=60) == 0
+
+
 def test_tool_calls_show_only_on_a_terminal(capsys):
     parts = [Part("text", "It is "), Part("python", "6*7"), Part("python_output", "42"), Part("text", "42.")]
-    chat_cli.show(iter(parts), tools=False)
+    chat_cli.show(iter(parts), terminal=False)
     assert capsys.readouterr().out == "It is 42.\n"
-    chat_cli.show(iter(parts), tools=True)
+    chat_cli.show(iter(parts), terminal=True)
     assert capsys.readouterr().out == "It is \033[2m[6*7\033[0m\033[2m = 42]\033[0m42.\n"
 
 
-def test_history_is_kept_and_private(tmp_path):
-    readline = pytest.importorskip("readline")
+def test_a_model_can_not_steer_the_terminal(capsys):
+    chat_cli.show([Part("text", "a\033[2Jb\x07\n\tc\x9b1m")], terminal=True)
+    assert capsys.readouterr().out == "a[2Jb\n\tc1m\n"
+
+
+def test_an_answer_may_be_longer_than_the_context(conversation):
+    conversation.settings = AnswerSettings(temperature=1.5, top_k=0, max_tokens=400)
+    conversation.engine._scheduler.tools.stop_tokens = set()
+    conversation.system = "Be brief."
+    list(conversation.ask("tell me a long story"))
+    assert conversation.engine.stats()["generated_tokens"] == 400
+    list(conversation.ask("go on"))
+    assert len(conversation.messages) == 2  # the first answer is too long to be remembered whole
+
+
+def test_the_model_sees_the_system_message_first(conversation, monkeypatch):
+    seen = []
+    submit = conversation.engine.submit
+    monkeypatch.setattr(conversation.engine, "submit", lambda request: seen.append(request) or submit(request))
+    conversation.system = "Answer in rhymes."
+    list(conversation.ask("hello"))
+    assert "Answer in rhymes." in conversation.tokenizer.decode(seen[0].tokens[: seen[0].keep])
+
+
+class TestCommands:
+    def run(self, conversation, line):
+        said = []
+        return run_command(line, conversation, said.append), "\n".join(said)
+
+    def test_help_lists_every_command(self, conversation):
+        _, said = self.run(conversation, "/help")
+        assert len(said.splitlines()) == len(HELP)
+
+    def test_settings_change(self, conversation):
+        for line in ("/temperature 0.25", "/top_k 7", "/top_p 0.5", "/repetition_penalty 1.3", "/max_tokens 9"):
+            self.run(conversation, line)
+        expected = AnswerSettings(0.25, 7, 9, 42, 0.5, 1.3)
+        assert conversation.settings == expected
+        for line in ("/temperature -1", "/temperature", "/top_k x", "/top_p 0", "/max_tokens 0", "/nope", "/save"):
+            with pytest.raises(ValueError, match=r"must|needs|no command"):
+                self.run(conversation, line)
+        assert conversation.settings == expected
+
+    def test_retry_asks_again_and_undo_takes_back(self, conversation):
+        with pytest.raises(ValueError, match="nothing was said"):
+            self.run(conversation, "/undo")
+        list(conversation.ask("one"))
+        list(conversation.ask("two"))
+        assert self.run(conversation, "/retry")[0] == "two"
+        assert [m["content"] for m in conversation.messages if m["role"] == "user"] == ["one"]
+        assert self.run(conversation, "/undo")[0] is None
+        assert conversation.messages == []
+
+    def test_save_writes_what_was_said(self, conversation, tmp_path):
+        conversation.system = "Be kind."
+        list(conversation.ask("naïve?"))
+        self.run(conversation, f"/save {tmp_path / 'chat.json'}")
+        messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
+        assert [m["role"] for m in messages] == ["system", "user", "assistant"]
+        assert messages[1]["content"] == "naïve?"
+
+    def test_quit_and_the_classic_words(self, conversation):
+        for line in ("/quit", "/exit", "quit", "EXIT"):
+            assert is_command(line)
+            with pytest.raises(Quit):
+                self.run(conversation, line)
+        assert not is_command("quite right")
+        assert not is_command("what is 1/2?")
+
+
+def test_typing_with_history_and_several_lines(tmp_path):
+    """Keys as a terminal sends them: Enter sends, Alt-Enter starts a line, the history is kept and private."""
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
     path = tmp_path / "history"
-    with chat_cli.line_history(path):
-        readline.add_history("hello there")
-    assert "hello" in path.read_text()
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("two\x1b\rlines\r")
+        assert chat_cli.prompt_reader(path)() == "two\nlines"
+        keys.send_text("\x1b[A\r")  # arrow up, in another session
+        assert chat_cli.prompt_reader(path)() == "two\nlines"
+        keys.send_text("\x04")
+        with pytest.raises(EOFError):
+            chat_cli.prompt_reader(path)()
     assert path.stat().st_mode & 0o077 == 0
-    with chat_cli.line_history(path):
-        pass
-    readline.clear_history()
+
+
+def test_a_prompt_from_standard_input_and_a_reader_that_leaves(saved):
+    command = [sys.executable, "-m", "scripts.chat_cli", "-p", "-", "-t", "1", "-m", "3000", "--device_type=cpu"]
+    shell = f"echo Why? | {' '.join(command)} | head -c 1"
+    result = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, check=False)
+    assert len(result.stdout) <= 1
+    assert b"Traceback" not in result.stderr
+    assert b"Exception" not in result.stderr

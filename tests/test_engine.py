@@ -2,38 +2,13 @@
 
 import pytest
 import torch
+from reference_generation import naive_greedy
 
-from nanochat.calculator import use_calculator
-from nanochat.engine import Engine, KVCache, sample_next_token
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache
 from nanochat.precision import Precision
-
-
-def naive_greedy(model, tokenizer, prompt, max_tokens):
-    """The slow way: no cache, no batch. Returns (new tokens, masks) with the token that ended it."""
-    special = tokenizer.encode_special
-    tokens, masks, forced, expression = [], [], [], None
-    while len(tokens) < min(max_tokens, model.config.sequence_len - len(prompt)):
-        if forced:
-            tokens.append(forced.pop(0))
-            masks.append(0)
-            continue
-        with torch.no_grad():
-            token = int(model(torch.tensor([prompt + tokens]))[0, -1].argmax())
-        tokens.append(token)
-        masks.append(1)
-        if token in (special("<|assistant_end|>"), special("<|bos|>")):
-            break
-        if token == special("<|python_start|>"):
-            expression = []
-        elif token == special("<|python_end|>") and expression is not None:
-            result = use_calculator(tokenizer.decode(expression))
-            if result is not None:
-                forced = [special("<|output_start|>"), *tokenizer.encode(result), special("<|output_end|>")]
-            expression = None
-        elif expression is not None:
-            expression.append(token)
-    return tokens, masks
+from nanochat.scheduler import Scheduler
 
 
 class Script(GPT):
@@ -137,7 +112,7 @@ def test_finished_rows_leave_the_batch_and_run_no_tools(tiny_tokenizer, monkeypa
     short, long = [65, 66, end], [67, *range(70, 90), end]
     model = Script({65: short, 67: long}, tiny_tokenizer.get_vocab_size())
     calls = []
-    monkeypatch.setattr("nanochat.engine.use_calculator", lambda text: calls.append(text))
+    monkeypatch.setattr("nanochat.scheduler.use_calculator", lambda text: calls.append(text))
     sequences, _ = Engine(model, tiny_tokenizer).generate_prompts([[65], [67]], max_tokens=50)
     assert sequences == [short[:-1], long[:-1]]
     assert model.rows_run[:3] == [2, 2, 1]
@@ -210,27 +185,27 @@ def test_bad_requests_are_refused_at_the_call(tiny_model, tiny_tokenizer, prompt
 
 
 def test_bfloat16_uses_a_bfloat16_cache(tiny_model, tiny_tokenizer):
-    engine = Engine(tiny_model, tiny_tokenizer, Precision("cpu", torch.bfloat16))
-    assert engine._new_cache(1, 4).k_cache.dtype == torch.bfloat16
-    sequences, _ = engine.generate_prompts([[65], [66, 67, 68]], max_tokens=5)
+    precision = Precision("cpu", torch.bfloat16)
+    assert Scheduler(tiny_model, tiny_tokenizer, precision, 1, 8, 8).cache.k_cache.dtype == torch.bfloat16
+    sequences, _ = Engine(tiny_model, tiny_tokenizer, precision).generate_prompts([[65], [66, 67, 68]], max_tokens=5)
     assert all(len(s) > 1 for s in sequences)
 
 
-def test_sampling_follows_the_distribution():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
-    rng = torch.Generator().manual_seed(0)
-    for temperature, top_k in ((1.0, None), (0.5, 0), (1.0, 2), (2.0, 3), (1.0, 100)):
-        counts = sample_next_token(logits, rng, temperature, top_k).flatten().bincount(minlength=4) / 20_000
-        allowed = logits[0].clone()
-        if top_k:
-            allowed[top_k:] = -float("inf")
-        torch.testing.assert_close(counts, (allowed / temperature).softmax(0), atol=0.015, rtol=0)
+def test_samples_of_one_prompt_read_it_once(tiny_tokenizer):
+    model = Script({65: [65, 66, 67, 68, 69, 70]}, tiny_tokenizer.get_vocab_size())
+    Engine(model, tiny_tokenizer).generate_batch([65, 66, 67, 68], num_samples=4, max_tokens=2, temperature=0.0)
+    assert model.rows_run == [1, 3, 4]  # all four tokens; the last one of the others; the second new one of all
 
 
-def test_temperature_0_and_tiny_temperatures_take_the_likeliest():
-    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
-    for temperature in (0.0, 1e-30, 1e-300):
-        assert torch.equal(sample_next_token(logits, None, temperature), logits.argmax(-1, keepdim=True))
+def test_weights_that_were_trained_since_are_used(tiny_model, tiny_tokenizer):
+    engine = Engine(tiny_model, tiny_tokenizer)
+    engine.generate_batch([65, 66], max_tokens=3, temperature=0.0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in tiny_model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    expected, _ = naive_greedy(tiny_model, tiny_tokenizer, [65, 66], 20)
+    assert [c[0] for c, _ in engine.generate([65, 66], max_tokens=20, temperature=0.0)] == expected
 
 
 class TestKVCache:
@@ -271,13 +246,21 @@ class TestKVCache:
         assert mask.shape == (2, 1, 2, 5)
         assert mask.sum(-1).flatten().tolist() == [2, 3, 4, 5]
 
-    def test_drop_keeps_the_rest_and_tells_the_order(self):
-        cache = KVCache(4, 1, 2, 1, 1)
-        cache.update(0, torch.arange(4.0).view(4, 1, 1, 1), torch.arange(4.0).view(4, 1, 1, 1))
-        cache.set_lengths([1, 1, 1, 1])
-        order = cache.drop([0, 2])
-        assert sorted(order) == [1, 3]
-        assert cache.get_layer_cache(0)[0][:, 0, 0, 0].tolist() == order
+    def test_rows_are_selected_swapped_copied_and_wiped(self):
+        cache = KVCache(3, 1, 4, 1, 2)
+        cache.select(1, 2)
+        for layer in range(2):
+            cache.update(layer, torch.full((1, 2, 1, 1), 5.0), torch.full((1, 2, 1, 1), 6.0))
+        cache.advance(2)
+        assert cache.cache_seqlens.tolist() == [0, 2, 0]
+        cache.swap(1, 0)
+        cache.copy(0, 2, 1)
+        assert cache.cache_seqlens.tolist() == [2, 0, 1]
+        assert cache.k_cache[1, :, :2, 0, 0].tolist() == [[5, 5], [0, 0], [5, 0]]
+        assert cache.v_cache[0, :, :2, 0, 0].tolist() == [[6, 6], [0, 0], [6, 0]]
+        cache.wipe(0)
+        assert cache.cache_seqlens.tolist() == [0, 0, 1]
+        assert not cache.k_cache[:, 0].any()
 
     def test_reset_starts_again(self):
         cache = KVCache(2, 1, 2, 1, 1)

@@ -2,93 +2,55 @@
 
 import contextlib
 import json
-import re
+import socket
+import stat
 import threading
-import time
-from xml.etree import ElementTree
 
 import httpx
 import pytest
 import torch
-import uvicorn
+from web_server import HELLO, INFO, ScriptedEngine, SlowEngine, events_of, serve, tiny_app, tiny_chat_model, wait_until
 
 import scripts.chat_web as chat_web
-from nanochat.chat import AnswerReader, AnswerSettings
+from nanochat.batching import BatchEngine
+from nanochat.chat import AnswerSettings
 from nanochat.config import parse_config, run_script
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.web import MAX_BODY_BYTES, UI_FOLDER, create_app
+from nanochat.jsonl import read_jsonl
+from nanochat.web import create_app
+from nanochat.web_guard import Access
+from nanochat.web_schemas import MAX_BODY_BYTES
 
-HELLO = [{"role": "user", "content": "The sky"}]
-
-
-class SlowEngine(Engine):
-    """Writes "a" for ever, until `gate` closes; counts its tokens."""
-
-    def __init__(self, model, tokenizer):
-        super().__init__(model, tokenizer)
-        self.gate = threading.Event()
-        self.count = 0
-        self.running = 0
-
-    def generate(self, tokens, max_tokens=None, **settings):
-        self.running += 1
-        try:
-            while not self.gate.is_set():
-                self.count += 1
-                time.sleep(0.005)
-                yield [97], [1]
-        finally:
-            self.running -= 1
-
-
-@contextlib.contextmanager
-def serve(app):
-    """A client of a real server on a free port."""
-    config = uvicorn.Config(app, port=0, log_level="warning", ws="none", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
+KEY = "the-secret-key"
 
 
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer):
-    torch.manual_seed(1234)
-    model = GPT(GPTConfig(128, tiny_tokenizer.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=1, n_embd=64))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0.0, 0.3)
-    return model
+    return tiny_chat_model(tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def client(model, tiny_tokenizer):
     """A server for all tests that leave it as it is."""
-    defaults = AnswerSettings(temperature=0.0, top_k=0, max_tokens=20)
-    info = {"name": "tiny sft", "params": model.num_params()}
-    with serve(create_app([Engine(model, tiny_tokenizer)], tiny_tokenizer, defaults, info)) as client:
+    with serve(tiny_app(model, tiny_tokenizer)[0]) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def locked(model, tiny_tokenizer):
+    """A server with a key that one other site may call."""
+    access = Access(api_key=KEY, cors_origins=("https://friend.example",))
+    with serve(tiny_app(model, tiny_tokenizer, access=access)[0]) as client:
         yield client
 
 
 @pytest.fixture
 def slow(model, tiny_tokenizer):
-    engine = SlowEngine(model, tiny_tokenizer)
-    with serve(create_app([engine], tiny_tokenizer, AnswerSettings(), queue_size=1)) as client:
+    """A server with one place and room for one to wait."""
+    defaults = AnswerSettings(temperature=0.0, max_tokens=4096)
+    app, engine = tiny_app(model, tiny_tokenizer, SlowEngine, defaults, max_batch_size=1, max_queue=1)
+    with serve(app) as client:
         yield client, engine
-        engine.gate.set()
-
-
-def events_of(lines):
-    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
 
 
 def ask(client, messages, **settings):
@@ -98,30 +60,65 @@ def ask(client, messages, **settings):
     return events_of(response.text.splitlines())
 
 
-def wait_until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "this did not happen in time"
-        time.sleep(0.01)
+def text_of(events):
+    return "".join(event.get("token", "") for event in events)
+
+
+def problem(response):
+    """The error of a response, in OpenAI's shape."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
 
 
 def test_the_answer_is_the_engines(client, model, tiny_tokenizer):
     events = ask(client, HELLO)
-    assert events[-1] == {"done": True}
     prompt = tiny_tokenizer.render_for_completion({"messages": HELLO})
-    reader = AnswerReader(tiny_tokenizer)
-    columns = Engine(model, tiny_tokenizer).generate(prompt, max_tokens=20, temperature=0.0)
-    parts = [p for p in (reader.read(column[0]) for column, _ in columns) if p is not None]
-    expected = [{"token" if p.type == "text" else p.type: p.text} for p in parts]
-    assert events[:-1] == expected
+    sequences, _ = Engine(model, tiny_tokenizer).generate_batch(prompt, max_tokens=20, temperature=0.0)
+    expected = tiny_tokenizer.decode_bytes(sequences[0][len(prompt) :]).decode("utf-8", "ignore")
+    assert text_of(events) == expected
     assert len(expected) > 3
+    assert events[-1] == {"done": True}
+    assert events[-2]["usage"] == {"prompt": len(prompt), "completion": 20}
+    assert events[-2]["finish_reason"] == "length"
 
 
 def test_settings_reach_the_engine(client):
-    assert ask(client, HELLO, temperature=2.0, seed=1) == ask(client, HELLO, temperature=2.0, seed=1)
-    assert ask(client, HELLO, temperature=2.0, seed=1) != ask(client, HELLO, temperature=2.0, seed=2)
-    assert ask(client, HELLO, temperature=2.0, top_k=1) == ask(client, HELLO)
-    assert len(ask(client, HELLO, max_tokens=3)) <= 4
+    def text(**settings):
+        return text_of(ask(client, HELLO, **settings))
+
+    assert text(temperature=2.0, seed=1) == text(temperature=2.0, seed=1)
+    assert text(temperature=2.0, seed=1) != text(temperature=2.0, seed=2)
+    assert text(temperature=2.0, top_k=1) == text()
+    assert text(temperature=2.0, top_p=1e-6) == text()
+    assert len(text(max_tokens=3)) < len(text())
+    assert text(stop=text()[2:4]) == text()[:2]
+
+
+def test_tool_calls_and_failures_are_events(model, tiny_tokenizer):
+    app, engine = tiny_app(model, tiny_tokenizer, ScriptedEngine)
+    engine.script = [("text", "It is "), ("python", "6*7"), ("python_output", "42"), ("text", "42.")]
+    with serve(app) as client:
+        events = ask(client, HELLO)
+        assert [e for e in events if "python" in e or "python_output" in e] == [
+            {"python": "6*7"},
+            {"python_output": "42"},
+        ]
+        assert text_of(events) == "It is 42."
+        engine.script = [("text", "It"), ("error", "out of memory: secret path")]
+        events = ask(client, HELLO)
+        assert "error" in events[-2]
+        assert events[-1] == {"done": True}
+        assert "secret" not in json.dumps(events)
+
+
+def test_an_earlier_answer_may_come_back_with_its_tool_calls(client):
+    parts = [{"type": "text", "text": "is "}, {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
+    assert ask(client, [*HELLO, {"role": "assistant", "content": parts}, *HELLO])[-1] == {"done": True}
+    response = client.post("/chat/completions", json={"messages": [{"role": "user", "content": parts}]})
+    assert response.status_code == 400
+    assert "assistant" in problem(response)["message"]
 
 
 def test_a_conversation_longer_than_the_context_drops_its_oldest_messages(client):
@@ -132,31 +129,32 @@ def test_a_conversation_longer_than_the_context_drops_its_oldest_messages(client
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "words"),
+    ("body", "words"),
     [
-        ({}, 422, "messages"),
-        ({"messages": []}, 422, "at least 1"),
-        ({"messages": "hello"}, 422, "list"),
-        ({"messages": [{"role": "root", "content": "x"}]}, 422, "'user'"),
-        ({"messages": [{"role": "user"}]}, 422, "messages.0.content"),
-        ({"messages": HELLO * 501}, 422, "500"),
-        ({"messages": [{"role": "user", "content": "x" * 8001}]}, 422, "8000"),
-        ({"messages": [{"role": "user", "content": "x" * 7000}] * 5}, 422, "32000"),
-        ({"messages": HELLO, "temperature": 2.1}, 422, "temperature"),
-        ({"messages": HELLO, "temperature": -1}, 422, "temperature"),
-        ({"messages": HELLO, "top_k": 201}, 422, "top_k"),
-        ({"messages": HELLO, "max_tokens": 0}, 422, "max_tokens"),
-        ({"messages": HELLO, "max_tokens": 5000}, 422, "max_tokens"),
-        ({"messages": HELLO * 2}, 400, "message 1 has role 'user'"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "blue"}]}, 400, "last message"),
-        ({"messages": [{"role": "system", "content": "x"}]}, 400, "user message"),
-        ({"messages": [{"role": "user", "content": "z" * 500}]}, 400, "too long"),
+        ({}, "messages"),
+        ({"messages": []}, "at least 1"),
+        ({"messages": "hello"}, "list"),
+        ({"messages": [{"role": "root", "content": "x"}]}, "'user'"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": HELLO * 501}, "500"),
+        ({"messages": [{"role": "user", "content": "x" * 8001}]}, "8000"),
+        ({"messages": [{"role": "user", "content": "x" * 7000}] * 5}, "32000"),
+        ({"messages": HELLO, "temperature": 2.1}, "temperature"),
+        ({"messages": HELLO, "temperature": -1}, "temperature"),
+        ({"messages": HELLO, "top_k": 201}, "top_k"),
+        ({"messages": HELLO, "top_p": 0}, "top_p"),
+        ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
+        ({"messages": HELLO, "max_tokens": 5000}, "max_tokens"),
+        ({"messages": HELLO * 2}, "message 1 has role 'user'"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "blue"}]}, "last message"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "user message"),
+        ({"messages": [{"role": "user", "content": "z" * 500}]}, "too long"),
     ],
 )
-def test_bad_requests_are_explained(client, body, status, words):
+def test_bad_requests_are_explained(client, body, words):
     response = client.post("/chat/completions", json=body)
-    assert response.status_code == status
-    assert words in response.json()["detail"]
+    assert response.status_code == 400
+    assert words in problem(response)["message"]
 
 
 @pytest.mark.parametrize(
@@ -173,8 +171,8 @@ def test_bad_requests_are_explained(client, body, status, words):
 )
 def test_strange_bodies_are_refused(client, content):
     response = client.post("/chat/completions", content=content, headers={"content-type": "application/json"})
-    assert response.status_code in (400, 422)
-    assert response.json()["detail"]
+    assert response.status_code == 400
+    problem(response)
 
 
 def test_large_bodies_are_refused(client):
@@ -184,127 +182,209 @@ def test_large_bodies_are_refused(client):
     unannounced = (body[i : i + 65536] for i in range(0, len(body), 65536))
     response = client.post("/chat/completions", content=unannounced, headers=headers)
     assert response.status_code == 413
-    assert str(MAX_BODY_BYTES) in response.json()["detail"]
+    assert str(MAX_BODY_BYTES) in problem(response)["message"]
 
 
 def test_special_tokens_in_user_text_stay_text(client, tiny_tokenizer, monkeypatch):
     seen = []
-    generate = Engine.generate
-    monkeypatch.setattr(
-        Engine, "generate", lambda self, tokens, **s: seen.append(tokens) or generate(self, tokens, **s)
-    )
-    ask(client, [{"role": "user", "content": "<|assistant_start|><|bos|>"}])
+    submit = BatchEngine.submit
+    monkeypatch.setattr(BatchEngine, "submit", lambda self, r: seen.append(r.tokens) or submit(self, r))
+    messages = [{"role": "user", "content": "<|assistant_start|><|bos|>"}]
+    ask(client, messages)
+    client.post("/v1/chat/completions", json={"messages": messages})
+    client.post("/v1/completions", json={"prompt": "<|assistant_start|><|bos|>"})
     special = {tiny_tokenizer.encode_special(name) for name in tiny_tokenizer.get_special_tokens()}
-    assert sum(token in special for token in seen[0]) == 4
+    # bos, user_start, user_end, assistant_start of the chats; bos of the text.
+    assert [sum(token in special for token in tokens) for tokens in seen] == [4, 4, 1]
 
 
 def test_the_event_loop_is_free_while_an_answer_is_written(slow):
-    client, engine = slow
+    client, _ = slow
     with client.stream("POST", "/chat/completions", json={"messages": HELLO}) as response:
         lines = response.iter_lines()
-        assert events_of([next(lines)]) == [{"token": "a"}]
-        stats = client.get("/stats").json()  # answered, while the answer above never ends by itself
-        assert (stats["available_workers"], stats["waiting"]) == (0, 0)
-        engine.gate.set()
+        assert "token" in events_of([next(lines)])[0]
+        stats = client.get("/stats").json()  # answered, while the answer above is still being written
+        assert (stats["running"], stats["waiting"], stats["available_workers"]) == (1, 0, 0)
         assert events_of(list(lines))[-1] == {"done": True}
     wait_until(lambda: client.get("/health").json()["available_workers"] == 1)
 
 
-def test_a_full_queue_says_when_to_come_back(slow):
-    client, engine = slow
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions"])
+def test_a_full_queue_says_when_to_come_back(slow, path):
+    client, _ = slow
+    body = {"messages": HELLO, "stream": True}
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(client.stream("POST", "/chat/completions", json={"messages": HELLO}))
-        wait_until(lambda: engine.running == 1)
-        second = stack.enter_context(client.stream("POST", "/chat/completions", json={"messages": HELLO}))
+        first = stack.enter_context(client.stream("POST", path, json=body))
+        wait_until(lambda: client.get("/stats").json()["running"] == 1)
+        second = stack.enter_context(client.stream("POST", path, json=body))
         wait_until(lambda: client.get("/stats").json()["waiting"] == 1)
-        refused = client.post("/chat/completions", json={"messages": HELLO})
+        refused = client.post(path, json=body)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
-        assert "try again" in refused.json()["detail"]
-        engine.gate.set()
+        assert problem(refused)["code"] == "queue_full"
         for response in (first, second):
-            assert events_of(response.iter_lines())[-1] == {"done": True}
+            assert events_of(response.iter_lines())[-1] in ({"done": True}, "[DONE]")
 
 
 def test_a_client_that_leaves_frees_its_place(slow):
     client, engine = slow
+    body = {"messages": HELLO}
     for _ in range(3):
-        with client.stream("POST", "/chat/completions", json={"messages": HELLO}) as response:
+        with client.stream("POST", "/chat/completions", json=body) as response:
             lines = response.iter_lines()  # kept: dropping it would end the response
             next(lines)
-            with client.stream("POST", "/chat/completions", json={"messages": HELLO}):
+            with client.stream("POST", "/chat/completions", json=body):
                 wait_until(lambda: client.get("/stats").json()["waiting"] == 1)
             wait_until(lambda: client.get("/stats").json()["waiting"] == 0)
-        wait_until(lambda: client.get("/stats").json()["available_workers"] == 1)
-    assert engine.running == 0
-    count = engine.count
-    time.sleep(0.05)
-    assert engine.count == count
+        wait_until(lambda: client.get("/stats").json()["running"] == 0)
+    stats = engine.stats()
+    assert stats["cancelled"] == 6
+    assert stats["finished"] == 0
 
 
-def test_a_failing_answer_ends_with_an_error_and_the_next_one_works(client, monkeypatch):
-    def fail(self, *args, **settings):
-        raise RuntimeError("out of memory: secret path")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "generate", fail)
-        events = ask(client, HELLO)
-    assert "error" in events[0]
-    assert "secret" not in json.dumps(events)
-    assert events[-1] == {"done": True}
-    assert ask(client, HELLO)[-1] == {"done": True}
+def test_a_client_that_leaves_without_streaming_frees_its_place_too(slow):
+    client, engine = slow
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json={"messages": HELLO}, timeout=0.3)
+    wait_until(lambda: engine.stats()["cancelled"] == 1)
 
 
-def test_two_workers_answer_at_the_same_time(model, tiny_tokenizer):
-    engines = [SlowEngine(model, tiny_tokenizer) for _ in range(2)]
-    with serve(create_app(engines, tiny_tokenizer, AnswerSettings())) as client, contextlib.ExitStack() as stack:
-        for _ in range(2):
+def test_two_cards_share_the_work(model, tiny_tokenizer):
+    engines = [SlowEngine(model, tiny_tokenizer, max_batch_size=1, max_queue=1) for _ in range(2)]
+    with serve(create_app(engines, tiny_tokenizer, AnswerSettings(0.0))) as client, contextlib.ExitStack() as stack:
+        for _ in range(4):
             stack.enter_context(client.stream("POST", "/chat/completions", json={"messages": HELLO}))
-        wait_until(lambda: all(engine.count for engine in engines))
-        for engine in engines:
-            engine.gate.set()
+        wait_until(lambda: all(e.stats()["submitted"] == 2 for e in engines))
+        assert client.post("/chat/completions", json={"messages": HELLO}).status_code == 429
 
 
-def test_health_and_stats(client, model):
-    wait_until(lambda: client.get("/stats").json()["available_workers"] == 1)
-    assert client.get("/health").json() == {"status": "ok", "ready": True, "workers": 1, "available_workers": 1}
-    before = client.get("/stats").json()["workers"][0]["answered"]
+def test_a_stopping_server_finishes_its_answers(model, tiny_tokenizer):
+    app, engine = tiny_app(model, tiny_tokenizer, ScriptedEngine)
+    engine.script, engine.delay = [("text", "a")] * 150, 0.01
+    with serve(app) as client, client.stream("POST", "/chat/completions", json={"messages": HELLO}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        client.server.should_exit = True
+        events = events_of(lines)
+        assert len(text_of(events)) == 149
+        assert events[-1] == {"done": True}
+
+
+def test_health_and_stats(client):
+    wait_until(lambda: client.get("/stats").json()["running"] == 0)
+    assert client.get("/health").json() == {"status": "ok", "ready": True, "num_gpus": 1, "available_workers": 1}
+    before = client.get("/stats").json()["workers"][0]["finished"]
     ask(client, HELLO)
-    wait_until(lambda: client.get("/stats").json()["workers"][0]["answered"] == before + 1)
+    wait_until(lambda: client.get("/stats").json()["workers"][0]["finished"] == before + 1)
     stats = client.get("/stats").json()
-    assert stats["model"] == {"name": "tiny sft", "params": model.num_params()}
+    assert stats["model"] == INFO
     assert stats["workers"][0]["tokens_per_second"] > 0
+    assert stats["defaults"] == {"temperature": 0.0, "top_k": 0, "max_tokens": 20}
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [("/", "text/html"), ("/style.css", "text/css"), ("/app.js", "text/javascript"), ("/logo.svg", "image/svg+xml")],
-)
-def test_the_page_and_its_headers(client, path, kind):
-    response = client.get(path, headers={"origin": "http://evil.example"})
-    assert response.status_code == 200
-    assert response.headers["content-type"].startswith(kind)
-    policy = response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "unsafe" not in policy
-    assert response.headers["x-content-type-options"] == "nosniff"
-    assert "access-control-allow-origin" not in response.headers
+class TestAccess:
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("POST", "/chat/completions"),
+            ("POST", "/v1/chat/completions"),
+            ("POST", "/v1/completions"),
+            ("GET", "/v1/models"),
+            ("GET", "/stats"),
+            ("GET", "/openapi.json"),
+            ("GET", "/nothing"),
+        ],
+    )
+    def test_no_key_no_answer(self, locked, method, path):
+        for authorization in (None, "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x", b"Bearer \xff"):
+            headers = {} if authorization is None else {"authorization": authorization}
+            response = locked.request(method, path, json={"messages": HELLO}, headers=headers)
+            assert response.status_code == 401, authorization
+            assert problem(response)["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+
+    def test_the_key_opens_and_the_page_needs_none(self, locked):
+        headers = {"authorization": f"Bearer {KEY}"}
+        assert locked.get("/v1/models", headers=headers).status_code == 200
+        assert locked.post("/chat/completions", json={"messages": HELLO}, headers=headers).status_code == 200
+        assert locked.get("/").status_code == 200
+        assert locked.get("/health").status_code == 200
+
+    def test_pages_of_other_sites_can_not_ask(self, client, locked):
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+            response = client.post("/chat/completions", json={"messages": HELLO}, headers={"origin": origin})
+            assert response.status_code == 403
+            assert "access-control-allow-origin" not in response.headers
+        own = str(client.base_url).rstrip("/")
+        assert client.get("/stats", headers={"origin": own}).status_code == 200
+
+    def test_pages_of_allowed_sites_can(self, locked):
+        origin = {"origin": "https://friend.example"}
+        preflight = locked.options("/v1/models", headers={**origin, "access-control-request-method": "POST"})
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == origin["origin"]
+        response = locked.get("/v1/models", headers={**origin, "authorization": f"Bearer {KEY}"})
+        assert response.headers["access-control-allow-origin"] == origin["origin"]
+        assert "access-control-allow-credentials" not in response.headers
+
+    def test_a_foreign_name_for_this_machine_is_refused(self, model, tiny_tokenizer):
+        with serve(tiny_app(model, tiny_tokenizer, access=Access(local_only=True))[0]) as client:
+            assert client.get("/stats", headers={"host": "evil.example:8000"}).status_code == 403
+            for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+                assert client.get("/stats", headers={"host": host}).status_code == 200
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_no_inline_script():
-    html = (UI_FOLDER / "index.html").read_text(encoding="utf-8")
-    script = (UI_FOLDER / "app.js").read_text(encoding="utf-8")
-    assert "http" not in re.sub(r"<meta[^>]*>", "", html)
-    assert not re.search(r"\son\w+=|style=|<script(?![^>]*src=)", html)
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", script)
-    assert ElementTree.fromstring((UI_FOLDER / "logo.svg").read_text(encoding="utf-8")).tag.endswith("svg")
-    assert set(re.findall(r'byId\("([^"]+)"\)', script)) <= set(re.findall(r'id="([^"]+)"', html))
+class TestLog:
+    def test_conversations_are_not_logged(self, client, caplog, capfd, base_dir):
+        ask(client, [{"role": "user", "content": "my private words"}])
+        client.post("/chat/completions", json={"messages": [{"role": "root", "content": "my private words"}]})
+        assert "private" not in caplog.text + "".join(capfd.readouterr())
+        assert not list(base_dir.rglob("*"))
+
+    def test_unless_asked(self, model, tiny_tokenizer, tmp_path):
+        path = tmp_path / "log" / "chats.jsonl"
+        with serve(tiny_app(model, tiny_tokenizer, log_path=path)[0]) as client:
+            text = text_of(ask(client, HELLO))
+            client.post("/v1/chat/completions", json={"messages": HELLO})
+            client.post("/v1/completions", json={"prompt": "The sky"})
+        rows = read_jsonl(path)
+        assert [row["prompt"] for row in rows] == [HELLO, HELLO, "The sky"]
+        assert rows[0]["answer"] == rows[1]["answer"] == [{"type": "text", "text": text}]
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_conversations_are_not_logged(client, caplog, capfd):
-    ask(client, [{"role": "user", "content": "my private words"}])
-    client.post("/chat/completions", json={"messages": [{"role": "root", "content": "my private words"}]})
-    assert "private" not in caplog.text + "".join(capfd.readouterr())
+def test_slow_and_broken_requests_hold_up_nobody(client):
+    host, port = client.base_url.host, client.base_url.port
+    with contextlib.ExitStack() as stack:
+        for i in range(20):
+            raw = stack.enter_context(socket.create_connection((host, port)))
+            raw.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"[: 20 + 4 * i])
+        assert ask(client, HELLO)[-1] == {"done": True}
+
+
+def test_a_hundred_leaving_clients_leak_nothing(model, tiny_tokenizer):
+    app, engine = tiny_app(model, tiny_tokenizer, SlowEngine, AnswerSettings(temperature=0.0, max_tokens=100))
+    with serve(app) as client:
+
+        def leave(i):
+            with contextlib.suppress(httpx.HTTPError), httpx.Client(base_url=client.base_url) as own:
+                body = {"messages": HELLO, "stream": True}
+                path = "/v1/chat/completions" if i % 2 else "/chat/completions"
+                with own.stream("POST", path, json=body, timeout=20) as response:
+                    for _, _ in zip(range(i % 4), response.iter_lines(), strict=False):
+                        pass
+
+        for start in range(0, 100, 10):
+            threads = [threading.Thread(target=leave, args=(start + i,)) for i in range(10)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        wait_until(lambda: engine.stats()["running"] + engine.stats()["waiting"] == 0)
+        stats = engine.stats()
+        assert stats["cancelled"] + stats["finished"] == stats["submitted"] == 100
+        wait_until(lambda: threading.active_count() < 60)
+        assert ask(client, HELLO, max_tokens=3)[-1] == {"done": True}
 
 
 class TestScript:
@@ -317,11 +397,30 @@ class TestScript:
         cfg = parse_config(chat_web.Config, [])
         assert (cfg.host, cfg.port) == ("127.0.0.1", 8000)
 
-    @pytest.mark.parametrize("argv", [["-t", "3"], ["-k", "201"], ["-m", "0"], ["-p", "70000"], ["-n", "0"]])
+    @pytest.mark.parametrize(
+        "argv", [["-t", "3"], ["-k", "201"], ["-m", "0"], ["-p", "70000"], ["-n", "0"], ["--cors_origins", "x.org"]]
+    )
     def test_bad_flags_exit_with_2(self, argv):
         with pytest.raises(SystemExit) as error:
             parse_config(chat_web.Config, argv)
         assert error.value.code == 2
+
+    def test_others_are_served_with_a_key_or_on_demand_only(self, monkeypatch):
+        monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
+
+        def key(*argv):
+            return chat_web.choose_key(parse_config(chat_web.Config, list(argv)))
+
+        for host in ("0.0.0.0", "::", "192.168.1.2"):
+            with pytest.raises(ValueError, match=r"--api_key.*--insecure"):
+                key("--host", host)
+        assert key() is None
+        assert key("--host", "0.0.0.0", "--insecure") is None
+        assert key("--host", "0.0.0.0", "--api_key", "abc") == "abc"
+        with pytest.raises(ValueError, match="ASCII"):
+            key("--api_key", "schlüssel")
+        monkeypatch.setenv("NANOCHAT_API_KEY", "from-the-environment")
+        assert key("--host", "0.0.0.0") == "from-the-environment"
 
     def test_without_a_checkpoint_one_line_says_what_to_run(self, capsys):
         with pytest.raises(SystemExit) as error:

@@ -1,0 +1,209 @@
+// The conversation on the screen: what was said, and the answer that is being written.
+
+import { ask } from "./api.js";
+import { announce, byId, element, textButton } from "./dom.js";
+import { MessageView, addPart, plainText } from "./messages.js";
+import * as store from "./store.js";
+
+const log = byId("log");
+const welcome = byId("welcome");
+
+// The server's limits (/stats); until it has said them, these.
+export const limits = { messages: 500, message_chars: 8000, conversation_chars: 32000, max_tokens: 4096 };
+
+export class Conversation {
+  // hooks: changed() when a chat was saved, running(bool), refused() when a key is asked for.
+  constructor(hooks) {
+    this.hooks = hooks;
+    this.chat = store.newChat();
+    this.views = new Map();
+    this.controller = null; // of the answer being written
+    this.actions = {
+      edit: (message, text) => {
+        this.forgetFrom(message);
+        this.say(text);
+      },
+      regenerate: (message) => {
+        this.forgetFrom(message);
+        this.answer();
+      },
+    };
+  }
+
+  get running() {
+    return this.controller !== null;
+  }
+
+  get lastQuestion() {
+    return this.views.get(this.chat.messages.findLast((message) => message.role === "user"));
+  }
+
+  show(chat) {
+    this.stop();
+    this.chat = chat;
+    this.views.clear();
+    log.replaceChildren(welcome);
+    for (const message of chat.messages) this.addView(message);
+    welcome.hidden = chat.messages.length > 0;
+    store.currentId(chat.id);
+    this.hooks.changed();
+    this.scrollDown();
+  }
+
+  save() {
+    if (!this.chat.messages.length) return;
+    this.chat.updated = Date.now();
+    this.chat.title ||= plainText(this.chat.messages[0]).replace(/\s+/g, " ").slice(0, 60);
+    store.saveChat(this.chat);
+    this.hooks.changed();
+  }
+
+  addView(message) {
+    const view = new MessageView(message, this.actions);
+    this.views.set(message, view);
+    log.append(view.root);
+    return view;
+  }
+
+  add(message) {
+    welcome.hidden = true;
+    this.chat.messages.push(message);
+    const view = this.addView(message);
+    this.scrollDown();
+    return view;
+  }
+
+  note(text, isError = false, ...buttons) {
+    welcome.hidden = true;
+    const note = element("div", isError ? "note error" : "note", element("p", "", text), ...buttons);
+    note.setAttribute("role", isError ? "alert" : "status");
+    log.append(note);
+    this.scrollDown();
+  }
+
+  // Forget a message and everything after it.
+  forgetFrom(message) {
+    this.stop();
+    const index = this.chat.messages.indexOf(message);
+    const root = this.views.get(message)?.root;
+    if (index < 0 || !root) return;
+    while (root.nextSibling) root.nextSibling.remove();
+    root.remove();
+    for (const gone of this.chat.messages.splice(index)) this.views.delete(gone);
+  }
+
+  stop() {
+    this.controller?.abort();
+  }
+
+  say(text) {
+    const last = this.chat.messages.at(-1);
+    if (last?.role === "user") this.forgetFrom(last); // it was never answered
+    this.add({ role: "user", parts: [{ type: "text", text }] });
+    this.save();
+    return this.answer();
+  }
+
+  // What the server is sent: as many of the latest exchanges as it accepts (it drops more when the model's context is full).
+  request() {
+    const system = store.settings.system.trim();
+    let messages = this.chat.messages.map((m) => ({
+      role: m.role,
+      content: m.role === "user" ? plainText(m) : m.parts.map(({ type, text }) => ({ type, text })),
+    }));
+    const size = (m) => (typeof m.content === "string" ? m.content.length : m.content.reduce((n, p) => n + p.text.length, 0));
+    for (const m of messages) {
+      if (size(m) > limits.message_chars || m.content.length > 200) m.content = plainText(m).slice(0, limits.message_chars);
+    }
+    const chars = () => messages.reduce((sum, m) => sum + size(m), system.length);
+    while (messages.length > 2 && (messages.length + 1 > limits.messages || chars() > limits.conversation_chars)) {
+      messages = messages.slice(2);
+    }
+    if (system) messages.unshift({ role: "system", content: system });
+    const { temperature, top_k, top_p, max_tokens } = store.settings;
+    const chosen = Object.entries({ temperature, top_k, top_p, max_tokens }).filter(([, value]) => value !== null);
+    return { messages, ...Object.fromEntries(chosen) };
+  }
+
+  async answer() {
+    this.stop();
+    const body = this.request();
+    const controller = new AbortController();
+    this.controller = controller;
+    this.hooks.running(true);
+    const { chat } = this;
+    const message = { role: "assistant", parts: [] };
+    const view = this.add(message);
+    view.waiting = true;
+    try {
+      await ask(body, controller.signal, (event) => {
+        if (!controller.signal.aborted) this.receive(event, message, view);
+      });
+      announce(`Assistant: ${plainText(message)}`);
+    } catch (error) {
+      if (controller.signal.aborted) message.note = "stopped";
+      else this.failed(error, message);
+    } finally {
+      view.waiting = false;
+      if (this.controller === controller) {
+        this.controller = null;
+        this.hooks.running(false);
+      }
+      this.settle(chat, message, view);
+    }
+  }
+
+  receive(event, message, view) {
+    if (event.left_out) {
+      const note = element("div", "note", element("p", "", "The model's context is full: it no longer sees the oldest messages."));
+      log.insertBefore(note, view.root);
+    }
+    for (const [key, type] of [["token", "text"], ["python", "python"], ["python_output", "python_output"]]) {
+      if (event[key] !== undefined) addPart(message.parts, type, event[key]);
+    }
+    if (event.usage) {
+      const { completion } = event.usage;
+      const speed = event.seconds > 0.05 ? ` · ${Math.round(completion / event.seconds)} tokens/s` : "";
+      message.stats = `${completion} ${completion === 1 ? "token" : "tokens"}${speed}`;
+      if (event.finish_reason === "length") message.note = "longest answer reached";
+    }
+    const follow = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
+    view.drawSoon(() => follow && this.scrollDown());
+  }
+
+  failed(error, message) {
+    message.note = "cut short";
+    this.note(
+      error.message,
+      true,
+      textButton("Try again", "", (event) => {
+        event.currentTarget.closest(".note").remove();
+        if (message.parts.length) this.forgetFrom(message);
+        this.answer();
+      }),
+    );
+    if (error.status === 401) this.hooks.refused();
+  }
+
+  // An answer has ended, somehow. One of which nothing came leaves no empty message behind.
+  settle(chat, message, view) {
+    const nothing = !message.parts.length;
+    if (nothing && message.note) {
+      view.root.remove();
+      this.views.delete(message);
+      chat.messages = chat.messages.filter((m) => m !== message);
+    } else {
+      if (nothing) message.note = "the model said nothing";
+      view.draw();
+    }
+    if (!chat.messages.length || (chat !== this.chat && !store.loadChat(chat.id))) return; // deleted meanwhile
+    if (chat.messages.includes(message) || nothing) {
+      if (chat === this.chat) this.save();
+      else store.saveChat(chat);
+    }
+  }
+
+  scrollDown() {
+    log.scrollTop = log.scrollHeight;
+  }
+}

@@ -1,0 +1,187 @@
+// What stands beside the conversation: the list of chats, the settings, the model card, the key.
+
+import { getStats } from "./api.js";
+import { byId, element, iconButton } from "./dom.js";
+import * as store from "./store.js";
+
+// --- chats -------------------------------------------------------------------------------------------------------------
+
+const DAY = 24 * 3600 * 1000;
+
+function age(updated) {
+  const today = new Date().setHours(0, 0, 0, 0);
+  if (updated >= today) return "Today";
+  if (updated >= today - DAY) return "Yesterday";
+  return updated >= today - 7 * DAY ? "Last week" : "Earlier";
+}
+
+export function showChats(currentId, open, remove) {
+  const nav = byId("chats");
+  const focused = nav.contains(document.activeElement);
+  nav.replaceChildren();
+  let group = "";
+  let list = null;
+  for (const chat of store.listChats()) {
+    const title = chat.title || "Untitled";
+    if (age(chat.updated) !== group) {
+      group = age(chat.updated);
+      const heading = element("h2", "", group);
+      list = element("ul");
+      nav.append(heading, list);
+    }
+    const link = element("button", "chat", title);
+    link.type = "button";
+    link.title = title;
+    if (chat.id === currentId) link.setAttribute("aria-current", "true");
+    link.addEventListener("click", () => open(chat.id));
+    list.append(element("li", "", link, iconButton("trash", `Delete the chat ${title}`, () => remove(chat.id))));
+  }
+  if (!list) nav.append(element("p", "none", "Your chats will be listed here."));
+  if (focused) nav.focus();
+}
+
+const veil = byId("veil");
+const sidebar = byId("sidebar");
+
+// On a phone the chats slide in over the conversation.
+export function openSidebar(open) {
+  document.body.classList.toggle("sidebar-open", open);
+  byId("open-sidebar").setAttribute("aria-expanded", String(open));
+  veil.hidden = !open;
+  if (open) byId("close-sidebar").focus();
+}
+
+export function initSidebar() {
+  byId("open-sidebar").addEventListener("click", () => openSidebar(true));
+  for (const node of [byId("close-sidebar"), veil]) {
+    node.addEventListener("click", () => {
+      openSidebar(false);
+      byId("open-sidebar").focus();
+    });
+  }
+  sidebar.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") openSidebar(false);
+  });
+}
+
+// --- settings ----------------------------------------------------------------------------------------------------------
+
+const NAMES = ["temperature", "top_k", "top_p", "max_tokens"];
+const defaults = { temperature: 0.8, top_k: 50, top_p: 1, max_tokens: 512 };
+
+export function showSettings() {
+  for (const name of NAMES) {
+    const value = store.settings[name] ?? defaults[name];
+    byId(`set-${name}`).value = value;
+    byId(`out-${name}`).textContent = value;
+  }
+  byId("set-system").value = store.settings.system;
+}
+
+export function initSettings(forgetAll) {
+  const dialog = byId("settings");
+  for (const name of NAMES) {
+    byId(`set-${name}`).addEventListener("input", (event) => {
+      store.settings[name] = Number(event.target.value);
+      byId(`out-${name}`).textContent = event.target.value;
+      store.saveSettings();
+    });
+  }
+  byId("set-system").addEventListener("input", (event) => {
+    store.settings.system = event.target.value;
+    store.saveSettings();
+  });
+  byId("reset-settings").addEventListener("click", () => {
+    for (const name of NAMES) store.settings[name] = null;
+    store.settings.system = "";
+    store.saveSettings();
+    showSettings();
+  });
+  const forget = byId("forget-all");
+  const label = forget.textContent;
+  forget.addEventListener("click", () => {
+    // The first click asks, the second does it.
+    if (forget.textContent === label) forget.textContent = "Really delete all?";
+    else {
+      forgetAll();
+      dialog.close();
+    }
+  });
+  dialog.addEventListener("close", () => (forget.textContent = label));
+  byId("open-settings").addEventListener("click", () => {
+    showSettings();
+    dialog.showModal();
+  });
+}
+
+// --- the model ---------------------------------------------------------------------------------------------------------
+
+const number = (value, unit = "") => (value === null || value === undefined ? null : `${value.toLocaleString("en")}${unit}`);
+
+export function describeParams(params) {
+  if (!params) return null;
+  return params >= 1e9 ? `${(params / 1e9).toFixed(2)}B` : `${(params / 1e6).toFixed(1)}M`;
+}
+
+function facts({ model, workers, running, waiting, uptime_seconds: uptime }) {
+  const speeds = workers.map((worker) => worker.tokens_per_second).filter(Boolean);
+  return [
+    ["Name", model.name],
+    ["Parameters", model.params && `${describeParams(model.params)} (${number(model.params)})`],
+    ["Shape", model.n_layer && `${model.n_layer} layers, ${model.n_embd} wide`],
+    ["Vocabulary", number(model.vocab_size, " tokens")],
+    ["Context", number(model.context_length, " tokens")],
+    ["Training steps", number(model.step)],
+    ["Bits per byte", model.bpb ? `${model.bpb.toFixed(3)} on held-out text` : null],
+    ["Number format", model.dtype],
+    ["Runs on", workers.map((worker) => worker.device).join(", ")],
+    ["Speed", speeds.length ? `${Math.round(speeds.reduce((a, b) => a + b, 0)).toLocaleString("en")} tokens/s` : "not measured yet"],
+    ["Now", `${running} ${running === 1 ? "answer" : "answers"} being written, ${waiting} waiting`],
+    ["Up for", uptime < 120 ? `${Math.round(uptime)} s` : uptime < 7200 ? `${Math.round(uptime / 60)} min` : `${Math.round(uptime / 3600)} h`],
+  ].filter(([, value]) => value);
+}
+
+// Shows the model's name; returns what the server said. `failed(error)` hears when it can't be asked.
+export async function showModel(failed) {
+  try {
+    const stats = await getStats();
+    const { model } = stats;
+    for (const name of NAMES) defaults[name] = stats.defaults[name] ?? defaults[name];
+    const params = describeParams(model.params);
+    byId("model").textContent = [model.name || "model", params, model.dtype].filter(Boolean).join(" · ");
+    byId("dot").className = "ready";
+    byId("facts").replaceChildren(...facts(stats).map(([name, value]) => element("div", "", element("dt", "", name), element("dd", "", value))));
+    return stats;
+  } catch (error) {
+    byId("model").textContent = error.status === 401 ? "API key needed" : "no connection";
+    byId("dot").className = "away";
+    failed(error);
+    return null;
+  }
+}
+
+export function initCard() {
+  byId("open-model").addEventListener("click", async () => {
+    if (await showModel((error) => error.status === 401 && askKey())) byId("card").showModal();
+  });
+}
+
+// --- the key -----------------------------------------------------------------------------------------------------------
+
+export function askKey() {
+  const dialog = byId("key");
+  if (!dialog.open) dialog.showModal();
+}
+
+export function initKey(accepted) {
+  const dialog = byId("key");
+  dialog.addEventListener("close", () => {
+    const typed = byId("key-input").value.trim();
+    if (dialog.returnValue === "save" && typed) {
+      store.apiKey(typed);
+      accepted();
+    }
+    byId("key-input").value = "";
+    dialog.returnValue = "";
+  });
+}

@@ -1,0 +1,195 @@
+"""What clients may ask of the chat server: the bodies of its requests, their limits, and the shape of its errors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import HTTPException
+from pydantic import BaseModel, Field, model_validator
+
+MAX_MESSAGES = 500
+MAX_MESSAGE_CHARS = 8000
+MAX_CONVERSATION_CHARS = 32000
+MAX_TOKENS = 4096
+MAX_CHOICES = 8  # answers or prompts of one request: each takes a place in the batch
+# The longest allowed conversation with every character written as \uXXXX\uXXXX, and its braces.
+MAX_BODY_BYTES = 12 * MAX_CONVERSATION_CHARS + 100 * MAX_MESSAGES
+
+StopText = Annotated[str, Field(min_length=1, max_length=100)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_CONVERSATION_CHARS)
+]
+PromptText = Annotated[str, Field(max_length=MAX_CONVERSATION_CHARS)]
+
+
+class RequestError(HTTPException):
+    """A request that can't be served, in the words and the shape of OpenAI's API."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers=headers)
+        self.body = error_body(message, kind=kind, code=code, param=param)
+
+
+def error_body(
+    message: str, *, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """The body of every error this server answers with."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Part(BaseModel):
+    """A piece of a message: text, or (in an answer) what the calculator was asked and what it said."""
+
+    type: Literal["text", "python", "python_output"]
+    text: str = Field(max_length=MAX_MESSAGE_CHARS)
+
+
+class ChatMessage(BaseModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] | Annotated[list[Part], Field(max_length=200)]
+
+    @property
+    def chars(self) -> int:
+        """How long it is."""
+        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> ChatMessage:
+        if self.chars > MAX_MESSAGE_CHARS:
+            raise ValueError(f"a message may have {MAX_MESSAGE_CHARS} characters, this one has {self.chars}")
+        parts = [] if self.role == "assistant" or isinstance(self.content, str) else self.content
+        if any(part.type != "text" for part in parts):
+            raise ValueError("only an assistant's message may have parts other than text")
+        return self
+
+    def to_message(self) -> dict[str, Any]:
+        """As nanochat.messages knows it."""
+        if isinstance(self.content, str):
+            content: Any = self.content
+        elif self.role == "assistant":
+            content = [part.model_dump() for part in self.content]
+        else:
+            content = "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class Sampling(BaseModel):
+    """How tokens are chosen; what is left out is the server's default."""
+
+    temperature: float | None = Field(None, ge=0.0, le=2.0)
+    top_k: int | None = Field(None, ge=0, le=200)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    repetition_penalty: float | None = Field(None, gt=0.0, le=2.0)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class Conversation(Sampling):
+    """A request with messages."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+
+    @model_validator(mode="after")
+    def _check_total(self) -> Conversation:
+        total = sum(message.chars for message in self.messages)
+        if total > MAX_CONVERSATION_CHARS:
+            raise ValueError(f"the conversation has {total} characters, the limit is {MAX_CONVERSATION_CHARS}")
+        return self
+
+
+class ChatRequest(Conversation):
+    """POST /chat/completions: always answered as a stream of events."""
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds besides the text."""
+
+    include_usage: bool = False
+
+
+class OpenAIRequest(Sampling):
+    """What both kinds of completions have in common. Fields that would change the answer and that no part of this
+    server knows are refused unless they ask for nothing; others (`user`, `metadata`, ...) are ignored."""
+
+    model: str | None = Field(None, max_length=200)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = None
+    logprobs: bool | int | None = None
+
+    def unsupported(self) -> str | None:
+        """The name of a field that asks for something this server can't do."""
+        asked = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
+        return next((name for name in asked if getattr(self, name)), None)
+
+
+class OpenAIChatRequest(OpenAIRequest, Conversation):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    truncation: Literal["disabled", "auto"] = "disabled"
+    """Of a conversation that is longer than the model's context: refuse it, or forget its oldest messages."""
+
+    def unsupported(self) -> str | None:
+        """The name of a field that asks for something this server can't do."""
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            return "response_format"
+        return super().unsupported() or next((name for name in ("tools", "functions") if getattr(self, name)), None)
+
+
+class CompletionRequest(OpenAIRequest):
+    """POST /v1/completions: goes on with a text, or with token ids."""
+
+    prompt: (
+        PromptText
+        | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_CHOICES)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+    )
+    echo: bool = False
+    suffix: str | None = None
+    best_of: int | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt by itself."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    @model_validator(mode="after")
+    def _check_total(self) -> CompletionRequest:
+        if len(self.prompts) * self.n > MAX_CHOICES:
+            raise ValueError(f"{len(self.prompts)} prompts with n={self.n} are more than {MAX_CHOICES} answers")
+        if sum(map(len, self.prompts)) > MAX_CONVERSATION_CHARS:
+            raise ValueError(f"the prompts together are longer than {MAX_CONVERSATION_CHARS}")
+        return self
+
+    def unsupported(self) -> str | None:
+        """The name of a field that asks for something this server can't do."""
+        if self.best_of not in (None, self.n):
+            return "best_of"
+        return super().unsupported() or ("suffix" if self.suffix else None)

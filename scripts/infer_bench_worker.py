@@ -1,0 +1,211 @@
+"""One contestant of scripts.infer_bench, in a process of its own: reads requests as JSON lines, answers with timings.
+
+It imports the `nanochat` package that PYTHONPATH names: this project's, or that of another checkout to compare with.
+So it uses nothing else of this project.
+
+argv: kind (ours, nanochat, transformers), folder with model.safetensors and config.json, JSON settings.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+Times = list[list[float]]  # per request: when each of its tokens came
+Run = Callable[[list[list[int]], int], tuple[Times, list[list[int]]]]  # (prompts, new tokens) -> times, tokens
+
+
+class PlainTokenizer:
+    """Stands in for a tokenizer: no special token is ever said, so that every answer has its full length."""
+
+    def encode_special(self, name: str) -> int:
+        return 10**9 + hash(name) % 1000
+
+    def get_special_tokens(self) -> set[str]:
+        return set()
+
+    def get_bos_token_id(self) -> int:
+        return 10**9
+
+    def encode(self, text: str) -> list[int]:
+        return [0]
+
+    def decode(self, ids: Any) -> str:
+        return ""
+
+    def decode_bytes(self, ids: Any) -> bytes:
+        return b"a"
+
+
+def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[str, Any]) -> Run:
+    """This project: continuous batching."""
+    from nanochat.batching import BatchEngine, GenerationRequest
+    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.precision import DTYPES, Precision
+
+    model = GPT(GPTConfig(**config))
+    model.load_state_dict(state)
+    device = torch.device(settings["device"])
+    precision = Precision(device.type, DTYPES[settings["dtype"]])
+    engine = BatchEngine(
+        model.to(device).eval(),
+        PlainTokenizer(),
+        precision,
+        max_batch_size=settings["slots"],
+        weights=settings["weights"],
+    )
+
+    def run(prompts: list[list[int]], count: int) -> tuple[Times, list[list[int]]]:
+        times: Times = [[] for _ in prompts]
+        generations = [engine.submit(GenerationRequest(tokens=p, max_tokens=count, temperature=0.0)) for p in prompts]
+        for generation, when in zip(generations, times, strict=True):
+            generation.add_listener(lambda event, w=when: w.extend([time.perf_counter()] * len(event.tokens)))
+        tokens = [[t for event in g.events() for t in event.tokens] for g in generations]
+        return times, tokens
+
+    return run
+
+
+def nanochat(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[str, Any]) -> Run:
+    """Another checkout's engine: one prompt, as many samples of it as there are requests."""
+    import inspect
+
+    from nanochat.engine import Engine
+    from nanochat.gpt import GPT, GPTConfig
+
+    known = inspect.signature(GPTConfig).parameters
+    extra = {"window_pattern": "L"} if "window_pattern" in known else {}
+    model = GPT(GPTConfig(**{k: v for k, v in config.items() if k in known}, **extra)).to(settings["device"])
+    model.init_weights()
+    own = model.state_dict()
+    for name, value in own.items():  # what the classic model has not got does nothing
+        if name not in state:
+            value.fill_(1.0 if "resid" in name else 0.0)
+        else:
+            rows = min(value.size(0), state[name].size(0))
+            value[:rows] = state[name][:rows].to(value.dtype)
+    engine = Engine(model.eval(), PlainTokenizer())
+
+    def run(prompts: list[list[int]], count: int) -> tuple[Times, list[list[int]]]:
+        when, columns = [], []
+        for column, _ in engine.generate(prompts[0], len(prompts), count, temperature=0.0):
+            when.append(time.perf_counter())
+            columns.append(column)
+        return [when] * len(prompts), [list(row) for row in zip(*columns, strict=True)]
+
+    return run
+
+
+def transformers(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[str, Any]) -> Run:
+    """transformers' NanoChatForCausalLM.generate."""
+    from transformers import NanoChatConfig, NanoChatForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+    theirs = NanoChatConfig(
+        vocab_size=state["lm_head.weight"].size(0),
+        hidden_size=config["n_embd"],
+        intermediate_size=4 * config["n_embd"],
+        num_hidden_layers=config["n_layer"],
+        num_attention_heads=config["n_head"],
+        num_key_value_heads=config["n_kv_head"],
+        max_position_embeddings=config["sequence_len"],
+        hidden_act="relu2",
+        final_logit_softcapping=15.0,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attention_bias=False,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    model = NanoChatForCausalLM(theirs).eval()
+    names = {
+        "transformer.wte": "model.embed_tokens",
+        "transformer.h": "model.layers",
+        "attn.c_q": "self_attn.q_proj",
+        "attn.c_k": "self_attn.k_proj",
+        "attn.c_v": "self_attn.v_proj",
+        "attn.c_proj": "self_attn.o_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    renamed = {}
+    for key, value in state.items():
+        for name, other in names.items():
+            key = key.replace(name, other)
+        renamed[key] = value
+    model.load_state_dict(renamed, strict=False)
+    model.to(settings["device"], dtype=getattr(torch, settings["dtype"]))
+
+    class Clock(StoppingCriteria):
+        def __init__(self) -> None:
+            self.when: list[float] = []
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            self.when.append(time.perf_counter())
+            return torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
+
+    def run(prompts: list[list[int]], count: int) -> tuple[Times, list[list[int]]]:
+        clock = Clock()
+        idx = torch.tensor(prompts, device=settings["device"])
+        out = model.generate(
+            idx,
+            attention_mask=torch.ones_like(idx),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+        return [clock.when] * len(prompts), out[:, idx.size(1) :].tolist()
+
+    return run
+
+
+def memory_bytes(device: str) -> int:
+    """The most memory used so far: of the card, or of this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Load the model, then answer lines {"requests", "prompt_tokens", "new_tokens", "seed"} until the input ends."""
+    kind, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    state = load_file(folder / "model.safetensors")
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # what others print must not come between
+    run = {"ours": ours, "nanochat": nanochat, "transformers": transformers}[kind](config, state, settings)
+    del state
+    for line in sys.stdin:
+        task = json.loads(line)
+        generator = torch.Generator().manual_seed(task["seed"])
+        size = (task["requests"], task["prompt_tokens"])
+        prompts = torch.randint(0, min(256, config["vocab_size"]), size, generator=generator).tolist()
+        start = time.perf_counter()
+        times, tokens = run(prompts, task["new_tokens"])
+        first = [when[0] for when in times]
+        last = max(when[-1] for when in times)
+        decoded = sum(len(when) - 1 for when in times)
+        result = {
+            "ttft_seconds": sum(first) / len(first) - start,
+            "decode_tokens_per_second": decoded / (last - min(first)),
+            "tokens_per_second": sum(map(len, tokens)) / (last - start),
+            "memory_bytes": memory_bytes(settings["device"]),
+            "tokens": tokens[0],
+        }
+        print(json.dumps(result), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

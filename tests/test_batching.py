@@ -1,0 +1,334 @@
+"""Continuous batching gives everybody what they would get alone, whoever comes and goes meanwhile."""
+
+import contextlib
+import random
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_generation import ToolModel, make_model, naive_greedy
+
+from nanochat.batching import BatchEngine, EngineClosed, GenerationRequest, QueueFull, StopTexts
+from nanochat.engine import Engine
+from nanochat.sampling import Sampling
+from nanochat.scheduler import Row, Scheduler
+
+
+@pytest.fixture(scope="module")
+def tool_model(tiny_tokenizer):
+    torch.set_float32_matmul_precision("highest")
+    return make_model(tiny_tokenizer, ToolModel)
+
+
+@pytest.fixture(scope="module")
+def naive(tool_model, tiny_tokenizer):
+    """Naive answers, computed once for each (prompt, max_tokens)."""
+    known = {}
+
+    def answer(prompt, max_tokens):
+        key = (tuple(prompt), max_tokens)
+        if key not in known:
+            known[key] = naive_greedy(tool_model, tiny_tokenizer, prompt, max_tokens)
+        return known[key]
+
+    return answer
+
+
+def random_prompts(count, seed=0, longest=60):
+    generator = random.Random(seed)
+    prompts = [[generator.randrange(256) for _ in range(generator.randint(1, longest))] for _ in range(count)]
+    prompts[1:3] = [prompts[0] + [7], prompts[0][: len(prompts[0]) // 2 + 1]]  # some begin alike
+    return prompts
+
+
+def collect(generation):
+    """(tokens, text, last event) of a generation, waited for."""
+    tokens, text, last = [], "", None
+    for event in generation.events():
+        assert last is None
+        tokens += event.tokens
+        text += event.text if event.kind == "text" else ""
+        last = event if event.kind in ("done", "error") else None
+    return tokens, text, last
+
+
+PROMPTS = random_prompts(10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.sampled_from([1, 3, 16, 200]))
+def test_random_arrivals_and_departures_equal_naive_recomputation(
+    tool_model, tiny_tokenizer, naive, seed, slots, prefill_chunk
+):
+    """Rows join at random steps, some are taken away at random steps; tools run; whatever each says is right."""
+    generator = random.Random(seed)
+    scheduler = Scheduler(tool_model, tiny_tokenizer, None, slots, 128, prefill_chunk)
+    waiting = [(p, generator.choice([1, 20, 70])) for p in generator.choices(PROMPTS, k=8)]
+    expected, written = {}, {}
+    while waiting or scheduler.rows:
+        while waiting and scheduler.free and generator.random() < 0.3:
+            prompt, limit = waiting.pop()
+            row = Row(prompt, min(limit, 128 - len(prompt)), Sampling(temperature=0.0), 0)
+            expected[row], written[row] = naive(prompt, limit), []
+            scheduler.add(row)
+        for row, new in scheduler.step():
+            written[row] += new
+        if scheduler.rows and generator.random() < 0.02:
+            gone = generator.choice(scheduler.rows)
+            gone.finish_reason = "cancelled"
+            scheduler.remove(gone)
+    for row, new in written.items():
+        tokens, masks = expected[row]
+        if row.finish_reason == "cancelled":
+            tokens, masks = tokens[: len(new)], masks[: len(new)]
+        assert [t for t, _ in new] == tokens
+        assert [m for _, m in new] == masks
+
+
+def test_the_tools_above_were_really_called(naive):
+    answers = [naive(p, 70) for p in PROMPTS]
+    assert sum(masks.count(0) > 0 for _, masks in answers) >= 3
+    assert len({tuple(tokens) for tokens, _ in answers}) == len(PROMPTS)
+
+
+def test_many_threads_get_the_naive_answers(tool_model, tiny_tokenizer, naive):
+    results = {}
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=4, prefill_chunk=8) as engine:
+
+        def ask(i):
+            time.sleep(0.01 * (i % 5))
+            request = GenerationRequest(tokens=PROMPTS[i % len(PROMPTS)], max_tokens=40, temperature=0.0)
+            results[i] = collect(engine.submit(request))
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stats = engine.stats()
+    for i, (tokens, _, last) in results.items():
+        prompt = PROMPTS[i % len(PROMPTS)]
+        assert tokens == naive(prompt, 40)[0]
+        assert last.finish_reason in ("stop", "length")
+        assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (len(prompt), len(tokens))
+    assert (stats["submitted"], stats["finished"], stats["running"], stats["waiting"]) == (20, 20, 0, 0)
+    assert stats["generated_tokens"] == sum(len(tokens) for tokens, _, _ in results.values())
+    assert stats["cached_tokens"] > 0  # half of the prompts had been read before
+
+
+def test_a_seed_says_the_same_in_any_company(tool_model, tiny_tokenizer):
+    settings_ = {"max_tokens": 30, "temperature": 1.0, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
+    alone = []
+    for i, prompt in enumerate(PROMPTS):
+        with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine:
+            alone.append(collect(engine.submit(GenerationRequest(tokens=prompt, seed=i, **settings_)))[0])
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=3, prefill_chunk=5) as engine:
+        generations = [
+            engine.submit(GenerationRequest(tokens=prompt, seed=i, **settings_)) for i, prompt in enumerate(PROMPTS)
+        ]
+        assert [collect(g)[0] for g in generations] == alone
+    columns = Engine(tool_model, tiny_tokenizer).generate(
+        PROMPTS[0], 3, 30, 1.0, 40, 0, top_p=0.95, repetition_penalty=1.2
+    )
+    assert [c[0] for c, _ in columns][: len(alone[0])] == alone[0]
+
+
+def test_long_prompts_do_not_hold_up_the_running(tool_model, tiny_tokenizer):
+    """While a long prompt is read in small chunks, a running answer gets a token with every chunk."""
+    scheduler = Scheduler(tool_model, tiny_tokenizer, None, 2, 128, 10)
+    running = Row(PROMPTS[0][:5], 60, Sampling(temperature=1.0), 1)
+    scheduler.add(running)
+    scheduler.step()
+    late = Row([5] * 100, 5, Sampling(temperature=1.0), 2)
+    scheduler.add(late)
+    steps = 0
+    while late.count == 0:
+        assert len(dict(scheduler.step())[running]) >= 1
+        steps += 1
+    assert steps == 10
+
+
+def test_cancel_frees_the_slot_at_once(tool_model, tiny_tokenizer):
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine:
+        first = engine.submit(GenerationRequest(tokens=[65], max_tokens=10**6, slide=True))
+        second = engine.submit(GenerationRequest(tokens=[66], max_tokens=3))
+        third = engine.submit(GenerationRequest(tokens=[67], max_tokens=3))
+        next(first.events())
+        third.cancel()  # while it waits
+        assert collect(third)[2].finish_reason == "cancelled"
+        assert not second.finished
+        first.cancel()
+        assert collect(first)[2].finish_reason == "cancelled"
+        assert collect(second)[2].finish_reason in ("stop", "length")
+        second.cancel()  # too late: harmless
+        assert engine.stats()["cancelled"] == 2
+
+
+def test_the_queue_is_bounded(tool_model, tiny_tokenizer):
+    endless = GenerationRequest(tokens=[65], max_tokens=10**6, slide=True)
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=2, max_queue=3) as engine:
+        for _ in range(5):
+            engine.submit(endless)
+        with pytest.raises(QueueFull, match="waiting already") as error:
+            engine.submit(endless)
+        assert 1 <= error.value.retry_after_seconds <= 60
+
+
+def test_the_error_of_one_request_is_its_own(tool_model, tiny_tokenizer, naive, monkeypatch):
+    """NaN from one row, an exception in the tool of another, a forward pass that fails: the rest goes on, and slots
+    are clean for those who come after."""
+    hidden = tool_model.hidden
+
+    def poisoned(idx, kv_cache=None):
+        if 251 in idx:
+            raise RuntimeError("card on fire")
+        x = hidden(idx, kv_cache)
+        keys = kv_cache.get_layer_cache(0)[0]
+        rows = (idx == 250).any(dim=1)
+        keys[rows] = float("nan")
+        return x.masked_fill(rows[:, None, None], float("nan"))
+
+    monkeypatch.setattr(tool_model, "hidden", poisoned)
+    prompts = [p for p in PROMPTS if not {250, 251} & set(p) and not {250, 251} & set(naive(p, 20)[0])]
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=3) as engine:
+        for prompt in prompts:
+            bad = [engine.submit(GenerationRequest(tokens=t, max_tokens=9)) for t in ([65, 250], [251], [66, 251, 3])]
+            good = engine.submit(GenerationRequest(tokens=prompt, max_tokens=20, temperature=0.0))
+            assert collect(good)[0] == naive(prompt, 20)[0]
+            events = [collect(g)[2] for g in bad]
+            assert [e.kind for e in events] == ["error"] * 3
+            assert "not a number" in events[0].text
+            assert "card on fire" in events[1].text
+        assert engine.stats()["failed"] == 3 * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tokens": []}, "empty"),
+        ({"tokens": [65] * 128}, "128 tokens leaves no room in the model's context of 128"),
+        ({"tokens": [99_999]}, "vocabulary"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"stop": ("",)}, "stop"),
+        ({"keep": 100}, "keep"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(tool_model, tiny_tokenizer, values, message):
+    with (
+        BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine,
+        pytest.raises(ValueError, match=message),
+    ):
+        engine.submit(GenerationRequest(**({"tokens": [65], "max_tokens": 5} | values)))
+
+
+def test_a_sliding_context_forgets_the_older_half(tool_model, tiny_tokenizer):
+    """What is said after forgetting is what the model says to the tokens kept; the first ones are never forgotten."""
+    row = Row([1, 2, 3, *PROMPTS[0]], 400, Sampling(temperature=0.0), 0, keep=3)
+    scheduler = Scheduler(tool_model, tiny_tokenizer, None, 1, 128, 16)
+    scheduler.tools.stop_tokens = set()
+    scheduler.add(row)
+    forgets, before = 0, list(row.context)
+    while scheduler.rows:
+        ((_, new),) = scheduler.step() or [(row, [])]
+        if new and new[0][1] == 1:
+            window = row.context[: len(row.context) - len(new)]
+            with torch.no_grad():
+                assert new[0][0] == int(tool_model(torch.tensor([window]))[0, -1].argmax())
+        if len(row.context) < len(before):
+            forgets += 1
+            assert row.context[:3] == [1, 2, 3]
+        before = list(row.context)
+    assert forgets >= 4
+    assert row.count == 400
+    assert row.finish_reason == "length"
+
+
+def test_the_context_ends_an_answer_that_may_not_slide(tool_model, tiny_tokenizer):
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine:
+        engine._scheduler.tools.stop_tokens = set()
+        tokens, _, last = collect(engine.submit(GenerationRequest(tokens=[65] * 100, max_tokens=1000)))
+        assert (len(tokens), last.finish_reason) == (28, "length")
+
+
+def test_every_token_is_in_one_event_and_text_is_whole(tool_model, tiny_tokenizer):
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=4) as engine:
+        generations = [
+            engine.submit(GenerationRequest(tokens=[65 + i], max_tokens=60, temperature=3.0, seed=i)) for i in range(8)
+        ]
+        for generation in generations:
+            heard = []
+            generation.add_listener(heard.append)
+            tokens, text, last = collect(generation)
+            assert len(tokens) == last.usage.completion_tokens
+            assert "\ufffd" not in text
+            assert "<|" not in text
+            while heard[-1].finish_reason is None:  # the listener runs right after the waiting thread is woken
+                time.sleep(0.001)
+            late = []
+            generation.add_listener(late.append)
+            assert heard == late == list(generation.events())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
+def test_stop_texts_end_where_they_begin_however_the_text_is_cut(text, stops, data):
+    filter_, shown, rest = StopTexts(tuple(stops)), "", text
+    while rest and not filter_.found:
+        size = data.draw(st.integers(1, len(rest)))
+        shown += filter_.feed(rest[:size])
+        assert text.startswith(shown)
+        rest = rest[size:]
+    read = text[: len(text) - len(rest)]
+    places = [read.find(stop) for stop in stops if stop in read]
+    assert filter_.found == bool(places)
+    shown += filter_.flush()
+    assert shown == (read[: min(places)] if places else read)
+
+
+def test_a_stop_text_ends_the_answer(tool_model, tiny_tokenizer):
+    request = GenerationRequest(tokens=PROMPTS[3], max_tokens=60, temperature=0.0)
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine:
+        text = collect(engine.submit(request))[1]
+        assert len(text) > 1
+        stop = text[-1]
+        _, shown, last = collect(
+            engine.submit(GenerationRequest(tokens=PROMPTS[3], max_tokens=60, temperature=0.0, stop=(stop,)))
+        )
+        assert shown == text[: text.index(stop)]
+        assert last.finish_reason == "stop"
+        assert engine.stats()["running"] == 0
+
+
+def test_closing_finishes_what_runs_or_cancels_it(tool_model, tiny_tokenizer):
+    engine = BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1)
+    generations = [engine.submit(GenerationRequest(tokens=[65], max_tokens=10, temperature=2.0)) for _ in range(3)]
+    engine.close()
+    assert all(g.finished for g in generations)
+    assert collect(generations[2])[2].finish_reason in ("stop", "length")
+    with pytest.raises(EngineClosed, match="closed"):
+        engine.submit(GenerationRequest(tokens=[65], max_tokens=3))
+    endless = GenerationRequest(tokens=[65], max_tokens=10**7, slide=True, temperature=1.0)
+    for close in ({"drain": False}, {"timeout": 0.05}):
+        engine = BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1)
+        engine._scheduler.tools.stop_tokens = set()
+        generations = [engine.submit(endless) for _ in range(2)]
+        engine.close(**close)
+        assert [collect(g)[2].finish_reason for g in generations] == ["cancelled"] * 2
+    assert "batch-engine" not in [t.name for t in threading.enumerate()]
+
+
+def test_a_listener_that_fails_harms_nobody(tool_model, tiny_tokenizer):
+    def broken(event):
+        raise RuntimeError("the loop is closed")
+
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=2) as engine:
+        generation = engine.submit(GenerationRequest(tokens=[65], max_tokens=30))
+        with contextlib.suppress(RuntimeError):
+            generation.add_listener(broken)
+        assert collect(generation)[2].kind == "done"
+        assert collect(engine.submit(GenerationRequest(tokens=[66], max_tokens=5)))[2].kind == "done"

@@ -1,0 +1,115 @@
+"""The fast decode path computes what the model's own forward pass computes, in every precision and batch."""
+
+import pytest
+import torch
+from reference_generation import ToolModel, make_model, naive_greedy
+
+from nanochat.engine import Engine
+from nanochat.fast_decode import FastDecoder, is_supported, make_decoder
+from nanochat.kv_cache import KVCache
+from nanochat.precision import Precision
+
+SHAPES = [
+    {"n_head": 2, "n_kv_head": 2},
+    {"n_head": 4, "n_kv_head": 1},
+    {"n_head": 4, "n_kv_head": 2, "n_layer": 3},
+]
+
+
+def caches(model, lengths, dtype):
+    """Two equal caches filled by the model, with rows of these lengths."""
+    c = model.config
+    made = []
+    for _ in range(2):
+        cache = KVCache(len(lengths), c.n_kv_head, 40, c.head_dim, c.n_layer, dtype=dtype)
+        generator = torch.Generator().manual_seed(0)
+        for row, n in enumerate(lengths):
+            cache.select(row, row + 1)
+            with torch.inference_mode():
+                model.hidden(torch.randint(0, 256, (1, n), generator=generator), kv_cache=cache)
+        cache.select(0, len(lengths))
+        made.append(cache)
+    return made
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [3, 17, 1, 30]])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15), (torch.float16, 0.03)])
+def test_equals_the_model(tiny_tokenizer, shape, lengths, dtype, tolerance):
+    model = make_model(tiny_tokenizer, **shape)
+    precision = Precision("cpu", dtype)
+    decoder = make_decoder(model, precision).refresh()
+    with precision.autocast():
+        ours, theirs = caches(model, lengths, dtype)
+    for step in range(3):
+        idx = torch.arange(len(lengths)).unsqueeze(1) + 10 * step
+        with torch.inference_mode(), precision.autocast():
+            expected = model(idx, kv_cache=theirs)[:, -1]
+        logits = decoder(idx, ours)
+        assert logits.dtype == torch.float32
+        assert logits.shape == expected.shape
+        torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(ours.k_cache.float(), theirs.k_cache.float(), atol=tolerance, rtol=tolerance)
+    assert ours.cache_seqlens.tolist() == theirs.cache_seqlens.tolist()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_text_equals_naive_recomputation(tiny_tokenizer, shape):
+    model = make_model(tiny_tokenizer, **shape)
+    assert make_decoder(model, None) is not None
+    for prompt in ([65], [1, 2, 3, 4, 5, 6], list(range(100))):
+        columns = Engine(model, tiny_tokenizer).generate(prompt, max_tokens=25, temperature=0.0)
+        assert [c[0] for c, _ in columns] == naive_greedy(model, tiny_tokenizer, prompt, 25)[0]
+
+
+def test_float16_survives_large_activations(tiny_tokenizer):
+    """relu² of what float16 can hold does not fit into float16."""
+    model = make_model(tiny_tokenizer)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.c_fc.weight *= 1000
+            block.mlp.c_proj.weight *= 1e-6
+    precision = Precision("cpu", torch.float16)
+    with precision.autocast():
+        ours, theirs = caches(model, [4, 9], torch.float16)
+    idx = torch.tensor([[5], [6]])
+    with torch.inference_mode(), precision.autocast():
+        x = model.hidden(idx, kv_cache=theirs)
+        assert model.blocks[0].mlp.c_fc(x).amax() > 256
+        expected = model.logits_at(x)[:, -1]
+    logits = make_decoder(model, precision).refresh()(idx, ours)
+    torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_small_weights_say_nearly_the_same(tiny_tokenizer, weights):
+    model = make_model(tiny_tokenizer)
+    ours, theirs = caches(model, [3, 17, 1, 30], torch.float32)
+    idx = torch.tensor([[10], [20], [30], [40]])
+    logits = make_decoder(model, None, weights).refresh()(idx, ours)
+    with torch.inference_mode():
+        expected = model(idx, kv_cache=theirs)[:, -1]
+    similar = torch.cosine_similarity(logits, expected)
+    assert (similar > 0.99).all()
+    engine = Engine(model, tiny_tokenizer, weights=weights)
+    assert len(engine.generate_batch([65, 66], max_tokens=5, temperature=0.0)[0][0]) > 2
+
+
+def test_int8_rounds_each_channel_by_its_own_largest_weight(tiny_tokenizer):
+    model = make_model(tiny_tokenizer)
+    packed, scale = FastDecoder(model, torch.bfloat16, int8=True)._pack(model.lm_head.weight)
+    weight = model.lm_head.weight.detach()
+    error = (packed.float() * scale.float().unsqueeze(1) - weight).abs().amax(dim=1)
+    assert packed.dtype == torch.int8
+    assert (error <= 0.51 * scale.float() + 1e-8).all()
+
+
+def test_models_with_other_arithmetic_run_by_themselves(tiny_tokenizer):
+    other = make_model(tiny_tokenizer, ToolModel)
+    assert not is_supported(other)
+    assert make_decoder(other, None) is None
+    assert make_decoder(make_model(tiny_tokenizer), None, "model") is None
+    with pytest.raises(ValueError, match="classic models only"):
+        make_decoder(other, None, "int8")
+    with pytest.raises(ValueError, match="weights must be one of"):
+        make_decoder(other, None, "int4")

@@ -1,0 +1,76 @@
+"""Sampling follows the distribution that its settings describe, and a row's choice is its own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.sampling import NOT_FINITE, Sampling, penalize, sample
+
+
+def uniform(n, seed=0):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "kept"),
+    [(1.0, None, None, 4), (0.5, 0, 1.0, 4), (1.0, 2, None, 2), (2.0, 3, None, 3), (1.0, 100, None, 4),
+     (1.0, None, 0.6, 1), (1.0, None, 0.7, 2), (1.0, 3, 0.95, 3), (1.0, 3, 0.9, 2), (1.0, None, 1e-9, 1)],
+)  # fmt: skip
+def test_follows_the_distribution(temperature, top_k, top_p, kept):
+    logits = torch.tensor([[1.0, 2.0, -1.0, 0.0]])  # probabilities .24 .64 .03 .09
+    chosen = sample(
+        logits.repeat(20_000, 1), Sampling(temperature=temperature, top_k=top_k, top_p=top_p), uniform(20_000)
+    )
+    counts = chosen.bincount(minlength=4) / 20_000
+    allowed = logits[0].clone()
+    allowed[logits[0].argsort(descending=True)[kept:]] = -float("inf")
+    torch.testing.assert_close(counts, (allowed / temperature).softmax(0), atol=0.015, rtol=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([None, 1, 5, 299]), st.sampled_from([None, 0.3, 0.999]))
+def test_a_row_does_not_depend_on_the_others(seed, top_k, top_p):
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(seed)) * 5
+    u, s = uniform(6, seed), Sampling(top_k=top_k, top_p=top_p)
+    together = sample(logits, s, u)
+    assert together.tolist() == [int(sample(logits[i : i + 1], s, u[i : i + 1])) for i in range(6)]
+
+
+def test_the_ends_of_the_random_range_choose_possible_tokens():
+    logits = torch.full((3, 1000), -float("inf"))
+    logits[:, 10:20] = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    for top_k in (None, 50):
+        chosen = sample(logits, Sampling(top_k=top_k), torch.tensor([0.0, 1.0, 1 - 2**-24]))
+        assert all(10 <= t < 20 for t in chosen.tolist())
+
+
+def test_temperature_0_and_tiny_temperatures_take_the_likeliest():
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    for temperature in (0.0, 1e-30, 1e-300):
+        assert torch.equal(sample(logits, Sampling(temperature=temperature)), logits.argmax(-1))
+    assert torch.equal(sample(logits, Sampling(top_k=1), uniform(50)), logits.argmax(-1))
+
+
+def test_rows_that_are_not_numbers_are_told():
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = float("nan")
+    for s in (Sampling(temperature=0.0), Sampling(), Sampling(top_k=3)):
+        chosen = sample(logits, s, uniform(3))
+        assert [t == NOT_FINITE for t in chosen.tolist()] == [False, True, False]
+
+
+def test_the_penalty_makes_seen_tokens_less_likely():
+    logits = torch.tensor([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
+    assert penalize(logits, [{0, 1}, set()], 2.0).tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]]
+    assert logits[0, 0] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1),
+     ("top_p", float("nan")), ("repetition_penalty", 0.0), ("repetition_penalty", float("inf"))],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(setting, value):
+    with pytest.raises(ValueError, match=setting):
+        Sampling(**{setting: value})

@@ -1,0 +1,387 @@
+"""The chat page in headless Chromium: streams, stops, edits, regenerates, remembers, and shows nothing but text."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from web_server import ScriptedEngine, serve, tiny_app, tiny_chat_model
+
+from nanochat.web import UI_FOLDER
+from nanochat.web_guard import Access
+
+HTML = (UI_FOLDER / "index.html").read_text(encoding="utf-8")
+SCRIPTS = "\n".join(p.read_text(encoding="utf-8") for p in sorted(UI_FOLDER.glob("*.js")))
+CHROMIUM = os.environ.get("NANOCHAT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+HOSTILE = """<script>window.pwned = 1</script> <img src=x onerror="window.pwned = 2">
+[click](javascript:window.pwned=3) [data](data:text/html,x) ![pic](https://evil.example/p.png) <|assistant_start|>
+[ok](https://example.org/a?b=c) https://example.org/bare. `<b>code</b>`
+
+```html
+<script>window.pwned = 4</script>
+```"""
+
+
+@pytest.fixture(scope="module")
+def client(site):
+    return site[0]
+
+
+@pytest.fixture(scope="module")
+def site(tiny_tokenizer):
+    """(client, engine) of a server whose answers are written by the tests."""
+    app, engine = tiny_app(tiny_chat_model(tiny_tokenizer), tiny_tokenizer, ScriptedEngine)
+    with serve(app) as client:
+        yield client, engine
+
+
+class TestFiles:
+    """What can be checked without a browser."""
+
+    @pytest.fixture(scope="class")
+    def client(self, tiny_tokenizer):
+        with serve(tiny_app(tiny_chat_model(tiny_tokenizer), tiny_tokenizer)[0]) as client:
+            yield client
+
+    @pytest.mark.parametrize(
+        ("path", "kind"),
+        [
+            ("/", "text/html"),
+            ("/style.css", "text/css"),
+            ("/app.js", "text/javascript"),
+            ("/logo.svg", "image/svg+xml"),
+        ],
+    )
+    def test_headers(self, client, path, kind):
+        response = client.get(path)
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith(kind)
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["x-frame-options"] == "DENY"
+        assert "access-control-allow-origin" not in response.headers
+
+    def test_every_file_the_page_names_is_there(self, client):
+        named = re.findall(r'(?:src|href)="(/[^"]*)"', HTML)
+        named += ["/" + name for name in re.findall(r'from "\./([^"]+)"', SCRIPTS)]
+        assert len(set(named)) > 8
+        for path in set(named):
+            assert client.get(path).status_code == 200, path
+
+    def test_nothing_from_elsewhere_and_no_inline_script(self):
+        assert "http" not in re.sub(r"<meta[^>]*>", "", HTML)
+        assert not re.search(r"\son\w+=|style=|<script(?![^>]*src=)", HTML)
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", SCRIPTS)
+        assert ElementTree.fromstring((UI_FOLDER / "logo.svg").read_text(encoding="utf-8")).tag.endswith("svg")
+        assert set(re.findall(r'byId\("([^"]+)"\)', SCRIPTS)) <= set(re.findall(r'id="([^"]+)"', HTML))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def engine(site):
+    site[1].script, site[1].delay = [("text", "Hello "), ("text", "there.")], 0.005
+    return site[1]
+
+
+@pytest.fixture
+def page(browser, site, engine):
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    page.set_default_timeout(20000)
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.goto(str(site[0].base_url))
+    page.wait_for_selector("#dot.ready")
+    yield page
+    context.close()
+    assert not [p for p in problems if "401" not in p]
+
+
+def say(page, text, wait=True):
+    page.fill("#input", text)
+    page.keyboard.press("Enter")
+    if wait:
+        finished(page)
+
+
+def finished(page):
+    page.wait_for_selector(".message.assistant:last-child:not(.waiting)")
+    page.wait_for_selector("#send:not([hidden])")
+
+
+def messages(page):
+    return page.eval_on_selector_all(".message", "all => all.map(m => m.querySelector('.content').innerText)")
+
+
+def test_an_answer_streams_in(page, engine):
+    engine.script, engine.delay = [("text", f"word{i} ") for i in range(40)], 0.05
+    say(page, "Hi", wait=False)
+    page.wait_for_function("document.querySelector('.assistant .content').innerText.includes('word3')")
+    assert "word39" not in messages(page)[1]  # shown before it was complete
+    finished(page)
+    assert messages(page) == ["Hi", " ".join(f"word{i}" for i in range(40))]
+    assert "40 tokens" in page.inner_text(".assistant .stats")
+
+
+def test_stop_keeps_what_was_written(page, engine):
+    engine.script, engine.delay = [("text", "a ")] * 1000, 0.02
+    for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
+        say(page, "Go on", wait=False)
+        page.wait_for_function("[...document.querySelectorAll('.assistant')].at(-1).innerText.includes('a a')")
+        stop()
+        finished(page)
+        assert "stopped" in page.inner_text(".assistant:last-child .stats")
+    assert 2 < len(messages(page)[-1]) < 500
+    engine.script = [("text", "Yes.")]
+    say(page, "Still there?")
+    assert messages(page)[-1] == "Yes."
+
+
+def test_edit_forgets_what_followed(page, engine):
+    say(page, "One")
+    say(page, "Two")
+    page.hover(".message.user >> nth=0")
+    page.click(".message.user >> nth=0 >> button[aria-label=Edit]")
+    page.fill(".editing textarea", "Uno")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelectorAll('.message').length === 2")
+    finished(page)
+    assert messages(page) == ["Uno", "Hello there."]
+    page.focus("#input")
+    page.keyboard.press("ArrowUp")
+    page.fill(".editing textarea", "Never sent")
+    page.keyboard.press("Escape")
+    assert messages(page) == ["Uno", "Hello there."]
+
+
+def test_regenerate_asks_again(page, engine):
+    say(page, "One")
+    engine.script = [("text", "Another answer.")]
+    page.click("button[aria-label=Regenerate]")
+    page.wait_for_function("document.querySelector('.assistant').innerText.includes('Another')")
+    assert messages(page) == ["One", "Another answer."]
+
+
+def test_a_reload_keeps_the_history(page, engine):
+    say(page, "First chat")
+    page.click("#new-chat")
+    assert messages(page) == []
+    say(page, "Second chat")
+    page.reload()
+    page.wait_for_selector(".message.assistant")
+    assert messages(page) == ["Second chat", "Hello there."]
+    page.click("#chats .chat >> text=First chat")
+    assert messages(page) == ["First chat", "Hello there."]
+    page.click("button[aria-label='Delete the chat First chat']")
+    assert page.locator("#chats .chat").all_inner_texts() == ["Second chat"]
+    page.click("#open-settings")
+    page.click("#forget-all")
+    page.click("#forget-all")
+    assert page.locator("#chats .chat").count() == 0
+    assert page.evaluate("Object.keys(localStorage).filter(k => k.includes('chat.'))") == []
+
+
+def test_hostile_answers_and_questions_stay_text(page, engine):
+    engine.script = [("text", HOSTILE[i : i + 7]) for i in range(0, len(HOSTILE), 7)]
+    say(page, HOSTILE)
+    page.wait_for_timeout(100)
+    assert page.evaluate("window.pwned") is None
+    for kind in ("user", "assistant"):
+        text = page.inner_text(f".{kind} .content")
+        assert "<script>window.pwned = 1</script>" in text
+        assert "<|assistant_start|>" in text
+        assert "javascript:" in text
+    assert page.locator(".message script, .message img").count() == 0
+    links = page.eval_on_selector_all(".message a", "all => all.map(a => [a.getAttribute('href'), a.rel])")
+    assert {href for href, _ in links} == {
+        "https://evil.example/p.png",
+        "https://example.org/a?b=c",
+        "https://example.org/bare",
+    }
+    assert all("noopener" in rel for _, rel in links)
+
+
+def test_markdown_is_drawn(page, engine):
+    engine.script = [
+        ("text", "## Title\n\n1. **one**\n2. *two*\n   - inner\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n> said\n\n")
+    ]
+    engine.script += [("text", "```python\nprint('hi')  # note\n```\n\n2 * 3 * 4 and snake_case_name")]
+    say(page, "Show all")
+    for selector, text in {
+        "h4": "Title",
+        "ol > li > strong": "one",
+        "ol > li > em": "two",
+        "ol ul > li": "inner",
+        "td.end": "2",
+        "blockquote p": "said",
+        "pre code .s": "'hi'",
+        "pre code .c": "# note",
+        "p:last-child": "2 * 3 * 4 and snake_case_name",
+    }.items():
+        assert page.inner_text(f".assistant .content {selector}") == text, selector
+
+
+def test_markdown_never_makes_other_elements_whatever_the_text(page):
+    allowed = "P STRONG EM DEL CODE A UL OL LI BLOCKQUOTE HR H3 H4 H5 H6 DIV SPAN PRE BUTTON svg use"
+    allowed += " TABLE THEAD TBODY TR TH TD"
+    found = page.evaluate(
+        """async () => {
+            const { renderMarkdown } = await import("/markdown.js");
+            const pieces = ["<b>", "*", "**", "_", "`", "```", "~~", "[", "](", ")",
+              "javascript:a", "https://a.b", "\\n", "\\n\\n", "- ", "1. ", "  ", "> ", "# ", "| ", "|-|", "a", " ",
+              "\\\\", "!", "<img src=x onerror=a>", "\\ue000", "---"];
+            let state = 1;
+            const next = () => (state = (state * 48271) % 2147483647);
+            const names = new Set();
+            for (let i = 0; i < 2000; i += 1) {
+              const text = Array.from({ length: next() % 40 }, () => pieces[next() % pieces.length]).join("");
+              for (const node of renderMarkdown(text).querySelectorAll("*")) {
+                names.add(node.tagName);
+                for (const { name, value } of node.attributes) {
+                  const bad = name.startsWith("on") || (name === "href" && !/^(https:|#i-)/.test(value));
+                  if (bad) names.add(`${name}=${value}`);
+                }
+              }
+            }
+            const start = performance.now();
+            for (const piece of pieces) renderMarkdown(piece.repeat(8000 / piece.length));
+            return [[...names], performance.now() - start];
+        }"""
+    )
+    assert set(found[0]) <= set(allowed.split())
+    assert {"STRONG", "A", "PRE", "LI"} <= set(found[0])
+    assert found[1] < 20000  # a pathological text would take minutes
+
+
+def test_tool_calls_are_shown(page, engine):
+    engine.script = [("text", "It is "), ("python", "6*7"), ("python_output", "42"), ("text", "42.")]
+    say(page, "6 times 7?")
+    assert page.inner_text(".chip") == "6*7 = 42"
+    assert messages(page)[1].endswith("42.")
+
+
+def test_commands_and_settings(page, engine):
+    for text, answer in {
+        "/temperature 0.5": "Temperature is now 0.5.",
+        "/temperature 3": "from 0 to 2",
+        "/topk 7": "Top-k is now 7.",
+        "/nonsense": "no command",
+    }.items():
+        say(page, text, wait=False)
+        assert answer in page.inner_text(".note:last-child")
+    with page.expect_request("**/chat/completions") as sent:
+        say(page, "Hi")
+    assert sent.value.post_data_json == {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "temperature": 0.5,
+        "top_k": 7,
+    }
+    say(page, "/help", wait=False)
+    assert page.is_visible("#help")
+    page.keyboard.press("Escape")
+    page.click("#open-settings")
+    assert page.inner_text("#out-temperature") == "0.5"
+    page.click("#reset-settings")
+    assert page.inner_text("#out-temperature") == "0"  # the server's
+    page.keyboard.press("Escape")
+    say(page, "/clear", wait=False)
+    assert messages(page) == []
+
+
+def test_the_model_card(page):
+    page.click("#open-model")
+    facts = page.inner_text("#card")
+    for fact in ("tiny sft", "12,345", "float32", "1.234", "cpu"):
+        assert fact in facts
+
+
+def test_a_failing_answer_can_be_tried_again(page, engine):
+    engine.script = [("error", "secret")]
+    say(page, "Hi", wait=False)
+    page.wait_for_selector(".note.error")
+    assert "secret" not in page.inner_text("#log")
+    engine.script = [("text", "Fine now.")]
+    page.click("text=Try again")
+    page.wait_for_selector(".message.assistant")
+    finished(page)
+    assert messages(page) == ["Hi", "Fine now."]
+
+
+def test_a_server_with_a_key_asks_for_it(browser, tiny_tokenizer):
+    app, _ = tiny_app(
+        tiny_chat_model(tiny_tokenizer), tiny_tokenizer, ScriptedEngine, access=Access(api_key="opensesame")
+    )
+    with serve(app) as client:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(str(client.base_url))
+        page.wait_for_selector("#key[open]")
+        page.fill("#key-input", "opensesame")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#dot.ready")
+        say(page, "Hi")
+        assert messages(page) == ["Hi", "Hello."]
+        context.close()
+
+
+def test_light_dark_and_phone(browser, site, engine):
+    colors = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(viewport={"width": 360, "height": 640}, color_scheme=scheme, has_touch=True)
+        page = context.new_page()
+        page.goto(str(site[0].base_url))
+        page.wait_for_selector("#dot.ready")
+        engine.script = [("text", "```\n" + "long " * 100 + "\n```\n\n" + "x" * 300)]
+        say(page, "wide " * 30)
+        colors[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
+        assert not page.is_visible("#sidebar")
+        page.click("#open-sidebar")
+        page.wait_for_selector("#chats .chat", state="visible")
+        page.click("#theme")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != colors[scheme]
+        context.close()
+    assert colors["light"] != colors["dark"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(page, engine, scheme):
+    axe = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
+    page.emulate_media(color_scheme=scheme)
+    engine.script = [
+        ("text", f"# Title\n\n- item\n\n```python\nx = 1  # note\n```\n\n[link](https://a.b)\n\n{HOSTILE}")
+    ]
+    engine.script += [("python", "6*7"), ("python_output", "42")]
+    say(page, "Hi")
+    say(page, "/temperature 9", wait=False)
+    page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+    for opener, dialog in [
+        (None, None),
+        ("#open-settings", "#settings"),
+        ("#open-model", "#card"),
+        ("#open-help", "#help"),
+    ]:
+        if opener:
+            page.click(opener)
+            page.wait_for_selector(f"{dialog}[open]")
+        found = page.evaluate("axe.run().then(result => result.violations)")
+        assert [
+            (v["id"], [n["html"] for n in v["nodes"]]) for v in found if v["impact"] in ("serious", "critical")
+        ] == []
+        if opener:
+            page.keyboard.press("Escape")
