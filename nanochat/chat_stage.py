@@ -25,6 +25,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
 from nanochat.recipe import Schedule, parameter_groups
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.tracking import TrackerName
 from nanochat.trainer import MORE_STATE, Trainer, TrainSettings
 
 
@@ -34,7 +35,9 @@ class StageConfig:
 
     runtime: Runtime = field(default_factory=Runtime)
     run: str = "dummy"
-    """Name of the wandb run; dummy means no wandb."""
+    """Name of the run in the tracker; dummy means no tracker. metrics.jsonl is always written."""
+    tracker: TrackerName = "wandb"
+    """Where --run logs to."""
     model_tag: str | None = None
     """Tag of the model to start from; default: the deepest."""
     step: int | None = None
@@ -218,4 +221,4 @@ def run_trainer(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
         print0(f"{trainer.label}: answers before")
         trainer.sample()
     trainer.run()
-    trainer.wandb.finish()
+    trainer.tracker.finish()

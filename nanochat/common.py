@@ -52,22 +52,13 @@ def print_banner() -> None:
 
 
 class DummyWandb:
-    """Stands in for a wandb run when `--run dummy` (the default) asks for none."""
+    """Stands in for a tracker (see nanochat/tracking.py) when `--run=dummy`, the default, asks for none."""
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Ignore the metrics."""
 
     def finish(self) -> None:
         """Nothing to close."""
-
-
-def init_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
-    """A wandb run on rank 0 unless `run` is "dummy"; projects are nanochat, nanochat-mid, nanochat-sft, nanochat-rl."""
-    if run == "dummy" or get_dist_info()[1] != 0:
-        return DummyWandb()
-    import wandb
-
-    return wandb.init(project=project, name=run, config=config)
 
 
 def autodetect_device_type() -> str:

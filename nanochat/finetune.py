@@ -24,7 +24,7 @@ from nanochat.chat_stage import (
     train_settings,
 )
 from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder
-from nanochat.common import Compute, init_wandb, measure_matmul, print0, print_banner, setup_compute
+from nanochat.common import Compute, measure_matmul, print0, print_banner, setup_compute
 from nanochat.config import short
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.progress import format_seconds
@@ -33,6 +33,7 @@ from nanochat.report import get_report
 from nanochat.resume import find_resume, model_hash, only_run, saved_dtype
 from nanochat.samples import print_answers
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tracking import init_tracker
 from nanochat.trainer import Batch, Trainer
 
 SAMPLED = 256
@@ -65,7 +66,7 @@ class Stage:
     name: Literal["mid", "sft"]
     source: Literal["base", "mid"]
     section: str
-    wandb_project: str
+    project: str
 
 
 MID = Stage("mid", "base", "Midtraining", "nanochat-mid")
@@ -213,7 +214,7 @@ def make_trainer(
         ),
         val_name="val_loss",
         sample=lambda: print_answers(model, tokenizer, compute),
-        wandb=init_wandb(cfg.run, stage.wandb_project, asdict(cfg)),
+        tracker=init_tracker(cfg.tracker, cfg.run, stage.project, asdict(cfg)),
         **checkpoint_hooks(cfg, model),
     )
 

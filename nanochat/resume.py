@@ -26,7 +26,7 @@ from nanochat.common import get_dist_info, print0
 
 # Settings that change how a run is watched and saved, but not what it computes: a resumed run may have others.
 MAY_CHANGE = {
-    *("run", "resume", "force", "dry_run", "eval_every", "sample_every"),
+    *("run", "tracker", "resume", "force", "dry_run", "eval_every", "sample_every"),
     *("save_every", "save_every_minutes", "keep_last", "keep_every"),
     *("device_type", "compile", "deterministic", "activation_checkpointing"),
 }

@@ -29,7 +29,7 @@ from nanochat.chat_stage import (
     train_settings,
 )
 from nanochat.checkpoint_manager import Checkpoint, build_model, checkpoint_folder
-from nanochat.common import Compute, init_wandb, print0, print_banner, setup_compute
+from nanochat.common import Compute, print0, print_banner, setup_compute
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.progress import format_seconds
@@ -38,6 +38,7 @@ from nanochat.resume import find_resume, model_hash, only_run, saved_dtype
 from nanochat.rollouts import RewardTask, RolloutLoader, RolloutSettings, Scorer, answer_prompts
 from nanochat.samples import print_answers
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tracking import init_tracker
 from nanochat.trainer import Batch, Trainer
 
 EVAL_ROWS = 256  # answers sampled together in an evaluation
@@ -257,7 +258,7 @@ def make_rl_trainer(
         objective=objective,
         more_metrics=lambda: loader.metrics,
         sample=lambda: print_answers(model, tokenizer, compute),
-        wandb=init_wandb(cfg.run, "nanochat-rl", asdict(cfg)),
+        tracker=init_tracker(cfg.tracker, cfg.run, "nanochat-rl", asdict(cfg)),
         **checkpoint_hooks(cfg, model),
     )
     return trainer, loader

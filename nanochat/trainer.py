@@ -35,6 +35,7 @@ from nanochat.progress import Bar, format_seconds, progress
 from nanochat.recipe import Schedule
 from nanochat.report import git_state
 from nanochat.signals import Stopped, StopRequest
+from nanochat.tracking import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 RETRY_SECONDS = 30.0  # after a checkpoint that could not be written
@@ -118,7 +119,7 @@ class Trainer:
     more_state: Callable[[], dict[str, Tensor]] | None = None
     """What an unfinished checkpoint needs besides those weights; `resume` leaves it to the caller."""
     sample: Callable[[], None] | None = None
-    wandb: Any = field(default_factory=DummyWandb)
+    tracker: Tracker = field(default_factory=DummyWandb)
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
@@ -277,7 +278,7 @@ class Trainer:
         record = {"step": state.step, "seconds": round(state.seconds, 3), "tokens": state.tokens}
         record |= {k: float(f"{v:.9g}") for k, v in metrics.items()}
         self._append_metrics(record)
-        self.wandb.log(record)
+        self.tracker.log(record)
 
     def _append_metrics(self, record: dict[str, Any]) -> None:
         if self.compute.rank == 0:
@@ -308,7 +309,7 @@ class Trainer:
         print0(f"{self.label}: step {self.state.step} " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         record = {"step": self.state.step, "seconds": round(self.state.seconds, 3), **values}
         self._append_metrics(record)
-        self.wandb.log(record)
+        self.tracker.log(record)
 
     def _final_evaluation(self) -> None:
         self.run_evaluation()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_folder, load_weights
-from nanochat.common import Compute, init_wandb, measure_matmul, print0, print_banner, setup_compute
+from nanochat.common import Compute, measure_matmul, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
@@ -40,6 +40,7 @@ from nanochat.report import get_report
 from nanochat.resume import find_resume, only_run, saved_dtype
 from nanochat.samples import print_samples
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
+from nanochat.tracking import TrackerName, init_tracker
 from nanochat.trainer import Trainer, TrainSettings
 
 # What training makes of the measured matmul speed, to plan a horizon given in hours. A guess.
@@ -86,7 +87,9 @@ class Config:
     """Preset of model and optimizer: classic is nanochat of December 2025, modern that of July 2026; every flag that is
     given goes before it."""
     run: str = "dummy"
-    """Name of the wandb run; dummy means no wandb."""
+    """Name of the run in the tracker; dummy means no tracker. metrics.jsonl is always written."""
+    tracker: TrackerName = "wandb"
+    """Where --run logs to."""
     depth: int = 20
     """Layers; the width follows: 64 × depth channels, rounded up to whole heads of 128."""
     max_seq_len: int = 2048
@@ -387,12 +390,12 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
         | {"horizon_tokens": plan.horizon_tokens},
         evaluate=lambda: validation(cfg, compute, model, corpus, tokenizer),
         sample=lambda: print_samples(model, tokenizer, compute),
-        wandb=init_wandb(cfg.run, "nanochat", config),
+        tracker=init_tracker(cfg.tracker, cfg.run, "nanochat", config),
     )
     if checkpoint is not None:
         trainer.resume(checkpoint.meta, checkpoint.optimizer)
     state = trainer.run()
-    trainer.wandb.finish()
+    trainer.tracker.finish()
     tokens_per_second = state.tokens / max(state.seconds, 1e-9)
     get_report().log(
         section="Base model training",

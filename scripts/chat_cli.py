@@ -22,10 +22,10 @@ from nanochat.answer import Part
 from nanochat.batching import BatchEngine
 from nanochat.chat import AnswerSettings, Conversation
 from nanochat.chat_commands import NAMES, Quit, is_command, run_command
-from nanochat.checkpoint_manager import find_tag, load_model
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.fast_decode import Weights
+from nanochat.model_choice import find_model, load_chosen
 from nanochat.sampling import Sampling
 
 PREFILL_CHUNK = 1024  # nobody else waits, but Ctrl-C does
@@ -58,6 +58,8 @@ class Config:
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
     """Step of the checkpoint; default: the last."""
+    hf_path: str | None = None
+    """Talk to a nanochat in the format of transformers instead: a folder, or a hub repository (owner/name)."""
 
     def __post_init__(self) -> None:
         Sampling(
@@ -179,10 +181,10 @@ def main(cfg: Config) -> None:
     """Load the model, then answer one prompt or hold a conversation."""
     # Standard output belongs to the answer; everything said on the way goes to standard error.
     with contextlib.redirect_stdout(sys.stderr):
-        folder = find_tag(cfg.source, cfg.model_tag)
+        name = find_model(cfg.source, cfg.model_tag, cfg.hf_path)
         compute = setup_compute(cfg.runtime)
-        model, tokenizer, meta = load_model(cfg.source, compute.device, "eval", cfg.model_tag, cfg.step)
-        print(f"{cfg.source} model {folder.name}, step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters")
+        model, tokenizer, meta = load_chosen(cfg.source, cfg.model_tag, cfg.step, cfg.hf_path, compute.device)
+        print(f"{name}, step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters")
     settings = AnswerSettings(
         cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.runtime.seed, cfg.top_p, cfg.repetition_penalty
     )

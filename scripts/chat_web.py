@@ -18,9 +18,9 @@ import torch
 
 from nanochat.batching import BatchEngine
 from nanochat.chat import AnswerSettings
-from nanochat.checkpoint_manager import find_tag, load_model
 from nanochat.common import Compute, setup_compute
 from nanochat.config import Runtime, run_script, short
+from nanochat.model_choice import find_model, load_chosen
 
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "NANOCHAT_API_KEY"
@@ -45,6 +45,8 @@ class Config:
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
     """Step of the checkpoint; default: the last."""
+    hf_path: str | None = None
+    """Serve a nanochat in the format of transformers instead: a folder, or a hub repository (owner/name)."""
     port: Annotated[int, short("-p")] = 8000
     """Where to listen."""
     host: str = "127.0.0.1"
@@ -123,18 +125,18 @@ def choose_key(cfg: Config) -> str | None:
 
 def load_engines(cfg: Config, compute: Compute) -> tuple[list[BatchEngine], Any, dict[str, Any]]:
     """(an engine on every device, the tokenizer, what the page shows about the model)."""
-    folder = find_tag(cfg.source, cfg.model_tag)
+    name = find_model(cfg.source, cfg.model_tag, cfg.hf_path)
     engines = []
     for device in choose_devices(compute.device, cfg.num_gpus):
-        model, tokenizer, meta = load_model(cfg.source, device, "eval", cfg.model_tag, cfg.step)
+        model, tokenizer, meta = load_chosen(cfg.source, cfg.model_tag, cfg.step, cfg.hf_path, device)
         batch_size = cfg.max_batch_size or (16 if device.type == "cpu" else 32)
         engines.append(
             BatchEngine(model, tokenizer, compute.precision, max_batch_size=batch_size, max_queue=cfg.queue_size)
         )
     config = model.config
     info = {
-        "id": f"{folder.name}-{cfg.source}",
-        "name": f"{folder.name} {cfg.source}",
+        "id": name.replace(" ", "-"),
+        "name": name,
         "step": meta["step"],
         "params": model.num_params(),
         "dtype": compute.precision.name,
@@ -150,7 +152,7 @@ def load_engines(cfg: Config, compute: Compute) -> tuple[list[BatchEngine], Any,
 def main(cfg: Config) -> None:
     """Load the model on every device and serve it."""
     key = choose_key(cfg)
-    find_tag(cfg.source, cfg.model_tag)
+    find_model(cfg.source, cfg.model_tag, cfg.hf_path)
     with listen(cfg.host, cfg.port) as server_socket, setup_compute(cfg.runtime) as compute:
         engines, tokenizer, info = load_engines(cfg, compute)
         import uvicorn

@@ -13,6 +13,7 @@ from reference_generation import ToolModel, make_model, naive_greedy
 
 from nanochat.batching import BatchEngine, EngineClosed, GenerationRequest, QueueFull, StopTexts
 from nanochat.engine import Engine
+from nanochat.gpt_config import NANOCHAT_2026
 from nanochat.sampling import Sampling
 from nanochat.scheduler import Row, Scheduler
 
@@ -182,7 +183,7 @@ def test_the_error_of_one_request_is_its_own(tool_model, tiny_tokenizer, naive, 
     are clean for those who come after."""
     hidden = tool_model.hidden
 
-    def poisoned(idx, kv_cache=None):
+    def poisoned(idx, kv_cache=None, segments=None):
         if 251 in idx:
             raise RuntimeError("card on fire")
         x = hidden(idx, kv_cache)
@@ -332,3 +333,26 @@ def test_a_listener_that_fails_harms_nobody(tool_model, tiny_tokenizer):
             generation.add_listener(broken)
         assert collect(generation)[2].kind == "done"
         assert collect(engine.submit(GenerationRequest(tokens=[66], max_tokens=5)))[2].kind == "done"
+
+
+@pytest.mark.parametrize("window", ["L", "SL"])
+def test_modern_switches_batch_like_classic_models(tiny_tokenizer, window):
+    """Smear and bigrams look at the token before, value embeddings at the token: rows must never see each other's."""
+    switches = NANOCHAT_2026 | {"bigram_buckets": 97, "window_pattern": window}
+    model = make_model(tiny_tokenizer, ToolModel, **switches)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.numel() == 1:  # a share of 0 would hide what smear does
+                p.fill_(0.5)
+    scheduler = Scheduler(model, tiny_tokenizer, None, 3, 128, prefill_chunk=5)
+    waiting, written, prompts = list(PROMPTS[:6]), {}, {}
+    while waiting or scheduler.rows:
+        while waiting and scheduler.free:
+            prompt = waiting.pop()
+            row = Row(prompt, 20, Sampling(temperature=0.0), 0)
+            written[row], prompts[row] = [], prompt
+            scheduler.add(row)
+        for row, new in scheduler.step():
+            written[row] += new
+    for row, new in written.items():
+        assert [t for t, _ in new] == naive_greedy(model, tiny_tokenizer, prompts[row], 20)[0]

@@ -66,7 +66,7 @@ def test_p_prints_only_the_answer(saved):
     answer = result.stdout.decode("utf-8")
     assert answer.endswith("\n")
     assert "<|" not in answer
-    assert b"sft model d2, step 7" in result.stderr
+    assert b"d2 sft, step 7" in result.stderr
 
 
 def test_without_a_checkpoint_one_line_says_what_to_run(capsys):

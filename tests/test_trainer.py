@@ -176,7 +176,7 @@ class _Poisoned(CountingData):
         return None
 
 
-class _Wandb:
+class _Tracker:
     def __init__(self):
         self.logged = []
 
@@ -191,9 +191,13 @@ def test_a_skipped_float16_step_is_made_again_with_the_same_batch(base_dir, caps
     capsys.readouterr()
     trainer = make(base_dir / "t", steps=6, dtype="float16")
     trainer.loader = _Poisoned(4, trainer.model, at=3)
-    trainer.wandb = _Wandb()
+    trainer.tracker = _Tracker()
     trainer.run()
-    assert [(r["skipped"], r["scale"]) for r in trainer.wandb.logged[1:4]] == [(0, 2.0**16), (1, 2.0**15), (1, 2.0**15)]
+    assert [(r["skipped"], r["scale"]) for r in trainer.tracker.logged[1:4]] == [
+        (0, 2.0**16),
+        (1, 2.0**15),
+        (1, 2.0**15),
+    ]
     assert (trainer.state.step, trainer.state.tokens) == (clean.state.step, clean.state.tokens)
     assert trainer.loader.state_dict() == clean.loader.state_dict()  # no text was lost
     assert losses(base_dir / "t") == pytest.approx(losses(base_dir / "clean"), rel=1e-3)
