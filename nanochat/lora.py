@@ -24,8 +24,6 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
-        if rank > min(linear.weight.shape):
-            raise ValueError(f"--lora_rank={rank} is more than the smallest matrix allows, {min(linear.weight.shape)}")
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)  # (out, in)
         device, dtype = linear.weight.device, linear.weight.dtype
         self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device, dtype=dtype))  # (r, in)
@@ -42,14 +40,18 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: GPT, rank: int) -> None:
-    """Fix the whole model and put a LoRA of this rank beside every matrix of its blocks."""
-    if rank < 1:
-        raise ValueError(f"--lora_rank must be at least 1, got {rank}")
+    """Fix the whole model and put a LoRA of this rank beside every matrix of its blocks that is larger than that."""
+    linears = [
+        (module, name, child)
+        for module in model.blocks.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear) and rank < min(child.weight.shape)
+    ]
+    if rank < 1 or not linears:
+        raise ValueError(f"--lora_rank={rank}: it must be at least 1, and smaller than the matrices of the blocks")
     model.requires_grad_(False)
-    for module in list(model.blocks.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, LoRALinear(child, rank))
+    for module, name, child in linears:
+        setattr(module, name, LoRALinear(child, rank))
 
 
 def train_last_layers(model: GPT, count: int) -> None:

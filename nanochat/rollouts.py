@@ -156,9 +156,16 @@ class RolloutLoader:
         self._uses_left = 0 if state is None else int(state["uses_left"])
         self._queue: list[tuple[Any, ...]] = []
         self._batches: list[tuple[Any, ...]] = []
+        self._saved: list[Any] = []
         if self._uses_left:
             assert state is not None
-            self._batches = [self._from_json(rows) for rows in state["batches"][compute.rank]]
+            self._saved = state["batches"]
+            if len(self._saved) != compute.world_size:
+                raise ValueError(
+                    f"these answers were sampled by {len(self._saved)} processes, now there are {compute.world_size}: "
+                    "go on with as many, or start over with --resume=never"
+                )
+            self._batches = [self._from_json(rows) for rows in self._saved[compute.rank]]
             self.metrics = state["metrics"]
 
     def __iter__(self) -> RolloutLoader:
@@ -168,6 +175,7 @@ class RolloutLoader:
         if not self._queue:
             if self._uses_left == 0:
                 self._batches = self._make_batches(self._roll_out())
+                self._saved = self._share() if self.settings.updates_per_rollout > 1 else []
                 self._uses_left = self.settings.updates_per_rollout
             self._queue = list(self._batches)
             self._uses_left -= 1
@@ -269,17 +277,19 @@ class RolloutLoader:
 
     # --- state --------------------------------------------------------------------------------------------------------
 
+    def _share(self) -> list[Any]:
+        """Every rank's batches for a checkpoint. Collective."""
+        mine = [self._to_json(batch) for batch in self._batches]
+        every: list[Any] = [mine]
+        if self.compute.ddp:
+            every = [None] * self.compute.world_size
+            dist.all_gather_object(every, mine)
+        return every
+
     def state_dict(self) -> dict[str, Any]:
-        """How many rollouts were made, and the answers that are to be used again; for JSON. Collective."""
+        """How many rollouts were made, and the answers that are to be used again; for JSON. The same on every rank."""
         state: dict[str, Any] = {"rollouts": self._rollouts, "uses_left": self._uses_left}
-        if self._uses_left:
-            mine = [self._to_json(batch) for batch in self._batches]
-            every: list[Any] = [mine]
-            if self.compute.ddp:
-                every = [None] * self.compute.world_size
-                dist.all_gather_object(every, mine)
-            state |= {"batches": every, "metrics": self.metrics}
-        return state
+        return state | ({"batches": self._saved, "metrics": self.metrics} if self._uses_left else {})
 
     @staticmethod
     def _to_json(batch: tuple[Any, ...]) -> dict[str, Any]:
