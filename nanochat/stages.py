@@ -59,7 +59,9 @@ class Stage:
         """What to run. A training stage goes on with its unfinished run if `resume`, else it starts over."""
         runner = ["-m", self.module]
         if self.nproc > 1:
-            runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}", *runner]
+            # Without `--` torchrun takes our --run for an abbreviation of its own --run-path.
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
+            runner = [*torchrun, "-m", "--", self.module]
         resuming = [f"--resume={'auto' if resume else 'never'}"] if self.trains else []
         return [sys.executable, *runner, *self.flags, *self.unmarked_flags, *resuming]
 

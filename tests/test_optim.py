@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat import muon, optim
+from nanochat.checkpoint_manager import merge_shards
 from nanochat.muon import POLAR_EXPRESS, equalize_rows, newton_schulz_coefficients, normalize_neurons, orthogonalize
 from nanochat.optim import MuonAdamW
 
@@ -387,7 +388,8 @@ def train(params: list[torch.nn.Parameter], optimizer: MuonAdamW, steps: range, 
 
 def result(params: list[torch.nn.Parameter], optimizer: MuonAdamW, norms: list[float]) -> dict[str, Any]:
     weights = [p.detach().clone() for p in params]
-    return {"weights": weights, "state": optimizer.state_dict(), "flat": optimizer.flat_state(), "norms": norms}
+    flat, own = optimizer.flat_state(), clone(optimizer.own_flat_state())
+    return {"weights": weights, "state": optimizer.state_dict(), "flat": flat, "own": own, "norms": norms}
 
 
 def continue_from(saved: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
@@ -485,6 +487,22 @@ def test_world_size_may_change_in_the_middle(ranks, alone):
         assert_same(ranks[3, rank]["from 2"], alone["full"], 1e-10)
     assert_same(continue_from(ranks[3, 0]["half"], 0, 1), alone["full"], 1e-10)
     assert_same(continue_from(alone["half"], 0, 1), alone["full"], 0.0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_ranks_own_parts_make_up_the_whole_state(ranks, world):
+    parts = [ranks[world, rank]["half"]["own"] for rank in range(world)]
+    assert all(sum(x.numel() for x in part.values()) < 0.8 * state_size(ranks[world, 0]) for part in parts)
+    _, optimizer = build_ranked()
+    optimizer.load_flat_state(merge_shards(parts, rank=0))
+    whole = ranks[world, 0]["half"]["flat"]
+    loaded = optimizer.flat_state()
+    assert loaded.keys() == whole.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in whole.items())
+
+
+def state_size(outcome: dict[str, Any]) -> int:
+    return sum(x.numel() for x in outcome["half"]["flat"].values())
 
 
 def test_all_reduce_replaces_a_missing_reduce_scatter(ranks):

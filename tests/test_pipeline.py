@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.pipeline import Pipeline, only_one, shards_needed
 from nanochat.profiles import CPU, D20, DEMO, P100, TINY, Profile, Settings, choose_profile
 from nanochat.stages import Stage, expected_seconds, fingerprint, make_stages
@@ -139,6 +141,8 @@ with open(base / "ran.txt", "a") as f:
     f.write(" ".join([name, *(x for x in flags if x.startswith("--resume"))]) + "\\n")
 if (base / f"fail-{name}").exists():
     sys.exit("something is wrong with " + name)
+if (base / f"stop-{name}").exists():
+    sys.exit(75)
 (base / f"{name}.out").write_text("done")
 """
 
@@ -222,6 +226,47 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(runs, base_dir):
         runs()
     (base_dir / "fail-base").unlink()
     assert runs(base={"flags": ("base", "--depth=9")})[0] == "base --resume=never"
+
+
+def test_a_result_changed_by_hand_is_noticed(runs, base_dir):
+    runs()
+    (base_dir / "base.out").write_text("another model")
+    assert runs() == ["base --resume=never", "eval", "mid"]
+    (base_dir / "tok.out").write_text("another tokenizer")
+    assert runs() == ["tok", "base --resume=never", "eval", "mid"]
+    (base_dir / "mid.out").write_text("edited")  # nothing is made from it
+    assert runs() == []
+
+
+def test_an_unfinished_stage_is_not_continued_on_another_input(runs, base_dir):
+    (base_dir / "fail-base").touch()
+    with pytest.raises(RuntimeError):
+        runs()
+    (base_dir / "fail-base").unlink()
+    (base_dir / "tok.out").write_text("another tokenizer")
+    assert runs()[:2] == ["tok", "base --resume=never"]
+
+
+def test_a_stage_that_was_asked_to_stop_is_told_from_one_that_failed(runs, base_dir, capsys):
+    (base_dir / "stop-base").touch()
+    with pytest.raises(SystemExit) as stopped:
+        runs()
+    assert stopped.value.code == 75
+    assert "stopped in the stage base; the same command goes on" in capsys.readouterr().out
+    (base_dir / "stop-base").unlink()
+    assert runs()[0] == "base --resume=auto"
+
+
+def test_the_result_of_training_is_its_finished_weights(base_dir):
+    stage = Stage(name="b", about="", module="m", output="base_checkpoints/d1/step_*/meta.json")
+    assert stage.result(base_dir) is None
+    results = []
+    for step, complete, value in ((1, False, 0.0), (2, True, 1.0), (3, True, 1.0), (4, True, 2.0)):
+        folder = base_dir / "base_checkpoints" / "d1"
+        save_checkpoint(folder, step, {"w": torch.full((2,), value)}, None, {"complete": complete})
+        results.append(stage.result(base_dir))
+    assert results[0] is None
+    assert results[1] == results[2] != results[3]
 
 
 def test_two_pipelines_in_one_folder_are_refused(tmp_path):

@@ -1,0 +1,19 @@
+"""The short form of dev/chaos.py: a killed and a stopped pipeline end as an undisturbed one, bit for bit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_pipeline_ends_with_the_same_weights_and_loss_log(tmp_path):
+    flags = ["--kills=1", "--terms=1", "--tears=0", "--only=base_train", "--steps=40", f"--folder={tmp_path / 'work'}"]
+    command = [sys.executable, str(ROOT / "dev" / "chaos.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same bit for bit" in done.stdout
