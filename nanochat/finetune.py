@@ -181,7 +181,7 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[], Conversa
     print0(f"{stage.name}: starts from {start.folder}")
     train_data, val_data, data_name = load_data()
     folder = checkpoint_folder(stage.name, tag_folder.name)
-    with setup_compute(cfg.runtime, unfinished_dtype(folder, cfg.resume)) as compute:
+    with setup_compute(cfg.runtime, unfinished_dtype(folder, cfg.resume), start.meta["dtype"]) as compute:
         sequence_len = min(cfg.max_seq_len or 1 << 62, start.meta["model_config"]["sequence_len"])
         batch = plan_batch(cfg.total_batch_size, cfg.device_batch_size, sequence_len, compute.world_size)
         config = asdict(cfg)
