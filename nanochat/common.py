@@ -307,28 +307,34 @@ def _choose_dtype(wish: str, device: torch.device, ddp: bool) -> torch.dtype:
         a @ a
     except (RuntimeError, TypeError) as error:
         raise RuntimeError(f"{device.type} can't compute in {name} ({error}): use --dtype=float32") from error
-    if wish != "auto":
-        cuda = device.type == "cuda"
-        capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
-        cost = dtype_cost(device.type, chosen, capability, torch.cuda.get_device_name(device) if cuda else "")
-        if cost is not None:
-            print0(f"warning: dtype {name}: {cost}")
+    cost = _dtype_cost_on(device, chosen)
+    if wish != "auto" and cost is not None:
+        print0(f"warning: dtype {name}: {cost}")
     return chosen
 
 
-def setup_compute(runtime: Runtime, dtype: str | None = None) -> Compute:
+def _dtype_cost_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return dtype_cost(device.type, dtype)
+    return dtype_cost("cuda", dtype, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+
+
+def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | None = None) -> Compute:
     """Device, ranks and precision for these flags; seeds every generator.
 
     Args:
-        runtime: the script's flags.
-        dtype: the dtype of the run that is resumed; used when `--dtype=auto`, so that a resume can't flip it.
+        runtime: the script's flags; what they name goes before what follows here.
+        dtype: the dtype of the run that is resumed, so that a resume can't flip it.
+        previous: the dtype of the stage before, taken if this device computes well in it.
     """
     device_type = autodetect_device_type() if runtime.device_type == "auto" else runtime.device_type
     set_deterministic(runtime.deterministic or device_type == "cpu")
     ddp, rank, local_rank, world_size, device = compute_init(device_type)
     if runtime.device_type == "auto" and device_type == "cpu" and shutil.which("nvidia-smi"):
         print0(f"warning: this machine has NVIDIA's driver, but the run takes the CPU: {_why_no_cuda()}")
-    wish = dtype if runtime.dtype == "auto" and dtype else runtime.dtype
+    wish = runtime.dtype if runtime.dtype != "auto" else dtype or "auto"
+    if wish == "auto" and previous and _dtype_cost_on(device, DTYPES[previous]) is None:
+        wish = previous
     precision = Precision(device_type, _choose_dtype(wish, device, ddp))
     seed_everything(runtime.seed)
     compiles = _compile_allowed(runtime.compile, device)

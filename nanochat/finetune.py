@@ -156,8 +156,8 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Co
     print_banner()
     start = find_start(stage.source, cfg)
     folder = checkpoint_folder(stage.name, start.tag)
-    dtype = saved_dtype(folder, cfg.resume)
-    with setup_compute(cfg.runtime, dtype) as compute, only_run(folder, needed=not cfg.dry_run):
+    dtypes = saved_dtype(folder, cfg.resume), start.checkpoint.meta.get("dtype")
+    with setup_compute(cfg.runtime, *dtypes) as compute, only_run(folder, needed=not cfg.dry_run):
         model_config = start.checkpoint.meta["model_config"]
         sequence_len = min(cfg.max_seq_len or 1 << 62, model_config["sequence_len"])
         batch = plan_batch(cfg.total_batch_size, cfg.device_batch_size, sequence_len, compute.world_size)

@@ -185,8 +185,8 @@ def reinforce(cfg: RLConfig, load_tasks: Any) -> None:
     start = find_start(cfg.source, cfg)
     tasks: RLTasks = load_tasks(start.checkpoint.meta)
     folder = checkpoint_folder("rl", start.tag)
-    dtype = saved_dtype(folder, cfg.resume)
-    with setup_compute(cfg.runtime, dtype) as compute, only_run(folder, needed=not cfg.dry_run):
+    dtypes = saved_dtype(folder, cfg.resume), start.checkpoint.meta.get("dtype")
+    with setup_compute(cfg.runtime, *dtypes) as compute, only_run(folder, needed=not cfg.dry_run):
         # Every step has rows of another length: compiling would start again and again.
         compute = replace(compute, compile=False)
         steps_per_epoch = len(tasks.train) / cfg.examples_per_step * cfg.updates_per_rollout

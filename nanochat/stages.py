@@ -271,7 +271,6 @@ def chat_stages(profile: Profile, settings: Settings) -> list[Stage]:
                 f"--total_batch_size={tokens}",
                 *data,
                 *horizon(profile, name),
-                f"--dtype={profile.dtype}",
                 tag,
                 *profile.flags.get(name, ()),
             ),

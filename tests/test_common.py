@@ -175,6 +175,16 @@ def test_a_checkpoints_dtype_wins_over_auto_but_not_over_the_flag():
     assert asked.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("bf16_in_hardware", "taken"), [(True, BRAIN), (False, FULL)])
+def test_the_dtype_of_the_stage_before_is_kept_where_it_suits_the_device(monkeypatch, bf16_in_hardware, taken):
+    monkeypatch.setattr("nanochat.precision.cpu_has_bf16", lambda: bf16_in_hardware)
+    cpu = Runtime(device_type="cpu")
+    assert common.setup_compute(cpu, previous="bfloat16").dtype == taken
+    assert common.setup_compute(cpu, previous="float16").dtype == FULL
+    assert common.setup_compute(cpu, dtype="float16", previous="bfloat16").dtype == HALF  # a resume goes first
+    assert common.setup_compute(Runtime(device_type="cpu", dtype="float32"), previous="bfloat16").dtype == FULL
+
+
 def test_matmul_speed_is_a_positive_number():
     assert 0 < common.measure_matmul(torch.float32, "cpu", n=64, seconds=0.01) < 100
 
