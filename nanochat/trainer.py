@@ -103,6 +103,9 @@ class Trainer:
         s = self.settings
         multiplier = s.schedule.apply(self.optimizer.param_groups, self.state.step, self.state.seconds)
         batches = [next(self.loader) for _ in range(s.grad_accum_steps)]
+        split = s.schedule.row_split(s.schedule.progress(self.state.step, self.state.seconds))
+        if split > 1:
+            batches = [(x.reshape(split * len(x), -1), y.reshape(split * len(y), -1)) for x, y in batches]
         count = torch.stack([(y >= 0).sum() for _, y in batches]).sum()
         if self.compute.ddp:
             dist.all_reduce(count)
