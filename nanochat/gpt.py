@@ -24,6 +24,7 @@ from nanochat.gpt_config import ROPE_BASE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANN
 from nanochat.loss import linear_cross_entropy, softcap
 from nanochat.precision import NARROW_RANGE
 from nanochat.rms_norm import rms_norm
+from nanochat.rotary import apply_rotary, rotary_tables
 
 __all__ = ["GPT", "LOGIT_SOFTCAP", "NORM_EPS", "ROPE_BASE", "GPTConfig"]
 
@@ -59,29 +60,6 @@ class Cache(Protocol):
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without parameters over the last dimension, in the dtype of `x`."""
     return rms_norm(x, NORM_EPS)
-
-
-def rotary_tables(n_positions: int, head_dim: int, base: float = ROPE_BASE) -> tuple[Tensor, Tensor]:
-    """cos and ±sin of position × frequency for both halves of a head, each (n_positions, head_dim), float32.
-
-    Source: RoFormer, arXiv 2104.09864.
-    """
-    channel = torch.arange(0, head_dim, 2, dtype=torch.float32)
-    frequency = base ** (-channel / head_dim)
-    angle = torch.outer(torch.arange(n_positions, dtype=torch.float32), frequency)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), dim=1), torch.cat((sin, -sin), dim=1)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of each head in float32: y1 = x1·cos + x2·sin, y2 = x2·cos − x1·sin.
-
-    x is (B, T, H, D), the tables are (1 or B, T, 1, D). Swapping the halves and adding two products passes over the
-    memory less often than working on each half.
-    """
-    x = x.to(torch.promote_types(x.dtype, cos.dtype))
-    swapped = x.roll(x.size(-1) // 2, dims=-1)
-    return torch.addcmul(x * cos, swapped, sin)
 
 
 @dataclass
