@@ -75,14 +75,18 @@ class GPTConfig:
             raise ValueError(f"smear needs at least {SMEAR_GATE_CHANNELS} channels, got n_embd {self.n_embd}")
 
     @classmethod
-    def from_depth(cls, depth: int, vocab_size: int, sequence_len: int = 2048, **settings: Any) -> GPTConfig:
-        """The classic shape of a depth: 64 channels per layer, rounded up to whole heads of 128.
+    def from_depth(
+        cls, depth: int, vocab_size: int, sequence_len: int = 2048, aspect_ratio: int = 64, **settings: Any
+    ) -> GPTConfig:
+        """The classic shape of a depth: 64 channels (or `aspect_ratio`) per layer, rounded up to whole heads of 128.
 
         `settings` are further fields; n_kv_head must divide the number of heads.
         """
         if depth < 1:
             raise ValueError(f"--depth must be at least 1, got {depth}")
-        n_head = max(1, math.ceil(64 * depth / HEAD_SIZE))
+        if aspect_ratio < 1:
+            raise ValueError(f"--aspect_ratio must be at least 1, got {aspect_ratio}")
+        n_head = max(1, math.ceil(aspect_ratio * depth / HEAD_SIZE))
         shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * HEAD_SIZE}
         return cls(sequence_len=sequence_len, vocab_size=vocab_size, **shape | settings)
 

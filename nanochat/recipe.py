@@ -136,6 +136,7 @@ class Schedule:
     warmup_steps: int = 0
     warmdown_ratio: float = 0.2
     final_lr_frac: float = 0.0
+    short_rows_ratio: float = 0.0
     momentum: Momentum = Momentum()
     decay_to_zero: bool = False
 
@@ -150,6 +151,10 @@ class Schedule:
             raise ValueError("--warmup_ratio and --warmdown_ratio must be at least 0 and at most 1 together")
         if self.warmup_steps < 0:
             raise ValueError(f"--warmup_steps must be 0 or more, got {self.warmup_steps}")
+
+    def row_split(self, progress: float) -> int:
+        """Into how many shorter rows each row is cut: 4, then 2, after `short_rows_ratio` of the run 1."""
+        return 1 if progress >= self.short_rows_ratio else 2 if progress >= self.short_rows_ratio / 2 else 4
 
     def progress(self, step: int, elapsed_seconds: float) -> float:
         """Share of the run that lies behind at `step`: 0 at the first step, 1 at the last one if steps are counted."""

@@ -163,7 +163,10 @@ class Trainer:
         return metrics if self.more_metrics is None else metrics | self.more_metrics()
 
     def _next_batches(self) -> list[Batch]:
-        return [Batch(*next(self.loader)) for _ in range(self.settings.grad_accum_steps)]
+        batches = [Batch(*next(self.loader)) for _ in range(self.settings.grad_accum_steps)]
+        schedule = self.settings.schedule
+        split = schedule.row_split(schedule.progress(self.state.step, self.state.seconds))
+        return [_split_rows(batch, split) for batch in batches] if split > 1 else batches
 
     def _attempt(self, batches: list[Batch]) -> tuple[StepResult, float]:
         """Try an update with these micro-batches; returns what became of it and the mean loss."""
@@ -475,3 +478,10 @@ class Trainer:
             f"training stopped at step {self.state.step}: {error}; {layer}. Lower the learning rates "
             f"(--matrix_lr, --embedding_lr), set --grad_clip=1.0{doubt}; the last checkpoint stays"
         )
+
+
+def _split_rows(batch: Batch, split: int) -> Batch:
+    """The same tokens in `split` times as many rows: (B, T) -> (split·B, T / split)."""
+    rows = split * len(batch.x)
+    segments = None if batch.segments is None else batch.segments.reshape(rows, -1)
+    return batch._replace(x=batch.x.reshape(rows, -1), y=batch.y.reshape(rows, -1), segments=segments)

@@ -91,7 +91,9 @@ class Config:
     tracker: TrackerName = "wandb"
     """Where --run logs to."""
     depth: int = 20
-    """Layers; the width follows: 64 × depth channels, rounded up to whole heads of 128."""
+    """Layers; the width follows: aspect_ratio × depth channels, rounded up to whole heads of 128."""
+    aspect_ratio: int = 64
+    """Channels per layer."""
     max_seq_len: int = 2048
     """Context length in tokens."""
     vocab_size: int | None = None
@@ -124,6 +126,8 @@ class Config:
     """Learning rate of the switches' scalars (AdamW); default: 0.5 by batch (modern)."""
     weight_decay: float | None = None
     """Decoupled weight decay; default: 0 (classic), 0.28 by batch and horizon (modern)."""
+    lr_scale: float = 1.0
+    """Factor on all learning rates."""
     grad_clip: float | None = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
     warmup_ratio: float = 0.0
@@ -134,6 +138,8 @@ class Config:
     """Share of the run in which the learning rate falls to its end; default: 0.2 (classic), 0.65 (modern)."""
     final_lr_frac: float | None = None
     """Learning rate at the end, as a share of the full one; default: 0 (classic), 0.05 (modern)."""
+    short_rows_ratio: float = 0.0
+    """Share of the run in which rows are cut into shorter ones: first quarters, then halves."""
     activation_checkpointing: bool = False
     """Keep no activations inside the layers but compute them again: less memory, about a third more time."""
     resume: Literal["auto", "never"] = "auto"
@@ -226,7 +232,7 @@ def make_plan(
     """
     preset = PRESETS[cfg.recipe]
     settings = preset.switches | cfg.architecture.given()
-    model_config = GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, **settings)
+    model_config = GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, **settings)
     with torch.device("meta"):
         model = GPT(model_config)
     flops, by_steps = model.estimate_flops(), bool(cfg.num_iterations and cfg.num_iterations > 0)
@@ -269,6 +275,7 @@ def make_plan(
         warmup_steps=warmup_steps if cfg.warmup_steps is None else cfg.warmup_steps,
         warmdown_ratio=preset.warmdown_ratio if cfg.warmdown_ratio is None else cfg.warmdown_ratio,
         final_lr_frac=preset.final_lr_frac if cfg.final_lr_frac is None else cfg.final_lr_frac,
+        short_rows_ratio=cfg.short_rows_ratio,
         momentum=preset.momentum,
         decay_to_zero=preset.decay_to_zero,
     )
@@ -366,6 +373,7 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
         matrix_lr=rates.matrix_lr,
         scalar_lr=rates.scalar_lr,
         weight_decay=rates.weight_decay,
+        lr_frac=cfg.lr_scale,
         preset=PRESETS[cfg.recipe],
     )
     trainer = Trainer(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat.gpt import GPT, LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, GPTConfig
+from nanochat.gpt import GPT, LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, GPTConfig, relu_squared
 from nanochat.kv_cache import KVCache
 
 
@@ -180,3 +180,26 @@ def test_segments_in_a_compiled_model_and_with_wrong_input():
     cache = KVCache(2, 2, 40, 16, 1)
     with pytest.raises(ValueError, match="kv_cache"):
         model(x, kv_cache=cache, segments=segments)
+
+
+def test_squared_relu_and_its_gradient():
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    torch.testing.assert_close(relu_squared(x), torch.relu(x) ** 2)
+    assert torch.autograd.gradcheck(relu_squared, (x,))
+
+
+def test_greedy_decoding_equals_transformers():
+    """64 tokens, one at a time through our cache, by naive recomputation through theirs."""
+    pytest.importorskip("transformers")
+    config = GPTConfig(96, 101, 3, 4, 2, 128)
+    ours = random_model(config)
+    theirs = as_transformers(ours)
+    prompt = torch.randint(0, 101, (1, 8))
+    cache = KVCache(1, 2, 96, 32, 3)
+    a, b, step = prompt, prompt, prompt
+    with torch.no_grad():
+        for _ in range(64):
+            step = ours(step, kv_cache=cache)[:, -1].argmax(-1, keepdim=True)
+            a = torch.cat([a, step], dim=1)
+            b = torch.cat([b, theirs(b).logits[:, -1, :101].argmax(-1, keepdim=True)], dim=1)
+    assert a.tolist() == b.tolist()

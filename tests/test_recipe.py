@@ -163,3 +163,10 @@ def test_every_parameter_is_in_one_group_and_a_step_works(name, switches):
     if switches:
         assert rate["value_embeds.1.weight"] == pytest.approx(0.1 * width)
         assert (rate["resid_lambdas"], rate["x0_lambdas"], rate["smear_lambda"]) == (0.005, 0.5, 0.2)
+
+
+def test_short_rows_come_first():
+    schedule = Schedule(num_iterations=101, short_rows_ratio=0.4)
+    splits = [schedule.row_split(step / 100) for step in range(101)]
+    assert splits == [4] * 20 + [2] * 20 + [1] * 61
+    assert Schedule(num_iterations=5).row_split(0.0) == 1

@@ -1,0 +1,195 @@
+"""Which setting learns more? Trains a matrix of settings at equal compute on real text and compares bits per byte.
+
+    python dev/ablate.py --data FOLDER --experiment switches --seconds 300 --seeds 0
+    python dev/ablate.py --data FOLDER --experiment vocabulary --flops 2e14 --seeds 0 1 2
+    python dev/ablate.py --data FOLDER --experiment recipes --seconds 1200 --seeds 0 1 2 --dtype bfloat16
+
+Every run is `scripts.base_train` in a process of its own, with a base folder for each vocabulary (its tokenizer is
+trained on first use). A finished run is one line of the results file; what is there already is not run again, so that a
+killed matrix goes on. The validation text is the same for every vocabulary: the number of tokens is set by the
+tokenizer's bytes per token. Times are equal only on a machine that does nothing else: prefer --flops on a busy one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nanochat.config import run_script  # noqa: E402
+from nanochat.gpt_config import NANOCHAT_2026  # noqa: E402
+
+SWITCHES = {
+    "residual_scalars": "--residual_scalars=True",
+    "value_embeddings": "--value_embeddings=True",
+    "smear": "--smear=True",
+    "backout": "--backout=True",
+    "qk_scale": "--qk_scale=1.2",
+    "rope_base": "--rope_base=100000",
+    "init": "--init=modern",
+}
+assert set(SWITCHES) == set(NANOCHAT_2026)
+
+# name of an experiment -> label of a setting -> flags of base_train; --vocab_size chooses the tokenizer.
+EXPERIMENTS: dict[str, dict[str, str]] = {
+    "recipes": {"classic": "--recipe=classic --total_batch_size=16384", "modern": "--recipe=modern"},
+    "switches": {"none": ""}
+    | SWITCHES
+    | {"all": " ".join(SWITCHES.values()), "windows": "--window_pattern=SSSL", "bigram": "--bigram_buckets=32768"},
+    "without": {"all": " ".join(SWITCHES.values())}
+    | {f"without {name}": " ".join(v for k, v in SWITCHES.items() if k != name) for name in SWITCHES},
+    "vocabulary": {f"{v}": f"--vocab_size={v}" for v in (4096, 8192, 16384, 32768, 65536)},
+    "batch": {f"{b}": f"--total_batch_size={b}" for b in (4096, 8192, 16384, 32768, 65536)},
+    "warmdown": {f"{r}": f"--warmdown_ratio={r}" for r in (0.2, 0.4, 0.65, 0.9)},
+    "lr": {f"× {m}": f"--lr_scale={m}" for m in (0.25, 0.5, 1.0, 2.0, 4.0)},
+    "matrix_lr": {f"{lr}": f"--matrix_lr={lr}" for lr in (0.0025, 0.005, 0.01, 0.02, 0.04)},
+    "weight_decay": {f"{w}": f"--weight_decay={w}" for w in (0.0, 0.05, 0.28, 1.0)},
+    "ramp": {f"{r}": f"--short_rows_ratio={r}" for r in (0.0, 0.3, 0.6)},
+    "shape": {
+        "d4": "--depth=4",
+        "d6": "--depth=6",
+        "d8, half as wide": "--depth=8 --aspect_ratio=32",
+        "d4, twice as wide": "--depth=4 --aspect_ratio=128",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A matrix of runs."""
+
+    data: str
+    """Folder of parquet shards; the last one is the validation text."""
+    experiment: Literal[tuple(EXPERIMENTS)] = "switches"  # type: ignore[valid-type]
+    """Which settings to compare."""
+    seconds: float | None = None
+    """Training time of each run."""
+    flops: float | None = None
+    """Training FLOPs of each run, instead of a time."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of every setting for each."""
+    base: str = "--depth=4 --max_seq_len=512 --device_batch_size=8 --total_batch_size=16384"
+    """Flags of base_train for all runs, as --base="--depth=4 ..."; a setting's own flags come after them."""
+    vocab_size: int = 8192
+    """Vocabulary, where a setting names none."""
+    dtype: str = "float32"
+    """Precision of training."""
+    only: tuple[str, ...] = ()
+    """Labels to run, when not all."""
+    eval_bytes: int = 2_000_000
+    """How much of the validation text is evaluated."""
+    results: str = "ablate.jsonl"
+    """Finished runs, one a line; appended to."""
+    work: str = "ablate"
+    """Folder for tokenizers and the runs' logs."""
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.flops is None):
+            raise ValueError("give --seconds or --flops: equal compute for every run")
+        if unknown := set(self.only) - set(EXPERIMENTS[self.experiment]):
+            raise ValueError(f"--only names {sorted(unknown)}; there is {list(EXPERIMENTS[self.experiment])}")
+
+
+def merged_flags(cfg: Config, flags: str, seed: int) -> dict[str, str]:
+    """Flags of one run by name; later ones replace earlier ones."""
+    compute = f"--hours={cfg.seconds / 3600}" if cfg.seconds else f"--target_flops={cfg.flops}"
+    common = f"--vocab_size={cfg.vocab_size} --dtype={cfg.dtype} --seed={seed} {compute} {cfg.base}"
+    words = [word.removeprefix("--").split("=", 1) for word in f"{common} {flags}".split()]
+    merged = dict(words)
+    if merged.get("recipe") == "modern" and "--total_batch_size" not in flags:
+        merged.pop("total_batch_size", None)  # the recipe's own
+    return merged
+
+
+def run_module(module: str, flags: dict[str, str], base_dir: Path, log: Path) -> None:
+    """Run a script; its output goes to the log, and its end into the error if it fails."""
+    command = [sys.executable, "-m", module, *(f"--{name}={value}" for name, value in flags.items())]
+    with open(log, "w", encoding="utf-8") as out:
+        code = subprocess.call(
+            command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"NANOCHAT_BASE_DIR": str(base_dir)}
+        )
+    if code:
+        raise RuntimeError(f"{' '.join(command)} failed: {log.read_text(encoding='utf-8')[-800:]}")
+
+
+def prepare(cfg: Config, vocab_size: int) -> tuple[Path, float]:
+    """The base folder of a vocabulary, with its tokenizer, and its bytes per token of validation text."""
+    base_dir = Path(cfg.work).absolute() / f"vocab_{vocab_size}"
+    base_dir.mkdir(parents=True, exist_ok=True)
+    record = base_dir / "bytes_per_token.json"
+    if not record.exists():
+        flags = {"vocab_size": str(vocab_size), "data_dir": cfg.data}
+        run_module("scripts.tok_train", flags, base_dir, base_dir / "tok_train.log")
+        import pyarrow.parquet as pq
+
+        from nanochat.tokenizer import RustBPETokenizer
+
+        tokenizer = RustBPETokenizer.from_directory(base_dir / "tokenizer")
+        file = pq.ParquetFile(sorted(Path(cfg.data).glob("*.parquet"))[-1])
+        texts = file.read_row_group(0, columns=["text"])["text"].to_pylist()
+        num_tokens = sum(len(ids) for ids in tokenizer.encode(texts))
+        record.write_text(json.dumps(sum(len(text.encode()) for text in texts) / num_tokens), encoding="utf-8")
+    return base_dir, json.loads(record.read_text(encoding="utf-8"))
+
+
+def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, float]:
+    """Train once; what is compared, and what it cost."""
+    flags = dict(flags)
+    base_dir, bytes_per_token = prepare(cfg, int(flags.pop("vocab_size")))
+    flags |= {"data_dir": cfg.data, "eval_tokens": str(int(cfg.eval_bytes / bytes_per_token)), "eval_every": "0"}
+    flags |= {"sample_every": "0", "save_every_minutes": "1e9", "resume": "never", "model_tag": "ablate"}
+    folder = base_dir / "base_checkpoints" / "ablate"
+    shutil.rmtree(folder, ignore_errors=True)
+    run_module("scripts.base_train", flags, base_dir, base_dir / "base_train.log")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [r for r in records if "loss" in r][-1]
+    bpb = [r["val_bpb"] for r in records if "val_bpb" in r][-1]
+    return {"val_bpb": bpb, "steps": last["step"], "tokens": last["tokens"], "seconds": last["seconds"]}
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Mean and spread (sample deviation) of each setting, best first."""
+    lines = ["| setting | val bpb | ± | runs | steps | million tokens |", "|---|---|---|---|---|---|"]
+    for label, runs in sorted(rows.items(), key=lambda item: statistics.mean(r["val_bpb"] for r in item[1])):
+        values = [r["val_bpb"] for r in runs]
+        spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "–"
+        steps, tokens = (statistics.mean(r[key] for r in runs) for key in ("steps", "tokens"))
+        lines.append(
+            f"| {label} | {statistics.mean(values):.4f} | {spread} | {len(runs)} | {steps:.0f} | {tokens / 1e6:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(cfg: Config) -> None:
+    """Run what is missing, one seed of every setting after the other; print the table after each seed."""
+    path = Path(cfg.results)
+    done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    settings = {k: v for k, v in EXPERIMENTS[cfg.experiment].items() if not cfg.only or k in cfg.only}
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed in cfg.seeds:
+        for label, own in settings.items():
+            flags = merged_flags(cfg, own, seed)
+            result = next((r for r in done if r["flags"] == flags and r["eval_bytes"] == cfg.eval_bytes), None)
+            if result is None:
+                start = time.time()
+                result = {"experiment": cfg.experiment, "setting": label, "flags": flags, "eval_bytes": cfg.eval_bytes}
+                result |= run_one(cfg, flags) | {"date": time.strftime("%Y-%m-%d %H:%M")}
+                with open(path, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(result) + "\n")
+                print(f"{label}, seed {seed}: {result['val_bpb']:.4f} ({time.time() - start:.0f} s)", flush=True)
+            rows.setdefault(label, []).append(result)
+        print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
