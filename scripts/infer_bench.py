@@ -78,7 +78,7 @@ class Config:
         if self.prompt_tokens < 1 or self.new_tokens < 2 or self.repeats < 1:
             raise ValueError("--prompt_tokens and --repeats must be at least 1, --new_tokens at least 2")
         if self.nanochat_path is not None and not (self.nanochat_path / "nanochat" / "engine.py").exists():
-            raise FileNotFoundError(f"--nanochat_path: no nanochat/engine.py in {self.nanochat_path}")
+            raise ValueError(f"--nanochat_path: no nanochat/engine.py in {self.nanochat_path}")
 
 
 class Contestant:
