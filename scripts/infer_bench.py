@@ -87,7 +87,8 @@ class Contestant:
     def __init__(self, name: str, kind: str, folder: Path, settings: dict[str, Any], path: Path) -> None:
         self.name = name
         command = [sys.executable, str(WORKER), kind, str(folder), json.dumps(settings)]
-        environment = os.environ | {"PYTHONPATH": str(path)}
+        # The named checkout's `nanochat` comes first; behind it ours lends what it may import besides (rustbpe).
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=path
         )
