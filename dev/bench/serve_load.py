@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import psutil
 
@@ -157,7 +158,7 @@ class Load:
             async with places:
                 seen = 0
                 try:
-                    async with asyncio.timeout(wait):
+                    with anyio.fail_after(wait):
                         async for _ in self.events(QUESTIONS[number % len(QUESTIONS)]):
                             seen += 1
                             if seen > enough:
