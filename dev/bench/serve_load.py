@@ -65,7 +65,8 @@ class Load:
 
     def __init__(self, url: str, max_tokens: int) -> None:
         self.url, self.max_tokens, self.expected = url, max_tokens, {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=512)
+        # The server closes connections that were idle for 5 s: the client must not take up one at that moment.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=512, keepalive_expiry=2.0)
         self.http = httpx.AsyncClient(base_url=url, timeout=120, limits=limits)
 
     def body(self, question: str) -> dict[str, Any]:
@@ -228,7 +229,7 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
     check(
         "flood",
         not flood.errors and not flood.wrong and flood.refused > 0 and not flood.malformed,
-        f"{flood.answers} answers, {flood.refused} refused, {flood.malformed} malformed, {len(flood.errors)} errors",
+        f"{flood.answers} answers, {flood.refused} refused, {flood.malformed} malformed, {len(flood.errors)} errors {flood.errors[:1]}",
     )
 
     before = await load.idle()
