@@ -78,7 +78,7 @@ class Config:
         if self.prompt_tokens < 1 or self.new_tokens < 2 or self.repeats < 1:
             raise ValueError("--prompt_tokens and --repeats must be at least 1, --new_tokens at least 2")
         if self.nanochat_path is not None and not (self.nanochat_path / "nanochat" / "engine.py").exists():
-            raise FileNotFoundError(f"--nanochat_path: no nanochat/engine.py in {self.nanochat_path}")
+            raise ValueError(f"--nanochat_path: no nanochat/engine.py in {self.nanochat_path}")
 
 
 class Contestant:
@@ -87,7 +87,8 @@ class Contestant:
     def __init__(self, name: str, kind: str, folder: Path, settings: dict[str, Any], path: Path) -> None:
         self.name = name
         command = [sys.executable, str(WORKER), kind, str(folder), json.dumps(settings)]
-        environment = os.environ | {"PYTHONPATH": str(path)}
+        # The named checkout's `nanochat` comes first; behind it ours lends what it may import besides (rustbpe).
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=path
         )

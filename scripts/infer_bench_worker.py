@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,11 +65,22 @@ def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[
     )
 
     def run(prompts: list[list[int]], count: int) -> tuple[Times, list[list[int]]]:
+        # Listeners, and one wait at the end: a thread woken for every token would fight for the interpreter.
         times: Times = [[] for _ in prompts]
-        generations = [engine.submit(GenerationRequest(tokens=p, max_tokens=count, temperature=0.0)) for p in prompts]
-        for generation, when in zip(generations, times, strict=True):
-            generation.add_listener(lambda event, w=when: w.extend([time.perf_counter()] * len(event.tokens)))
-        tokens = [[t for event in g.events() for t in event.tokens] for g in generations]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        over = threading.Semaphore(0)
+
+        def hear(event: Any, i: int) -> None:
+            times[i] += [time.perf_counter()] * len(event.tokens)
+            tokens[i] += event.tokens
+            if event.finish_reason is not None:
+                over.release()
+
+        for i, prompt in enumerate(prompts):
+            request = GenerationRequest(tokens=prompt, max_tokens=count, temperature=0.0)
+            engine.submit(request).add_listener(lambda event, i=i: hear(event, i))
+        for _ in prompts:
+            over.acquire()
         return times, tokens
 
     return run

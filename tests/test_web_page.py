@@ -32,18 +32,13 @@ def client(site):
 @pytest.fixture(scope="module")
 def site(tiny_tokenizer):
     """(client, engine) of a server whose answers are written by the tests."""
-    app, engine = tiny_app(tiny_chat_model(tiny_tokenizer), tiny_tokenizer, ScriptedEngine)
+    app, engine = tiny_app(tiny_chat_model(tiny_tokenizer, 2048), tiny_tokenizer, ScriptedEngine)
     with serve(app) as client:
         yield client, engine
 
 
 class TestFiles:
     """What can be checked without a browser."""
-
-    @pytest.fixture(scope="class")
-    def client(self, tiny_tokenizer):
-        with serve(tiny_app(tiny_chat_model(tiny_tokenizer), tiny_tokenizer)[0]) as client:
-            yield client
 
     @pytest.mark.parametrize(
         ("path", "kind"),
@@ -125,13 +120,13 @@ def finished(page):
 
 
 def messages(page):
-    return page.eval_on_selector_all(".message", "all => all.map(m => m.querySelector('.content').innerText)")
+    return page.eval_on_selector_all(".message", "all => all.map(m => m.querySelector('.content').innerText.trim())")
 
 
 def test_an_answer_streams_in(page, engine):
     engine.script, engine.delay = [("text", f"word{i} ") for i in range(40)], 0.05
     say(page, "Hi", wait=False)
-    page.wait_for_function("document.querySelector('.assistant .content').innerText.includes('word3')")
+    page.wait_for_function("() => document.querySelector('.assistant .content').innerText.includes('word3')")
     assert "word39" not in messages(page)[1]  # shown before it was complete
     finished(page)
     assert messages(page) == ["Hi", " ".join(f"word{i}" for i in range(40))]
@@ -142,7 +137,7 @@ def test_stop_keeps_what_was_written(page, engine):
     engine.script, engine.delay = [("text", "a ")] * 1000, 0.02
     for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
         say(page, "Go on", wait=False)
-        page.wait_for_function("[...document.querySelectorAll('.assistant')].at(-1).innerText.includes('a a')")
+        page.wait_for_function("() => [...document.querySelectorAll('.assistant')].at(-1).innerText.includes('a a')")
         stop()
         finished(page)
         assert "stopped" in page.inner_text(".assistant:last-child .stats")
@@ -159,7 +154,7 @@ def test_edit_forgets_what_followed(page, engine):
     page.click(".message.user >> nth=0 >> button[aria-label=Edit]")
     page.fill(".editing textarea", "Uno")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('.message').length === 2")
+    page.wait_for_function("() => document.querySelectorAll('.message').length === 2")
     finished(page)
     assert messages(page) == ["Uno", "Hello there."]
     page.focus("#input")
@@ -173,7 +168,7 @@ def test_regenerate_asks_again(page, engine):
     say(page, "One")
     engine.script = [("text", "Another answer.")]
     page.click("button[aria-label=Regenerate]")
-    page.wait_for_function("document.querySelector('.assistant').innerText.includes('Another')")
+    page.wait_for_function("() => document.querySelector('.assistant').innerText.includes('Another')")
     assert messages(page) == ["One", "Another answer."]
 
 
@@ -231,7 +226,7 @@ def test_markdown_is_drawn(page, engine):
         "blockquote p": "said",
         "pre code .s": "'hi'",
         "pre code .c": "# note",
-        "p:last-child": "2 * 3 * 4 and snake_case_name",
+        "div.code + p": "2 * 3 * 4 and snake_case_name",
     }.items():
         assert page.inner_text(f".assistant .content {selector}") == text, selector
 

