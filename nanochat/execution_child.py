@@ -234,8 +234,9 @@ def be_worker(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
         except EOFError:
             os._exit(0)
         try:
-            result = {"value": pack(function(*unpack(call["args"]), **unpack(call["kwargs"])))}
-            channel.send(result)
+            value = function(*unpack(call["args"]), **unpack(call["kwargs"]))
+            sys.stdout.flush()  # the judge's end is this process's end, too
+            channel.send({"value": pack(value)})
         except BaseException as error:
             channel.send({"error": describe(error).decode(), "kind": type(error).__name__})
 

@@ -17,7 +17,7 @@ from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, TaskSequence, render_mc, shuffled_indices
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, extract_answer, split_tool_calls
-from tasks.humaneval import HumanEval, build_program, extract_code
+from tasks.humaneval import HumanEval, build_solution, extract_code
 from tasks.mmlu import MMLU
 from tasks.registry import CLASSIC_TASKS, get_task, load_available
 from tasks.smoltalk import SmolTalk
@@ -265,7 +265,7 @@ def test_humaneval_judges_by_running_the_tests(task_files):
 
 
 def test_humaneval_program_keeps_the_imports_and_helpers_of_the_prompt():
-    program = build_program("import math\n\ndef f(x):\n    '''doc'''\n", "f", "def f(x):\n    return math.pi", "T")
+    program = build_solution("import math\n\ndef f(x):\n    '''doc'''\n", "f", "def f(x):\n    return math.pi", "T")
     assert program.count("import math") == 1
     assert program.count("def f(x)") == 1  # the prompt's own unfinished f is left out
     assert extract_code("a ```python\nx = 1\n``` b") == "x = 1"
