@@ -257,7 +257,7 @@ CODE_WRONG = [
 
 
 def test_humaneval_judges_by_running_the_tests(task_files):
-    task = HumanEval()
+    task = HumanEval(allow_weak_isolation=True)
     problem = task[0]
     assert task.evaluate(problem, problem["messages"][1]["content"])
     assert [task.evaluate(problem, code) for code in CODE_RIGHT] == [True] * len(CODE_RIGHT)
@@ -265,7 +265,7 @@ def test_humaneval_judges_by_running_the_tests(task_files):
 
 
 def test_humaneval_program_keeps_the_imports_and_helpers_of_the_prompt():
-    program = build_solution("import math\n\ndef f(x):\n    '''doc'''\n", "f", "def f(x):\n    return math.pi", "T")
+    program = build_solution("import math\n\ndef f(x):\n    '''doc'''\n", "f", "def f(x):\n    return math.pi")
     assert program.count("import math") == 1
     assert program.count("def f(x)") == 1  # the prompt's own unfinished f is left out
     assert extract_code("a ```python\nx = 1\n``` b") == "x = 1"
