@@ -13,9 +13,7 @@ Source: DCLM, https://arxiv.org/abs/2406.11794, section 3.5 and appendix G. Prom
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +29,7 @@ from filelock import FileLock
 
 from nanochat.common import download_file_with_lock, get_base_dir, get_dist_info
 from nanochat.files import atomic_folder, write_text
-from nanochat.jsonl import read_jsonl
+from nanochat.jsonl import ResumeLog, read_jsonl
 from nanochat.progress import progress
 from nanochat.scoring import LanguageModel, Score, Span, score_groups, shared_length
 
@@ -303,36 +301,6 @@ def is_correct(kind: str, item: Item, scores: Sequence[Score]) -> bool:
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
-class FinishedExamples:
-    """What an interrupted evaluation has already answered, in files that survive a kill.
-
-    Every rank appends to a file of its own and reads those of all, so the number of ranks may change in between.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """`folder` must belong to one model and one choice of examples."""
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.known: dict[str, dict[int, bool]] = {}
-        for path in sorted(folder.glob("rank*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be torn
-                    record = json.loads(line)
-                    answers = zip(record["indices"], record["correct"], strict=True)
-                    self.known.setdefault(record["task"], {}).update((int(i), bool(c)) for i, c in answers)
-        self.path = folder / f"rank{get_dist_info()[1]}.jsonl"
-
-    def of(self, label: str) -> dict[int, bool]:
-        """Example index -> whether it was answered right."""
-        return self.known.get(label, {})
-
-    def add(self, label: str, answers: Mapping[int, bool]) -> None:
-        """Keep more answers."""
-        record = {"task": label, "indices": list(answers), "correct": [int(c) for c in answers.values()]}
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write("\n" + json.dumps(record))  # the newline comes first: it ends a torn line
-
-
 def evaluate_task(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -341,7 +309,7 @@ def evaluate_task(
     everything: Sequence[Item] | None = None,
     *,
     batch_tokens: int = 8192,
-    finished: FinishedExamples | None = None,
+    finished: ResumeLog | None = None,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> list[bool]:
     """Which of `items` the model answers right; the ranks share the work and all get the whole list.
@@ -359,7 +327,8 @@ def evaluate_task(
     _, rank, _, world_size = get_dist_info()
     everything = items if everything is None else everything
     correct = torch.zeros(len(items), dtype=torch.int32, device=model.get_device())
-    known = {i: c for i, c in (finished.of(task.label) if finished else {}).items() if i < len(items)}
+    before = [record for record in finished.records if record["task"] == task.label] if finished else []
+    known = {record["index"]: bool(record["correct"]) for record in before if record["index"] < len(items)}
     mine = range(rank, len(items), world_size)
     todo = [i for i in mine if i not in known]
     for i in mine:
@@ -381,7 +350,7 @@ def evaluate_task(
             for i, right in answers.items():
                 correct[i] = right
             if finished is not None:
-                finished.add(task.label, answers)
+                finished.add({"task": task.label, "index": i, "correct": right} for i, right in answers.items())
             on_progress(len(batch))
     if world_size > 1 and dist.is_initialized():
         dist.all_reduce(correct)
@@ -418,7 +387,7 @@ def evaluate_core(
     max_per_task: int | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     batch_tokens: int = 8192,
-    finished: FinishedExamples | None = None,
+    finished: ResumeLog | None = None,
     on_result: Callable[[TaskResult], None] = lambda result: None,
 ) -> CoreResult:
     """Evaluate every task of a bundle on its first `max_per_task` shuffled examples (all by default).

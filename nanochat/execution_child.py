@@ -30,16 +30,64 @@ MAX_ERROR_CHARS = 1000
 # Python's audit events (docs.python.org/3/library/audit_events.html) that no tested program has an honest use for:
 # other processes and signals, the network, raw memory, and the means to read or move the harness's own frames.
 FORBIDDEN_EVENTS = frozenset(
-    """os.fork os.forkpty os.exec os.posix_spawn os.spawn os.system os.kill os.killpg subprocess.Popen pty.spawn
-    signal.pthread_kill os.setpgid socket.__new__ socket.connect socket.bind socket.getaddrinfo socket.gethostbyname
-    sys.settrace sys.setprofile sys.monitoring.register_callback sys._current_frames sys._current_exceptions
-    gc.get_objects gc.get_referrers gc.get_referents code.__new__ sys.addaudithook""".split()
+    (
+        "os.fork",
+        "os.forkpty",
+        "os.exec",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.system",
+        "os.kill",
+        "os.killpg",
+        "subprocess.Popen",
+        "pty.spawn",
+        "signal.pthread_kill",
+        "os.setpgid",
+        "socket.__new__",
+        "socket.connect",
+        "socket.bind",
+        "socket.getaddrinfo",
+        "socket.gethostbyname",
+        "sys.settrace",
+        "sys.setprofile",
+        "sys.monitoring.register_callback",
+        "sys._current_frames",
+        "sys._current_exceptions",
+        "gc.get_objects",
+        "gc.get_referrers",
+        "gc.get_referents",
+        "code.__new__",
+        "sys.addaudithook",
+    )
 )
 FORBIDDEN_PREFIXES = ("ctypes.", "resource.", "syslog.", "ftplib.", "http.client.", "smtplib.", "urllib.")
 PATH_EVENTS = frozenset(
-    """open os.listdir os.scandir os.remove os.rename os.mkdir os.rmdir os.chmod os.chown os.link os.symlink os.truncate
-    os.utime os.chdir os.chflags os.lockf os.setxattr os.getxattr os.listxattr os.removexattr shutil.rmtree
-    shutil.copyfile shutil.move glob.glob""".split()
+    (
+        "open",
+        "os.listdir",
+        "os.scandir",
+        "os.remove",
+        "os.rename",
+        "os.mkdir",
+        "os.rmdir",
+        "os.chmod",
+        "os.chown",
+        "os.link",
+        "os.symlink",
+        "os.truncate",
+        "os.utime",
+        "os.chdir",
+        "os.chflags",
+        "os.lockf",
+        "os.setxattr",
+        "os.getxattr",
+        "os.listxattr",
+        "os.removexattr",
+        "shutil.rmtree",
+        "shutil.copyfile",
+        "shutil.move",
+        "glob.glob",
+    )
 )
 
 

@@ -26,7 +26,6 @@ from nanochat.config import Runtime, run_script, short
 from nanochat.core_eval import (
     Bundle,
     CoreResult,
-    FinishedExamples,
     TaskResult,
     Tokenizer,
     evaluate_core,
@@ -34,6 +33,7 @@ from nanochat.core_eval import (
     load_bundle,
 )
 from nanochat.hf_model import load_hf_model
+from nanochat.jsonl import ResumeLog
 from nanochat.progress import format_seconds
 from nanochat.report import get_report, slugify
 from nanochat.scoring import LanguageModel
@@ -114,9 +114,9 @@ def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> Non
     start = time.monotonic()
     subject = load_subject(cfg, compute.device)
     csv_path = get_base_dir() / "base_eval" / f"{subject.slug}.csv"
-    finished = FinishedExamples(csv_path.with_suffix(".unfinished") / fingerprint(cfg, folder, subject, compute))
-    if finished.known:
-        print0(f"going on with what an earlier run has done ({', '.join(finished.known)})")
+    finished = ResumeLog(csv_path.with_suffix(".unfinished") / fingerprint(cfg, folder, subject, compute))
+    if finished.records:
+        print0(f"going on after {len(finished.records)} examples that an earlier run has answered")
     if dist.is_initialized():
         dist.barrier()  # all have read what there is before anybody adds to it
     result = evaluate_core(

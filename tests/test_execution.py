@@ -261,8 +261,23 @@ def test_limits_must_be_positive(limits):
 
 @pytest.mark.parametrize(
     "value",
-    ["None", "True", "-7", "2.5", "10**300", "float('inf')", "'naïve'", "b'x'", "(1, (2, 'a'))", "[[], {}]", "{1, 2}"]
-    + ["{'a': [1], 2: (3,), (4, 5): None}", "frozenset({1})", "1 + 2j", "{'tuple': [1]}"],
+    [
+        "None",
+        "True",
+        "-7",
+        "2.5",
+        "10**300",
+        "float('inf')",
+        "'naïve'",
+        "b'x'",
+        "(1, (2, 'a'))",
+        "[[], {}]",
+        "{1, 2}",
+        "{'a': [1], 2: (3,), (4, 5): None}",
+        "frozenset({1})",
+        "1 + 2j",
+        "{'tuple': [1]}",
+    ],
 )
 def test_plain_values_cross_unchanged(value):
     tests = f"v = {value}\nr = same(v)\nassert r == v and type(r) is type(v), r\nassert same(x=v) == v"
@@ -283,7 +298,8 @@ def test_errors_of_the_function_reach_the_tests():
 
 
 def test_state_and_helpers_work():
-    solution = "calls = []\ndef helper(): return len(calls)\ndef f():\n    print('hi')\n    calls.append(1)\n    return helper()"
+    solution = "calls = []\ndef helper(): return len(calls)\n"
+    solution += "def f():\n    print('hi')\n    calls.append(1)\n    return helper()"
     result = check_function(solution, "f", "f()\nassert f() == two()", "def two(): return 2", allow_weak_isolation=True)
     assert result.success
     assert result.stdout == "hi\nhi\n"

@@ -119,7 +119,7 @@ def double(x):
     "syntax error": "def double(x:",
     "stack overflow": "def double(x): return double(x)",
     "closed descriptors": "import os\nos.closerange(0, 256)\ndef double(x): return x * 2",
-    "junk": "import os\nfor fd in range(3, 64):\n  try: os.write(fd, b'\\xff{[' * 100 + b'\\n')\n  except OSError: pass",
+    "junk": "import os\nfor fd in range(3, 64):\n  try: os.write(fd, b'\\xff{[' * 9 + b'\\n')\n  except OSError: pass",
     "deep nesting": "def double(x):\n  for i in range(10**5): x = [x]\n  return x",
     "an enormous answer": "def double(x): return 'x' * (5 << 20)",
     "an enormous number": "def double(x): return 10 ** (3 * 10**4)",
