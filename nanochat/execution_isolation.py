@@ -7,7 +7,7 @@ Two levels, of which the parent tries the first once and takes the second where 
 - `limit_only`: none of that; root becomes `nobody` where nobody can read the interpreter.
 
 Both end in `set_limits` without privileges: no new processes or threads, bounded memory, time and file size. Linux
-only; elsewhere a limit that the system doesn't have is left out. Imports the standard library only: the child starts with -I.
+only; elsewhere a limit that the system doesn't have is left out. Imports only the standard library.
 Sources: man pages namespaces(7), user_namespaces(7), pivot_root(2), capabilities(7).
 """
 

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat import execution
 from nanochat.calculator import use_calculator
+from nanochat.execution import Isolation, IsolationError
 from tasks import sources, spellingbee
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, TaskSequence, render_mc, shuffled_indices
@@ -357,3 +359,12 @@ def test_load_available_lists_what_is_missing(task_files):
     tasks, missing = load_available(list(CLASSIC_TASKS))
     assert list(tasks) == ["ARC-Easy", "ARC-Challenge", "GSM8K", "HumanEval", "SpellingBee"]
     assert "cais/mmlu" in missing["MMLU"]
+
+
+def test_humaneval_asks_before_it_runs_code_that_is_not_shut_off(task_files, monkeypatch):
+    monkeypatch.setattr(execution, "isolation", lambda: Isolation(False, "no namespaces here"))
+    with pytest.raises(IsolationError, match=r"no namespaces here.*--allow_weak_isolation"):
+        get_task("HumanEval")
+    assert "no namespaces here" in load_available(["HumanEval"])[1]["HumanEval"]
+    task = get_task("HumanEval", allow_weak_isolation=True)
+    assert task.evaluate(task[0], task[0]["messages"][1]["content"])
