@@ -232,7 +232,7 @@ def steps_of_program(source: str, secret_fd: int, report_fd: int) -> Iterator[An
     code, namespace = compile_program(source)
     flush = compile("try:\n  out.flush()\n  err.flush()\nexcept: pass", "<end>", "exec")
     finish = compile("write(fd, text); leave(0)", "<end>", "exec")
-    end = {"__builtins__": {}, "out": sys.stdout, "err": sys.stderr}
+    end: dict[str, Any] = {"__builtins__": {}, "out": sys.stdout, "err": sys.stderr}
     end |= {"write": os.write, "leave": os._exit, "fd": report_fd, "text": b"passed " + secret}
     steps = map(exec, (code, flush, finish), (namespace, end, end))
     gc.collect()
