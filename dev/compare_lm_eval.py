@@ -118,8 +118,9 @@ def compare(
         row += len(spans)
         totals = [score.mean_nats * (span.end - span.start) for score, span in zip(ours, spans, strict=True)]
         their_totals = [-float(loglikelihood) for loglikelihood, _ in part]
-        # Tokens that all choices share add the same to each of their totals.
-        shift = min(a - b for a, b in zip(their_totals, totals, strict=True))
+        # Tokens that all choices share add the same to each of their totals; elsewhere the totals must be equal.
+        by_row = [a - b for a, b in zip(their_totals, totals, strict=True)]
+        shift = min(by_row) if task.kind == "multiple_choice" else 0.0
         worst = max(worst, *(abs(a - shift - b) for a, b in zip(their_totals, totals, strict=True)))
         if task.kind == "language_modeling":
             same += ours[0].greedy == bool(part[0][1])
