@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from nanochat.common import get_dist_info
+from nanochat.jsonl import ResumeLog
 from nanochat.progress import progress
 from nanochat.scoring import LanguageModel, batches_by_length, next_token_logits
 
@@ -97,6 +98,19 @@ class TaskScore:
         """Share of problems solved."""
         return sum(record["passed"] for record in self.records) / len(self.records)
 
+    def groups(self) -> dict[str, TaskScore]:
+        """The score of each group of problems, where the task divides them (a problem's "group")."""
+        names = sorted({record["group"] for record in self.records if "group" in record})
+        return {
+            name: TaskScore(name, [record for record in self.records if record.get("group") == name], self.baseline)
+            for name in names
+        }
+
+    def pass_at(self, k: int) -> float:
+        """Unbiased pass@k of a generative task, from at least k samples per problem."""
+        counts = [(record["num_samples"], record["num_correct"]) for record in self.records]
+        return sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
+
     @property
     def stderr(self) -> float:
         """Standard error of the accuracy, as a mean of independent problems."""
@@ -135,6 +149,7 @@ def evaluate_chat_task(
     batch_size: int = 32,
     sampling: Sampling | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    finished: ResumeLog | None = None,
 ) -> TaskScore:
     """Evaluate the first `max_problems` problems of a task (all by default); every rank gets the whole result.
 
@@ -147,6 +162,7 @@ def evaluate_chat_task(
         batch_size: rows computed together.
         sampling: how to generate; greedy by default.
         autocast: makes the context to run the model in.
+        finished: records of an interrupted evaluation with the same settings, and where new ones are kept.
 
     Raises:
         ValueError: there are no problems, or a setting is out of range.
@@ -158,14 +174,24 @@ def evaluate_chat_task(
         raise ValueError(f"task {task.name} has no problems")
     _, rank, _, world_size = get_dist_info()
     mine = range(rank, count, world_size)
+    before = {record["index"]: record for record in finished.records} if finished else {}
+    todo = [i for i in mine if i not in before]
+    records = [before[i] for i in mine if i in before]
     with progress(len(mine), task.name) as bar:
+        bar.advance(len(records))
+
+        def keep(more: list[Record]) -> None:
+            records.extend(more)
+            if finished is not None:
+                finished.add(more)
+            bar.advance(len(more))
+
         if task.eval_type == "categorical":
             with autocast():
-                records = _evaluate_categorical(task, model, tokenizer, mine, batch_size, bar.advance)
+                _evaluate_categorical(task, model, tokenizer, todo, batch_size, keep)
         else:
-            limit = model.max_seq_len
-            sampling = sampling or Sampling()
-            records = _evaluate_generative(task, engine, tokenizer, mine, batch_size, sampling, limit, bar.advance)
+            sampling, limit = sampling or Sampling(), model.max_seq_len
+            _evaluate_generative(task, engine, tokenizer, todo, batch_size, sampling, limit, keep)
     if world_size > 1 and dist.is_initialized():
         gathered: list[Any] = [None] * world_size
         dist.all_gather_object(gathered, records)
@@ -182,12 +208,11 @@ def _evaluate_categorical(
     task: EvalTask,
     model: LanguageModel,
     tokenizer: ChatTokenizer,
-    indices: range,
+    indices: Sequence[int],
     batch_size: int,
-    on_progress: Callable[[int], None],
-) -> list[Record]:
+    keep: Callable[[list[Record]], None],
+) -> None:
     """The letter with the highest logit as the answer's first token; no other token may win."""
-    records: list[Record] = []
     window_size = batch_size * BATCHES_PER_WINDOW
     for offset in range(0, len(indices), window_size):
         window = indices[offset : offset + window_size]
@@ -200,21 +225,19 @@ def _evaluate_categorical(
             letters = sorted({letter for b in batch for letter in problems[b]["letters"]})
             ids = [_letter_id(tokenizer, letter) for letter in letters]
             logits = next_token_logits(model, [prompts[b] for b in batch], ids).tolist()
+            records: list[Record] = []
             for b, row in zip(batch, logits, strict=True):
                 of_letter = dict(zip(letters, row, strict=True))
                 predicted = max(problems[b]["letters"], key=lambda letter: of_letter[letter])
                 records.append(
-                    {
-                        "index": window[b],
+                    _about(problems[b], window[b])
+                    | {
                         "passed": bool(task.evaluate(problems[b], predicted)),
-                        "question": question_of(problems[b]),
-                        "answer": problems[b]["messages"][-1]["content"],
                         "predicted": predicted,
                         "logits": {letter: round(of_letter[letter], 4) for letter in problems[b]["letters"]},
                     }
                 )
-            on_progress(len(batch))
-    return records
+            keep(records)
 
 
 def _letter_id(tokenizer: ChatTokenizer, letter: str) -> int:
@@ -228,22 +251,20 @@ def _evaluate_generative(
     task: EvalTask,
     engine: Generator,
     tokenizer: ChatTokenizer,
-    indices: range,
+    indices: Sequence[int],
     batch_size: int,
     sampling: Sampling,
     context: int,
-    on_progress: Callable[[int], None],
-) -> list[Record]:
+    keep: Callable[[list[Record]], None],
+) -> None:
     """Let the model write its answers, many problems at a time, and have the task judge them."""
-    records: list[Record] = []
     prompts = {i: tokenizer.render_for_completion(task[i]) for i in indices}
     by_length = sorted(indices, key=lambda i: (len(prompts[i]), i))
     # A prompt that fills the context leaves no room for an answer: the problem counts as failed.
     fitting = [i for i in by_length if len(prompts[i]) < context]
     per_batch = max(1, batch_size // sampling.num_samples)
     for i in by_length[len(fitting) :]:
-        records.append(_judge(task, i, []) | {"note": f"the prompt of {len(prompts[i])} tokens fills the context"})
-        on_progress(1)
+        keep([_judge(task, i, []) | {"note": f"the prompt of {len(prompts[i])} tokens fills the context"}])
     for offset in range(0, len(fitting), per_batch):
         batch = fitting[offset : offset + per_batch]
         rows = [prompts[i] for i in batch for _ in range(sampling.num_samples)]
@@ -255,20 +276,22 @@ def _evaluate_generative(
             seed=sampling.seed + batch[0],
         )
         answers = [tokenizer.decode(sequence[len(row) :]) for sequence, row in zip(sequences, rows, strict=True)]
-        for j, i in enumerate(batch):
-            records.append(_judge(task, i, answers[j * sampling.num_samples : (j + 1) * sampling.num_samples]))
-        on_progress(len(batch))
-    return records
+        n = sampling.num_samples
+        keep([_judge(task, i, answers[j * n : (j + 1) * n]) for j, i in enumerate(batch)])
 
 
 def _judge(task: EvalTask, index: int, completions: list[str]) -> Record:
     problem = task[index]
     passes = [bool(task.evaluate(problem, completion)) for completion in completions]
-    return {
-        "index": index,
+    return _about(problem, index) | {
         "passed": any(passes),
         "num_correct": sum(passes),
-        "question": question_of(problem),
-        "answer": problem["messages"][-1]["content"],
+        "num_samples": len(passes),
         "completions": completions,
     }
+
+
+def _about(problem: Mapping[str, Any], index: int) -> Record:
+    """What a record says of its problem."""
+    record = {"index": index, "question": question_of(problem), "answer": problem["messages"][-1]["content"]}
+    return record | ({"group": problem["group"]} if "group" in problem else {})

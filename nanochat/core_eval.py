@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,9 @@ from filelock import FileLock
 
 from nanochat.common import download_file_with_lock, get_base_dir, get_dist_info
 from nanochat.files import atomic_folder, write_text
-from nanochat.jsonl import read_jsonl
+from nanochat.jsonl import ResumeLog, read_jsonl
 from nanochat.progress import progress
-from nanochat.scoring import LanguageModel, Score, Span, batches_by_length, score_spans
+from nanochat.scoring import LanguageModel, Score, Span, score_groups, shared_length
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 KINDS = ("multiple_choice", "schema", "language_modeling")
@@ -44,7 +44,7 @@ COLUMNS = {
 SHUFFLE_SEED = 1337
 FEWSHOT_SEED = 1234
 # Examples tokenized and sorted by length together.
-WINDOW = 256
+WINDOW = 512
 Item = Mapping[str, Any]
 
 
@@ -309,6 +309,7 @@ def evaluate_task(
     everything: Sequence[Item] | None = None,
     *,
     batch_tokens: int = 8192,
+    finished: ResumeLog | None = None,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> list[bool]:
     """Which of `items` the model answers right; the ranks share the work and all get the whole list.
@@ -320,30 +321,57 @@ def evaluate_task(
         items: examples to answer, usually the first of `everything`.
         everything: all examples of the task, for few-shot prompts.
         batch_tokens: padded tokens in a batch.
+        finished: answers from before, which are not worked out again, and where new ones are kept.
         on_progress: called with the number of examples finished.
     """
     _, rank, _, world_size = get_dist_info()
     everything = items if everything is None else everything
-    mine = range(rank, len(items), world_size)
     correct = torch.zeros(len(items), dtype=torch.int32, device=model.get_device())
-    for offset in range(0, len(mine), WINDOW):
-        window = mine[offset : offset + WINDOW]
+    before = [record for record in finished.records if record["task"] == task.label] if finished else []
+    known = {record["index"]: bool(record["correct"]) for record in before if record["index"] < len(items)}
+    mine = range(rank, len(items), world_size)
+    todo = [i for i in mine if i not in known]
+    for i in mine:
+        correct[i] = known.get(i, False)
+    on_progress(len(mine) - len(todo))
+    for offset in range(0, len(todo), WINDOW):
+        window = todo[offset : offset + WINDOW]
         shots = [pick_fewshot(i, items, everything, task.num_fewshot) for i in window]
         examples = [
             _tokenize(tokenizer, task, items[i], shown, model.max_seq_len)
             for i, shown in zip(window, shots, strict=True)
         ]
-        # An example's spans stay in one batch and count as one row of their total padded length.
-        sizes = [max(len(span.tokens) for span in spans) * len(spans) for spans in examples]
-        for batch in batches_by_length(sizes, batch_tokens):
-            scores = iter(score_spans(model, [span for b in batch for span in examples[b]]))
+        for batch in _batches(examples, batch_tokens):
+            scores = iter(score_groups(model, [examples[b] for b in batch]))
+            answers = {}
             for b in batch:
-                answer = [next(scores) for _ in examples[b]]
-                correct[window[b]] = is_correct(task.kind, items[window[b]], answer)
+                of_example = [next(scores) for _ in examples[b]]
+                answers[window[b]] = is_correct(task.kind, items[window[b]], of_example)
+            for i, right in answers.items():
+                correct[i] = right
+            if finished is not None:
+                finished.add({"task": task.label, "index": i, "correct": right} for i, right in answers.items())
             on_progress(len(batch))
     if world_size > 1 and dist.is_initialized():
         dist.all_reduce(correct)
     return [bool(c) for c in correct.tolist()]
+
+
+def _batches(examples: Sequence[Sequence[Span]], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of examples in batches of similar length, longest first, of about `max_tokens` padded tokens."""
+    shared = [shared_length(spans) for spans in examples]
+    tails = [max(len(span.tokens) for span in spans) - n for spans, n in zip(examples, shared, strict=True)]
+    batch: list[int] = []
+    rows = longest = longest_tail = 0
+    for i in sorted(range(len(examples)), key=lambda i: (-shared[i], -tails[i], i)):
+        longest, longest_tail = max(longest, shared[i]), max(longest_tail, tails[i])
+        rows += len(examples[i])
+        if batch and longest * (len(batch) + 1) + longest_tail * rows > max_tokens:
+            yield batch
+            batch, rows, longest, longest_tail = [], len(examples[i]), shared[i], tails[i]
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _tokenize(tokenizer: Tokenizer, task: CoreTask, item: Item, shots: Sequence[Item], max_tokens: int) -> list[Span]:
@@ -359,6 +387,7 @@ def evaluate_core(
     max_per_task: int | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     batch_tokens: int = 8192,
+    finished: ResumeLog | None = None,
     on_result: Callable[[TaskResult], None] = lambda result: None,
 ) -> CoreResult:
     """Evaluate every task of a bundle on its first `max_per_task` shuffled examples (all by default).
@@ -370,6 +399,7 @@ def evaluate_core(
         max_per_task: at least 1, or None.
         autocast: makes the context to run the model in.
         batch_tokens: padded tokens in a batch.
+        finished: answers of an interrupted evaluation.
         on_result: called with each task's result as it comes.
     """
     if max_per_task is not None and max_per_task < 1:
@@ -380,7 +410,14 @@ def evaluate_core(
         items = everything[:max_per_task]
         with progress(len(items), task.label) as bar, autocast():
             correct = evaluate_task(
-                model, tokenizer, task, items, everything, batch_tokens=batch_tokens, on_progress=bar.advance
+                model,
+                tokenizer,
+                task,
+                items,
+                everything,
+                batch_tokens=batch_tokens,
+                finished=finished,
+                on_progress=bar.advance,
             )
         results.append(TaskResult(task.label, correct, task.baseline))
         on_result(results[-1])

@@ -3,14 +3,14 @@
 `check_function` is for tests: the tested code runs in one process, the tests and their verdict live in another, the
 judge, and only plain values (numbers, texts, containers of them) cross between the two. No exit code, printed word,
 patched built-in or clever `__eq__` on the tested side can pass a test; it can only give the right answers.
-`execute_code` is for a program as a whole: success means that its last line was reached, which the program's own process
-must say, with a secret that is hidden from the program but lies in the same memory.
+`execute_code` is for a program as a whole: success means that its last line was reached, which the program's own
+process must say, with a secret that is hidden from the program but lies in the same memory.
 
-Every program gets a fresh isolated interpreter in its own session, an empty environment, a temporary folder, no standard
-input, no further processes or threads, limits on time, memory, files and output, and no privileges. Where the kernel
-allows (`isolation()` tries it once), also namespaces of its own: no network, none of the user's files, no sight of other
-processes (nanochat/execution_isolation.py). Where it does not, Python's audit hooks still refuse files outside its folder, sockets,
-signals and native code; that stops programs, not attackers, and is called weak: callers must agree to it.
+Every program gets a fresh isolated interpreter in its own session, an empty environment, a temporary folder, no
+standard input, no further processes or threads, limits on time, memory, files and output, and no privileges. Where the
+kernel allows (`isolation()` tries it once), also namespaces of its own: no network, none of the user's files, no sight
+of other processes (nanochat/execution_isolation.py). Where it does not, Python's audit hooks still refuse files outside
+its folder, sockets, signals and native code; that stops programs, not attackers, and is called weak: HumanEval asks.
 
 What remains: the kernel itself can be attacked (no system call filter), the interpreter and the system's libraries can
 be read, and `execute_code`'s secret could be found by a program that corrupts its own interpreter.
@@ -317,7 +317,7 @@ class _Session:
         elif not success:
             code = self.processes[part].poll()
             ended = f"the process ended before its end (exit code {code})"
-            error = report.removeprefix("error ") if report.startswith("error ") else ended
+            error = (report.removeprefix("error ") if report.startswith("error ") else "") or ended
         return ExecutionResult(
             success, self.text(f"{part} stdout"), self.text(f"{part} stderr"), error, self.timed_out, memory_exceeded
         )

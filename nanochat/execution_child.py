@@ -30,7 +30,7 @@ MAX_ERROR_CHARS = 1000
 # Python's audit events (docs.python.org/3/library/audit_events.html) that no tested program has an honest use for:
 # other processes and signals, the network, raw memory, and the means to read or move the harness's own frames.
 FORBIDDEN_EVENTS = frozenset(
-    [
+    (
         "os.fork",
         "os.forkpty",
         "os.exec",
@@ -58,11 +58,11 @@ FORBIDDEN_EVENTS = frozenset(
         "gc.get_referents",
         "code.__new__",
         "sys.addaudithook",
-    ]
+    )
 )
 FORBIDDEN_PREFIXES = ("ctypes.", "resource.", "syslog.", "ftplib.", "http.client.", "smtplib.", "urllib.")
 PATH_EVENTS = frozenset(
-    [
+    (
         "open",
         "os.listdir",
         "os.scandir",
@@ -87,7 +87,7 @@ PATH_EVENTS = frozenset(
         "shutil.copyfile",
         "shutil.move",
         "glob.glob",
-    ]
+    )
 )
 
 
@@ -232,7 +232,7 @@ def steps_of_program(source: str, secret_fd: int, report_fd: int) -> Iterator[An
     code, namespace = compile_program(source)
     flush = compile("try:\n  out.flush()\n  err.flush()\nexcept: pass", "<end>", "exec")
     finish = compile("write(fd, text); leave(0)", "<end>", "exec")
-    end = {"__builtins__": {}, "out": sys.stdout, "err": sys.stderr}
+    end: dict[str, Any] = {"__builtins__": {}, "out": sys.stdout, "err": sys.stderr}
     end |= {"write": os.write, "leave": os._exit, "fd": report_fd, "text": b"passed " + secret}
     steps = map(exec, (code, flush, finish), (namespace, end, end))
     gc.collect()
@@ -282,8 +282,9 @@ def be_worker(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
         except EOFError:
             os._exit(0)
         try:
-            result = {"value": pack(function(*unpack(call["args"]), **unpack(call["kwargs"])))}
-            channel.send(result)
+            value = function(*unpack(call["args"]), **unpack(call["kwargs"]))
+            sys.stdout.flush()  # the judge's end is this process's end, too
+            channel.send({"value": pack(value)})
         except BaseException as error:
             channel.send({"error": describe(error).decode(), "kind": type(error).__name__})
 

@@ -6,8 +6,8 @@ Two levels, of which the parent tries the first once and takes the second where 
   memory with the interpreter and the system's libraries (read-only) and an empty /tmp, no /proc, no network interface.
 - `limit_only`: none of that; root becomes `nobody` where nobody can read the interpreter.
 
-Both end in `set_limits` without privileges: no new processes or threads, bounded memory, time and file size. Linux only;
-elsewhere a limit that the system doesn't have is left out. Imports the standard library only: the child starts with -I.
+Both end in `set_limits` without privileges: no new processes or threads, bounded memory, time and file size. Linux
+only; elsewhere a limit that the system doesn't have is left out. Imports only the standard library.
 Sources: man pages namespaces(7), user_namespaces(7), pivot_root(2), capabilities(7).
 """
 

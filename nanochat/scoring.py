@@ -2,20 +2,27 @@
 
 Rows are padded on the right, which a causal model never looks at, so every row gets the scores it would get alone.
 Only the positions that matter go through lm_head: logits of a whole batch would not fit into a small card.
+What the rows of one example share at their start, such as a question with its solved examples, is computed once; the
+rows continue from copies of its keys and values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.gpt import GPT
+from nanochat.kv_cache import KVCache
+
 # Rows of float32 logits held at once: 512 of a vocabulary of 65536 are 128 MiB.
 LOGIT_ROWS = 512
+# A shared start shorter than this is cheaper to compute in every row than to keep apart.
+MIN_SHARED = 8
 
 
 class LanguageModel(Protocol):
@@ -28,8 +35,8 @@ class LanguageModel(Protocol):
     def get_device(self) -> torch.device:
         """Where its parameters are."""
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """Last hidden states: (B, T) ids -> (B, T, C)."""
+    def hidden(self, idx: Tensor, kv_cache: Any = None) -> Tensor:
+        """Last hidden states: (B, T) ids -> (B, T, C). With a cache, of what follows on its content."""
 
     def logits_at(self, x: Tensor) -> Tensor:
         """float32 logits of hidden states: (N, C) -> (N, V)."""
@@ -78,16 +85,119 @@ def pad_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.long, device=device)
 
 
-@torch.no_grad()
+class PrefixCache(Protocol):
+    """Keys and values of shared starts."""
+
+    def repeated(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> PrefixCache:
+        """A cache whose row i continues the first lengths[i] tokens of this one's row rows[i], by up to `room`."""
+
+
+class GPTPrefixCache(KVCache):
+    """The cache of our own model."""
+
+    @classmethod
+    def for_model(cls, model: GPT, rows: int, n_tokens: int) -> GPTPrefixCache:
+        """An empty cache for (rows, n_tokens), in the dtype the model computes in right now."""
+        c, weight = model.config, model.lm_head.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return cls(rows, c.n_kv_head, n_tokens, c.head_dim, c.n_layer, weight.device, dtype)
+
+    def repeated(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> GPTPrefixCache:
+        layers, _, _, heads, head_dim = self.k_cache.shape
+        used, device, dtype = max(lengths), self.k_cache.device, self.k_cache.dtype
+        wide = GPTPrefixCache(len(rows), heads, used + room, head_dim, layers, device, dtype)
+        index = torch.tensor(rows, device=device)
+        wide.k_cache[:, :, :used] = self.k_cache[:, index, :used]
+        wide.v_cache[:, :, :used] = self.v_cache[:, index, :used]
+        wide.set_lengths(list(lengths))
+        return wide
+
+
+def new_prefix_cache(model: LanguageModel, rows: int, n_tokens: int) -> PrefixCache:
+    """An empty cache for the shared starts of a batch; models other than ours make their own."""
+    if isinstance(model, GPT):
+        return GPTPrefixCache.for_model(model, rows, n_tokens)
+    return model.new_prefix_cache(rows, n_tokens)  # type: ignore[attr-defined]
+
+
+def shared_length(spans: Sequence[Span]) -> int:
+    """How many tokens at their start the rows of one example share and do not score; 0 where it does not pay."""
+    if len(spans) < 2:
+        return 0
+    most = min(span.start for span in spans)
+    first = spans[0].tokens
+    for span in spans[1:]:
+        most = next((i for i in range(most) if span.tokens[i] != first[i]), most)
+    return most if most >= MIN_SHARED else 0
+
+
 def score_spans(model: LanguageModel, spans: Sequence[Span]) -> list[Score]:
     """Score all spans in one batch; they must fit into the model's context."""
+    return score_groups(model, [[span] for span in spans])
+
+
+@torch.no_grad()
+def score_groups(model: LanguageModel, groups: Sequence[Sequence[Span]]) -> list[Score]:
+    """Score the spans of several examples in one batch, each example's shared start once.
+
+    Args:
+        model: see LanguageModel.
+        groups: the spans of each example; each must fit into the model's context.
+
+    Returns:
+        The scores of all spans in order.
+    """
+    shared = [shared_length(group) for group in groups]
+    spans = [span for group in groups for span in group]
+    starts = [length for length, group in zip(shared, groups, strict=True) for _ in group]
+    if not any(shared) or not _fits(model, spans, starts):
+        starts = [0] * len(spans)
+        hidden, before_tail = model.hidden(pad_rows([span.tokens for span in spans], model.get_device())), None
+    else:
+        hidden, before_tail = _hidden_of_tails(model, groups, shared, spans, starts)
+    return _score_hidden(model, spans, starts, hidden, before_tail)
+
+
+def _fits(model: LanguageModel, spans: Sequence[Span], starts: Sequence[int]) -> bool:
+    """Whether the padded tails behind the longest start stay within the context."""
+    return max(starts) + max(len(span.tokens) - n for span, n in zip(spans, starts, strict=True)) <= model.max_seq_len
+
+
+def _hidden_of_tails(
+    model: LanguageModel,
+    groups: Sequence[Sequence[Span]],
+    shared: Sequence[int],
+    spans: Sequence[Span],
+    starts: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (rows, tail, C) behind the shared starts, and (rows, C) of the last token before each tail."""
     device = model.get_device()
-    hidden = model.hidden(pad_rows([span.tokens for span in spans], device))  # (B, T, C)
-    # The token at position p is predicted from the hidden state at p-1.
+    # An example that shares nothing still needs a row with a token in it; its tail then begins at 0 behind no keys.
+    prefixes = [group[0].tokens[: max(1, n)] for group, n in zip(groups, shared, strict=True)]
+    idx = pad_rows(prefixes, device)  # (examples, T)
+    cache = new_prefix_cache(model, len(prefixes), idx.size(1))
+    x = model.hidden(idx, kv_cache=cache)
+    owner = [g for g, group in enumerate(groups) for _ in group]
+    last = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)
+    before_tail = x[torch.arange(len(prefixes), device=device), last][torch.tensor(owner, device=device)]
+    tails = pad_rows([span.tokens[n:] for span, n in zip(spans, starts, strict=True)], device)  # (rows, tail)
+    return model.hidden(tails, kv_cache=cache.repeated(owner, starts, tails.size(1))), before_tail
+
+
+def _score_hidden(
+    model: LanguageModel, spans: Sequence[Span], starts: Sequence[int], hidden: Tensor, before_tail: Tensor | None
+) -> list[Score]:
+    """Scores from hidden states: hidden[i, j] is that of token starts[i] + j of span i."""
+    device = model.get_device()
+    # The token at position p is predicted from the hidden state at p-1, for the first of a tail that before it.
     rows = torch.tensor([i for i, span in enumerate(spans) for _ in range(span.start, span.end)], device=device)
-    before = torch.tensor([p - 1 for span in spans for p in range(span.start, span.end)], device=device)
+    column = [p - 1 - n for span, n in zip(spans, starts, strict=True) for p in range(span.start, span.end)]
+    columns = torch.tensor(column, device=device)
     wanted = torch.tensor([t for span in spans for t in span.tokens[span.start : span.end]], device=device)  # (N,)
-    selected = hidden[rows, before]  # (N, C)
+    selected = hidden[rows, columns.clamp(min=0)]  # (N, C)
+    if before_tail is not None:
+        selected = torch.where((columns < 0).unsqueeze(1), before_tail[rows], selected)
     nats, hits = [], []
     for i in range(0, len(wanted), LOGIT_ROWS):
         logits, target = model.logits_at(selected[i : i + LOGIT_ROWS]), wanted[i : i + LOGIT_ROWS]  # (n, V)

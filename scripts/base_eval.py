@@ -2,21 +2,41 @@
 
 python -m scripts.base_eval
 python -m scripts.base_eval --eval_bundle=/path/to/eval_bundle --max_per_task=100
+python -m scripts.base_eval --hf_path=openai-community/gpt2
 torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
+
+Killed and started again with the same settings, it goes on where it was.
 """
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
+import torch
+import torch.distributed as dist
+
 from nanochat.checkpoint_manager import find_tag, load_model
-from nanochat.common import get_base_dir, print0, print_banner, setup_compute
+from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script, short
-from nanochat.core_eval import CoreResult, TaskResult, evaluate_core, get_bundle_folder, load_bundle
+from nanochat.core_eval import (
+    Bundle,
+    CoreResult,
+    TaskResult,
+    Tokenizer,
+    evaluate_core,
+    get_bundle_folder,
+    load_bundle,
+)
+from nanochat.hf_model import load_hf_model
+from nanochat.jsonl import ResumeLog
 from nanochat.progress import format_seconds
-from nanochat.report import get_report
+from nanochat.report import get_report, slugify
+from nanochat.scoring import LanguageModel
 
 SECTION = "Base model evaluation"
 
@@ -38,8 +58,15 @@ class Config:
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
     """Step of the checkpoint; default: the last."""
+    hf_path: str | None = None
+    """Evaluate this Hugging Face model instead: a folder, or a name on the hub."""
     skip_if_missing: bool = False
     """Say so and exit well when there is no evaluation bundle."""
+
+    @property
+    def limit(self) -> int | None:
+        """max_per_task, None for all."""
+        return None if self.max_per_task == -1 else self.max_per_task
 
     def __post_init__(self) -> None:
         if self.max_per_task is not None and self.max_per_task < 1 and self.max_per_task != -1:
@@ -78,33 +105,78 @@ def main(cfg: Config) -> None:
         return
     if bundle.missing:
         print0(f"not evaluated, so CORE is partial: {', '.join(bundle.missing)}")
-    start = time.monotonic()
     with setup_compute(cfg.runtime) as compute:
-        model, tokenizer, meta = load_model("base", compute.device, "eval", cfg.model_tag, cfg.step)
-        result = evaluate_core(
-            model,
-            tokenizer,
-            bundle,
-            max_per_task=None if cfg.max_per_task == -1 else cfg.max_per_task,
-            autocast=compute.precision.autocast,
-            batch_tokens=cfg.batch_tokens,
-            on_result=print_result,
-        )
-        name = "CORE (partial)" if result.partial else "CORE"
-        print0(f"{name} {result.core:.4f} ± {result.stderr:.4f} in {format_seconds(time.monotonic() - start)}")
-        if compute.rank == 0:
-            tag = find_tag("base", cfg.model_tag).name
-            path = get_base_dir() / "base_eval" / f"base_{tag}_{meta['step']:06d}.csv"
-            result.save_csv(path)
-            print0(f"wrote {path}")
-            facts = {
-                "model": f"{tag}, step {meta['step']}",
-                name: f"{result.core:.4f} ± {result.stderr:.4f}",
-                "examples per task": "all" if cfg.max_per_task in (None, -1) else f"at most {cfg.max_per_task}",
-                "tasks missing": ", ".join(result.missing) or "none",
-                "time": format_seconds(time.monotonic() - start),
-            }
+        evaluate(cfg, folder, bundle, compute)
+
+
+def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> None:
+    """Evaluate the model on the bundle; write what came out."""
+    start = time.monotonic()
+    subject = load_subject(cfg, compute.device)
+    csv_path = get_base_dir() / "base_eval" / f"{subject.slug}.csv"
+    finished = ResumeLog(csv_path.with_suffix(".unfinished") / fingerprint(cfg, folder, subject, compute))
+    if finished.records:
+        print0(f"going on after {len(finished.records)} examples that an earlier run has answered")
+    if dist.is_initialized():
+        dist.barrier()  # all have read what there is before anybody adds to it
+    result = evaluate_core(
+        subject.model,
+        subject.tokenizer,
+        bundle,
+        max_per_task=cfg.limit,
+        autocast=compute.precision.autocast,
+        batch_tokens=cfg.batch_tokens,
+        finished=finished,
+        on_result=print_result,
+    )
+    name = "CORE (partial)" if result.partial else "CORE"
+    print0(f"{name} {result.core:.4f} ± {result.stderr:.4f} in {format_seconds(time.monotonic() - start)}")
+    if compute.rank == 0:
+        result.save_csv(csv_path)
+        shutil.rmtree(csv_path.with_suffix(".unfinished"), ignore_errors=True)
+        print0(f"wrote {csv_path}")
+        facts = {
+            "model": subject.name,
+            name: f"{result.core:.4f} ± {result.stderr:.4f}",
+            "examples per task": "all" if cfg.limit is None else f"at most {cfg.limit}",
+            "tasks missing": ", ".join(result.missing) or "none",
+            "time": format_seconds(time.monotonic() - start),
+        }
+        if cfg.hf_path is None:  # the report is about our own model
             get_report().log(SECTION, [facts, report_lines(result)], metrics={name: result.core})
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    name: str
+    slug: str
+    version: str
+    """Changes when the model's files do."""
+
+
+def load_subject(cfg: Config, device: torch.device) -> Subject:
+    """Our checkpoint, or the Hugging Face model that was asked for."""
+    if cfg.hf_path is not None:
+        hf_model, hf_tokenizer = load_hf_model(cfg.hf_path, device)
+        files = sorted(Path(cfg.hf_path).glob("*")) if Path(cfg.hf_path).is_dir() else []
+        version = str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+        return Subject(hf_model, hf_tokenizer, cfg.hf_path, slugify(cfg.hf_path.strip("/.")), version)
+    model, tokenizer, meta = load_model("base", device, "eval", cfg.model_tag, cfg.step)
+    checkpoint = find_tag("base", cfg.model_tag)
+    weights = checkpoint / f"model_{meta['step']:06d}.pt"
+    version = str(weights.stat().st_mtime_ns) if weights.exists() else ""
+    slug = f"base_{checkpoint.name}_{meta['step']:06d}"
+    return Subject(model, tokenizer, f"{checkpoint.name}, step {meta['step']}", slug, version)
+
+
+def fingerprint(cfg: Config, folder: Path, subject: Subject, compute: Compute) -> str:
+    """Short name of everything that answers depend on: those of another fingerprint are not taken over."""
+    facts = [subject.name, subject.version, str(folder.resolve()), cfg.limit, compute.precision.name]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

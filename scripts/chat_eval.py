@@ -7,21 +7,27 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i mid
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+import torch.distributed as dist
 
 from nanochat.chat_evaluation import Sampling, TaskScore, chat_core, evaluate_chat_task
 from nanochat.checkpoint_manager import find_tag, load_model
 from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.engine import Engine
+from nanochat.execution import isolation
 from nanochat.gpt import GPT
-from nanochat.jsonl import write_jsonl
+from nanochat.jsonl import ResumeLog, write_jsonl
 from nanochat.report import get_report, slugify
 from nanochat.tokenizer import RustBPETokenizer
-from tasks.common import Task
+from tasks.common import CodeTask, Task
 from tasks.registry import CLASSIC_TASKS, demo_tasks, get_task, load_available
 
 
@@ -46,6 +52,8 @@ class Config:
     """Rows computed together."""
     max_problems: Annotated[int | None, short("-x")] = None
     """Problems per task; default: all."""
+    allow_weak_isolation: bool = False
+    """Run the code that a model writes (HumanEval) also where the kernel can't shut it off."""
     model_tag: Annotated[str | None, short("-g")] = None
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
@@ -69,13 +77,16 @@ class Config:
         )
 
 
-def choose_tasks(task_name: str | None, meta: Mapping[str, Any]) -> tuple[dict[str, Task], dict[str, str]]:
+def choose_tasks(
+    task_name: str | None, meta: Mapping[str, Any], allow_weak_isolation: bool = False
+) -> tuple[dict[str, Task], dict[str, str]]:
     """(tasks to evaluate, why others are not available). Tasks asked for by name must be there."""
     if task_name is not None:
-        return {task.name: task for task in map(get_task, task_name.split("|"))}, {}
+        named = [get_task(name, allow_weak_isolation=allow_weak_isolation) for name in task_name.split("|")]
+        return {task.name: task for task in named}, {}
     if meta.get("chat_data") == "demo" or meta.get("config", {}).get("dataset") == "demo":
         return demo_tasks(), {}
-    return load_available(list(CLASSIC_TASKS))
+    return load_available(list(CLASSIC_TASKS), allow_weak_isolation=allow_weak_isolation)
 
 
 def evaluate(
@@ -85,6 +96,12 @@ def evaluate(
     engine = Engine(model, tokenizer, compute.precision)
     scores = []
     for name, task in tasks.items():
+        if isinstance(task, CodeTask):
+            print0(f"{name} runs the model's code; isolation is {isolation()}")
+        log_path = folder / f"{slugify(name)}.jsonl"
+        finished = ResumeLog(log_path.with_suffix(".unfinished") / fingerprint(cfg, compute, folder))
+        if dist.is_initialized():
+            dist.barrier()  # all have read what there is before anybody adds to it
         score = evaluate_chat_task(
             task,
             model,
@@ -94,12 +111,34 @@ def evaluate(
             batch_size=cfg.batch_size,
             sampling=cfg.sampling(),
             autocast=compute.precision.autocast,
+            finished=finished,
         )
-        print0(f"{name}: {100 * score.accuracy:.2f}% ± {100 * score.stderr:.2f} ({len(score.records)} problems)")
+        print_score(cfg, name, score)
         if compute.rank == 0:
-            write_jsonl(folder / f"{slugify(name)}.jsonl", score.records)
+            write_jsonl(log_path, score.records)
+            shutil.rmtree(log_path.with_suffix(".unfinished"), ignore_errors=True)
         scores.append(score)
     return scores
+
+
+def print_score(cfg: Config, name: str, score: TaskScore) -> None:
+    """One line for the task, one for each group of its problems, one for pass@k."""
+    for label, part in {name: score, **score.groups()}.items():
+        indent = "" if part is score else "  "
+        print0(f"{indent}{label}: {100 * part.accuracy:.2f}% ± {100 * part.stderr:.2f} ({len(part.records)} problems)")
+    if cfg.num_samples > 1 and all(record.get("num_samples") == cfg.num_samples for record in score.records):
+        powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= cfg.num_samples]
+        print0("  " + ", ".join(f"pass@{k} {100 * score.pass_at(k):.2f}%" for k in powers))
+
+
+def fingerprint(cfg: Config, compute: Compute, folder: Path) -> str:
+    """Short name of all that answers depend on: those of another fingerprint are not taken over."""
+    checkpoint = find_tag(cfg.source, cfg.model_tag)
+    weights = checkpoint / f"model_{folder.name[-6:]}.pt"
+    version = weights.stat().st_mtime_ns if weights.exists() else 0
+    data = os.environ.get("NANOCHAT_TASK_DIR")
+    facts = [str(checkpoint), folder.name, version, cfg.sampling(), compute.precision.name, data]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def report(
@@ -131,7 +170,7 @@ def main(cfg: Config) -> None:
     print_banner()
     with setup_compute(cfg.runtime) as compute:
         model, tokenizer, meta = load_model(cfg.source, compute.device, "eval", cfg.model_tag, cfg.step)
-        tasks, missing = choose_tasks(cfg.task_name, meta)
+        tasks, missing = choose_tasks(cfg.task_name, meta, cfg.allow_weak_isolation)
         for name, reason in missing.items():
             print0(f"{name} is not evaluated: {reason}")
         if not tasks:

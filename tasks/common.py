@@ -67,6 +67,13 @@ class Task:
         return (self[i] for i in range(len(self)))
 
 
+class CodeTask(Task):
+    """A task whose `evaluate` runs what the model wrote (nanochat/execution.py)."""
+
+    allow_weak_isolation: bool = False
+    """Whether to run it also where it can't be shut off well; else `evaluate` raises IsolationError there."""
+
+
 class _Joined(Task):
     """Several tasks as one; subclasses choose the order."""
 

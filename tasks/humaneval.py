@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from nanochat.execution import check_function
-from tasks.common import Conversation, Task
+from tasks.common import CodeTask, Conversation
 from tasks.sources import load_rows
 
 _CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
@@ -34,10 +34,10 @@ def build_solution(prompt: str, entry_point: str, completion: str) -> str:
     return prompt[: start.start() if start else 0] + "\n" + code + "\n"
 
 
-class HumanEval(Task):
+class HumanEval(CodeTask):
     """Python functions to write. Runs the model's code: see nanochat/execution.py for what contains it.
 
-    Where that is weak, `evaluate` raises IsolationError unless `allow_weak_isolation`.
+    Where that is weak, `evaluate` raises IsolationError unless `allow_weak_isolation` is true.
     """
 
     name = "HumanEval"

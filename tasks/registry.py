@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tasks.common import Task
+from nanochat.execution import IsolationError, require_isolation
+from tasks.common import CodeTask, Task
 
 
 def _arc_easy() -> Task:
@@ -71,16 +72,21 @@ def _demo_word_sums() -> Task:
 TASKS_ON_REQUEST: Mapping[str, Callable[[], Task]] = {"DemoWordSums": _demo_word_sums}
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, *, allow_weak_isolation: bool = False) -> Task:
     """The evaluation task called `name` (any case): a classic one, else one of the demo world.
 
     Raises:
         ValueError: no such task; lists those there are.
         FileNotFoundError: its data can't be had.
+        IsolationError: it runs code, which this machine can't shut off well, and that is not allowed.
     """
     for known, build in [*CLASSIC_TASKS.items(), *TASKS_ON_REQUEST.items()]:
         if known.lower() == name.lower():
-            return build()
+            task = build()
+            if isinstance(task, CodeTask):
+                require_isolation(allow_weak_isolation)
+                task.allow_weak_isolation = allow_weak_isolation
+            return task
     demo = demo_tasks()
     for known, task in demo.items():
         if known.lower() == name.lower():
@@ -88,13 +94,13 @@ def get_task(name: str) -> Task:
     raise ValueError(f"no task called {name!r}; there are {', '.join([*CLASSIC_TASKS, *demo, *TASKS_ON_REQUEST])}")
 
 
-def load_available(names: list[str]) -> tuple[dict[str, Task], dict[str, str]]:
+def load_available(names: list[str], *, allow_weak_isolation: bool = False) -> tuple[dict[str, Task], dict[str, str]]:
     """(tasks that could be loaded by name, why each of the others could not)."""
     tasks: dict[str, Task] = {}
     unavailable: dict[str, str] = {}
     for name in names:
         try:
-            tasks[name] = get_task(name)
-        except FileNotFoundError as error:
+            tasks[name] = get_task(name, allow_weak_isolation=allow_weak_isolation)
+        except (FileNotFoundError, IsolationError) as error:
             unavailable[name] = str(error)
     return tasks, unavailable

@@ -21,6 +21,7 @@ from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.config import run_script
 from nanochat.core_eval import CoreTask, evaluate_task
 from nanochat.engine import Engine
+from nanochat.jsonl import ResumeLog
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval, base_loss, chat_eval
@@ -120,6 +121,29 @@ def test_several_samples_pass_when_any_does(evaluate):
             assert record["passed"] == any(right)
     again = evaluate(Writing(), sampling=sampling, batch_size=10)
     assert again.records == score.records
+
+
+def test_groups_are_scored_apart_and_finished_problems_are_not_asked_again(tiny_model, tiny_tokenizer, tmp_path):
+    asked: list[int] = []
+
+    class Grouped(Letters):
+        def get_example(self, index: int) -> dict:
+            asked.append(index)
+            return super().get_example(index) | {"group": "even" if index % 2 == 0 else "odd"}
+
+    def run(count: int):
+        engine = Engine(tiny_model, tiny_tokenizer)
+        log = ResumeLog(tmp_path / "log")
+        return evaluate_chat_task(Grouped(), tiny_model, engine, tiny_tokenizer, max_problems=count, finished=log)
+
+    first = run(4)
+    asked.clear()
+    whole = run(9)
+    assert set(asked) == {4, 5, 6, 7, 8}
+    assert whole.records[:4] == first.records
+    assert {name: len(part.records) for name, part in whole.groups().items()} == {"even": 5, "odd": 4}
+    right = sum(part.accuracy * len(part.records) for part in whole.groups().values())
+    assert right == pytest.approx(whole.accuracy * 9)
 
 
 def test_limits(evaluate):

@@ -29,7 +29,9 @@ from nanochat.core_eval import (
     pick_fewshot,
     render_prompts,
 )
-from nanochat.scoring import Span, batches_by_length, next_token_logits, score_spans
+from nanochat.hf_model import HuggingFaceModel
+from nanochat.jsonl import ResumeLog
+from nanochat.scoring import Span, batches_by_length, next_token_logits, score_groups, score_spans, shared_length
 
 WORDS = (
     "sky",
@@ -159,6 +161,90 @@ def test_scores_of_a_batch_are_those_of_its_rows_alone(tiny_model):
         mean, greedy = plain_scores(tiny_model, list(span.tokens), span.start, span.end)
         assert score.mean_nats == pytest.approx(mean, abs=1e-5)
         assert score.greedy == greedy
+
+
+def groups_with_shared_starts() -> list[list[Span]]:
+    """Examples whose rows share none, some or much of their start, up to the whole context."""
+    rng = random.Random(1)
+    groups = []
+    for shared, tails in ((40, (5, 9)), (0, (7, 3, 30)), (60, (1, 1, 20, 4)), (9, (70,)), (100, (28, 2)), (12, (3, 5))):
+        start = [rng.randrange(256) for _ in range(shared)]
+        rows = [start + [rng.randrange(256) for _ in range(n)] for n in tails]
+        groups.append([Span(row, max(1, shared), len(row)) for row in rows])
+    return groups
+
+
+def tiny_llama() -> HuggingFaceModel:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    return HuggingFaceModel(transformers.LlamaForCausalLM(config))
+
+
+@pytest.mark.parametrize("kind", ["ours", "hf"])
+def test_shared_starts_computed_once_change_no_score(tiny_model, kind):
+    model = tiny_model if kind == "ours" else tiny_llama()
+    plain = model if kind == "ours" else lambda idx: model.model(idx).logits
+    groups = groups_with_shared_starts()
+    assert [shared_length(group) > 0 for group in groups] == [True, False, True, False, True, True]
+    for batch in (groups, groups[:1], groups[3:], [groups[0], groups[2]], [groups[0], groups[5]]):
+        scores = score_groups(model, batch)
+        for span, score in zip([span for group in batch for span in group], scores, strict=True):
+            with torch.no_grad():
+                log_probs = plain(torch.tensor([span.tokens]))[0].log_softmax(dim=-1)
+            rows = range(span.start, span.end)
+            assert score.mean_nats == pytest.approx(
+                sum(-float(log_probs[p - 1, span.tokens[p]]) for p in rows) / len(rows), abs=1e-4
+            )
+            assert score.greedy == all(int(log_probs[p - 1].argmax()) == span.tokens[p] for p in rows)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(bundle_folder, tiny_model, tiny_tokenizer, tmp_path):
+    task = load_bundle(bundle_folder).tasks[1]
+    items = load_items(task)
+    whole = evaluate_task(tiny_model, tiny_tokenizer, task, items, batch_tokens=200)
+    calls: list[int] = []
+
+    class Killed(Exception):
+        pass
+
+    def kill_after_two_batches(n: int) -> None:
+        calls.append(n)
+        if len(calls) == 4:  # the first call tells of what was there before
+            raise Killed
+
+    with pytest.raises(Killed):
+        evaluate_task(
+            tiny_model,
+            tiny_tokenizer,
+            task,
+            items,
+            batch_tokens=200,
+            finished=ResumeLog(tmp_path / "log"),
+            on_progress=kill_after_two_batches,
+        )
+    done = sum(calls)
+    assert 0 < done < len(items)
+    with open(tmp_path / "log" / "rank0.jsonl", "a") as f:
+        f.write('\n{"task": "choice_f')  # torn by the kill
+    counts: list[int] = []
+    log = ResumeLog(tmp_path / "log")
+    again = evaluate_task(
+        tiny_model, tiny_tokenizer, task, items, batch_tokens=200, finished=log, on_progress=counts.append
+    )
+    assert again == whole
+    assert counts[0] == done
+    assert sum(counts) == len(items)
+    assert len(ResumeLog(tmp_path / "log").records) == len(items)
 
 
 @torch.no_grad()

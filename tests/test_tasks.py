@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat import execution
 from nanochat.calculator import use_calculator
+from nanochat.execution import Isolation, IsolationError
 from tasks import sources, spellingbee
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, TaskSequence, render_mc, shuffled_indices
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, extract_answer, split_tool_calls
-from tasks.humaneval import HumanEval, build_program, extract_code
+from tasks.humaneval import HumanEval, build_solution, extract_code
 from tasks.mmlu import MMLU
 from tasks.registry import CLASSIC_TASKS, get_task, load_available
 from tasks.smoltalk import SmolTalk
@@ -257,7 +259,7 @@ CODE_WRONG = [
 
 
 def test_humaneval_judges_by_running_the_tests(task_files):
-    task = HumanEval()
+    task = HumanEval(allow_weak_isolation=True)
     problem = task[0]
     assert task.evaluate(problem, problem["messages"][1]["content"])
     assert [task.evaluate(problem, code) for code in CODE_RIGHT] == [True] * len(CODE_RIGHT)
@@ -265,7 +267,7 @@ def test_humaneval_judges_by_running_the_tests(task_files):
 
 
 def test_humaneval_program_keeps_the_imports_and_helpers_of_the_prompt():
-    program = build_program("import math\n\ndef f(x):\n    '''doc'''\n", "f", "def f(x):\n    return math.pi", "T")
+    program = build_solution("import math\n\ndef f(x):\n    '''doc'''\n", "f", "def f(x):\n    return math.pi")
     assert program.count("import math") == 1
     assert program.count("def f(x)") == 1  # the prompt's own unfinished f is left out
     assert extract_code("a ```python\nx = 1\n``` b") == "x = 1"
@@ -357,3 +359,12 @@ def test_load_available_lists_what_is_missing(task_files):
     tasks, missing = load_available(list(CLASSIC_TASKS))
     assert list(tasks) == ["ARC-Easy", "ARC-Challenge", "GSM8K", "HumanEval", "SpellingBee"]
     assert "cais/mmlu" in missing["MMLU"]
+
+
+def test_humaneval_asks_before_it_runs_code_that_is_not_shut_off(task_files, monkeypatch):
+    monkeypatch.setattr(execution, "isolation", lambda: Isolation(False, "no namespaces here"))
+    with pytest.raises(IsolationError, match=r"no namespaces here.*--allow_weak_isolation"):
+        get_task("HumanEval")
+    assert "no namespaces here" in load_available(["HumanEval"])[1]["HumanEval"]
+    task = get_task("HumanEval", allow_weak_isolation=True)
+    assert task.evaluate(task[0], task[0]["messages"][1]["content"])
