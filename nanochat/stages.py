@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.profiles import MID_HOURS, SFT_HOURS, Profile, Settings
+from nanochat.text_files import COMPRESSIONS, KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "Why is the sky blue?"
 SMALL_FILE_BYTES = 1_000_000
-TEXT_SUFFIXES = (".parquet", ".jsonl", ".txt", ".py")
+TEXT_SUFFIXES = (*KINDS, *COMPRESSIONS, ".py")
 HOURS_SHARE = {"base_train": 1.0, "mid_train": MID_HOURS, "chat_sft": SFT_HOURS}
 
 
@@ -56,7 +57,7 @@ class Stage:
 def fingerprint(path: Path) -> str:
     """Changes when a file, or a text in a folder, changes (small files by content, large ones by size and time)."""
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file() and file.suffix in TEXT_SUFFIXES:
             stat = file.stat()
             large = stat.st_size > SMALL_FILE_BYTES

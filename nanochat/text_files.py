@@ -239,11 +239,11 @@ class _Text(HTMLParser):
     """Collects what a browser would show."""
 
     HIDDEN = frozenset({"script", "style", "template", "noscript", "head"})
-    BLOCKS = frozenset(
-        ["address", "article", "aside", "blockquote", "br", "dd", "div", "dl", "dt", "figcaption", "footer", "form"]
-        + ["h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "nav", "ol", "p", "pre", "section"]
-        + ["table", "td", "th", "tr", "ul"]
+    BLOCKS = re.compile(
+        r"address|article|aside|blockquote|br|d[dlt]|div|fig(caption|ure)|footer|form|h[1-6r]|header|li|main|nav|ol|p|pre|"
+        r"section|table|t[dhr]|ul"
     )
+    PARAGRAPHS = re.compile(r"article|div|h[1-6]|p|section")
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -255,14 +255,14 @@ class _Text(HTMLParser):
             self._hidden.append(tag)
         elif tag == "body":
             self._hidden.clear()  # a head that was never closed
-        if tag in self.BLOCKS:
-            self.parts.append("\n\n" if tag in ("p", "div", "article", "section") or tag[1:].isdigit() else "\n")
+        if self.BLOCKS.fullmatch(tag):
+            self.parts.append("\n\n" if self.PARAGRAPHS.fullmatch(tag) else "\n")
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self._hidden:
             while self._hidden.pop() != tag:
                 pass
-        elif tag in self.BLOCKS:
+        elif self.BLOCKS.fullmatch(tag):
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:

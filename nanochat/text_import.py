@@ -17,18 +17,16 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 
 from nanochat.common import check_disk_space, get_base_dir, print0
-from nanochat.files import atomic_folder, sha256_file
-from nanochat.manifest import Entry, Manifest
+from nanochat.files import atomic_folder
 from nanochat.progress import Bar, progress
+from nanochat.shard_writer import ShardWriter, name_shards
 from nanochat.text_files import COMPRESSIONS, Repairs, find_texts, read_documents
 
 __all__ = ["find_texts", "import_path", "import_texts"]
@@ -37,14 +35,10 @@ VERSION = 2  # part of the folder's name: raise it when the same files would giv
 VAL_SHARE = 1 / 20
 VAL_SHARE_IF_LARGE = 1 / 200
 LARGE_CHARS = 200_000_000
-ROW_GROUP_DOCUMENTS = 1024
-ROW_GROUP_CHARS = 16_000_000
-SHARD_CHARS = 250_000_000
 BUCKET_BYTES = 32_000_000  # of text, about
 PENDING_BYTES = 64_000_000  # held in memory before buckets are written
 UNPACKED_TIMES = 4  # how many times as large a compressed file is taken to be unpacked
 SAMPLES, SAMPLE_CHARS = 3, 200
-SCHEMA = pa.schema([("text", pa.string())])
 BUCKET_SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.string())])
 
 
@@ -167,7 +161,7 @@ class _Import:
     def _write(self, buckets: Buckets, bar: Bar) -> None:
         share = VAL_SHARE if buckets.num_chars < LARGE_CHARS else VAL_SHARE_IF_LARGE
         border = np.uint64(int(share * 2**64))
-        val, train = _Shards(self.tmp, "validation", one=True), _Shards(self.tmp, "shard")
+        val, train = ShardWriter(self.tmp, "validation", one=True), ShardWriter(self.tmp, "shard")
         for number, (hashes, texts) in enumerate(buckets.read()):
             num_val = int(np.searchsorted(hashes, border))
             if not self.counts.documents and len(hashes):
@@ -183,15 +177,7 @@ class _Import:
         train_entries, val_entries = train.close(), val.close()
         if not train_entries:  # too few documents: they go into one shard, which is split where it is read
             train_entries, val_entries, self.samples = val_entries, [], [texts[0].as_py()[:SAMPLE_CHARS]]
-        entries = [self._named(entry, i) for i, entry in enumerate([*train_entries, *val_entries])]
-        facts: dict[str, Any] = {"import": self.key, **vars(self.counts)}
-        Manifest("import", entries[: len(train_entries)], entries[len(train_entries) :], facts=facts).save(self.tmp)
-
-    def _named(self, entry: Entry, number: int) -> Entry:
-        """The shard under its final name: validation comes last."""
-        path = self.tmp / f"shard_{number:05d}.parquet"
-        (self.tmp / entry.name).rename(path)
-        return Entry(path.name, path.stat().st_size, f"sha256:{sha256_file(path)}", rows=entry.rows)
+        name_shards(self.tmp, "import", train_entries, val_entries, {"import": self.key, **vars(self.counts)})
 
 
 class Buckets:
@@ -247,46 +233,3 @@ class Buckets:
                 first[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
                 yield hashes[first, 0], table["text"].combine_chunks().take(pa.array(order[first]))
                 self._path(i).unlink()
-
-
-class _Shards:
-    """Writes documents into parquet files of about SHARD_CHARS characters, or all into one."""
-
-    def __init__(self, folder: Path, name: str, one: bool = False) -> None:
-        self.folder, self.name, self.one = folder, name, one
-        self.entries: list[Entry] = []
-        self._writer: pq.ParquetWriter | None = None
-        self._pending: list[str] = []
-        self._pending_chars = self._rows = self._chars = 0
-
-    def add(self, document: str) -> None:
-        """Add one document."""
-        self._pending.append(document)
-        self._pending_chars += len(document)
-        if len(self._pending) == ROW_GROUP_DOCUMENTS or self._pending_chars >= ROW_GROUP_CHARS:
-            self._flush()
-        if not self.one and self._chars + self._pending_chars >= SHARD_CHARS:
-            self._finish()
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        if self._writer is None:
-            path = self.folder / f"{self.name}-{len(self.entries)}.tmp"
-            self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd", compression_level=3)
-        self._writer.write_table(pa.table([self._pending], schema=SCHEMA))
-        self._rows += len(self._pending)
-        self._chars += self._pending_chars
-        self._pending, self._pending_chars = [], 0
-
-    def _finish(self) -> None:
-        self._flush()
-        if self._writer is not None:
-            self._writer.close()
-            self.entries.append(Entry(f"{self.name}-{len(self.entries)}.tmp", rows=self._rows))
-        self._writer, self._rows, self._chars = None, 0, 0
-
-    def close(self) -> list[Entry]:
-        """Finish; what was written."""
-        self._finish()
-        return self.entries

@@ -35,6 +35,7 @@ from nanochat.recipe import Schedule, muon_momentum
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_SMOOTHING = 0.9
+WORTH_SAYING = 0.01  # share of a step spent waiting for data
 
 
 class Loader(Protocol):
@@ -107,7 +108,9 @@ class Trainer:
             group["lr"] = group["initial_lr"] * multiplier
             if group["kind"] == "muon":
                 group["momentum"] = muon_momentum(self.state.step)
+        start = time.perf_counter()
         batches = [next(self.loader) for _ in range(s.grad_accum_steps)]
+        self._data_seconds = time.perf_counter() - start
         count = torch.stack([(y >= 0).sum() for _, y in batches]).sum()
         if self.compute.ddp:
             dist.all_reduce(count)
@@ -170,6 +173,7 @@ class Trainer:
         state.smooth_loss = LOSS_SMOOTHING * state.smooth_loss + (1 - LOSS_SMOOTHING) * metrics["loss"]
         metrics["smooth_loss"] = state.smooth_loss / (1 - LOSS_SMOOTHING**state.step)
         metrics["tokens_per_second"] = tokens / seconds
+        metrics["data_wait_share"] = self._data_seconds / seconds
         tflops = tokens * self.flops_per_token / seconds / 1e12 / self.compute.world_size
         metrics["share_of_matmul_speed"] = tflops / peak_tflops
 
@@ -183,6 +187,8 @@ class Trainer:
             f"{metrics['tokens_per_second']:,.0f} tok/s ({metrics['share_of_matmul_speed']:.0%} of matmul speed) "
             f"left {format_seconds(left)}"
         )
+        if metrics["data_wait_share"] > WORTH_SAYING:
+            note += f" waiting for data {metrics['data_wait_share']:.0%}"
         if metrics["skipped"]:
             note += f" skipped {metrics['skipped']:.0f} scale {metrics['scale']:g}"
         bar.set(done, note)

@@ -14,7 +14,7 @@ import torch
 from nanochat.checkpoint_manager import checkpoint_folder
 from nanochat.common import Compute, init_wandb, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script
-from nanochat.dataloader import PretrainLoader
+from nanochat.dataloader import Mode, PretrainLoader
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
@@ -23,11 +23,13 @@ from nanochat.progress import format_seconds
 from nanochat.recipe import BatchPlan, Schedule, parameter_groups, plan_batch, plan_iterations
 from nanochat.report import get_report
 from nanochat.samples import print_samples
+from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
 from nanochat.trainer import Trainer, TrainSettings, find_resume
 
 # Settings a resumed run may change: they don't touch the mathematics of a step.
 MAY_CHANGE = {"run", "resume", "eval_every", "sample_every", "save_every", "save_every_minutes", "dry_run", "runtime"}
+MAY_CHANGE |= {"skip_bad_shards", "token_cache"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,16 @@ class Config:
     vocab_size: int | None = None
     """Vocabulary to plan for with --dry_run before a tokenizer exists; a run takes its tokenizer's."""
     data_dir: str | None = None
-    """Folder (or file) of parquet, jsonl or txt text; default: what the dataset step prepared."""
+    """Folder (or file) of parquet, txt, md, jsonl, csv or html text; default: what the dataset step prepared."""
     dataset: str | None = None
-    """Public source (climbmix, fineweb_edu) or demo."""
+    """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
+    packing: Mode = "stream"
+    """How documents become rows: stream (one after the other, as in classic nanochat), or bestfit (every row begins
+    at a document, the ends of some are cropped; the share is reported)."""
+    skip_bad_shards: bool = False
+    """Pass over shards that can't be read, with a warning, instead of stopping."""
+    token_cache: bool = False
+    """Use the shards that `python -m nanochat.token_cache` has tokenized before."""
     num_iterations: int | None = None
     """Optimizer steps; goes before the other horizons (-1 is off, as in nanochat)."""
     hours: float | None = None
@@ -202,7 +211,7 @@ def main(cfg: Config) -> None:
 def train(cfg: Config, plan: Plan, compute: Compute) -> None:
     """Train by `plan` and log to the report."""
     tokenizer = get_tokenizer()
-    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
+    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir), cfg.skip_bad_shards)
     folder = checkpoint_folder("base", cfg.tag)
     config = asdict(cfg)
     checkpoint = find_resume(folder, config, cfg.resume, MAY_CHANGE)
@@ -222,6 +231,9 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
         rank=compute.rank,
         world_size=compute.world_size,
         state=checkpoint.meta["loader"] if checkpoint else None,
+        mode=cfg.packing,
+        skip_bad_shards=cfg.skip_bad_shards,
+        cache=TokenCache(tokenizer) if cfg.token_cache else None,
     )
     groups = parameter_groups(
         model,
@@ -272,6 +284,7 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
                 "tokens per second": tokens_per_second,
                 "share of time waiting for data": loader.wait_seconds / max(state.seconds, 1e-9),
                 "epochs begun": loader.epoch + 1,
+                "share of tokens cropped": loader.counts.cropped_share,
                 "skipped steps": compute.precision.skipped,
                 "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
                 "minimum validation bpb": state.min_val,

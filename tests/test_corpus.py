@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from local_hub import write_shard
+
 from nanochat import corpus as corpus_module
 from nanochat.corpus import BadShardError, open_corpus
 from nanochat.dataloader import PretrainLoader

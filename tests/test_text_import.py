@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataset, text_files, text_import
+from nanochat import dataset, shard_writer, text_files, text_import
 from nanochat.config import run_script
 from nanochat.corpus import open_corpus
 from nanochat.dataset import prepare_corpus
@@ -81,8 +81,8 @@ def test_every_document_once_in_an_order_that_only_the_content_decides(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_import, "BUCKET_BYTES", max(1, sum(map(len, texts)) // buckets))
         patch.setattr(text_import, "PENDING_BYTES", 50)
-        patch.setattr(text_import, "SHARD_CHARS", 100)
-        patch.setattr(text_import, "ROW_GROUP_DOCUMENTS", 3)
+        patch.setattr(shard_writer, "SHARD_CHARS", 100)
+        patch.setattr(shard_writer, "ROW_GROUP_DOCUMENTS", 3)
         files = [write("a.jsonl", texts[:cut]), write("b.jsonl", texts[cut:])]
         if not expected:
             with pytest.raises(ValueError, match="no text in"):
@@ -115,8 +115,8 @@ def test_validation_is_a_twentieth_and_stays_when_documents_are_added(tmp_path: 
 
 
 def test_many_documents_make_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_import, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(text_import, "ROW_GROUP_DOCUMENTS", 7)
+    monkeypatch.setattr(shard_writer, "SHARD_CHARS", 1000)
+    monkeypatch.setattr(shard_writer, "ROW_GROUP_DOCUMENTS", 7)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(f"document {i:04d}") for i in range(400)))
     folder = import_path(tmp_path / "a.jsonl", tmp_path / "out")
     corpus = open_corpus(folder)
