@@ -15,6 +15,7 @@ from nanochat.text_files import COMPRESSIONS, KINDS
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "Why is the sky blue?"
 SMALL_FILE_BYTES = 1_000_000
+READY_SHARDS = 8  # as many as the tokenizer reads; the others arrive while it learns and the base model trains
 TEXT_SUFFIXES = (*KINDS, *COMPRESSIONS, ".py")
 HOURS_SHARE = {"base_train": 1.0, "mid_train": MID_HOURS, "chat_sft": SFT_HOURS}
 
@@ -118,6 +119,7 @@ def data_stage(profile: Profile, num_shards: int) -> Stage | None:
         about=f"downloads {num_shards} shards of {profile.dataset}, and one for validation",
         module="nanochat.dataset",
         flags=(f"--num_files={num_shards}", f"--source={profile.dataset}"),
+        unmarked_flags=(f"--ready={READY_SHARDS}",),
         needs=("report_reset",),
         output=f"base_data/{profile.dataset}/*.parquet",
     )
