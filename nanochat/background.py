@@ -36,6 +36,7 @@ class Prefetch(Generic[T]):
         self._queue: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
         self._stop = threading.Event()
         self._ended = False
+        self._held: tuple[str, T | BaseException | None] | None = None  # an end or error met by next_if_ready
         # The thread must not hold `self`, or an abandoned Prefetch would live for ever.
         self._thread = threading.Thread(target=_work, args=(make, self._queue, self._stop), daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
@@ -48,7 +49,7 @@ class Prefetch(Generic[T]):
         if self._ended:
             raise StopIteration
         start = time.perf_counter()
-        kind, item = self._queue.get()
+        kind, item = self._held or self._queue.get()
         self.wait_seconds += time.perf_counter() - start
         if kind == "item":
             return item  # type: ignore[return-value]
@@ -57,11 +58,58 @@ class Prefetch(Generic[T]):
             raise item
         raise StopIteration
 
+    def next_if_ready(self) -> T | None:
+        """The next item if it is there already, else None (also at the end, and where an error is to come)."""
+        if self._ended or self._held is not None:
+            return None
+        try:
+            kind, item = self._queue.get_nowait()
+        except queue.Empty:
+            return None
+        if kind == "item":
+            return item  # type: ignore[return-value]
+        self._held = (kind, item)
+        return None
+
     def close(self) -> None:
         """Stop the thread and wait for it."""
         self._ended = True
         self._stop.set()
         self._thread.join()
+
+
+class DeviceFeed(Generic[T]):
+    """Iterate over (item, its array as a tensor on `device`).
+
+    On a CUDA card there are two buffers: while one batch is computed with, the copy of the next one from pinned memory
+    is under way on a stream of its own. Elsewhere the array is simply handed over.
+    """
+
+    def __init__(self, source: Prefetch[T], array: Callable[[T], npt.NDArray[np.int64]], device: torch.device) -> None:
+        self._source, self._array, self._device = source, array, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._on_the_way: tuple[T, torch.Tensor] | None = None
+
+    def __iter__(self) -> Iterator[tuple[T, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[T, torch.Tensor]:
+        item, tensor = self._on_the_way or self._send(next(self._source))
+        self._on_the_way = None
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            tensor.record_stream(current)  # its memory was taken on the other stream
+            following = self._source.next_if_ready()
+            if following is not None:
+                self._on_the_way = self._send(following)
+        return item, tensor
+
+    def _send(self, item: T) -> tuple[T, torch.Tensor]:
+        if self._stream is None:
+            return item, to_device(self._array(item), self._device)
+        with torch.cuda.stream(self._stream):
+            return item, to_device(self._array(item), self._device)
 
 
 def _work(

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 
 from nanochat.config import Runtime
-from nanochat.files import atomic_path
 from nanochat.precision import DTYPE_NAMES, DTYPES, Precision, candidate_dtypes, dtype_cost
 
 
@@ -348,58 +347,12 @@ def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | No
 
 
 def download_file_with_lock(
-    url: str, filename: str | Path, postprocess_fn: Callable[[Path], None] | None = None, timeout_seconds: float = 60.0
+    url: str, filename: str | Path, postprocess_fn: Callable[[Path], None] | None = None
 ) -> Path:
-    """Download `url` to `<base dir>/<filename>` once, however many processes ask; the file appears whole.
+    """Download `url` to `<base dir>/<filename>` once, however many processes ask (see `nanochat.download`)."""
+    from nanochat import download  # which needs this module
 
-    Args:
-        url: where it is.
-        filename: its name under the base dir (or an absolute path).
-        postprocess_fn: called with the path after a fresh download (to unpack it, say), under the same lock.
-        timeout_seconds: the longest wait for a connection or for the next bytes.
-
-    Raises:
-        RuntimeError: the file could not be had; the message names the URL and where to put the file by hand.
-    """
-    import httpx
-    from filelock import FileLock
-    from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
-
-    path = get_base_dir() / filename
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    attempts = int(os.environ.get("NANOCHAT_DOWNLOAD_ATTEMPTS", "4"))
-
-    @retry(
-        stop=stop_after_attempt(attempts),
-        wait=wait_exponential_jitter(initial=1, max=20),
-        retry=retry_if_exception_type((httpx.TransportError, httpx.HTTPStatusError, OSError)),
-        reraise=True,
-    )
-    def fetch() -> None:
-        with atomic_path(path) as tmp, httpx.stream("GET", url, follow_redirects=True, timeout=timeout_seconds) as r:
-            r.raise_for_status()
-            with open(tmp, "wb") as f:
-                for block in r.iter_bytes():
-                    f.write(block)
-            expected = r.headers.get("content-length")
-            if expected and "content-encoding" not in r.headers and tmp.stat().st_size != int(expected):
-                raise OSError(f"got {tmp.stat().st_size} of {expected} bytes")
-
-    with FileLock(str(path) + ".lock"):
-        if not path.exists():
-            print0(f"downloading {url}")
-            try:
-                fetch()
-            except (httpx.HTTPError, OSError) as error:
-                raise RuntimeError(
-                    f"could not download {url} ({error}). Check the network, or put the file at {path} yourself"
-                ) from error
-            if postprocess_fn is not None:
-                postprocess_fn(path)
-    return path
+    return download.download_file_with_lock(url, filename, postprocess_fn)
 
 
 def check_disk_space(folder: str | Path, needed_bytes: int, what: str) -> None:

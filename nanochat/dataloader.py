@@ -1,156 +1,56 @@
-"""The token stream of pretraining: documents of a corpus, each as bos + its tokens, one after the other, in rows of T.
+"""Batches of pretraining: rows of T tokens from the documents of a corpus, each document as bos + its tokens.
 
     B  rows per batch and rank     T  tokens per row     W  world size (ranks)
 
-Number the tokens of the whole stream s[0], s[1], ...; row g is x = s[gT : gT+T] with targets y = s[gT+1 : gT+T+1].
-Batch n is the rows from nWB on, and rank r gets B of them from rB on. So the order is the same for every world size,
-and no token is lost between rows. Every rank reads and tokenizes the whole stream (that is cheap) and takes its rows.
+How tokens become rows is token_rows.py's business: `stream`, the classic one, or `bestfit`, whose rows begin at a
+document. Either way there is one sequence of rows; batch n is the rows from nWB on, and rank r gets B of them from rB
+on. So the order is the same for every world size. Every rank reads and tokenizes everything (that is cheap) and takes
+its rows.
 
-Training goes on for ever: epoch 0 reads the corpus in file order, each later epoch has its own order of row groups.
-Validation is one pass; its last batch is filled up with targets of -1, so every token counts whatever B and T are.
+Training goes on for ever, each epoch in an order of its own (token_stream.py). Validation is one pass; its last batch
+is filled up with targets of -1, so in `stream` mode every token counts whatever B and T are.
 
 The state is the place in the corpus where the next batch begins (shard, row group, row, token), not a count of batches:
-restoring it continues the very same stream, with another batch size or number of ranks too.
+restoring it continues the very same rows, with another batch size or number of ranks too.
 """
 
 from __future__ import annotations
 
-import random
-from collections import deque
+import os
+import threading
+import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from nanochat.background import Prefetch, to_device
+from nanochat.background import DeviceFeed, Prefetch
 from nanochat.common import print0
-from nanochat.dataset import Chunk, Corpus
+from nanochat.corpus import Chunk, Corpus
+from nanochat.token_rows import ROWS, Counts, Place, Row
+from nanochat.token_stream import Cache, Position, TokenStream, chunk_order
 from nanochat.tokenizer import RustBPETokenizer
 
-Tokens = npt.NDArray[Any]  # (n,) uint16 or uint32
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in the stream: `token` tokens after the beginning of document `row`; `index` is the chunk's number."""
-
-    epoch: int = 0
-    index: int = 0
-    row: int = 0
-    token: int = 0
-
-
-class Piece(NamedTuple):
-    """Some consecutive tokens of the stream and where they begin."""
-
-    tokens: Tokens
-    position: Position
-
-
-def chunk_order(num_chunks: int, epoch: int) -> list[int]:
-    """The order of chunks in an epoch: file order at first, then shuffled by the number of the epoch."""
-    order = list(range(num_chunks))
-    if epoch > 0:
-        random.Random(epoch).shuffle(order)
-    return order
-
-
-def insert_bos(ids: Tokens, offsets: npt.NDArray[np.int64], bos: int) -> Tokens:
-    """Documents (text i is ids[offsets[i]:offsets[i+1]]) as one stream, bos before each; empty ones are left out."""
-    starts = offsets[:-1][np.diff(offsets) > 0]
-    out = np.empty(len(ids) + len(starts), dtype=ids.dtype)
-    is_bos = np.zeros(len(out), dtype=bool)
-    is_bos[starts + np.arange(len(starts))] = True
-    out[is_bos] = bos
-    out[~is_bos] = ids
-    return out
-
-
-class TokenStream:
-    """Iterates over the pieces of the stream from a position on; endless for "train", one pass for "val"."""
-
-    def __init__(self, corpus: Corpus, tokenizer: RustBPETokenizer, split: str, num_threads: int = 1) -> None:
-        self.chunks: list[Chunk] = corpus.chunks(split)
-        self.name = f"{corpus.name} ({split})"
-        self.tokenizer, self.split, self.num_threads = tokenizer, split, num_threads
-
-    def pieces(self, start: Position) -> Iterator[Piece]:
-        """The pieces from `start` on.
-
-        Raises:
-            ValueError: a whole epoch has no text, or a shard can't be read.
-        """
-        epoch, first_index, skip = start.epoch, start.index, start.token
-        while True:
-            found = False
-            order = chunk_order(len(self.chunks), epoch)
-            for index in range(first_index, len(order)):
-                chunk = self.chunks[order[index]]
-                resumed = (epoch, index) == (start.epoch, start.index)
-                for row, texts in chunk.read(start.row if resumed else None):
-                    ids, offsets = self.tokenizer.encode_arrow(texts, self.num_threads)
-                    tokens = insert_bos(ids, offsets, self.tokenizer.get_bos_token_id())
-                    dropped, skip = min(skip, len(tokens)), max(0, skip - len(tokens))
-                    found = found or len(tokens) > 0
-                    if dropped < len(tokens):
-                        yield Piece(tokens[dropped:], Position(epoch, index, row, dropped))
-            if self.split == "val":
-                return
-            if not found and first_index == 0:
-                raise ValueError(f"{self.name}: all documents are empty")
-            epoch, first_index = epoch + 1, 0
-
-
-class Window:
-    """A queue of tokens that remembers where in the stream each one came from."""
-
-    def __init__(self, pieces: Iterator[Piece], start: Position) -> None:
-        self._source, self._pieces = pieces, deque[Piece]()
-        self._num_tokens = 0
-        self.position = start
-
-    def fill(self, n: int) -> int:
-        """Hold at least `n` tokens if the stream has them; returns how many are held."""
-        while self._num_tokens < n and (piece := next(self._source, None)) is not None:
-            self._pieces.append(piece)
-            self._num_tokens += len(piece.tokens)
-        return self._num_tokens
-
-    def peek(self, start: int, stop: int) -> Tokens:
-        """The held tokens from `start` to `stop` (counted from the front), as one array."""
-        parts, at = [], 0
-        for piece in self._pieces:
-            parts.append(piece.tokens[max(0, start - at) : max(0, stop - at)])
-            at += len(piece.tokens)
-            if at >= stop:
-                break
-        return np.concatenate(parts)
-
-    def drop(self, n: int) -> None:
-        """Take `n` tokens off the front."""
-        self._num_tokens -= n
-        while n > 0:
-            piece = self._pieces[0]
-            taken = min(n, len(piece.tokens))
-            n -= taken
-            self.position = replace(piece.position, token=piece.position.token + taken)
-            if taken == len(piece.tokens):
-                self._pieces.popleft()
-            else:
-                self._pieces[0] = Piece(piece.tokens[taken:], self.position)
-        if self._pieces:
-            self.position = self._pieces[0].position
+Mode = Literal["stream", "bestfit"]
+STATE_VERSION = 2
+MOST_THREADS = 4
 
 
 class Batch(NamedTuple):
-    """What the background thread makes: (B, T) int64 arrays and the position after them."""
+    """What the background thread makes: x and y as one (2, B, T) int64 array, what its rows count, the place after."""
 
-    x: npt.NDArray[np.int64]
-    y: npt.NDArray[np.int64]
-    after: Position
+    data: npt.NDArray[np.int64]
+    counts: Counts
+    after: Place
+
+
+def default_threads(world_size: int) -> int:
+    """Threads of the tokenizer: the cores that are this process's share, at most MOST_THREADS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_THREADS, cores // world_size))
 
 
 class PretrainLoader:
@@ -166,7 +66,10 @@ class PretrainLoader:
         rank: which of the `world_size` processes this is.
         world_size: how many processes share the batches.
         state: `state_dict()` of an earlier loader, to go on where it stopped.
-        num_threads: threads of the tokenizer.
+        num_threads: threads of the tokenizer; None takes this process's share of the cores.
+        mode: "stream" or "bestfit".
+        skip_bad_shards: pass over what can't be read, with a warning, instead of stopping.
+        cache: documents that have been tokenized before.
 
     Raises:
         ValueError: the split is empty, or `state` belongs to another tokenizer or to shards that are gone.
@@ -183,36 +86,55 @@ class PretrainLoader:
         rank: int = 0,
         world_size: int = 1,
         state: dict[str, Any] | None = None,
-        num_threads: int = 1,
+        num_threads: int | None = None,
+        mode: Mode = "stream",
+        skip_bad_shards: bool = False,
+        cache: Cache | None = None,
     ) -> None:
         if batch_size < 1 or sequence_len < 1:
             raise ValueError(f"batch size and sequence length must be positive, got {batch_size} and {sequence_len}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not below the world size {world_size}")
+        if mode not in ROWS:
+            raise ValueError(f"mode is {mode!r}, but must be {' or '.join(ROWS)}")
         self.device = torch.device(device)
         self.tokens_seen = 0
         """Tokens handed out to all ranks together, since the very first batch."""
-        self._corpus, self._tokenizer, self._split = corpus, tokenizer, split
-        self._global_tokens = world_size * batch_size * sequence_len
-        stream = TokenStream(corpus, tokenizer, split, num_threads)
+        self.counts = Counts()
+        """What has become of the tokens, over all ranks, since the very first batch."""
+        self._corpus, self._tokenizer, self._split, self._mode = corpus, tokenizer, split, mode
+        self._sequence_len, self._global_tokens = sequence_len, world_size * batch_size * sequence_len
+        stop = threading.Event()
+        self._stop = weakref.finalize(self, stop.set)  # also ends a thread that waits for a shard
+        threads = default_threads(world_size) if num_threads is None else num_threads
+        stream = TokenStream(corpus, tokenizer, split, threads, skip_bad_shards, cache, stop.is_set)
         self._chunks = stream.chunks
-        self._position = Position() if state is None else self._restore(state)
-        start, shape = self._position, (batch_size, sequence_len)
-        self._batches = Prefetch(lambda: _batches(stream, start, shape, rank, world_size))
+        self._place = Place() if state is None else self._restore(state)
+        start, bos, make_rows = self._place, tokenizer.get_bos_token_id(), ROWS[mode]
+        self._batches = Prefetch(
+            lambda: _batches(make_rows(stream, start, sequence_len), (batch_size, sequence_len), rank, world_size, bos)
+        )
+        self._feed = DeviceFeed(self._batches, _data_of, self.device)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = next(self._batches)
-        self._position = batch.after
+        batch, tensor = next(self._feed)
+        if self._split == "train" and batch.after.position.epoch > self.epoch:
+            print0(
+                f"{self._corpus.name}: epoch {batch.after.position.epoch} begins (counted from 0), "
+                f"its {len(self._chunks):,} row groups and their documents in a new order"
+            )
+        self._place = batch.after
+        self.counts += batch.counts
         self.tokens_seen += self._global_tokens
-        return to_device(batch.x, self.device), to_device(batch.y, self.device)
+        return tensor[0], tensor[1]
 
     @property
     def epoch(self) -> int:
         """How often the whole corpus has been read before the place where the next batch begins."""
-        return self._position.epoch
+        return self._place.position.epoch
 
     @property
     def wait_seconds(self) -> float:
@@ -221,17 +143,25 @@ class PretrainLoader:
 
     def close(self) -> None:
         """Stop the background thread (it also stops by itself when the loader is gone)."""
+        self._stop()
         self._batches.close()
+
+    # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch, not yet handed out, begins; for JSON. The same on every rank."""
-        chunk = self._chunk_at(self._position)
+        chunk = self._chunk_at(self._place.position)
         return {
-            **asdict(self._position),
+            "version": STATE_VERSION,
+            "mode": self._mode,
+            "sequence_len": self._sequence_len,
+            **asdict(self._place.position),
+            "rows": self._place.rows,
             "split": self._split,
             "shard": chunk.shard.name,
             "row_group": chunk.row_group,
             "tokens_seen": self.tokens_seen,
+            "counts": asdict(self.counts),
             "corpus": self._corpus.fingerprint,
             "tokenizer": self._tokenizer.hash,
         }
@@ -239,18 +169,32 @@ class PretrainLoader:
     def _chunk_at(self, position: Position) -> Chunk:
         return self._chunks[chunk_order(len(self._chunks), position.epoch)[position.index]]
 
-    def _restore(self, state: dict[str, Any]) -> Position:
+    def _restore(self, state: dict[str, Any]) -> Place:
+        if state.get("version") != STATE_VERSION:
+            raise ValueError("the saved place in the data is of another version of this program: start anew")
         if state["tokenizer"] != self._tokenizer.hash:
             raise ValueError(
                 "the saved place in the data belongs to another tokenizer: restore that one, or start anew"
             )
-        if state["split"] != self._split:
-            raise ValueError(f"the saved place is in the {state['split']} split, not in {self._split}")
-        self.tokens_seen = state["tokens_seen"]
+        for name, value in (("split", self._split), ("mode", self._mode)):
+            if state[name] != value:
+                raise ValueError(f"the saved place is in the {state[name]} {name}, not in {value}")
+        if self._mode == "bestfit" and state["sequence_len"] != self._sequence_len:
+            raise ValueError(
+                f"the saved place counts rows of {state['sequence_len']} tokens, not of {self._sequence_len}: "
+                "rows that begin at documents can't be continued with another length"
+            )
+        self.tokens_seen, self.counts = state["tokens_seen"], Counts(**state["counts"])
         position = Position(state["epoch"], state["index"], state["row"], state["token"])
+        return Place(self._find(position, state), state["rows"])
+
+    def _find(self, position: Position, state: dict[str, Any]) -> Position:
+        """The position in the corpus as it is now: shards may have been added since."""
+        if position.epoch > 0:
+            self._corpus.wait_for_all(self._split)
         if state["corpus"] == self._corpus.fingerprint:
+            self._corpus.grow(self._split, position.index)
             return position
-        # Shards were added or removed since: go on in the same row group, wherever it is now.
         for index, number in enumerate(chunk_order(len(self._chunks), position.epoch)):
             chunk = self._chunks[number]
             if (chunk.shard.name, chunk.row_group) == (state["shard"], state["row_group"]):
@@ -262,22 +206,26 @@ class PretrainLoader:
         )
 
 
-def _batches(
-    stream: TokenStream, start: Position, shape: tuple[int, int], rank: int, world_size: int
-) -> Iterator[Batch]:
-    """This rank's batches from `start` on. A module function: the thread that runs it must not hold the loader."""
-    per_rank = shape[0] * shape[1]
-    per_batch = per_rank * world_size
-    window = Window(stream.pieces(start), start)
+def _data_of(batch: Batch) -> npt.NDArray[np.int64]:
+    return batch.data
+
+
+def _batches(rows: Iterator[Row], shape: tuple[int, int], rank: int, world_size: int, bos: int) -> Iterator[Batch]:
+    """This rank's batches. A module function: the thread that runs it must not hold the loader."""
+    batch_size, sequence_len = shape
     while True:
-        held = window.fill(per_batch + 1)  # one more: the target of the last token
-        if held < 2:  # nothing left to predict; only validation ends
+        data = np.full((2, *shape), -1, dtype=np.int64)  # x, y
+        data[0] = bos
+        counts, after = Counts(), None
+        for i in range(batch_size * world_size):
+            row = next(rows, None)
+            if row is None:
+                break
+            counts, after = counts + row.counts, row.after
+            if i // batch_size == rank:
+                x, y = data[:, i % batch_size]
+                x[: len(row.tokens)] = row.tokens[:sequence_len]
+                y[: len(row.tokens) - 1] = row.tokens[1:]
+        if after is None:  # only validation ends
             return
-        tokens = window.peek(min(rank * per_rank, held), min((rank + 1) * per_rank + 1, held)).astype(np.int64)
-        x = np.full(per_rank, stream.tokenizer.get_bos_token_id(), dtype=np.int64)
-        y = np.full(per_rank, -1, dtype=np.int64)
-        n_targets = max(0, len(tokens) - 1)
-        x[: min(per_rank, len(tokens))] = tokens[:per_rank]
-        y[:n_targets] = tokens[1:]
-        window.drop(min(per_batch, held))
-        yield Batch(x.reshape(shape), y.reshape(shape), window.position)
+        yield Batch(data, counts, after)

@@ -1,196 +1,51 @@
-"""The text a base model learns from: a folder of parquet shards with a string column `text`.
-
-Which documents are validation is fixed by the files alone, so it never depends on what else has been downloaded yet:
-the last shard by name; with one shard its last tenth (whole row groups, or rows if there is only one row group).
-Validation documents are never trained on. A public source always downloads its last shard first.
+"""Bring the text that a base model learns from: download shards of a public corpus, or import your own texts.
 
     python -m nanochat.dataset -n 8 -w 4 --source climbmix
+    python -m nanochat.dataset -n 8 --source hf:owner/name --text_column content
+    python -m nanochat.dataset --source urls:list.txt
+    python -m nanochat.dataset --import my_texts/
 
-Text that comes in other forms (.jsonl, .txt) is streamed into shards once by `nanochat.text_import`.
+What was downloaded lies in <base dir>/base_data/<source>, with a manifest (manifest.py) that pins the order of the
+shards, their hashes, and the validation shard, which is fetched first. Scripts then read it with --dataset=<source>.
+With --ready=4 the command returns when the first four shards are there and goes on downloading in the background:
+training starts on them and waits for a later shard only if it is faster than the network.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import tyro
 
-from nanochat.common import check_disk_space, download_file_with_lock, get_base_dir, print0
+from nanochat.common import get_base_dir, get_dist_info, print0
 from nanochat.config import run_script, short
-from nanochat.progress import progress
+from nanochat.corpus import BLOCK_ROWS, Chunk, Corpus, list_shards, open_corpus, shard_chunks
+from nanochat.download import RemoteFile, download_all, failures_text, matches, probe
+from nanochat.hub import choose_shards, file_url, list_parquet, local_name, request_headers
+from nanochat.manifest import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
 
-TEXT_COLUMN = "text"
-ROWS_PER_READ = 1024  # documents decoded at a time, however large the row group
-HUB = "https://huggingface.co"
+__all__ = [
+    "BLOCK_ROWS",
+    "SOURCES",
+    "Chunk",
+    "Corpus",
+    "download_shards",
+    "list_shards",
+    "open_corpus",
+    "prepare_corpus",
+]
 
-
-# --- a corpus: shards, and who of them is validation ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows `start` to `stop` of one row group of one shard: the unit of order and of resuming."""
-
-    shard: Path
-    row_group: int
-    start: int
-    stop: int
-    num_bytes: int
-    """About how many bytes of text it holds (from the file's metadata, nothing is read)."""
-
-    def read(self, start: int | None = None) -> Iterator[tuple[int, pa.Array]]:
-        """Yield (first row, texts), at most ROWS_PER_READ documents at a time, beginning at row `start`.
-
-        Raises:
-            ValueError: the shard is damaged or has vanished; names it.
-        """
-        start = max(self.start, start or 0)
-        row = 0  # first row of the batch in hand
-        try:
-            with pq.ParquetFile(self.shard) as file:
-                for batch in file.iter_batches(ROWS_PER_READ, row_groups=[self.row_group], columns=[TEXT_COLUMN]):
-                    first, last = max(row, start), min(row + len(batch), self.stop)
-                    if first < last:
-                        texts = batch.column(0).slice(first - row, last - first)
-                        yield first, texts if pa.types.is_string(texts.type) else texts.cast(pa.large_string())
-                    row += len(batch)
-                    if row >= self.stop:
-                        return
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"can't read row group {self.row_group} of {self.shard} ({error}): delete the file and fetch it again"
-            ) from error
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Shards and their split; `train` and `val` are in reading order."""
-
-    name: str
-    train: list[Chunk]
-    val: list[Chunk]
-
-    def chunks(self, split: str) -> list[Chunk]:
-        """The chunks of "train" or "val".
-
-        Raises:
-            ValueError: the split is unknown or has no documents.
-        """
-        if split not in ("train", "val"):
-            raise ValueError(f"split is {split!r}, but must be train or val")
-        chunks = self.train if split == "train" else self.val
-        if not chunks:
-            raise ValueError(
-                f"{self.name} has no documents for {split}: it needs at least two documents, one of them for validation"
-            )
-        return chunks
-
-    def arrays(self, split: str) -> Iterator[pa.Array]:
-        """The documents as Arrow arrays of strings, some at a time."""
-        for chunk in self.chunks(split):
-            for _, texts in chunk.read():
-                yield texts
-
-    def documents(self, split: str) -> Iterator[str]:
-        """The documents one by one (a null counts as an empty one)."""
-        for texts in self.arrays(split):
-            for text in texts:
-                yield text.as_py() or ""
-
-    def num_bytes(self, split: str) -> int:
-        """About how many bytes of text the split has, from metadata alone."""
-        return sum(chunk.num_bytes for chunk in self.chunks(split))
-
-    def num_documents(self, split: str) -> int:
-        """How many documents the split has."""
-        return sum(chunk.stop - chunk.start for chunk in self.chunks(split))
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when shards are added, removed or get another number of documents."""
-        lines = [f"{c.shard.name}/{c.row_group}/{c.start}/{c.stop}" for c in [*self.train, *self.val]]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def list_shards(folder: str | Path) -> list[Path]:
-    """The parquet files of a folder by name (or the one file given). Unfinished downloads have other names."""
-    folder = Path(folder)
-    if folder.is_file():
-        return [folder] if folder.suffix == ".parquet" else []
-    return sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
-
-
-def open_corpus(folder: str | Path) -> Corpus:
-    """Look at the metadata of every shard of `folder` (or at one parquet file) and split it.
-
-    Raises:
-        FileNotFoundError: no such folder, or no shard in it.
-        ValueError: a shard is unreadable, has no `text` column, or there is no document at all.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"no data at {folder}: give another --data_dir, or a --dataset to download")
-    shards = list_shards(folder)
-    if not shards:
-        raise FileNotFoundError(f"no .parquet file in {folder}: give another --data_dir, or a --dataset to download")
-    per_shard = [chunks for chunks in (_shard_chunks(shard) for shard in shards) if chunks]
-    if not per_shard:
-        raise ValueError(f"the shards in {folder} hold no documents")
-    train, val = _split(per_shard)
-    return Corpus(str(folder), train, val)
-
-
-def _shard_chunks(shard: Path) -> list[Chunk]:
-    """One chunk per row group that has rows."""
-    try:
-        with pq.ParquetFile(shard) as file:
-            metadata, schema = file.metadata, file.schema_arrow
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{shard} is not a readable parquet file ({error}): delete it and fetch it again") from error
-    if TEXT_COLUMN not in schema.names:
-        raise ValueError(f"{shard} has no column {TEXT_COLUMN!r} (it has: {', '.join(schema.names)}): rename yours")
-    kind = schema.field(TEXT_COLUMN).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()):
-        raise ValueError(f"{shard}: column {TEXT_COLUMN!r} holds {kind}, but must hold strings")
-    column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(TEXT_COLUMN)
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    return [
-        Chunk(shard, i, 0, group.num_rows, group.column(column).total_uncompressed_size)
-        for i, group in enumerate(groups)
-        if group.num_rows
-    ]
-
-
-def _split(per_shard: list[list[Chunk]]) -> tuple[list[Chunk], list[Chunk]]:
-    """(train, val): the last shard is validation; a single shard gives its last tenth."""
-    if len(per_shard) > 1:
-        return [chunk for chunks in per_shard[:-1] for chunk in chunks], per_shard[-1]
-    (chunks,) = per_shard
-    if len(chunks) > 1:
-        n_val = max(1, len(chunks) // 10)
-        return chunks[:-n_val], chunks[-n_val:]
-    (whole,) = chunks
-    if whole.stop == 1:  # one document: it can be trained on, but nothing is left to validate with
-        return [whole], []
-    n_val = max(1, whole.stop // 10)
-    border = whole.stop - n_val
-    val_bytes = whole.num_bytes * n_val // whole.stop
-    return (
-        [Chunk(whole.shard, whole.row_group, 0, border, whole.num_bytes - val_bytes)],
-        [Chunk(whole.shard, whole.row_group, border, whole.stop, val_bytes)],
-    )
-
-
-# --- public sources ---------------------------------------------------------------------------------------------------
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS_BETWEEN_SAVES = 5.0  # of the manifest while shards arrive
+BACKGROUND_LOG = "download.log"
+BACKGROUND_START_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -199,7 +54,6 @@ class Source:
 
     repo: str
     last_shard: int
-    shard_bytes: int = 100_000_000  # about
 
     @property
     def val_name(self) -> str:
@@ -214,58 +68,268 @@ SOURCES = {
 }
 
 
-def _fetch_shard(url: str, path: Path) -> None:
-    """Download one shard and check that it is a parquet file with text; a wrong one is removed again."""
-
-    def check(downloaded: Path) -> None:
-        try:
-            _shard_chunks(downloaded)
-        except ValueError:
-            downloaded.unlink()
-            raise
-
-    download_file_with_lock(url, path, postprocess_fn=check)
+def is_remote(source: str) -> bool:
+    """Whether a source is downloaded."""
+    return source in SOURCES or source.startswith(("hf:", "urls:", "http://", "https://"))
 
 
-def download_shards(source_name: str, num_shards: int | None, workers: int = 4, folder: Path | None = None) -> Path:
-    """Download the validation shard and the first `num_shards` training shards (None: all); finished ones are kept.
+def source_folder(source: str) -> Path:
+    """Where the shards of a source are kept."""
+    if source in SOURCES or source == "demo":
+        name = source
+    elif source.startswith("hf:"):
+        name = "hf--" + local_name(source[3:].strip("/"))
+    else:
+        name = f"urls-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    return get_base_dir() / "base_data" / name
 
-    The hub is $HF_ENDPOINT if set (a mirror). Returns the folder of the shards.
+
+# --- what a source has ------------------------------------------------------------------------------------------------
+
+
+def plan_source(source: str, revision: str | None, column: str) -> Manifest:
+    """The manifest of everything a source has: asks the hub, or reads the list of URLs.
 
     Raises:
-        RuntimeError: some shards could not be had after several attempts; names them all.
+        ValueError: the source can't be understood or has no parquet file.
+        RuntimeError: it can't be reached.
+    """
+    if source.startswith(("urls:", "http://", "https://")):
+        entries = [
+            Entry(f"{i:05d}-{url.split('?')[0].rsplit('/', 1)[-1]}", None, digest, url)
+            for i, (url, digest) in enumerate(read_urls(source))
+        ]
+        train, validation = (entries[:-1], entries[-1:]) if len(entries) > 1 else (entries, [])
+        return Manifest(source, train, validation, column=column)
+    if source in SOURCES:
+        known = SOURCES[source]
+        commit, entries = list_parquet(known.repo, revision=revision)
+        validation = [entry for entry in entries if entry.name == known.val_name]
+        if not validation:
+            raise ValueError(f"{known.repo} has no {known.val_name}, the validation shard: has it been reorganized?")
+        train = [entry for entry in entries if entry.name < known.val_name]
+        return Manifest(source, train, validation, commit, column)
+    repo, folder = split_repo(source)
+    commit, entries = list_parquet(repo, folder, revision)
+    if not entries:
+        where = f"folder {folder} of " if folder else ""
+        raise ValueError(f"{where}the data set {repo} has no .parquet file; name another one, or export it to parquet")
+    return Manifest(source, *choose_shards(entries), commit, column)
+
+
+def split_repo(source: str) -> tuple[str, str]:
+    """("owner/name", folder) of "hf:owner/name" or "hf:owner/name/folder"."""
+    parts = source.removeprefix("hf:").strip("/").split("/")
+    if not source.startswith("hf:") or len(parts) < 2 or not all(parts):
+        raise ValueError(
+            f"unknown source {source!r}: choose {', '.join([*SOURCES, 'demo'])}, hf:owner/name, urls:LIST, the URL of "
+            "a .parquet file, or a path"
+        )
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def read_urls(source: str) -> list[tuple[str, str | None]]:
+    """(URL, digest or None) of "https://…/x.parquet", or of the lines "URL [SHA-256]" of "urls:FILE" or "urls:URL".
+
+    Raises:
+        ValueError: a line is no URL of a parquet file; names it.
+        RuntimeError: the list can't be had.
+    """
+    if not source.startswith("urls:"):
+        lines, where = [source], "the source"
+    else:
+        where = source[5:]
+        lines = _read_text(where).splitlines()
+    urls: list[tuple[str, str | None]] = []
+    for number, line in enumerate(lines, start=1):
+        words = line.split("#")[0].split() if source.startswith("urls:") else [line]
+        if not words:
+            continue
+        url, digest = words[0], words[1].lower() if len(words) > 1 else None
+        if not url.startswith(("http://", "https://")) or not url.split("?")[0].endswith(".parquet"):
+            raise ValueError(f"{where}, line {number}: expected the URL of a .parquet file, found {url!r}")
+        if digest is not None and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
+            raise ValueError(f"{where}, line {number}: expected a SHA-256 in hex behind the URL, found {digest!r}")
+        urls.append((url, f"sha256:{digest}" if digest else None))
+    if not urls:
+        raise ValueError(f"{where} lists no URL")
+    return urls
+
+
+def _read_text(place: str) -> str:
+    if not place.startswith(("http://", "https://")):
+        path = Path(place).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"--source=urls:{place}: there is no such file")
+        return path.read_text(encoding="utf-8")
+    import httpx
+
+    try:
+        return httpx.get(place, follow_redirects=True, timeout=60).raise_for_status().text
+    except httpx.HTTPError as error:
+        raise RuntimeError(f"can't read the list {place}: {error or type(error).__name__}") from error
+
+
+# --- downloading ------------------------------------------------------------------------------------------------------
+
+
+def download_shards(
+    source: str,
+    num_shards: int | None,
+    workers: int = 4,
+    folder: Path | None = None,
+    *,
+    text_column: str = "text",
+    revision: str | None = None,
+    ready: int | None = None,
+    verify: bool = False,
+) -> Path:
+    """Download the validation shard and the first `num_shards` training shards (None: all); finished ones are kept.
+
+    Args:
+        source: "climbmix", "fineweb_edu", "hf:owner/name[/folder]", "urls:LIST" or the URL of a parquet file.
+        num_shards: how many training shards the folder shall have.
+        workers: parallel downloads.
+        folder: where they go; default `source_folder(source)`.
+        text_column: the column with the text.
+        revision: commit, tag or branch of a data set on the hub.
+        ready: download only this many training shards now; the others stay listed in the manifest.
+        verify: compare the hashes of all files that are there already, not only their sizes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RuntimeError: some shards could not be had; names them all.
     """
     if num_shards is not None and num_shards < 1:
         raise ValueError(f"number of shards is {num_shards}, but must be at least 1")
-    source = SOURCES[source_name]
-    folder = folder or get_base_dir() / "base_data" / source_name
+    folder = folder or source_folder(source)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = source.last_shard if num_shards is None else min(num_shards, source.last_shard)
-    names = [source.val_name, *(f"shard_{i:05d}.parquet" for i in range(wanted))]
-    missing = [name for name in names if not (folder / name).exists()]
-    if not missing:
-        return folder
-    endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-    failed: dict[str, Exception] = {}
-    check_disk_space(folder, len(missing) * source.shard_bytes, f"downloading {len(missing)} shards")
-    print0(f"downloading {len(missing)} of {len(names)} shards of {source.repo} from {endpoint}")
-    with ThreadPoolExecutor(workers) as pool, progress(len(missing), f"downloading {source_name}") as bar:
-        jobs = {
-            pool.submit(_fetch_shard, f"{endpoint}/datasets/{source.repo}/resolve/main/{name}", folder / name): name
-            for name in missing
-        }
-        for job in as_completed(jobs):
-            error = job.exception()
-            if isinstance(error, Exception):
-                failed[jobs[job]] = error
-            bar.advance(1)
+    with writing(folder):
+        old = load_manifest(folder)
+        if old is not None and (old.source != source or (revision and revision != old.revision)):
+            raise ValueError(
+                f"{folder} holds {old.source} at revision {old.revision}, not {source} at {revision}: "
+                "delete the folder, or use another NANOCHAT_BASE_DIR"
+            )
+        manifest = _extended(old, source, num_shards, revision, text_column, folder)
+        manifest.save(folder)
+        now = [*manifest.validation, *manifest.train[:ready]]
+        _remove_wrong(folder, now, hashes=verify or old is None)
+        missing = [entry for entry in now if not (folder / entry.name).exists()]
+        if missing:
+            _fetch(folder, manifest, missing, workers)
+    return folder
+
+
+def _extended(
+    old: Manifest | None, source: str, num_shards: int | None, revision: str | None, column: str, folder: Path
+) -> Manifest:
+    """The manifest of `num_shards` training shards; the source is only asked if the old one lists fewer."""
+    if old is not None and num_shards is not None and len(old.train) >= num_shards:
+        there = [i for i, entry in enumerate(old.train) if (folder / entry.name).exists()]
+        del old.train[max(num_shards, *(i + 1 for i in there), 0) :]  # listed by an earlier, larger -n
+        return old
+    if old is not None and num_shards is None and old.facts.get("complete"):
+        return old
+    manifest = plan_source(source, revision or (old.revision if old else None), old.column if old else column)
+    complete = num_shards is None or num_shards >= len(manifest.train)
+    manifest.train = manifest.train[:num_shards]
+    manifest.facts["complete"] = complete
+    return manifest.with_rows({entry.name: entry.rows for entry in old.entries if entry.rows} if old else {})
+
+
+def _remove_wrong(folder: Path, entries: list[Entry], hashes: bool) -> None:
+    """Remove files that are not what the manifest says, so that they are downloaded again."""
+    for entry in entries:
+        path = folder / entry.name
+        if path.exists() and not matches(path, entry.size, entry.digest if hashes else None):
+            print0(f"warning: {path} is not the source's file (size or hash differ): downloading it again")
+            path.unlink()
+
+
+def _fetch(folder: Path, manifest: Manifest, missing: list[Entry], workers: int) -> None:
+    """Download these shards; their row counts go into the manifest.
+
+    Raises:
+        RuntimeError: some could not be had; names them all.
+    """
+    files = [_remote_file(folder, manifest, entry) for entry in missing]
+    where = f"{manifest.source} (commit {manifest.revision[:12]})" if manifest.revision else manifest.source
+    print0(f"downloading {len(missing)} of {len(manifest.entries)} shards of {where}")
+    rows: dict[str, int] = {}
+    last_save = time.monotonic()
+
+    def arrived(file: RemoteFile) -> None:
+        nonlocal last_save
+        rows[file.path.name] = sum(chunk.stop for chunk in shard_chunks(file.path, manifest.column))
+        if time.monotonic() - last_save > SECONDS_BETWEEN_SAVES:
+            last_save = time.monotonic()
+            manifest.with_rows(rows).save(folder)
+
+    def check(path: Path) -> None:
+        shard_chunks(path, manifest.column)
+
+    try:
+        failed = download_all(files, "downloading", workers, check, arrived)
+    finally:
+        manifest.with_rows(rows).save(folder)
     if failed:
-        first = failed[min(failed)]
         raise RuntimeError(
-            f"{len(failed)} of {len(missing)} shards failed: {', '.join(sorted(failed))}. First error: {first} "
+            f"{len(failed)} of {len(missing)} shards failed: {failures_text(failed)} "
             "(run the same command again: finished shards are kept)"
         )
-    return folder
+
+
+def _remote_file(folder: Path, manifest: Manifest, entry: Entry) -> RemoteFile:
+    path, place = folder / entry.name, entry.path or entry.name
+    if place.startswith(("http://", "https://")):
+        size, etag = (entry.size, None) if entry.digest else probe(place)
+        return RemoteFile(place, path, size, entry.digest, etag)
+    repo = SOURCES[manifest.source].repo if manifest.source in SOURCES else split_repo(manifest.source)[0]
+    url = file_url(repo, place, manifest.revision or "main")
+    return RemoteFile(url, path, entry.size, entry.digest, headers=request_headers())
+
+
+def missing_shards(folder: Path) -> list[str]:
+    """The shards that the folder's manifest lists but that are not there."""
+    manifest = load_manifest(folder)
+    return [entry.name for entry in manifest.entries if not (folder / entry.name).exists()] if manifest else []
+
+
+_background: list[subprocess.Popen[bytes]] = []  # so that Python does not complain that they are still running
+
+
+def download_in_background(folder: Path) -> None:
+    """Go on downloading what the folder's manifest lists, in a process of its own that outlives this one.
+
+    Raises:
+        RuntimeError: it ended at once.
+    """
+    manifest = load_manifest(folder)
+    if manifest is None or is_written(folder):
+        return
+    command = [sys.executable, "-m", "nanochat.dataset", "-n", str(len(manifest.train)), f"--source={manifest.source}"]
+    log = folder / BACKGROUND_LOG
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    env["NANOCHAT_BASE_DIR"] = str(get_base_dir().absolute())
+    with open(log, "ab") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+    _background.append(process)
+    deadline = time.monotonic() + BACKGROUND_START_SECONDS
+    while not is_written(folder) and time.monotonic() < deadline:
+        if process.poll():
+            raise RuntimeError(f"the background download ended with exit code {process.returncode}: see {log}")
+        if process.returncode == 0:
+            return
+        time.sleep(0.05)
+    print0(f"the other shards go on arriving in the background (process {process.pid}, log in {log})")
+
+
+# --- what the scripts read --------------------------------------------------------------------------------------------
 
 
 def prepare_corpus(
@@ -274,8 +338,8 @@ def prepare_corpus(
     """Make sure the data is there as parquet shards; returns their folder (or the one parquet file) for `open_corpus`.
 
     Args:
-        dataset: "climbmix" or "fineweb_edu" (downloaded), or "demo" (written by `python -m tasks.demo`).
-        data_dir: a folder with .parquet (used in place), .jsonl or .txt files, or one such file.
+        dataset: a source that was downloaded ("climbmix", "hf:owner/name", ...), or "demo" (`python -m tasks.demo`).
+        data_dir: a folder with .parquet (used in place) or texts (imported once), or one such file.
         num_shards: how many training shards of a public dataset to download; None takes what is there.
 
     Raises:
@@ -291,18 +355,12 @@ def prepare_corpus(
         if not list_shards(base_data / "demo"):
             raise FileNotFoundError(f"no demo corpus in {base_data / 'demo'}: write it with `python -m tasks.demo`")
         return base_data / "demo"
-    if dataset in SOURCES:
-        if num_shards is not None:
-            return download_shards(dataset, num_shards)
-        shards = [shard.name for shard in list_shards(base_data / dataset)]
-        if len(shards) > 1 and shards[-1] == SOURCES[dataset].val_name:
-            return base_data / dataset
-        raise FileNotFoundError(
-            f"{base_data / dataset} lacks shards: download some with "
-            f"`python -m nanochat.dataset -n 8 --source {dataset}`"
-        )
+    if dataset and is_remote(dataset):
+        return _prepare_remote(dataset, num_shards)
     if dataset:
-        raise ValueError(f"unknown dataset {dataset!r}: choose {', '.join([*SOURCES, 'demo'])}, or use --data_dir")
+        raise ValueError(
+            f"unknown dataset {dataset!r}: choose {', '.join([*SOURCES, 'demo'])}, hf:owner/name, or use --data_dir"
+        )
     if list_shards(base_data):
         return base_data
     raise FileNotFoundError(
@@ -310,7 +368,29 @@ def prepare_corpus(
     )
 
 
-def _prepare_own(path: Path) -> Path:
+def _prepare_remote(dataset: str, num_shards: int | None) -> Path:
+    if num_shards is not None:
+        return download_shards(dataset, num_shards)
+    folder = source_folder(dataset)
+    if load_manifest(folder) is None:
+        shards = [shard.name for shard in list_shards(folder)]  # of a version that wrote no manifest
+        if len(shards) > 1 and dataset in SOURCES and shards[-1] == SOURCES[dataset].val_name:
+            return folder
+        raise FileNotFoundError(
+            f"{folder} lacks shards: download some with `python -m nanochat.dataset -n 8 --source {dataset}`"
+        )
+    missing = missing_shards(folder)
+    if missing and not is_written(folder):
+        print0(f"{len(missing)} shards of {dataset} have not arrived yet")
+        if get_dist_info()[1] == 0:
+            download_in_background(folder)
+        deadline = time.monotonic() + BACKGROUND_START_SECONDS  # other ranks: until rank 0 has started it
+        while missing_shards(folder) and not is_written(folder) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return folder
+
+
+def _prepare_own(path: Path, text_column: str | None = None) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"--data_dir={path}: there is no such file or folder")
     if list_shards(path):
@@ -319,31 +399,86 @@ def _prepare_own(path: Path) -> Path:
 
     files = find_texts(path)
     if not files:
-        raise FileNotFoundError(f"--data_dir={path}: no .parquet, .jsonl or .txt file there")
-    return import_texts(files, get_base_dir() / "base_data")
+        raise FileNotFoundError(f"--data_dir={path}: no .parquet, .jsonl, .txt, .md, .csv or .html file there")
+    return import_texts(files, get_base_dir() / "base_data", text_column)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Download shards of a public corpus into <base dir>/base_data/<source>."""
+    """Download shards of a corpus into <base dir>/base_data/<source>, or import texts."""
 
     num_files: Annotated[int, short("-n")] = -1
     """Training shards to download (the validation shard comes on top); -1: all of them."""
     num_workers: Annotated[int, short("-w")] = 4
     """Parallel downloads."""
-    source: Literal["climbmix", "fineweb_edu"] = "climbmix"
-    """Which corpus."""
+    source: str = "climbmix"
+    """climbmix, fineweb_edu, demo, hf:owner/name[/folder], urls:FILE_OR_URL (lines "URL [SHA-256]"), the URL of a
+    .parquet file, or a local folder or file."""
+    import_path: Annotated[str | None, tyro.conf.arg(name="import")] = None
+    """File or folder of texts to import: txt, md, html, jsonl, csv, also .gz and .zst, or parquet."""
+    out: str | None = None
+    """Folder for the imported shards; default base_data/import-<hash> in the base folder."""
+    text_column: str | None = None
+    """Column or field with the text; default "text"."""
+    revision: str | None = None
+    """Commit, tag or branch of a data set on the hub; default its main branch when first asked."""
+    ready: int | None = None
+    """Return when this many training shards are there; the others arrive in the background."""
+    verify: bool = False
+    """Compare the hashes of the shards that are there already; wrong ones are downloaded again."""
 
     def __post_init__(self) -> None:
         if (self.num_files < 1 and self.num_files != -1) or self.num_workers < 1:
             raise ValueError("-n must be at least 1, or -1 for all shards; -w must be at least 1")
+        if self.ready is not None and self.ready < 1:
+            raise ValueError(f"--ready must be at least 1, got {self.ready}")
 
 
 def main(cfg: Config) -> None:
-    """Download, then say what is there."""
-    folder = download_shards(cfg.source, None if cfg.num_files == -1 else cfg.num_files, cfg.num_workers)
-    shards: list[Any] = list_shards(folder)
-    print0(f"{len(shards)} shards ({sum(s.stat().st_size for s in shards) / 1e9:.2f} GB) in {folder}")
+    """Download or import, then say what is there."""
+    if cfg.import_path is not None:
+        from nanochat.text_import import import_path
+
+        folder = import_path(Path(cfg.import_path).expanduser(), cfg.out, cfg.text_column)
+    elif cfg.source == "demo":
+        if subprocess.run([sys.executable, "-m", "tasks.demo"], cwd=ROOT, check=False).returncode:
+            raise RuntimeError("the demo corpus could not be written: see the error above")
+        folder = source_folder("demo")
+    elif is_remote(cfg.source):
+        num_shards = None if cfg.num_files == -1 else cfg.num_files
+        folder = download_shards(
+            cfg.source,
+            num_shards,
+            cfg.num_workers,
+            text_column=cfg.text_column or "text",
+            revision=cfg.revision,
+            ready=cfg.ready,
+            verify=cfg.verify,
+        )
+        if missing_shards(folder):
+            download_in_background(folder)
+    else:
+        path = Path(cfg.source).expanduser()
+        if not path.exists():
+            split_repo(cfg.source)  # says which sources there are
+        folder = _prepare_own(path, cfg.text_column)
+    print_summary(folder, f"--dataset={cfg.source}" if cfg.import_path is None and is_remote(cfg.source) else None)
+
+
+def print_summary(folder: Path, flag: str | None = None) -> None:
+    """Say what a folder holds and how scripts read it."""
+    corpus = open_corpus(folder)
+    shards = list_shards(folder)
+    size = sum(shard.stat().st_size for shard in shards) / 1e9
+    listed = f", {len(missing_shards(folder))} more to come" if missing_shards(folder) else ""
+    counts = f"{corpus.num_documents('train'):,} documents to train on"
+    counts += f", {corpus.num_documents('val'):,} for validation" if corpus.val else ", none for validation"
+    manifest = f", pinned by {MANIFEST}" if load_manifest(folder) else ""
+    print0(f"{len(shards)} shards ({size:.2f} GB) in {folder}{listed}: {counts}{manifest}")
+    print0(f"train on it: python -m scripts.base_train {flag or f'--data_dir={folder}'}")
 
 
 if __name__ == "__main__":

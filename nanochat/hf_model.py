@@ -122,4 +122,5 @@ def load_hf_model(name: str, device: torch.device) -> tuple[HuggingFaceModel, Hu
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"--hf_path {name}: no Hugging Face model can be loaded from it ({reason})") from error
-    return HuggingFaceModel(model.to(device)), HuggingFaceTokenizer(tokenizer)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return HuggingFaceModel(model), HuggingFaceTokenizer(tokenizer)

@@ -28,7 +28,7 @@ from nanochat.common import get_dist_info, print0
 MAY_CHANGE = {
     *("run", "tracker", "resume", "force", "dry_run", "eval_every", "sample_every"),
     *("save_every", "save_every_minutes", "keep_last", "keep_every"),
-    *("device_type", "compile", "deterministic", "activation_checkpointing"),
+    *("device_type", "compile", "deterministic", "activation_checkpointing", "skip_bad_shards", "token_cache"),
 }
 LOCK_SECONDS = 5.0  # a process that was killed a moment ago may hold the lock a little longer
 

@@ -20,12 +20,14 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.files import sha256_file
 from nanochat.profiles import MID_HOURS, SFT_HOURS, Profile, Settings
+from nanochat.text_files import COMPRESSIONS, KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "Why is the sky blue?"
 SMALL_FILE_BYTES = 1_000_000
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
-TEXT_SUFFIXES = (".parquet", ".jsonl", ".txt", ".py")
+READY_SHARDS = 8  # as many as the tokenizer reads; the others arrive while it learns and the base model trains
+TEXT_SUFFIXES = (*KINDS, *COMPRESSIONS, ".py")
 HOURS_SHARE = {"base_train": 1.0, "mid_train": MID_HOURS, "chat_sft": SFT_HOURS}
 
 
@@ -105,7 +107,7 @@ def _content_hash(path: Path) -> str:
 def fingerprint(path: Path) -> str:
     """Changes when a file, or a text in a folder, changes (small files by content, large ones by size and time)."""
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file() and file.suffix in TEXT_SUFFIXES:
             stat = file.stat()
             large = stat.st_size > SMALL_FILE_BYTES
@@ -166,6 +168,7 @@ def data_stage(profile: Profile, num_shards: int) -> Stage | None:
         about=f"downloads {num_shards} shards of {profile.dataset}, and one for validation",
         module="nanochat.dataset",
         flags=(f"--num_files={num_shards}", f"--source={profile.dataset}"),
+        unmarked_flags=(f"--ready={READY_SHARDS}",),
         needs=("report_reset",),
         output=f"base_data/{profile.dataset}/*.parquet",
     )

@@ -40,6 +40,7 @@ from nanochat.tracking import Tracker
 METRICS_FILE = "metrics.jsonl"
 RETRY_SECONDS = 30.0  # after a checkpoint that could not be written
 LOSS_SMOOTHING = 0.9
+WORTH_SAYING = 0.01  # share of a step spent waiting for data
 MORE_STATE = "more."  # how tensors of `more_state` are called in a checkpoint
 
 
@@ -143,6 +144,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next `grad_accum_steps` batches; returns its metrics."""
         multiplier = self.settings.schedule.apply(self.optimizer.param_groups, self.state.step, self.state.seconds)
+        self._data_seconds = 0.0
         batches = self._next_batches()
         if self._compile is None:
             self._decide_compile(batches[0].x)
@@ -163,7 +165,9 @@ class Trainer:
         return metrics if self.more_metrics is None else metrics | self.more_metrics()
 
     def _next_batches(self) -> list[Batch]:
+        start = time.perf_counter()
         batches = [Batch(*next(self.loader)) for _ in range(self.settings.grad_accum_steps)]
+        self._data_seconds += time.perf_counter() - start
         schedule = self.settings.schedule
         split = schedule.row_split(schedule.progress(self.state.step, self.state.seconds))
         return [_split_rows(batch, split) for batch in batches] if split > 1 else batches
@@ -262,6 +266,7 @@ class Trainer:
         state.smooth_loss = LOSS_SMOOTHING * state.smooth_loss + (1 - LOSS_SMOOTHING) * metrics["loss"]
         metrics["smooth_loss"] = state.smooth_loss / (1 - LOSS_SMOOTHING**state.step)
         metrics["tokens_per_second"] = tokens / seconds
+        metrics["data_wait_share"] = self._data_seconds / seconds
         tflops = tokens * self.flops_per_token / seconds / 1e12 / self.compute.world_size
         metrics["share_of_matmul_speed"] = tflops / peak_tflops
 
@@ -275,6 +280,8 @@ class Trainer:
             f"{metrics['tokens_per_second']:,.0f} tok/s ({metrics['share_of_matmul_speed']:.0%} of matmul speed) "
             f"left {format_seconds(left)}"
         )
+        if metrics["data_wait_share"] > WORTH_SAYING:
+            note += f" waiting for data {metrics['data_wait_share']:.0%}"
         if metrics["skipped"]:
             note += f" skipped {metrics['skipped']:.0f} scale {metrics['scale']:g}"
         bar.set(done, note)

@@ -2,7 +2,7 @@
 
 python -m scripts.base_train --depth=12 --device_batch_size=8 --total_batch_size=131072
 python -m scripts.base_train --depth=12 --device_batch_size=8 --recipe=modern --hours=8
-torchrun --standalone --nproc_per_node=8 --max_restarts=3 -m scripts.base_train --depth=20    (goes on after a rank died)
+torchrun --standalone --nproc_per_node=8 --max_restarts=3 -m scripts.base_train --depth=20   (goes on after a rank died)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from nanochat.checkpoint_manager import checkpoint_folder, load_weights
 from nanochat.common import Compute, measure_matmul, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script
-from nanochat.dataloader import PretrainLoader
+from nanochat.dataloader import Mode, PretrainLoader
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
@@ -39,6 +39,7 @@ from nanochat.recipe import (
 from nanochat.report import get_report
 from nanochat.resume import find_resume, only_run, saved_dtype
 from nanochat.samples import print_samples
+from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
 from nanochat.tracking import TrackerName, init_tracker
 from nanochat.trainer import Trainer, TrainSettings
@@ -99,9 +100,16 @@ class Config:
     vocab_size: int | None = None
     """Vocabulary to plan for with --dry_run before a tokenizer exists; a run takes its tokenizer's."""
     data_dir: str | None = None
-    """Folder (or file) of parquet, jsonl or txt text; default: what the dataset step prepared."""
+    """Folder (or file) of parquet, txt, md, jsonl, csv or html text; default: what the dataset step prepared."""
     dataset: str | None = None
-    """Public source (climbmix, fineweb_edu) or demo."""
+    """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
+    packing: Mode = "stream"
+    """How documents become rows: stream (one after the other, as in classic nanochat), or bestfit (every row begins
+    at a document, the ends of some are cropped; the share is reported)."""
+    skip_bad_shards: bool = False
+    """Pass over shards that can't be read, with a warning, instead of stopping."""
+    token_cache: bool = False
+    """Use the shards that `python -m nanochat.token_cache` has tokenized before."""
     num_iterations: int | None = None
     """Optimizer steps; goes before the other horizons (-1 is off, as in nanochat)."""
     hours: float | None = None
@@ -339,7 +347,7 @@ def _measure(compute: Compute) -> float:
 def train(cfg: Config, plan: Plan, compute: Compute) -> None:
     """Train by `plan` and log to the report."""
     tokenizer = get_tokenizer()
-    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
+    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir), cfg.skip_bad_shards)
     folder = checkpoint_folder("base", cfg.tag)
     config = asdict(cfg)
     inputs = {"tokenizer": tokenizer.hash}
@@ -364,6 +372,9 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
         rank=compute.rank,
         world_size=compute.world_size,
         state=checkpoint.meta["loader"] if checkpoint else None,
+        mode=cfg.packing,
+        skip_bad_shards=cfg.skip_bad_shards,
+        cache=TokenCache(tokenizer) if cfg.token_cache else None,
     )
     rates = plan.rates
     groups = parameter_groups(
@@ -421,6 +432,7 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
                 "tokens per second": tokens_per_second,
                 "share of time waiting for data": loader.wait_seconds / max(state.seconds, 1e-9),
                 "epochs begun": loader.epoch + 1,
+                "share of tokens cropped": loader.counts.cropped_share,
                 "skipped steps": compute.precision.skipped,
                 "loss scale": compute.precision.scaler.scale,
                 "peak memory (GB)": compute.peak_memory_bytes() / 1e9,

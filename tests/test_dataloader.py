@@ -4,9 +4,10 @@ import gc
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataset
-from nanochat.background import Prefetch
-from nanochat.dataloader import PretrainLoader, chunk_order, insert_bos
-from nanochat.dataset import Corpus, open_corpus
+from nanochat import corpus as corpus_module
+from nanochat import token_rows
+from nanochat.background import DeviceFeed, Prefetch
+from nanochat.corpus import Corpus, open_corpus
+from nanochat.dataloader import Mode, PretrainLoader
+from nanochat.token_rows import pack_window
+from nanochat.token_stream import chunk_order, document_order, insert_bos, reorder
 from nanochat.tokenizer import RustBPETokenizer
 
 BOS = 256
@@ -41,19 +45,30 @@ def make_corpus(folder: Path, shards: list[list[list[str]]]) -> Corpus:
     return open_corpus(folder)
 
 
-def slow_stream(corpus: Corpus, split: str) -> Iterator[int]:
-    """The obvious way to write down the stream."""
+def slow_epochs(corpus: Corpus, split: str) -> Iterator[list[list[int]]]:
+    """The documents of epoch after epoch, written down the obvious way."""
     chunks = corpus.chunks(split)
     epoch = 0
     while True:
+        epoch_documents = []
         for number in chunk_order(len(chunks), epoch):
-            for _, texts in chunks[number].read():
-                for text in texts.to_pylist():
-                    if text:
-                        yield from [BOS, *text.encode()]
+            chunk = chunks[number]
+            rows = pq.ParquetFile(chunk.shard).read_row_group(chunk.row_group)["text"].to_pylist()
+            starts = sorted({chunk.start, *range(0, len(rows), corpus_module.BLOCK_ROWS)})
+            for start in [s for s in starts if chunk.start <= s < chunk.stop]:
+                stop = min(chunk.stop, (start // corpus_module.BLOCK_ROWS + 1) * corpus_module.BLOCK_ROWS)
+                texts = [text for text in rows[start:stop] if text]
+                order = document_order(len(texts), epoch, chunk, start)
+                epoch_documents += [[BOS, *texts[i].encode()] for i in order]
+        yield epoch_documents
         epoch += 1
         if split == "val":
             return
+
+
+def slow_stream(corpus: Corpus, split: str) -> Iterator[int]:
+    """Their tokens one after the other."""
+    return (token for epoch in slow_epochs(corpus, split) for document in epoch for token in document)
 
 
 def rows(loaders: list[PretrainLoader], steps: int) -> list[tuple[list[int], list[int]]]:
@@ -75,15 +90,19 @@ class Case:
     B: int
     T: int
 
-    def loaders(self, corpus: Corpus, split: str = "train", state: dict | None = None) -> list[PretrainLoader]:
+    def loaders(
+        self, corpus: Corpus, split: str = "train", state: dict | None = None, mode: Mode = "stream"
+    ) -> list[PretrainLoader]:
         state = json.loads(json.dumps(state))
+        W = self.world_size
         return [
-            PretrainLoader(corpus, BYTES, self.B, self.T, split, rank=r, world_size=self.world_size, state=state)
-            for r in range(self.world_size)
+            PretrainLoader(corpus, BYTES, self.B, self.T, split, rank=r, world_size=W, state=state, mode=mode)
+            for r in range(W)
         ]
 
 
-cases = st.builds(Case, st.integers(1, 4), st.integers(1, 3), st.integers(1, 17))
+cases = st.builds(Case, st.integers(1, 8), st.integers(1, 3), st.integers(1, 17))
+modes = st.sampled_from(["stream", "bestfit"])
 
 
 def usable(corpus_texts: list[list[list[str]]], folder: Path) -> Corpus | None:
@@ -104,7 +123,7 @@ def test_order_equals_the_obvious_concatenation(
     if corpus is None:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "ROWS_PER_READ", read)
+        patch.setattr(corpus_module, "BLOCK_ROWS", read)
         got = rows(case.loaders(corpus), 5)
         expected = list(islice(slow_stream(corpus, "train"), len(got) * case.T + 1))
     for i, (x, y) in enumerate(got):
@@ -112,7 +131,7 @@ def test_order_equals_the_obvious_concatenation(
         assert y == expected[i * case.T + 1 : (i + 1) * case.T + 1]
 
 
-@given(texts=corpora, first=cases, second=cases, steps=st.integers(0, 6), read=st.tuples(*[st.integers(1, 6)] * 2))
+@given(texts=corpora, first=cases, second=cases, steps=st.integers(0, 6), read=st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
 def test_resume_continues_the_stream_with_any_shape(
     tmp_path_factory: pytest.TempPathFactory,
@@ -120,20 +139,19 @@ def test_resume_continues_the_stream_with_any_shape(
     first: Case,
     second: Case,
     steps: int,
-    read: tuple[int, int],
+    read: int,
 ) -> None:
     corpus = usable(texts, tmp_path_factory.mktemp("corpus"))
     if corpus is None:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "ROWS_PER_READ", read[0])
+        patch.setattr(corpus_module, "BLOCK_ROWS", read)
         loaders = first.loaders(corpus)
         seen = len(rows(loaders, steps)) * first.T
         states = [loader.state_dict() for loader in loaders]
         assert all(state == states[0] for state in states)
         for loader in loaders:
             loader.close()
-        patch.setattr(dataset, "ROWS_PER_READ", read[1])
         resumed = second.loaders(corpus, state=states[0])
         assert resumed[0].tokens_seen == seen
         assert resumed[0].epoch == loaders[0].epoch
@@ -142,6 +160,112 @@ def test_resume_continues_the_stream_with_any_shape(
     for i, (x, y) in enumerate(got):
         assert x == expected[i * second.T : (i + 1) * second.T]
         assert y == expected[i * second.T + 1 : (i + 1) * second.T + 1]
+
+
+@given(texts=corpora, case=cases, second_world=st.integers(1, 8), mode=modes, read=st.integers(1, 6))
+@settings(max_examples=25, deadline=None)
+def test_the_state_of_every_step_continues_the_same_rows(
+    tmp_path_factory: pytest.TempPathFactory,
+    texts: list[list[list[str]]],
+    case: Case,
+    second_world: int,
+    mode: Mode,
+    read: int,
+) -> None:
+    corpus = usable(texts, tmp_path_factory.mktemp("corpus"))
+    if corpus is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "BLOCK_ROWS", read)
+        patch.setattr(token_rows, "WINDOW_ROWS", 3)
+        all_rows = rows(case.loaders(corpus, mode=mode), 6)
+        loaders, others = case.loaders(corpus, mode=mode), Case(second_world, 1, case.T)
+        for step in range(6):
+            if step:
+                rows(loaders, 1)
+            states = [loader.state_dict() for loader in loaders]
+            assert all(state == states[0] for state in states)
+            resumed = others.loaders(corpus, state=states[-1], mode=mode)
+            behind = all_rows[step * case.world_size * case.B :]
+            n = min(2, len(behind) // second_world)
+            assert rows(resumed, n) == behind[: n * second_world]
+
+
+@given(texts=corpora, case=cases, read=st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_every_token_of_an_epoch_comes_exactly_once(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[list[list[str]]], case: Case, read: int
+) -> None:
+    corpus = usable(texts, tmp_path_factory.mktemp("corpus"))
+    if corpus is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "BLOCK_ROWS", read)
+        first, second = islice(slow_epochs(corpus, "train"), 2)
+        assert sorted(second) == sorted(first)  # the orders differ, the documents don't
+        loaders = case.loaders(corpus)
+        tokens = 2 * sum(map(len, first))
+        got = rows(loaders, -(-tokens // (case.world_size * case.B * case.T)))
+    stream = [token for x, _ in got for token in x]
+    assert Counter(stream[:tokens]) == Counter(2 * [token for document in first for token in document])
+    assert loaders[0].counts.tokens == len(stream)
+    assert loaders[0].counts.cropped == loaders[0].counts.padding == 0
+
+
+@given(texts=corpora, case=cases, read=st.integers(1, 6), window=st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_bestfit_rows_are_beginnings_of_documents_and_use_each_once(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[list[list[str]]], case: Case, read: int, window: int
+) -> None:
+    corpus = usable(texts, tmp_path_factory.mktemp("corpus"))
+    if corpus is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "BLOCK_ROWS", read)
+        patch.setattr(token_rows, "WINDOW_ROWS", window)
+        documents = next(slow_epochs(corpus, "train"))
+        loaders = case.loaders(corpus, mode="bestfit")
+        got = []
+        while loaders[0].epoch == 0:
+            got += rows(loaders, 1)
+        counts = loaders[0].counts
+    left = Counter(map(tuple, documents))
+    for x, y in got:
+        row = [*x[:1], *(token for token in y if token >= 0)]
+        assert row[: case.T] == x[: len(row)]
+        assert row[0] == BOS
+        for piece in split_at_bos(row):
+            whole = next((d for d in left if list(d[: len(piece)]) == piece and left[d] > 0), None)
+            if whole is None:  # the batch has gone on into the next epoch
+                assert any(d[: len(piece)] == piece for d in documents)
+            elif piece == list(whole) or len(row) == case.T + 1:  # whole, or cropped at the end of a full row
+                left[whole] -= 1
+    assert counts.rows == len(got)
+    assert counts.tokens + counts.padding == len(got) * (case.T + 1)
+    assert counts.tokens + counts.cropped >= sum(map(len, documents))  # nothing is lost without being counted
+
+
+def split_at_bos(row: list[int]) -> list[list[int]]:
+    """The documents of a row."""
+    starts = [i for i, token in enumerate(row) if token == BOS]
+    return [row[a:b] for a, b in zip(starts, [*starts[1:], len(row)], strict=True)]
+
+
+@given(lengths=st.lists(st.integers(1, 60), max_size=40), capacity=st.integers(2, 30))
+@settings(max_examples=100, deadline=None)
+def test_packing_uses_every_document_once_and_fills_rows(lengths: list[int], capacity: int) -> None:
+    packed = pack_window(lengths, capacity)
+    assert sorted(i for row in packed for i, _ in row) == list(range(len(lengths)))
+    for row in packed[:-1]:
+        assert sum(taken for _, taken in row) == capacity
+    for row in packed:
+        assert sum(taken for _, taken in row) <= capacity
+        assert all(taken == lengths[i] for i, taken in row[:-1])  # only the last one of a row is cropped
+
+
+def test_longest_that_fits_goes_first_and_the_shortest_is_cropped() -> None:
+    assert pack_window([4, 9, 3, 5], 10) == [[(1, 9), (2, 1)], [(3, 5), (0, 4)]]
+    assert pack_window([25, 12], 10) == [[(1, 10)], [(0, 10)]]
 
 
 @given(texts=corpora, case=cases)
@@ -223,6 +347,15 @@ def test_state_of_another_tokenizer_or_split_is_refused(tmp_path: Path) -> None:
         PretrainLoader(corpus, BYTES, 1, 2, state={**state, "tokenizer": "x"})
     with pytest.raises(ValueError, match="train split"):
         PretrainLoader(corpus, BYTES, 1, 2, split="val", state=state)
+    with pytest.raises(ValueError, match="in the stream mode, not in bestfit"):
+        PretrainLoader(corpus, BYTES, 1, 2, state=state, mode="bestfit")
+    with pytest.raises(ValueError, match="another version"):
+        PretrainLoader(corpus, BYTES, 1, 2, state={k: v for k, v in state.items() if k != "version"})
+    state = PretrainLoader(corpus, BYTES, 1, 2, mode="bestfit").state_dict()
+    with pytest.raises(ValueError, match="rows of 2 tokens, not of 3"):
+        PretrainLoader(corpus, BYTES, 1, 3, state=state, mode="bestfit")
+    with pytest.raises(ValueError, match="stream or bestfit"):
+        PretrainLoader(corpus, BYTES, 1, 2, mode="other")  # type: ignore[arg-type]
 
 
 def test_bad_shapes_are_refused(tmp_path: Path) -> None:
@@ -242,12 +375,54 @@ def test_damaged_shard_stops_training_with_its_name(tmp_path: Path) -> None:
         next(loader)
 
 
+def test_bad_shards_are_skipped_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_corpus(tmp_path, [[["aaa"], ["bbb"]], [["ccc" * 100], ["ddd"]], [["eee"]], [["val"]]])
+    corpus = open_corpus(tmp_path)
+    (tmp_path / "shard_00001.parquet").unlink()
+    loader = PretrainLoader(corpus, BYTES, 3, 4)
+    with pytest.raises(ValueError, match=r"shard_00001\.parquet"):
+        next(loader)
+    loader = PretrainLoader(corpus, BYTES, 3, 4, skip_bad_shards=True)
+    assert [bytes(row[1:]) for row in next(loader)[0].tolist()] == [b"aaa", b"bbb", b"eee"]
+    assert "warning: skipping the rest of row group 0 of shard_00001.parquet" in capsys.readouterr().out
+    (tmp_path / "shard_00001.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"shard_00001\.parquet is not a readable"):
+        open_corpus(tmp_path)
+    loader = PretrainLoader(open_corpus(tmp_path, skip_bad_shards=True), BYTES, 3, 4)
+    assert [bytes(row[1:]) for row in next(loader)[0].tolist()] == [b"aaa", b"bbb", b"eee"]
+
+
+def test_a_new_epoch_is_announced_with_a_new_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f"{i:02d}" for i in range(50)]
+    corpus = make_corpus(tmp_path, [[texts], [["val"]]])  # one row group: the order inside it changes
+    loader = PretrainLoader(corpus, BYTES, 50, 3)
+    epochs = [["".join(map(chr, row[1:])) for row in next(loader)[0].tolist()] for _ in range(3)]
+    assert epochs[0] == texts
+    assert epochs[1] != texts
+    assert epochs[2] not in epochs[:2]
+    assert all(sorted(epoch) == texts for epoch in epochs)
+    assert capsys.readouterr().out.count("begins") == 3  # the next batch begins epoch 3
+
+
+def test_a_document_longer_than_many_rows_is_read_whole(tmp_path: Path) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(5000))
+    corpus = make_corpus(tmp_path, [[[text]], [["val"]]])
+    loader = PretrainLoader(corpus, BYTES, 2, 100)
+    got = [token for _ in range(25) for token in next(loader)[0].flatten().tolist()]
+    assert got == [BOS, *text.encode()][:5000]
+
+
 @given(texts=st.lists(st.text(max_size=5), max_size=8))
 @settings(max_examples=40, deadline=None)
 def test_insert_bos(texts: list[str]) -> None:
     ids, offsets = BYTES.encode_arrow(pa.array(texts, pa.string()))
-    expected = [i for text in texts if text for i in (BOS, *text.encode())]
-    assert insert_bos(ids, offsets, BOS).tolist() == expected
+    expected = [[BOS, *text.encode()] for text in texts if text]
+    tokens, bounds = insert_bos(ids, offsets, BOS)
+    assert tokens.tolist() == [i for document in expected for i in document]
+    assert [tokens[a:b].tolist() for a, b in pairwise(bounds)] == expected
+    order = list(range(len(expected)))[::-1]
+    tokens, bounds = reorder(tokens, bounds, order)
+    assert [tokens[a:b].tolist() for a, b in pairwise(bounds)] == expected[::-1]
 
 
 def test_vocabularies_above_65536_keep_their_ids(tmp_path: Path) -> None:
@@ -288,6 +463,22 @@ def test_prefetch_keeps_order_measures_waiting_and_passes_errors_on() -> None:
     assert items.wait_seconds > 0.01
     with pytest.raises(ValueError, match="broken"):
         next(items)
+
+
+def test_next_if_ready_never_waits_and_keeps_the_end_for_later() -> None:
+    items = Prefetch(lambda: iter([1, 2]))
+    items._thread.join()  # both are ready, and the end
+    assert [items.next_if_ready(), items.next_if_ready(), items.next_if_ready(), items.next_if_ready()][:3] == [
+        1,
+        2,
+        None,
+    ]
+    assert list(items) == []
+
+
+def test_device_feed_hands_over_items_with_their_arrays() -> None:
+    feed = DeviceFeed(Prefetch(lambda: iter([1, 2])), lambda i: np.full((2,), i), torch.device("cpu"))
+    assert [(item, tensor.tolist()) for item, tensor in feed] == [(1, [1, 1]), (2, [2, 2])]
 
 
 def test_batches_are_independent_arrays(tmp_path: Path) -> None:

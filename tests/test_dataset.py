@@ -1,203 +1,268 @@
-"""Corpora: which documents are validation, own texts to shards, downloads, and what is said about bad data."""
+"""Downloads from a hub: what is asked for, what faults do to it, what is kept, and what the scripts then read."""
 
-import http.server
 import json
-import threading
+import os
+import random
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from local_hub import COMMIT, Hub, write_shard
 
-from nanochat import dataset, text_import
-from nanochat.dataset import Source, download_shards, open_corpus, prepare_corpus
-from nanochat.text_import import import_texts
+from nanochat import dataset
+from nanochat.config import run_script
+from nanochat.corpus import list_shards, open_corpus
+from nanochat.dataset import Source, download_shards, prepare_corpus
+from nanochat.download import Download, RemoteFile, download_file_with_lock
+from nanochat.hub import choose_shards
+from nanochat.manifest import LOCK, Entry, load_manifest
 
-
-def write_shard(path: Path, groups: list[list[str | None]], kind: pa.DataType | None = None) -> None:
-    """A parquet file with these row groups of texts."""
-    schema = pa.schema([("id", pa.int64()), ("text", kind or pa.string())])
-    with pq.ParquetWriter(path, schema) as writer:
-        for texts in groups:
-            writer.write_table(pa.table([list(range(len(texts))), texts], schema=schema))
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_last_shard_is_validation_and_never_trained_on(tmp_path: Path) -> None:
-    for i in range(3):
-        write_shard(tmp_path / f"shard_{i:05d}.parquet", [[f"{i}a", f"{i}b"], [f"{i}c"]])
-    (tmp_path / "shard_00009.parquet.tmp").write_bytes(b"half a download")
-    corpus = open_corpus(tmp_path)
-    assert list(corpus.documents("train")) == ["0a", "0b", "0c", "1a", "1b", "1c"]
-    assert list(corpus.documents("val")) == ["2a", "2b", "2c"]
-    assert corpus.num_documents("train") == 6
-    with pytest.raises(ValueError, match="train or val"):
-        corpus.chunks("test")
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub()
+    for i in (0, 1, 2, 9):
+        write_shard(tmp_path / "made.parquet", [[f"text {i}, {random.Random(i).random()}"] * 50])
+        server.files[f"shard_{i:05d}.parquet"] = (tmp_path / "made.parquet").read_bytes()
+    (tmp_path / "made.parquet").unlink()
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_TIMEOUT", "0.5")
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_BACKOFF", "0.01")
+    monkeypatch.setitem(dataset.SOURCES, "climbmix", Source("someone/texts", 9))
+    yield server
+    server.stop()
 
 
-@given(sizes=st.lists(st.integers(0, 25), min_size=1, max_size=25), read=st.integers(1, 7))
-@settings(max_examples=40, deadline=None)
-def test_one_shard_is_split_without_overlap(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], read: int
-) -> None:
-    path = tmp_path_factory.mktemp("one") / "only.parquet"
-    documents = [f"document {i}" for i in range(sum(sizes))]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    write_shard(path, [documents[a : a + n] for a, n in zip(starts, sizes, strict=True)])
-    if not documents:
-        with pytest.raises(ValueError, match="no documents"):
-            open_corpus(path)
-        return
-    corpus = open_corpus(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "ROWS_PER_READ", read)
-        train = list(corpus.documents("train"))
-        if len(documents) == 1:
-            assert train == documents
-            with pytest.raises(ValueError, match="at least two documents"):
-                corpus.chunks("val")
-            return
-        val = list(corpus.documents("val"))
-        first = corpus.val[0]
-        assert [start for start, _ in first.read(first.start + 1)][:1] in ([], [first.start + 1])
-    assert train + val == documents
-    assert len(val) >= 1
+def files_asked_for(hub: Hub, start: int = 0) -> list[str]:
+    return [request.rsplit("/", 1)[-1] for request in hub.requests[start:] if "/resolve/" in request]
 
 
-def test_all_arrow_string_types_and_nulls(tmp_path: Path) -> None:
-    for i, kind in enumerate([pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]):
-        write_shard(tmp_path / f"{i}.parquet", [["a", None, "ü"]], kind)
-    assert list(open_corpus(tmp_path).documents("train")) == ["a", "", "ü"] * 2
-    assert list(open_corpus(tmp_path).documents("val")) == ["a", "", "ü"]
-
-
-def test_size_estimate_is_close(tmp_path: Path) -> None:
-    texts: list[str | None] = [f"{i} " * 200 for i in range(200)]
-    write_shard(tmp_path / "a.parquet", [texts])
-    true = sum(len(text or "") for text in texts)
-    corpus = open_corpus(tmp_path)
-    assert corpus.num_bytes("train") + corpus.num_bytes("val") == pytest.approx(true, rel=0.05)
-
-
-def test_bad_folders_and_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        open_corpus(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"no \.parquet file"):
-        open_corpus(tmp_path)
-    good, bad = tmp_path / "a.parquet", tmp_path / "b.parquet"
-    write_shard(good, [["text " * 1000] * 500])
-    for content in (b"", b"PAR1 nonsense", good.read_bytes()[:-20]):
-        bad.write_bytes(content)
-        with pytest.raises(ValueError, match=r"b\.parquet is not a readable parquet"):
-            open_corpus(tmp_path)
-    pq.write_table(pa.table({"content": ["a"]}), bad)
-    with pytest.raises(ValueError, match=r"b\.parquet has no column 'text' \(it has: content\)"):
-        open_corpus(tmp_path)
-    pq.write_table(pa.table({"text": [1]}), bad)
-    with pytest.raises(ValueError, match="must hold strings"):
-        open_corpus(tmp_path)
-
-
-def test_shard_damaged_or_gone_after_opening_is_named(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_shard(tmp_path / f"{name}.parquet", [[f"text {i} " * 100 for i in range(500)]])
-    corpus = open_corpus(tmp_path)
-    content = bytearray((tmp_path / "a.parquet").read_bytes())
-    content[len(content) // 4 : len(content) // 2] = b"\xff" * (len(content) // 2 - len(content) // 4)
-    (tmp_path / "a.parquet").write_bytes(bytes(content))
-    with pytest.raises(ValueError, match=r"can't read row group 0 of .*a\.parquet"):
-        list(corpus.documents("train"))
-    (tmp_path / "b.parquet").unlink()
-    with pytest.raises(ValueError, match=r"can't read row group 0 of .*b\.parquet"):
-        list(corpus.documents("val"))
-
-
-def test_fingerprint_changes_with_the_shards(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.parquet", [["a"], ["b"]])
-    before = open_corpus(tmp_path).fingerprint
-    assert open_corpus(tmp_path).fingerprint == before
-    write_shard(tmp_path / "b.parquet", [["c"]])
-    assert open_corpus(tmp_path).fingerprint != before
-
-
-# --- own texts --------------------------------------------------------------------------------------------------------
-
-
-def test_jsonl_and_txt_become_shards_once(tmp_path: Path, base_dir: Path) -> None:
-    own = tmp_path / "own"
-    own.mkdir()
-    lines: list[Any] = [{"text": f"document {i}", "id": i} for i in range(50)] + ["a plain string", {"text": "\ud800"}]
-    (own / "a.jsonl").write_text("\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n\n", encoding="utf-8")
-    (own / "b.txt").write_bytes("zwölf".encode() + b" \xff\r\n")
-    (own / "notes.md").write_text("not read")
-    folder = prepare_corpus(data_dir=own)
-    assert folder.parent == base_dir / "base_data"
+def test_download_gets_validation_and_first_shards_once(hub: Hub, base_dir: Path) -> None:
+    folder = download_shards("climbmix", 2, workers=1)
+    assert folder == base_dir / "base_data" / "climbmix"
+    assert f"GET /datasets/someone/texts/resolve/{COMMIT}/shard_00009.parquet" in hub.requests
+    assert files_asked_for(hub) == [f"shard_0000{i}.parquet" for i in (9, 0, 1)]
+    assert hub.tokens[0] == "Bearer hf_secret"
     corpus = open_corpus(folder)
-    train, val = list(corpus.documents("train")), list(corpus.documents("val"))
-    assert val == ["document 19", "document 39"]
-    assert sorted(train + val) == sorted(
-        [f"document {i}" for i in range(50)] + ["a plain string", "\ufffd", "zwölf \ufffd\n"]
-    )
-    times = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert prepare_corpus(data_dir=own) == folder
-    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == times
-    assert prepare_corpus(data_dir=own / "b.txt") != folder
-    (own / "b.txt").write_text("changed and longer")
-    assert prepare_corpus(data_dir=own) != folder
+    assert {text[:6] for text in corpus.documents("val")} == {"text 9"}
+    assert corpus.num_documents("train") == 100
+    done = len(hub.requests)
+    assert prepare_corpus("climbmix") == folder
+    assert prepare_corpus("climbmix", num_shards=1) == folder
+    assert len(hub.requests) == done
+    prepare_corpus("climbmix", num_shards=3)
+    assert files_asked_for(hub, done) == ["shard_00002.parquet"]
+    assert {text[:6] for text in open_corpus(folder).documents("val")} == {"text 9"}  # pinned while shards arrive
 
 
-@given(
-    paragraphs=st.lists(st.text(alphabet="ab é\n", max_size=30), max_size=20),
-    target=st.integers(1, 40),
-    longest=st.integers(41, 60),
-)
-@settings(max_examples=60, deadline=None)
-def test_long_txt_is_cut_without_losing_a_character(
-    tmp_path_factory: pytest.TempPathFactory, paragraphs: list[str], target: int, longest: int
+def test_the_manifest_keeps_commit_rows_and_hashes(hub: Hub) -> None:
+    folder = download_shards("climbmix", 2)
+    manifest = load_manifest(folder)
+    assert manifest is not None
+    assert (manifest.source, manifest.revision) == ("climbmix", COMMIT)
+    assert [(entry.name, entry.rows) for entry in manifest.entries] == [
+        (f"shard_0000{i}.parquet", 50) for i in (9, 0, 1)
+    ]
+    assert all(len((entry.digest or "").removeprefix("sha256:")) == 64 for entry in manifest.entries)
+
+
+@pytest.mark.parametrize("fault", ["drop", "truncate", "429", "500", "wrong", "hang", "whole"])
+def test_faults_end_with_the_right_files(hub: Hub, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_ATTEMPTS", "3")
+    hub.faults = {"shard_00000.parquet": ["truncate", fault], "shard_00009.parquet": [fault, "truncate"]}
+    folder = download_shards("climbmix", 1)
+    for name in ("shard_00000.parquet", "shard_00009.parquet"):
+        assert (folder / name).read_bytes() == hub.files[name]
+    assert hub.ranges  # after the truncation only the rest was asked for
+
+
+def test_many_faults_in_a_row_end_as_long_as_bytes_arrive(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_ATTEMPTS", "2")
+    hub.faults = {"shard_00000.parquet": ["truncate", "500"] * 5}
+    folder = download_shards("climbmix", 1)
+    assert (folder / "shard_00000.parquet").read_bytes() == hub.files["shard_00000.parquet"]
+
+
+@pytest.mark.parametrize("fault", ["drop", "429", "500", "wrong", "hang"])
+def test_lasting_faults_name_the_shard_and_leave_no_file_under_its_name(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, fault: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path_factory.mktemp("txt") / "a.txt"
-    text = "\n\n".join(paragraphs)
-    file.write_text(text, encoding="utf-8", newline="")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_import, "TXT_DOCUMENT_CHARS", target)
-        patch.setattr(text_import, "TXT_LONGEST_CHARS", longest)
-        documents = [document for _, document in text_import.read_documents(file)]
-    assert "".join(documents) == text
-    assert all(len(document) < 2 * longest for document in documents)
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_ATTEMPTS", "2")
+    hub.faults = {"shard_00001.parquet": [fault] * 20}
+    with pytest.raises(SystemExit) as stop:
+        run_script(dataset.main, dataset.Config, ["-n", "2"])
+    assert stop.value.code == 1
+    assert "1 of 3 shards failed: shard_00001.parquet" in capsys.readouterr().err
+    folder = dataset.source_folder("climbmix")
+    assert [shard.name for shard in list_shards(folder)] == ["shard_00000.parquet", "shard_00009.parquet"]
+    hub.faults = {}
+    run_script(dataset.main, dataset.Config, ["-n", "2"])
+    assert "3 shards" in capsys.readouterr().out
+    assert [p for p in folder.iterdir() if p.suffix == ".part"] == []
 
 
-def test_end_of_text_lines_separate_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n")
-    assert [d for _, d in text_import.read_documents(tmp_path / "a.txt")] == ["one\n", "two\n"]
+def test_failed_shards_are_all_named(hub: Hub) -> None:
+    hub.faults = {f"shard_0000{i}.parquet": ["404"] for i in (0, 1)}
+    hub.files["shard_00002.parquet"] = b"<html>quota exceeded</html>"  # with the right hash, but no parquet file
+    with pytest.raises(RuntimeError, match=r"3 of 4 shards failed: .*0\.parquet, .*1\.parquet, .*2\.parquet\. First"):
+        download_shards("climbmix", 3)
+    folder = dataset.source_folder("climbmix")
+    assert [p.name for p in folder.iterdir() if p.name not in (LOCK, "manifest.json")] == ["shard_00009.parquet"]
 
 
-def test_many_documents_make_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_import, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(text_import, "ROW_GROUP_DOCUMENTS", 7)
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(f"document {i:04d}") for i in range(400)))
-    corpus = open_corpus(import_texts([tmp_path / "a.jsonl"], tmp_path / "out"))
-    assert list(corpus.documents("train")) == [f"document {i:04d}" for i in range(400) if i % 20 != 19]
-    assert list(corpus.documents("val")) == [f"document {i:04d}" for i in range(19, 400, 20)]
-    assert len({chunk.shard for chunk in corpus.train}) == 5
-    assert max(chunk.stop for chunk in corpus.train) == 7
+def test_a_partial_file_of_an_earlier_run_is_continued(hub: Hub) -> None:
+    hub.faults = {"shard_00000.parquet": ["truncate", "404"]}
+    with pytest.raises(RuntimeError, match="shard_00000"):
+        download_shards("climbmix", 1)
+    half = len(hub.files["shard_00000.parquet"]) // 2
+    folder = download_shards("climbmix", 1)
+    assert hub.ranges == [f"bytes={half}-"]
+    assert (folder / "shard_00000.parquet").read_bytes() == hub.files["shard_00000.parquet"]
+
+
+def test_wrong_files_are_found_by_size_and_with_verify_by_hash(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = download_shards("climbmix", 2)
+    for name, content in (("shard_00000.parquet", b"short"), ("shard_00001.parquet", None)):
+        (folder / name).write_bytes(content or bytes(len(hub.files[name])))
+    download_shards("climbmix", 2)
+    assert (folder / "shard_00000.parquet").read_bytes() == hub.files["shard_00000.parquet"]
+    assert (folder / "shard_00001.parquet").read_bytes() != hub.files["shard_00001.parquet"]
+    assert "shard_00000.parquet is not the source's file" in capsys.readouterr().out
+    download_shards("climbmix", 2, verify=True)
+    assert (folder / "shard_00001.parquet").read_bytes() == hub.files["shard_00001.parquet"]
+
+
+def test_a_full_disk_is_noticed_before_the_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100})())
+    with pytest.raises(RuntimeError, match="downloading 2 files needs"):
+        download_shards("climbmix", 1)
+    assert files_asked_for(hub) == []
+
+
+def test_a_hub_that_can_not_be_listed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.faults = {"api": ["401"]}
+    with pytest.raises(RuntimeError, match=r"can't list the data set someone/texts .*HF_TOKEN"):
+        download_shards("climbmix", 1)
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_ATTEMPTS", "3")
+    hub.faults = {"api": ["500", "429"]}
+    download_shards("climbmix", 1)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert download_shards("climbmix", 1) == dataset.source_folder("climbmix")  # nothing to ask for
+    with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE is set"):
+        download_shards("climbmix", 2)
+
+
+# --- other sources ----------------------------------------------------------------------------------------------------
+
+
+def test_any_data_set_of_the_hub(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = hub.files["shard_00000.parquet"]
+    hub.files = {
+        "README.md": b"about",
+        "data/train-00000-of-00002.parquet": content,
+        "data/train-00001-of-00002.parquet": hub.files["shard_00001.parquet"],
+        "data/validation-00000-of-00001.parquet": hub.files["shard_00009.parquet"],
+        "data/test-00000-of-00001.parquet": hub.files["shard_00002.parquet"],
+    }
+    run_script(dataset.main, dataset.Config, ["--source", "hf:someone/texts"])
+    assert "--dataset=hf:someone/texts" in capsys.readouterr().out
+    corpus = open_corpus(prepare_corpus("hf:someone/texts"))
+    assert {text[:6] for text in corpus.documents("train")} == {"text 0", "text 1"}
+    assert {text[:6] for text in corpus.documents("val")} == {"text 9"}
+    hub.files = {"small.parquet": content}  # not in LFS: git's own hash
+    folder = download_shards("hf:someone/other", None)
+    assert (folder / "small.parquet").read_bytes() == content
+    assert open_corpus(folder).num_documents("val") == 5
+    hub.files = {"README.md": b"about"}
+    with pytest.raises(ValueError, match=r"no \.parquet file"):
+        download_shards("hf:someone/third", 1)
+
+
+def test_another_text_column_is_said_once(hub: Hub, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"content": [name] * 3}), tmp_path / "made")
+        hub.files[f"{name}.parquet"] = (tmp_path / "made").read_bytes()
+    hub.files = {name: hub.files[name] for name in ("a.parquet", "b.parquet")}
+    with pytest.raises(RuntimeError, match=r"has no column 'text' \(it has: content\)"):
+        download_shards("hf:someone/texts", None)
+    folder = download_shards("hf:someone/more", None, text_column="content")
+    assert set(open_corpus(folder).documents("train")) == {"a"}
+    assert set(open_corpus(folder).documents("val")) == {"b"}
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("paths", "train", "validation"),
     [
-        ("{bad", "line 2: not JSON"),
-        ('{"content": "a"}', "line 2: expected .* found an object with content"),
-        ("3", "line 2: expected .* found int"),
+        (["a", "b", "c"], ["a", "b"], ["c"]),
+        (["a"], ["a"], []),
+        (["train-0", "test-0"], ["train-0"], []),
+        (["train-0", "train-1", "test-0"], ["train-0"], ["train-1"]),
+        (["x/train/0", "x/val/0"], ["x/train/0"], ["x/val/0"]),
+        (["trainer-0", "valley-0"], ["trainer-0"], ["valley-0"]),
     ],
 )
-def test_bad_lines_are_named_and_nothing_is_left(tmp_path: Path, base_dir: Path, line: str, complaint: str) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=f"a.jsonl, {complaint}"):
-        prepare_corpus(data_dir=tmp_path / "a.jsonl")
-    assert [p for p in (base_dir / "base_data").iterdir() if p.is_dir()] == []
+def test_which_files_are_validation(paths: list[str], train: list[str], validation: list[str]) -> None:
+    entries = [Entry(path.replace("/", "--"), path=path) for path in paths]
+    assert tuple([e.path for e in part] for part in choose_shards(entries)) == (train, validation)
+
+
+def test_a_list_of_urls(hub: Hub, tmp_path: Path) -> None:
+    import hashlib
+
+    digest = hashlib.sha256(hub.files["shard_00009.parquet"]).hexdigest()
+    lines = ["# a comment", f"{hub.url}/shard_00001.parquet", "", f"{hub.url}/shard_00009.parquet {digest}"]
+    hub.files["list.txt"] = "\n".join(lines).encode()
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    for source in (f"urls:{tmp_path}/list.txt", f"urls:{hub.url}/list.txt"):
+        hub.faults = {"shard_00001.parquet": ["truncate", "404"]}
+        with pytest.raises(RuntimeError, match=r"00000-shard_00001\.parquet"):
+            download_shards(source, None)
+        hub.ranges.clear()
+        corpus = open_corpus(download_shards(source, None))  # continued, because its ETag is the same
+        assert hub.ranges
+        assert {text[:6] for text in corpus.documents("train")} == {"text 1"}
+        assert {text[:6] for text in corpus.documents("val")} == {"text 9"}
+    hub.faults = {"shard_00009.parquet": ["wrong"]}
+    (tmp_path / "two.txt").write_text("\n".join(lines))
+    with pytest.raises(RuntimeError, match="size or hash differ"):
+        download_shards(f"urls:{tmp_path}/two.txt", None)
+    one = open_corpus(download_shards(f"{hub.url}/shard_00002.parquet", None))
+    assert one.num_documents("val") == 5
+    for line, complaint in (("ftp://x/a.parquet", "line 1"), ("https://x/a.txt", "line 1"), ("# none", "no URL")):
+        (tmp_path / "bad.txt").write_text(line)
+        with pytest.raises(ValueError, match=complaint):
+            download_shards(f"urls:{tmp_path}/bad.txt", None)
+
+
+def test_local_folders_and_unknown_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shard(tmp_path / "a.parquet", [["a"] * 20])
+    run_script(dataset.main, dataset.Config, ["--source", str(tmp_path)])
+    assert "18 documents to train on, 2 for validation" in capsys.readouterr().out
+    for flags, message in (
+        (["--source", "pile"], "unknown source 'pile'"),
+        (["--source", "hf:pile"], "unknown source"),
+        (["--import", str(tmp_path / "nowhere")], "no such file"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_script(dataset.main, dataset.Config, flags)
+        assert stop.value.code == 1
+        assert message in capsys.readouterr().err
+    for flags in (["-n", "0"], ["-w", "0"], ["--ready", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            run_script(dataset.main, dataset.Config, flags)
+        assert stop.value.code == 2
 
 
 def test_what_prepare_corpus_refuses(tmp_path: Path, base_dir: Path) -> None:
@@ -209,7 +274,7 @@ def test_what_prepare_corpus_refuses(tmp_path: Path, base_dir: Path) -> None:
         prepare_corpus(data_dir=tmp_path / "nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no \.parquet, \.jsonl or \.txt"):
+    with pytest.raises(FileNotFoundError, match=r"no \.parquet, \.jsonl, \.txt"):
         prepare_corpus(data_dir=empty)
     (empty / "a.txt").write_text(" \n")
     with pytest.raises(ValueError, match="no text in"):
@@ -224,108 +289,137 @@ def test_what_prepare_corpus_refuses(tmp_path: Path, base_dir: Path) -> None:
     assert prepare_corpus() == base_dir / "base_data"
 
 
-# --- downloads --------------------------------------------------------------------------------------------------------
+# --- while the rest arrives, and kills --------------------------------------------------------------------------------
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """A hub on this machine: serves `files` by name, each request by the next of its `faults`."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files: dict[str, bytes] = {}
-        self.faults: dict[str, list[str]] = {}
-        self.requests: list[str] = []
-
-
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        self.server.requests.append(self.path)
-        name = self.path.rsplit("/", 1)[-1]
-        faults = self.server.faults.get(name, [])
-        fault = faults.pop(0) if faults else "none"
-        content = self.server.files.get(name)
-        if content is None or fault.isdigit():
-            self.send_error(int(fault) if fault.isdigit() else 404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if fault == "truncate" else content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Be quiet."""
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    for i in (0, 1, 2, 9):
-        write_shard(tmp_path / "made.parquet", [[f"text {i}"] * 50])
-        server.files[f"shard_{i:05d}.parquet"] = (tmp_path / "made.parquet").read_bytes()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setitem(dataset.SOURCES, "climbmix", Source("someone/texts", 9, shard_bytes=1000))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_download_gets_validation_and_first_shards_once(hub: Hub, base_dir: Path) -> None:
-    folder = download_shards("climbmix", 2, workers=1)
-    assert folder == base_dir / "base_data" / "climbmix"
-    assert hub.requests[0] == "/datasets/someone/texts/resolve/main/shard_00009.parquet"
-    assert [shard.name for shard in dataset.list_shards(folder)] == [f"shard_0000{i}.parquet" for i in (0, 1, 9)]
-    corpus = open_corpus(folder)
-    assert set(corpus.documents("val")) == {"text 9"}
-    done = len(hub.requests)
-    assert prepare_corpus("climbmix") == folder
-    assert prepare_corpus("climbmix", num_shards=1) == folder
-    assert len(hub.requests) == done
-    prepare_corpus("climbmix", num_shards=3)
-    assert hub.requests[done:] == ["/datasets/someone/texts/resolve/main/shard_00002.parquet"]
-    assert set(open_corpus(folder).documents("val")) == {"text 9"}  # pinned while shards arrive
-
-
-def test_faults_are_retried(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOCHAT_DOWNLOAD_ATTEMPTS", "2")
-    hub.faults = {"shard_00000.parquet": ["truncate"], "shard_00009.parquet": ["500"]}
-    folder = download_shards("climbmix", 1)
-    for name in ("shard_00000.parquet", "shard_00009.parquet"):
-        assert (folder / name).read_bytes() == hub.files[name]
-
-
-def test_failed_shards_are_named_and_leave_nothing(hub: Hub) -> None:
-    del hub.files["shard_00001.parquet"]
-    hub.files["shard_00002.parquet"] = b"<html>quota exceeded</html>"
-    hub.faults = {"shard_00000.parquet": ["truncate"]}
-    with pytest.raises(
-        RuntimeError, match=r"3 of 4 shards failed: .*00000\.parquet, .*00001\.parquet, .*00002\.parquet"
-    ):
-        download_shards("climbmix", 3)
-    folder = dataset.get_base_dir() / "base_data" / "climbmix"
-    assert [p.name for p in folder.iterdir() if p.suffix != ".lock"] == ["shard_00009.parquet"]
-    with pytest.raises(FileNotFoundError, match="lacks shards"):
-        prepare_corpus("climbmix")
-
-
-def test_command_line_exits_with_an_error(
+def test_ready_returns_early_and_the_rest_arrives_in_the_background(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nanochat.config import run_script
+    # The other process knows the public sources only: a data set by its name.
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_TIMEOUT", "20")
+    run_script(dataset.main, dataset.Config, ["--source", "hf:someone/texts", "--ready", "1"])
+    folder = dataset.source_folder("hf:someone/texts")
+    assert "in the background" in capsys.readouterr().out
+    corpus = open_corpus(folder)
+    assert len(list(corpus.documents("train"))) == 150  # waits for the shards that are still to come
+    assert dataset._background[-1].wait(60) == 0
+    assert {entry.rows for entry in load_manifest(folder).entries} == {50}  # type: ignore[union-attr]
 
-    run_script(dataset.main, dataset.Config, ["-n", "1", "-w", "2", "--source", "climbmix"])
-    assert "2 shards" in capsys.readouterr().out
-    hub.files.clear()
-    with pytest.raises(SystemExit) as stop:
-        run_script(dataset.main, dataset.Config, ["-n", "2"])
-    assert stop.value.code == 1
-    assert "shard_00001.parquet" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        run_script(dataset.main, dataset.Config, ["-n", "0"])
-    assert stop.value.code == 2
+
+KILLED = """
+import os, sys, time
+import huggingface_hub.hf_api, huggingface_hub.utils  # here, so that not every child imports them
+from nanochat.dataset import download_shards
+print("ready", flush=True)
+for line in sys.stdin:
+    if not (pid := os.fork()):
+        os.dup2(2, 1)
+        try:
+            download_shards("hf:someone/texts", None, 3)
+        finally:
+            os._exit(0)
+    time.sleep(float(line))
+    os.kill(pid, 9)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def kill_downloads(hub: Hub, kills: int) -> None:
+    """Kill the download at random moments; every file under its final name must be the right one, always."""
+    rng = random.Random(7)
+    for name in hub.files:
+        hub.faults[name] = ["slow"] * 10_000
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdin
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    folder = dataset.source_folder("hf:someone/texts")
+    died, started = 0, 0
+    for _ in range(kills):
+        process.stdin.write(f"{rng.uniform(0.05, 1.0)}\n")
+        process.stdin.flush()
+        died += int(process.stdout.readline()) == signal.SIGKILL
+        for shard in list_shards(folder):
+            assert shard.read_bytes() == hub.files[shard.name]
+            started += 1
+            if rng.random() < 0.5:
+                shard.unlink()  # so that there is always something to do
+        if (folder / "manifest.json").exists():
+            json.loads((folder / "manifest.json").read_text())
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
+    assert died > 0
+    assert started > 0
+    hub.faults.clear()
+    download_shards("hf:someone/texts", None)
+    assert {p.name: p.read_bytes() for p in list_shards(folder)} == hub.files
+    assert [p for p in folder.iterdir() if p.suffix == ".part"] == []
+
+
+def test_a_kill_never_leaves_a_bad_file(hub: Hub) -> None:
+    kill_downloads(hub, 6)
+
+
+@pytest.mark.slow
+def test_fifty_kills_never_leave_a_bad_file(hub: Hub) -> None:
+    kill_downloads(hub, 50)
+
+
+# --- single files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_without_hash_or_etag_is_never_pieced_together(hub: Hub, tmp_path: Path) -> None:
+    hub.files["x"] = b"abcdefgh"
+    hub.faults = {"x": ["truncate", "404"]}
+    with pytest.raises(RuntimeError, match="could not download"):
+        download_file_with_lock(f"{hub.url}/x", tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
+    hub.files["x"] = b"ABCDEFGH"
+    assert download_file_with_lock(f"{hub.url}/x", tmp_path / "x").read_bytes() == b"ABCDEFGH"
+    assert hub.ranges == []
+
+
+def test_a_file_that_changes_between_attempts_is_not_mixed(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_ATTEMPTS", "2")
+    hub.files["x"] = b"abcdefgh"
+    hub.faults = {"x": ["truncate"]}
+    file = RemoteFile(f"{hub.url}/x", tmp_path / "x")
+    seen: list[int] = []
+
+    def on_bytes(n: int) -> None:
+        seen.append(n)
+        hub.files["x"] = b"ABCDEFGH"
+
+    Download(file, on_bytes).run()
+    assert (tmp_path / "x").read_bytes() == b"ABCDEFGH"
+    assert hub.ranges == ["bytes=4-"]
+    assert sum(seen) == 8  # what was thrown away does not count
+
+
+def test_retry_after_is_respected(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    from nanochat.download import retry_after
+
+    response = httpx.Response(429, headers={"Retry-After": "7"}, request=httpx.Request("GET", "http://x"))
+    error = httpx.HTTPStatusError("", request=response.request, response=response)
+    assert retry_after(error) == 7
+    response.headers["Retry-After"] = "100000"
+    assert retry_after(error) == 300
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_BACKOFF", "soon")
+    monkeypatch.setenv("NANOCHAT_DOWNLOAD_ATTEMPTS", "2")
+    hub.faults = {"x": ["500"]}
+    with pytest.raises(RuntimeError, match="NANOCHAT_DOWNLOAD_BACKOFF=soon is not a number"):
+        download_file_with_lock(f"{hub.url}/x", tmp_path / "x")

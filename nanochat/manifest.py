@@ -1,0 +1,155 @@
+"""What belongs to a folder of shards: `manifest.json`, written before the first shard arrives.
+
+It pins the split (the validation shards, the same for everybody), the order of the training shards, and the size and
+hash of every file; rows are filled in as shards arrive. With it a reader can tell a shard that is still on its way from
+one that is gone: whoever writes shards holds the folder's lock, so if a listed shard is missing and nobody holds the
+lock, it will not come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nanochat.common import print0
+from nanochat.files import write_json
+
+MANIFEST = "manifest.json"
+LOCK = ".download.lock"
+VERSION = 1
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One shard."""
+
+    name: str
+    """Its file in the folder."""
+    size: int | None = None
+    """Bytes of the file, if known."""
+    digest: str | None = None
+    """"sha256:<hex>" or "git:<hex>" (the id git gives to its content), if known."""
+    path: str | None = None
+    """Where the source has it: a path in its repository, or a URL."""
+    rows: int | None = None
+    """Documents, known once it has arrived."""
+
+
+@dataclass
+class Manifest:
+    """The shards of a folder in reading order."""
+
+    source: str
+    """Where they come from, as it was given on the command line."""
+    train: list[Entry]
+    validation: list[Entry]
+    """Empty: the last tenth of the training shard is validation (only with one shard)."""
+    revision: str | None = None
+    """The commit of the source."""
+    column: str = "text"
+    """The column with the text."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Whatever else is worth keeping (counts of an import)."""
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Every shard, validation first."""
+        return [*self.validation, *self.train]
+
+    def identity(self) -> str:
+        """Text that changes when the list of shards or their content does; not when a shard arrives."""
+        lines = [[[e.name, e.size, e.digest] for e in entries] for entries in (self.train, self.validation)]
+        return json.dumps([lines, self.column])
+
+    def with_rows(self, rows: dict[str, int]) -> Manifest:
+        """The same with these row counts filled in."""
+
+        def fill(entries: list[Entry]) -> list[Entry]:
+            return [replace(e, rows=rows.get(e.name, e.rows)) for e in entries]
+
+        return replace(self, train=fill(self.train), validation=fill(self.validation))
+
+    def save(self, folder: Path) -> None:
+        """Write it into `folder`; it appears whole."""
+        write_json(folder / MANIFEST, {"version": VERSION, **asdict(self)})
+
+
+def load_manifest(folder: str | Path) -> Manifest | None:
+    """The manifest of a folder, None if it has none.
+
+    Raises:
+        ValueError: it is there but can't be understood.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.pop("version") != VERSION:
+            raise ValueError("it has another version")
+        for split in ("train", "validation"):
+            record[split] = [Entry(**entry) for entry in record[split]]
+        return Manifest(**record)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} can't be understood ({error}): delete it and run the download again") from error
+
+
+# --- who is writing, and waiting for a shard --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock while shards are written; waits for another writer."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print0(f"another download into {folder} is running: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_written(folder: Path) -> bool:
+    """Whether some process is writing shards into `folder`."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def wait_for_shard(path: Path, stopped: Callable[[], bool] = lambda: False) -> bool:
+    """Wait until a shard that is still to come is there; False if `stopped` says so first.
+
+    Raises:
+        FileNotFoundError: nobody is writing into its folder, so it will not come.
+    """
+    announced = False
+    while not path.exists():
+        if stopped():
+            return False
+        if not is_written(path.parent) and not path.exists():  # it may have come between the two looks
+            raise FileNotFoundError(
+                f"{path} is listed in {MANIFEST} but is not there, and no download is running: "
+                "run the `python -m nanochat.dataset` command that made this folder again"
+            )
+        if not announced:
+            print0(f"waiting for {path.name}, which is still on its way")
+            announced = True
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return True

@@ -1,0 +1,263 @@
+"""Own texts to shards: every form is read, nothing is lost silently, and twice gives the same."""
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat import dataset, shard_writer, text_files, text_import
+from nanochat.config import run_script
+from nanochat.corpus import open_corpus
+from nanochat.dataset import prepare_corpus
+from nanochat.manifest import load_manifest
+from nanochat.text_files import Repairs, find_texts, read_documents
+from nanochat.text_import import import_path, import_texts
+
+
+def documents_of(file: Path, column: str | None = None) -> list[str]:
+    """What is read of a file."""
+    return [text for _, text in read_documents(file, Repairs(), column)]
+
+
+def all_documents(folder: Path) -> list[str]:
+    """Train and validation of an imported folder."""
+    corpus = open_corpus(folder)
+    return [*corpus.documents("train"), *(corpus.documents("val") if corpus.val else [])]
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """Every shard with its hash."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.parquet")}
+
+
+def test_jsonl_and_txt_become_shards_once(tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "own"
+    (own / "deeper").mkdir(parents=True)
+    (own / ".hidden").mkdir()
+    (own / ".hidden" / "a.txt").write_text("hidden")
+    lines: list[Any] = [{"text": f"document {i}", "id": i} for i in range(50)] + ["a plain string", {"text": "\ud800"}]
+    (own / "a.jsonl").write_text("\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n\n", encoding="utf-8")
+    (own / "deeper" / "b.txt").write_bytes("zwölf".encode() + b" \xff\r\n")
+    (own / "c.txt").write_bytes("zwölf".encode() + b" \xff\r\n")
+    (own / "blank.txt").write_text(" \n")
+    (own / "notes.rst").write_text("not read")
+    folder = prepare_corpus(data_dir=own)
+    said = capsys.readouterr().out
+    assert folder.parent == base_dir / "base_data"
+    assert sorted(all_documents(folder)) == sorted(
+        [f"document {i}" for i in range(50)] + ["a plain string", "\ufffd", "zwölf \ufffd\n"]
+    )
+    assert "imported 53 documents" in said
+    assert "left out 1 exact duplicates and 1 blank ones" in said
+    assert "3 characters were no valid UTF-8 and became U+FFFD: a.jsonl (1), c.txt (1), b.txt (1)" in said
+    assert "a sample:\n  '" in said
+    times = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert prepare_corpus(data_dir=own) == folder
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == times
+    assert prepare_corpus(data_dir=own / "c.txt") != folder
+    (own / "c.txt").write_text("changed and longer")
+    assert prepare_corpus(data_dir=own) != folder
+
+
+@given(texts=st.lists(st.text(max_size=20), max_size=60), cut=st.integers(0, 60), buckets=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_every_document_once_in_an_order_that_only_the_content_decides(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], cut: int, buckets: int
+) -> None:
+    folder = tmp_path_factory.mktemp("import")
+
+    def write(name: str, part: list[str]) -> Path:
+        (folder / name).write_text("".join(json.dumps(text) + "\n" for text in part))
+        return folder / name
+
+    expected = {text for text in texts if text.strip()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_import, "BUCKET_BYTES", max(1, sum(map(len, texts)) // buckets))
+        patch.setattr(text_import, "PENDING_BYTES", 50)
+        patch.setattr(shard_writer, "SHARD_CHARS", 100)
+        patch.setattr(shard_writer, "ROW_GROUP_DOCUMENTS", 3)
+        files = [write("a.jsonl", texts[:cut]), write("b.jsonl", texts[cut:])]
+        if not expected:
+            with pytest.raises(ValueError, match="no text in"):
+                import_texts(files, folder)
+            return
+        first = import_texts(files, folder)
+        assert sorted(all_documents(first)) == sorted(expected)
+        again = import_texts([write("c.jsonl", texts[::-1])], folder)
+        assert hashes_of(again) == hashes_of(first)
+        assert again != first
+    if len(expected) > 1:
+        assert open_corpus(first).num_documents("val") >= 1
+    manifest = load_manifest(first)
+    assert manifest is not None
+    assert sum(entry.rows or 0 for entry in manifest.entries) == manifest.facts["documents"] == len(expected)
+    assert manifest.facts["duplicates"] + manifest.facts["blank"] + len(expected) == len(texts)
+    assert {e.name: (e.digest or "").removeprefix("sha256:") for e in manifest.entries} == hashes_of(first)
+
+
+def test_validation_is_a_twentieth_and_stays_when_documents_are_added(tmp_path: Path) -> None:
+    texts = [f"document {i}" for i in range(3000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[:2000]))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
+    few, more = (open_corpus(import_texts([tmp_path / name], tmp_path / "out")) for name in ("a.jsonl", "b.jsonl"))
+    val = set(few.documents("val"))
+    assert 70 <= len(val) <= 130
+    assert val <= set(more.documents("val"))
+    train = list(few.documents("train"))
+    assert train != sorted(train, key=texts.index)  # shuffled
+
+
+def test_many_documents_make_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_writer, "SHARD_CHARS", 1000)
+    monkeypatch.setattr(shard_writer, "ROW_GROUP_DOCUMENTS", 7)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(f"document {i:04d}") for i in range(400)))
+    folder = import_path(tmp_path / "a.jsonl", tmp_path / "out")
+    corpus = open_corpus(folder)
+    assert sorted(all_documents(folder)) == [f"document {i:04d}" for i in range(400)]
+    assert len({chunk.shard for chunk in corpus.train}) == 5
+    assert max(chunk.stop for chunk in corpus.train) == 7
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", *(f"shard_0000{i}.parquet" for i in range(6))]
+    assert {chunk.shard.name for chunk in corpus.val} == {"shard_00005.parquet"}
+    assert import_path(tmp_path / "a.jsonl", tmp_path / "out") == folder
+    (tmp_path / "b.jsonl").write_text('"other"')
+    with pytest.raises(ValueError, match="holds something else"):
+        import_path(tmp_path / "b.jsonl", tmp_path / "out")
+
+
+# --- the forms --------------------------------------------------------------------------------------------------------
+
+
+def test_packed_files_and_tables(tmp_path: Path) -> None:
+    line = json.dumps({"text": "wörd", "content": "other"}) + "\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line.encode()) + gzip.compress(line.encode()))
+    with pa.CompressedOutputStream(str(tmp_path / "b.jsonl.zst"), "zstd") as out:
+        out.write(line.encode() * 3)
+    (tmp_path / "c.csv").write_text('id,text\n1,"with ""quotes"",\nand lines"\n\n2,plain\n')
+    (tmp_path / "d.tsv.gz").write_bytes(gzip.compress(b"text\tid\none\t1\n"))
+    (tmp_path / "e.csv").write_text("content\nonly column\n")
+    pq.write_table(pa.table({"id": [1, 2], "body": ["a", None]}), tmp_path / "f.parquet")
+    assert documents_of(tmp_path / "a.jsonl.gz") == ["wörd"] * 2
+    assert documents_of(tmp_path / "a.jsonl.gz", "content") == ["other"] * 2
+    assert documents_of(tmp_path / "b.jsonl.zst") == ["wörd"] * 3
+    assert documents_of(tmp_path / "c.csv") == ['with "quotes",\nand lines', "plain"]
+    assert documents_of(tmp_path / "d.tsv.gz") == ["one"]
+    assert documents_of(tmp_path / "e.csv") == ["only column"]
+    assert documents_of(tmp_path / "f.parquet") == ["a", ""]
+    assert len(find_texts(tmp_path)) == 6
+    assert sorted(all_documents(import_path(tmp_path))) == sorted(
+        ["wörd", 'with "quotes",\nand lines', "plain", "one", "only column", "a"]
+    )
+
+
+def test_invalid_utf8_in_a_parquet_file_is_repaired(tmp_path: Path) -> None:
+    raw = pa.array([b"fine", b"bad \xff\xfe"], pa.binary())
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 2, raw.buffers())}), tmp_path / "a.parquet")
+    repairs = Repairs()
+    assert [t for _, t in read_documents(tmp_path / "a.parquet", repairs)] == ["fine", "bad \ufffd\ufffd"]
+    assert repairs.characters == 2
+
+
+def test_utf16_is_told_by_its_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("zwölf".encode("utf-16"))
+    assert documents_of(tmp_path / "a.txt") == ["zwölf"]
+
+
+def test_html_shows_what_a_browser_shows(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        "<html><head><title>T</title><style>p {}</style></head><body><script>if (a < b) {}</script>"
+        "<h1>A &amp; B</h1><p>one\n two <b>three</b></p><ul><li>x</li><li>y</li></ul></body></html>"
+    )
+    assert documents_of(tmp_path / "a.html") == ["A & B\n\none two three\n\nx\n\ny"]
+
+
+def test_markdown_is_cut_at_headings_but_not_in_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "SECTION_CHARS", 20)
+    parts = ["# One\n\ntext text text text\n", "## Two\n```\n# no heading, a comment\n```\n### Three\n", "# Four\n"]
+    (tmp_path / "a.md").write_text("".join(parts))
+    assert documents_of(tmp_path / "a.md") == parts
+    (tmp_path / "a.txt").write_text("".join(parts))
+    assert documents_of(tmp_path / "a.txt") == ["".join(parts)]
+
+
+@given(
+    paragraphs=st.lists(st.text(alphabet="ab é\n#", max_size=30), max_size=20),
+    target=st.integers(1, 40),
+    longest=st.integers(41, 60),
+    suffix=st.sampled_from([".txt", ".md"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_long_texts_are_cut_without_losing_a_character(
+    tmp_path_factory: pytest.TempPathFactory, paragraphs: list[str], target: int, longest: int, suffix: str
+) -> None:
+    file = tmp_path_factory.mktemp("txt") / f"a{suffix}"
+    text = "\n\n".join(paragraphs)
+    file.write_text(text, encoding="utf-8", newline="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "DOCUMENT_CHARS", target)
+        patch.setattr(text_files, "SECTION_CHARS", target)
+        patch.setattr(text_files, "LONGEST_CHARS", longest)
+        documents = documents_of(file)
+    assert "".join(documents) == text
+    assert all(len(document) < 2 * longest for document in documents)
+
+
+def test_end_of_text_lines_separate_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n")
+    assert documents_of(tmp_path / "a.txt") == ["one\n", "two\n"]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{bad", "line 2: not JSON"),
+        ('{"content": "a"}', "line 2: expected .* found an object with content .*--text_column"),
+        ("3", "line 2: expected .* found int"),
+    ],
+)
+def test_bad_lines_are_named_and_nothing_is_left(tmp_path: Path, base_dir: Path, line: str, complaint: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"a.jsonl, {complaint}"):
+        prepare_corpus(data_dir=tmp_path / "a.jsonl")
+    assert [p for p in (base_dir / "base_data").iterdir() if p.is_dir()] == []
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    packed = gzip.compress(b'"text"\n' * 1000)
+    bad: dict[str, tuple[bytes, str]] = {
+        "a.jsonl.gz": (packed[:-10], "can't be unpacked"),
+        "b.jsonl.zst": (b"no zstd", "can't be unpacked"),
+        "c.csv": (b"id,title\n1,x\n", r"no column 'text' \(it has: id, title\): say which one with --text_column"),
+        "d.csv": (b"id,text\n1\n", "line 2: 1 fields, but the first line has 2"),
+        "e.parquet": (b"", "not a readable parquet"),
+    }
+    for name, (content, complaint) in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=complaint) as error:
+            documents_of(tmp_path / name)
+        assert name in str(error.value)
+    pq.write_table(pa.table({"a": ["x"], "b": ["y"]}), tmp_path / "f.parquet")
+    with pytest.raises(ValueError, match=r"f\.parquet has no column 'text' \(it has: a, b\)"):
+        documents_of(tmp_path / "f.parquet")
+    with pytest.raises(ValueError, match="no column of text 'c'"):
+        documents_of(tmp_path / "f.parquet", "c")
+    assert documents_of(tmp_path / "f.parquet", "b") == ["y"]
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.csv").write_text("body,title\n" + "".join(f"text {i},x\n" for i in range(40)))
+    flags = ["--import", str(tmp_path / "in.csv"), "--text_column", "body", "--out", str(tmp_path / "out")]
+    run_script(dataset.main, dataset.Config, flags)
+    said = capsys.readouterr().out
+    assert "imported 40 documents" in said
+    assert f"--data_dir={tmp_path / 'out'}" in said
+    assert sorted(all_documents(tmp_path / "out")) == sorted(f"text {i}" for i in range(40))
