@@ -2,7 +2,7 @@
 
 python -m scripts.base_train --depth=12 --device_batch_size=8 --total_batch_size=131072
 python -m scripts.base_train --depth=12 --device_batch_size=8 --recipe=modern --hours=8
-torchrun --standalone --nproc_per_node=8 --max_restarts=3 -m scripts.base_train --depth=20   (goes on after a rank died)
+torchrun --standalone --nproc_per_node=8 --max_restarts=3 -m scripts.base_train --depth=20   (a dead rank: goes on)
 """
 
 from __future__ import annotations
