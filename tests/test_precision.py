@@ -260,7 +260,7 @@ def test_three_hundred_steps_in_float16_end_where_float32_does():
     finals = {}
     for dtype in (torch.float32, torch.float16):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(32, 256, 2, 1, 1, 64))
+        model = GPT(GPTConfig(16, 256, 2, 1, 1, 32))
         model.init_weights()
         groups = parameter_groups(model, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0)
         optimizer, precision = MuonAdamW(groups), Precision("cpu", dtype)
@@ -269,7 +269,7 @@ def test_three_hundred_steps_in_float16_end_where_float32_does():
         for step in range(300):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * min(1.0, (300 - step) / 100)
-            rows = torch.randint(len(text) - 33, (4, 1), generator=offsets) + torch.arange(33)
+            rows = torch.randint(len(text) - 17, (4, 1), generator=offsets) + torch.arange(17)
             retry = True
             while retry:
                 with precision.autocast():
