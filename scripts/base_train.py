@@ -348,6 +348,8 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
     """Train by `plan` and log to the report."""
     tokenizer = get_tokenizer()
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir), cfg.skip_bad_shards)
+    for split in ("train", "val"):
+        corpus.chunks(split)  # a split without documents is an error now, not after hours
     folder = checkpoint_folder("base", cfg.tag)
     config = asdict(cfg)
     inputs = {"tokenizer": tokenizer.hash}

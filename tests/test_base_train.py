@@ -66,7 +66,7 @@ def test_a_run_of_each_recipe(recipe, tiny_tokenizer, base_dir, tmp_path, monkey
     text = tmp_path / "text"
     text.mkdir()
     for name in ("a", "b"):
-        lines = [json.dumps({"text": "Rain fills the rivers. " * 30}) for _ in range(40)]
+        lines = [json.dumps({"text": f"Rain {name} {i} fills the rivers. " * 30}) for i in range(40)]
         (text / f"{name}.jsonl").write_text("\n".join(lines))
     tiny_tokenizer.save(base_dir / "tokenizer")
     flags = ["--depth=2", "--max_seq_len=64", "--device_batch_size=4", "--total_batch_size=256", "--num_iterations=12"]

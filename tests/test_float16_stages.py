@@ -23,7 +23,7 @@ def data(tmp_path):
     """Documents and conversations that a tiny model can learn."""
     (tmp_path / "texts").mkdir()
     for name, count in (("a.jsonl", 400), ("b.jsonl", 50)):
-        lines = [json.dumps({"text": TEXTS[i % 2] + f" {i % 7}"}) for i in range(count)]
+        lines = [json.dumps({"text": TEXTS[i % 2] + f" {name} {i}"}) for i in range(count)]
         (tmp_path / "texts" / name).write_text("\n".join(lines) + "\n")
     chat = [
         [{"role": "user", "content": f"Say {i % 5}."}, {"role": "assistant", "content": f"Here it is: {i % 5}"}]
