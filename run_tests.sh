@@ -43,4 +43,5 @@ if command -v shellcheck > /dev/null; then
     check "shellcheck" shellcheck ./*.sh .ci/run
 fi
 check_rust
-exec "$PYTHON" -m pytest "$@"
+# One process per core; the tests of a file share its fixtures.
+exec "$PYTHON" -m pytest --numprocesses=auto --dist=loadfile "$@"

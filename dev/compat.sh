@@ -29,7 +29,7 @@ check() {
             -c "$work/constraints.txt" -e "$work/src[dev]" &&
         cd "$work/src" &&
         "$python" -c 'import torch; print("torch", torch.__version__, "with CUDA", torch.version.cuda)' &&
-        "$python" -m pytest -q -p no:cacheprovider "${pytest_flags[@]}"
+        "$python" -m pytest -q -p no:cacheprovider --numprocesses=auto --dist=loadfile "${pytest_flags[@]}"
 }
 
 failed=()

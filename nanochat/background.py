@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -14,6 +15,17 @@ import numpy.typing as npt
 import torch
 
 T = TypeVar("T")
+EXIT_SECONDS = 10.0  # the longest wait for the threads when the program ends
+_running: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """End the threads before the interpreter does: one that is inside C++ then would abort the process."""
+    for stop in list(_running.values()):
+        stop.set()
+    for thread in list(_running):
+        thread.join(EXIT_SECONDS)
 
 
 def to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
@@ -40,6 +52,7 @@ class Prefetch(Generic[T]):
         # The thread must not hold `self`, or an abandoned Prefetch would live for ever.
         self._thread = threading.Thread(target=_work, args=(make, self._queue, self._stop), daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
+        _running[self._thread] = self._stop
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:

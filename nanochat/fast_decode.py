@@ -22,7 +22,7 @@ from torch import Tensor
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, Attention, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.loss import softcap
-from nanochat.precision import NARROW_RANGE, Precision
+from nanochat.precision import DTYPES, NARROW_RANGE, Precision
 
 Weights = Literal["auto", "model", "bfloat16", "int8"]
 """auto: those of the run's precision. model: the model's own forward pass, not this module. bfloat16, int8: smaller."""
@@ -51,7 +51,7 @@ def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "au
     if weights == "int8" and (device != "cpu" or not hasattr(torch, "_weight_int8pack_mm")):
         raise ValueError(f"weights=int8 works on a CPU only (here: {device}): use auto or bfloat16")
     dtype = model.lm_head.weight.dtype if precision is None else precision.dtype
-    return FastDecoder(model, torch.bfloat16 if weights in ("bfloat16", "int8") else dtype, weights == "int8")
+    return FastDecoder(model, DTYPES["bfloat16"] if weights in ("bfloat16", "int8") else dtype, weights == "int8")
 
 
 class FastDecoder:
@@ -96,7 +96,7 @@ class FastDecoder:
             wide = w.device.type == "cpu" and self.dtype == torch.float32 and w.size(1) >= w.size(0)
             return w.contiguous() if wide else w
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
-        scale = scale.to(torch.bfloat16)
+        scale = scale.to(DTYPES["bfloat16"])
         packed = (weight / scale.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
         return packed, scale
 

@@ -77,7 +77,7 @@ def test_a_run_of_each_recipe(recipe, tiny_tokenizer, base_dir, tmp_path, monkey
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in records if "loss" in r]
     assert len(losses) == 12
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.3
     meta = load_checkpoint(folder).meta
     assert meta["model_config"]["smear"] == (recipe == "modern")
     assert torch.isfinite(torch.tensor(losses)).all()

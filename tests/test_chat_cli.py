@@ -161,7 +161,7 @@ def test_ctrl_c_in_a_real_process_stops_the_answer_not_the_program(saved):
                 while not said.strip():
                     process.stdin.write(b"hello\n")
                     process.stdin.flush()
-                    said = process.stdout.read(8)
+                    said = process.stdout.read1(8)
                 process.send_signal(signal.SIGINT)
                 while b"(stopped)" not in line and b"(Ctrl-D" not in line:
                     line = process.stderr.readline()

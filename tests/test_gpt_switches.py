@@ -73,13 +73,19 @@ def test_rows_of_different_lengths_in_one_cache(switch):
     for row, n in enumerate(lengths):
         expected = model(x[row : row + 1, : n + 7])[:, n:]
         torch.testing.assert_close(got[row : row + 1], expected, atol=2e-5, rtol=1e-4)
-    assert cache.drop([0]) == [2, 1]
+    cache.swap(0, 2)  # rows 2, 1, 0, of which the last one has left
+    cache.select(0, 2)
     after = model(x[[2, 1], [157, 297]][:, None], kv_cache=cache)
     torch.testing.assert_close(after[1:], model(x[1:2, :298])[:, -1:], atol=2e-5, rtol=1e-4)
-    copy = cache_of(model, 2)
+    copy = cache_of(model, 3)
     copy.prefill(cache)
+    copy.select(0, 2)
     again = model(x[[2, 1], [158, 298]][:, None], kv_cache=copy)
     torch.testing.assert_close(again[:1], model(x[2:3, :159])[:, -1:], atol=2e-5, rtol=1e-4)
+    copy.select(2, 3)
+    copy.copy(1, 2, 299)  # row 2 begins like row 1
+    shared = model(x[1:2, 299:300], kv_cache=copy)
+    torch.testing.assert_close(shared, model(x[1:2, :300])[:, -1:], atol=2e-5, rtol=1e-4)
 
 
 @each_switch

@@ -60,6 +60,7 @@ def build_ours(args: argparse.Namespace, mode: str) -> tuple[Callable[[], Any], 
     from nanochat.config import Runtime
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.optim import MuonAdamW
+    from nanochat.precision import DTYPES
     from nanochat.recipe import Schedule, parameter_groups
     from nanochat.trainer import Trainer, TrainSettings
 
@@ -73,7 +74,7 @@ def build_ours(args: argparse.Namespace, mode: str) -> tuple[Callable[[], Any], 
     groups = parameter_groups(model, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0)
     for group in groups:
         if group["kind"] == "muon":
-            group["ns_dtype"] = torch.bfloat16
+            group["ns_dtype"] = DTYPES["bfloat16"]
     settings = TrainSettings(schedule=Schedule(num_iterations=10**6), grad_clip=1.0)
     trainer = Trainer(
         label="bench",
