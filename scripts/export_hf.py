@@ -34,7 +34,7 @@ class Config:
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
     """Step of the checkpoint; default: the last."""
-    weights: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What to store the weights in; float32 loses nothing."""
     push: str | None = None
     """Also upload to this hub repository (owner/name), with the token of HF_TOKEN or `hf auth login`."""
@@ -49,9 +49,9 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--output={folder} is there and holds no export: choose another folder")
     model, tokenizer, meta = load_model(cfg.source, torch.device("cpu"), "eval", cfg.model_tag, cfg.step)
     card = model_card(
-        cfg.push or folder.name, cfg.source, model, meta, Report(get_base_dir() / "report").sections(), cfg.weights
+        cfg.push or folder.name, cfg.source, model, meta, Report(get_base_dir() / "report").sections(), cfg.dtype
     )
-    write_hf_folder(folder, model.state_dict(), model.config, tokenizer, card, DTYPES[cfg.weights])
+    write_hf_folder(folder, model.state_dict(), model.config, tokenizer, card, DTYPES[cfg.dtype])
     print0(f"wrote {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
     if cfg.push is not None:
         print0(f"pushed to {push_folder(folder, cfg.push, cfg.private)}")

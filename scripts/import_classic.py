@@ -26,12 +26,14 @@ class Config:
     """The name it gets here; default: that of the folder."""
     step: int | None = None
     """Default: the last."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    """What a later stage computes in if its card does so well; the original trains in bfloat16."""
 
 
 def main(cfg: Config) -> None:
     """Read, check, write."""
     folder = cfg.folder.expanduser().absolute()
-    target = import_classic(folder, cfg.source, cfg.model_tag or folder.name, get_tokenizer(), cfg.step)
+    target = import_classic(folder, cfg.source, cfg.model_tag or folder.name, get_tokenizer(), cfg.step, cfg.dtype)
     print(f"imported into {target}")
 
 

@@ -27,6 +27,8 @@ class Config:
     """Which stage's checkpoints it joins."""
     model_tag: Annotated[str, short("-g")] = "imported"
     """Name of the checkpoint folder."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    """What a later stage computes in if its card does so well; the weights stay float32."""
 
 
 def main(cfg: Config) -> None:
@@ -42,6 +44,7 @@ def main(cfg: Config) -> None:
         "imported_from": cfg.path,
         "model_config": config.to_dict(),
         "tokenizer_hash": tokenizer.hash,
+        "dtype": cfg.dtype,
     }
     path = save_checkpoint(target, 0, state, None, meta)
     print0(f"imported into {path}: python -m scripts.chat_cli -i {cfg.source} -g {cfg.model_tag}")

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanochat.common import get_base_dir, print0
-from nanochat.config import run_script
+from nanochat.config import Runtime, run_script
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
 from nanochat.report import get_report
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -83,6 +83,8 @@ SAMPLES = {"English": ENGLISH, "code": CODE, "maths": MATHS, "German": GERMAN, "
 class Config:
     """Settings of the tokenizer's evaluation."""
 
+    runtime: Runtime = field(default_factory=Runtime)
+    """Taken as by every script; a tokenizer counts, so device and precision change nothing here."""
     data_dir: str | None = None
     """Folder (or file) of parquet, jsonl or txt text: its train and validation texts are measured too."""
     dataset: str | None = None

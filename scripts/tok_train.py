@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from nanochat.common import get_base_dir, print0
-from nanochat.config import run_script
+from nanochat.config import Runtime, run_script
 from nanochat.dataset import open_corpus, prepare_corpus
 from nanochat.progress import format_seconds, progress
 from nanochat.report import get_report
@@ -26,6 +26,8 @@ from nanochat.tokenizer import SPLIT_PATTERN, TOKENIZER_FOLDER, RustBPETokenizer
 class Config:
     """Settings of the tokenizer's training."""
 
+    runtime: Runtime = field(default_factory=Runtime)
+    """Taken as by every script; a tokenizer counts, so device and precision change nothing here."""
     max_chars: int = 2_000_000_000
     """Read at most this many characters."""
     doc_cap: int = 10_000
