@@ -229,8 +229,8 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
     check(
         "flood",
         not flood.errors and not flood.wrong and flood.refused > 0 and not flood.malformed,
-        f"{flood.answers} answers, {flood.refused} refused, {flood.malformed} malformed, {len(flood.errors)} errors "
-        f"{flood.errors[:1]}",
+        f"{flood.answers} answers, {flood.refused} refused, {flood.malformed} malformed, "
+        f"{len(flood.errors)} errors {flood.errors[:1]}",
     )
 
     before = await load.idle()
