@@ -201,7 +201,8 @@ def kill_at_random(cfg: Config, base_dir: Path, rng: random.Random) -> float:
         reached = run.step(stage)
         if kind == "TERM":
             os.kill(run.process.pid, signal.SIGTERM)
-            run.expect(75, 0, 1 if cfg.ranks > 1 else 75)
+            # -SIGTERM: it came while Python was starting, before there was a handler or anything to save.
+            run.expect(75, 0, -signal.SIGTERM, 1 if cfg.ranks > 1 else 75)
             kept = newest_step(base_dir, stage)
             if run.step(stage) > reached and kept != run.step(stage):  # it was training
                 raise RuntimeError(f"SIGTERM lost steps: step {run.step(stage)} was made, {kept} is saved")
