@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 
 import pytest
@@ -196,7 +197,7 @@ LETTERS = st.text(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=int(os.environ.get("HF_EXAMPLES", "400")), deadline=None)
 @given(text=LETTERS)
 def test_ids_are_equal(tokenizer, their_tokenizer, text):
     # Theirs reads a special token's name in a text as that token; ours never does.
