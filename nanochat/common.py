@@ -221,7 +221,7 @@ class Compute:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        compute_cleanup()
+        compute_cleanup(meet=kind is None)  # a rank that failed must not wait for the others
 
 
 def seed_everything(seed: int) -> None:
@@ -269,9 +269,15 @@ def _why_no_cuda() -> str:
     return "torch sees no CUDA card: check `nvidia-smi` and run `bash verify_p100_setup.sh`"
 
 
-def compute_cleanup() -> None:
-    """Close the process group if there is one."""
+def compute_cleanup(meet: bool = False) -> None:
+    """Close the process group if there is one.
+
+    Args:
+        meet: wait for the other ranks first: with torch 2.7.1 a rank was seen to hang in closing gloo when another had gone.
+    """
     if dist.is_available() and dist.is_initialized():
+        if meet:
+            dist.barrier()
         dist.destroy_process_group()
 
 

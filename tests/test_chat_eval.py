@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from nanochat.chat_evaluation import Sampling, TaskScore, chat_core, evaluate_chat_task, pass_at_k
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
+from nanochat.common import compute_cleanup
 from nanochat.config import run_script
 from nanochat.core_eval import CoreTask, evaluate_task
 from nanochat.engine import Engine
@@ -219,7 +220,7 @@ def rank_main(rank: int, world_size: int, port: int, model, folder: str) -> None
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     result = everything(model, RustBPETokenizer.from_directory(folder), world_size, rank)
-    torch.distributed.destroy_process_group()
+    compute_cleanup(meet=True)
     with open(f"{folder}/{rank}.json", "w", encoding="utf-8") as f:
         json.dump(result, f)
 
