@@ -273,7 +273,8 @@ def compute_cleanup(meet: bool = False) -> None:
     """Close the process group if there is one.
 
     Args:
-        meet: wait for the other ranks first: with torch 2.7.1 a rank was seen to hang in closing gloo when another had gone.
+        meet: wait for the other ranks first: with torch 2.7.1 a rank was seen to hang in closing gloo when another was
+            gone.
     """
     if dist.is_available() and dist.is_initialized():
         if meet:
