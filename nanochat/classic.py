@@ -45,10 +45,10 @@ def read_classic(folder: Path, step: int | None = None) -> tuple[dict[str, Tenso
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         meta = json.loads((folder / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
-        config = GPTConfig.from_dict(meta["model_config"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+        weights = {name.removeprefix(_COMPILED): value.float() for name, value in weights.items()}
+        config = GPTConfig.from_nanochat(meta["model_config"], weights)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint of nanochat ({type(error).__name__}: {error})") from None
-    weights = {name.removeprefix(_COMPILED): value.float() for name, value in weights.items()}
     with torch.device("meta"):
         expected = {name: value.shape for name, value in GPT(config).state_dict().items()}
     problems = [f"{name} is missing" for name in sorted(set(expected) - set(weights))]

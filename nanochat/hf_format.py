@@ -221,7 +221,7 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPET
     return state, config, tokenizer
 
 
-def load_hf_model(path_or_repo: str, device: torch.device) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
+def load_nanochat_folder(path_or_repo: str, device: torch.device) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
     """(model, tokenizer, meta) of such a folder, or of a hub repository "owner/name", ready to chat with.
 
     Raises:

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.gpt import GPT
+from nanochat.hf_format import OWN_FILE, load_nanochat_folder
+from nanochat.tokenizer import RustBPETokenizer
+
 
 class HFPrefixCache:
     """Keys and values of a Hugging Face model; slot j of a row counts when its mask says so."""
@@ -99,17 +103,24 @@ class HuggingFaceTokenizer:
         return [[prepend, *row] if prepend is not None else row for row in rows]
 
 
-def load_hf_model(name: str, device: torch.device) -> tuple[HuggingFaceModel, HuggingFaceTokenizer]:
+def load_hf_model(
+    name: str, device: torch.device
+) -> tuple[HuggingFaceModel | GPT, HuggingFaceTokenizer | RustBPETokenizer]:
     """Load model and tokenizer from a folder (safetensors, or a single .gguf file) or the hub.
+
+    A folder that export_hf wrote gives our own model: code that comes with a folder is never run.
 
     Raises:
         FileNotFoundError: there is none, or `transformers` is not installed.
     """
+    folder = Path(name).expanduser()
+    if (folder / OWN_FILE).is_file():
+        own, own_tokenizer, _ = load_nanochat_folder(str(folder), device)
+        return own, own_tokenizer
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise FileNotFoundError("--hf_path needs the `transformers` package: pip install transformers") from error
-    folder = Path(name).expanduser()
     options: dict[str, Any] = {}
     if folder.is_dir():
         name = str(folder)

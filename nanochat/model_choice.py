@@ -9,7 +9,7 @@ import torch
 
 from nanochat.checkpoint_manager import find_tag, load_model
 from nanochat.gpt import GPT
-from nanochat.hf_format import load_hf_model
+from nanochat.hf_format import load_nanochat_folder
 from nanochat.hf_hub import model_folder
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -33,5 +33,5 @@ def load_chosen(
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
     """(model, tokenizer, meta) of what `find_model` has named, in eval mode on `device`."""
     if hf_path is not None:
-        return load_hf_model(hf_path, device)
+        return load_nanochat_folder(hf_path, device)
     return load_model(source, device, "eval", model_tag, step)

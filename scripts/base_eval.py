@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import find_tag, load_model
+from nanochat.checkpoint_manager import MODEL_FILE, find_tag, load_model, read_sums, step_folder
 from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.core_eval import (
@@ -167,8 +167,7 @@ def load_subject(cfg: Config, device: torch.device) -> Subject:
         return Subject(hf_model, hf_tokenizer, cfg.hf_path, slugify(cfg.hf_path.strip("/.")), version)
     model, tokenizer, meta = load_model("base", device, "eval", cfg.model_tag, cfg.step)
     checkpoint = find_tag("base", cfg.model_tag)
-    weights = checkpoint / f"model_{meta['step']:06d}.pt"
-    version = str(weights.stat().st_mtime_ns) if weights.exists() else ""
+    version = read_sums(step_folder(checkpoint, meta["step"]))[MODEL_FILE]
     slug = f"base_{checkpoint.name}_{meta['step']:06d}"
     return Subject(model, tokenizer, f"{checkpoint.name}, step {meta['step']}", slug, version)
 

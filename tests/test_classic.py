@@ -8,6 +8,7 @@ import torch
 from nanochat.checkpoint_manager import load_checkpoint, load_model
 from nanochat.classic import classic_steps, import_classic, read_classic
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt_config import NANOCHAT_2026
 
 
 @pytest.fixture
@@ -75,3 +76,26 @@ def test_the_models_of_both_have_the_same_names():
     block = [f"attn.{n}" for n in ("c_q", "c_k", "c_v", "c_proj")] + ["mlp.c_fc", "mlp.c_proj"]
     expected = {f"transformer.h.0.{n}.weight" for n in block} | {"transformer.wte.weight", "lm_head.weight"}
     assert names == expected
+
+
+def test_a_model_of_2026_is_recognised_by_its_names(tiny_tokenizer, base_dir, tmp_path):
+    """Its config says nothing of the switches; a model from before all of them were there is refused."""
+    rows = tiny_tokenizer.get_vocab_size()
+    shape = {"sequence_len": 64, "vocab_size": rows, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 64}
+    model = GPT(GPTConfig(**shape, **NANOCHAT_2026))
+    model.init_weights()
+    folder = tmp_path / "d2"
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "model_000005.pt")
+    meta = {"step": 5, "model_config": shape | {"window_pattern": "L"}}
+    (folder / "meta_000005.json").write_text(json.dumps(meta))
+    tiny_tokenizer.save(base_dir / "tokenizer")
+    import_classic(folder, "base", "d2", tiny_tokenizer)
+    again, _, _ = load_model("base", torch.device("cpu"))
+    x = torch.arange(30).view(1, 30)
+    with torch.no_grad():
+        assert torch.equal(again(x), model.eval()(x))
+    half = {k: v for k, v in model.state_dict().items() if "smear" not in k}
+    torch.save(half, folder / "model_000005.pt")
+    with pytest.raises(ValueError, match="between the classic and the one of 2026"):
+        import_classic(folder, "base", "other", tiny_tokenizer)

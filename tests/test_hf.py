@@ -175,6 +175,29 @@ def test_half_precision_loads_and_stays_close(exported, tokenizer):
         torch.testing.assert_close(theirs(ids).logits, model(ids), atol=0.1, rtol=0)
 
 
+def test_base_eval_reads_the_folder(exported, tokenizer):
+    """--hf_path: as our own model, without the code that a modern model's folder brings along."""
+    from nanochat.hf_model import load_hf_model
+
+    model, folder = exported
+    theirs, _ = load_hf_model(str(folder), torch.device("cpu"))
+    ids = torch.tensor([tokenizer.encode("The quick brown fox", prepend="<|bos|>")])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.logits_at(theirs.hidden(ids)), model(ids), atol=1e-4, rtol=0)
+
+
+def test_foreign_code_never_runs_by_itself(tokenizer, tmp_path):
+    from nanochat.hf_model import load_hf_model
+
+    model = random_model(tokenizer, **MODERN)
+    write_hf_folder(tmp_path / "model", model.state_dict(), model.config, tokenizer, "")
+    with open(tmp_path / "model" / "modeling_nanochat_modern.py", "a") as f:
+        f.write("\nraise SystemExit('foreign code ran')\n")
+    (tmp_path / "model" / "nanochat.json").unlink()
+    with pytest.raises(FileNotFoundError, match="custom code"):
+        load_hf_model(str(tmp_path / "model"), torch.device("cpu"))
+
+
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
 
 
