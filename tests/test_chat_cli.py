@@ -2,7 +2,6 @@
 
 import io
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -143,36 +142,6 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(conversation, monkeypat
     conversation.settings = AnswerSettings(temperature=0.0, max_tokens=5)
     list(conversation.ask("and then?"))
     assert len(conversation.messages) == 4
-
-
-def test_ctrl_c_in_a_real_process_stops_the_answer_not_the_program(saved):
-    """A signal in the middle of an answer; the next message is still answered.
-
-    The random model may end its answer before the signal comes: then the program says how to leave it, and it is asked
-    again.
-    """
-    command = [sys.executable, "-u", "-m", "scripts.chat_cli", "-t", "2", "-m", "100000000", "--device_type=cpu"]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        for _ in range(2):
-            for _ in range(50):
-                said, line = b"", b""
-                while not said.strip():
-                    process.stdin.write(b"hello\n")
-                    process.stdin.flush()
-                    said = process.stdout.read1(8)
-                process.send_signal(signal.SIGINT)
-                while b"(stopped)" not in line and b"(Ctrl-D" not in line:
-                    line = process.stderr.readline()
-                    assert line, "the program has ended"
-                if b"(stopped)" in line:
-                    break
-            else:
-                pytest.fail("no answer was ever stopped")
-        process.stdin.close()
-        process.stdout.read()
-        assert process.wait(timeout=60) == 0
 
 
 def test_tool_calls_show_only_on_a_terminal(capsys):
