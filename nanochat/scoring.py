@@ -110,6 +110,7 @@ class GPTPrefixCache(KVCache):
         index = torch.tensor(rows, device=device)
         wide.k_cache[:, :, :used] = self.k_cache[:, index, :used]
         wide.v_cache[:, :, :used] = self.v_cache[:, index, :used]
+        wide.tokens[:, :used] = self.tokens[index, :used]
         wide.set_lengths(list(lengths))
         return wide
 

@@ -6,6 +6,7 @@ import torch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.gpt_config import NANOCHAT_2026
 from nanochat.kv_cache import KVCache
+from nanochat.scoring import Span, score_groups
 
 SWITCHES = {
     "residual_scalars": {"residual_scalars": True},
@@ -86,6 +87,15 @@ def test_rows_of_different_lengths_in_one_cache(switch):
     copy.copy(1, 2, 299)  # row 2 begins like row 1
     shared = model(x[1:2, 299:300], kv_cache=copy)
     torch.testing.assert_close(shared, model(x[1:2, :300])[:, -1:], atol=2e-5, rtol=1e-4)
+
+
+@each_switch
+def test_scores_of_choices_with_a_shared_start_are_those_of_each_alone(switch):
+    model, start = switched(switch), tokens(1, 40)[0].tolist()
+    spans = [Span([*start, *tokens(1, n, seed=n)[0].tolist()], 40, 40 + n) for n in (3, 5)]
+    together = score_groups(model, [spans])
+    alone = [score for span in spans for score in score_groups(model, [[span]])]
+    assert [score.mean_nats for score in together] == pytest.approx([score.mean_nats for score in alone], abs=1e-5)
 
 
 @each_switch
