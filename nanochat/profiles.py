@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanochat.dataset import SOURCES
+from nanochat.corpus_sources import SOURCES
 from nanochat.precision import cpu_has_bf16
 
 # A shard of the public corpora holds about 250 million characters. Source: nanochat.

@@ -15,7 +15,8 @@ from local_hub import COMMIT, Hub, write_shard
 from nanochat import dataset
 from nanochat.config import run_script
 from nanochat.corpus import list_shards, open_corpus
-from nanochat.dataset import Source, download_shards, prepare_corpus
+from nanochat.corpus_sources import SOURCES, Source, source_folder
+from nanochat.dataset import download_shards, prepare_corpus
 from nanochat.download import Download, RemoteFile, download_file_with_lock
 from nanochat.hub import choose_shards
 from nanochat.manifest import LOCK, Entry, load_manifest
@@ -36,7 +37,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("NANOCHAT_DOWNLOAD_TIMEOUT", "0.5")
     monkeypatch.setenv("NANOCHAT_DOWNLOAD_BACKOFF", "0.01")
-    monkeypatch.setitem(dataset.SOURCES, "climbmix", Source("someone/texts", 9))
+    monkeypatch.setitem(SOURCES, "climbmix", Source("someone/texts", 9))
     yield server
     server.stop()
 
@@ -101,7 +102,7 @@ def test_lasting_faults_name_the_shard_and_leave_no_file_under_its_name(
         run_script(dataset.main, dataset.Config, ["-n", "2"])
     assert stop.value.code == 1
     assert "1 of 3 shards failed: shard_00001.parquet" in capsys.readouterr().err
-    folder = dataset.source_folder("climbmix")
+    folder = source_folder("climbmix")
     assert [shard.name for shard in list_shards(folder)] == ["shard_00000.parquet", "shard_00009.parquet"]
     hub.faults = {}
     run_script(dataset.main, dataset.Config, ["-n", "2"])
@@ -114,7 +115,7 @@ def test_failed_shards_are_all_named(hub: Hub) -> None:
     hub.files["shard_00002.parquet"] = b"<html>quota exceeded</html>"  # with the right hash, but no parquet file
     with pytest.raises(RuntimeError, match=r"3 of 4 shards failed: .*0\.parquet, .*1\.parquet, .*2\.parquet\. First"):
         download_shards("climbmix", 3)
-    folder = dataset.source_folder("climbmix")
+    folder = source_folder("climbmix")
     assert [p.name for p in folder.iterdir() if p.name not in (LOCK, "manifest.json")] == ["shard_00009.parquet"]
 
 
@@ -156,7 +157,7 @@ def test_a_hub_that_can_not_be_listed(hub: Hub, monkeypatch: pytest.MonkeyPatch)
     download_shards("climbmix", 1)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert download_shards("climbmix", 1) == dataset.source_folder("climbmix")  # nothing to ask for
+    assert download_shards("climbmix", 1) == source_folder("climbmix")  # nothing to ask for
     with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE is set"):
         download_shards("climbmix", 2)
 
@@ -298,7 +299,7 @@ def test_ready_returns_early_and_the_rest_arrives_in_the_background(
     # The other process knows the public sources only: a data set by its name.
     monkeypatch.setenv("NANOCHAT_DOWNLOAD_TIMEOUT", "20")
     run_script(dataset.main, dataset.Config, ["--source", "hf:someone/texts", "--ready", "1"])
-    folder = dataset.source_folder("hf:someone/texts")
+    folder = source_folder("hf:someone/texts")
     assert "in the background" in capsys.readouterr().out
     corpus = open_corpus(folder)
     assert len(list(corpus.documents("train"))) == 150  # waits for the shards that are still to come
@@ -342,7 +343,7 @@ def kill_downloads(hub: Hub, kills: int) -> None:
     assert process.stdin
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
-    folder = dataset.source_folder("hf:someone/texts")
+    folder = source_folder("hf:someone/texts")
     died, started = 0, 0
     for _ in range(kills):
         process.stdin.write(f"{rng.uniform(0.05, 1.0)}\n")
