@@ -14,14 +14,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from nanochat.signals import Stopped
+from nanochat.signals import Stopped, handled
 
 READ_BYTES = 1 << 16
 _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
@@ -72,30 +71,18 @@ def _open_channel(terminal: bool) -> tuple[int, int]:
 
 
 class _PassOn:
-    """Within `with`, signals that ask to stop are passed on to `process`; it decides when it ends."""
+    """Passes signals that ask to stop on to `process`, which decides when it ends."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.asked = False
-        self._before: dict[int, Any] = {}
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         # Ctrl-C reaches every process of the terminal by itself.
         if self.process is not None and number != signal.SIGINT:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGTERM)
-
-    def __enter__(self) -> _PassOn:
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-                if number := getattr(signal, name, None):
-                    self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
 
 
 def _end_with_parent() -> None:
@@ -113,7 +100,8 @@ def run_logged(command: Sequence[str], log_path: Path, env: Mapping[str, str]) -
         Stopped: one of these signals came.
     """
     reader, writer = _open_channel(sys.stdout.isatty())
-    with LineLog(log_path) as log, _PassOn() as signals:
+    signals = _PassOn()
+    with LineLog(log_path) as log, handled(signals.handle):
         log.feed(f"$ {' '.join(command)}   ({time.strftime('%Y-%m-%d %H:%M:%S')})\n".encode())
         process = subprocess.Popen(
             list(command),

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -27,6 +28,21 @@ class Stopped(SystemExit):
         super().__init__(EXIT_STOPPED)
 
 
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within `with`, the signals that ask to stop go to `handler` (in the main thread; Python allows no other)."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if number := getattr(signal, name, None):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 class StopRequest:
     """Within `with`, signals only set `requested`; the second one ends the process with 128 + its number."""
 
@@ -34,7 +50,7 @@ class StopRequest:
         self._asked = False
         self._parent = os.getppid()
         self._since = 0.0
-        self._before: dict[int, Any] = {}
+        self._handled = handled(self._handle)
 
     @property
     def requested(self) -> bool:
@@ -57,12 +73,8 @@ class StopRequest:
                 os.write(2, f"\n{text}\n".encode())
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-                if number := getattr(signal, name, None):
-                    self._before[number] = signal.signal(number, self._handle)
+        self._handled.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        self._handled.__exit__(kind, error, tb)
