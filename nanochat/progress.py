@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 from nanochat.common import get_dist_info
 
-T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -75,14 +73,3 @@ def progress(total: float, label: str) -> Iterator[Bar]:
         yield bar
     finally:
         bar.close()
-
-
-def track(items: Iterable[T], label: str, total: float | None = None) -> Iterator[T]:
-    """Iterate with a progress bar."""
-    if total is None:
-        items = items if hasattr(items, "__len__") else list(items)
-        total = len(items)  # type: ignore[arg-type]
-    with progress(total, label) as bar:
-        for item in items:
-            yield item
-            bar.advance()
