@@ -64,7 +64,7 @@ def test_a_model_learns_the_same_in_medium():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        ends.append(float(loss))
+        ends.append(loss.item())
     assert ends[0] < 3.5
     assert ends[1] == pytest.approx(ends[0], rel=0.01)
     assert ends[1] != ends[0]  # the products were rounded
