@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nanochat.precision import MEDIUM
+from nanochat.fp16_gemm import HalfGemm
+from nanochat.precision import MEDIUM, NARROW_RANGE
 
 
 def training_product_dtype(x: Tensor) -> torch.dtype:
@@ -54,10 +55,44 @@ class _LowProducts(torch.autograd.Function):
         return dx, dw, None
 
 
+class _HalfProducts(torch.autograd.Function):
+    """The same in float16 with a product of our own for y and dx (nanochat/fp16_gemm.py); dw is torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gemm: HalfGemm, dtype: torch.dtype) -> Tensor:
+        low_x, low_weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(low_x, low_weight)
+        ctx.gemm, ctx.dtypes = gemm, (x.dtype, weight.dtype)
+        return gemm(low_x.flatten(0, -2), low_weight).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].to(x.dtype).flatten(0, -2).contiguous()
+        dx = ctx.gemm(grad, weight.t()).view(x.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        dw = (grad.t() @ x.flatten(0, -2)).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None
+
+
+_half_gemm: HalfGemm | None = None
+
+
+def use_half_gemm(gemm: HalfGemm | None) -> None:
+    """From now on multiply with `gemm` where training is in float16 under autocast; None: with torch."""
+    global _half_gemm
+    _half_gemm = gemm
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (…, in) times weight (out, in) transposed -> (…, out), see `training_product_dtype`."""
     dtype = training_product_dtype(x)
-    if dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if autocast and _half_gemm is not None and dtype in NARROW_RANGE and training:
+        half: Tensor = _HalfProducts.apply(x, weight, _half_gemm, dtype)
+        return half
+    if autocast or dtype == x.dtype:
         return F.linear(x, weight)
     y: Tensor = _LowProducts.apply(x, weight, dtype)
     return y
