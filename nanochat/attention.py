@@ -5,6 +5,7 @@ that continue a cache) is cut into blocks of queries: each sees only the keys it
 mask of T × T ever exists. The pieces are planned once per forward pass and serve every layer.
 
 Key/value heads are repeated by hand: on older cards `enable_gqa` falls back to a kernel that needs O(T²) memory.
+Training on a CPU has a way of its own, see nanochat/cpu_attention.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanochat.cpu_attention import MAX_BYTES, cpu_attention, probability_bytes
+from nanochat.linear import training_product_dtype
 
 QUERY_BLOCK = 256
 
@@ -108,6 +112,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: floa
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
+    if q.device.type == "cpu" and q.requires_grad and not torch.compiler.is_compiling():
+        dtype = training_product_dtype(q)
+        if probability_bytes(q.size(0) * q.size(1), pieces, dtype.itemsize) <= MAX_BYTES:
+            scale = q.size(-1) ** -0.5 if scale is None else scale
+            y = cpu_attention(q.to(dtype), k.to(dtype), v.to(dtype), pieces, scale)
+            return y.to(v.dtype).transpose(1, 2)
     parts = [
         F.scaled_dot_product_attention(
             _run(q, p.queries), _run(k, p.keys), _run(v, p.keys), attn_mask=p.mask, is_causal=p.causal, scale=scale

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
 from nanochat.gpt_config import ROPE_BASE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
+from nanochat.linear import Linear, training_product_dtype
 from nanochat.loss import linear_cross_entropy, softcap
 from nanochat.precision import NARROW_RANGE
 from nanochat.rms_norm import rms_norm
@@ -81,12 +82,12 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         kv_dim = self.n_kv_head * self.head_dim
-        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.c_k = nn.Linear(config.n_embd, kv_dim, bias=False)
-        self.c_v = nn.Linear(config.n_embd, kv_dim, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_dim)
+        self.c_v = Linear(config.n_embd, kv_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         gated = config.has_value_embedding(layer)
-        self.ve_gate = nn.Linear(VALUE_GATE_CHANNELS, self.n_kv_head, bias=False) if gated else None
+        self.ve_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head) if gated else None
         self.window = config.windows[layer]
         # The factor on q and on k, as one factor on their products.
         self.scale = None if config.qk_scale == 1.0 else config.qk_scale**2 * self.head_dim**-0.5
@@ -138,8 +139,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.c_fc(x)  # (B, T, 4C)
@@ -184,7 +185,7 @@ class GPT(nn.Module):
                 "h": nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self._add_switched_parameters(config)
         self.activation_checkpointing = False
         self.windows = set(config.windows)
@@ -202,7 +203,7 @@ class GPT(nn.Module):
             layers = [i for i in range(config.n_layer) if config.has_value_embedding(i)]
             self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv_dim) for i in layers})
         if config.smear:
-            self.smear_gate = nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False)
+            self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
@@ -391,7 +392,7 @@ class GPT(nn.Module):
     def loss(self, x: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         """The loss of hidden states `x` (B, T, C) against `targets` (B, T); never compiled, unlike `hidden`."""
         return linear_cross_entropy(
-            x, self.lm_head.weight, targets, self.config.vocab_size, LOGIT_SOFTCAP, reduction, _autocast_dtype(x)
+            x, self.lm_head.weight, targets, self.config.vocab_size, LOGIT_SOFTCAP, reduction, training_product_dtype(x)
         )
 
     def logits_at(self, x: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The dtypes whose largest number (65504) ordinary activations reach.
 NARROW_RANGE = frozenset({torch.float16})
+# What float32 products may be rounded to where the float32 matmul precision is "medium".
+MEDIUM = DTYPES["bfloat16"]
 MAX_SKIPS_IN_A_ROW = 12
 # Steps between attempts to double the loss scale when the run's length is not known. Each may cost a skipped step.
 GROWTH_INTERVAL = 200
@@ -167,7 +169,7 @@ class Precision:
         self.skipped_in_a_row = 0
         if dtype == torch.float32:
             # Float32 matmuls may round their inputs where the hardware is much faster at it: TF32 on Ampere and
-            # newer, bfloat16 on CPUs with such instructions. Everything else stays float32.
+            # newer, bfloat16 on CPUs with such instructions (nanochat/linear.py). Everything else stays float32.
             fast = "high" if device_type == "cuda" else "medium" if cpu_has_bf16() else "highest"
             torch.set_float32_matmul_precision(fast)
 

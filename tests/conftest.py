@@ -35,9 +35,10 @@ def base_dir(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def matmul_precision():
-    """Every test begins with exact float32 matmuls, whatever the one before has set."""
+def matmul_precision(monkeypatch):
+    """Every test begins with exact float32 matmuls, and keeps them on a CPU that is fast at bfloat16."""
     torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr("nanochat.precision.cpu_has_bf16", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanochat import attention
+from nanochat import attention, cpu_attention
 from nanochat.attention import attend, plan_attention, plan_ragged, segment_starts
+from nanochat.precision import DTYPES
+
+BRAIN = DTYPES["bfloat16"]
 
 
 def reference(q, k, v, allowed):
@@ -34,7 +37,7 @@ def causal(T, S):
     return (torch.arange(S) <= torch.arange(S - T, S)[:, None])[None]
 
 
-@pytest.mark.parametrize("backend", [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
+@pytest.mark.parametrize("backend", ["own", "torch's choice", SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize(
     ("T", "S"), [(40, 40), (1, 40), (9, 40), (40, 47)], ids=["train", "decode", "continued prefill", "several blocks"]
@@ -42,13 +45,16 @@ def causal(T, S):
 @pytest.mark.parametrize("window", [None, 5])
 def test_every_path_equals_plain_attention(monkeypatch, backend, H, K, T, S, window):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(cpu_attention, "CAUSAL_BLOCK", 16)
+    if backend != "own":
+        monkeypatch.setattr(attention, "MAX_BYTES", 0)
     q, k, v = inputs(2, T, S, H, K)
     allowed = causal(T, S)
     if window is not None:
         allowed = allowed & (torch.arange(S) >= torch.arange(S - T, S)[:, None] - window)
     expected = reference(q, k, v, allowed)
     pieces = plan_attention(T, S, q.device, window)
-    if backend is None:
+    if isinstance(backend, str):
         ours = attend(q, k, v, pieces)
     else:
         with sdpa_kernel(backend):
@@ -96,3 +102,21 @@ def test_segments_do_not_see_each_other(monkeypatch, window):
 def test_segment_starts():
     segments = torch.tensor([[5, 5, 2, 2, 2, 5], [0, 1, 2, 3, 4, 4]])
     assert segment_starts(segments).tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 2, 3, 4, 4]]
+
+
+def test_training_on_a_cpu_in_bfloat16_is_as_exact_as_torchs_kernel(monkeypatch):
+    exact = inputs(2, 200, 200, 2, 2, D=64)
+    seed = torch.randn(2, 200, 2, 64, generator=torch.Generator().manual_seed(1))
+    pieces = plan_attention(200, 200, seed.device)
+
+    def errors():
+        low = [x.detach().to(BRAIN).requires_grad_() for x in exact]
+        y = attend(*low, pieces)
+        found = [y, *torch.autograd.grad(y, low, seed.to(BRAIN))]
+        return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, truth, strict=True)]
+
+    y = reference(*exact, causal(200, 200))
+    truth = [y.detach(), *torch.autograd.grad(y, exact, seed)]
+    ours = errors()
+    monkeypatch.setattr(attention, "MAX_BYTES", 0)
+    assert all(a < 2 * b for a, b in zip(ours, errors(), strict=True))

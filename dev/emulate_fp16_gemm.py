@@ -1,0 +1,158 @@
+"""Does a model learn as well with products accumulated in float16 (--fp16_gemm, for a P100)? Emulated on a CPU.
+
+    python dev/emulate_fp16_gemm.py --data FOLDER --steps 1000
+
+Trains the same model on the same batches twice in float16: once with PyTorch's products, accumulated in float32, and
+once with every multiply-add of the blocks' products y and dx rounded to float16, one term after the other, as a P100's
+fused half multiply-add does, in the parts of nanochat/fp16_gemm.py. Prints both losses and how far they are apart, and
+the error of one product. Needs a C++ compiler and a CPU with F16C and FMA; the text is bytes, so no tokenizer.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nanochat.config import Runtime, run_script  # noqa: E402
+from nanochat.common import setup_compute  # noqa: E402
+from nanochat.fp16_gemm import PART, add_parts, layer_shapes, parts_of  # noqa: E402
+from nanochat.gpt import GPT, GPTConfig  # noqa: E402
+from nanochat.linear import use_half_gemm  # noqa: E402
+from nanochat.optim import MuonAdamW  # noqa: E402
+from nanochat.recipe import parameter_groups  # noqa: E402
+
+SOURCE = r"""
+#include <immintrin.h>
+#include <torch/extension.h>
+
+// a (M, K) and bt (K, N) in float32 with float16 values, N a multiple of 8 -> (M, N), every partial sum in float16.
+static inline __m256 round_half(__m256 x) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+torch::Tensor half_sums(torch::Tensor a, torch::Tensor bt) {
+    const int64_t M = a.size(0), K = a.size(1), N = bt.size(1);
+    auto out = torch::empty({M, N}, a.options());
+    const float *A = a.data_ptr<float>(), *B = bt.data_ptr<float>();
+    float *C = out.data_ptr<float>();
+    at::parallel_for(0, M, 8, [&](int64_t begin, int64_t end) {
+        for (int64_t j = 0; j < N; j += 64) {
+            const int vectors = std::min<int64_t>(64, N - j) / 8;
+            for (int64_t i = begin; i < end; i++) {
+                __m256 sum[8];
+                for (int v = 0; v < vectors; v++) sum[v] = _mm256_setzero_ps();
+                for (int64_t k = 0; k < K; k++) {
+                    const __m256 x = _mm256_set1_ps(A[i * K + k]);
+                    for (int v = 0; v < vectors; v++)
+                        sum[v] = round_half(_mm256_fmadd_ps(x, _mm256_loadu_ps(B + k * N + j + 8 * v), sum[v]));
+                }
+                for (int v = 0; v < vectors; v++) _mm256_storeu_ps(C + i * N + j + 8 * v, sum[v]);
+            }
+        }
+    });
+    return out;
+}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The two runs."""
+
+    data: str
+    """Folder of parquet shards with a column `text`."""
+    steps: int = 1000
+    """Optimizer steps."""
+    depth: int = 4
+    """Layers."""
+    rows: int = 2
+    """Rows of a batch."""
+    sequence_len: int = 256
+    """Tokens of a row."""
+    part: int = PART
+    """Longest sum in float16."""
+    tail: int = 100
+    """The last so many losses are averaged."""
+
+
+def read_bytes(folder: str, count: int) -> Tensor:
+    """The first `count` bytes of text in the first shard."""
+    import pyarrow.parquet as pq
+
+    text = bytearray()
+    file = pq.ParquetFile(sorted(Path(folder).glob("*.parquet"))[0])
+    for group in range(file.num_row_groups):
+        for document in file.read_row_group(group, columns=["text"])["text"].to_pylist():
+            text += document.encode() + b"\0"
+        if len(text) >= count:
+            return torch.tensor(list(text[:count]))
+    raise ValueError(f"{folder} has fewer than {count} bytes of text: ask for fewer --steps")
+
+
+def train(cfg: Config, tokens: Tensor, name: str) -> list[float]:
+    """The losses of one run."""
+    compute = setup_compute(Runtime(device_type="cpu", dtype="float16"))
+    model = GPT(GPTConfig.from_depth(cfg.depth, 256, cfg.sequence_len))
+    model.init_weights(torch.Generator().manual_seed(0))
+    groups = parameter_groups(model, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.01, weight_decay=0.0)
+    optimizer = MuonAdamW(groups)
+    batches = tokens.view(cfg.steps, cfg.rows, cfg.sequence_len + 1)
+    losses: list[float] = []
+    start = time.time()
+    while len(losses) < cfg.steps:
+        batch = batches[len(losses)]
+        with compute.precision.autocast():
+            loss = model(batch[:, :-1], batch[:, 1:])
+        compute.precision.backward(loss)
+        result = compute.precision.step([optimizer], 1.0, loss.detach())
+        optimizer.zero_grad(set_to_none=True)
+        if result.skipped:
+            continue  # with a smaller loss scale
+        losses.append(loss.item())
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * min(1.0, 2.5 * (1 - len(losses) / cfg.steps))
+        if len(losses) % 100 == 0:
+            recent = sum(losses[-cfg.tail :]) / len(losses[-cfg.tail :])
+            print(f"{name}: step {len(losses)}, loss {recent:.4f}, {time.time() - start:.0f} s", flush=True)
+    return losses
+
+
+def main(cfg: Config) -> None:
+    """Both runs and their comparison."""
+    from torch.utils.cpp_extension import load_inline
+
+    flags = ["-O3", "-mavx2", "-mfma", "-mf16c"]
+    module = load_inline("half_sums", SOURCE, functions=["half_sums"], extra_cflags=flags)
+
+    def emulated(a: Tensor, b: Tensor) -> Tensor:
+        count = parts_of(a.size(1), cfg.part) or 1
+        pairs = zip(a.float().chunk(count, dim=1), b.float().chunk(count, dim=1), strict=True)
+        parts = [module.half_sums(x.contiguous(), y.t().contiguous()).to(a.dtype) for x, y in pairs]
+        return add_parts(torch.stack(parts))
+
+    channels = GPTConfig.from_depth(cfg.depth, 256, cfg.sequence_len).n_embd
+    half = setup_compute(Runtime(device_type="cpu", dtype="float16")).dtype
+    for m, n, k in layer_shapes(channels, 64):
+        a, b = torch.randn(m, k).to(half), (torch.randn(n, k) * k**-0.5).to(half)
+        exact = a.float() @ b.float().t()
+        errors = [float((y.float() - exact).norm() / exact.norm()) for y in (emulated(a, b), a @ b.t())]
+        print(f"product ({m}, {k}) × ({k}, {n}): error {errors[0]:.2e}, accumulated in float32 {errors[1]:.2e}")
+    tokens = read_bytes(cfg.data, cfg.steps * cfg.rows * (cfg.sequence_len + 1))
+    ends = {}
+    for name, gemm in (("float32 sums", None), ("float16 sums", emulated)):
+        use_half_gemm(gemm)
+        losses = train(cfg, tokens, name)
+        ends[name] = sum(losses[-cfg.tail :]) / cfg.tail
+    apart = abs(ends["float16 sums"] / ends["float32 sums"] - 1)
+    print(f"mean loss of the last {cfg.tail} of {cfg.steps} steps: {ends}; {apart:.2%} apart")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,109 @@
+"""The model's linear layers, whose products may be made in another precision than their inputs have.
+
+`torch.set_float32_matmul_precision("medium")` allows float32 products to be computed in bfloat16. torch uses that only
+where oneDNN has kernels for it: on CPUs with AMX, but not on those that have just AVX-512 BF16 (there "medium" gave the
+error of float32, 3e-7, at the speed of float32). So in training the conversion is made here. Weights, gradients and
+everything between the products stay float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nanochat.fp16_gemm import HalfGemm
+from nanochat.precision import MEDIUM, NARROW_RANGE
+
+
+def training_product_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype training multiplies `x`: that of autocast, bfloat16 on a CPU set to "medium", or its own.
+
+    Without gradients float32 stays exact, so that evaluation and chat don't depend on how a batch is cut.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    if kind != "cpu" or x.dtype != torch.float32 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x.dtype  # (a compiler can't follow the question below)
+    return MEDIUM if torch.get_float32_matmul_precision() == "medium" else x.dtype
+
+
+class _LowProducts(torch.autograd.Function):
+    """x @ weight.T and the two products of its gradient, with their factors rounded to `dtype`; each once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        low_x, low_weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(low_x, low_weight)
+        ctx.dtypes = x.dtype, weight.dtype
+        return F.linear(low_x, low_weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        grad = grads[0].to(x.dtype)
+        dx = (grad @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight_dtype)
+        return dx, dw, None
+
+
+class _HalfProducts(torch.autograd.Function):
+    """The same in float16 with a product of our own for y and dx (nanochat/fp16_gemm.py); dw is torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gemm: HalfGemm, dtype: torch.dtype) -> Tensor:
+        low_x, low_weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(low_x, low_weight)
+        ctx.gemm, ctx.dtypes = gemm, (x.dtype, weight.dtype)
+        return gemm(low_x.flatten(0, -2), low_weight).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].to(x.dtype).flatten(0, -2).contiguous()
+        dx = ctx.gemm(grad, weight.t()).view(x.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        dw = (grad.t() @ x.flatten(0, -2)).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None
+
+
+_half_gemm: HalfGemm | None = None
+
+
+def use_half_gemm(gemm: HalfGemm | None) -> None:
+    """From now on multiply with `gemm` where training is in float16 under autocast; None: with torch."""
+    global _half_gemm
+    _half_gemm = gemm
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (…, in) times weight (out, in) transposed -> (…, out), see `training_product_dtype`."""
+    dtype = training_product_dtype(x)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if autocast and _half_gemm is not None and dtype in NARROW_RANGE and training:
+        half: Tensor = _HalfProducts.apply(x, weight, _half_gemm, dtype)
+        return half
+    if autocast or dtype == x.dtype:
+        return F.linear(x, weight)
+    y: Tensor = _LowProducts.apply(x, weight, dtype)
+    return y
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) -> (…, out)."""
+        return linear(x, self.weight)

@@ -1,0 +1,70 @@
+"""Float32 products in bfloat16: only where they are allowed, and as close as bfloat16 can be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.linear import Linear, training_product_dtype
+from nanochat.precision import MEDIUM
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return Linear(64, 48)
+
+
+def gradients(layer, x, seed):
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return [y, *torch.autograd.grad(y, (x, layer.weight), seed)]
+
+
+def test_medium_rounds_the_factors_of_all_three_products_and_returns_float32(layer):
+    x, seed = torch.randn(3, 5, 64), torch.randn(3, 5, 48)
+    torch.set_float32_matmul_precision("medium")
+    ours = gradients(layer, x, seed)
+    low_x, low_w, low_g = (t.to(MEDIUM).double() for t in (x, layer.weight.detach(), seed))
+    expected = [
+        F.linear(low_x, low_w),
+        low_g @ low_w,
+        torch.einsum("bto,bti->oi", low_g, low_x),
+    ]
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert float((a.detach().double() - b).norm() / b.norm()) < 2**-8  # the result is rounded to bfloat16 once
+
+
+def test_highest_no_gradient_and_float64_are_exact(layer):
+    x, seed = torch.randn(3, 5, 64), torch.randn(3, 5, 48)
+    plain = [F.linear(x, layer.weight), seed @ layer.weight]
+    for a, b in zip(gradients(layer, x, seed), plain, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch.set_float32_matmul_precision("medium")
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), plain[0], rtol=1e-6, atol=1e-6)
+    assert training_product_dtype(x.double()) == torch.float64
+    with torch.autocast("cpu", dtype=MEDIUM):
+        assert training_product_dtype(x) == MEDIUM
+
+
+def test_a_model_learns_the_same_in_medium():
+    """20 steps on one batch: the loss falls as far as in exact float32, within 1 %."""
+    config = GPTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
+    tokens = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(0))
+    ends = []
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        model = GPT(config)
+        model.init_weights(torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(20):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        ends.append(loss.item())
+    assert ends[0] < 3.5
+    assert ends[1] == pytest.approx(ends[0], rel=0.01)
+    assert ends[1] != ends[0]  # the products were rounded
