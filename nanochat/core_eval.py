@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from nanochat.common import download_file_with_lock, get_base_dir, get_dist_info
 from nanochat.files import atomic_folder, write_text
 from nanochat.jsonl import ResumeLog, read_jsonl
 from nanochat.progress import progress
-from nanochat.scoring import LanguageModel, Score, Span, score_groups, shared_length
+from nanochat.scoring import LanguageModel, Score, Span, batches_of_examples, score_groups
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 KINDS = ("multiple_choice", "schema", "language_modeling")
@@ -341,7 +341,7 @@ def evaluate_task(
             _tokenize(tokenizer, task, items[i], shown, model.max_seq_len)
             for i, shown in zip(window, shots, strict=True)
         ]
-        for batch in _batches(examples, batch_tokens):
+        for batch in batches_of_examples(examples, batch_tokens, model.max_seq_len):
             scores = iter(score_groups(model, [examples[b] for b in batch]))
             answers = {}
             for b in batch:
@@ -355,23 +355,6 @@ def evaluate_task(
     if world_size > 1 and dist.is_initialized():
         dist.all_reduce(correct)
     return [bool(c) for c in correct.tolist()]
-
-
-def _batches(examples: Sequence[Sequence[Span]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of examples in batches of similar length, longest first, of about `max_tokens` padded tokens."""
-    shared = [shared_length(spans) for spans in examples]
-    tails = [max(len(span.tokens) for span in spans) - n for spans, n in zip(examples, shared, strict=True)]
-    batch: list[int] = []
-    rows = longest = longest_tail = 0
-    for i in sorted(range(len(examples)), key=lambda i: (-shared[i], -tails[i], i)):
-        longest, longest_tail = max(longest, shared[i]), max(longest_tail, tails[i])
-        rows += len(examples[i])
-        if batch and longest * (len(batch) + 1) + longest_tail * rows > max_tokens:
-            yield batch
-            batch, rows, longest, longest_tail = [], len(examples[i]), shared[i], tails[i]
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _tokenize(tokenizer: Tokenizer, task: CoreTask, item: Item, shots: Sequence[Item], max_tokens: int) -> list[Span]:

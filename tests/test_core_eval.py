@@ -31,7 +31,16 @@ from nanochat.core_eval import (
 )
 from nanochat.hf_model import HuggingFaceModel
 from nanochat.jsonl import ResumeLog
-from nanochat.scoring import Span, batches_by_length, next_token_logits, score_groups, score_spans, shared_length
+from nanochat.scoring import (
+    PASS_TOKENS,
+    Span,
+    batches_by_length,
+    batches_of_examples,
+    next_token_logits,
+    score_groups,
+    score_spans,
+    shared_length,
+)
 
 WORDS = (
     "sky",
@@ -338,6 +347,44 @@ def test_batches_hold_every_row_once_within_the_budget(lengths, max_tokens):
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= max_tokens
+
+
+def example_of(shared: int, tails: tuple[int, ...]) -> list[Span]:
+    """An example whose rows share their first `shared` tokens and nothing else."""
+    return [Span([0] * shared + [row + 1] * n, max(1, shared), shared + n) for row, n in enumerate(tails)]
+
+
+def cost_of(examples: list[list[Span]], batch: list[int]) -> tuple[int, int]:
+    """(padded tokens, longest row) of a batch."""
+    starts = max(shared_length(examples[i]) for i in batch)
+    tail = max(len(span.tokens) - shared_length(examples[i]) for i in batch for span in examples[i])
+    return starts * len(batch) + tail * sum(len(examples[i]) for i in batch), starts + tail
+
+
+@given(
+    st.lists(
+        st.builds(example_of, st.integers(1, 60), st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)),
+        max_size=12,
+    ),
+    st.integers(1, 600),
+)
+def test_examples_are_batched_once_within_budget_and_context_and_never_dearer_than_alone(examples, max_tokens):
+    context = 100
+    batches = batches_of_examples(examples, max_tokens, context)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
+    for batch in batches:
+        size, longest = cost_of(examples, batch)
+        assert len(batch) == 1 or (size <= max_tokens and longest <= context)
+        alone = sum(cost_of(examples, [i])[0] for i in batch)
+        assert size <= alone + 2 * PASS_TOKENS * (len(batch) - 1)
+
+
+def test_padding_is_weighed_against_passes():
+    long, short = example_of(500, (2, 2)), example_of(20, (2, 2))
+    assert batches_of_examples([short, long, short, long], 8192, 2048) == [[1, 3], [0, 2]]
+    similar = [example_of(500 + i, (2, 2)) for i in range(4)]
+    assert batches_of_examples(similar, 8192, 2048) == [[3, 2, 1, 0]]
+    assert batches_of_examples(similar, 1100, 2048) == [[3, 2], [1, 0]]
 
 
 # --- whole results ----------------------------------------------------------------------------------------------------
