@@ -290,12 +290,17 @@ def find_spans(kind: str, rows: Sequence[Sequence[int]]) -> list[Span]:
     return [Span(with_continuation, start, len(with_continuation))]
 
 
-def is_correct(kind: str, item: Item, scores: Sequence[Score]) -> bool:
-    """Whether the scores of an example's spans amount to the right answer."""
+def choose(kind: str, scores: Sequence[Score]) -> int:
+    """Index of the row that the model prefers; for language modeling 1 when it would write the continuation, else 0."""
     if kind == "language_modeling":
-        return scores[0].greedy
+        return int(scores[0].greedy)
     losses = [score.mean_nats for score in scores]
-    return losses.index(min(losses)) == item["gold"]
+    return losses.index(min(losses))
+
+
+def right_choice(kind: str, item: Item) -> int:
+    """What `choose` must give."""
+    return 1 if kind == "language_modeling" else int(item["gold"])
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -321,7 +326,7 @@ def evaluate_task(
         items: examples to answer, usually the first of `everything`.
         everything: all examples of the task, for few-shot prompts.
         batch_tokens: padded tokens in a batch.
-        finished: answers from before, which are not worked out again, and where new ones are kept.
+        finished: answers from before, which are not worked out again, and where new ones are kept with their choices.
         on_progress: called with the number of examples finished.
     """
     _, rank, _, world_size = get_dist_info()
@@ -343,14 +348,14 @@ def evaluate_task(
         ]
         for batch in batches_of_examples(examples, batch_tokens, model.max_seq_len):
             scores = iter(score_groups(model, [examples[b] for b in batch]))
-            answers = {}
+            records = []
             for b in batch:
-                of_example = [next(scores) for _ in examples[b]]
-                answers[window[b]] = is_correct(task.kind, items[window[b]], of_example)
-            for i, right in answers.items():
+                i, choice = window[b], choose(task.kind, [next(scores) for _ in examples[b]])
+                right = choice == right_choice(task.kind, items[i])
                 correct[i] = right
+                records.append({"task": task.label, "index": i, "choice": choice, "correct": right})
             if finished is not None:
-                finished.add({"task": task.label, "index": i, "correct": right} for i, right in answers.items())
+                finished.add(records)
             on_progress(len(batch))
     if world_size > 1 and dist.is_initialized():
         dist.all_reduce(correct)

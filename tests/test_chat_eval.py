@@ -22,7 +22,7 @@ from nanochat.common import compute_cleanup
 from nanochat.config import run_script
 from nanochat.core_eval import CoreTask, evaluate_task
 from nanochat.engine import Engine
-from nanochat.jsonl import ResumeLog
+from nanochat.jsonl import ResumeLog, read_jsonl
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval, base_loss, chat_eval
@@ -369,6 +369,9 @@ def test_base_eval_with_fewer_examples_than_shots(trained, bundle, base_dir, cap
     (path,) = (base_dir / "base_eval").glob("*.csv")
     assert path.name == "base_d2_000007.csv"
     assert path.read_text().splitlines()[-1].startswith("CORE ")
+    answers = read_jsonl(path.with_suffix(".jsonl"))
+    assert [(answer["task"], answer["index"]) for answer in answers] == [("t", i) for i in range(4)]
+    assert not path.with_suffix(".unfinished").exists()
 
 
 def test_base_eval_without_a_bundle(trained, base_dir, monkeypatch, capsys):
