@@ -29,7 +29,7 @@ from nanochat.core_eval import (
     pick_fewshot,
     render_prompts,
 )
-from nanochat.hf_model import HuggingFaceModel
+from nanochat.hf_model import HuggingFaceModel, HuggingFaceTokenizer
 from nanochat.jsonl import ResumeLog
 from nanochat.scoring import (
     PASS_TOKENS,
@@ -482,3 +482,27 @@ def test_no_network_says_how_to_go_on(base_dir, monkeypatch):
     monkeypatch.setattr(core_eval, "download_file_with_lock", fail)
     with pytest.raises(FileNotFoundError, match=r"can't be had.*--eval_bundle PATH"):
         get_bundle_folder()
+
+
+@pytest.mark.parametrize(
+    ("specials", "bos", "start"),
+    [
+        (["<|endoftext|>", "<|im_start|>"], "<|im_start|>", "<|endoftext|>"),
+        (["<s>", "<|bos|>"], "<s>", "<|bos|>"),
+        (["<s>", "</s>"], "<s>", "<s>"),
+        (["</s>"], None, "</s>"),
+    ],
+)
+def test_texts_for_other_models_start_as_their_documents_did(specials, bos, start):
+    """SmolLM2's chat model, for one, names <|im_start|> as bos, and answers worse after it."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*specials, "a", "b"])}, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = HuggingFaceTokenizer(
+        transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=bos, eos_token=specials[-1])
+    )
+    first = tokenizer.get_bos_token_id()
+    assert first == specials.index(start)
+    assert tokenizer.encode(["b a"], prepend=first) == [[first, len(specials) + 1, len(specials)]]
