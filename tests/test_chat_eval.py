@@ -343,11 +343,20 @@ def test_base_loss(trained, base_dir, capsys):
     assert 1 < metrics["train bpb"] < 20
 
 
+def test_base_loss_reads_the_same_text_whatever_the_batch_size(trained, base_dir):
+    seen = []
+    for batch_size in (1, 3, 8):
+        run_script(base_loss.main, base_loss.Config, [f"--device_batch_size={batch_size}", "--eval_tokens=700"])
+        seen.append(section(base_dir, "base-model-loss")["metrics"])
+    for other in seen[1:]:
+        assert other == pytest.approx(seen[0], rel=1e-5)
+
+
 def test_base_loss_with_too_few_tokens_is_an_error(trained, capsys):
     with pytest.raises(SystemExit) as error:
-        run_script(base_loss.main, base_loss.Config, ["--device_batch_size=2", "--eval_tokens=255"])
+        run_script(base_loss.main, base_loss.Config, ["--device_batch_size=2", "--eval_tokens=127"])
     assert error.value.code == 1
-    assert "less than one batch of 256 tokens" in capsys.readouterr().err
+    assert "less than one row of 128 tokens" in capsys.readouterr().err
 
 
 @pytest.fixture
