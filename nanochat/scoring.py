@@ -142,7 +142,8 @@ def batches_of_examples(examples: Sequence[Sequence[Span]], max_tokens: int, con
 
     Args:
         examples: the spans of each example.
-        max_tokens: padded tokens in a batch, of shared starts and tails together (or one example).
+        max_tokens: padded tokens computed in a batch, shared starts and tails together. Keys and values, of which every
+            row has its copy, are kept of at most twice as many. A batch of one example may exceed both.
         context: tokens the model can read at once.
     """
     shared = [shared_length(spans) for spans in examples]
@@ -154,8 +155,8 @@ def batches_of_examples(examples: Sequence[Sequence[Span]], max_tokens: int, con
         rows = tail = 0
         for stop, i in enumerate(order[start:], start + 1):
             rows, tail = rows + len(examples[i]), max(tail, tails[i])
-            size = shared[first] * (stop - start) + tail * rows
-            if stop > start + 1 and (size > max_tokens or shared[first] + tail > context):
+            size, longest = shared[first] * (stop - start) + tail * rows, shared[first] + tail
+            if stop > start + 1 and (size > max_tokens or longest * rows > 2 * max_tokens or longest > context):
                 break
             total = cost[start] + size + PASS_TOKENS * (2 if shared[first] else 1)
             if total < cost[stop]:

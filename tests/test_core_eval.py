@@ -374,7 +374,8 @@ def test_examples_are_batched_once_within_budget_and_context_and_never_dearer_th
     assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
     for batch in batches:
         size, longest = cost_of(examples, batch)
-        assert len(batch) == 1 or (size <= max_tokens and longest <= context)
+        kept = longest * sum(len(examples[i]) for i in batch)
+        assert len(batch) == 1 or (size <= max_tokens and kept <= 2 * max_tokens and longest <= context)
         alone = sum(cost_of(examples, [i])[0] for i in batch)
         assert size <= alone + 2 * PASS_TOKENS * (len(batch) - 1)
 
