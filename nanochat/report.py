@@ -1,7 +1,7 @@
 """The report of a run: every stage logs a section, `generate` puts them together with a summary table.
 
     python -m nanochat.report reset          start a new report: forgets the sections, notes machine and time
-    python -m nanochat.report generate       write <base dir>/report/report.md and report.html, and a copy to ./report.md
+    python -m nanochat.report generate       write <base dir>/report/report.md and .html, and a copy to ./report.md
     python -m nanochat.report compare A B    two base dirs side by side: tables here, curves in ./compare.html
 
 A section is stored twice in `<base dir>/report/`: `<name>.json` is what `generate` reads, `<name>.md` is for people.

@@ -17,7 +17,12 @@ Table = list[list[str]]
 def score_table(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> Table:
     """Every score of both summary tables: metric and stage, A, B, and B − A."""
     cells = [
-        {(row[0], stage): cell for row in rows[1:] for stage, cell in zip(rows[0][1:], row[1:], strict=True) if cell != "-"}
+        {
+            (row[0], stage): cell
+            for row in rows[1:]
+            for stage, cell in zip(rows[0][1:], row[1:], strict=True)
+            if cell != "-"
+        }
         for rows in (a, b)
     ]
     table = [["Score", "A", "B", "B − A"]]

@@ -170,11 +170,16 @@ def read_answers(folder: Path) -> list[Answer]:
 def readable(answer: Any) -> str:
     """An answer as people read it: a use of the calculator or of Python as ⟨7*6 → 42⟩."""
     if isinstance(answer, list):  # parts: texts, Python, and what it printed
-        marks = {"python": ("<|python_start|>", "<|python_end|>"), "python_output": ("<|output_start|>", "<|output_end|>")}
+        marks = {
+            "python": ("<|python_start|>", "<|python_end|>"),
+            "python_output": ("<|output_start|>", "<|output_end|>"),
+        }
         parts = [(marks.get(str(part.get("type")), ("", "")), part.get("text", "")) for part in answer]
         answer = "".join(f"{before}{text}{after}" for (before, after), text in parts)
     text = re.sub(r"<\|python_end\|>\s*<\|output_start\|>", " → ", str(answer))
-    return re.sub(r"<\|python_start\|>|<\|(?:python|output)_end\|>", lambda m: "⟨" if "start" in m.group() else "⟩", text)
+    return re.sub(
+        r"<\|python_start\|>|<\|(?:python|output)_end\|>", lambda m: "⟨" if "start" in m.group() else "⟩", text
+    )
 
 
 def _first_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -211,8 +216,9 @@ def cost_line(run: Run, price: float | None = None) -> str:
         return f"unknown: there is no price of {machine} in the table (--price says what an hour costs)"
     row = rows[0]
     cards = f"{len(names)} cards" if len(names) > 1 else "one card"
+    each = row["usd_per_hour"]
     return (
-        f"about ${hours * len(names) * row['usd_per_hour']:.2f}: {length}, {cards} at ${row['usd_per_hour']:.2f} an hour "
+        f"about ${hours * len(names) * each:.2f}: {length}, {cards} at ${each:.2f} an hour "
         f"to rent ({row['what']}; {row['source']}, {row['date']}; --price overrides it)"
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -57,9 +57,7 @@ NO_SHARES = {"train bpb", "val bpb", "val loss"}
 NO_CURVE = {"step", "seconds", "tokens", "progress", "loss"}
 
 
-def render_html(
-    run: Run, summary: Sequence[Sequence[str]], missing: Sequence[str], price: float | None = None
-) -> str:
+def render_html(run: Run, summary: Sequence[Sequence[str]], missing: Sequence[str], price: float | None = None) -> str:
     """The page.
 
     Args:
@@ -99,7 +97,11 @@ def environment() -> Any:
     from nanochat.report import format_value
 
     env = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     env.filters["value"] = format_value
     env.filters["duration"] = format_seconds
@@ -117,9 +119,11 @@ def markdown(text: str) -> Any:
     from markdown_it import MarkdownIt
     from markupsafe import Markup
 
-    reader = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink", "reference"])
+    reader = (
+        MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink", "reference"])
+    )
     html = reader.render(text).replace("<table>", '<div class="scroll" tabindex="0"><table>')
-    return Markup(html.replace("</table>", "</table></div>").replace("<pre>", '<pre tabindex="0">'))  # noqa: S704
+    return Markup(html.replace("</table>", "</table></div>").replace("<pre>", '<pre tabindex="0">'))
 
 
 # --- what stands in the page -----------------------------------------------------------------------------------------
@@ -245,7 +249,10 @@ def data_facts(run: Run) -> dict[str, Any]:
         facts |= {"text": base.settings.get("dataset") or base.settings.get("data_dir")}
         facts |= {"vocabulary": base.meta.get("model_config", {}).get("vocab_size")}
         facts |= {"tokens read": loader.get("tokens_seen"), "epochs begun": base.facts.get("epochs begun")}
-        facts |= {"tokenizer hash": str(base.meta.get("tokenizer_hash", ""))[:16] or None, "corpus": loader.get("corpus")}
+        facts |= {
+            "tokenizer hash": str(base.meta.get("tokenizer_hash", ""))[:16] or None,
+            "corpus": loader.get("corpus"),
+        }
     for source in ("mid", "sft"):
         if source in run.stages:
             facts[f"{SHORT[source]}: conversations"] = run.stages[source].facts.get("packing")
@@ -255,5 +262,3 @@ def data_facts(run: Run) -> dict[str, Any]:
 def code_states(run: Run) -> dict[str, str]:
     """The commit that each stage ran with."""
     return {SHORT[s.source]: str(s.meta["code"]) for s in run.stages.values() if "code" in s.meta}
-
-

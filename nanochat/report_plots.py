@@ -155,7 +155,9 @@ def describe(title: str, lines: Sequence[Line]) -> str:
             name = f"{line.label}: " if sum(not other.faint for other in lines) > 1 else ""
             first, last = line.y[0], line.y[-1]
             steps = f"step {line.x[0]:.0f} to {line.x[-1]:.0f}"
-            parts.append(f"{name}{first:.4g} to {last:.4g}, lowest {min(line.y):.4g}, highest {max(line.y):.4g}, {steps}")
+            parts.append(
+                f"{name}{first:.4g} to {last:.4g}, lowest {min(line.y):.4g}, highest {max(line.y):.4g}, {steps}"
+            )
     return f"{title}: {'; '.join(parts)}" if parts else title
 
 
