@@ -16,7 +16,7 @@ from typing import Any
 
 from nanochat.card_readings import CardReading, read_cards
 from nanochat.metrics_log import read_metrics
-from nanochat.report_data import METRICS_FILE, read_json
+from nanochat.report_data import METRICS_FILE, is_number, read_json
 from nanochat.report_plots import thin
 
 # Stages in their order, with the folder of checkpoints of those that train.
@@ -98,7 +98,7 @@ class Frame:
 
     base_dir: Path
     stages: Sequence[tuple[str, str]]
-    """(stage, "done", "now" or "waiting"); a stage without a mark that others have passed is left out."""
+    """(stage, "done", "now" or "waiting"); what the pipeline has passed without running it is left out."""
     current: str | None
     """The running stage; None before the first and after the last."""
     finished: bool
@@ -129,7 +129,7 @@ class Watcher:
 
     def look(self) -> Frame:
         """What can be seen now."""
-        marks = {name: read_json(self.folder / f"{name}.json") for name in STAGES}
+        marks = {name: read_json(self._mark_path(name)) for name in STAGES}
         written = {name: self._written(name, marks[name]) for name in STAGES}
         newest = max(STAGES, key=lambda name: (written[name], list(STAGES).index(name)))
         alive = written[newest] > 0
@@ -140,7 +140,7 @@ class Watcher:
         progress, eta = self._progress(training, log)
         return Frame(
             base_dir=self.base_dir,
-            stages=_states(marks, current, written),
+            stages=_states(marks, current),
             current=current,
             finished=finished,
             quiet_seconds=max(0.0, time.time() - written[newest]) if alive else 0.0,
@@ -151,6 +151,9 @@ class Watcher:
             cards=read_cards(),
             load=machine_load(),
         )
+
+    def _mark_path(self, stage: str) -> Path:
+        return self.folder / f"{stage}.json"
 
     def _metrics_path(self, stage: str, mark: Mapping[str, Any]) -> Path | None:
         """The loss log of a stage: that of the model the pipeline trains, else the newest."""
@@ -166,7 +169,7 @@ class Watcher:
     def _written(self, stage: str, mark: Mapping[str, Any]) -> float:
         """When a stage last wrote something; 0: never."""
         metrics = self._metrics_path(stage, mark)
-        paths = [self.folder / f"{stage}.json", *([metrics] if metrics else [])]
+        paths = [self._mark_path(stage), *([metrics] if metrics else [])]
         if mark.get("state") == "started":
             paths.append(self.folder / f"{stage}.log")
         return max(_modified(path) for path in paths)
@@ -183,8 +186,8 @@ class Watcher:
 
     def _training(self, stage: str, mark: Mapping[str, Any]) -> Training | None:
         path = self._metrics_path(stage, mark)
-        if path is None:
-            return None
+        if path is None or (mark.get("state") == "started" and _modified(path) < _modified(self._mark_path(stage))):
+            return None  # what is there is from a run before
         records = self._tails.setdefault(path, MetricsTail(path)).poll()
         steps = [record for record in records if "loss" in record]
         if not steps:
@@ -196,9 +199,9 @@ class Watcher:
             for record in records
             if "loss" not in record
             for key, value in record.items()
-            if key not in ("step", "seconds")
+            if key not in ("step", "seconds") and is_number(value)
         }
-        smooth = [(r["step"], r["smooth_loss"]) for r in steps if isinstance(r.get("smooth_loss"), (int, float))]
+        smooth = [(r["step"], r["smooth_loss"]) for r in steps if is_number(r.get("smooth_loss"))]
         return Training(
             step=last["step"],
             seconds=seconds,
@@ -226,11 +229,9 @@ class Watcher:
         return (min(int(found.group(1)) / 100, 1.0), found.group(2)) if found else (None, None)
 
 
-def _states(
-    marks: Mapping[str, Mapping[str, Any]], current: str | None, written: Mapping[str, float]
-) -> list[tuple[str, str]]:
+def _states(marks: Mapping[str, Mapping[str, Any]], current: str | None) -> list[tuple[str, str]]:
     names = list(STAGES)
-    last = max((i for i, name in enumerate(names) if written[name] > 0), default=-1)
+    last = max((i for i, name in enumerate(names) if marks[name]), default=len(names))
     states = []
     for i, name in enumerate(names):
         if name == current:

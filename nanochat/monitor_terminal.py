@@ -25,7 +25,7 @@ def render(frame: Frame, width: int) -> Any:
     from rich.panel import Panel
     from rich.text import Text
 
-    stages = Text(" ").join(Text(f"{SIGNS[state]} {name}", style=STYLES[state]) for name, state in frame.stages)
+    stages = Text(" ").join(Text(f"{SIGNS[state]}\u00a0{name}", style=STYLES[state]) for name, state in frame.stages)
     parts: list[Any] = [
         Text.assemble(("nanochat ", "bold"), headline(frame), ("  " + frame.clock, "dim")),
         Text(str(frame.base_dir), style="dim"),

@@ -129,7 +129,7 @@ class Report:
         from nanochat.report_html import render_html
 
         if not (self.folder / f"{HEADER}.json").is_file():
-            write_json(self.folder / f"{HEADER}.json", self.run().header | {"environment": environment()})
+            write_json(self.folder / f"{HEADER}.json", {**self.run().header, "environment": environment()})
         run = self.run()
         text = render_report(run.header, run.sections, cost_line(run, price))
         path = self.folder / "report.md"

@@ -154,7 +154,7 @@ def tiles(run: Run, summary: Sequence[Sequence[str]], price: float | None) -> li
     facts = base.facts if base else {}
     last = {row[0]: next((cell for cell in reversed(row[1:]) if cell != "-"), "-") for row in summary[1:]}
     first = {row[0]: row[1] for row in summary[1:]}
-    training = sum(stage.steps[-1]["seconds"] for stage in run.stages.values() if stage.steps)
+    training = sum(seconds[-1] for stage in run.stages.values() if (seconds := stage.curve("seconds")[1]))
     found = []
     if "ChatCORE" in last:
         found.append(("ChatCORE", last["ChatCORE"], "mean of the chat tasks, 0 is guessing"))
@@ -198,7 +198,9 @@ def timeline(run: Run) -> list[tuple[str, str, float]]:
 
 def stage_view(plotter: Plotter, run: Run, stage: StageRun) -> dict[str, Any]:
     """What the page says of one stage of training: facts, plots, and curves that are a straight line."""
-    plots, flat, once = [], [], []
+    plots: list[tuple[str, str, str]] = []
+    flat: list[str] = []
+    once: list[str] = []
     color = list(SHORT).index(stage.source)
     for curve in (*CURVES, *_other_curves(stage)):
         x, y = stage.curve(curve.key)

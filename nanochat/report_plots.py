@@ -143,8 +143,8 @@ def _grid(axes: Any, unit: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """The text without matplotlib's formulas."""
-    return text.replace("$", r"\$")
+    """The text cut to what fits into a legend, without matplotlib's formulas."""
+    return text[:24].replace("$", r"\$")
 
 
 def describe(title: str, lines: Sequence[Line]) -> str:
