@@ -148,6 +148,11 @@ def human(number: float) -> str:
     return f"{number:.3g}"
 
 
+def short_number(value: float) -> str:
+    """Four digits: 21283.4 -> 21,283; 0.97678 -> 0.9768."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
 def tiles(run: Run, summary: Sequence[Sequence[str]], price: float | None) -> list[tuple[str, str, str]]:
     """(label, number, small print) of the figures a reader looks for first."""
     base = run.stages.get("base")
@@ -208,14 +213,14 @@ def stage_view(plotter: Plotter, run: Run, stage: StageRun) -> dict[str, Any]:
             continue
         if is_flat(y):
             name = curve.title if curve.title.isupper() else curve.title.lower()
-            (once if len(y) == 1 else flat).append(f"{name} {y[0] * curve.factor:.4g}")
+            (once if len(y) == 1 else flat).append(f"{name} {short_number(y[0] * curve.factor)}")
             continue
         lines = [Line(curve.title, x, [value * curve.factor for value in y], color)]
         if curve.raw:
             raw_x, raw_y = stage.curve(curve.raw)
             lines.insert(0, Line(curve.raw, raw_x, raw_y, color, faint=True))
         svg = plotter.lines(curve.title, lines, unit=curve.unit, zero=curve.zero, log=curve.log)
-        plots.append((curve.title, f"{y[-1] * curve.factor:.4g}", svg))
+        plots.append((curve.title, short_number(y[-1] * curve.factor), svg))
     mfu = model_flops_utilization(run, stage)
     facts = stage.facts | ({"MFU, share of the data sheet's peak": f"{mfu:.1%}"} if mfu is not None else {})
     unfinished = not stage.section and bool(stage.steps)
