@@ -1,9 +1,10 @@
-"""One token per row, as fast as plain torch allows: the same arithmetic as nanochat.gpt, laid out for decoding.
+"""One token per row, as fast as torch allows: the same arithmetic as nanochat.gpt, laid out for decoding.
 
 A decode step reads every weight once and computes next to nothing with it, so what counts is how many bytes the weights
-have and how many small operations surround them. Compared with the model's own forward pass this one has the weights in
-the dtype they are multiplied in (autocast would convert all of them for every token), query, key and value as one
-matmul, queries and keys rotated and normalised together, residuals added by the matmul, and no module calls.
+have, how fast they are read (nanochat.few_rows) and how many small operations surround them. Compared with the model's
+own forward pass this one has the weights in the dtype they are multiplied in (autocast would convert all of them for
+every token), query, key and value as one matmul, queries and keys rotated and normalised together, residuals added by
+the matmul, places in the cache found for all layers at once, and no module calls.
 
 `weights` may also be smaller than the run's precision: "bfloat16" halves the bytes of float32, "int8" quarters them
 (a scale per output channel, activations in bfloat16; CPU only). Only decoding changes: prompts are read by the model.
@@ -13,21 +14,14 @@ Shapes: B rows, C channels, H query heads, K key/value heads, D head size, V voc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.few_rows import (
-    Int8Linear,
-    Linear,
-    PackedLinear,
-    PlainLinear,
-    SplitLinear,
-    best_form,
-    exact_matmuls,
-)
+from nanochat.few_rows import Int8Linear, Linear, best_form, exact_matmuls
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, Attention, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.precision import DTYPES, NARROW_RANGE, Precision
@@ -79,7 +73,7 @@ class FastDecoder:
         self.model, self.dtype, self.int8 = model, dtype, int8
         self.device = model.get_device().type
         self._seen: list[tuple[int, int]] | None = None
-        self._forms: dict[type, _Matrices] = {}
+        self._forms: dict[Callable[[Tensor], Linear], _Matrices] = {}
         self._threads: dict[int, ThreadChoice] = {}
 
     def refresh(self) -> FastDecoder:
@@ -96,13 +90,13 @@ class FastDecoder:
 
     def _matrices(self, rows: int) -> _Matrices:
         """The weights in the form for this many rows."""
-        form = Int8Linear if self.int8 else best_form(rows, self.device, self.dtype)
+        form: Callable[[Tensor], Linear] = Int8Linear if self.int8 else best_form(rows, self.device, self.dtype)
         if form not in self._forms:
             self._forms[form] = self._take_weights(form)
         return self._forms[form]
 
     @torch.no_grad()
-    def _take_weights(self, form: type[PlainLinear | SplitLinear | PackedLinear | Int8Linear]) -> _Matrices:
+    def _take_weights(self, form: Callable[[Tensor], Linear]) -> _Matrices:
         model, dtype = self.model, torch.float32 if self.int8 else self.dtype
         layers = []
         for block in model.blocks:
@@ -148,7 +142,7 @@ class FastDecoder:
                 keys, values = cache.update(layer, qk[:, :, H:].to(attend_in), v.to(attend_in))  # (B, all, K, D)
                 keys, values = keys.transpose(1, 2), values.transpose(1, 2)
             # The queries that share a key/value head stand in the place of positions: none is repeated in memory.
-            q = qk[:, 0, :H].reshape(B, K, H // K, D).to(attend_in)
+            q = qk[:, 0, :H].view(B, K, H // K, D).to(attend_in)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             x = to_out.add(y.reshape(B, H * D).to(dtype), x)
             h = to_hidden.relu(self._norm(x).to(dtype))  # (B, 4C)

@@ -65,7 +65,7 @@ class SplitLinear:
         parts = torch.get_num_threads()
         if weight.numel() < SPLIT_FROM or out % parts:
             parts = 1
-        split = weight.view(parts, out // parts, width).transpose(1, 2)  # (parts, in, out / parts)
+        split = weight.reshape(parts, out // parts, width).transpose(1, 2)  # (parts, in, out / parts)
         # MKL reads a wide matrix up to twice as fast when it is contiguous this way round.
         split = split.contiguous() if out > width else split
         self._weight = split if parts > 1 else split[0]

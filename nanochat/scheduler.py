@@ -194,7 +194,8 @@ class Scheduler:
         rows += self._decode_ready(rows, logits)
         new: dict[int, list[tuple[int, int]]] = {}
         if logits:
-            for row, token in zip(rows, self._choose(rows, logits[0] if len(logits) == 1 else torch.cat(logits)), strict=True):
+            together = logits[0] if len(logits) == 1 else torch.cat(logits)  # (B, V)
+            for row, token in zip(rows, self._choose(rows, together), strict=True):
                 new[id(row)] = self._accept(row, token)
         result = [(row, new.get(id(row), [])) for row in self.rows if id(row) in new or row.finish_reason]
         for row, _ in result:

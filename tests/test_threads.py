@@ -1,6 +1,7 @@
 """The number of threads follows what was faster, and is put back after every step."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from nanochat.threads import TRIAL_EVERY, TRIAL_STEPS, ThreadChoice, release_wor
 def clock(monkeypatch):
     """Two threads, and a clock that only `run` moves."""
     now = [0.0]
-    monkeypatch.setattr(threads.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(threads, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield now
@@ -43,9 +44,13 @@ def test_the_faster_number_wins_until_the_next_comparison(clock):
 def test_a_step_that_fails_leaves_the_number_as_it_was(clock):
     choice = ThreadChoice()
     run(choice, clock, 1, {1: 1.0, 2: 1.0})
-    with pytest.raises(ValueError, match="failed"), choice():
-        assert torch.get_num_threads() == 1
-        raise ValueError("failed")
+
+    def fail():
+        with choice():
+            raise ValueError("failed")
+
+    with pytest.raises(ValueError, match="failed"):
+        fail()
     assert torch.get_num_threads() == 2
 
 
