@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.few_rows import Int8Linear, Linear, best_form, exact_matmuls
+from nanochat.few_rows import Int8Linear, Linear, best_form
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, Attention, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.precision import DTYPES, NARROW_RANGE, Precision
@@ -109,13 +109,9 @@ class FastDecoder:
     @torch.inference_mode()
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Run token ids (B, 1) on the cache's selected rows; return softcapped float32 logits (B, V)."""
-        if self.device != "cpu":
+        self._matrices(idx.size(0))  # made with all threads
+        with self._threads.setdefault(idx.size(0).bit_length(), ThreadChoice(self.device))():
             return self._decode(idx, cache)
-        choice = self._threads.setdefault(idx.size(0).bit_length(), ThreadChoice())
-        with exact_matmuls():
-            self._matrices(idx.size(0))  # made with all threads
-            with choice():
-                return self._decode(idx, cache)
 
     def _decode(self, idx: Tensor, cache: KVCache) -> Tensor:
         c, dtype = self.model.config, self.dtype

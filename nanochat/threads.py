@@ -34,7 +34,8 @@ class ThreadChoice:
     On a busy machine small steps lose more by waiting for each other's threads than they gain by sharing the work.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._steps, self._one_wins = 0, False
         self._seconds: tuple[list[float], list[float]] = [], []  # with all, with one
 
@@ -42,7 +43,7 @@ class ThreadChoice:
     def __call__(self) -> Iterator[None]:
         """One step."""
         threads = torch.get_num_threads()
-        if threads == 1:
+        if threads == 1 or self._device != "cpu":
             yield
             return
         at = self._steps % TRIAL_EVERY

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanochat.engine import Engine
 from nanochat.few_rows import (
     SPLIT_FROM,
     Int8Linear,
@@ -71,7 +72,7 @@ def test_bfloat16_and_int8_are_as_exact_as_they_can_be(rows):
 def test_float32_is_not_rounded_where_training_rounds_it():
     torch.set_float32_matmul_precision("medium")
     weight, x, _ = operands((512, 512), 4)
-    with exact_matmuls():
+    with exact_matmuls("cpu"):
         y = PackedLinear(weight)(x)
     torch.testing.assert_close(y.double(), x.double() @ weight.double().t(), atol=1e-4, rtol=1e-4)
     assert torch.get_float32_matmul_precision() == "medium"
@@ -80,3 +81,13 @@ def test_float32_is_not_rounded_where_training_rounds_it():
 def test_a_card_takes_the_weights_as_they_are():
     assert best_form(1, "cuda", torch.float16) is PlainLinear
     assert best_form(1, "cpu", torch.float16) is PlainLinear
+
+
+def test_prompts_and_answers_are_computed_exactly_where_training_rounds(tiny_model, tiny_tokenizer):
+    torch.set_float32_matmul_precision("medium")
+    seen = []
+    tiny_model.lm_head.register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    Engine(tiny_model, tiny_tokenizer, weights="model").generate_batch([65, 66], max_tokens=3)
+    assert seen
+    assert set(seen) == {"highest"}
+    assert torch.get_float32_matmul_precision() == "medium"
