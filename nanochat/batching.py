@@ -28,6 +28,7 @@ from nanochat.gpt import GPT
 from nanochat.precision import Precision
 from nanochat.sampling import Sampling
 from nanochat.scheduler import FinishReason, Row, Scheduler
+from nanochat.threads import release_workers
 from nanochat.tokenizer import RustBPETokenizer
 
 EventKind = Literal["text", "python", "python_output", "done", "error"]
@@ -281,6 +282,7 @@ class BatchEngine:
             ("submitted", "finished", "cancelled", "failed", "generated_tokens", "prompt_tokens", "cached_tokens"), 0
         )
         self._rate: deque[tuple[float, float, int]] = deque()  # (when, seconds, tokens) of the last rounds
+        release_workers()  # from here on the model runs in the thread below
         self._thread = threading.Thread(target=self._work, name="batch-engine", daemon=True)
         self._thread.start()
 
