@@ -17,8 +17,9 @@ from nanochat.cards import find_card
 
 OLDEST = (6, 0)
 """No torch that this project supports has kernels for older cards."""
-# An upper bound of the FLOP/s that training reaches, so that no text is read twice for want of shards: half the measured
-# matmul speed on cards with tensor cores; on a P100 95 % of it, and as much again by half for matmuls summed in float16.
+# An upper bound of the FLOP/s that training reaches, so that no text is read twice for want of shards: half the
+# measured matmul speed on cards with tensor cores; on a P100 95 % of it, and half as much again should its matmuls be
+# summed in float16.
 # Source of the measured speeds: zzc0721/torch-performance-test-data.
 TRAINING_FLOPS_PER_SECOND = {"P100": 12e12, "T4": 21e12, "V100": 47e12, "A100": 130e12, "H100": 400e12}
 UNKNOWN_CARD_FLOPS_PER_SECOND = 130e12
