@@ -213,7 +213,7 @@ P100 = Profile(
     needs_cards=True,
 )
 
-# nanochat's own speedrun: eight large cards, 20 tokens per parameter.
+# nanochat's own speedrun, made for eight large cards, 20 tokens per parameter.
 D20 = Profile(
     name="d20",
     about="nanochat's d20 on 8 large CUDA cards",
