@@ -11,18 +11,18 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nanochat.card_choice import training_speed
+from nanochat.card_choice import DeviceInfo, training_speed
 from nanochat.cards import find_card
-from nanochat.common import Compute, check_wheel, measure_matmul, reinstall_line, setup_compute
+from nanochat.common import Compute, check_wheel, get_base_dir, measure_matmul, reinstall_line, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.pipeline import list_devices, take_cards
+from nanochat.pipeline import list_devices, shards_needed, take_cards, visible_cards
 from nanochat.precision import DTYPE_NAMES
 from nanochat.profiles import MID_HOURS, SFT_HOURS, Profile, Settings, choose_profile
 from nanochat.progress import format_seconds
@@ -33,6 +33,12 @@ STEPS, DEPTH, VOCAB, ROWS, T = 8, 2, 512, 4, 128
 # A card below this share of the speed that others measured on it is busy, hot, or held back.
 SLOW = 0.5
 FREE = 0.85
+# A shard of the public corpora on disk. Source: nanochat.
+SHARD_BYTES = 100e6
+# Float32 weights with at most two moments; four such checkpoints (two, the best, the one being written), three models.
+BYTES_PER_PARAMETER = 4 * 12 + 3 * 4
+# Conversations, benchmarks, caches: a guess.
+OTHER_BYTES = 3e9
 
 
 @dataclass(frozen=True)
@@ -143,18 +149,44 @@ def check_plan(profile: Profile, speed: float) -> Check:
     return Check("ok", "plan", text)
 
 
+def check_room(profile: Profile, devices: Sequence[DeviceInfo]) -> Check:
+    """Whether the base dir's disk holds this run: its shards, its checkpoints while it trains, its three models."""
+    with torch.device("meta"):
+        shape = GPTConfig.from_depth(profile.depth, profile.vocab_size, profile.max_seq_len)
+        num_params = GPT(shape).num_params()
+    public = profile.dataset not in (None, "demo")
+    shards = shards_needed(profile, devices) if public else 0
+    needed = shards * SHARD_BYTES + num_params * BYTES_PER_PARAMETER + OTHER_BYTES * public
+    base_dir = get_base_dir()
+    there = sum(path.stat().st_size for path in base_dir.rglob("*") if path.is_file())
+    free = shutil.disk_usage(base_dir).free
+    text = (
+        f"{free / 1e9:.0f} GB free in {base_dir}; {shards} shards, checkpoints and models of {num_params / 1e6:,.0f} "
+        f"million parameters: {needed / 1e9:.1f} GB, of which {there / 1e9:.1f} GB are there"
+    )
+    if free < needed - there:
+        return Check("fail", "disk", text, "free some space, or set NANOCHAT_BASE_DIR to a folder on another disk")
+    return Check("ok", "disk", text)
+
+
 def checks() -> Iterator[Check]:
     """All of them, in order; what needs a working wheel is left out without one."""
+    try:
+        settings = Settings.from_env(os.environ)
+        devices = list_devices()
+        chosen = take_cards(devices, settings.nproc)
+        profile = choose_profile(settings, len(chosen))
+    except (ValueError, FileNotFoundError) as error:
+        yield Check("fail", "settings", str(error), "correct this setting")
+        return
+    except RuntimeError as error:
+        yield Check("fail", "driver", str(error), "look at nvidia-smi; restart the machine if the driver is stuck")
+        return
+    if len(chosen) < len(devices):  # before CUDA starts here: device 0 is then the card that trains
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_cards(chosen, os.environ)
     wheel = check_torch()
     yield wheel
     if wheel.status == "fail":
-        return
-    devices = list_devices() if torch.cuda.is_available() else []
-    try:
-        settings = Settings.from_env(os.environ)
-        profile = choose_profile(settings, len(take_cards(devices, settings.nproc)))
-    except (ValueError, FileNotFoundError) as error:
-        yield Check("fail", "settings", str(error), "correct this setting")
         return
     with setup_compute(Runtime(device_type="cuda" if devices else "cpu", compile="off")) as compute:
         if devices:
@@ -162,6 +194,7 @@ def checks() -> Iterator[Check]:
         yield check_step(compute)
         speed, check = check_speed(compute)
         yield check
+    yield check_room(profile, [devices[place] for place in chosen])
     yield check_plan(profile, speed)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -376,7 +377,7 @@ def test_on_this_machine_a_step_trains_and_the_demo_is_planned(monkeypatch, caps
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     verify.main(verify.Config(tsv=True))
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
-    assert [row[1] for row in rows] == ["wheel", "training", "speed", "plan"]
+    assert [row[1] for row in rows] == ["wheel", "training", "speed", "disk", "plan"]
     assert {row[0] for row in rows} <= {"ok", "warn"}
     assert rows[-1][2].startswith("profile demo")
 
@@ -404,6 +405,18 @@ def test_the_plan_is_what_physics_allows():
     assert 150e6 < tokens < 300e6
     assert float(text.split("at least ")[1].split(" h")[0]) > 100
     assert "as measured" in verify.check_plan(DEMO, 1e11).text
+
+
+def test_the_disk_must_hold_what_the_plan_makes(monkeypatch):
+    check = verify.check_room(P100, [DeviceInfo("Tesla P100-PCIE-16GB", (6, 0), 16280)])
+    needed = float(check.text.split("parameters: ")[1].split(" GB")[0])
+    assert 10 < needed < 20  # what the script asks for before the set-up is 18 GiB
+    big = verify.check_room(P100, [DeviceInfo("NVIDIA H100 80GB HBM3", (9, 0), 81559)])
+    assert float(big.text.split("parameters: ")[1].split(" GB")[0]) > 2 * needed
+    monkeypatch.setattr(verify.shutil, "disk_usage", lambda _: SimpleNamespace(free=5e9))
+    check = verify.check_room(P100, [DeviceInfo("Tesla P100-PCIE-16GB", (6, 0), 16280)])
+    assert check.status == "fail"
+    assert "NANOCHAT_BASE_DIR" in check.remedy
 
 
 # --- which cards train -----------------------------------------------------------------------------------------------
