@@ -162,7 +162,7 @@ class Chat:
     def say(self, text: str, **settings: Any) -> str:
         """The answer to `text`; `settings` such as temperature=0 or max_tokens=100 are OpenAI's."""
         self.messages.append({"role": "user", "content": text})
-        body = json.dumps({"model": "nanochat", "messages": self.messages, **settings}).encode()
+        body = json.dumps({"messages": self.messages, "truncation": "auto", **settings}).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/v1/chat/completions", body, headers)
         try:

@@ -338,7 +338,7 @@ def test_two_pipelines_in_one_folder_are_refused(tmp_path):
         pass
 
 
-# --- the whole chain -------------------------------------------------------------------------------------------------
+# --- the command -------------------------------------------------------------------------------------------------
 
 
 def pipeline(cwd: Path, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -357,35 +357,3 @@ def test_bad_settings_exit_with_2_and_one_line(tmp_path):
     done = pipeline(tmp_path, DEPTH="0")
     assert done.returncode == 2
     assert done.stderr.strip() == "error: DEPTH=0: must be at least 1"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_tiny_profile_runs_from_text_to_an_answer(tmp_path, base_dir):
-    first = pipeline(tmp_path, PROFILE="tiny")
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    for number, name in enumerate(ORDER, 1):
-        assert f"[{number}/13] {name}: finished" in first.stdout
-    report = (base_dir / "report" / "report.md").read_text()
-    assert (tmp_path / "report.md").read_text() == report
-    for section in (
-        "Summary",
-        "Tokenizer training",
-        "Tokenizer evaluation",
-        "Base model training",
-        "Base model loss",
-        "Base model evaluation",
-        "Midtraining",
-        "Chat evaluation mid",
-        "SFT",
-        "Chat evaluation sft",
-    ):
-        assert f"## {section}\n" in report
-    answer = (base_dir / "pipeline" / "answer.log").read_text().splitlines()
-    assert len(answer) > 1
-
-    before = snapshot(base_dir)
-    second = pipeline(tmp_path, PROFILE="tiny")
-    assert second.returncode == 0
-    assert second.stdout.count("skipped, done before") == 13
-    assert snapshot(base_dir) == before
