@@ -37,6 +37,8 @@ json_string() {
     text="$(printf '%s' "$text" | tr '\000-\037\177' ' ')"
     if command -v iconv > /dev/null; then
         text="$(printf '%s' "$text" | iconv -c -f UTF-8 -t UTF-8)" || true
+    else
+        text="$(printf '%s' "$text" | LC_ALL=C tr -d '\200-\377')"
     fi
     printf '"%s"' "$text"
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,13 +53,21 @@ class Check:
     remedy: str = ""
 
 
+def cards_of_the_driver() -> int:
+    """How many cards the driver shows; 0 where there is none, or CUDA_VISIBLE_DEVICES hides all."""
+    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return 0
+    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in answer.stdout.splitlines())
+
+
 def check_torch() -> Check:
     """Whether this torch sees the cards that the driver sees, and has kernels for them."""
     version = f"torch {torch.__version__}"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if shutil.which("nvidia-smi") and not hidden and not torch.cuda.is_available():
+    if not torch.cuda.is_available() and (cards := cards_of_the_driver()):
         why = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build for CPUs"
-        return Check("warn", "wheel", f"{version} {why} and sees no card", "if a card is there: bash setup_env.sh")
+        text = f"{version} {why} and sees none of the driver's {cards} cards"
+        return Check("fail", "wheel", text, "bash setup_env.sh (if that is done: a driver from 525.60 to 580)")
     if not torch.cuda.is_available():
         return Check("ok", "wheel", f"{version}, for the CPU")
     try:

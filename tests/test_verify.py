@@ -94,7 +94,8 @@ class Machine:
         shutil.copy(ROOT / "setup_env.sh", checkout)
         (checkout / "nanochat").symlink_to(ROOT / "nanochat")
         for tool in TOOLS:
-            (path / tool).symlink_to(str(shutil.which(tool)))
+            if where := shutil.which(tool):
+                (path / tool).symlink_to(where)
         commands = self.commands()
         if self.venv is not None:
             (checkout / ".venv" / "bin").mkdir(parents=True)
@@ -366,6 +367,21 @@ def test_a_cu128_wheel_on_a_p100_is_told_before_anything_runs(tmp_path, card):
 )
 def test_a_wheel_with_kernels_is_good(card, name, capability, arches):
     card(name, capability, arches)
+    assert verify.check_torch().status == "ok"
+
+
+def test_a_wheel_for_cpus_beside_a_card_is_no_good(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-1)'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check = verify.check_torch()
+    assert (check.status, check.name) == ("fail", "wheel")
+    assert "none of the driver's 1 cards" in check.text
+    assert "setup_env.sh" in check.remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert verify.check_torch().status == "ok"
 
 
