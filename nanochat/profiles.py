@@ -17,6 +17,8 @@ from nanochat.recipe import DEFAULT_RECIPE
 
 # A shard of the public corpora holds about 250 million characters. Source: nanochat.
 SHARD_CHARS = 250e6
+# ... and takes about 100 MB on the disk.
+SHARD_BYTES = 100e6
 # Characters per token of a vocabulary of 65536 on English web text: about 4.8 in nanochat, rounded up.
 CHARS_PER_TOKEN = 4.9
 # Mid-training and SFT get these shares of the hours that base training has.

@@ -25,7 +25,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.pipeline import list_devices, shards_needed, take_cards, visible_cards
 from nanochat.precision import DTYPE_NAMES
-from nanochat.profiles import MID_HOURS, SFT_HOURS, Profile, Settings, choose_profile
+from nanochat.profiles import MID_HOURS, SFT_HOURS, SHARD_BYTES, Profile, Settings, choose_profile
 from nanochat.progress import format_seconds
 from nanochat.recipe import CLASSIC, parameter_groups
 
@@ -34,8 +34,6 @@ STEPS, DEPTH, VOCAB, ROWS, T = 8, 2, 512, 4, 128
 # A card below this share of the speed that others measured on it is busy, hot, or held back.
 SLOW = 0.5
 FREE = 0.85
-# A shard of the public corpora on disk. Source: nanochat.
-SHARD_BYTES = 100e6
 # Float32 weights with at most two moments; four such checkpoints (two, the best, the one being written), three models.
 BYTES_PER_PARAMETER = 4 * 12 + 3 * 4
 # Conversations, benchmarks, caches: a guess.
