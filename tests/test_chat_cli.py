@@ -2,8 +2,10 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -125,23 +127,146 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(conversation, monkeypat
     def interrupted(part):
         shown.append(part)
         if len(shown) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return part
 
     conversation.settings = AnswerSettings(temperature=2.0, max_tokens=100_000)
+    conversation.engine._scheduler.tools.stop_tokens = set()
     monkeypatch.setattr(chat_cli, "printable", interrupted)
-    chat_cli.reply(conversation, "why", terminal=True)
+    before = signal.getsignal(signal.SIGINT)
+    with chat_cli.Interrupts(conversation):
+        chat_cli.reply(conversation, "why", terminal=True)
+    assert signal.getsignal(signal.SIGINT) is before
     out, err = capsys.readouterr()
     assert "(stopped)" in err
-    assert "".join(shown[:2]) in out
+    assert "".join(shown[:3]) in out
     assert conversation.messages[-1]["role"] == "assistant"
-    said = conversation.messages[-1]["content"]
-    assert said[0]["text"].startswith(shown[0])
-    assert conversation.engine.stats()["running"] <= 1
+    assert "".join(p["text"] for p in conversation.messages[-1]["content"] if p["type"] == "text") == "".join(shown)
+    assert conversation.engine.stats()["cancelled"] == 1
     monkeypatch.undo()
     conversation.settings = AnswerSettings(temperature=0.0, max_tokens=5)
+    conversation.clear()
+    conversation.stopped = False
     list(conversation.ask("and then?"))
-    assert len(conversation.messages) == 4
+    assert len(conversation.messages) == 2
+
+
+def test_ctrl_c_while_a_message_is_read_interrupts_the_reading_only(conversation):
+    with chat_cli.Interrupts(conversation) as interrupts:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.read(lambda: signal.raise_signal(signal.SIGINT))
+            assert not conversation.stopped
+        assert interrupts.read(lambda: "line") == "line"
+        signal.raise_signal(signal.SIGINT)  # as early as possible: not lost
+        conversation.settings = AnswerSettings(temperature=2.0, max_tokens=100_000)
+        conversation.engine._scheduler.tools.stop_tokens = set()
+        list(conversation.ask("why"))
+        assert conversation.engine.stats()["generated_tokens"] < 1000
+
+
+def test_ctrl_c_ends_a_single_answer_and_the_program(conversation, monkeypatch):
+    conversation.settings = AnswerSettings(temperature=2.0, max_tokens=100_000)
+    conversation.engine._scheduler.tools.stop_tokens = set()
+    monkeypatch.setattr(chat_cli, "show", lambda parts, terminal: [signal.raise_signal(signal.SIGINT) for _ in parts])
+    with chat_cli.Interrupts(conversation), pytest.raises(KeyboardInterrupt):
+        chat_cli.answer_once(conversation, "why", input)
+    assert conversation.engine.stats()["cancelled"] == 1
+
+
+class Process:
+    """The program in a process of its own; `said` is its standard output and error. Killed after 200 seconds."""
+
+    def __init__(self, *flags):
+        command = [sys.executable, "-u", "-m", "scripts.chat_cli", "-t", "2", "--device_type=cpu", *flags]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self.said, self._ended, self._changed = "", False, threading.Condition()
+        self._threads = [threading.Timer(200, self.process.kill), threading.Thread(target=self._collect)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self._threads[0].cancel()
+        for thread in self._threads:
+            thread.join()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+    def _collect(self):
+        while data := self.process.stdout.read1(4096):
+            with self._changed:
+                self.said += data.decode("utf-8", "replace")
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def wait(self, condition, seconds=None):
+        """Wait until something was said; False when the seconds are over."""
+        with self._changed:
+            came = self._changed.wait_for(lambda: condition() or self._ended, seconds)
+        assert not self._ended or condition(), f"the program has ended: {self.said[-1000:]}"
+        return came
+
+    def ask(self, question):
+        """Send a line and wait for the beginning of what is said to it: of an empty answer that is its line's end."""
+        before = len(self.said)
+        self.process.stdin.write(f"{question}\n".encode())
+        self.process.stdin.flush()
+        self.wait(lambda: len(self.said) > before)
+
+    def interrupt(self):
+        """Ctrl-C, and again when it came between an answer's end and the next line's beginning, where nothing stops."""
+        before = len(self.said)
+        while True:
+            self.process.send_signal(signal.SIGINT)
+            if self.wait(lambda: any(words in self.said[before:] for words in ("(stopped)\n", "the program)\n")), 5):
+                return
+
+
+def test_ctrl_c_in_a_real_process_stops_the_answer_not_the_program(saved):
+    """Signals in the middle of answers: the next message is answered, and the program ends well."""
+    with Process("-m", "100000000") as chat:
+        chat.wait(lambda: "parameters\n" in chat.said)
+        for i in range(40):
+            chat.ask(f"hello {i}")
+            chat.interrupt()
+        assert chat.said.count("(stopped)") > 10  # a random model may end its answer before the signal comes
+        chat.process.stdin.close()
+        assert chat.process.wait() == 0
+        assert "Traceback" not in chat.said
+
+
+def test_ctrl_c_on_a_terminal(saved):
+    """Through a terminal: the key stops an answer, at the prompt it says how to leave, and Ctrl-D leaves."""
+    pexpect = pytest.importorskip("pexpect", reason="pexpect is not installed")
+    argv = ["-m", "scripts.chat_cli", "-t", "2", "-m", "100000000", "--device_type=cpu"]
+    chat = pexpect.spawn(sys.executable, argv, cwd=ROOT, timeout=100, encoding="utf-8", codec_errors="replace")
+    try:
+        chat.expect("You: ")
+        stopped = 0
+        while stopped < 3:
+            chat.send("hello\r")
+            chat.expect("Assistant: ")
+            chat.sendintr()
+            stopped += chat.expect([r"\(Ctrl-D", r"\(stopped\)"])
+            chat.expect("You: ")
+        chat.sendintr()
+        chat.expect(r"\(Ctrl-D")
+        chat.expect("You: ")
+        chat.sendeof()
+        chat.expect(pexpect.EOF)
+        chat.close()
+        assert chat.exitstatus == 0
+    finally:
+        chat.close(force=True)
 
 
 def test_tool_calls_show_only_on_a_terminal(capsys):

@@ -67,7 +67,7 @@ class ScriptedEngine(BatchEngine):
         with self._lock:
             if self._closing:
                 raise EngineClosed("closed")
-        generation = Generation(request, lambda: None)
+        generation = Generation(request)
         threading.Thread(target=self._play, args=(generation, list(self.script)), daemon=True).start()
         return generation
 
