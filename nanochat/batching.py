@@ -373,8 +373,7 @@ class BatchEngine:
                 self._end(job, "cancelled")
             if running:
                 start = time.perf_counter()
-                tokens = self._round()
-                self._measure(time.perf_counter() - start, tokens)
+                self._round(start)
             elif not cancelled:
                 return
 
@@ -399,8 +398,8 @@ class BatchEngine:
                     return cancelled, bool(self._running)
                 self._changed.wait()
 
-    def _round(self) -> int:
-        """One step of the running answers; returns how many tokens came."""
+    def _round(self, start: float) -> None:
+        """One step of the running answers, begun at `start`; counted before anybody hears of it."""
         jobs = {id(job.row): job for job in self._running}
         try:
             step = self._scheduler.step()
@@ -409,6 +408,7 @@ class BatchEngine:
             for row, _ in step:
                 row.finish_reason, row.error = "error", error
                 self._scheduler.remove(row)
+        self._measure(time.perf_counter() - start, sum(len(new) for _, new in step))
         for row, new in step:
             job = jobs[id(row)]
             try:
@@ -420,7 +420,6 @@ class BatchEngine:
                 with self._lock:
                     self._running.remove(job)
                 self._end(job, row.finish_reason)
-        return sum(len(new) for _, new in step)
 
     def _end(self, job: _Job, reason: FinishReason) -> None:
         count = {"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")

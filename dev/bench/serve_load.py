@@ -218,11 +218,16 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
     await load.clients(1, 1.0)  # warm up; and every question once:
     for question in QUESTIONS:
         await load.ask(question, Tally())
+    cpu = [cpu_seconds(process)]
     one, seconds_one = await load.clients(1, args.seconds / 8)
-    busy = cpu_seconds(process)
+    cpu.append(cpu_seconds(process))
     many, seconds_many = await load.clients(args.clients, args.seconds)
-    cores = (cpu_seconds(process) - busy) / seconds_many
+    cpu.append(cpu_seconds(process))
     again, seconds_again = await load.clients(1, args.seconds / 8)
+    cpu.append(cpu_seconds(process))
+    cores = (cpu[2] - cpu[1]) / seconds_many
+    per_cpu_one = (one.tokens + again.tokens) / (cpu[1] - cpu[0] + cpu[3] - cpu[2])
+    per_cpu = many.tokens / (cpu[2] - cpu[1])
     speed_one = (one.tokens + again.tokens) / (seconds_one + seconds_again)
     fine = not (one.errors or one.wrong or again.errors or again.wrong)
     check("one", fine, f"{speed_one:.0f} tokens/s, {one.answers + again.answers} answers")
@@ -234,7 +239,11 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
     check("many: fair", fairness <= 3, f"answers per client {fewest} to {most}, {fairness:.2f} times")
     ttft = statistics.median(many.first_token)
     check("many: speed", speed >= 4 * speed_one, f"{speed:.0f} tokens/s, {speed / speed_one:.2f} times one at a time")
-    print(f"     first token after {ttft:.2f} s (median); cpu: {cores:.2f} cores of {os.cpu_count()}")
+    print(f"     first token after {ttft:.2f} s (median)")
+    print(
+        f"     cpu: the server had {cores:.2f} cores of {os.cpu_count()}; tokens per second of computing "
+        f"{per_cpu:.0f}, {per_cpu / per_cpu_one:.2f} times one at a time"
+    )
 
     flood = await load.flood(256)
     check(
@@ -267,7 +276,7 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
         tokens_per_second_one=round(speed_one, 1), tokens_per_second_many=round(speed, 1),
         speedup=round(speed / speed_one, 2), clients=args.clients, answers=many.answers, errors=len(many.errors),
         refused=many.refused, wrong=many.wrong, fairness=round(fairness, 2), median_first_token_seconds=round(ttft, 3),
-        cores=round(cores, 2),
+        cores=round(cores, 2), speedup_per_cpu=round(per_cpu / per_cpu_one, 2),
         flood_refused=flood.refused, memory_growth_mib=round(grown, 1), failures=failures,
     )  # fmt: skip
     await load.http.aclose()
