@@ -143,7 +143,9 @@ def saved_bytes(
     a, s = _width(dtype)
     tokens, c = rows * sequence_len, config.n_embd
     fixed = (2 if device_type == "cpu" else 4) * s * c  # the first and the last norm
-    switches = 3 * s * config.smear + 2 * s * config.backout + s * (config.residual_scalars or config.bigram_buckets > 0)
+    switches = (
+        3 * s * config.smear + 2 * s * config.backout + s * (config.residual_scalars or config.bigram_buckets > 0)
+    )
     per_token = fixed + switches * c
     if activation_checkpointing:
         per_token += s * c * config.n_layer
