@@ -66,6 +66,21 @@ def too_large(config: GPTConfig, compute: Compute, budget_bytes: float) -> Runti
     )
 
 
+def refuse_too_large(config: GPTConfig, compute: Compute, sequence_len: int, only_warn: bool = False) -> None:
+    """Raise before any work if not even one row of a step fits, by the memory model; or only warn.
+
+    Raises:
+        RuntimeError: names the depth that fits.
+    """
+    budget = free_memory(compute.device)
+    settings = {"dtype": compute.dtype, "world_size": compute.world_size, "device_type": compute.device_type}
+    if largest_micro_batch(config, budget, sequence_len, max_rows=1, **settings) is None:
+        error = too_large(config, compute, budget)
+        if not only_warn:
+            raise error
+        print0(f"warning: {error}; trying all the same, as the rows are given")
+
+
 def use_micro_batch(model: GPT, micro: MicroBatch) -> None:
     """Set what a micro-batch asks of the model."""
     model.loss_chunk_bytes = micro.loss_chunk_bytes

@@ -218,6 +218,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         release_memory()
         rows = max(len(batch.x) // self._row_split for batch in batches)
+        rows = int(self.compute.broadcast(rows))  # the answers of RL may not be as many on every rank
         before = self.micro or MicroBatch(rows, None, self.model.activation_checkpointing)
         self.micro = before.smaller()
         if self.micro is None:
