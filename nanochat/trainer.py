@@ -277,6 +277,8 @@ class Trainer:
         total = schedule.num_iterations or schedule.seconds or 1.0
         if self.compute.rank == 0:
             self.metrics_log.cut(self.state.metrics_bytes, self.state.step)
+        if self.micro is not None:
+            use_micro_batch(self.model, self.micro)
         self._tick()
         with progress(total, self.label) as bar:
             while not self._finished():
@@ -564,7 +566,6 @@ class Trainer:
         self.clock.costs |= checkpoint_meta.get("costs", {})
         if checkpoint_meta.get("micro_batch") is not None and self.micro is None:
             self.micro = MicroBatch(**checkpoint_meta["micro_batch"])
-            use_micro_batch(self.model, self.micro)
         self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(("rng.", MORE_STATE))})
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
         if self._compile is None:

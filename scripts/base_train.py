@@ -384,8 +384,10 @@ def fit_to_device(cfg: Config, plan: Plan, model: GPT, compute: Compute, checkpo
     if plan.schedule.seconds is None:
         return Fit(replan(plan.horizon_tokens, rows=rows), micro, cfg.eval_tokens)
     if seconds is None:
-        seconds = compute.broadcast(seconds_of(model, compute, plan.batch.device_batch_size, T, 0) or 0.0)
         rows = plan.batch.device_batch_size
+        seconds = compute.broadcast(seconds_of(model, compute, rows, T, 0) or 0.0)
+        if not seconds:  # too many rows: the trainer will take fewer
+            return Fit(plan, None, cfg.eval_tokens)
     speed = rows * T * world / max(seconds, 1e-9)  # tokens per second
     tokens = plan.horizon_tokens
     if checkpoint is None and PRESETS[cfg.recipe].scales:

