@@ -198,7 +198,7 @@ def choose_batch(
 ) -> tuple[BatchPlan, MicroBatch | None]:
     """How the total batch is made up; a resumed run keeps what was chosen at its start."""
     total, world, rows = cfg.total_batch_size, compute.world_size, cfg.device_batch_size
-    if rows != "auto":
+    if isinstance(rows, int):
         return plan_batch(total, rows, sequence_len, world), None
     per_step = plan_batch(total, 1, sequence_len, world).grad_accum_steps
     micro = MicroBatch(EVAL_ROWS)

@@ -268,8 +268,8 @@ def make_plan(
         scalar_lr=cfg.scalar_lr,
         weight_decay=cfg.weight_decay,
     )
-    auto = cfg.device_batch_size == "auto"
-    rows = rows if cfg.device_batch_size == "auto" else cfg.device_batch_size
+    auto = not isinstance(cfg.device_batch_size, int)
+    rows = cfg.device_batch_size if isinstance(cfg.device_batch_size, int) else rows
     # Where the batch or the rows are ours to choose, so are rows that divide it.
     if rows > 0 and (auto or (cfg.total_batch_size is None and preset.scales)):
         rows = divisors(max(1, rates.total_batch_size // per_row), rows)[0]
@@ -369,22 +369,21 @@ def fit_to_device(cfg: Config, plan: Plan, model: GPT, compute: Compute, checkpo
 
     A resumed run keeps what was chosen at its start.
     """
-    T, world, rows = cfg.max_seq_len, compute.world_size, cfg.device_batch_size
+    T, world, auto = cfg.max_seq_len, compute.world_size, cfg.device_batch_size == "auto"
     meta = {} if checkpoint is None else checkpoint.meta
     micro = MicroBatch(**meta["micro_batch"]) if meta.get("micro_batch") else None
     replan = partial(make_plan, cfg, plan.model.vocab_size, world)
-    if checkpoint is not None and (micro is not None or rows != "auto"):
+    if checkpoint is not None and (micro is not None or not auto):
         plan = replan(plan.horizon_tokens, rows=micro.rows) if micro is not None else plan
         return Fit(plan, micro, meta.get("eval_tokens", cfg.eval_tokens))
-    seconds = None
-    if rows == "auto":
+    seconds, rows = 0.0, plan.batch.device_batch_size
+    if auto:
         per_step = plan.batch.total_tokens // (T * world)
         micro, seconds = choose_micro_batch(model, compute, T, per_step, cfg.activation_checkpointing)
         rows = micro.rows
     if plan.schedule.seconds is None:
         return Fit(replan(plan.horizon_tokens, rows=rows), micro, cfg.eval_tokens)
-    if seconds is None:
-        rows = plan.batch.device_batch_size
+    if not auto:
         seconds = compute.broadcast(seconds_of(model, compute, rows, T, 0) or 0.0)
         if not seconds:  # too many rows: the trainer will take fewer
             return Fit(plan, None, cfg.eval_tokens)
@@ -394,7 +393,7 @@ def fit_to_device(cfg: Config, plan: Plan, model: GPT, compute: Compute, checkpo
         tokens = int(STEP_SHARE * plan.schedule.seconds * speed)
     plan = replan(tokens, rows=rows)
     # Without a backward pass three times as fast.
-    eval_tokens = min(cfg.eval_tokens, max(rows * T * world, int(3 * EVAL_SHARE * plan.schedule.seconds * speed)))  # type: ignore[operator]
+    eval_tokens = min(cfg.eval_tokens, max(rows * T * world, int(3 * EVAL_SHARE * plan.schedule.seconds * speed)))
     print0(f"about {speed:,.0f} tokens per second; {eval_tokens:,} tokens per evaluation")
     return Fit(plan, micro, eval_tokens)
 
