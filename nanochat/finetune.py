@@ -24,9 +24,10 @@ from nanochat.chat_stage import (
     train_settings,
 )
 from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder
-from nanochat.common import Compute, measure_matmul, print0, print_banner, setup_compute
+from nanochat.common import Compute, print0, print_banner, setup_compute
 from nanochat.config import short
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import measure_matmul
 from nanochat.progress import format_seconds
 from nanochat.recipe import BatchPlan, Schedule, plan_batch
 from nanochat.report import get_report

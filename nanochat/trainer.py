@@ -25,9 +25,10 @@ from torch import Tensor
 
 from nanochat.checkpoint_manager import restore_rng_state, rng_state, saved_steps
 from nanochat.checkpoint_writer import CheckpointWriter, Keep, Snapshot, clean_leftovers, host_copy
-from nanochat.common import Compute, DummyWandb, measure_matmul, print0
+from nanochat.common import Compute, DummyWandb, print0
 from nanochat.compiling import compiled, should_compile
 from nanochat.gpt import GPT
+from nanochat.hardware import ThrottleWatcher, measure_matmul
 from nanochat.metrics_log import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.precision import NonFiniteError, StepResult, first_nonfinite_module
@@ -138,6 +139,7 @@ class Trainer:
         self._retry_at: float | None = None
         self._owed = False  # a checkpoint was due while the one before was still being written
         self._saves = 0
+        self._throttling = ThrottleWatcher(self.compute.device)
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -235,6 +237,7 @@ class Trainer:
                 self._save_finished()
         finally:
             self._close_writer()
+            self._throttling.close()
         return self.state
 
     def _train(self, stop: StopRequest) -> None:
@@ -285,6 +288,8 @@ class Trainer:
         if metrics["skipped"]:
             note += f" skipped {metrics['skipped']:.0f} scale {metrics['scale']:g}"
         bar.set(done, note)
+        if (slower := self._throttling.poll()) is not None:
+            print0(f"{self.label}: {slower}")
         record = {"step": state.step, "seconds": round(state.seconds, 3), "tokens": state.tokens}
         record |= {k: float(f"{v:.9g}") for k, v in metrics.items()}
         self._append_metrics(record)
