@@ -101,7 +101,9 @@ def _shrink(op: Operation) -> tuple[Operation, float]:
     return Operation(op.kind, shape, 1, op.flops / factor, op.bytes / factor, op.dtype), factor
 
 
-def _with_gradient(machine: LocalMachine, dtype: str, function: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], None]:
+def _with_gradient(
+    machine: LocalMachine, dtype: str, function: Callable[[], Tensor], *leaves: Tensor
+) -> Callable[[], None]:
     """Forward under the dtype's autocast, and the gradients of `leaves`."""
     autocast = Precision(machine.device.type, DTYPES[dtype]).autocast
     with autocast():
@@ -203,6 +205,7 @@ def _optimizer(m: LocalMachine, group: dict[str, Any], shape: tuple[int, ...]) -
 
 def _accumulate(m: LocalMachine, op: Operation) -> Callable[[], None]:
     total, part = (m.random(*op.shape, grad=False) for _ in range(2))
+
     def run() -> None:
         total.add_(part)
 

@@ -16,6 +16,8 @@ from nanochat.precision import cpu_has_bf16
 
 # A shard of the public corpora holds about 250 million characters. Source: nanochat.
 SHARD_CHARS = 250e6
+# ... and takes about 100 MB on the disk.
+SHARD_BYTES = 100e6
 # Characters per token of a vocabulary of 65536 on English web text: about 4.8 in nanochat, rounded up.
 CHARS_PER_TOKEN = 4.9
 # An upper bound of the FLOP/s that training reaches, so that no text is read twice for want of shards: 95 % of the

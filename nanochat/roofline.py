@@ -78,7 +78,10 @@ def step_operations(
         dtype: of matmuls.
         preset: the recipe, for its optimizer.
     """
-    operations = [*_layer_operations(config, rows, sequence_len, dtype), *_outer_operations(config, rows, sequence_len, dtype)]
+    operations = [
+        *_layer_operations(config, rows, sequence_len, dtype),
+        *_outer_operations(config, rows, sequence_len, dtype),
+    ]
     operations = [_times(op, micro_batches) for op in operations]
     if micro_batches > 1:
         with torch.device("meta"):
@@ -117,11 +120,17 @@ def _layer_operations(config: GPTConfig, rows: int, T: int, dtype: str) -> list[
         _linear(n, 4 * C, C, L, dtype),
         Operation("norm", (n, C), 2 * L, 8.0 * n * C, 5.0 * r * n * C, dtype, 2),
         # Both directions in float32: cast, roll, two products, norm, cast.
-        Operation("rotary", (rows, T, config.n_head, config.head_dim), L, 20.0 * n * C, (4.0 * e + 90) * n * C, dtype, 14),
-        Operation("rotary", (rows, T, config.n_kv_head, config.head_dim), L, 20.0 * n * kv, (4.0 * e + 90) * n * kv, dtype, 14),
+        Operation(
+            "rotary", (rows, T, config.n_head, config.head_dim), L, 20.0 * n * C, (4.0 * e + 90) * n * C, dtype, 14
+        ),
+        Operation(
+            "rotary", (rows, T, config.n_kv_head, config.head_dim), L, 20.0 * n * kv, (4.0 * e + 90) * n * kv, dtype, 14
+        ),
         # relu, square, and the gradient of both; float16 also finds each row's peak, scales and scales back.
         Operation("relu2", (n, 4 * C), L, 20.0 * n * C, (36.0 if dtype != "float16" else 60.0) * e * n * C, dtype, 4),
-        Operation("add", (n, C), 2 * L + (2 * L if config.residual_scalars else 0), n * C, (4.0 * r + 2 * e) * n * C, dtype, 3),
+        Operation(
+            "add", (n, C), 2 * L + (2 * L if config.residual_scalars else 0), n * C, (4.0 * r + 2 * e) * n * C, dtype, 3
+        ),
     ]
     # 2 products of T × T forward, 5 backward, half of each is masked; a window reaches less far.
     for window, layers in Counter(config.windows).items():
@@ -159,7 +168,12 @@ def _update_operations(config: GPTConfig, preset: Preset) -> list[Operation]:
         operations.append(Operation("muon", (rows, cols), count, flops, 100.0 * rows * cols, "muon", 3))
     rest = model.num_params() - sum(rows * cols * count for (rows, cols), count in matrices.items())
     operations.append(Operation("adamw", (rest,), 1, 12.0 * rest, 28.0 * rest, "float32", 10))
-    return [*operations, Operation("grad_norm", (model.num_params(),), 1, 2.0 * model.num_params(), 4.0 * model.num_params(), "float32", 10)]
+    return [
+        *operations,
+        Operation(
+            "grad_norm", (model.num_params(),), 1, 2.0 * model.num_params(), 4.0 * model.num_params(), "float32", 10
+        ),
+    ]
 
 
 def step_seconds(device: Device, operations: Sequence[Operation]) -> dict[str, float]:
