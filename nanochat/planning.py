@@ -147,7 +147,8 @@ def plan_row(depth: int, budget: Budget, speed: SpeedModel) -> Row:
         rate = share * budget.num_cards * speed(config, micro.rows, rows // micro.rows)
         tokens = rate * budget.hours * 3600
         row = replace(row, micro_batch=micro, total_batch_size=batch.total_batch_size, tokens_per_second=rate)
-    assert tokens is not None and row.micro_batch is not None
+    assert tokens is not None
+    assert row.micro_batch is not None
     memory, checkpoint = _memory(config, row.micro_batch, budget)
     return replace(
         row,

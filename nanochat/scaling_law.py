@@ -9,6 +9,7 @@ lm_head: with these nanochat's author found the most regular laws); D is bytes o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ ERROR = 0.050
 def bytes_per_token(vocab_size: int) -> float:
     """Bytes of English text in a token of our tokenizer; linear in the logarithm of the vocabulary."""
     known = sorted(BYTES_PER_TOKEN.items())
-    pairs = list(zip(known, known[1:], strict=False))
+    pairs = list(itertools.pairwise(known))
     (v0, b0), (v1, b1) = next((pair for pair in pairs if vocab_size <= pair[1][0]), pairs[-1])
     share = math.log(vocab_size / v0) / math.log(v1 / v0)
     return max(1.0, b0 + share * (b1 - b0))
