@@ -157,7 +157,7 @@ def plan_row(depth: int, budget: Budget, speed: SpeedModel) -> Row:
         steps=int(tokens / batch.total_batch_size),
         tokens_per_parameter=tokens / preset.scaling_params(model),
         bpb=predict_bpb(model.num_matmul_params(), tokens, budget.vocab_size, not preset.scales, budget.fineweb),
-        chinchilla_hours=CHINCHILLA * row.parameters / rate / 3600,
+        chinchilla_hours=CHINCHILLA * preset.scaling_params(model) / rate / 3600,
         disk_bytes=SHARD_BYTES * (count_shards(tokens) + 1) + CHECKPOINTS * checkpoint,
     )
 

@@ -223,7 +223,7 @@ def show(title: str, rows: list[Row]) -> None:
     for row in rows:
         table.add_row(*cells(row), style="bold green" if row.best else "dim" if row.micro_batch is None else "")
     console = Console()
-    Console(width=max(console.width, 124)).print(table)
+    Console(width=max(console.width, 140)).print(table)
 
 
 def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
