@@ -39,9 +39,10 @@ OPERATIONS_FILE = "operation_speeds.json"
 
 @dataclass
 class LocalMachine:
-    """Measures operations on `device`. `path`: where results are kept; None: nowhere."""
+    """Measures operations of this dtype on `device`. `path`: where results are kept; None: nowhere."""
 
     device: torch.device
+    precision: Precision
     preset: Preset
     path: Path | None = None
     repeats: int = REPEATS
@@ -101,11 +102,9 @@ def _shrink(op: Operation) -> tuple[Operation, float]:
     return Operation(op.kind, shape, 1, op.flops / factor, op.bytes / factor, op.dtype), factor
 
 
-def _with_gradient(
-    machine: LocalMachine, dtype: str, function: Callable[[], Tensor], *leaves: Tensor
-) -> Callable[[], None]:
-    """Forward under the dtype's autocast, and the gradients of `leaves`."""
-    autocast = Precision(machine.device.type, DTYPES[dtype]).autocast
+def _with_gradient(machine: LocalMachine, function: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], None]:
+    """Forward under autocast, and the gradients of `leaves`."""
+    autocast = machine.precision.autocast
     with autocast():
         y = function()
     upstream = torch.ones_like(y)
@@ -126,24 +125,24 @@ def _stream_dtype(dtype: str) -> torch.dtype:
 def _linear(m: LocalMachine, op: Operation) -> Callable[[], None]:
     n, inputs, outputs = op.shape
     x, w = m.random(n, inputs, dtype=_stream_dtype(op.dtype)), m.random(outputs, inputs)
-    return _with_gradient(m, op.dtype, lambda: F.linear(x, w), x, w)
+    return _with_gradient(m, lambda: F.linear(x, w), x, w)
 
 
 def _norm(m: LocalMachine, op: Operation) -> Callable[[], None]:
     x = m.random(*op.shape, dtype=_stream_dtype(op.dtype))
-    return _with_gradient(m, op.dtype, lambda: norm(x), x)
+    return _with_gradient(m, lambda: norm(x), x)
 
 
 def _rotary(m: LocalMachine, op: Operation) -> Callable[[], None]:
     dtype = DTYPES[op.dtype]
     x = m.random(*op.shape, dtype=dtype)
     cos, sin = (t.to(m.device)[None, :, None] for t in rotary_tables(op.shape[1], op.shape[3], 10000.0))
-    return _with_gradient(m, op.dtype, lambda: norm(apply_rotary(x, cos, sin)).to(dtype), x)
+    return _with_gradient(m, lambda: norm(apply_rotary(x, cos, sin)).to(dtype), x)
 
 
 def _relu2(m: LocalMachine, op: Operation) -> Callable[[], None]:
     x = m.random(*op.shape, dtype=DTYPES[op.dtype])
-    return _with_gradient(m, op.dtype, lambda: relu_squared(x), x)
+    return _with_gradient(m, lambda: relu_squared(x), x)
 
 
 def _add(m: LocalMachine, op: Operation) -> Callable[[], None]:
@@ -161,14 +160,14 @@ def _attention(m: LocalMachine, op: Operation) -> Callable[[], None]:
     rows, T, heads, kv_heads, size, window = op.shape
     q, k, v = (m.random(rows, T, h, size, dtype=DTYPES[op.dtype]) for h in (heads, kv_heads, kv_heads))
     pieces = plan_attention(T, T, m.device, window or None)
-    return _with_gradient(m, op.dtype, lambda: attend(q, k, v, pieces).reshape(rows, T, heads * size), q, k, v)
+    return _with_gradient(m, lambda: attend(q, k, v, pieces).reshape(rows, T, heads * size), q, k, v)
 
 
 def _embedding(m: LocalMachine, op: Operation) -> Callable[[], None]:
     n, rows, width = op.shape
     idx = torch.randint(0, rows, (n,), device=m.device, generator=torch.Generator(m.device).manual_seed(0))
     table = m.random(rows, width)
-    return _with_gradient(m, op.dtype, lambda: F.embedding(idx, table).to(_stream_dtype(op.dtype)), table)
+    return _with_gradient(m, lambda: F.embedding(idx, table).to(_stream_dtype(op.dtype)), table)
 
 
 def _loss(m: LocalMachine, op: Operation) -> Callable[[], None]:
@@ -180,7 +179,7 @@ def _loss(m: LocalMachine, op: Operation) -> Callable[[], None]:
     def loss() -> Tensor:
         return linear_cross_entropy(x, w, targets, vocab, LOGIT_SOFTCAP, "sum", dtype)
 
-    return _with_gradient(m, op.dtype, loss, x, w)
+    return _with_gradient(m, loss, x, w)
 
 
 def _muon(m: LocalMachine, op: Operation) -> Callable[[], None]:

@@ -140,7 +140,7 @@ def target_here(cfg: Config) -> Target:
             vocab_size = VOCAB_SIZE
     memory = free_memory(compute.device) * FREE_MEMORY_SHARE
     budget = replace(make_budget(cfg, compute.precision.name, memory, vocab_size), device_type=device_type)
-    machine = LocalMachine(compute.device, budget.preset, path, repeats=2)
+    machine = LocalMachine(compute.device, compute.precision, budget.preset, path, repeats=2)
     depths = MEASURED_DEPTHS if cfg.depth is None else (cfg.depth,)
     how = "Speed: each operation of a training step measured alone on this machine, eager."
     if cfg.depth is None:

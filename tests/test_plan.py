@@ -9,6 +9,7 @@ from nanochat.cards import find_card
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.local_speed import LocalMachine
 from nanochat.planning import Budget, card_speed, measured_speed, plan_row
+from nanochat.precision import DTYPES, Precision
 from nanochat.recipe import CLASSIC, PRESETS
 from nanochat.roofline import CardRoofline, best_dtype, step_operations, step_seconds, tokens_per_second
 from scripts import plan as script
@@ -162,17 +163,18 @@ def test_every_operation_can_be_measured_here_and_is_measured_once(tmp_path, rec
     preset = PRESETS[recipe]
     config = GPTConfig.from_depth(1, 256, 32, window_pattern="SL", **preset.switches)
     operations = step_operations(config, 2, 32, 2, dtype, preset)
-    machine = LocalMachine(torch.device("cpu"), preset, tmp_path / "speeds.json", repeats=1)
+    precision = Precision("cpu", DTYPES[dtype])
+    machine = LocalMachine(torch.device("cpu"), precision, preset, tmp_path / "speeds.json", repeats=1)
     first = step_seconds(machine, operations)
     assert set(first) == {op.kind for op in operations}
     assert all(seconds > 0 for seconds in first.values())
-    again = LocalMachine(torch.device("cpu"), preset, tmp_path / "speeds.json", repeats=1)
+    again = LocalMachine(torch.device("cpu"), precision, preset, tmp_path / "speeds.json", repeats=1)
     monkeypatch.setattr(again, "_measure", lambda operation: pytest.fail(f"{operation} was known"))
     assert step_seconds(again, operations) == first
 
 
 def test_a_measurement_on_few_tokens_stands_for_many(monkeypatch):
-    machine = LocalMachine(torch.device("cpu"), CLASSIC)
+    machine = LocalMachine(torch.device("cpu"), Precision("cpu", torch.float32), CLASSIC)
     monkeypatch.setattr(machine, "_measure", lambda operation: 1.0)
     config = GPTConfig.from_depth(4, 256, 1024)
     (few,) = [op for op in step_operations(config, 4, 1024, 1, "float32", CLASSIC) if op.kind == "loss"]

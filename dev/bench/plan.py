@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         measure(trainer, compute, 2)
         predicted, measured, parts = [], [], {}
         for _ in range(args.rounds):
-            parts = step_seconds(LocalMachine(compute.device, preset), operations)
+            parts = step_seconds(LocalMachine(compute.device, compute.precision, preset), operations)
             predicted.append(sum(parts.values()))
             measured.append(measure(trainer, compute, args.steps))
         tokens = rows * T * micro_batches
