@@ -31,7 +31,7 @@ from nanochat.roofline import step_operations, step_seconds  # noqa: E402
 from nanochat.trainer import Trainer, TrainSettings  # noqa: E402
 
 # depth, vocabulary, T, rows, micro-batches
-CONFIGS = ((2, 4096, 256, 16, 2), (4, 16384, 512, 8, 1), (6, 8192, 1024, 2, 2))
+CONFIGS = ((2, 4096, 256, 16, 2), (4, 16384, 512, 4, 2), (6, 8192, 1024, 2, 2))
 
 
 class SameBatch:
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         measure(trainer, compute, 2)
         predicted, measured, parts = [], [], {}
         for _ in range(args.rounds):
-            parts = step_seconds(LocalMachine(compute.device, compute.precision, preset), operations)
+            parts = step_seconds(LocalMachine(compute.device, compute.precision, preset, repeats=args.steps), operations)
             predicted.append(sum(parts.values()))
             measured.append(measure(trainer, compute, args.steps))
         tokens = rows * T * micro_batches
