@@ -95,7 +95,9 @@ def main(args: argparse.Namespace) -> None:
         measure(trainer, compute, 2)
         predicted, measured, parts = [], [], {}
         for _ in range(args.rounds):
-            parts = step_seconds(LocalMachine(compute.device, compute.precision, preset, repeats=args.steps), operations)
+            parts = step_seconds(
+                LocalMachine(compute.device, compute.precision, preset, repeats=args.steps), operations
+            )
             predicted.append(sum(parts.values()))
             measured.append(measure(trainer, compute, args.steps))
         tokens = rows * T * micro_batches
@@ -118,6 +120,6 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--recipe", default="classic", choices=sorted(PRESETS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--parts", type=int, default=5)
     main(parser.parse_args())
