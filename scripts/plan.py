@@ -32,6 +32,8 @@ DEPTHS = range(4, 21)
 VOCAB_SIZE = 65536
 # What torch sees of the memory a card is sold with; least on a T4 with ECC. Rounded down.
 CARD_MEMORY_SHARE = 0.92
+# Fewer steps than this are said to be few. A guess.
+FEW_STEPS = 500
 # Of the memory that is free here. The rest is for what other programs do meanwhile. A guess.
 FREE_MEMORY_SHARE = 0.95
 
@@ -240,6 +242,11 @@ def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
             *lines,
             f"None of these fits into {target.budget.memory_bytes / 2**30:.1f} GiB: lower --depth or --vocab_size.",
         ]
+    if (best.steps or 0) < FEW_STEPS:
+        lines.append(
+            f"d{best.depth} makes only {best.steps} steps of {best.total_batch_size:,} tokens: a smaller "
+            "--total_batch_size, or --recipe=modern, which chooses it by the horizon, makes more of the time."
+        )
     if len(rows) > 1:
         flags = f"--depth={best.depth} --hours={cfg.hours:g} --device_batch_size={micro.rows} --recipe={cfg.recipe}"
         flags += " --activation_checkpointing" if micro.activation_checkpointing else ""
