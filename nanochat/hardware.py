@@ -26,7 +26,7 @@ from nanochat.files import write_json
 from nanochat.precision import DTYPES
 
 SPEEDS_FILE = "machine_speeds.json"
-CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve")
 BANDWIDTH_BYTES = {"cpu": 64 << 20}  # well beyond the caches
 BANDWIDTH_BYTES_DEFAULT = 256 << 20
 SMI_SECONDS = 10.0  # nvidia-smi answers in well under one; a hanging driver must not hang us
