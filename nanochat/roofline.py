@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from nanochat.cards import Card
 from nanochat.gpt import GPT
 from nanochat.gpt_config import GPTConfig
-from nanochat.precision import DTYPES
+from nanochat.precision import DTYPE_NAMES, DTYPES, candidate_dtypes
 from nanochat.recipe import Preset
 
 # Matmul TFLOP/s that were measured through PyTorch, by the row of nanochat/cards.py. A P100's float16 is no faster
@@ -230,14 +230,6 @@ def tokens_per_second(
 
 def best_dtype(card: Card) -> str:
     """The dtype training takes on this card (see `candidate_dtypes`): the fastest where there is a choice."""
-    from nanochat.precision import DTYPE_NAMES, candidate_dtypes
-
     roofline = CardRoofline(card)
     names = [DTYPE_NAMES[dtype] for dtype in candidate_dtypes("cuda", card.capability)]
     return max(names, key=roofline.matmul_tflops)
-
-
-def describe(result: dict[str, float]) -> dict[str, Any]:
-    """Shares of a step's time by kind, largest first."""
-    total = sum(result.values())
-    return {kind: seconds / total for kind, seconds in sorted(result.items(), key=lambda item: -item[1])}
