@@ -335,7 +335,7 @@ def test_no_16_bit_dtype_is_hard_coded_outside_the_one_table():
     assert found == []
 
 
-# The flags' choices; the data sheets and measured speeds by dtype; which of DTYPES a CPU's matrix iteration or a profile takes.
+# The flags' choices; the data sheets and speeds by dtype; which of DTYPES a CPU's matrix iteration or a profile takes.
 NAMES_DTYPES = {
     "config.py",
     "cards.py",
