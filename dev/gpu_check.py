@@ -28,10 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nanochat.cards import find_card  # noqa: E402
-from nanochat.common import Compute, measure_matmul, setup_compute  # noqa: E402
+from nanochat.common import Compute, setup_compute  # noqa: E402
 from nanochat.compiling import compiled, seconds_per_pass  # noqa: E402
 from nanochat.config import Runtime  # noqa: E402
 from nanochat.gpt import GPT, GPTConfig  # noqa: E402
+from nanochat.hardware import measure_matmul  # noqa: E402
 from nanochat.memory import GB, estimate_training_memory  # noqa: E402
 from nanochat.micro_batch import choose_micro_batch  # noqa: E402
 from nanochat.optim import MuonAdamW  # noqa: E402

@@ -25,9 +25,10 @@ from nanochat.chat_stage import (
 )
 from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder
 from nanochat.clock import Clock
-from nanochat.common import Compute, measure_matmul, print0, print_banner, setup_compute
+from nanochat.common import Compute, print0, print_banner, setup_compute
 from nanochat.config import short
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import measure_matmul
 from nanochat.memory import MicroBatch, divisors
 from nanochat.micro_batch import Batch, choose_micro_batch
 from nanochat.optim import MuonAdamW

@@ -27,9 +27,10 @@ from torch import Tensor
 from nanochat.checkpoint_manager import restore_rng_state, rng_state, saved_steps
 from nanochat.checkpoint_writer import CheckpointWriter, Keep, Snapshot, clean_leftovers, host_copy
 from nanochat.clock import COARSE, REHEARSE_AFTER, SAVES_PER_RUN, Clock
-from nanochat.common import Compute, DummyWandb, measure_matmul, print0
+from nanochat.common import Compute, DummyWandb, print0
 from nanochat.compiling import compiled, should_compile
 from nanochat.gpt import GPT
+from nanochat.hardware import ThrottleWatcher, measure_matmul
 from nanochat.memory import MicroBatch, free_memory
 from nanochat.metrics_log import MetricsLog, last_value
 from nanochat.micro_batch import Batch, too_large, use_micro_batch
@@ -139,6 +140,7 @@ class Trainer:
         self._row_split = 1
         self._owed = False  # a checkpoint was due while the one before was still being written
         self._saves = 0
+        self._throttling = ThrottleWatcher(self.compute.device)
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -269,6 +271,7 @@ class Trainer:
                 self._report_time()
         finally:
             self._close_writer()
+            self._throttling.close()
         return self.state
 
     def _train(self, stop: StopRequest) -> None:
@@ -368,6 +371,8 @@ class Trainer:
         if metrics["skipped"]:
             note += f" skipped {metrics['skipped']:.0f} scale {metrics['scale']:g}"
         bar.set(done, note)
+        if (slower := self._throttling.poll()) is not None:
+            print0(f"{self.label}: {slower}")
         record = {"step": state.step, "seconds": round(state.seconds, 3), "tokens": state.tokens}
         record["progress"] = round(min(done / (schedule.num_iterations or schedule.seconds or 1.0), 1.0), 6)
         record["clock"] = round(state.clock, 3)
