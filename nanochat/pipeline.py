@@ -262,7 +262,7 @@ def closing_lines(profile: Profile, base_dir: Path, seconds: float) -> list[str]
     return [
         "",
         f"done in {format_seconds(seconds)}" + (f", at most {peak:.1f} GiB in one process" if peak >= 0.1 else ""),
-        f"report:       {base_dir / 'report' / 'report.md'}",
+        f"report:       {base_dir / 'report' / 'report.html'}",
         f"talk to it:   {env}{sys.executable} -m scripts.chat_cli -g {profile.tag}",
         f"in a browser: {env}{sys.executable} -m scripts.chat_web -g {profile.tag}",
     ]

@@ -223,7 +223,7 @@ def base_stages(profile: Profile, settings: Settings, base_dir: Path) -> list[St
         flags=(
             f"--depth={profile.depth}",
             f"--max_seq_len={profile.max_seq_len}",
-            rows,
+            f"--device_batch_size={'auto' if profile.needs_cards else profile.device_batch_size}",
             f"--total_batch_size={profile.total_batch_size}",
             *data,
             *horizon(profile, "base_train"),
@@ -264,7 +264,7 @@ def chat_stages(profile: Profile, settings: Settings) -> list[Stage]:
     if profile.chat_data is not None:
         inputs = demo_world() if profile.chat_data == "demo" else (fingerprint(Path(profile.chat_data)),)
 
-    def train(name: str, about: str, rows: int, tokens: int, needs: str, folder: str) -> Stage:
+    def train(name: str, about: str, rows: int | str, tokens: int, needs: str, folder: str) -> Stage:
         return Stage(
             name=name,
             about=about,
@@ -296,7 +296,8 @@ def chat_stages(profile: Profile, settings: Settings) -> list[Stage]:
         )
 
     mid_about, sft_about = "teaches it conversations and tools", "teaches it to answer"
-    rows, sft_rows = profile.device_batch_size, profile.sft_rows
+    rows: int | str = "auto" if profile.needs_cards else profile.device_batch_size
+    sft_rows: int | str = "auto" if profile.needs_cards else profile.sft_rows
     return [
         train("mid_train", mid_about, rows, profile.total_batch_size, "base_train", "mid_checkpoints"),
         evaluate("chat_eval_mid", "mid", "mid_train"),

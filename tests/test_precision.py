@@ -347,6 +347,7 @@ NAMES_DTYPES = {
     "export_hf.py",
     "classic.py",
     "emulate_fp16_gemm.py",
+    "gpu_check.py",
     "fast_decode.py",
     "few_rows.py",
     "infer_bench.py",
