@@ -1,11 +1,11 @@
-"""The documents as data: their code blocks, generated tables, links, figures and anchors; tests/test_docs.py checks them.
+"""The documents as data: code blocks, generated tables, links, figures and anchors, for tests/test_docs.py.
 
     python -m dev.docs              write the generated blocks anew
     python -m dev.docs --anchors    where the places that docs/tour.md names stand now, with their lines
 
-A generated block stands between `<!-- generated: COMMAND -->` and `<!-- end -->`; it is what COMMAND prints. A code block
-that not every machine can run has a comment in the line above it: `<!-- needs a GPU -->`, `<!-- needs internet -->` or
-`<!-- takes long -->`, with the reason behind a colon if it isn't plain.
+A generated block stands between `<!-- generated: COMMAND -->` and `<!-- end -->`; it is what COMMAND prints. A code
+block that not every machine can run has a comment in the line above it: `<!-- needs a GPU -->`, `<!-- needs internet
+-->`, `<!-- needs Docker -->` or `<!-- takes long -->`, with more behind a colon if it isn't plain.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import ast
 import contextlib
 import importlib
 import io
-import os
 import re
 import shlex
 import sys
@@ -39,7 +38,7 @@ FIGURE = re.compile(
 )
 # What counts as its source: an entry of the lab book, another page, a data sheet, the arithmetic, or a command.
 SOURCE = re.compile(
-    r"dev/LOG\.md#|\]\(https?://|data sheet|\d[^|=]*\s=\s[^|=]*\d|`(?:\.venv/bin/)?python [^`]+`|`bash [^`]+`|`wc [^`]+`"
+    r"dev/LOG\.md#|\]\(https?://|data sheet|\d[^|=]*\s=\s[^|=]*\d|`(?:\.venv/bin/)?(?:python|bash|wc) [^`]+`"
 )
 
 
@@ -221,7 +220,6 @@ def main() -> None:
         for anchor in dict.fromkeys(anchors(ROOT / "docs" / "tour.md")):
             print(f"{anchor.partition(':')[0]}:{symbol_line(anchor)} {anchor.partition(':')[2]}")
         return
-    os.environ.pop("NANOCHAT_BASE_DIR", None)
     for path in DOCUMENTS:
         if write_generated(path):
             print(f"{name_of(path)}: written")

@@ -1,7 +1,7 @@
 """The documents: every command runs, every link leads somewhere, every figure has a source, tables are what they say.
 
-Commands run at a tiny size in one folder: `SIZES` says with which flags, `DRY` which are run some other way. A command that
-is in neither fails, so that no document can name one that nobody runs.
+Commands run at a tiny size in one folder: `SIZES` says with which flags, `DRY` which are run some other way. A command
+that is in neither fails, so that no document can name one that nobody runs.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SHELL = [block for block in BLOCKS if block.language in ("bash", "sh", "python")
 names = pytest.mark.parametrize("path", docs.DOCUMENTS, ids=docs.name_of)
 
 TRAIN = {"device_type": "cpu", "num_iterations": 1, "hours": None, "eval_every": 0, "resume": "never"}
+FINETUNE = {"device_batch_size": 2, "total_batch_size": 128, "eval_batches": 1, "chat_data": "demo"}
 CHAT = {"device_type": "cpu"}
 # The flags with which a module's command is run here; None takes a flag away.
 SIZES: dict[str, dict[str, object]] = {
@@ -47,20 +48,8 @@ SIZES: dict[str, dict[str, object]] = {
         "sample_every": 0,
         "dataset": "demo",
     },
-    "scripts.mid_train": {
-        **TRAIN,
-        "device_batch_size": 2,
-        "total_batch_size": 128,
-        "eval_batches": 1,
-        "chat_data": "demo",
-    },
-    "scripts.chat_sft": {
-        **TRAIN,
-        "device_batch_size": 2,
-        "total_batch_size": 128,
-        "eval_batches": 1,
-        "chat_data": "demo",
-    },
+    "scripts.mid_train": {**TRAIN, **FINETUNE},
+    "scripts.chat_sft": {**TRAIN, **FINETUNE},
     "scripts.chat_rl": {
         **TRAIN,
         "task": "DemoWordSums",
@@ -151,21 +140,21 @@ def workshop(tmp_path_factory):
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+def bash(script: Path, flags: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a script; an error is one of the test."""
+    command = ["bash", str(script), *flags]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=True)
+
+
 def shell_command(words: list[str], env: dict[str, str], folder: Path, monkeypatch, capsys) -> None:
     """One of the project's shell scripts: that which it starts is looked at, and dry-run."""
     script, *flags = words[1:]
     if script == "setup_env.sh":
-        done = subprocess.run(
-            ["bash", str(ROOT / script), *flags, *([] if "--print-torch" in flags else ["--print-torch"])],
-            env={**os.environ, **env},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = bash(ROOT / script, [*flags, "--print-torch"] if "--print-torch" not in flags else flags, env)
         assert done.stdout.startswith("torch")
     elif script in ("speedrun_p100.sh", "speedrun.sh"):
-        env = {name: {"DATA_DIR": str(folder / "texts"), "CHAT_DATA": str(folder / "chats.jsonl")}.get(name, value)
-               for name, value in env.items()}  # fmt: skip
+        ours = {"DATA_DIR": str(folder / "texts"), "CHAT_DATA": str(folder / "chats.jsonl")}
+        env = {name: ours.get(name, value) for name, value in env.items()}
         checkout = folder / "checkout"
         (checkout / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / script, checkout)
@@ -173,13 +162,7 @@ def shell_command(words: list[str], env: dict[str, str], folder: Path, monkeypat
         python = checkout / ".venv" / "bin" / "python"
         python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
         python.chmod(0o755)
-        done = subprocess.run(
-            ["bash", str(checkout / script), *flags],
-            env={**os.environ, **env},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = bash(checkout / script, flags, env)
         if "-h" in flags:
             assert "NANOCHAT_BASE_DIR" in done.stdout
             return
@@ -273,8 +256,9 @@ def test_a_figure_without_a_source_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     path = tmp_path / "a.md"
     path.write_text(
-        "# 5 hours\n\nIt makes 38 thousand tokens/s.\n\n- 12 % (data sheet)\n- 3 × as fast\n\nSee [x](dev/LOG.md#x):\n\n"
-        "| a |\n|---|\n| 7 GB |\n\nSet `--hours=8`. It is 2 × 8 = 16 hours.\n\n| b |\n|---|\n| 9 hours |\n"
+        "# 5 hours\n\nIt makes 38 thousand tokens/s.\n\n- 12 % (data sheet)\n- 3 × as fast\n\n"
+        "See [x](dev/LOG.md#x):\n\n| a |\n|---|\n| 7 GB |\n\n"
+        "Set `--hours=8`. It is 2 × 8 = 16 hours.\n\n| b |\n|---|\n| 9 hours |\n"
     )
     assert docs.unsourced(path) == ["a.md:3: 38 thousand tokens/s", "a.md:6: 3 ×"]
     path.write_text("Text.\n\n| b | source |\n|---|---|\n| 9 hours | |\n")
