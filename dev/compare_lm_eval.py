@@ -5,7 +5,8 @@ python -m dev.compare_lm_eval --hf_path FOLDER --eval_bundle FOLDER [--n 20] [--
 
 Writes each task as a local YAML with its rendered prompts (few-shot examples included) and lets the harness score it.
 It reports the log-likelihood of each whole continuation; ours leaves out tokens that all choices share at their start,
-so the choices are compared by totals, from which a shared constant falls out, and by the mean per scored token.
+so the choices are compared by totals, from which a shared constant falls out, and by the mean per scored token. Where
+two contexts (schema) end alike, CORE scores that end too: it is then a part of the continuation that the harness gets.
 """
 
 from __future__ import annotations
@@ -51,17 +52,20 @@ class Config:
     """Labels of CORE tasks."""
 
 
-def as_pairs(task: CoreTask, item: Item, shots: list[Item], bos: str) -> list[tuple[str, str]]:
+def as_pairs(task: CoreTask, item: Item, shots: list[Item], tokenizer: HuggingFaceTokenizer) -> list[tuple[str, str]]:
     """(context, continuation) of each row of an example, as the harness asks for them."""
     prompts = render_prompts(task, item, shots)
+    bos = tokenizer.tokenizer.decode([tokenizer.bos])
     if task.kind == "multiple_choice":
         endings = [task.delimiter + choice for choice in item["choices"]]
     elif task.kind == "schema":
-        endings = [task.delimiter + item["continuation"]] * len(prompts)
+        spans = find_spans(task.kind, tokenizer.encode(prompts, prepend=tokenizer.bos))
+        endings = [tokenizer.tokenizer.decode(span.tokens[span.start :]) for span in spans]
     else:
         prompts, endings = prompts[1:], [prompts[1][len(prompts[0]) :]]
     for prompt, ending in zip(prompts, endings, strict=True):
-        assert prompt.endswith(ending)
+        if not prompt.endswith(ending):
+            raise RuntimeError(f"{task.label}: the prompt {prompt!r} does not end with {ending!r}")
     return [(bos + prompt[: len(prompt) - len(end)], end) for prompt, end in zip(prompts, endings, strict=True)]
 
 
@@ -136,16 +140,16 @@ def main(cfg: Config) -> None:
     """Render, score twice, compare."""
     bundle = load_bundle(get_bundle_folder(cfg.eval_bundle), cfg.tasks.split("|"))
     model, tokenizer = load_hf_model(cfg.hf_path, torch.device("cpu"))
-    bos = tokenizer.tokenizer.decode([tokenizer.bos])
     examples: dict[str, list[tuple[Item, list[Item]]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for task in bundle.tasks:
-            items = load_items(task)[: cfg.n]
+            everything = load_items(task)
+            items = everything[: cfg.n]
             examples[task.label] = [
-                (items[i], pick_fewshot(i, items, items, task.num_fewshot)) for i in range(len(items))
+                (items[i], pick_fewshot(i, items, everything, task.num_fewshot)) for i in range(len(items))
             ]
-            rows = [pair for item, shots in examples[task.label] for pair in as_pairs(task, item, shots, bos)]
+            rows = [pair for item, shots in examples[task.label] for pair in as_pairs(task, item, shots, tokenizer)]
             write_task(folder, f"core_{task.label}", rows)
         theirs = harness_scores(cfg, folder, [f"core_{task.label}" for task in bundle.tasks])
     different = 0

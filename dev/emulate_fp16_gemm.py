@@ -2,31 +2,37 @@
 
     python dev/emulate_fp16_gemm.py --data FOLDER --steps 1000
 
-Trains the same model on the same batches twice in float16: once with PyTorch's products, accumulated in float32, and
-once with every multiply-add of the blocks' products y and dx rounded to float16, one term after the other, as a P100's
-fused half multiply-add does, in the parts of nanochat/fp16_gemm.py. Prints both losses and how far they are apart, and
-the error of one product. Needs a C++ compiler and a CPU with F16C and FMA; the text is bytes, so no tokenizer.
+Trains the same model on the same batches twice, factors and results of the blocks' products rounded to float16: once
+accumulated in float32, as PyTorch does it, and once with every multiply-add of y and dx rounded to float16, one term
+after the other, as a P100's fused half multiply-add does, in the parts of nanochat/fp16_gemm.py. Everything else is
+float32 (a CPU takes minutes for a step in float16). Prints both losses and how far they are apart, and the error of one
+product. Needs a C++ compiler and a CPU with F16C and FMA; the text is bytes, so no tokenizer.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanochat.config import Runtime, run_script  # noqa: E402
-from nanochat.common import setup_compute  # noqa: E402
-from nanochat.fp16_gemm import PART, add_parts, layer_shapes, parts_of  # noqa: E402
-from nanochat.gpt import GPT, GPTConfig  # noqa: E402
-from nanochat.linear import use_half_gemm  # noqa: E402
-from nanochat.optim import MuonAdamW  # noqa: E402
-from nanochat.recipe import parameter_groups  # noqa: E402
+from nanochat.config import run_script
+from nanochat.fp16_gemm import PART, HalfGemm, add_parts, layer_shapes, parts_of
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.linear import Linear
+from nanochat.optim import MuonAdamW
+from nanochat.precision import DTYPES
+from nanochat.recipe import parameter_groups
+
+HALF = DTYPES["float16"]
+LOSS_SCALE = 1024.0  # keeps the gradients in float16's range
 
 SOURCE = r"""
 #include <immintrin.h>
@@ -96,25 +102,47 @@ def read_bytes(folder: str, count: int) -> Tensor:
     raise ValueError(f"{folder} has fewer than {count} bytes of text: ask for fewer --steps")
 
 
-def train(cfg: Config, tokens: Tensor, name: str) -> list[float]:
+def rounded(x: Tensor) -> Tensor:
+    """x with float16's precision, in float32."""
+    return x.to(HALF).float()
+
+
+class EmulatedProducts(torch.autograd.Function):
+    """A layer's three products as in `nanochat.linear`, with float16 values in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gemm: HalfGemm) -> Tensor:
+        x, weight = rounded(x), rounded(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.gemm = gemm
+        return rounded(gemm(x.flatten(0, -2), weight)).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad = rounded(grads[0]).flatten(0, -2)
+        return rounded(ctx.gemm(grad, weight.t())).view(x.shape), rounded(grad.t() @ x.flatten(0, -2)), None
+
+
+def train(cfg: Config, tokens: Tensor, name: str, gemm: HalfGemm) -> list[float]:
     """The losses of one run."""
-    compute = setup_compute(Runtime(device_type="cpu", dtype="float16"))
     model = GPT(GPTConfig.from_depth(cfg.depth, 256, cfg.sequence_len))
     model.init_weights(torch.Generator().manual_seed(0))
+    for layer in model.blocks.modules():
+        if isinstance(layer, Linear):
+            layer.forward = lambda x, w=layer.weight: EmulatedProducts.apply(x, w, gemm)  # type: ignore[method-assign]
     groups = parameter_groups(model, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.01, weight_decay=0.0)
     optimizer = MuonAdamW(groups)
-    batches = tokens.view(cfg.steps, cfg.rows, cfg.sequence_len + 1)
     losses: list[float] = []
     start = time.time()
-    while len(losses) < cfg.steps:
-        batch = batches[len(losses)]
-        with compute.precision.autocast():
-            loss = model(batch[:, :-1], batch[:, 1:])
-        compute.precision.backward(loss)
-        result = compute.precision.step([optimizer], 1.0, loss.detach())
+    for batch in tokens.view(cfg.steps, cfg.rows, cfg.sequence_len + 1):
+        loss = model(batch[:, :-1], batch[:, 1:])
+        (loss * LOSS_SCALE).backward()
+        norm = float(optimizer.grad_norm()) / LOSS_SCALE
+        if not math.isfinite(norm):
+            raise RuntimeError(f"{name}: the gradients overflowed at step {len(losses)}")
+        optimizer.step(1.0 / (LOSS_SCALE * max(1.0, norm)))
         optimizer.zero_grad(set_to_none=True)
-        if result.skipped:
-            continue  # with a smaller loss scale
         losses.append(loss.item())
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1.0, 2.5 * (1 - len(losses) / cfg.steps))
@@ -131,27 +159,27 @@ def main(cfg: Config) -> None:
     flags = ["-O3", "-mavx2", "-mfma", "-mf16c"]
     module = load_inline("half_sums", SOURCE, functions=["half_sums"], extra_cflags=flags)
 
-    def emulated(a: Tensor, b: Tensor) -> Tensor:
+    def float16_sums(a: Tensor, b: Tensor) -> Tensor:
         count = parts_of(a.size(1), cfg.part) or 1
-        pairs = zip(a.float().chunk(count, dim=1), b.float().chunk(count, dim=1), strict=True)
-        parts = [module.half_sums(x.contiguous(), y.t().contiguous()).to(a.dtype) for x, y in pairs]
-        return add_parts(torch.stack(parts))
+        pairs = zip(a.chunk(count, dim=1), b.chunk(count, dim=1), strict=True)
+        return add_parts(torch.stack([module.half_sums(x.contiguous(), y.t().contiguous()) for x, y in pairs]))
+
+    def float32_sums(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b.t()
 
     channels = GPTConfig.from_depth(cfg.depth, 256, cfg.sequence_len).n_embd
-    half = setup_compute(Runtime(device_type="cpu", dtype="float16")).dtype
     for m, n, k in layer_shapes(channels, 64):
-        a, b = torch.randn(m, k).to(half), (torch.randn(n, k) * k**-0.5).to(half)
-        exact = a.float() @ b.float().t()
-        errors = [float((y.float() - exact).norm() / exact.norm()) for y in (emulated(a, b), a @ b.t())]
+        a, b = rounded(torch.randn(m, k)), rounded(torch.randn(n, k) * k**-0.5)
+        exact = a.double() @ b.double().t()
+        errors = [float((rounded(y).double() - exact).norm() / exact.norm()) for y in (float16_sums(a, b), a @ b.t())]
         print(f"product ({m}, {k}) × ({k}, {n}): error {errors[0]:.2e}, accumulated in float32 {errors[1]:.2e}")
     tokens = read_bytes(cfg.data, cfg.steps * cfg.rows * (cfg.sequence_len + 1))
     ends = {}
-    for name, gemm in (("float32 sums", None), ("float16 sums", emulated)):
-        use_half_gemm(gemm)
-        losses = train(cfg, tokens, name)
-        ends[name] = sum(losses[-cfg.tail :]) / cfg.tail
-    apart = abs(ends["float16 sums"] / ends["float32 sums"] - 1)
-    print(f"mean loss of the last {cfg.tail} of {cfg.steps} steps: {ends}; {apart:.2%} apart")
+    for gemm in (float32_sums, float16_sums):
+        losses = train(cfg, tokens, gemm.__name__, gemm)
+        ends[gemm.__name__] = sum(losses[-cfg.tail :]) / cfg.tail
+    apart = ends["float16_sums"] / ends["float32_sums"] - 1
+    print(f"mean loss of the last {cfg.tail} of {cfg.steps} steps: {ends}; {apart:+.2%} apart")
 
 
 if __name__ == "__main__":

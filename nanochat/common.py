@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.config import Runtime
+from nanochat.fp16_gemm import Mode
 from nanochat.precision import DTYPE_NAMES, DTYPES, Precision, candidate_dtypes, dtype_cost
 
 
@@ -174,6 +175,8 @@ class Compute:
     """torch.compile works here and is not turned off."""
     measure_compile: bool = False
     """Compile only if that is measured to be faster (`--compile=auto`)."""
+    fp16_gemm: Mode = "off"
+    """See `nanochat.fp16_gemm.choose_half_gemm`."""
 
     @property
     def device_type(self) -> str:
@@ -345,7 +348,7 @@ def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | No
     seed_everything(runtime.seed)
     compiles = _compile_allowed(runtime.compile, device)
     measure = compiles and runtime.compile == "auto"
-    compute = Compute(device, ddp, rank, local_rank, world_size, precision, compiles, measure)
+    compute = Compute(device, ddp, rank, local_rank, world_size, precision, compiles, measure, runtime.fp16_gemm)
     where = torch.cuda.get_device_name(device) if device_type == "cuda" else device_type
     ranks = f", {world_size} processes" if world_size > 1 else ""
     compiling = "if faster" if measure else "on" if compiles else "off"

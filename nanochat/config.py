@@ -37,6 +37,9 @@ class Runtime:
     """The precision: auto asks the card (P100 float16, A100 and newer bfloat16, CPU float32)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: auto measures whether it pays (CUDA capability 7.0 or newer, long training runs)."""
+    fp16_gemm: Literal["auto", "on", "off"] = "auto"
+    """Training in float16: accumulate the blocks' products in float16 too, which a P100 is fast at (auto: on a P100, if
+    a check on the card finds it exact and fast enough)."""
     seed: int = 42
     """Seed of every random number generator."""
     deterministic: bool = False

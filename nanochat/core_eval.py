@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from nanochat.common import download_file_with_lock, get_base_dir, get_dist_info
 from nanochat.files import atomic_folder, write_text
 from nanochat.jsonl import ResumeLog, read_jsonl
 from nanochat.progress import progress
-from nanochat.scoring import LanguageModel, Score, Span, score_groups, shared_length
+from nanochat.scoring import LanguageModel, Score, Span, batches_of_examples, score_groups
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 KINDS = ("multiple_choice", "schema", "language_modeling")
@@ -290,12 +290,17 @@ def find_spans(kind: str, rows: Sequence[Sequence[int]]) -> list[Span]:
     return [Span(with_continuation, start, len(with_continuation))]
 
 
-def is_correct(kind: str, item: Item, scores: Sequence[Score]) -> bool:
-    """Whether the scores of an example's spans amount to the right answer."""
+def choose(kind: str, scores: Sequence[Score]) -> int:
+    """Index of the row that the model prefers; for language modeling 1 when it would write the continuation, else 0."""
     if kind == "language_modeling":
-        return scores[0].greedy
+        return int(scores[0].greedy)
     losses = [score.mean_nats for score in scores]
-    return losses.index(min(losses)) == item["gold"]
+    return losses.index(min(losses))
+
+
+def right_choice(kind: str, item: Item) -> int:
+    """What `choose` must give."""
+    return 1 if kind == "language_modeling" else int(item["gold"])
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -321,7 +326,7 @@ def evaluate_task(
         items: examples to answer, usually the first of `everything`.
         everything: all examples of the task, for few-shot prompts.
         batch_tokens: padded tokens in a batch.
-        finished: answers from before, which are not worked out again, and where new ones are kept.
+        finished: answers from before, which are not worked out again, and where new ones are kept with their choices.
         on_progress: called with the number of examples finished.
     """
     _, rank, _, world_size = get_dist_info()
@@ -341,37 +346,20 @@ def evaluate_task(
             _tokenize(tokenizer, task, items[i], shown, model.max_seq_len)
             for i, shown in zip(window, shots, strict=True)
         ]
-        for batch in _batches(examples, batch_tokens):
+        for batch in batches_of_examples(examples, batch_tokens, model.max_seq_len):
             scores = iter(score_groups(model, [examples[b] for b in batch]))
-            answers = {}
+            records = []
             for b in batch:
-                of_example = [next(scores) for _ in examples[b]]
-                answers[window[b]] = is_correct(task.kind, items[window[b]], of_example)
-            for i, right in answers.items():
+                i, choice = window[b], choose(task.kind, [next(scores) for _ in examples[b]])
+                right = choice == right_choice(task.kind, items[i])
                 correct[i] = right
+                records.append({"task": task.label, "index": i, "choice": choice, "correct": right})
             if finished is not None:
-                finished.add({"task": task.label, "index": i, "correct": right} for i, right in answers.items())
+                finished.add(records)
             on_progress(len(batch))
     if world_size > 1 and dist.is_initialized():
         dist.all_reduce(correct)
     return [bool(c) for c in correct.tolist()]
-
-
-def _batches(examples: Sequence[Sequence[Span]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of examples in batches of similar length, longest first, of about `max_tokens` padded tokens."""
-    shared = [shared_length(spans) for spans in examples]
-    tails = [max(len(span.tokens) for span in spans) - n for spans, n in zip(examples, shared, strict=True)]
-    batch: list[int] = []
-    rows = longest = longest_tail = 0
-    for i in sorted(range(len(examples)), key=lambda i: (-shared[i], -tails[i], i)):
-        longest, longest_tail = max(longest, shared[i]), max(longest_tail, tails[i])
-        rows += len(examples[i])
-        if batch and longest * (len(batch) + 1) + longest_tail * rows > max_tokens:
-            yield batch
-            batch, rows, longest, longest_tail = [], len(examples[i]), shared[i], tails[i]
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _tokenize(tokenizer: Tokenizer, task: CoreTask, item: Item, shots: Sequence[Item], max_tokens: int) -> list[Span]:

@@ -21,6 +21,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -70,6 +71,7 @@ class PretrainLoader:
         mode: "stream" or "bestfit".
         skip_bad_shards: pass over what can't be read, with a warning, instead of stopping.
         cache: documents that have been tokenized before.
+        max_rows: end after so many rows, whatever the batch size and the number of ranks.
 
     Raises:
         ValueError: the split is empty, or `state` belongs to another tokenizer or to shards that are gone.
@@ -90,6 +92,7 @@ class PretrainLoader:
         mode: Mode = "stream",
         skip_bad_shards: bool = False,
         cache: Cache | None = None,
+        max_rows: int | None = None,
     ) -> None:
         if batch_size < 1 or sequence_len < 1:
             raise ValueError(f"batch size and sequence length must be positive, got {batch_size} and {sequence_len}")
@@ -112,7 +115,13 @@ class PretrainLoader:
         self._place = Place() if state is None else self._restore(state)
         start, bos, make_rows = self._place, tokenizer.get_bos_token_id(), ROWS[mode]
         self._batches = Prefetch(
-            lambda: _batches(make_rows(stream, start, sequence_len), (batch_size, sequence_len), rank, world_size, bos)
+            lambda: _batches(
+                islice(make_rows(stream, start, sequence_len), max_rows),
+                (batch_size, sequence_len),
+                rank,
+                world_size,
+                bos,
+            )
         )
         self._feed = DeviceFeed(self._batches, _data_of, self.device)
 
@@ -226,6 +235,6 @@ def _batches(rows: Iterator[Row], shape: tuple[int, int], rank: int, world_size:
                 x, y = data[:, i % batch_size]
                 x[: len(row.tokens)] = row.tokens[:sequence_len]
                 y[: len(row.tokens) - 1] = row.tokens[1:]
-        if after is None:  # only validation ends
+        if after is None:  # validation is over, or max_rows have come
             return
         yield Batch(data, counts, after)

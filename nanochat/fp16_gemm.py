@@ -161,8 +161,8 @@ def choose_half_gemm(
 ) -> tuple[HalfGemm | None, str]:
     """The product to train with, None for PyTorch's own, and a sentence that says why.
 
-    "auto" takes it on a card of capability 6.0 computing in float16, if the check on this card is good; "on" takes it on
-    any card, and says what the check found.
+    "auto" takes it on a card of capability 6.0 computing in float16, if the check on this card is good; "on" takes it
+    on any card, and says what the check found.
 
     Raises:
         ValueError: "on" without a CUDA card or in another dtype than float16.
@@ -171,7 +171,8 @@ def choose_half_gemm(
         return None, "float16 products: PyTorch's (--fp16_gemm=off)"
     possible = device.type == "cuda" and dtype in NARROW_RANGE
     if mode == "on" and not possible:
-        raise ValueError(f"--fp16_gemm=on needs a CUDA card and --dtype=float16; this run is on {device.type} in {dtype}")
+        where = f"this run computes on {device.type} in {dtype}"
+        raise ValueError(f"--fp16_gemm=on needs a CUDA card and --dtype=float16; {where}")
     if not possible or (mode == "auto" and torch.cuda.get_device_capability(device) != (6, 0)):
         return None, ""
     try:

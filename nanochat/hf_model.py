@@ -13,6 +13,9 @@ from nanochat.gpt import GPT
 from nanochat.hf_format import OWN_FILE, load_nanochat_folder
 from nanochat.tokenizer import RustBPETokenizer
 
+# Tokens known to start a document, whatever a tokenizer's settings say; nanochat looks for the same.
+DOCUMENT_STARTS = ("<|bos|>", "<|endoftext|>")
+
 
 class HFPrefixCache:
     """Keys and values of a Hugging Face model; slot j of a row counts when its mask says so."""
@@ -84,11 +87,17 @@ class HuggingFaceModel:
 
 
 class HuggingFaceTokenizer:
-    """Adapter of a transformers tokenizer. Its bos token, or else eos, starts every text."""
+    """Adapter of a transformers tokenizer. What stood between the documents of pretraining starts every text.
+
+    That is not always the bos token: chat models often name the start of a message there.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        vocab = tokenizer.get_vocab()
+        named = [vocab[token] for token in DOCUMENT_STARTS if token in vocab]
+        starts = [*named, tokenizer.bos_token_id, tokenizer.eos_token_id]
+        start = next((token for token in starts if token is not None), None)
         if start is None:
             raise ValueError("this tokenizer has neither a bos nor an eos token to start a text with")
         self.bos = int(start)

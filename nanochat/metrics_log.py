@@ -64,6 +64,19 @@ class MetricsLog:
         self.position = self.path.stat().st_size if self.path.is_file() else 0
 
 
+def read_metrics(data: bytes) -> list[dict[str, Any]]:
+    """The records in the bytes of a loss log; lines that a kill or a full disk has torn are left out."""
+    records = []
+    for line in data.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
 def _step_of(line: bytes) -> float:
     try:
         return int(json.loads(line)["step"])

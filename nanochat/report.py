@@ -1,7 +1,8 @@
 """The report of a run: every stage logs a section, `generate` puts them together with a summary table.
 
-    python -m nanochat.report reset       start a new report: forgets the sections, notes machine and time
-    python -m nanochat.report generate    write <base dir>/report/report.md and a copy to ./report.md
+    python -m nanochat.report reset          start a new report: forgets the sections, notes machine and time
+    python -m nanochat.report generate       write <base dir>/report/report.md and .html, and a copy to ./report.md
+    python -m nanochat.report compare A B    two base dirs side by side: tables here, curves in ./compare.html
 
 A section is stored twice in `<base dir>/report/`: `<name>.json` is what `generate` reads, `<name>.md` is for people.
 Logging a section again replaces it. Missing stages are named, never an error.
@@ -9,7 +10,6 @@ Logging a section again replaces it. Missing stages are named, never an error.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -28,6 +28,7 @@ from nanochat.common import autodetect_device_type, autodetect_dtype, get_base_d
 from nanochat.config import run_script
 from nanochat.files import write_json, write_text
 from nanochat.progress import format_seconds
+from nanochat.report_data import Run, cost_line, read_json, read_run
 
 # The pipeline in order: section, and the column of the summary table that its metrics belong to.
 SECTIONS: dict[str, str | None] = {
@@ -89,18 +90,15 @@ class Report:
 
     def reset(self) -> None:
         """Forget every section and note machine, code and time: the wall clock starts now."""
-        for path in [*self.folder.glob("*.json"), *self.folder.glob("*.md")]:
-            path.unlink(missing_ok=True)
-        self._write_header()
-
-    def _write_header(self) -> dict[str, Any]:
+        for kind in ("json", "md", "html"):
+            for path in self.folder.glob(f"*.{kind}"):
+                path.unlink(missing_ok=True)
         header = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "environment": environment()}
         write_json(self.folder / f"{HEADER}.json", header)
-        return header
 
     def sections(self) -> list[dict[str, Any]]:
         """The stored sections: those of the pipeline in its order, then any others by time."""
-        records = [_read_json(path) for path in self.folder.glob("*.json") if path.stem != HEADER]
+        records = [read_json(path) for path in self.folder.glob("*.json") if path.stem != HEADER]
         names = list(SECTIONS)
 
         def rank(record: dict[str, Any]) -> tuple[int, str]:
@@ -109,18 +107,37 @@ class Report:
 
         return sorted((r for r in records if r.get("section") and r.get("time")), key=rank)
 
-    def generate(self, copy_to: Path | None = None) -> Path:
-        """Write report.md from the sections there are, and a copy to `copy_to`; returns the path of the first."""
-        header = _read_json(self.folder / f"{HEADER}.json")
+    def run(self) -> Run:
+        """All that is known of the run: the sections, and what else the base dir holds."""
+        header = read_json(self.folder / f"{HEADER}.json")
         records = self.sections()
-        if not header:  # never reset: the machine is still worth knowing, the start is the first section's
-            header = self._write_header()
-            header["time"] = min((record["time"] for record in records), default=header["time"])
-        text = render_report(header, records)
+        if "time" not in header:  # never reset: the start is the first section's
+            now = datetime.now().astimezone().isoformat(timespec="seconds")
+            header["time"] = min((record["time"] for record in records), default=now)
+        return read_run(self.folder.parent, header, records)
+
+    def generate(self, copy_to: Path | None = None, price: float | None = None) -> Path:
+        """Write report.md and report.html from what there is, and a copy of the first to `copy_to`.
+
+        Args:
+            copy_to: where the copy goes; None: nowhere.
+            price: US dollars an hour of the machine; None: by the price table.
+
+        Returns:
+            The path of report.md; report.html is beside it.
+        """
+        from nanochat.report_html import render_html
+
+        if not (self.folder / f"{HEADER}.json").is_file():
+            write_json(self.folder / f"{HEADER}.json", {**self.run().header, "environment": environment()})
+        run = self.run()
+        text = render_report(run.header, run.sections, cost_line(run, price))
         path = self.folder / "report.md"
         write_text(path, text)
         if copy_to is not None and copy_to.resolve() != path.resolve():
             write_text(copy_to, text)
+        page = render_html(run, summary_table(run.sections), missing_sections(run.sections), price)
+        write_text(path.with_suffix(".html"), page)
         return path
 
 
@@ -139,15 +156,6 @@ def get_report() -> Logger:
 def slugify(text: str) -> str:
     """A file name: "Chat evaluation sft" -> "chat-evaluation-sft"."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "section"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none or it is broken (a report is never worth a crash)."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -208,17 +216,24 @@ def render_section(record: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def render_report(header: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """The whole report."""
+def missing_sections(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The sections of the pipeline that are not there."""
+    there = {record["section"] for record in records}
+    return [name for name in SECTIONS if name not in there]
+
+
+def render_report(header: Mapping[str, Any], records: Sequence[Mapping[str, Any]], cost: str) -> str:
+    """The whole report as markdown."""
     started = datetime.fromisoformat(header["time"])
     finished = max((datetime.fromisoformat(record["time"]) for record in records), default=started)
-    missing = [name for name in SECTIONS if name not in {record["section"] for record in records}]
+    missing = missing_sections(records)
     lines = ["# nanochat training report", ""]
     lines += [f"- {key}: {format_value(value)}" for key, value in header.get("environment", {}).items()]
     lines += [
         f"- Started: {started:%Y-%m-%d %H:%M:%S}",
         f"- Total wall clock time: {format_seconds((finished - started).total_seconds())} "
         "(from the start to the last section, pauses included)",
+        f"- Cost: {cost}",
     ]
     if missing:
         lines.append(f"- Stages without a section: {', '.join(missing)}")
@@ -226,8 +241,8 @@ def render_report(header: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     return "\n".join([*lines, *(render_section(record) for record in records)]).rstrip() + "\n"
 
 
-def render_summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lines of the table of metrics against stages."""
+def summary_table(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table of metrics against stages; the first row names the stages. Without a metric it is the only row."""
     cells: dict[tuple[str, str], float] = {}
     rows: list[str] = []
     for record in records:
@@ -238,14 +253,21 @@ def render_summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
             cells[name, column] = value
             if name not in rows:
                 rows.append(name)
-    if not rows:
-        return ["No stage has logged a metric yet."]
     middle = [row for row in rows if row not in FIRST_ROWS + LAST_ROWS]
-    lines = [f"| Metric | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
+    table = [["Metric", *COLUMNS]]
     for row in [r for r in FIRST_ROWS if r in rows] + middle + [r for r in LAST_ROWS if r in rows]:
-        values = (f"{cells[row, column]:.4f}" if (row, column) in cells else "-" for column in COLUMNS)
-        lines.append(f"| {row.replace('|', '/')} | {' | '.join(values)} |")
-    return lines
+        table.append([row, *(f"{cells[row, c]:.4f}" if (row, c) in cells else "-" for c in COLUMNS)])
+    return table
+
+
+def render_summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of the table of metrics against stages."""
+    table = summary_table(records)
+    if len(table) == 1:
+        return ["No stage has logged a metric yet."]
+    rows = [[row[0].replace("|", "/"), *row[1:]] for row in table]
+    head, *rest = [f"| {' | '.join(row)} |" for row in rows]
+    return [head, "|---|" + "---:|" * len(COLUMNS), *rest]
 
 
 # --- where it ran ----------------------------------------------------------------------------------------------------
@@ -307,25 +329,74 @@ def _gpu_names() -> str:
     return "; ".join(f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {card.major}.{card.minor}" for card in cards)
 
 
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Start a new report, or write the one of the stages that have run."""
+    """Start a new report, write the one of the stages that have run, or compare two runs."""
 
-    command: tyro.conf.Positional[Literal["reset", "generate"]] = "generate"
-    """reset: forget all sections, start the clock. generate: write report.md."""
+    command: tyro.conf.Positional[Literal["reset", "generate", "compare"]] = "generate"
+    """reset: forget all sections, start the clock. generate: write report.md and report.html. compare: two runs."""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """For compare: two base dirs, or the folders of their reports."""
+    price: float | None = None
+    """What an hour of the machine costs in US dollars; default: by the price table (nanochat/prices.json)."""
+    output: Path = Path("compare.html")
+    """Where compare writes its page."""
+
+    def __post_init__(self) -> None:
+        if (self.command == "compare") != (len(self.runs) == 2) or (self.command != "compare" and self.runs):
+            raise ValueError(
+                f"{self.command} takes {'two runs' if self.command == 'compare' else 'no runs'}, got {len(self.runs)}: "
+                "python -m nanochat.report compare A B"
+            )
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise ValueError(f"--price must be dollars an hour, 0 or more, got {self.price}")
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a base dir, or in the report folder of one.
+
+    Raises:
+        FileNotFoundError: there is no report.
+    """
+    for candidate in (folder / "report", folder):
+        report = Report(candidate)
+        if report.sections() or (candidate / f"{HEADER}.json").is_file():
+            return report.run()
+    raise FileNotFoundError(f"no report in {folder}: name the base dir of a run (its stages write <base dir>/report)")
+
+
+def compare(folders: Sequence[Path], output: Path) -> None:
+    """Print the scores and settings of two runs that differ, and write a page with their curves."""
+    from nanochat.report_compare import difference_table, render_comparison, score_table, to_markdown
+
+    runs = [open_run(folder) for folder in folders]
+    summaries = [summary_table(run.sections) for run in runs]
+    names = [str(folder) for folder in folders]
+    missing = {name: missing_sections(run.sections) for name, run in zip(names, runs, strict=True)}
+    lines = [f"A: {names[0]}", f"B: {names[1]}", "", *to_markdown(score_table(summaries[0], summaries[1]))]
+    lines += ["", *to_markdown(difference_table(runs[0], runs[1])), ""]
+    sys.stdout.write("\n".join(lines))
+    write_text(output, render_comparison(names, runs, summaries, missing))
+    print(f"wrote {output}")
 
 
 def main(cfg: Config) -> None:
     """Run the command on the report in the base dir."""
+    if cfg.command == "compare":
+        compare(cfg.runs, cfg.output)
+        return
     report = Report(get_base_dir() / "report")
     if cfg.command == "reset":
         report.reset()
         print(f"new report in {report.folder}")
         return
     copy = Path.cwd() / "report.md"
-    path = report.generate(copy)
+    path = report.generate(copy, cfg.price)
     sys.stdout.write("\n".join(render_summary(report.sections())) + "\n")
-    print(f"wrote {path} and {copy}")
+    print(f"wrote {path}, {path.with_suffix('.html')} and {copy}")
 
 
 if __name__ == "__main__":

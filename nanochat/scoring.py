@@ -23,6 +23,9 @@ from nanochat.kv_cache import KVCache
 LOGIT_ROWS = 512
 # A shared start shorter than this is cheaper to compute in every row than to keep apart.
 MIN_SHARED = 8
+# What a forward pass costs besides its tokens (reading the weights, starting kernels), in tokens: padding a batch by
+# less than this is cheaper than one more batch.
+PASS_TOKENS = 32
 
 
 class LanguageModel(Protocol):
@@ -131,6 +134,39 @@ def shared_length(spans: Sequence[Span]) -> int:
     for span in spans[1:]:
         most = next((i for i in range(most) if span.tokens[i] != first[i]), most)
     return most if most >= MIN_SHARED else 0
+
+
+def batches_of_examples(examples: Sequence[Sequence[Span]], max_tokens: int, context: int) -> list[list[int]]:
+    """Indices of examples in the batches for `score_groups` that cost least, longest first.
+
+    Examples are sorted by length; dynamic programming finds where to cut, weighing padding against passes.
+
+    Args:
+        examples: the spans of each example.
+        max_tokens: padded tokens computed in a batch, shared starts and tails together. Keys and values, of which every
+            row has its copy, are kept of at most twice as many. A batch of one example may exceed both.
+        context: tokens the model can read at once.
+    """
+    shared = [shared_length(spans) for spans in examples]
+    tails = [max(len(span.tokens) for span in spans) - n for spans, n in zip(examples, shared, strict=True)]
+    order = sorted(range(len(examples)), key=lambda i: (-shared[i], -tails[i], i))
+    cost = [0.0] + [float("inf")] * len(order)  # of the first so many examples
+    cut = [0] * len(cost)  # where their last batch begins
+    for start, first in enumerate(order):
+        rows = tail = 0
+        for stop, i in enumerate(order[start:], start + 1):
+            rows, tail = rows + len(examples[i]), max(tail, tails[i])
+            size, longest = shared[first] * (stop - start) + tail * rows, shared[first] + tail
+            if stop > start + 1 and (size > max_tokens or longest * rows > 2 * max_tokens or longest > context):
+                break
+            total = cost[start] + size + PASS_TOKENS * (2 if shared[first] else 1)
+            if total < cost[stop]:
+                cost[stop], cut[stop] = total, start
+    batches, stop = [], len(order)
+    while stop:
+        batches.append(order[cut[stop] : stop])
+        stop = cut[stop]
+    return batches[::-1]
 
 
 def score_spans(model: LanguageModel, spans: Sequence[Span]) -> list[Score]:

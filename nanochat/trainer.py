@@ -269,6 +269,7 @@ class Trainer:
         metrics["data_wait_share"] = self._data_seconds / seconds
         tflops = tokens * self.flops_per_token / seconds / 1e12 / self.compute.world_size
         metrics["share_of_matmul_speed"] = tflops / peak_tflops
+        metrics["peak_memory_gb"] = self.compute.peak_memory_bytes() / 1e9
 
     def _report(self, bar: Bar, metrics: dict[str, float]) -> None:
         state, schedule = self.state, self.settings.schedule
@@ -286,6 +287,7 @@ class Trainer:
             note += f" skipped {metrics['skipped']:.0f} scale {metrics['scale']:g}"
         bar.set(done, note)
         record = {"step": state.step, "seconds": round(state.seconds, 3), "tokens": state.tokens}
+        record["progress"] = round(min(share, 1.0), 6)
         record |= {k: float(f"{v:.9g}") for k, v in metrics.items()}
         self._append_metrics(record)
         self.tracker.log(record)

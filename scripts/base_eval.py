@@ -5,7 +5,8 @@ python -m scripts.base_eval --eval_bundle=/path/to/eval_bundle --max_per_task=10
 python -m scripts.base_eval --hf_path=openai-community/gpt2
 torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
 
-Killed and started again with the same settings, it goes on where it was.
+Killed and started again with the same settings, it goes on where it was. The scores are in <base dir>/base_eval/*.csv,
+the model's choice in every example in a .jsonl beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ from nanochat.core_eval import (
     load_bundle,
 )
 from nanochat.hf_model import load_hf_model
-from nanochat.jsonl import ResumeLog
+from nanochat.jsonl import ResumeLog, write_jsonl
 from nanochat.progress import format_seconds
 from nanochat.report import get_report, slugify
 from nanochat.scoring import LanguageModel
@@ -133,6 +134,7 @@ def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> Non
     print0(f"{name} {result.core:.4f} ± {result.stderr:.4f} in {format_seconds(time.monotonic() - start)}")
     if compute.rank == 0:
         result.save_csv(csv_path)
+        write_jsonl(csv_path.with_suffix(".jsonl"), read_answers(finished.path.parent, result))
         shutil.rmtree(csv_path.with_suffix(".unfinished"), ignore_errors=True)
         print0(f"wrote {csv_path}")
         facts = {
@@ -144,6 +146,13 @@ def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> Non
         }
         if cfg.hf_path is None:  # the report is about our own model
             get_report().log(SECTION, [facts, report_lines(result)], metrics={name: result.core})
+
+
+def read_answers(folder: Path, result: CoreResult) -> list[dict[str, Any]]:
+    """What the model chose in each example: those that all ranks kept in `folder`, in order."""
+    place = {task.label: i for i, task in enumerate(result.tasks)}
+    answers = {(place[r["task"]], r["index"]): r for r in ResumeLog(folder).records if r["task"] in place}
+    return [answers[key] for key in sorted(answers)]
 
 
 @dataclass(frozen=True)

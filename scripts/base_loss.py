@@ -46,29 +46,26 @@ class Config:
 def split_bpb(
     cfg: Config, split: str, model: GPT, corpus: Corpus, tokenizer: RustBPETokenizer, compute: Compute
 ) -> float:
-    """Bits per byte on the first tokens of a split."""
-    shape = cfg.device_batch_size, model.config.sequence_len
+    """Bits per byte on the first tokens of a split, the same for every batch size and number of ranks."""
+    sequence_len = model.config.sequence_len
+    rows = cfg.eval_tokens // sequence_len
+    if rows < 1:
+        raise ValueError(f"--eval_tokens={cfg.eval_tokens} is less than one row of {sequence_len} tokens: raise it")
+    if split == "train":
+        # The training stream never ends: read about as much of it as the split holds, at most.
+        rows = min(rows, max(1, corpus.num_bytes(split) // (4 * sequence_len)))
     loader = PretrainLoader(
         corpus,
         tokenizer,
-        *shape,
+        cfg.device_batch_size,
+        sequence_len,
         split=split,
         device=compute.device,
         rank=compute.rank,
         world_size=compute.world_size,
+        max_rows=rows,
     )
-    batch_tokens = shape[0] * shape[1] * compute.world_size
-    steps = cfg.eval_tokens // batch_tokens
-    if steps < 1:
-        raise ValueError(
-            f"--eval_tokens={cfg.eval_tokens} is less than one batch of {batch_tokens} tokens: "
-            "raise it or lower --device_batch_size"
-        )
-    if split == "train":
-        # The training stream never ends: read about as much of it as the split holds, at most.
-        steps = min(steps, max(1, corpus.num_bytes(split) // (4 * batch_tokens)))
-    token_bytes = get_token_bytes(compute.device)
-    return evaluate_bpb(model, loader, steps, token_bytes, compute.precision.autocast())
+    return evaluate_bpb(model, loader, None, get_token_bytes(compute.device), compute.precision.autocast())
 
 
 def main(cfg: Config) -> None:

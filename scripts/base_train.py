@@ -301,7 +301,6 @@ def _horizon(cfg: Config, scaling_params: int, ratio: float, flops: int, batch_o
 
 def validation(cfg: Config, compute: Compute, model: GPT, corpus: Corpus, tokenizer: RustBPETokenizer) -> float:
     """Bits per byte over the first `eval_tokens` of the validation set, or all of it."""
-    row_tokens = cfg.device_batch_size * cfg.max_seq_len * compute.world_size
     loader = PretrainLoader(
         corpus,
         tokenizer,
@@ -311,9 +310,9 @@ def validation(cfg: Config, compute: Compute, model: GPT, corpus: Corpus, tokeni
         device=compute.device,
         rank=compute.rank,
         world_size=compute.world_size,
+        max_rows=max(1, cfg.eval_tokens // cfg.max_seq_len),
     )
-    steps = max(1, cfg.eval_tokens // row_tokens)
-    return evaluate_bpb(model, loader, steps, get_token_bytes(compute.device), compute.precision.autocast())
+    return evaluate_bpb(model, loader, None, get_token_bytes(compute.device), compute.precision.autocast())
 
 
 def main(cfg: Config) -> None:

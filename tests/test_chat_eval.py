@@ -22,7 +22,7 @@ from nanochat.common import compute_cleanup
 from nanochat.config import run_script
 from nanochat.core_eval import CoreTask, evaluate_task
 from nanochat.engine import Engine
-from nanochat.jsonl import ResumeLog
+from nanochat.jsonl import ResumeLog, read_jsonl
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval, base_loss, chat_eval
@@ -343,11 +343,20 @@ def test_base_loss(trained, base_dir, capsys):
     assert 1 < metrics["train bpb"] < 20
 
 
+def test_base_loss_reads_the_same_text_whatever_the_batch_size(trained, base_dir):
+    seen = []
+    for batch_size in (1, 3, 8):
+        run_script(base_loss.main, base_loss.Config, [f"--device_batch_size={batch_size}", "--eval_tokens=700"])
+        seen.append(section(base_dir, "base-model-loss")["metrics"])
+    for other in seen[1:]:
+        assert other == pytest.approx(seen[0], rel=1e-5)
+
+
 def test_base_loss_with_too_few_tokens_is_an_error(trained, capsys):
     with pytest.raises(SystemExit) as error:
-        run_script(base_loss.main, base_loss.Config, ["--device_batch_size=2", "--eval_tokens=255"])
+        run_script(base_loss.main, base_loss.Config, ["--device_batch_size=2", "--eval_tokens=127"])
     assert error.value.code == 1
-    assert "less than one batch of 256 tokens" in capsys.readouterr().err
+    assert "less than one row of 128 tokens" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -369,6 +378,9 @@ def test_base_eval_with_fewer_examples_than_shots(trained, bundle, base_dir, cap
     (path,) = (base_dir / "base_eval").glob("*.csv")
     assert path.name == "base_d2_000007.csv"
     assert path.read_text().splitlines()[-1].startswith("CORE ")
+    answers = read_jsonl(path.with_suffix(".jsonl"))
+    assert [(answer["task"], answer["index"]) for answer in answers] == [("t", i) for i in range(4)]
+    assert not path.with_suffix(".unfinished").exists()
 
 
 def test_base_eval_without_a_bundle(trained, base_dir, monkeypatch, capsys):

@@ -29,9 +29,18 @@ from nanochat.core_eval import (
     pick_fewshot,
     render_prompts,
 )
-from nanochat.hf_model import HuggingFaceModel
+from nanochat.hf_model import HuggingFaceModel, HuggingFaceTokenizer
 from nanochat.jsonl import ResumeLog
-from nanochat.scoring import Span, batches_by_length, next_token_logits, score_groups, score_spans, shared_length
+from nanochat.scoring import (
+    PASS_TOKENS,
+    Span,
+    batches_by_length,
+    batches_of_examples,
+    next_token_logits,
+    score_groups,
+    score_spans,
+    shared_length,
+)
 
 WORDS = (
     "sky",
@@ -340,6 +349,45 @@ def test_batches_hold_every_row_once_within_the_budget(lengths, max_tokens):
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= max_tokens
 
 
+def example_of(shared: int, tails: tuple[int, ...]) -> list[Span]:
+    """An example whose rows share their first `shared` tokens and nothing else."""
+    return [Span([0] * shared + [row + 1] * n, max(1, shared), shared + n) for row, n in enumerate(tails)]
+
+
+def cost_of(examples: list[list[Span]], batch: list[int]) -> tuple[int, int]:
+    """(padded tokens, longest row) of a batch."""
+    starts = max(shared_length(examples[i]) for i in batch)
+    tail = max(len(span.tokens) - shared_length(examples[i]) for i in batch for span in examples[i])
+    return starts * len(batch) + tail * sum(len(examples[i]) for i in batch), starts + tail
+
+
+@given(
+    st.lists(
+        st.builds(example_of, st.integers(1, 60), st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)),
+        max_size=12,
+    ),
+    st.integers(1, 600),
+)
+def test_examples_are_batched_once_within_budget_and_context_and_never_dearer_than_alone(examples, max_tokens):
+    context = 100
+    batches = batches_of_examples(examples, max_tokens, context)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
+    for batch in batches:
+        size, longest = cost_of(examples, batch)
+        kept = longest * sum(len(examples[i]) for i in batch)
+        assert len(batch) == 1 or (size <= max_tokens and kept <= 2 * max_tokens and longest <= context)
+        alone = sum(cost_of(examples, [i])[0] for i in batch)
+        assert size <= alone + 2 * PASS_TOKENS * (len(batch) - 1)
+
+
+def test_padding_is_weighed_against_passes():
+    long, short = example_of(500, (2, 2)), example_of(20, (2, 2))
+    assert batches_of_examples([short, long, short, long], 8192, 2048) == [[1, 3], [0, 2]]
+    similar = [example_of(500 + i, (2, 2)) for i in range(4)]
+    assert batches_of_examples(similar, 8192, 2048) == [[3, 2, 1, 0]]
+    assert batches_of_examples(similar, 1100, 2048) == [[3, 2], [1, 0]]
+
+
 # --- whole results ----------------------------------------------------------------------------------------------------
 
 
@@ -435,3 +483,27 @@ def test_no_network_says_how_to_go_on(base_dir, monkeypatch):
     monkeypatch.setattr(core_eval, "download_file_with_lock", fail)
     with pytest.raises(FileNotFoundError, match=r"can't be had.*--eval_bundle PATH"):
         get_bundle_folder()
+
+
+@pytest.mark.parametrize(
+    ("specials", "bos", "start"),
+    [
+        (["<|endoftext|>", "<|im_start|>"], "<|im_start|>", "<|endoftext|>"),
+        (["<s>", "<|bos|>"], "<s>", "<|bos|>"),
+        (["<s>", "</s>"], "<s>", "<s>"),
+        (["</s>"], None, "</s>"),
+    ],
+)
+def test_texts_for_other_models_start_as_their_documents_did(specials, bos, start):
+    """SmolLM2's chat model, for one, names <|im_start|> as bos, and answers worse after it."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*specials, "a", "b"])}, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = HuggingFaceTokenizer(
+        transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=bos, eos_token=specials[-1])
+    )
+    first = tokenizer.get_bos_token_id()
+    assert first == specials.index(start)
+    assert tokenizer.encode(["b a"], prepend=first) == [[first, len(specials) + 1, len(specials)]]

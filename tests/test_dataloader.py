@@ -288,6 +288,23 @@ def test_validation_predicts_every_token_once(
     assert xs[: max(0, len(expected) - 1)] == expected[:-1]
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_max_rows_ends_at_the_same_row_for_every_shape(tmp_path: Path, split: str) -> None:
+    corpus = make_corpus(tmp_path, [[[f"<{i}>" * 9 for i in range(100)]]])
+    seen = []
+    for world_size, batch_size in ((1, 1), (1, 4), (1, 50), (3, 2)):
+        loaders = [
+            PretrainLoader(corpus, BYTES, batch_size, 8, split, rank=r, world_size=world_size, max_rows=7)
+            for r in range(world_size)
+        ]
+        batches = [list(loader) for loader in loaders]
+        assert len({len(of_rank) for of_rank in batches}) == 1
+        rows_there = [y.tolist() for step in zip(*batches, strict=True) for _, ys in step for y in ys]
+        seen.append([y for y in rows_there if y != [-1] * 8])
+    assert len(seen[0]) == 7
+    assert all(other == seen[0] for other in seen)
+
+
 def test_train_and_validation_share_no_document(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, [[[f"<{i}>" for i in range(100)]]])
     loader = PretrainLoader(corpus, BYTES, 1, 16)

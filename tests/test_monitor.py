@@ -1,0 +1,216 @@
+"""The monitor: follows the files of a run as they grow, and shows what stands in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from web_server import serve
+
+from nanochat.card_readings import parse_readings
+from nanochat.config import run_script
+from nanochat.metrics_log import MetricsLog
+from nanochat.monitor import QUIET_SECONDS, STAGES, MetricsTail, Watcher
+from nanochat.monitor_terminal import machine_facts
+from nanochat.monitor_web import create_app
+from nanochat.profiles import PROFILES, Settings
+from nanochat.stages import make_stages
+from scripts.monitor import Config, main
+
+
+def record(step: int, total: int = 100, **more: float) -> dict[str, float]:
+    """A step as the trainer logs it."""
+    return {
+        "step": step,
+        "seconds": 2.0 * step,
+        "progress": step / total,
+        "loss": 5.0,
+        "smooth_loss": 5 - step / 50,
+    } | more
+
+
+def mark(base_dir: Path, stage: str, state: str, ago: float = 0.0, **more: object) -> None:
+    """A mark of the pipeline, written some seconds ago."""
+    path = base_dir / "pipeline" / f"{stage}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"state": state, "flags": ["--model_tag=d4"], **more}))
+    at(path, ago)
+
+
+def at(path: Path, ago: float) -> None:
+    """Let the file be some seconds old."""
+    os.utime(path, (time.time() - ago,) * 2)
+
+
+def log_steps(base_dir: Path, folder: str, records: list[dict[str, float]], ago: float = 0.0) -> Path:
+    path = base_dir / folder / "d4" / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    at(path, ago)
+    return path
+
+
+@pytest.fixture
+def running(base_dir) -> Path:
+    """A base dir in which base training is at step 25 of 100."""
+    mark(base_dir, "report_reset", "done", 90, seconds=1.0)
+    mark(base_dir, "tok_train", "done", 80, seconds=1.0)
+    mark(base_dir, "base_train", "started", 60)
+    (base_dir / "pipeline" / "base_train.log").write_text("device cpu\nbase: step 20 val_bpb 1.5000\n")
+    steps = [record(i, skipped=min(i // 20, 1), scale=2.0**15, tokens_per_second=1234.5) for i in range(1, 26)]
+    log_steps(base_dir, "base_checkpoints", [*steps, {"step": 25, "seconds": 50.0, "val_bpb": 1.5}])
+    return base_dir
+
+
+def test_every_stage_of_the_pipeline_is_known_in_its_order(base_dir):
+    names = [stage.name for stage in make_stages(PROFILES["demo"], Settings.from_env({}), base_dir)]
+    assert [name for name in STAGES if name != "chat_rl"] == names
+
+
+def test_a_running_stage(running):
+    frame = Watcher(running).look()
+    assert (frame.current, frame.progress, frame.eta) == ("base_train", 0.25, "2m30s")
+    assert frame.training is not None
+    assert (frame.training.step, frame.training.skipped, frame.training.scale) == (25, 1, 2.0**15)
+    assert frame.training.evaluations == {"val_bpb": 1.5}
+    assert list(frame.training.curve[0]) == list(range(1, 26))
+    states = dict(frame.stages)
+    assert (states["tok_train"], states["base_train"], states["mid_train"]) == ("done", "now", "waiting")
+    assert not {"data", "chat_rl"} & set(states)  # this pipeline has no such stages
+    assert frame.log[-1] == "base: step 20 val_bpb 1.5000"
+    assert not frame.is_quiet
+
+
+def test_it_follows_what_is_appended_and_goes_on_to_the_next_stage(running):
+    watcher = Watcher(running)
+    assert watcher.look().training.step == 25
+    path = running / "base_checkpoints" / "d4" / "metrics.jsonl"
+    whole = json.dumps(record(26)) + "\n"
+    with open(path, "a") as f:
+        f.write(whole[:20])
+        f.flush()
+        assert watcher.look().training.step == 25  # the line is torn
+        f.write(whole[20:])
+        f.flush()
+        assert watcher.look().training.step == 26
+    mark(running, "base_train", "done", 3, seconds=200.0)
+    at(path, 3)
+    mark(running, "base_loss", "started")
+    (running / "pipeline" / "base_loss.log").write_text("train: 40% step 2 ETA 12s\n")
+    frame = watcher.look()
+    assert (frame.current, frame.training, frame.progress, frame.eta) == ("base_loss", None, 0.4, "12s")
+
+
+def test_figures_of_a_run_before_are_not_shown(running):
+    log_steps(running, "mid_checkpoints", [record(99)], ago=1000)
+    mark(running, "base_train", "done", 3, seconds=200.0)
+    at(running / "base_checkpoints" / "d4" / "metrics.jsonl", 3)
+    mark(running, "mid_train", "started")
+    frame = Watcher(running).look()
+    assert (frame.current, frame.training) == ("mid_train", None)
+
+
+def test_a_run_without_the_pipeline(base_dir):
+    log_steps(base_dir, "chatrl_checkpoints", [record(50, reward=0.5)])
+    frame = Watcher(base_dir).look()
+    assert (frame.current, frame.progress, frame.stages) == ("chat_rl", 0.5, [("chat_rl", "now")])
+
+
+def test_a_stage_that_writes_nothing_is_pointed_out(running, capsys):
+    for path in running.rglob("*"):
+        if path.is_file():
+            at(path, QUIET_SECONDS + 60)
+    mark(running, "base_train", "started", QUIET_SECONDS + 60)
+    assert Watcher(running).look().is_quiet
+    run_script(main, Config, ["--base_dir", str(running), "--once"])
+    assert "nothing written for 3m00s" in " ".join(capsys.readouterr().out.split())
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.lists(st.tuples(st.integers(1, 30), st.booleans(), st.integers(0, 40)), max_size=12))
+def test_a_tail_knows_what_is_in_the_file_whatever_was_cut(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+    log, tail, written = MetricsLog(path), MetricsTail(path), []
+    for count, cut, keep in data:
+        if cut:
+            keep = min(keep, len(written))
+            position = written[keep - 1][1] if keep else 0
+            log.cut(position, keep)
+            del written[keep:]
+        for _ in range(count):
+            log.append({"step": len(written) + 1, "loss": float(len(written) * 7 % 5), "at": len(written) + count})
+            written.append(({"step": len(written) + 1}, log.position))
+        tail.poll()
+    expected = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    assert tail.poll() == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"{torn", b"\xff\xfe\n[1]\n{}\n", b'{"step": "x"}\n'])
+def test_broken_files_are_no_reason_to_stop(base_dir, capsys, content):
+    for name in ("pipeline/base_train.json", "pipeline/base_train.log", "base_checkpoints/d4/metrics.jsonl"):
+        (base_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (base_dir / name).write_bytes(content)
+    run_script(main, Config, ["--once"])
+    assert "nanochat" in capsys.readouterr().out
+
+
+def test_one_frame_in_the_terminal(running, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("PATH", "")
+    run_script(main, Config, ["--base_dir", str(running), "--once"])
+    text = capsys.readouterr().out
+    for fact in ("base_train", "25.0%", "2m30s left", "1,23", "skipped steps 1", "loss scale 32768", "no card", "┤"):
+        assert fact in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_nothing_has_run_yet(base_dir, capsys):
+    run_script(main, Config, ["--once"])
+    assert "nothing has run here yet" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_script(main, Config, ["--base_dir", str(base_dir / "no such"), "--once"])
+    assert "name the base dir" in capsys.readouterr().err
+
+
+def test_a_finished_pipeline(running):
+    for name in STAGES:
+        mark(running, name, "done", 5, seconds=1.0)
+    at(running / "base_checkpoints" / "d4" / "metrics.jsonl", 60)
+    frame = Watcher(running).look()
+    assert (frame.finished, frame.current) == (True, None)
+
+
+def test_the_page_has_the_same_figures_and_escapes_the_log(running):
+    (running / "pipeline" / "base_train.log").write_text("<script>alert(1)</script>\n")
+    with serve(create_app(Watcher(running), 2.0)) as client:
+        page, frame, script = client.get("/"), client.get("/frame"), client.get("/monitor.js")
+        elsewhere = client.get("/", headers={"host": "evil.example"})
+    assert elsewhere.status_code == 400
+    for answer in (page, frame):
+        assert answer.status_code == 200
+        assert "25.0 %, 2m30s left" in answer.text
+        assert "&lt;script&gt;alert(1)" in answer.text
+        assert "<script>alert" not in answer.text
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "polyline" in frame.text
+    assert script.headers["content-type"].startswith("text/javascript")
+    assert "http" not in page.text.replace("http-equiv", "")
+
+
+def test_cards_as_nvidia_smi_prints_them():
+    text = (
+        "Tesla P100-PCIE-16GB, 61, 8192, 16384, 171.25, 250.00, 98\nTesla K80, [N/A], 1024, 11441, [N/A], ERR!, 3\ntorn"
+    )
+    first, second = parse_readings(text)
+    assert (first.temperature_c, first.memory_used_gib, first.power_w, first.load_percent) == (61, 8.0, 171.25, 98)
+    assert (second.temperature_c, second.memory_used_gib, second.power_limit_w) == (None, 1.0, None)
+    assert machine_facts([first], "load 1")[0] == (
+        "card 0",
+        "Tesla P100-PCIE-16GB: 61 °C, 8.0 of 16.0 GiB, 171 of 250 W, 98 % busy",
+    )
+    assert machine_facts([], "load 1")[0] == ("card", "no card")
