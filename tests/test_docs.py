@@ -319,5 +319,5 @@ def test_public_names_have_docstrings(name):
 
 def test_pydoc_of_the_model_reads_well():
     text = pydoc.render_doc("nanochat.gpt", renderer=pydoc.plaintext)
-    for words in ("class GPT", "Logits of tokens `idx`", "class Attention", "float32 softcapped logits (B, T, V)"):
+    for words in ("class GPT", "Logits of tokens `idx`", "normalised hidden states", "float32 softcapped logits (B, T, V)"):
         assert words in text
