@@ -119,13 +119,15 @@ install_torch() {
     "$PYTHON" -m pip install --no-input --upgrade "${words[@]}"
 }
 
-# Some systems (Colab, plain Debian) have venv, but not what puts pip into it; a pip outside can do that.
+# Some systems (Colab, plain Debian) have venv, but not what puts pip into it; a pip outside can do that, or uv.
 make_venv() {
     local python="$1"
     rm -rf "$VENV"
     "$python" -m venv "$VENV" && return
     rm -rf "$VENV"
-    "$python" -m venv --without-pip "$VENV" && "$python" -m pip --python "$PYTHON" install --no-input pip
+    "$python" -m venv --without-pip "$VENV" && "$python" -m pip --python "$PYTHON" install --no-input pip && return
+    rm -rf "$VENV"
+    command -v uv && uv venv --seed --python "$python" "$VENV"
 }
 
 venv_works() {

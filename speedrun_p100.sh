@@ -21,7 +21,7 @@ Settings come from the environment:
   DATASET            climbmix, fineweb_edu (both downloaded) or demo
   DATA_DIR           your own text instead: a folder (or file) of .parquet with a column `text`, .jsonl or .txt
   CHAT_DATA          your own conversations (.jsonl or .parquet), "demo", or "nanochat" for its mixture from the hub
-  NPROC              processes, one per card
+  NPROC              processes, one per card (default: all equal cards; of unequal ones the faster group)
   WANDB_RUN          name of a Weights & Biases run (default: none)
   NANOCHAT_BASE_DIR  where everything goes (default ~/.cache/nanochat)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import queue
 import threading
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from nanochat.gpt import GPT
 from nanochat.precision import Precision
 from nanochat.sampling import Sampling
 from nanochat.scheduler import FinishReason, Row, Scheduler
+from nanochat.threads import release_workers
 from nanochat.tokenizer import RustBPETokenizer
 
 EventKind = Literal["text", "python", "python_output", "done", "error"]
@@ -107,23 +109,20 @@ class EngineClosed(RuntimeError):
 class Generation:
     """The answer to one request while it is written; every method may be called from any thread."""
 
-    def __init__(self, request: GenerationRequest, wake: Callable[[], None]) -> None:
+    def __init__(self, request: GenerationRequest) -> None:
         self.request = request
-        self._wake = wake
         self._events: list[Event] = []
         self._listeners: list[Callable[[Event], None]] = []
-        self._changed = threading.Condition(threading.RLock())
+        # A lock by itself, not a condition: Ctrl-C can't come between taking it and the block that gives it back.
+        self._lock = threading.Lock()
         self._cancelled = False
 
     def events(self) -> Iterator[Event]:
         """Every event from the first on, waiting for the next, up to the last ("done" or "error"); for threads."""
-        position = 0
+        arrived: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.add_listener(arrived.put)
         while True:
-            with self._changed:
-                while position == len(self._events):
-                    self._changed.wait()
-                event = self._events[position]
-            position += 1
+            event = arrived.get()
             yield event
             if event.finish_reason is not None:
                 return
@@ -131,10 +130,10 @@ class Generation:
     def add_listener(self, callback: Callable[[Event], None]) -> None:
         """Call `callback` for every event, those that have already happened first, in order.
 
-        Later ones are called from the engine's thread: be quick and don't raise (with asyncio:
+        Later ones are called from the engine's thread: be quick, don't raise, and add no listener (with asyncio:
         `lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)`).
         """
-        with self._changed:
+        with self._lock:
             for event in self._events:
                 callback(event)
             self._listeners.append(callback)
@@ -142,21 +141,19 @@ class Generation:
     def cancel(self) -> None:
         """Stop it; its slot is free for the next request after the round in progress. Harmless when it is over.
 
-        The last event is "done" with finish_reason "cancelled".
+        The last event is "done" with finish_reason "cancelled". Takes no lock, so that signal handlers and event loops
+        may call it: the engine is awake as long as anything runs or waits, and looks before every round.
         """
         self._cancelled = True
-        self._wake()
 
     @property
     def finished(self) -> bool:
         """Whether the last event has happened."""
-        with self._changed:
-            return bool(self._events) and self._events[-1].finish_reason is not None
+        return bool(self._events) and self._events[-1].finish_reason is not None
 
     def _emit(self, event: Event) -> None:
-        with self._changed:
+        with self._lock:
             self._events.append(event)
-            self._changed.notify_all()
             for listener in self._listeners:
                 # A listener whose event loop is closed has gone: that is no reason to stop the others.
                 with contextlib.suppress(Exception):
@@ -275,12 +272,14 @@ class BatchEngine:
         self._scheduler = Scheduler(model, tokenizer, precision, max_batch_size, seq_len, prefill_chunk, decode)
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._closing = self._drop = False
         self._counts = dict.fromkeys(
             ("submitted", "finished", "cancelled", "failed", "generated_tokens", "prompt_tokens", "cached_tokens"), 0
         )
         self._rate: deque[tuple[float, float, int]] = deque()  # (when, seconds, tokens) of the last rounds
+        release_workers()  # from here on the model runs in the thread below
         self._thread = threading.Thread(target=self._work, name="batch-engine", daemon=True)
         self._thread.start()
 
@@ -297,7 +296,7 @@ class BatchEngine:
             QueueFull: too many wait.
             EngineClosed: `close` was called.
         """
-        generation = Generation(request, self._wake)
+        generation = Generation(request)
         job = _Job(generation, self._row(request), AnswerReader(self.tokenizer))
         with self._lock:
             if self._closing:
@@ -307,7 +306,7 @@ class BatchEngine:
                 raise QueueFull(len(self._waiting), self._retry_after())
             self._waiting.append(job)
             self._counts["submitted"] += 1
-            self._lock.notify_all()
+            self._changed.notify()
         return generation
 
     def stats(self) -> dict[str, Any]:
@@ -334,7 +333,7 @@ class BatchEngine:
         with self._lock:
             self._closing = True
             self._drop = self._drop or not drain
-            self._lock.notify_all()
+            self._changed.notify()
         if threading.current_thread() is self._thread:
             return
         self._thread.join(timeout if drain else None)
@@ -368,10 +367,6 @@ class BatchEngine:
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
-    def _wake(self) -> None:
-        with self._lock:
-            self._lock.notify_all()
-
     def _work(self) -> None:
         """Rounds, as long as there is work."""
         while True:
@@ -380,8 +375,7 @@ class BatchEngine:
                 self._end(job, "cancelled")
             if running:
                 start = time.perf_counter()
-                tokens = self._round()
-                self._measure(time.perf_counter() - start, tokens)
+                self._round(start)
             elif not cancelled:
                 return
 
@@ -404,10 +398,10 @@ class BatchEngine:
                     self._scheduler.add(self._running[-1].row)
                 if cancelled or self._running or self._closing:
                     return cancelled, bool(self._running)
-                self._lock.wait()
+                self._changed.wait()
 
-    def _round(self) -> int:
-        """One step of the running answers; returns how many tokens came."""
+    def _round(self, start: float) -> None:
+        """One step of the running answers, begun at `start`; counted before anybody hears of it."""
         jobs = {id(job.row): job for job in self._running}
         try:
             step = self._scheduler.step()
@@ -416,6 +410,7 @@ class BatchEngine:
             for row, _ in step:
                 row.finish_reason, row.error = "error", error
                 self._scheduler.remove(row)
+        self._measure(time.perf_counter() - start, sum(len(new) for _, new in step))
         for row, new in step:
             job = jobs[id(row)]
             try:
@@ -427,7 +422,6 @@ class BatchEngine:
                 with self._lock:
                     self._running.remove(job)
                 self._end(job, row.finish_reason)
-        return sum(len(new) for _, new in step)
 
     def _end(self, job: _Job, reason: FinishReason) -> None:
         count = {"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.answer import Part, join_parts
-from nanochat.batching import BatchEngine, GenerationRequest
+from nanochat.batching import BatchEngine, Generation, GenerationRequest
 from nanochat.tokenizer import RustBPETokenizer
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": ...} as in RustBPETokenizer
@@ -45,6 +45,8 @@ class Conversation:
         self.engine, self.tokenizer, self.settings, self.notice = engine, tokenizer, settings, notice
         self.system = ""
         self.messages: list[Message] = []
+        self.stopped = False  # by `stop`; stays so until it is set back before the next question
+        self._answering: Generation | None = None
         self._asked = 0
 
     def clear(self) -> None:
@@ -59,8 +61,14 @@ class Conversation:
         del self.messages[-2:]
         return question
 
+    def stop(self) -> None:
+        """End the answer that is being written; what was said is kept. Takes no lock: a signal handler may call it."""
+        self.stopped = True
+        if self._answering is not None:
+            self._answering.cancel()
+
     def ask(self, question: str) -> Generator[Part, None, None]:
-        """Stream the answer to `question`; stopping early (closing this) keeps what was said.
+        """Stream the answer to `question`; stopping early (`stop`, or closing this) keeps what was said.
 
         When the context is full in the middle of an answer, the model goes on with the newer half of it.
 
@@ -88,7 +96,9 @@ class Conversation:
             keep=min(kept, context // 2),
         )
         self._asked += 1
-        generation = self.engine.submit(request)
+        generation = self._answering = self.engine.submit(request)
+        if self.stopped:
+            generation.cancel()
         parts: list[Part] = []
         try:
             for event in generation.events():
@@ -98,6 +108,7 @@ class Conversation:
                     parts.append(Part(event.kind, event.text))
                     yield parts[-1]
         finally:
+            self._answering = None
             generation.cancel()
             self.messages = [*messages[left_out:], {"role": "assistant", "content": join_parts(parts)}]
 

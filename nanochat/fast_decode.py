@@ -1,9 +1,10 @@
-"""One token per row, as fast as plain torch allows: the same arithmetic as nanochat.gpt, laid out for decoding.
+"""One token per row, as fast as torch allows: the same arithmetic as nanochat.gpt, laid out for decoding.
 
 A decode step reads every weight once and computes next to nothing with it, so what counts is how many bytes the weights
-have and how many small operations surround them. Compared with the model's own forward pass this one has the weights in
-the dtype they are multiplied in (autocast would convert all of them for every token), query, key and value as one
-matmul, queries and keys rotated and normalised together, residuals added by the matmul, and no module calls.
+have, how fast they are read (nanochat.few_rows) and how many small operations surround them. Compared with the model's
+own forward pass this one has the weights in the dtype they are multiplied in (autocast would convert all of them for
+every token), query, key and value as one matmul, queries and keys rotated and normalised together, residuals added by
+the matmul, places in the cache found for all layers at once, and no module calls.
 
 `weights` may also be smaller than the run's precision: "bfloat16" halves the bytes of float32, "int8" quarters them
 (a scale per output channel, activations in bfloat16; CPU only). Only decoding changes: prompts are read by the model.
@@ -13,19 +14,24 @@ Shapes: B rows, C channels, H query heads, K key/value heads, D head size, V voc
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from collections.abc import Callable
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.few_rows import Int8Linear, Linear, best_form
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, Attention, GPTConfig
 from nanochat.kv_cache import KVCache
-from nanochat.loss import softcap
 from nanochat.precision import DTYPES, NARROW_RANGE, Precision
+from nanochat.threads import ThreadChoice
 
 Weights = Literal["auto", "model", "bfloat16", "int8"]
 """auto: those of the run's precision. model: the model's own forward pass, not this module. bfloat16, int8: smaller."""
+
+# Per layer (C -> query, key, value), (C -> C), (C -> 4C), (4C -> C); and the lm_head.
+_Matrices = tuple[list[tuple[Linear, Linear, Linear, Linear]], Linear]
 
 
 def is_supported(model: GPT) -> bool:
@@ -65,94 +71,108 @@ class FastDecoder:
 
     def __init__(self, model: GPT, dtype: torch.dtype, int8: bool = False) -> None:
         self.model, self.dtype, self.int8 = model, dtype, int8
+        self.device = model.get_device().type
         self._seen: list[tuple[int, int]] | None = None
+        self._forms: dict[Callable[[Tensor], Linear], _Matrices] = {}
+        self._threads: dict[int, ThreadChoice] = {}
 
     def refresh(self) -> FastDecoder:
         """Take the model's weights as they are now, if they have changed."""
-        now = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        model = self.model
+        now = [(p.data_ptr(), p._version) for p in model.parameters()]
         if now != self._seen:
-            self._take_weights()
+            self._forms.clear()
             self._seen = now
+            # The rotation mixes a head's halves: x·cos + (halves swapped)·sin.
+            self._cos, self._sin = model.cos[:, None, None], model.sin[:, None, None]  # (T, 1, 1, D)
+            self._wte = model.wte.weight.detach()
         return self
 
+    def _matrices(self, rows: int) -> _Matrices:
+        """The weights in the form for this many rows."""
+        form: Callable[[Tensor], Linear] = Int8Linear if self.int8 else best_form(rows, self.device, self.dtype)
+        if form not in self._forms:
+            self._forms[form] = self._take_weights(form)
+        return self._forms[form]
+
     @torch.no_grad()
-    def _take_weights(self) -> None:
-        model, c = self.model, self.model.config
-        self._layers: list[tuple[Any, Any, Any, Any]] = []
+    def _take_weights(self, form: Callable[[Tensor], Linear]) -> _Matrices:
+        model, dtype = self.model, torch.float32 if self.int8 else self.dtype
+        layers = []
         for block in model.blocks:
             a, m = cast(Attention, block.attn), cast(MLP, block.mlp)
             qkv = torch.cat([a.c_q.weight, a.c_k.weight, a.c_v.weight])  # (C + 2·K·D, C)
-            layer = (qkv, a.c_proj.weight, m.c_fc.weight, m.c_proj.weight)
-            self._layers.append(tuple(self._pack(w) for w in layer))
-        self._lm_head = self._pack(model.lm_head.weight[: c.vocab_size])
-        # The rotation mixes a head's halves: x·cos + (halves swapped)·sin.
-        self._cos, self._sin = model.cos[:, None, None], model.sin[:, None, None]  # (T, 1, 1, D)
-
-    def _pack(self, weight: Tensor) -> Any:
-        """A weight (out, in) in the form that `_linear` multiplies with: (in, out), or in 8 bits with its scales."""
-        if not self.int8:
-            w = weight.detach().to(self.dtype).t()
-            # For a few rows MKL reads a wide float32 matrix up to twice as fast when it is contiguous this way round.
-            wide = w.device.type == "cpu" and self.dtype == torch.float32 and w.size(1) >= w.size(0)
-            return w.contiguous() if wide else w
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
-        scale = scale.to(DTYPES["bfloat16"])
-        packed = (weight / scale.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
-        return packed, scale
-
-    def _linear(self, x: Tensor, weight: Any) -> Tensor:
-        if self.int8:
-            return torch._weight_int8pack_mm(x, *weight)
-        return torch.mm(x, weight)
-
-    def _add_linear(self, residual: Tensor, x: Tensor, weight: Any) -> Tensor:
-        """residual + x · weightᵀ."""
-        if self.int8 or residual.dtype != x.dtype:
-            return residual + self._linear(x, weight)
-        return torch.addmm(residual, x, weight)
+            q, o, f, p = (form(w.detach().to(dtype)) for w in (qkv, a.c_proj.weight, m.c_fc.weight, m.c_proj.weight))
+            layers.append((q, o, f, p))
+        return layers, form(model.lm_head.weight.detach()[: model.config.vocab_size].to(dtype))
 
     @torch.inference_mode()
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Run token ids (B, 1) on the cache's selected rows; return softcapped float32 logits (B, V)."""
-        c = self.model.config
+        self._matrices(idx.size(0))  # made with all threads
+        with self._threads.setdefault(idx.size(0).bit_length(), ThreadChoice(self.device))():
+            return self._decode(idx, cache)
+
+    def _decode(self, idx: Tensor, cache: KVCache) -> Tensor:
+        c, dtype = self.model.config, self.dtype
         B, H, K, D = idx.size(0), c.n_head, c.n_kv_head, c.head_dim
-        positions = cache.positions(1)[:, 0]  # (1 or B,)
-        cos, sin = self._cos[positions], self._sin[positions]  # (1 or B, 1, 1, D)
+        cos, sin = self._rotation(cache)  # (1 or B, 1, 1, D)
+        places = cache.open_places()
         mask = _additive_mask(cache.attention_mask(), cache.k_cache.dtype)  # (B, 1, 1, all) or None
-        x = self.model.wte.weight[idx[:, 0]]  # (B, C)
-        if self.dtype not in NARROW_RANGE:
-            x = x.to(self.dtype)
+        x = F.embedding(idx[:, 0], self._wte)  # (B, C)
+        if dtype not in NARROW_RANGE:
+            x = x.to(dtype)
         x = self._norm(x)
         heads, attend_in = H + K, cache.k_cache.dtype
-        for layer, (qkv_weight, out_weight, fc_weight, proj_weight) in enumerate(self._layers):
-            qkv = self._linear(self._norm(x).to(self.dtype), qkv_weight).view(B, 1, heads + K, D)
-            qk = qkv[:, :, :heads].to(cos.dtype)
-            qk = self._norm(torch.addcmul(qk * cos, qk.roll(D // 2, dims=-1), sin))  # (B, 1, H + K, D)
-            qk, v = qk.to(self.dtype).to(attend_in), qkv[:, :, heads:].to(attend_in)
-            keys, values = cache.update(layer, qk[:, :, H:], v)  # (B, all, K, D)
+        layers, lm_head = self._matrices(B)
+        for layer, (to_qkv, to_out, to_hidden, to_residual) in enumerate(layers):
+            qkv = to_qkv(self._norm(x).to(dtype)).view(B, 1, heads + K, D)
+            qk, v = qkv[:, :, :heads].to(cos.dtype), qkv[:, :, heads:]
+            qk = torch.addcmul(qk * cos, qk.roll(D // 2, dims=-1), sin)
+            qk = torch.rms_norm(qk, (D,), eps=NORM_EPS).to(dtype)  # (B, 1, H + K, D)
+            if places is not None:
+                new_key, new_value, keys, values = places[layer]
+                new_key.copy_(qk[:, :, H:])
+                new_value.copy_(v)
+            else:
+                keys, values = cache.update(layer, qk[:, :, H:].to(attend_in), v.to(attend_in))  # (B, all, K, D)
+                keys, values = keys.transpose(1, 2), values.transpose(1, 2)
             # The queries that share a key/value head stand in the place of positions: none is repeated in memory.
-            q = qk[:, 0, :H].view(B, K, H // K, D)
-            y = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
-            x = self._add_linear(x, y.reshape(B, H * D).to(self.dtype), out_weight)
-            h = self._linear(self._norm(x).to(self.dtype), fc_weight).relu_()  # (B, 4C)
-            x = self._add_mlp(x, h, proj_weight)
+            q = qk[:, 0, :H].view(B, K, H // K, D).to(attend_in)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            x = to_out.add(y.reshape(B, H * D).to(dtype), x)
+            h = to_hidden.relu(self._norm(x).to(dtype))  # (B, 4C)
+            x = self._add_mlp(x, h, to_residual)
         cache.advance(1)
-        logits = self._linear(self._norm(x).to(self.dtype), self._lm_head)
-        return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)), LOGIT_SOFTCAP)
+        logits = lm_head(self._norm(x).to(dtype))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)
 
-    def _add_mlp(self, x: Tensor, h: Tensor, weight: Any) -> Tensor:
+    def _rotation(self, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """cos and sin at the rows' positions, (1 or B, 1, 1, D)."""
+        positions = cache.positions(1)[:, 0]
+        if positions.size(0) == 1:
+            p = cache.get_pos()
+            return self._cos[p : p + 1], self._sin[p : p + 1]
+        return self._cos[positions], self._sin[positions]
+
+    def _add_mlp(self, x: Tensor, h: Tensor, linear: Linear) -> Tensor:
         """x + relu² · weightᵀ; in float16 with the row scaled so that the square can't overflow, as in gpt.MLP."""
         if h.dtype not in NARROW_RANGE:
-            return self._add_linear(x, h.mul_(h), weight)
+            return linear.add(h.mul_(h), x)
         peak = h.amax(dim=-1, keepdim=True).float()
         exponent = torch.ceil(torch.log2(peak.clamp(min=1.0) / 128)).clamp(min=0)
         h = h * torch.exp2(-exponent).to(h.dtype)
-        return x + self._linear(h * h, weight).float() * torch.exp2(2 * exponent)
+        return x + linear(h * h).float() * torch.exp2(2 * exponent)
 
     @staticmethod
     def _norm(x: Tensor) -> Tensor:
         """RMSNorm in the dtype of `x`."""
-        return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+        if x.size(0) == 1 and x.device.type == "cpu" and x.dtype == torch.float32:
+            # torch puts this together from six operations; for one row two and a number will do.
+            mean = float(torch.dot(x[0], x[0])) / x.size(-1)
+            return x * (mean + NORM_EPS) ** -0.5
+        return torch.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
 def _additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

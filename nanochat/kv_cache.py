@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Per layer, views of the cache: a new token's keys and values (B, 1, H, D), all with it (B, H, all, D).
+Places = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+
 
 class KVCache:
     """Keys and values of every position so far, allocated once.
@@ -146,6 +149,16 @@ class KVCache:
             keys[self._rows, self._positions] = k.to(keys.dtype)
             values[self._rows, self._positions] = v.to(values.dtype)
         return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype)
+
+    def open_places(self) -> Places | None:
+        """Where the next token of equally long rows goes, in every layer; None where the rows' lengths differ."""
+        self._plan(1)
+        if self._mask is not None:
+            return None
+        rows, end = slice(self._start, self._stop), self.get_pos() + 1
+        k, v = self.k_cache[:, rows, :end], self.v_cache[:, rows, :end]  # (L, B, end, H, D)
+        all_k, all_v = k.transpose(2, 3).unbind(), v.transpose(2, 3).unbind()
+        return list(zip(k[:, :, -1:].unbind(), v[:, :, -1:].unbind(), all_k, all_v, strict=True))
 
     def previous_tokens(self, idx: Tensor) -> Tensor:
         """Remember the next tokens (B, n); return the token before each, −1 where there is none: (B, n)."""

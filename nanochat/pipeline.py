@@ -20,7 +20,6 @@ import contextlib
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,11 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanochat.card_choice import DeviceInfo, choose_cards, describe_choice, training_speed
 from nanochat.common import get_base_dir
 from nanochat.config import run_script
 from nanochat.files import write_json
 from nanochat.process import run_logged
-from nanochat.profiles import Profile, Settings, choose_profile, count_shards, training_speed
+from nanochat.profiles import Profile, Settings, choose_profile, count_shards
 from nanochat.progress import format_seconds
 from nanochat.signals import EXIT_STOPPED, Stopped
 from nanochat.stages import Stage, expected_seconds, make_stages
@@ -160,34 +160,89 @@ def only_one(folder: Path) -> Iterator[None]:
 # --- this machine ----------------------------------------------------------------------------------------------------
 
 
-def count_cards() -> int:
-    """CUDA cards that torch sees (asked without starting CUDA, which would hold memory on the card)."""
+# Asked in a process of its own: starting CUDA here would hold memory on every card for the whole run.
+_PROBE = """
+import json, torch
+cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+print(json.dumps([[c.name, [c.major, c.minor], c.total_memory >> 20] for c in cards]))
+"""
+
+
+def list_devices() -> list[DeviceInfo]:
+    """The CUDA cards that torch sees, in its order."""
     import torch
 
-    return torch.cuda.device_count() if torch.version.cuda else 0
+    if not torch.version.cuda or not torch.cuda.device_count():
+        return []
+    answer = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        reason = (answer.stderr.strip() or "no reason given").splitlines()[-1]
+        raise RuntimeError(f"the CUDA cards don't answer: {reason}. See `nvidia-smi` and `bash verify_p100_setup.sh`")
+    cards = json.loads(answer.stdout.splitlines()[-1])
+    return [DeviceInfo(name, (major, minor), mib) for name, (major, minor), mib in cards]
 
 
-def card_name() -> str:
-    """Name of the first card, "" if it can't be had."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout.strip() else ""
+def take_cards(devices: Sequence[DeviceInfo], nproc: int | None) -> list[int]:
+    """Places of the cards that train: the fastest group of equal ones, as many as NPROC if that is set.
+
+    More than are equal is the user's wish too: then every card counts, and the slowest sets the pace.
+    """
+    chosen = choose_cards(devices)
+    if nproc is None or nproc <= len(chosen):
+        return chosen[:nproc]
+    return (chosen + [place for place in range(len(devices)) if place not in chosen])[:nproc]
 
 
-def shards_needed(profile: Profile) -> int:
-    """Shards for the tokens that base training will read."""
+def visible_cards(chosen: Sequence[int], env: Mapping[str, str]) -> str:
+    """CUDA_VISIBLE_DEVICES for these places among the devices that are visible now."""
+    before = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return ",".join(before[place] if before else str(place) for place in chosen)
+
+
+def machine_env(profile: Profile, devices: Sequence[DeviceInfo], chosen: Sequence[int]) -> dict[str, str]:
+    """What the stages must know of the machine: their cards; and cores, which torchrun would cut to one a process."""
+    env = {}
+    if profile.nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
+        env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // profile.nproc))
+    if devices and len(chosen) < len(devices):
+        env["CUDA_VISIBLE_DEVICES"] = visible_cards(chosen, os.environ)
+    return env
+
+
+def flops_per_second(profile: Profile, devices: Sequence[DeviceInfo]) -> float:
+    """An upper bound of the speed that training reaches with all its processes."""
+    if devices:
+        return max(training_speed(device.name) for device in devices) * profile.nproc
+    import torch
+
+    from nanochat.common import measure_matmul
+    from nanochat.precision import DTYPES
+
+    return 1e12 * measure_matmul(DTYPES.get(profile.dtype, torch.float32), "cpu", n=1024)  # by all cores together
+
+
+def tokens_needed(profile: Profile, speed: float) -> float:
+    """Tokens that base training will read, at most: by its hours and this speed, its steps, or its recipe's horizon."""
     import torch
 
     from nanochat.gpt import GPT, GPTConfig
+    from nanochat.recipe import PRESETS
 
+    if profile.hours is None and "base_train" in profile.steps:
+        return profile.steps["base_train"] * profile.total_batch_size
+    preset = PRESETS[profile.recipe]
     with torch.device("meta"):
-        model = GPT(GPTConfig.from_depth(profile.depth, profile.vocab_size, profile.max_seq_len))
+        shape = GPTConfig.from_depth(profile.depth, profile.vocab_size, profile.max_seq_len, **preset.switches)
+        model = GPT(shape)
     if profile.hours is None:
-        return count_shards(20 * model.num_params())  # base_train's default horizon
-    speed = training_speed(card_name()) * profile.nproc
-    return count_shards(profile.hours * 3600 * speed / model.estimate_flops())
+        return preset.tokens_per_parameter * preset.scaling_params(model)
+    return profile.hours * 3600 * speed / model.estimate_flops()
+
+
+def shards_needed(profile: Profile, devices: Sequence[DeviceInfo] = ()) -> int:
+    """Shards of a public corpus for the tokens that base training will read."""
+    speed = flops_per_second(profile, devices) if profile.hours is not None else 0.0
+    return count_shards(tokens_needed(profile, speed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,21 +273,28 @@ def main(cfg: Config) -> None:
     start = time.monotonic()
     try:
         settings = Settings.from_env(os.environ)
-        profile = choose_profile(settings, count_cards())
+        devices = list_devices()
+        chosen = take_cards(devices, settings.nproc)
+        profile = choose_profile(settings, len(chosen))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     base_dir = get_base_dir().absolute()
     public = profile.dataset not in (None, "demo")
-    stages = make_stages(profile, settings, base_dir, shards_needed(profile) if public else 0)
+    stages = make_stages(
+        profile, settings, base_dir, shards_needed(profile, [devices[i] for i in chosen]) if public else 0
+    )
     print(f"profile {profile.name}: {profile.about}; everything goes into {base_dir}", flush=True)
+    if len(devices) > 1:
+        print(f"cards: {describe_choice(devices, chosen)}", flush=True)
     if cfg.dry_run:
         for stage in stages:
             print(f"{stage.name}: {stage.about}\n    {' '.join(['python', *stage.command()[1:]])}")
         return
     pipeline = Pipeline(stages, base_dir, profile)
     with only_one(pipeline.folder):
-        pipeline.run({**profile.env, **os.environ, "NANOCHAT_BASE_DIR": str(base_dir)})
+        machine = machine_env(profile, devices, chosen)
+        pipeline.run({**profile.env, **os.environ, **machine, "NANOCHAT_BASE_DIR": str(base_dir)})
     print("\n".join(closing_lines(profile, base_dir, time.monotonic() - start)), flush=True)
 
 

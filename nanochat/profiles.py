@@ -13,16 +13,14 @@ from typing import Any
 
 from nanochat.corpus_sources import SOURCES
 from nanochat.precision import cpu_has_bf16
+from nanochat.recipe import DEFAULT_RECIPE
 
 # A shard of the public corpora holds about 250 million characters. Source: nanochat.
 SHARD_CHARS = 250e6
+# ... and takes about 100 MB on the disk.
+SHARD_BYTES = 100e6
 # Characters per token of a vocabulary of 65536 on English web text: about 4.8 in nanochat, rounded up.
 CHARS_PER_TOKEN = 4.9
-# An upper bound of the FLOP/s that training reaches, so that no text is read twice for want of shards: 95 % of the
-# measured matmul speed on a P100, half of it on cards with tensor cores.
-# Source of the measured speeds: zzc0721/torch-performance-test-data.
-TRAINING_FLOPS_PER_SECOND = {"P100": 8e12, "T4": 21e12, "V100": 47e12, "A100": 130e12, "H100": 400e12}
-UNKNOWN_CARD_FLOPS_PER_SECOND = 130e12
 # Mid-training and SFT get these shares of the hours that base training has.
 MID_HOURS, SFT_HOURS = 1 / 3, 1 / 6
 
@@ -58,6 +56,12 @@ class Profile:
     """Train in bfloat16 on a CPU that multiplies it in hardware: 1.4 times as fast as float32 (see dev/LOG.md)."""
     dtype: str = "auto"
     """The precision of base training; later stages take their model's."""
+
+    @property
+    def recipe(self) -> str:
+        """The recipe of base training."""
+        given = [flag.partition("=")[2] for flag in self.flags.get("base_train", ()) if flag.startswith("--recipe=")]
+        return given[-1] if given else DEFAULT_RECIPE
 
     @property
     def tag(self) -> str:
@@ -211,7 +215,7 @@ P100 = Profile(
     needs_cards=True,
 )
 
-# nanochat's own speedrun: eight large cards, 20 tokens per parameter.
+# nanochat's own speedrun, made for eight large cards, 20 tokens per parameter.
 D20 = Profile(
     name="d20",
     about="nanochat's d20 on 8 large CUDA cards",
@@ -303,7 +307,7 @@ def _number(env: Mapping[str, str], name: str, kind: type[Any], smallest: float)
 
 
 def choose_profile(settings: Settings, num_cards: int) -> Profile:
-    """The profile for these settings on a machine with `num_cards` CUDA cards, the user's changes applied.
+    """The profile for these settings with `num_cards` CUDA cards to train on, the user's changes applied.
 
     Raises:
         ValueError: the profile needs cards that are not there.
@@ -325,7 +329,7 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         depth=settings.depth or profile.depth,
         vocab_size=settings.vocab_size or profile.vocab_size,
         hours=settings.hours or profile.hours,
-        nproc=settings.nproc or profile.nproc,
+        nproc=settings.nproc or (num_cards if profile.needs_cards and num_cards else profile.nproc),
         dataset=dataset,
         chat_data=None if chat_data == "nanochat" else chat_data,
         dtype="bfloat16" if profile.bfloat16_on_cpu and not num_cards and cpu_has_bf16() else profile.dtype,
@@ -339,15 +343,24 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
             f"PROFILE={profile.name} needs {profile.nproc} CUDA cards (one per process), but torch sees {num_cards}: "
             + ("set NPROC" if num_cards else "run `bash verify_p100_setup.sh`, or take PROFILE=demo")
         )
-    return profile
+    return fit_batches(profile)
+
+
+def fit_batches(profile: Profile) -> Profile:
+    """Batches that this many processes can share evenly, as near to the profile's as whole rows allow."""
+    if profile.nproc == 1:
+        return profile
+
+    def whole(tokens: int, rows: int) -> int:
+        unit = rows * profile.max_seq_len * profile.nproc
+        return max(1, round(tokens / unit)) * unit
+
+    per_process = profile.total_batch_size // profile.max_seq_len // profile.nproc
+    rows = max(1, min(profile.device_batch_size, per_process))
+    profile = replace(profile, device_batch_size=rows, total_batch_size=whole(profile.total_batch_size, rows))
+    return replace(profile, sft_batch_size=whole(profile.sft_batch_size, profile.sft_rows))
 
 
 def count_shards(tokens: float) -> int:
     """Shards of a public corpus that hold this many tokens."""
     return max(1, math.ceil(tokens * CHARS_PER_TOKEN / SHARD_CHARS))
-
-
-def training_speed(card: str) -> float:
-    """An upper bound of the FLOP/s that training reaches on the card of this name."""
-    known = [speed for name, speed in TRAINING_FLOPS_PER_SECOND.items() if name in card]
-    return known[0] if known else UNKNOWN_CARD_FLOPS_PER_SECOND

@@ -65,7 +65,7 @@ def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) ->
     """
     if settings.greedy:
         best, choice = logits.max(dim=-1)
-        return choice.where(best.isfinite(), NOT_FINITE)
+        return choice.masked_fill_(best.sub_(best) != 0, NOT_FINITE)  # NaN less itself is NaN, and so is infinity
     if uniform is None:
         raise ValueError("sampling above temperature 0 needs a random number per row")
     ids = None

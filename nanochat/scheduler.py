@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nanochat.calculator import use_calculator
+from nanochat.few_rows import exact_matmuls
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.precision import Precision
@@ -189,12 +190,18 @@ class Scheduler:
             (row, new tokens with their masks) of every row that got some or ended: mask 1 where the model chose the
             token, 0 where it was forced. A row that ended has a finish_reason.
         """
+        # Exact, also for prompts: the last token of one that was read before is decoded instead, and must say the same.
+        with exact_matmuls(self.cache.k_cache.device.type):
+            return self._step()
+
+    def _step(self) -> list[tuple[Row, list[tuple[int, int]]]]:
         logits: list[Tensor] = []
         rows = self._read(logits)
         rows += self._decode_ready(rows, logits)
         new: dict[int, list[tuple[int, int]]] = {}
         if logits:
-            for row, token in zip(rows, self._choose(rows, torch.cat(logits)), strict=True):
+            together = logits[0] if len(logits) == 1 else torch.cat(logits)  # (B, V)
+            for row, token in zip(rows, self._choose(rows, together), strict=True):
                 new[id(row)] = self._accept(row, token)
         result = [(row, new.get(id(row), [])) for row in self.rows if id(row) in new or row.finish_reason]
         for row, _ in result:

@@ -90,7 +90,7 @@ class Sampling(BaseModel):
     temperature: float | None = Field(None, ge=0.0, le=2.0)
     top_k: int | None = Field(None, ge=0, le=200)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
-    repetition_penalty: float | None = Field(None, gt=0.0, le=2.0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=2.0)  # logits divided by less could overflow
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -128,6 +129,43 @@ def prompt_reader(history: Path) -> Callable[[], str]:
     return lambda: session.prompt("\nYou: ")
 
 
+class Interrupts:
+    """What Ctrl-C does while this is entered: it interrupts reading, and stops an answer.
+
+    Python's own KeyboardInterrupt may come between any two instructions, also while this thread holds a lock that the
+    engine's thread waits for, or between two messages. So only reading is interrupted; an answer is asked to stop.
+    """
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation, self._reading = conversation, False
+
+    def __enter__(self) -> Interrupts:
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def read(self, read: Callable[[], str]) -> str:
+        """What `read` returns. From then on Ctrl-C stops the answer to it.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came meanwhile.
+        """
+        self._reading = True
+        self._conversation.stopped = False
+        try:
+            return read()
+        finally:
+            self._reading = False
+
+    def _handle(self, signum: int, frame: object) -> None:
+        if self._reading:
+            self._reading = False  # one interruption is enough
+            raise KeyboardInterrupt
+        self._conversation.stop()
+
+
 def converse(conversation: Conversation, read: Callable[[], str], terminal: bool) -> None:
     """Read messages and answer them until the end of input or `/quit`."""
     while True:
@@ -156,25 +194,27 @@ def reply(conversation: Conversation, question: str, terminal: bool) -> None:
     if terminal:
         print("\nAssistant: ", end="", flush=True)
     try:
-        # Closing tells the conversation that the answer is over, also when it was interrupted while printing.
+        # Closing tells the conversation that the answer is over, also when printing failed.
         with contextlib.closing(conversation.ask(question)) as parts:
             show(parts, terminal)
-    except KeyboardInterrupt:
-        say("\n(stopped)")
+        if conversation.stopped:
+            say("(stopped)")
     except BrokenPipeError:
         raise
     except (ValueError, RuntimeError) as error:
         say(f"({error})")
 
 
-def answer_once(conversation: Conversation, prompt: str) -> None:
-    """Answer one prompt; standard output holds nothing but the answer."""
+def answer_once(conversation: Conversation, prompt: str, read: Callable[[], str]) -> None:
+    """Answer one prompt; standard output holds nothing but the answer. Ctrl-C ends it and the program."""
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = read()
         if not prompt.strip():
             raise ValueError("--prompt=-: standard input is empty")
     with contextlib.closing(conversation.ask(prompt)) as parts:
         show(parts, terminal=sys.stdout.isatty())
+    if conversation.stopped:
+        raise KeyboardInterrupt
 
 
 def main(cfg: Config) -> None:
@@ -194,13 +234,15 @@ def main(cfg: Config) -> None:
         conversation = Conversation(engine, tokenizer, settings, lambda text: say(f"({text})"))
         conversation.system = cfg.system
         try:
-            if cfg.prompt is not None:
-                answer_once(conversation, cfg.prompt)
-            elif sys.stdin.isatty() and sys.stdout.isatty():
-                say("Type a message; Alt-Enter starts a new line. /help lists the commands, Ctrl-C stops an answer.")
-                converse(conversation, prompt_reader(get_base_dir() / "chat_history"), terminal=True)
-            else:
-                converse(conversation, input, terminal=False)
+            with Interrupts(conversation) as interrupts:
+                if cfg.prompt is not None:
+                    answer_once(conversation, cfg.prompt, lambda: interrupts.read(sys.stdin.read))
+                elif sys.stdin.isatty() and sys.stdout.isatty():
+                    say("Type a message; Alt-Enter starts a line, Ctrl-C stops an answer, /help lists the commands.")
+                    read = prompt_reader(get_base_dir() / "chat_history")
+                    converse(conversation, lambda: interrupts.read(read), terminal=True)
+                else:
+                    converse(conversation, lambda: interrupts.read(input), terminal=False)
         except BrokenPipeError:
             # Whoever read the answer has gone. Python would complain about it once more at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -179,6 +179,16 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def show_ratios(rows: list[dict[str, Any]]) -> None:
+    """How many times as fast as each other engine this project decodes."""
+    for row in rows:
+        others = [o for o in rows if o["requests"] == row["requests"] and not o["name"].startswith("ours ")]
+        if row["name"].startswith("ours ") and others:
+            key = "decode_tokens_per_second"
+            ratios = ", ".join(f"{row[key] / o[key]:.2f} x {o['name']}" for o in others)
+            print(f"requests {row['requests']}, {row['name']}: {ratios}")
+
+
 def main(cfg: Config) -> None:
     """Measure and print."""
     with setup_compute(cfg.runtime) as compute, tempfile.TemporaryDirectory() as name:
@@ -204,6 +214,7 @@ def main(cfg: Config) -> None:
             for contestant in contestants:
                 contestant.close()
     show(rows)
+    show_ratios(rows)
     print(json.dumps({"parameters": params, "dtype": dtype, "device": str(compute.device), "results": rows}))
 
 

@@ -2,11 +2,14 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 import scripts.chat_cli as chat_cli
 from nanochat.answer import Part
@@ -26,6 +29,16 @@ def saved(tiny_model, tiny_tokenizer):
     tiny_tokenizer.save(get_base_dir() / "tokenizer")
     meta = {"model_config": tiny_model.config.to_dict(), "tokenizer_hash": tiny_tokenizer.hash}
     save_checkpoint(checkpoint_folder("sft", "d2"), 7, tiny_model.state_dict(), None, meta)
+
+
+@pytest.fixture
+def endless(tiny_model, tiny_tokenizer, saved):
+    """The same, but it never ends an answer."""
+    with torch.no_grad():
+        for name in tiny_tokenizer.get_special_tokens():
+            tiny_model.lm_head.weight[tiny_tokenizer.encode_special(name)] = 0.0  # never among the 50 likeliest
+    meta = {"model_config": tiny_model.config.to_dict(), "tokenizer_hash": tiny_tokenizer.hash}
+    save_checkpoint(checkpoint_folder("sft", "d2"), 8, tiny_model.state_dict(), None, meta)
 
 
 @pytest.fixture
@@ -125,23 +138,129 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(conversation, monkeypat
     def interrupted(part):
         shown.append(part)
         if len(shown) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return part
 
     conversation.settings = AnswerSettings(temperature=2.0, max_tokens=100_000)
+    conversation.engine._scheduler.tools.stop_tokens = set()
     monkeypatch.setattr(chat_cli, "printable", interrupted)
-    chat_cli.reply(conversation, "why", terminal=True)
+    before = signal.getsignal(signal.SIGINT)
+    with chat_cli.Interrupts(conversation):
+        chat_cli.reply(conversation, "why", terminal=True)
+    assert signal.getsignal(signal.SIGINT) is before
     out, err = capsys.readouterr()
     assert "(stopped)" in err
-    assert "".join(shown[:2]) in out
+    assert "".join(shown[:3]) in out
     assert conversation.messages[-1]["role"] == "assistant"
-    said = conversation.messages[-1]["content"]
-    assert said[0]["text"].startswith(shown[0])
-    assert conversation.engine.stats()["running"] <= 1
+    assert "".join(p["text"] for p in conversation.messages[-1]["content"] if p["type"] == "text") == "".join(shown)
+    assert conversation.engine.stats()["cancelled"] == 1
     monkeypatch.undo()
     conversation.settings = AnswerSettings(temperature=0.0, max_tokens=5)
+    conversation.clear()
+    conversation.stopped = False
     list(conversation.ask("and then?"))
-    assert len(conversation.messages) == 4
+    assert len(conversation.messages) == 2
+
+
+def test_ctrl_c_while_a_message_is_read_interrupts_the_reading_only(conversation):
+    with chat_cli.Interrupts(conversation) as interrupts:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.read(lambda: signal.raise_signal(signal.SIGINT))
+            assert not conversation.stopped
+        assert interrupts.read(lambda: "line") == "line"
+        signal.raise_signal(signal.SIGINT)  # as early as possible: not lost
+        conversation.settings = AnswerSettings(temperature=2.0, max_tokens=100_000)
+        conversation.engine._scheduler.tools.stop_tokens = set()
+        list(conversation.ask("why"))
+        assert conversation.engine.stats()["generated_tokens"] < 1000
+
+
+def test_ctrl_c_ends_a_single_answer_and_the_program(conversation, monkeypatch):
+    conversation.settings = AnswerSettings(temperature=2.0, max_tokens=100_000)
+    conversation.engine._scheduler.tools.stop_tokens = set()
+    monkeypatch.setattr(chat_cli, "show", lambda parts, terminal: [signal.raise_signal(signal.SIGINT) for _ in parts])
+    with chat_cli.Interrupts(conversation), pytest.raises(KeyboardInterrupt):
+        chat_cli.answer_once(conversation, "why", input)
+    assert conversation.engine.stats()["cancelled"] == 1
+
+
+class Process:
+    """The program in a process of its own; `said` is its standard output and error. Killed after 200 seconds."""
+
+    def __init__(self, *flags):
+        command = [sys.executable, "-u", "-m", "scripts.chat_cli", "-t", "2", "--device_type=cpu", *flags]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self.said, self._ended, self._changed = "", False, threading.Condition()
+        self._threads = [threading.Timer(200, self.process.kill), threading.Thread(target=self._collect)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self._threads[0].cancel()
+        for thread in self._threads:
+            thread.join()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+    def _collect(self):
+        while data := self.process.stdout.read1(4096):
+            with self._changed:
+                self.said += data.decode("utf-8", "replace")
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def wait(self, condition):
+        """Wait until something was said."""
+        with self._changed:
+            self._changed.wait_for(lambda: condition() or self._ended)
+        assert condition(), f"the program has ended: {self.said[-1000:]}"
+
+
+def test_ctrl_c_in_a_real_process_stops_the_answer_not_the_program(endless):
+    """Signals in the middle of answers: the next message is answered, and the program ends well."""
+    with Process("-m", "100000000") as chat:
+        chat.wait(lambda: "parameters\n" in chat.said)
+        for i in range(40):
+            before = len(chat.said)
+            chat.process.stdin.write(f"hello {i}\n".encode())
+            chat.process.stdin.flush()
+            chat.wait(lambda: len(chat.said) > before)  # noqa: B023
+            chat.process.send_signal(signal.SIGINT)
+            chat.wait(lambda: "(stopped)\n" in chat.said[before:])  # noqa: B023
+        chat.process.stdin.close()
+        assert chat.process.wait() == 0
+        assert "Traceback" not in chat.said
+
+
+def test_ctrl_c_on_a_terminal(endless, monkeypatch):
+    """The key stops an answer; at the prompt it says how to leave; Ctrl-D leaves."""
+    pexpect = pytest.importorskip("pexpect", reason="pexpect is not installed")
+    monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")  # nobody here answers where the cursor is
+    argv = ["-m", "scripts.chat_cli", "-t", "2", "-m", "100000000", "--device_type=cpu"]
+    with pexpect.spawn(sys.executable, argv, cwd=ROOT, timeout=100, encoding="utf-8", codec_errors="replace") as chat:
+        chat.expect("You:")
+        for _ in range(3):
+            chat.send("hello\r")
+            chat.expect("Assistant: ")
+            chat.sendintr()
+            chat.expect(r"\(stopped\)")
+            chat.expect("You:")
+        chat.sendintr()
+        chat.expect(r"\(Ctrl-D")
+        chat.expect("You:")
+        chat.sendeof()
+        chat.expect(pexpect.EOF)
+    assert chat.exitstatus == 0
 
 
 def test_tool_calls_show_only_on_a_terminal(capsys):

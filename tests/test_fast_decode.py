@@ -5,7 +5,8 @@ import torch
 from reference_generation import ToolModel, make_model, naive_greedy
 
 from nanochat.engine import Engine
-from nanochat.fast_decode import FastDecoder, is_supported, make_decoder
+from nanochat.fast_decode import is_supported, make_decoder
+from nanochat.few_rows import Int8Linear
 from nanochat.kv_cache import KVCache
 from nanochat.precision import Precision
 
@@ -97,8 +98,9 @@ def test_small_weights_say_nearly_the_same(tiny_tokenizer, weights):
 
 def test_int8_rounds_each_channel_by_its_own_largest_weight(tiny_tokenizer):
     model = make_model(tiny_tokenizer)
-    packed, scale = FastDecoder(model, torch.bfloat16, int8=True)._pack(model.lm_head.weight)
     weight = model.lm_head.weight.detach()
+    linear = Int8Linear(weight)
+    packed, scale = linear.weight, linear.scale
     error = (packed.float() * scale.float().unsqueeze(1) - weight).abs().amax(dim=1)
     assert packed.dtype == torch.int8
     assert (error <= 0.51 * scale.float() + 1e-8).all()

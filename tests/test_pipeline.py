@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.card_choice import DeviceInfo
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.pipeline import Pipeline, only_one, shards_needed
-from nanochat.profiles import CPU, D20, DEMO, P100, TINY, Profile, Settings, choose_profile
+from nanochat.pipeline import Pipeline, machine_env, only_one, shards_needed, take_cards, tokens_needed, visible_cards
+from nanochat.profiles import CPU, D20, DEMO, P100, TINY, Profile, Settings, choose_profile, count_shards
 from nanochat.stages import Stage, expected_seconds, fingerprint, make_stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,11 +100,72 @@ def test_expected_time_comes_from_the_hours_or_from_a_measurement():
     assert expected_seconds(replace(TINY, seconds={}), "tok_train") is None
 
 
-def test_a_night_on_a_p100_needs_five_shards(monkeypatch):
-    monkeypatch.setattr("nanochat.pipeline.card_name", lambda: "Tesla P100-PCIE-16GB")
-    assert shards_needed(P100) == 5
-    assert shards_needed(replace(P100, hours=16.0)) in (9, 10)
-    assert shards_needed(D20) > 200
+PASCAL, TURING = DeviceInfo("Tesla P100-PCIE-16GB", (6, 0), 16280), DeviceInfo("Tesla T4", (7, 5), 15360)
+
+
+def modern(profile: Profile, **changes) -> Profile:
+    return replace(profile, flags={**profile.flags, "base_train": ("--recipe=modern",)}, **changes)
+
+
+def test_a_night_on_a_p100_needs_a_few_shards_and_more_cards_or_hours_need_more():
+    night = shards_needed(P100, [PASCAL])
+    assert 5 <= night <= 10
+    assert shards_needed(replace(P100, hours=16.0), [PASCAL]) == pytest.approx(2 * night, abs=1)
+    assert shards_needed(replace(P100, nproc=2), [TURING] * 2) > shards_needed(P100, [TURING])
+    assert 0.5 * night < shards_needed(modern(P100), [PASCAL]) <= 1.1 * night
+
+
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+def test_without_hours_the_recipes_own_horizon_counts(recipe):
+    """As many tokens as base_train plans for with the same flags."""
+    from scripts import base_train
+
+    profile = modern(D20) if recipe == "modern" else D20
+    config = base_train.Config(depth=20, recipe=recipe, total_batch_size=524288, device_batch_size=32)
+    plan = base_train.make_plan(config, 65536, 8)
+    assert plan.horizon_tokens == pytest.approx(tokens_needed(profile, 0.0), rel=1e-6)
+    assert shards_needed(profile) == count_shards(plan.horizon_tokens)
+
+
+def test_half_an_hour_on_a_cpu_downloads_no_hundred_shards(monkeypatch):
+    monkeypatch.setattr("nanochat.common.measure_matmul", lambda *_, **__: 0.4)
+    assert shards_needed(replace(CPU, dataset="climbmix")) == 1
+
+
+def test_steps_count_where_a_profile_has_them():
+    assert tokens_needed(TINY, 0.0) == 10 * 512
+
+
+# --- which cards -----------------------------------------------------------------------------------------------------
+
+
+def test_of_two_different_cards_only_the_better_one_is_visible_to_the_stages(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    devices = [DeviceInfo("GeForce GTX 1050", (6, 1), 2048), PASCAL]
+    chosen = take_cards(devices, None)
+    assert chosen == [1]
+    assert machine_env(P100, devices, chosen) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert machine_env(P100, [PASCAL], [0]) == {}
+    assert take_cards(devices, 2) == [1, 0]  # the user's wish
+
+
+def test_two_equal_cards_train_one_model(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    devices = [TURING, TURING]
+    chosen = take_cards(devices, None)
+    profile = choose_profile(Settings(), len(chosen))
+    env = machine_env(profile, devices, chosen)
+    assert int(env.pop("OMP_NUM_THREADS")) >= 1
+    assert env == {}
+    for name in ("base_train", "mid_train", "chat_sft"):
+        assert "--nproc_per_node=2" in stages_of(profile)[name].command(), name
+    assert take_cards(devices, 1) == [0]
+
+
+def test_the_choice_is_made_among_the_cards_that_are_visible():
+    assert visible_cards([1, 2], {"CUDA_VISIBLE_DEVICES": "3,5,0"}) == "5,0"
+    assert visible_cards([0], {"CUDA_VISIBLE_DEVICES": "GPU-1a,GPU-2b"}) == "GPU-1a"
+    assert visible_cards([0, 2], {}) == "0,2"
 
 
 def test_the_key_follows_the_data_and_the_settings_but_not_the_wandb_name(tmp_path):
@@ -276,7 +338,7 @@ def test_two_pipelines_in_one_folder_are_refused(tmp_path):
         pass
 
 
-# --- the whole chain -------------------------------------------------------------------------------------------------
+# --- the command -------------------------------------------------------------------------------------------------
 
 
 def pipeline(cwd: Path, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -295,35 +357,3 @@ def test_bad_settings_exit_with_2_and_one_line(tmp_path):
     done = pipeline(tmp_path, DEPTH="0")
     assert done.returncode == 2
     assert done.stderr.strip() == "error: DEPTH=0: must be at least 1"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_tiny_profile_runs_from_text_to_an_answer(tmp_path, base_dir):
-    first = pipeline(tmp_path, PROFILE="tiny")
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    for number, name in enumerate(ORDER, 1):
-        assert f"[{number}/13] {name}: finished" in first.stdout
-    report = (base_dir / "report" / "report.md").read_text()
-    assert (tmp_path / "report.md").read_text() == report
-    for section in (
-        "Summary",
-        "Tokenizer training",
-        "Tokenizer evaluation",
-        "Base model training",
-        "Base model loss",
-        "Base model evaluation",
-        "Midtraining",
-        "Chat evaluation mid",
-        "SFT",
-        "Chat evaluation sft",
-    ):
-        assert f"## {section}\n" in report
-    answer = (base_dir / "pipeline" / "answer.log").read_text().splitlines()
-    assert len(answer) > 1
-
-    before = snapshot(base_dir)
-    second = pipeline(tmp_path, PROFILE="tiny")
-    assert second.returncode == 0
-    assert second.stdout.count("skipped, done before") == 13
-    assert snapshot(base_dir) == before

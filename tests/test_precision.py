@@ -344,6 +344,7 @@ NAMES_DTYPES = {
     "export_hf.py",
     "classic.py",
     "fast_decode.py",
+    "few_rows.py",
     "infer_bench.py",
     "import_hf.py",
     "import_classic.py",

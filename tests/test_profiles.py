@@ -17,7 +17,7 @@ from nanochat.profiles import (
     Settings,
     choose_profile,
     count_shards,
-    training_speed,
+    fit_batches,
 )
 
 
@@ -81,8 +81,7 @@ def test_missing_cards_and_missing_data_are_errors_with_a_remedy():
     with pytest.raises(ValueError, match="PROFILE=demo"):
         choose_profile(Settings(profile="p100"), 0)
     with pytest.raises(ValueError, match="set NPROC"):
-        choose_profile(Settings(profile="d20"), 4)
-    assert choose_profile(Settings(profile="d20", nproc=4), 4).nproc == 4
+        choose_profile(Settings(nproc=4), 2)
     with pytest.raises(ValueError, match="DATA_DIR"):
         choose_profile(Settings(profile="cpu"), 0)
 
@@ -135,8 +134,30 @@ def test_shards_hold_the_tokens_of_the_budget():
     assert count_shards(1) == 1
     # 220 million tokens, a night of d12 on a P100, are a little over a thousand million characters.
     assert count_shards(220e6) == 5
-    assert training_speed("Tesla P100-PCIE-16GB") == 8e12
-    assert training_speed("something new") > training_speed("Tesla T4")
+
+
+def test_every_equal_card_trains_unless_nproc_says_otherwise():
+    assert choose_profile(Settings(), 2).nproc == 2
+    assert choose_profile(Settings(nproc=1), 2).nproc == 1
+    assert choose_profile(Settings(profile="d20"), 4).nproc == 4
+    assert choose_profile(Settings(profile="demo"), 2).nproc == 1
+
+
+@pytest.mark.parametrize("nproc", [1, 2, 3, 5, 6, 7, 8, 16, 17])
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
+def test_batches_divide_for_any_number_of_processes(profile, nproc):
+    fitted = fit_batches(replace(profile, nproc=nproc))
+    T = profile.max_seq_len
+    assert fitted.total_batch_size % (fitted.device_batch_size * T * nproc) == 0
+    assert fitted.sft_batch_size % (fitted.sft_rows * T * nproc) == 0
+    smallest = T * nproc  # a row per process
+    assert fitted.total_batch_size <= max(1.5 * profile.total_batch_size, smallest)
+    assert fitted.total_batch_size >= 0.5 * profile.total_batch_size
+
+
+def test_two_t4s_train_the_preset_with_its_own_batches():
+    profile = choose_profile(Settings(), 2)
+    assert (profile.device_batch_size, profile.total_batch_size, profile.sft_batch_size) == (8, 131072, 32768)
 
 
 def test_a_profile_is_not_changed_by_choosing():

@@ -133,6 +133,13 @@ def test_an_answer_streams_in(page, engine):
     assert "40 tokens" in page.inner_text(".assistant .stats")
 
 
+def test_the_end_of_a_long_answer_is_in_sight(page, engine):
+    engine.script = [("text", f"Paragraph {i}.\n\n") for i in range(60)]
+    say(page, "Hi")
+    assert page.evaluate("log.scrollHeight - log.clientHeight") > 500
+    assert page.evaluate("log.scrollHeight - log.clientHeight - log.scrollTop") < 2
+
+
 def test_stop_keeps_what_was_written(page, engine):
     engine.script, engine.delay = [("text", "a ")] * 1000, 0.02
     for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):

@@ -165,7 +165,7 @@ export class Conversation {
       message.stats = `${completion} ${completion === 1 ? "token" : "tokens"}${speed}`;
       if (event.finish_reason === "length") message.note = "longest answer reached";
     }
-    const follow = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
+    const follow = this.endInSight();
     view.drawSoon(() => follow && this.scrollDown());
   }
 
@@ -192,13 +192,20 @@ export class Conversation {
       chat.messages = chat.messages.filter((m) => m !== message);
     } else {
       if (nothing) message.note = "the model said nothing";
+      const follow = this.endInSight();
       view.draw();
+      if (follow) this.scrollDown();
     }
     if (!chat.messages.length || (chat !== this.chat && !store.loadChat(chat.id))) return; // deleted meanwhile
     if (chat.messages.includes(message) || nothing) {
       if (chat === this.chat) this.save();
       else store.saveChat(chat);
     }
+  }
+
+  // Whether the reader is at the end of the conversation; then the page stays there.
+  endInSight() {
+    return log.scrollHeight - log.scrollTop - log.clientHeight < 80;
   }
 
   scrollDown() {

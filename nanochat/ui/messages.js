@@ -35,7 +35,7 @@ function withChips(parts) {
 }
 
 function chipNode({ call, output }) {
-  const node = element("span", "chip", icon("sum"), element("code", "", call), ` = ${output ?? "…"}`);
+  const node = element("span", "chip", icon("sum"), element("code", "", `${call} = ${output ?? "…"}`));
   node.title = "The calculator was asked";
   return node;
 }

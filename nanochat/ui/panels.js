@@ -120,6 +120,7 @@ const number = (value, unit = "") => (value === null || value === undefined ? nu
 
 export function describeParams(params) {
   if (!params) return null;
+  if (params < 1e6) return `${(params / 1e3).toFixed(0)}K`;
   return params >= 1e9 ? `${(params / 1e9).toFixed(2)}B` : `${(params / 1e6).toFixed(1)}M`;
 }
 

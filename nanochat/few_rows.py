@@ -1,0 +1,157 @@
+"""Matmuls of a few rows with weights that stay the same: what decoding does, and how a CPU does it fastest.
+
+Such a matmul takes as long as reading its weight. torch's own reads it with one core where there is one row, and for
+more rows in a layout made for many. So on x86 CPUs a weight is held in up to two forms, each made when it is first
+needed: cut into a part per thread for one row (`SplitLinear`), in oneDNN's layout for several (`PackedLinear`).
+Measurements: dev/LOG.md, "decoding on a CPU".
+
+Shapes: B rows; a weight is (out, in).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nanochat.precision import DTYPES, cpu_has_bf16
+
+# oneDNN lays a weight out for this many rows. The layout for one row is slow for more; this one serves all.
+LAYOUT_ROWS = 16
+# Weights with fewer entries than this are not cut: they are read before another thread has begun.
+SPLIT_FROM = 200_000
+
+
+class Linear(Protocol):
+    """A weight to multiply rows x (B, in) with."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x · Wᵀ (B, out)."""
+
+    def relu(self, x: Tensor) -> Tensor:
+        """The positive part of x · Wᵀ."""
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + x · Wᵀ."""
+
+
+class PlainLinear:
+    """The weight as it is."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.t()  # (in, out)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.mm(x, self._weight)
+
+    def relu(self, x: Tensor) -> Tensor:
+        return self(x).relu_()
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        if residual.dtype != x.dtype:
+            return residual + self(x)
+        return torch.addmm(residual, x, self._weight)
+
+
+class SplitLinear:
+    """For one row: a matmul for each part of the outputs, all parts at once."""
+
+    def __init__(self, weight: Tensor) -> None:
+        out, width = weight.shape
+        parts = torch.get_num_threads()
+        if weight.numel() < SPLIT_FROM or out % parts:
+            parts = 1
+        split = weight.reshape(parts, out // parts, width).transpose(1, 2)  # (parts, in, out / parts)
+        # MKL reads a wide matrix up to twice as fast when it is contiguous this way round.
+        split = split.contiguous() if out > width else split
+        self._weight = split if parts > 1 else split[0]
+        self._parts = parts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._parts == 1:
+            return torch.mm(x, self._weight)
+        return torch.bmm(x.expand(self._parts, -1, -1), self._weight).view(1, -1)
+
+    def relu(self, x: Tensor) -> Tensor:
+        return self(x).relu_()
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self._parts == 1:
+            return torch.addmm(residual, x, self._weight)
+        return self(x).add_(residual)
+
+
+class PackedLinear:
+    """The weight in oneDNN's layout; what follows the matmul is part of it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), LAYOUT_ROWS)
+        self._run = torch.ops.mkldnn._linear_pointwise.default
+        self._run_with = torch.ops.mkldnn._linear_pointwise.binary
+
+    @staticmethod
+    def suits(device: str, dtype: torch.dtype) -> bool:
+        """Whether this machine can do it and was seen to gain by it."""
+        if device != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+            return False
+        known = dtype == torch.float32 or (dtype == DTYPES["bfloat16"] and cpu_has_bf16())
+        return known and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self._run(x, self._weight, None, "none", [], "")
+        return y
+
+    def relu(self, x: Tensor) -> Tensor:
+        y: Tensor = self._run(x, self._weight, None, "relu", [], "")
+        return y
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        y: Tensor = self._run_with(x, residual, self._weight, None, "add")
+        return y
+
+
+class Int8Linear:
+    """The weight in 8 bits with a scale per output channel, the rows in bfloat16 (CPUs only)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
+        self.scale = scale.to(DTYPES["bfloat16"])
+        self.weight = (weight / self.scale.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x, self.weight, self.scale)
+
+    def relu(self, x: Tensor) -> Tensor:
+        return self(x).relu_()
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self(x)
+
+
+def best_form(rows: int, device: str, dtype: torch.dtype) -> type[PlainLinear | SplitLinear | PackedLinear]:
+    """The form of a weight in which this many rows are multiplied fastest; there is one for 1 and one for more."""
+    if not PackedLinear.suits(device, dtype):
+        return PlainLinear
+    return SplitLinear if rows == 1 and dtype == torch.float32 else PackedLinear
+
+
+@contextlib.contextmanager
+def exact_matmuls(device: str) -> Iterator[None]:
+    """On a CPU: float32 matmuls without rounding to bfloat16. Elsewhere nothing.
+
+    Where rounding is on (see nanochat.precision), oneDNN converts the whole weight in every call: for many rows that
+    pays, for a few it takes longer than the matmul.
+    """
+    if device != "cpu":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
