@@ -155,6 +155,7 @@ class AdamWTensors:
         return x if self.ranks.world == 1 else x.to("cpu", copy=True)
 
     def export_state(self) -> dict[int, dict[str, Tensor]]:
+        """The state of all tensors, by index in the optimizer; all ranks take part."""
         return {
             self.indices[i]: {key: self._whole(i, value) for key, value in state.items()}
             for i, state in enumerate(self.state)

@@ -107,7 +107,6 @@ class GPTPrefixCache(KVCache):
         return cls(rows, c.n_kv_head, n_tokens, c.head_dim, c.n_layer, weight.device, dtype)
 
     def repeated(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> GPTPrefixCache:
-        """See `PrefixCache`."""
         layers, _, _, heads, head_dim = self.k_cache.shape
         used, device, dtype = max(lengths), self.k_cache.device, self.k_cache.dtype
         wide = GPTPrefixCache(len(rows), heads, used + room, head_dim, layers, device, dtype)
