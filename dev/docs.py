@@ -16,11 +16,10 @@ import importlib
 import io
 import re
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.config import parse_config
+from nanochat.config import parse_config, run_script
 from nanochat.files import atomic_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +39,14 @@ FIGURE = re.compile(
 SOURCE = re.compile(
     r"dev/LOG\.md#|\]\(https?://|data sheet|\d[^|=]*\s=\s[^|=]*\d|`(?:\.venv/bin/)?(?:python|bash|wc) [^`]+`"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of this tool."""
+
+    anchors: bool = False
+    """Only print where the places that the tour names are."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ def symbol_line(anchor: str) -> int:
         if not found:
             raise ValueError(f"{anchor}: there is no {name}")
         node = found[0]
-    return node.lineno  # type: ignore[attr-defined, no-any-return]
+    return node.lineno
 
 
 def _names(node: ast.AST) -> list[str]:
@@ -214,11 +221,12 @@ def anchors(path: Path) -> list[str]:
     return re.findall(r"`([\w./-]+\.py:[A-Za-z_][\w.]*)`", path.read_text(encoding="utf-8"))
 
 
-def main() -> None:
+def main(cfg: Config) -> None:
     """Write the generated blocks, or show the anchors."""
-    if "--anchors" in sys.argv[1:]:
+    if cfg.anchors:
         for anchor in dict.fromkeys(anchors(ROOT / "docs" / "tour.md")):
-            print(f"{anchor.partition(':')[0]}:{symbol_line(anchor)} {anchor.partition(':')[2]}")
+            file, _, name = anchor.partition(":")
+            print(f"{file}:{symbol_line(anchor)} {name}")
         return
     for path in DOCUMENTS:
         if write_generated(path):
@@ -226,4 +234,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, Config)
