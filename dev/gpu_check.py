@@ -28,16 +28,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nanochat.cards import find_card  # noqa: E402
-from nanochat.common import Compute, measure_matmul, setup_compute  # noqa: E402
+from nanochat.common import Compute, setup_compute  # noqa: E402
 from nanochat.compiling import compiled, seconds_per_pass  # noqa: E402
 from nanochat.config import Runtime  # noqa: E402
 from nanochat.gpt import GPT, GPTConfig  # noqa: E402
+from nanochat.hardware import measure_matmul  # noqa: E402
+from nanochat.memory import GB, estimate_training_memory  # noqa: E402
+from nanochat.micro_batch import choose_micro_batch  # noqa: E402
 from nanochat.optim import MuonAdamW  # noqa: E402
 from nanochat.precision import DTYPES, Precision  # noqa: E402
 from nanochat.recipe import Schedule, parameter_groups  # noqa: E402
 
 VOCAB = 256
 FINAL_SHARE = 0.1  # the final loss is the mean over this share of the steps, at the end
+# Depth and vocabulary of the models that a 16 GB card must hold, tokens per row, and rows of a whole step.
+MEMORY_MODELS = ((12, 65536), (16, 32768))
+MEMORY_TOKENS, MEMORY_ROWS = 2048, 64
 SAME = 0.01  # final losses within this are the same
 
 
@@ -52,6 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--compile", action="store_true", help="also time torch.compile against eager")
+    parser.add_argument("--memory", type=float, help="check that models train at auto batch in this many GB, and stop")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="the JSON (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.dtypes = arguments.dtypes.split(",")
@@ -251,6 +258,66 @@ def time_compiled(run: Run, rows: int) -> dict[str, float | str]:
     return times
 
 
+# --- does it fit ------------------------------------------------------------------------------------------------------
+
+
+def check_memory(compute: Compute, memory_gb: float) -> bool:
+    """Train the models a 16 GB card is meant for at the micro-batch that is chosen for it, on a card capped to that."""
+    if compute.device_type != "cuda":
+        raise RuntimeError("--memory caps a CUDA card: there is none here")
+    total = torch.cuda.get_device_properties(compute.device).total_memory
+    if memory_gb * GB > total:
+        raise ValueError(f"--memory={memory_gb:g}: this card has {total / GB:.1f} GB")
+    torch.cuda.set_per_process_memory_fraction(memory_gb * GB / total, compute.device)
+    rows = [["model", "dtype", "micro-batch", "estimated GB", "peak GB", "tokens/s"]]
+    for depth, vocab in MEMORY_MODELS:
+        for name in ("float16", "bfloat16", "float32"):
+            forget(compute)
+            try:
+                rows.append([f"d{depth}/{vocab}", name, *train_to_the_brim(compute, depth, vocab, name)])
+            except RuntimeError as error:
+                rows.append([f"d{depth}/{vocab}", name, str(error).splitlines()[0], "-", "-", "FAILED"])
+    print(table(rows))
+    return not any(row[-1] == "FAILED" for row in rows)
+
+
+def train_to_the_brim(compute: Compute, depth: int, vocab: int, name: str) -> list[str]:
+    """Five steps of random tokens at auto batch: micro-batch, estimated and measured memory, speed."""
+    compute.precision = Precision(compute.device_type, DTYPES[name])
+    config = GPTConfig.from_depth(depth, vocab, MEMORY_TOKENS)
+    model = GPT(config)
+    model.init_weights()
+    model.to(compute.device).train()
+    optimizer = MuonAdamW(
+        parameter_groups(model, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0)
+    )
+    micro, _ = choose_micro_batch(model, compute, MEMORY_TOKENS, MEMORY_ROWS)
+    torch.cuda.reset_peak_memory_stats(compute.device)
+    x = torch.randint(0, vocab, (micro.rows, MEMORY_TOKENS), device=compute.device)
+    compute.synchronize()
+    start = time.perf_counter()
+    steps, passes = 5, 2
+    for _ in range(steps):
+        for _ in range(passes):
+            with compute.precision.autocast():
+                loss = model(x, x, loss_reduction="sum") / (passes * x.numel())
+            compute.precision.backward(loss)
+        compute.precision.step([optimizer], 1.0, loss)
+        optimizer.zero_grad()
+    compute.synchronize()
+    speed = steps * passes * x.numel() / (time.perf_counter() - start)
+    estimate = estimate_training_memory(
+        config,
+        micro.rows,
+        MEMORY_TOKENS,
+        dtype=name,
+        loss_chunk_bytes=micro.loss_chunk_bytes,
+        activation_checkpointing=micro.activation_checkpointing,
+    )
+    peak = torch.cuda.max_memory_reserved(compute.device)
+    return [str(micro), f"{estimate.total / GB:.2f}", f"{peak / GB:.2f}", f"{speed:,.0f}"]
+
+
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +370,8 @@ def main(argv: list[str] | None = None) -> int:
     """Check, print, write; returns 0 if every dtype trains to the same loss."""
     arguments = parse_arguments(argv)
     compute = setup_compute(Runtime(device_type=arguments.device_type, compile="off", seed=arguments.seed))
+    if arguments.memory is not None:
+        return 0 if check_memory(compute, arguments.memory) else 1
     facts = device_facts(compute)
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     speeds = matmul_speeds(compute, arguments.dtypes)

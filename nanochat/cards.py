@@ -7,7 +7,7 @@ fast (P100, GTX 16xx); all other old cards gain memory from float16 but no speed
 
 Memory is what the card is sold with, in GB. A card sold under one name in several sizes is listed with the most common
 one: ask the device itself where it is present. Laptop chips and MIG slices run at other speeds than the card whose name
-they carry, so they are unknown here; `nanochat.common.measure_matmul` serves for every unknown card.
+they carry, so they are unknown here; `nanochat.hardware.measure_matmul` serves for every unknown card.
 """
 
 from __future__ import annotations

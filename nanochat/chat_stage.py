@@ -47,9 +47,9 @@ class StageConfig:
     num_epochs: float = 1.0
     """Passes over the data."""
     hours: float | None = None
-    """Train for this long instead; the schedule follows the clock."""
-    device_batch_size: int = 8
-    """Rows per forward pass and process."""
+    """Be done in this time instead, last evaluation and checkpoint included: the schedule follows the clock."""
+    device_batch_size: int | Literal["auto"] = "auto"
+    """Rows per forward pass and process: auto finds the most that fit and pay. The total batch stays, whatever fits."""
     lora_rank: int | None = None
     """Train thin matrices of this rank beside those of the blocks (LoRA), and merge them when saving."""
     lora_lr: float = 0.001

@@ -10,7 +10,6 @@ import functools
 import os
 import random
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from nanochat.config import Runtime
 from nanochat.fp16_gemm import Mode
+from nanochat.hardware import measure_matmul, synchronize, wheel_runs
 from nanochat.precision import DTYPE_NAMES, DTYPES, Precision, candidate_dtypes, dtype_cost
 
 
@@ -68,36 +68,6 @@ def autodetect_device_type() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def measure_matmul(dtype: torch.dtype, device: torch.device | str, n: int = 2048, seconds: float = 0.1) -> float:
-    """Measured speed of an n×n matmul in TFLOP/s (2n³ operations each), for at most about `seconds` after warm-up.
-
-    Where one such matmul would take longer than that (emulated dtypes), n is halved until it doesn't.
-    """
-    device = torch.device(device)
-
-    def matmuls(size: int, limit: float) -> tuple[int, float]:
-        # A generator of its own: a resumed run measures again, and its random numbers must not depend on that.
-        a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
-        start, count = time.perf_counter(), 0
-        while count == 0 or time.perf_counter() - start < limit:
-            a @ a
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            elif device.type == "mps":
-                torch.mps.synchronize()
-            count += 1
-        return count, time.perf_counter() - start
-
-    small = min(n, 256)
-    matmuls(small, 0.0)  # loads libraries and kernels
-    once = matmuls(small, 0.0)[1]
-    while n > small and once * (n / small) ** 3 > seconds:
-        n //= 2
-    matmuls(n, 0.0)
-    count, used = matmuls(n, seconds)
-    return count * 2 * n**3 / used / 1e12
-
-
 def autodetect_dtype(device_type: str) -> torch.dtype:
     """The precision this machine computes best in: the one rule every script follows.
 
@@ -137,13 +107,7 @@ def check_wheel() -> None:
     arches = [a for a in torch.cuda.get_arch_list() if a.startswith(("sm_", "compute_"))]
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        # A cubin runs on its own major version and an equal or newer minor one; PTX (compute_) runs on all newer cards.
-        numbers = [(a.split("_")[0], int("".join(c for c in a.split("_")[1] if c.isdigit()))) for a in arches]
-        fits = any(
-            (kind == "sm" and n // 10 == major and n % 10 <= minor) or (kind == "compute" and n <= major * 10 + minor)
-            for kind, n in numbers
-        )
-        if arches and not fits:
+        if not wheel_runs((major, minor), arches):
             raise RuntimeError(
                 f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(i)} (capability "
                 f"{major}.{minor}; this wheel holds {' '.join(arches)}). Install one that does: "
@@ -190,10 +154,7 @@ class Compute:
 
     def synchronize(self) -> None:
         """Wait until the device has finished (for timing)."""
-        if self.device_type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device_type == "mps":
-            torch.mps.synchronize()
+        synchronize(self.device)
 
     def peak_memory_bytes(self) -> int:
         """Most memory held at once: on the card, or this process's resident memory on a CPU."""

@@ -24,9 +24,14 @@ from nanochat.chat_stage import (
     train_settings,
 )
 from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder
-from nanochat.common import Compute, measure_matmul, print0, print_banner, setup_compute
+from nanochat.clock import Clock
+from nanochat.common import Compute, print0, print_banner, setup_compute
 from nanochat.config import short
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import measure_matmul
+from nanochat.memory import MicroBatch, divisors
+from nanochat.micro_batch import Batch, choose_micro_batch
+from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
 from nanochat.recipe import BatchPlan, Schedule, plan_batch
 from nanochat.report import get_report
@@ -34,9 +39,10 @@ from nanochat.resume import find_resume, model_hash, only_run, saved_dtype
 from nanochat.samples import print_answers
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tracking import init_tracker
-from nanochat.trainer import Batch, Trainer
+from nanochat.trainer import Trainer
 
 SAMPLED = 256
+EVAL_ROWS = 8  # rows of one of the `eval_batches`, where rows are chosen by what fits
 # Share of the measured matmul speed that training is assumed to reach, to foretell how much it will read in some hours.
 ASSUMED_EFFICIENCY = 0.3
 
@@ -78,6 +84,7 @@ def make_loader(
     compute: Compute,
     dataset: Sequence[Any],
     tokenizer: RustBPETokenizer,
+    rows: int,
     sequence_len: int,
     state: dict[str, Any] | None = None,
 ) -> ConversationLoader:
@@ -85,7 +92,7 @@ def make_loader(
     return ConversationLoader(
         dataset,
         tokenizer,
-        cfg.device_batch_size,
+        rows,
         sequence_len,
         device=compute.device,
         rank=compute.rank,
@@ -160,7 +167,7 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Co
     with setup_compute(cfg.runtime, *dtypes) as compute, only_run(folder, needed=not cfg.dry_run):
         model_config = start.checkpoint.meta["model_config"]
         sequence_len = min(cfg.max_seq_len or 1 << 62, model_config["sequence_len"])
-        batch = plan_batch(cfg.total_batch_size, cfg.device_batch_size, sequence_len, compute.world_size)
+        clock = Clock()
         data = load_data(plan_budget(cfg, GPTConfig.from_dict(model_config), compute))
         inputs = {
             "tokenizer": start.tokenizer.hash,
@@ -170,19 +177,37 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Co
         checkpoint = None
         if not cfg.dry_run:
             checkpoint = find_resume(folder, asdict(cfg), cfg.resume, inputs=inputs, force=cfg.force)
-        loader = make_loader(
-            cfg, compute, data.train, start.tokenizer, sequence_len, checkpoint.meta["loader"] if checkpoint else None
-        )
+        learner = None if cfg.dry_run else prepare_model(cfg, start.checkpoint, checkpoint, compute.device)
+        batch, micro = choose_batch(cfg, compute, sequence_len, learner[0] if learner else None, checkpoint)
+        place = checkpoint.meta["loader"] if checkpoint else None
+        loader = make_loader(cfg, compute, data.train, start.tokenizer, batch.device_batch_size, sequence_len, place)
         schedule = make_schedule(cfg, loader.rows_per_epoch * sequence_len / batch.total_tokens)
         print0(f"{stage.name}: data {data.name}, one epoch is {loader.forecast}")
         print0(f"{stage.name}: {describe_horizon(schedule)}, {batch.total_tokens:,} tokens per step")
-        if cfg.dry_run:
+        if learner is None:
             return
-        trainer = make_trainer(stage, cfg, compute, start, checkpoint, data, loader, schedule, batch, folder)
+        trainer = make_trainer(stage, cfg, compute, start, learner, data, loader, schedule, batch, folder)
+        trainer.clock, trainer.micro = clock, micro
         trainer.meta["inputs"] = inputs
         run_trainer(trainer, checkpoint)
         print0(f"{stage.name}: learned from {loader.stats}")
         report(stage, trainer, data, loader, compute)
+
+
+def choose_batch(
+    cfg: FinetuneConfig, compute: Compute, sequence_len: int, model: GPT | None, checkpoint: Checkpoint | None
+) -> tuple[BatchPlan, MicroBatch | None]:
+    """How the total batch is made up; a resumed run keeps what was chosen at its start."""
+    total, world, rows = cfg.total_batch_size, compute.world_size, cfg.device_batch_size
+    if isinstance(rows, int):
+        return plan_batch(total, rows, sequence_len, world), None
+    per_step = plan_batch(total, 1, sequence_len, world).grad_accum_steps
+    micro = MicroBatch(EVAL_ROWS)
+    if checkpoint is not None and checkpoint.meta.get("micro_batch"):
+        micro = MicroBatch(**checkpoint.meta["micro_batch"])
+    elif model is not None:
+        micro, _ = choose_micro_batch(model, compute, sequence_len, per_step)
+    return plan_batch(total, divisors(per_step, micro.rows)[0], sequence_len, world), micro
 
 
 def make_trainer(
@@ -190,7 +215,7 @@ def make_trainer(
     cfg: FinetuneConfig,
     compute: Compute,
     start: Start,
-    checkpoint: Checkpoint | None,
+    learner: tuple[GPT, MuonAdamW],
     data: Conversations,
     loader: ConversationLoader,
     schedule: Schedule,
@@ -198,8 +223,10 @@ def make_trainer(
     folder: Path,
 ) -> Trainer:
     """The shared loop with what is this stage's own."""
-    model, optimizer = prepare_model(cfg, start.checkpoint, checkpoint, compute.device)
-    tokenizer = start.tokenizer
+    model, optimizer = learner
+    tokenizer, rows = start.tokenizer, batch.device_batch_size
+    # The same text is evaluated whatever number of rows fits.
+    evaluated = cfg.eval_batches if cfg.device_batch_size != "auto" else -(-cfg.eval_batches * EVAL_ROWS // rows)
     return Trainer(
         label=stage.name,
         model=model,
@@ -210,7 +237,7 @@ def make_trainer(
         folder=folder,
         meta={"config": asdict(cfg), "tokenizer_hash": tokenizer.hash, "chat_data": data.name},
         evaluate=lambda: evaluate_loss(
-            model, make_loader(cfg, compute, data.val, tokenizer, batch.sequence_len), cfg.eval_batches, compute
+            model, make_loader(cfg, compute, data.val, tokenizer, rows, batch.sequence_len), evaluated, compute
         ),
         val_name="val_loss",
         sample=lambda: print_answers(model, tokenizer, compute),

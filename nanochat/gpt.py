@@ -188,6 +188,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self._add_switched_parameters(config)
         self.activation_checkpointing = False
+        self.loss_chunk_bytes: int | None = None  # None: by the device, see nanochat/loss.py
         self.windows = set(config.windows)
         cos, sin = rotary_tables(config.sequence_len, config.head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
@@ -391,8 +392,9 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         """The loss of hidden states `x` (B, T, C) against `targets` (B, T); never compiled, unlike `hidden`."""
+        dtype, chunk = training_product_dtype(x), self.loss_chunk_bytes
         return linear_cross_entropy(
-            x, self.lm_head.weight, targets, self.config.vocab_size, LOGIT_SOFTCAP, reduction, training_product_dtype(x)
+            x, self.lm_head.weight, targets, self.config.vocab_size, LOGIT_SOFTCAP, reduction, dtype, chunk
         )
 
     def logits_at(self, x: Tensor) -> Tensor:

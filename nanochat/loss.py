@@ -24,8 +24,8 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap)
 
 
-def _chunk_tokens(device: torch.device, vocab: int) -> int:
-    return max(64, CHUNK_BYTES.get(device.type, CHUNK_BYTES_DEFAULT) // (4 * vocab))
+def _chunk_tokens(device: torch.device, vocab: int, chunk_bytes: int | None = None) -> int:
+    return max(64, (chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES_DEFAULT)) // (4 * vocab))
 
 
 def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float) -> tuple[Tensor, ...]:
@@ -57,7 +57,9 @@ def _chunk_gradient(t: Tensor, e: Tensor, sums: Tensor, targets: Tensor) -> tupl
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, master: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, master: Tensor, targets: Tensor, vocab_size: int, cap: float, chunk_bytes: int | None
+    ) -> Tensor:
         # x (N, C) in the compute dtype; master (V, C) float32, so that its gradient is never rounded to 16 bits.
         weight = master.to(x.dtype)
         high = torch.promote_types(x.dtype, torch.float32)
@@ -65,7 +67,7 @@ class _SummedLoss(torch.autograd.Function):
         need_grad = any(ctx.needs_input_grad[:2])
         dx = torch.empty_like(x) if need_grad else None
         dw = torch.zeros(weight.shape, dtype=high, device=x.device) if need_grad else None
-        n = _chunk_tokens(x.device, weight.size(0))
+        n = _chunk_tokens(x.device, weight.size(0), chunk_bytes)
         for i in range(0, x.size(0), n):
             xc, tc = x[i : i + n], targets[i : i + n]
             losses, t, e, sums = _chunk_loss(xc, weight, tc, vocab_size, cap)
@@ -87,10 +89,12 @@ class _SummedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
-        return dx.to(grads[0].dtype) * grads[0], dw * grads[0], None, None, None
+        return dx.to(grads[0].dtype) * grads[0], dw * grads[0], None, None, None, None
 
 
-def _losses_each(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
+def _losses_each(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float, chunk_bytes: int | None
+) -> Tensor:
     """(N,) losses by plain autograd, each chunk recomputed in the backward pass."""
     from torch.utils.checkpoint import checkpoint
 
@@ -99,7 +103,7 @@ def _losses_each(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ca
         logits = softcap(logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32)), cap)
         return torch.nn.functional.cross_entropy(logits, tc, ignore_index=-1, reduction="none")
 
-    n = _chunk_tokens(x.device, weight.size(0))
+    n = _chunk_tokens(x.device, weight.size(0), chunk_bytes)
     chunks = [(x[i : i + n], targets[i : i + n]) for i in range(0, x.size(0), n)]
     return torch.cat([checkpoint(one, xc, tc, use_reentrant=False) for xc, tc in chunks])
 
@@ -112,6 +116,7 @@ def linear_cross_entropy(
     cap: float,
     reduction: Literal["mean", "sum", "none"] = "mean",
     dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Cross entropy of `softcap(x @ weight.T)` against `targets`. Runs outside torch.compile (see Trainer).
 
@@ -123,19 +128,20 @@ def linear_cross_entropy(
         cap: the softcap.
         reduction: "mean" over the targets that count (NaN if there is none), "sum", or "none" -> (…).
         dtype: the matmuls' dtype (default: that of x).
+        chunk_bytes: memory for the float32 logits of one chunk (default: by the device).
     """
     dtype = dtype or x.dtype
     flat = x.reshape(-1, x.size(-1)).to(dtype)
     t = targets.reshape(-1)
     with torch.autocast(x.device.type, enabled=False):
         if reduction == "none" and torch.is_grad_enabled():
-            return _losses_each(flat, weight.to(dtype), t, vocab_size, cap).view(targets.shape)
+            return _losses_each(flat, weight.to(dtype), t, vocab_size, cap, chunk_bytes).view(targets.shape)
         if reduction == "none":
             w = weight.to(dtype)
-            n = _chunk_tokens(x.device, w.size(0))
+            n = _chunk_tokens(x.device, w.size(0), chunk_bytes)
             parts = [
                 _chunk_loss(flat[i : i + n], w, t[i : i + n], vocab_size, cap)[0] for i in range(0, flat.size(0), n)
             ]
             return torch.cat(parts).view(targets.shape)
-        total: Tensor = _SummedLoss.apply(flat, weight, t, vocab_size, cap)
+        total: Tensor = _SummedLoss.apply(flat, weight, t, vocab_size, cap, chunk_bytes)
     return total if reduction == "sum" else total / (t >= 0).sum()

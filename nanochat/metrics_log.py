@@ -77,6 +77,15 @@ def read_metrics(data: bytes) -> list[dict[str, Any]]:
     return records
 
 
+def last_value(path: Path, name: str) -> float:
+    """The value of `name` in the last record that has one; 0 without such a record."""
+    if path.is_file():
+        for line in reversed(path.read_bytes().splitlines()):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill, or of an evaluation
+                return float(json.loads(line)[name])
+    return 0.0
+
+
 def _step_of(line: bytes) -> float:
     try:
         return int(json.loads(line)["step"])

@@ -105,11 +105,13 @@ def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Te
     update = update.to(second_moment.dtype)
     over = -1 if second_moment.shape[-1] == 1 else -2
     square = update.square().mean(over, keepdim=True)  # (N, R, 1) or (N, 1, C)
-    second_moment.lerp_(square, 1 - beta2)
-    scale = second_moment.clamp_min(1e-10).rsqrt()
+    averaged = second_moment.lerp(square, 1 - beta2)
+    scale = averaged.clamp_min(1e-10).rsqrt()
     before = square.sum((-2, -1), keepdim=True)  # (N, 1, 1), squared norm up to a constant
     after = (square * scale.square()).sum((-2, -1), keepdim=True).clamp_min(1e-10)
-    return update * (scale * (before / after).sqrt())
+    scaled = update * (scale * (before / after).sqrt())
+    second_moment.copy_(averaged)  # last: memory may run out before, and then all of this is done again
+    return scaled
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -126,6 +128,9 @@ class MuonStack:
         self.active: list[int] = []  # which of self.own have a gradient
         self.reduced: Tensor | None = None  # (K, R, C)
         self.state: dict[str, Tensor] = {}
+        # (K, R, C), what a step that ran out of memory goes on from:
+        self.looked_ahead: Tensor | None = None
+        self.update: Tensor | None = None
 
     def reduce(self) -> Callable[[], None]:
         """Begin to average the gradients over the ranks; the result waits for the end."""
@@ -148,7 +153,7 @@ class MuonStack:
 
     def clear(self) -> None:
         """Forget the averaged gradients."""
-        self.reduced = None
+        self.reduced = self.looked_ahead = self.update = None
 
     def state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a parameter's optimizer state."""
@@ -175,22 +180,29 @@ class MuonStack:
         if not self.active:
             return
         everything = len(self.active) == len(self.own)
-        x = self.reduced if self.reduced is not None and everything else torch.stack(self.own_grads())
         state = self.state if everything else {key: value[self.active] for key, value in self.state.items()}
-        x = x.to(state["momentum_buffer"].dtype)  # (K, R, C), ours to overwrite
-        if isinstance(multiplier, Tensor) or multiplier != 1.0:
-            x.mul_(multiplier)
-        update = self.direction(x, state)
-        if not everything:
-            for key, value in state.items():
-                self.state[key][self.active] = value
-        self.apply([self.own[i] for i in self.active], update)
+        if self.looked_ahead is None:
+            x = self.reduced if self.reduced is not None and everything else torch.stack(self.own_grads())
+            x = x.to(state["momentum_buffer"].dtype)  # (K, R, C), ours to overwrite
+            if isinstance(multiplier, Tensor) or multiplier != 1.0:
+                x.mul_(multiplier)
+            self.looked_ahead = self.look_ahead(x, state["momentum_buffer"])
+            if not everything:
+                self.state["momentum_buffer"][self.active] = state["momentum_buffer"]
+        if self.update is None:
+            self.update = self.direction(self.looked_ahead, state)
+            if not everything and "second_moment" in state:
+                self.state["second_moment"][self.active] = state["second_moment"]
+        self.apply([self.own[i] for i in self.active], self.update)
 
-    def direction(self, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The orthogonalised update (K, R, C); overwrites grad and the state."""
-        group, momentum = self.group, state["momentum_buffer"]
-        momentum.lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp_(momentum, group["momentum"])  # Nesterov: look one step ahead
+    def look_ahead(self, grad: Tensor, momentum: Tensor) -> Tensor:
+        """Nesterov's momentum (K, R, C); overwrites grad and the momentum, and needs no memory."""
+        momentum.lerp_(grad, 1 - self.group["momentum"])
+        return grad.lerp_(momentum, self.group["momentum"])
+
+    def direction(self, update: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The orthogonalised update (K, R, C); overwrites the second moment when all else is done."""
+        group = self.group
         if group["row_equalize"]:
             update = equalize_rows(update)
         update = orthogonalize(update, group["coefficients"], group["ns_steps"], group["ns_dtype"])
@@ -205,8 +217,8 @@ class MuonStack:
         updates = list(update.to(params[0].dtype).unbind())
         decay = lr * self.group["weight_decay"]
         if decay and self.group["cautious"]:
-            for p, u in zip(params, updates, strict=True):
-                p.sub_(torch.where(u * p >= 0, p, 0.0), alpha=decay)
+            decayed = [torch.where(u * p >= 0, p, 0.0) for p, u in zip(params, updates, strict=True)]
+            torch._foreach_sub_(params, decayed, alpha=decay)
         elif decay:
             torch._foreach_mul_(params, 1 - decay)
         torch._foreach_add_(params, updates, alpha=-lr)

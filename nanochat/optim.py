@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from nanochat.muon import MUON_DEFAULTS, MuonStack, newton_schulz_coefficients, state_dtype
+from nanochat.out_of_memory import with_more_memory
 from nanochat.sharding import Ranks
 
 ADAMW_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -82,12 +84,13 @@ class AdamWTensors:
 
     def init_state(self) -> None:
         """Begin with state of zeros."""
-        self.state = []
+        states = []  # whole or not at all: memory may run out on the way
         for i, p in enumerate(self.params):
             zeros = torch.zeros_like(self.part(i, p), dtype=state_dtype(p), memory_format=torch.contiguous_format)
             # the fused kernels read the step where the parameter lives, the others on the host
             step = torch.zeros((), dtype=torch.float32, device=p.device if self._fused(p) else "cpu")
-            self.state.append({"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()})
+            states.append({"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()})
+        self.state = states
 
     @staticmethod
     def _fused(p: Tensor) -> bool:
@@ -252,7 +255,9 @@ class MuonAdamW(torch.optim.Optimizer):
         Not finite if any gradient of any rank is not. float32 (float64 for float64 gradients).
         """
         self._check_reduced()
-        norm = get_total_norm([grad for bucket in self.buckets for grad in bucket.own_grads()])
+        norm = with_more_memory(
+            lambda: get_total_norm([grad for bucket in self.buckets for grad in bucket.own_grads()])
+        )
         if self.ranks.world > 1:
             device = self.param_groups[0]["params"][0].device
             square = norm.to(device).square()
@@ -266,7 +271,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._check_reduced()
         waiting: Callable[[], None] | None = None
         for bucket in self.buckets:
-            bucket.step(grad_multiplier)
+            with_more_memory(partial(bucket.step, grad_multiplier))
             if self.ranks.world > 1:  # gather this bucket while the next one is computed
                 finish, waiting = waiting, bucket.share_params()
                 if finish is not None:

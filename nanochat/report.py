@@ -27,6 +27,7 @@ import tyro
 from nanochat.common import autodetect_device_type, autodetect_dtype, get_base_dir, get_dist_info
 from nanochat.config import run_script
 from nanochat.files import write_json, write_text
+from nanochat.hardware import cpu_name
 from nanochat.progress import format_seconds
 from nanochat.report_data import Run, cost_line, read_json, read_run
 
@@ -281,7 +282,7 @@ def environment() -> dict[str, str]:
     return {
         "Commit": git_state(),
         "Machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {_memory()}",
-        "CPU": _cpu_name(),
+        "CPU": cpu_name(),
         "GPU": _gpu_names() if device_type == "cuda" else "none" if device_type == "cpu" else device_type,
         "Python": platform.python_version(),
         "torch": torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", CPU build"),
@@ -310,16 +311,6 @@ def _memory() -> str:
     import psutil
 
     return f"{psutil.virtual_memory().total / 2**30:.1f} GiB of memory"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
 
 
 def _gpu_names() -> str:

@@ -32,6 +32,7 @@ from nanochat.checkpoint_manager import Checkpoint, build_model, checkpoint_fold
 from nanochat.common import Compute, print0, print_banner, setup_compute
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.micro_batch import Batch
 from nanochat.progress import format_seconds
 from nanochat.report import get_report
 from nanochat.resume import find_resume, model_hash, only_run, saved_dtype
@@ -39,7 +40,7 @@ from nanochat.rollouts import RewardTask, RolloutLoader, RolloutSettings, Scorer
 from nanochat.samples import print_answers
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tracking import init_tracker
-from nanochat.trainer import Batch, Trainer
+from nanochat.trainer import Trainer
 
 EVAL_ROWS = 256  # answers sampled together in an evaluation
 
@@ -48,6 +49,8 @@ EVAL_ROWS = 256  # answers sampled together in an evaluation
 class RLConfig(StageConfig):
     """Settings of reinforcement learning."""
 
+    device_batch_size: int = 8
+    """Rows per forward pass and process."""
     source: Literal["mid", "sft"] = "sft"
     """Which stage's model to start from."""
     examples_per_step: int = 16

@@ -10,14 +10,15 @@ that can't take it does not stop the training.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,11 +26,16 @@ from torch import Tensor
 
 from nanochat.checkpoint_manager import restore_rng_state, rng_state, saved_steps
 from nanochat.checkpoint_writer import CheckpointWriter, Keep, Snapshot, clean_leftovers, host_copy
-from nanochat.common import Compute, DummyWandb, measure_matmul, print0
+from nanochat.clock import COARSE, REHEARSE_AFTER, SAVES_PER_RUN, Clock
+from nanochat.common import Compute, DummyWandb, print0
 from nanochat.compiling import compiled, should_compile
 from nanochat.gpt import GPT
-from nanochat.metrics_log import MetricsLog
+from nanochat.hardware import ThrottleWatcher, measure_matmul
+from nanochat.memory import MicroBatch, free_memory
+from nanochat.metrics_log import MetricsLog, last_value
+from nanochat.micro_batch import Batch, too_large, use_micro_batch
 from nanochat.optim import MuonAdamW
+from nanochat.out_of_memory import is_out_of_memory, release_memory
 from nanochat.precision import NonFiniteError, StepResult, first_nonfinite_module
 from nanochat.progress import Bar, format_seconds, progress
 from nanochat.recipe import Schedule
@@ -42,18 +48,6 @@ RETRY_SECONDS = 30.0  # after a checkpoint that could not be written
 LOSS_SMOOTHING = 0.9
 WORTH_SAYING = 0.01  # share of a step spent waiting for data
 MORE_STATE = "more."  # how tensors of `more_state` are called in a checkpoint
-
-
-class Batch(NamedTuple):
-    """What a loader hands out, each (B, T) on the device; a loader may leave out the last ones."""
-
-    x: Tensor
-    y: Tensor
-    """The next tokens; −1 is not supervised."""
-    segments: Tensor | None = None
-    """Which conversation of its row a token belongs to; None: a row is one text."""
-    extras: dict[str, Tensor] | None = None
-    """What an `objective` of its own needs, by name."""
 
 
 class Loader(Protocol):
@@ -89,6 +83,9 @@ class TrainState:
 
     step: int = 0
     seconds: float = 0.0
+    """Spent in steps."""
+    clock: float = 0.0
+    """Spent in all, see nanochat/clock.py."""
     smooth_loss: float = 0.0
     tokens: int = 0
     val: float | None = None
@@ -122,6 +119,9 @@ class Trainer:
     sample: Callable[[], None] | None = None
     tracker: Tracker = field(default_factory=DummyWandb)
     state: TrainState = field(default_factory=TrainState)
+    clock: Clock = field(default_factory=Clock)
+    micro: MicroBatch | None = None
+    """Into which pieces batches are cut; None: they go through the model whole, until memory runs out."""
 
     def __post_init__(self) -> None:
         self.flops_per_token = self.model.estimate_flops(self.model.config.sequence_len)
@@ -136,14 +136,17 @@ class Trainer:
         self._last_save = time.monotonic()
         self.last_evaluation: dict[str, float] = {}
         self._retry_at: float | None = None
+        self._last_step_done = False
+        self._row_split = 1
         self._owed = False  # a checkpoint was due while the one before was still being written
         self._saves = 0
+        self._throttling = ThrottleWatcher(self.compute.device)
 
     # -- one step -------------------------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next `grad_accum_steps` batches; returns its metrics."""
-        multiplier = self.settings.schedule.apply(self.optimizer.param_groups, self.state.step, self.state.seconds)
+        multiplier = self.settings.schedule.apply(self.optimizer.param_groups, self.state.step, self._place())
         self._data_seconds = 0.0
         batches = self._next_batches()
         if self._compile is None:
@@ -169,8 +172,13 @@ class Trainer:
         batches = [Batch(*next(self.loader)) for _ in range(self.settings.grad_accum_steps)]
         self._data_seconds += time.perf_counter() - start
         schedule = self.settings.schedule
-        split = schedule.row_split(schedule.progress(self.state.step, self.state.seconds))
-        return [_split_rows(batch, split) for batch in batches] if split > 1 else batches
+        self._row_split = schedule.row_split(schedule.progress(self.state.step, self._place()))
+        return [b.shorter_rows(self._row_split) for b in batches] if self._row_split > 1 else batches
+
+    def _place(self) -> float:
+        """Where the schedule is, in its seconds; meaningless where steps are counted."""
+        seconds = self.settings.schedule.seconds
+        return 0.0 if seconds is None else seconds * self.clock.progress(seconds, self.state.clock)
 
     def _attempt(self, batches: list[Batch]) -> tuple[StepResult, float]:
         """Try an update with these micro-batches; returns what became of it and the mean loss."""
@@ -180,18 +188,45 @@ class Trainer:
             dist.all_reduce(count)
         # reduce_gradients averages over ranks, hence the factor world_size.
         weight = self.compute.world_size / count
-        total = torch.zeros((), device=self.compute.device)
-        for batch in batches:
-            with self.compute.precision.autocast():
-                loss = self.summed_loss(batch) * weight
-            self.compute.precision.backward(loss)
-            total += loss.detach()
+        while (total := self._backward(batches, weight)) is None:
+            self._take_smaller_pieces(batches)
         if self.compute.ddp:
             dist.all_reduce(total, op=dist.ReduceOp.SUM)
             total /= self.compute.world_size
         result = self.compute.precision.step([self.optimizer], self.settings.grad_clip, total)
         self.optimizer.zero_grad(set_to_none=True)
         return result, float(total)
+
+    def _backward(self, batches: list[Batch], weight: Tensor) -> Tensor | None:
+        """Add up the gradients of all pieces; returns this rank's loss, or None if memory ran out on some rank."""
+        total, fits = torch.zeros((), device=self.compute.device), True
+        try:
+            for batch in batches:
+                rows = len(batch.x) if self.micro is None else self.micro.rows * self._row_split
+                for piece in batch.pieces(rows):
+                    with self.compute.precision.autocast():
+                        loss = self.summed_loss(piece) * weight
+                    self.compute.precision.backward(loss)
+                    total += loss.detach()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        (failed,) = self.compute.any_rank(not fits)
+        return None if failed else total
+
+    def _take_smaller_pieces(self, batches: list[Batch]) -> None:
+        """Forget the gradients of a step that ran out of memory and take the next measure, on all ranks."""
+        self.optimizer.zero_grad(set_to_none=True)
+        release_memory()
+        rows = max(len(batch.x) // self._row_split for batch in batches)
+        rows = int(self.compute.broadcast(rows))  # the answers of RL may not be as many on every rank
+        before = self.micro or MicroBatch(rows, None, self.model.activation_checkpointing)
+        self.micro = before.smaller()
+        if self.micro is None:
+            raise too_large(self.model.config, self.compute, free_memory(self.compute.device))
+        use_micro_batch(self.model, self.micro)
+        print0(f"{self.label}: out of memory with {before}; the step is made again with {self.micro}, nothing is lost")
 
     def _report_skip(self, result: StepResult, loss: float) -> None:
         precision = self.compute.precision
@@ -204,7 +239,7 @@ class Trainer:
         schedule = self.settings.schedule
         steps = schedule.num_iterations
         passes = None if steps is None else (steps - self.state.step) * self.settings.grad_accum_steps
-        seconds = (schedule.seconds or 0.0) - self.state.seconds
+        seconds = (schedule.seconds or 0.0) - self.state.clock
         self._compile = should_compile(self.model, self.compute, idx, passes, seconds)
         if self._compile:
             self._hidden = compiled(self.model)
@@ -233,8 +268,10 @@ class Trainer:
                 self._train(stop)
                 self._final_evaluation()
                 self._save_finished()
+                self._report_time()
         finally:
             self._close_writer()
+            self._throttling.close()
         return self.state
 
     def _train(self, stop: StopRequest) -> None:
@@ -243,9 +280,13 @@ class Trainer:
         total = schedule.num_iterations or schedule.seconds or 1.0
         if self.compute.rank == 0:
             self.metrics_log.cut(self.state.metrics_bytes, self.state.step)
+        if self.micro is not None:
+            use_micro_batch(self.model, self.micro)
+        self._tick()
         with progress(total, self.label) as bar:
-            while not schedule.finished(self.state.step, self.state.seconds):
+            while not self._finished():
                 self._maybe_evaluate()
+                self._last_step_done = self._is_last_step()
                 start = time.perf_counter()
                 tokens_before = self.state.tokens
                 try:
@@ -257,11 +298,53 @@ class Trainer:
                 self._account(metrics, seconds, self.state.tokens - tokens_before, peak)
                 self._report(bar, metrics)
                 self._maybe_save(stop)
+                self._maybe_rehearse()
+
+    def _finished(self) -> bool:
+        schedule = self.settings.schedule
+        return self._last_step_done if schedule.seconds else schedule.finished(self.state.step, 0.0)
+
+    def _is_last_step(self) -> bool:
+        seconds = self.settings.schedule.seconds
+        return seconds is not None and self.clock.is_last(seconds, self.state.clock)
+
+    def _tick(self) -> float:
+        """Read the clock: rank 0's, so that every rank decides the same."""
+        self.state.clock = self.compute.broadcast(self.clock.elapsed())
+        return self.state.clock
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Remember how long this takes: the end of a run is made of such things."""
+        start = self._tick()
+        yield
+        self.clock.costs[what] = self._tick() - start
+
+    def _maybe_rehearse(self) -> None:
+        """Once, early in a run of a given time, do what its end will do, to measure it."""
+        seconds = self.settings.schedule.seconds
+        if seconds is None or len(self.clock.steps) != REHEARSE_AFTER or "checkpoint" in self.clock.costs:
+            return
+        if self.evaluate is not None and "evaluation" not in self.clock.costs:
+            self.run_evaluation()
+        if self.sample is not None and "samples" not in self.clock.costs:
+            self.run_sample()
+        with self._timed("checkpoint"):
+            self.save(complete=False)
+        step, left = self.clock.step_seconds or 0.0, self.clock.steps_left(seconds, self.state.clock)
+        print0(
+            f"{self.label}: {step:.2f} s per step: about {max(0.0, left):,.0f} more in {format_seconds(seconds)}, with "
+            f"{format_seconds(self.clock.ending)} for the last evaluation, samples and checkpoint"
+        )
+        if step > COARSE * seconds or self.clock.ending > 0.5 * seconds:
+            print0(f"warning: {self.label}: the time is short for such steps or evaluations, the end may miss it")
 
     def _account(self, metrics: dict[str, float], seconds: float, tokens: int, peak_tflops: float) -> None:
         state = self.state
-        # The clock of the schedule is rank 0's, so that every rank stops at the same step.
-        state.seconds = self.compute.broadcast(state.seconds + seconds)
+        seconds = self.compute.broadcast(seconds)
+        state.seconds += seconds
+        self.clock.steps.append(seconds)
+        self._tick()
         state.step += 1
         state.smooth_loss = LOSS_SMOOTHING * state.smooth_loss + (1 - LOSS_SMOOTHING) * metrics["loss"]
         metrics["smooth_loss"] = state.smooth_loss / (1 - LOSS_SMOOTHING**state.step)
@@ -273,9 +356,11 @@ class Trainer:
 
     def _report(self, bar: Bar, metrics: dict[str, float]) -> None:
         state, schedule = self.state, self.settings.schedule
-        done = state.step if schedule.num_iterations is not None else state.seconds
-        share = done / (schedule.num_iterations or schedule.seconds or 1.0)
-        left = state.seconds / max(share, 1e-9) * (1 - min(share, 1.0))
+        done: float = state.step if schedule.num_iterations is not None else state.clock
+        if schedule.seconds is not None:
+            left = schedule.seconds - state.clock
+        else:
+            left = state.clock / state.step * ((schedule.num_iterations or 0) - state.step) + self.clock.ending
         note = (
             f"step {state.step} loss {metrics['smooth_loss']:.4f} lr ×{metrics['lr_multiplier']:.2f} "
             f"{metrics['tokens_per_second']:,.0f} tok/s ({metrics['share_of_matmul_speed']:.0%} of matmul speed) "
@@ -286,8 +371,11 @@ class Trainer:
         if metrics["skipped"]:
             note += f" skipped {metrics['skipped']:.0f} scale {metrics['scale']:g}"
         bar.set(done, note)
+        if (slower := self._throttling.poll()) is not None:
+            print0(f"{self.label}: {slower}")
         record = {"step": state.step, "seconds": round(state.seconds, 3), "tokens": state.tokens}
-        record["progress"] = round(min(share, 1.0), 6)
+        record["progress"] = round(min(done / (schedule.num_iterations or schedule.seconds or 1.0), 1.0), 6)
+        record["clock"] = round(state.clock, 3)
         record |= {k: float(f"{v:.9g}") for k, v in metrics.items()}
         self._append_metrics(record)
         self.tracker.log(record)
@@ -301,17 +389,30 @@ class Trainer:
 
     def _maybe_evaluate(self) -> None:
         s, step = self.settings, self.state.step
-        if step and s.eval_every and step % s.eval_every == 0:
+        if step and s.eval_every and step % s.eval_every == 0 and self._time_for("evaluation"):
             self.run_evaluation()
-        if step and s.sample_every and step % s.sample_every == 0 and self.sample is not None:
-            self.sample()
+        if step and s.sample_every and step % s.sample_every == 0 and self._time_for("samples"):
+            self.run_sample()
+
+    def _time_for(self, what: str) -> bool:
+        seconds = self.settings.schedule.seconds
+        return seconds is None or self.clock.has_time_for(what, seconds, self.state.clock)
+
+    def run_sample(self) -> None:
+        """Print samples."""
+        if self.sample is not None:
+            self.model.eval()
+            with self._timed("samples"):
+                self.sample()
+            self.model.train()
 
     def run_evaluation(self) -> None:
         """Evaluate, and log the values."""
         if self.evaluate is None:
             return
         self.model.eval()
-        result = self.evaluate()
+        with self._timed("evaluation"):
+            result = self.evaluate()
         self.model.train()
         values = result if isinstance(result, dict) else {self.val_name: result}
         value = values[self.val_name]
@@ -327,15 +428,13 @@ class Trainer:
         self.run_evaluation()
         if self.sample is not None:
             print0(f"{self.label}: samples after {self.state.step} steps")
-            self.model.eval()
-            self.sample()
+            self.run_sample()
 
     def _maybe_save(self, stop: StopRequest) -> None:
         """Save if it is time, stop if that was asked for, try again what has failed. All ranks do the same."""
         s, now = self.settings, time.monotonic()
-        due = now - self._last_save >= 60 * s.save_every_minutes or (
-            self._retry_at is not None and now >= self._retry_at
-        )
+        between = min(60 * s.save_every_minutes, (s.schedule.seconds or math.inf) / SAVES_PER_RUN)
+        due = now - self._last_save >= between or (self._retry_at is not None and now >= self._retry_at)
         stopping, due, busy, failed = self.compute.any_rank(
             stop.requested, due and self.compute.rank == 0, self.writer.busy, self.writer.error is not None
         )
@@ -389,6 +488,8 @@ class Trainer:
             "dtype": self.compute.precision.name,
             "world_size": self.compute.world_size,
             "compile": self._compile,
+            "costs": self.clock.costs,
+            "micro_batch": None if self.micro is None else asdict(self.micro),
             "model_config": self.model.config.to_dict(),
             "code": git_state(),
             "torch": torch.__version__,
@@ -442,6 +543,11 @@ class Trainer:
             time.sleep(min(RETRY_SECONDS, 6 * self.settings.final_retry_minutes))
         self.complete = True
 
+    def _report_time(self) -> None:
+        used, seconds = self._tick(), self.settings.schedule.seconds
+        if seconds is not None:
+            print0(f"{self.label}: used {used:.1f} s of {seconds:.1f} s ({used / seconds - 1:+.1%})")
+
     def _close_writer(self) -> None:
         """Let what is being written come to its end, unless it waits for a rank that is gone."""
         self.writer.wait(5.0 if self.compute.ddp else None)
@@ -461,6 +567,12 @@ class Trainer:
         self.complete = bool(checkpoint_meta["complete"])
         if self.complete:
             return
+        # What was done after the checkpoint is lost, but its time is used.
+        clock = max(self.state.clock, self.state.seconds, last_value(self.metrics_log.path, "clock"))
+        self.clock.used = self.state.clock = self.compute.broadcast(clock)
+        self.clock.costs |= checkpoint_meta.get("costs", {})
+        if checkpoint_meta.get("micro_batch") is not None and self.micro is None:
+            self.micro = MicroBatch(**checkpoint_meta["micro_batch"])
         self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(("rng.", MORE_STATE))})
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
         if self._compile is None:
@@ -487,10 +599,3 @@ class Trainer:
             f"training stopped at step {self.state.step}: {error}; {layer}. Lower the learning rates "
             f"(--matrix_lr, --embedding_lr), set --grad_clip=1.0{doubt}; the last checkpoint stays"
         )
-
-
-def _split_rows(batch: Batch, split: int) -> Batch:
-    """The same tokens in `split` times as many rows: (B, T) -> (split·B, T / split)."""
-    rows = split * len(batch.x)
-    segments = None if batch.segments is None else batch.segments.reshape(rows, -1)
-    return batch._replace(x=batch.x.reshape(rows, -1), y=batch.y.reshape(rows, -1), segments=segments)

@@ -1,7 +1,7 @@
 """Pretrain the base model: predict the next token of plain text.
 
-python -m scripts.base_train --depth=12 --device_batch_size=8 --total_batch_size=131072
-python -m scripts.base_train --depth=12 --device_batch_size=8 --recipe=modern --hours=8
+python -m scripts.base_train --depth=12 --total_batch_size=131072
+python -m scripts.base_train --depth=12 --recipe=modern --hours=8
 torchrun --standalone --nproc_per_node=8 --max_restarts=3 -m scripts.base_train --depth=20   (a dead rank: goes on)
 """
 
@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_folder, load_weights
+from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder, load_weights
+from nanochat.clock import Clock
 from nanochat.common import Compute, measure_matmul, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.dataloader import Mode, PretrainLoader
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.memory import MicroBatch, divisors
+from nanochat.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
 from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
 from nanochat.recipe import (
@@ -46,6 +49,9 @@ from nanochat.trainer import Trainer, TrainSettings
 
 # What training makes of the measured matmul speed, to plan a horizon given in hours. A guess.
 SHARE_OF_MATMUL_SPEED = 0.5
+DEFAULT_ROWS = 32  # to plan with, where no device is asked what fits
+# Of a run of a given time: at most this share for one evaluation, and what is expected to be left for steps.
+EVAL_SHARE, STEP_SHARE = 0.02, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +119,14 @@ class Config:
     num_iterations: int | None = None
     """Optimizer steps; goes before the other horizons (-1 is off, as in nanochat)."""
     hours: float | None = None
-    """Train for this long: the schedule follows the clock."""
+    """Be done in this time, last evaluation, samples and checkpoint included: the schedule follows the clock."""
     target_flops: float | None = None
     """Train for this many FLOPs."""
     target_param_data_ratio: float | None = None
     """Train on this many tokens per parameter; default: 20 per parameter (classic, Chinchilla), 12 per parameter of
     matrices and lm_head (modern)."""
-    device_batch_size: int = 32
-    """Rows per forward pass and process: lower it when memory runs out, the total batch stays."""
+    device_batch_size: int | Literal["auto"] = "auto"
+    """Rows per forward pass and process: auto finds the most that fit and pay. The total batch stays, whatever fits."""
     total_batch_size: int | None = None
     """Tokens per optimizer step, over all processes and micro-batches; default: 524288 (classic), by the horizon
     (modern)."""
@@ -228,6 +234,7 @@ def make_plan(
     world_size: int,
     horizon_tokens: int | None = None,
     tflops: Callable[[], float] = lambda: 1.0,
+    rows: int = DEFAULT_ROWS,
 ) -> Plan:
     """Everything that follows from the settings.
 
@@ -237,6 +244,7 @@ def make_plan(
         world_size: processes.
         horizon_tokens: what a resumed run has planned for.
         tflops: measures this machine's matmul speed per process, in TFLOP/s; called when the horizon is a time.
+        rows: the most rows of a micro-batch, where they are not set.
     """
     preset = PRESETS[cfg.recipe]
     settings = preset.switches | cfg.architecture.given()
@@ -260,9 +268,11 @@ def make_plan(
         scalar_lr=cfg.scalar_lr,
         weight_decay=cfg.weight_decay,
     )
-    rows = cfg.device_batch_size
-    if cfg.total_batch_size is None and preset.scales:  # the batch is ours to choose, so rows that divide it are too
-        rows = max(n for n in range(1, rows + 1) if rates.total_batch_size // per_row % n == 0)
+    auto = not isinstance(cfg.device_batch_size, int)
+    rows = cfg.device_batch_size if isinstance(cfg.device_batch_size, int) else rows
+    # Where the batch or the rows are ours to choose, so are rows that divide it.
+    if rows > 0 and (auto or (cfg.total_batch_size is None and preset.scales)):
+        rows = divisors(max(1, rates.total_batch_size // per_row), rows)[0]
     batch = plan_batch(rates.total_batch_size, rows, cfg.max_seq_len, world_size)
     iterations = None
     if not by_time:
@@ -299,18 +309,20 @@ def _horizon(cfg: Config, scaling_params: int, ratio: float, flops: int, batch_o
     return int(ratio * scaling_params)
 
 
-def validation(cfg: Config, compute: Compute, model: GPT, corpus: Corpus, tokenizer: RustBPETokenizer) -> float:
-    """Bits per byte over the first `eval_tokens` of the validation set, or all of it."""
+def validation(
+    cfg: Config, compute: Compute, model: GPT, corpus: Corpus, tokenizer: RustBPETokenizer, rows: int, tokens: int
+) -> float:
+    """Bits per byte over the first `tokens` of the validation set, or all of it, `rows` at a time."""
     loader = PretrainLoader(
         corpus,
         tokenizer,
-        cfg.device_batch_size,
+        rows,
         cfg.max_seq_len,
         split="val",
         device=compute.device,
         rank=compute.rank,
         world_size=compute.world_size,
-        max_rows=max(1, cfg.eval_tokens // cfg.max_seq_len),
+        max_rows=max(1, tokens // cfg.max_seq_len),
     )
     return evaluate_bpb(model, loader, None, get_token_bytes(compute.device), compute.precision.autocast())
 
@@ -343,12 +355,55 @@ def _measure(compute: Compute) -> float:
     return compute.broadcast(measure_matmul(compute.dtype, compute.device, n=1024))
 
 
+class Fit(NamedTuple):
+    """What the device has made of a plan."""
+
+    plan: Plan
+    micro: MicroBatch | None
+    eval_tokens: int
+
+
+def fit_to_device(cfg: Config, plan: Plan, model: GPT, compute: Compute, checkpoint: Checkpoint | None) -> Fit:
+    """Choose the micro-batch, and for a horizon in hours plan with the speed that a real step has here.
+
+    A resumed run keeps what was chosen at its start.
+    """
+    T, world, auto = cfg.max_seq_len, compute.world_size, cfg.device_batch_size == "auto"
+    meta = {} if checkpoint is None else checkpoint.meta
+    micro = MicroBatch(**meta["micro_batch"]) if meta.get("micro_batch") else None
+    replan = partial(make_plan, cfg, plan.model.vocab_size, world)
+    if checkpoint is not None and (micro is not None or not auto):
+        plan = replan(plan.horizon_tokens, rows=micro.rows) if micro is not None else plan
+        return Fit(plan, micro, meta.get("eval_tokens", cfg.eval_tokens))
+    seconds, rows = 0.0, plan.batch.device_batch_size
+    if auto:
+        per_step = plan.batch.total_tokens // (T * world)
+        micro, seconds = choose_micro_batch(model, compute, T, per_step, cfg.activation_checkpointing)
+        rows = micro.rows
+    if plan.schedule.seconds is None:
+        return Fit(replan(plan.horizon_tokens, rows=rows), micro, cfg.eval_tokens)
+    if not auto:
+        seconds = compute.broadcast(seconds_of(model, compute, rows, T, 0) or 0.0)
+        if not seconds:  # too many rows: the trainer will take fewer
+            return Fit(plan, None, cfg.eval_tokens)
+    speed = rows * T * world / max(seconds, 1e-9)  # tokens per second
+    tokens = plan.horizon_tokens
+    if checkpoint is None and PRESETS[cfg.recipe].scales:
+        tokens = int(STEP_SHARE * plan.schedule.seconds * speed)
+    plan = replan(tokens, rows=rows)
+    # Without a backward pass three times as fast.
+    eval_tokens = min(cfg.eval_tokens, max(rows * T * world, int(3 * EVAL_SHARE * plan.schedule.seconds * speed)))
+    print0(f"about {speed:,.0f} tokens per second; {eval_tokens:,} tokens per evaluation")
+    return Fit(plan, micro, eval_tokens)
+
+
 def train(cfg: Config, plan: Plan, compute: Compute) -> None:
     """Train by `plan` and log to the report."""
     tokenizer = get_tokenizer()
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir), cfg.skip_bad_shards)
     for split in ("train", "val"):
         corpus.chunks(split)  # a split without documents is an error now, not after hours
+    clock = Clock()
     folder = checkpoint_folder("base", cfg.tag)
     config = asdict(cfg)
     inputs = {"tokenizer": tokenizer.hash}
@@ -356,6 +411,7 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
     if checkpoint is not None and plan.horizon_tokens != checkpoint.meta.get("horizon_tokens", plan.horizon_tokens):
         # A horizon in hours was measured; the batch must not change with the machine's mood.
         plan = make_plan(cfg, plan.model.vocab_size, compute.world_size, checkpoint.meta["horizon_tokens"])
+    refuse_too_large(plan.model, compute, plan.batch.sequence_len, only_warn=cfg.device_batch_size != "auto")
     model = GPT(plan.model)
     model.activation_checkpointing = cfg.activation_checkpointing
     if checkpoint is None:
@@ -363,6 +419,9 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
     else:
         load_weights(model, checkpoint)
     model.to(compute.device).train()
+    fit = fit_to_device(cfg, plan, model, compute, checkpoint)
+    plan = fit.plan
+    print0(plan.lines()[2])
     loader = PretrainLoader(
         corpus,
         tokenizer,
@@ -407,8 +466,12 @@ def train(cfg: Config, plan: Plan, compute: Compute) -> None:
         ),
         folder=folder,
         meta={"config": config, "inputs": inputs, "tokenizer_hash": tokenizer.hash, "corpus": corpus.name}
-        | {"horizon_tokens": plan.horizon_tokens},
-        evaluate=lambda: validation(cfg, compute, model, corpus, tokenizer),
+        | {"horizon_tokens": plan.horizon_tokens, "eval_tokens": fit.eval_tokens},
+        clock=clock,
+        micro=fit.micro,
+        evaluate=lambda: validation(
+            cfg, compute, model, corpus, tokenizer, plan.batch.device_batch_size, fit.eval_tokens
+        ),
         sample=lambda: print_samples(model, tokenizer, compute),
         tracker=init_tracker(cfg.tracker, cfg.run, "nanochat", config),
     )

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the mid-trained model learns to answer; only the assistant's tokens are supervised.
 
-python -m scripts.chat_sft --device_batch_size=4
+python -m scripts.chat_sft
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from tasks.mixtures import conversations
 class Config(FinetuneConfig):
     """Settings of SFT: gentler than mid-training, and on the assistant's tokens only."""
 
-    device_batch_size: int = 4
-    """Rows per forward pass and process."""
     total_batch_size: int = 32768
     """Tokens per optimizer step, padding included."""
     init_lr_frac: float = 0.02

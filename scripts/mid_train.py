@@ -1,6 +1,6 @@
 """Mid-training: the base model learns conversations, tools and multiple choice.
 
-python -m scripts.mid_train --device_batch_size=8 --total_batch_size=131072
+python -m scripts.mid_train --total_batch_size=131072
 """
 
 from __future__ import annotations

@@ -35,10 +35,17 @@ def base_dir(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def matmul_precision(monkeypatch):
-    """Every test begins with exact float32 matmuls, and keeps them on a CPU that is fast at bfloat16."""
+def matmul_precision():
+    """Every test begins with exact float32 matmuls, whatever the one before has set."""
     torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr("nanochat.precision.cpu_has_bf16", lambda: False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_fast_bfloat16():
+    """Tests compute the same on a CPU that is fast at bfloat16 as on any other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanochat.precision.cpu_has_bf16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

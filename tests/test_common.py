@@ -185,10 +185,6 @@ def test_the_dtype_of_the_stage_before_is_kept_where_it_suits_the_device(monkeyp
     assert common.setup_compute(Runtime(device_type="cpu", dtype="float32"), previous="bfloat16").dtype == FULL
 
 
-def test_matmul_speed_is_a_positive_number():
-    assert 0 < common.measure_matmul(torch.float32, "cpu", n=64, seconds=0.01) < 100
-
-
 class _Server(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/good":

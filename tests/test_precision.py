@@ -335,12 +335,15 @@ def test_no_16_bit_dtype_is_hard_coded_outside_the_one_table():
     assert found == []
 
 
-# The flags' choices; the data sheets; which of DTYPES a CPU's matrix iteration or a profile takes.
+# The flags' choices; the data sheets and speeds by dtype; which of DTYPES a CPU's matrix iteration or a profile takes.
 NAMES_DTYPES = {
     "config.py",
     "cards.py",
     "muon.py",
     "profiles.py",
+    "roofline.py",
+    "local_speed.py",
+    "plan.py",
     "export_hf.py",
     "classic.py",
     "fast_decode.py",

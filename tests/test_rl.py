@@ -10,9 +10,10 @@ from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, save
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, parse_config
 from nanochat.engine import Engine
+from nanochat.micro_batch import Batch
 from nanochat.rl import RLConfig, RLTasks, evaluate_pass_at_k, policy_loss, reinforce
 from nanochat.rollouts import Answer, RolloutLoader, RolloutSettings, answer_prompts, group_advantages, to_rows
-from nanochat.trainer import METRICS_FILE, Batch, Trainer
+from nanochat.trainer import METRICS_FILE, Trainer
 from scripts import chat_rl
 from tasks.demo.wordsums import WORDINGS, DemoWordSums
 from tasks.mixtures import rl_tasks

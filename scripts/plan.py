@@ -1,0 +1,281 @@
+"""What your hours buy: a table of depths with memory, speed, tokens and predicted quality; marks the best choice.
+
+python -m scripts.plan                                this machine, 8 hours
+python -m scripts.plan --card p100 --hours 8          a card that is not here, from its data sheet
+python -m scripts.plan --card t4 --num_cards 2 --recipe modern --depth 12
+python -m scripts.plan --card "rtx 3060" --markdown   the table for documents; --json for programs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import torch
+
+from nanochat.cards import CARDS, Card, find_card
+from nanochat.common import autodetect_device_type, get_base_dir, setup_compute
+from nanochat.config import Runtime, run_script
+from nanochat.hardware import inspect_machine, speeds_key
+from nanochat.local_speed import OPERATIONS_FILE, LocalMachine
+from nanochat.memory import MicroBatch, free_memory
+from nanochat.planning import MEASURED_DEPTHS, Budget, Row, SpeedModel, card_speed, measured_speed, plan
+from nanochat.recipe import DEFAULT_RECIPE
+from nanochat.roofline import ATTENTION_SHARE, BANDWIDTH_SHARE, GEMM_SHARE, CardRoofline, best_dtype
+from nanochat.scaling_law import ERROR
+from nanochat.tokenizer import get_tokenizer
+
+DEPTHS = range(4, 21)
+VOCAB_SIZE = 65536
+# What torch sees of the memory a card is sold with; least on a T4 with ECC. Rounded down.
+CARD_MEMORY_SHARE = 0.92
+# Fewer steps than this are said to be few. A guess.
+FEW_STEPS = 500
+# Of the memory that is free here. The rest is for what other programs do meanwhile. A guess.
+FREE_MEMORY_SHARE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Plan a base training."""
+
+    hours: float = 8.0
+    """Time of base training (mid-training and SFT come on top)."""
+    depth: int | None = None
+    """Only this depth; default: 4 to 20."""
+    vocab_size: int | None = None
+    """Default: that of the tokenizer here, for another card 65536."""
+    max_seq_len: int = 2048
+    """Context length in tokens."""
+    recipe: Literal["classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
+    """Model and optimizer, see base_train."""
+    card: str | None = None
+    """A card by its name (p100, t4, "rtx 3090", "h100 pcie"); default: this machine, measured."""
+    num_cards: int = 1
+    """How many of them train together."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """The precision: auto is what training would take."""
+    dataset: Literal["climbmix", "fineweb_edu"] = "climbmix"
+    """The text, which the predicted quality depends on."""
+    refresh: bool = False
+    """Measure this machine again."""
+    markdown: bool = False
+    """Print the table for a document."""
+    json: bool = False
+    """Print JSON and nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.hours <= 0:
+            raise ValueError(f"--hours must be positive, got {self.hours}")
+        if self.depth is not None and self.depth < 1:
+            raise ValueError(f"--depth must be at least 1, got {self.depth}")
+        if self.num_cards < 1:
+            raise ValueError(f"--num_cards must be at least 1, got {self.num_cards}")
+        for name in ("max_seq_len", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def named_card(name: str) -> Card:
+    """The card of the table with this name.
+
+    Raises:
+        ValueError: there is none; names those that are similar.
+    """
+    card = find_card(name)
+    if card is None:
+        letters = "".join(c for c in name.upper() if c.isalnum())
+        similar = [c.name for c in CARDS if letters and letters in c.name.upper().replace(" ", "")]
+        raise ValueError(
+            f"--card={name} is not in nanochat/cards.py: "
+            + (f"did you mean {', '.join(similar)}?" if similar else "give its name as in `rtx 3090`, `p100` or `t4`")
+        )
+    return card
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the run is to happen, and what is asked of it."""
+
+    name: str
+    budget: Budget
+    speed: SpeedModel
+    how: str
+    """Where the speed comes from."""
+
+
+def target_card(cfg: Config) -> Target:
+    """A card from its data sheet; the same on every machine."""
+    card = named_card(cfg.card or "")
+    dtype = best_dtype(card) if cfg.dtype == "auto" else cfg.dtype
+    roofline = CardRoofline(card, compiled=card.capability >= (7, 0))
+    budget = make_budget(cfg, dtype, card.memory_gb * 2**30 * CARD_MEMORY_SHARE, cfg.vocab_size or VOCAB_SIZE)
+    how = (
+        f"Speed: roofline of {roofline.matmul_tflops(dtype):.1f} TFLOP/s in {dtype} matmuls through PyTorch (× "
+        f"{GEMM_SHARE} in training, × {ATTENTION_SHARE} in attention) and {card.bandwidth_gbs:g} GB/s × "
+        f"{BANDWIDTH_SHARE}, {'compiled' if roofline.compiled else 'eager'}; the factors are guesses."
+    )
+    budget = replace(budget, compiled=roofline.compiled)
+    return Target(f"{card.name}, {card.memory_gb:g} GB", budget, card_speed(roofline, budget), how)
+
+
+def target_here(cfg: Config) -> Target:
+    """This machine, measured."""
+    device_type = autodetect_device_type()
+    present = torch.cuda.device_count() if device_type == "cuda" else 1
+    if cfg.num_cards > present:
+        raise ValueError(f"--num_cards={cfg.num_cards}, but this machine has {present}: use fewer, or name a --card")
+    with contextlib.redirect_stdout(sys.stderr):  # its line would stand in the JSON
+        compute = setup_compute(Runtime(device_type=device_type, dtype=cfg.dtype, compile="off"))  # type: ignore[arg-type]
+    path = get_base_dir() / OPERATIONS_FILE
+    if cfg.refresh:
+        path.unlink(missing_ok=True)
+    vocab_size = cfg.vocab_size
+    if vocab_size is None:
+        try:
+            vocab_size = get_tokenizer().get_vocab_size()
+        except FileNotFoundError:
+            vocab_size = VOCAB_SIZE
+    memory = free_memory(compute.device) * FREE_MEMORY_SHARE
+    budget = replace(make_budget(cfg, compute.precision.name, memory, vocab_size), device_type=device_type)
+    machine = LocalMachine(compute.device, compute.precision, budget.preset, path, repeats=2)
+    depths = MEASURED_DEPTHS if cfg.depth is None else (cfg.depth,)
+    how = "Speed: each operation of a training step measured alone on this machine, eager."
+    if cfg.depth is None:
+        how += f" Measured at depths {', '.join(map(str, depths))}; between and beyond them by FLOP/s."
+    return Target(speeds_key(compute.device), budget, measured_speed(machine, budget, depths), how)
+
+
+def make_budget(cfg: Config, dtype: str, memory_bytes: float, vocab_size: int) -> Budget:
+    """What is asked, for a device."""
+    return Budget(
+        hours=cfg.hours,
+        recipe=cfg.recipe,
+        vocab_size=vocab_size,
+        sequence_len=cfg.max_seq_len,
+        dtype=dtype,
+        num_cards=cfg.num_cards,
+        memory_bytes=int(memory_bytes),
+        fineweb=cfg.dataset == "fineweb_edu",
+    )
+
+
+COLUMNS = (
+    "depth",
+    "parameters",
+    "FLOPs/token",
+    "rows",
+    "memory",
+    "tokens/s",
+    "tokens",
+    "steps",
+    "per param",
+    "bits/byte",
+    "disk",
+    "h to 20/param",
+)
+
+
+def short_micro_batch(micro: MicroBatch) -> str:
+    """Rows, and c for activation checkpointing, l for smaller chunks of the loss."""
+    return f"{micro.rows}{'l' if micro.loss_chunk_bytes else ''}{'c' if micro.activation_checkpointing else ''}"
+
+
+def cells(row: Row) -> list[str]:
+    """A line of the table."""
+    head = [f"d{row.depth}", f"{row.parameters / 1e6:.1f}M", f"{row.flops_per_token:.3g}"]
+    if row.micro_batch is None:
+        return [*head, "none", f"{row.memory_bytes / 2**30:.1f} GiB", *["-"] * 7]
+    assert row.tokens is not None  # and so is everything else
+    return [
+        *head,
+        short_micro_batch(row.micro_batch),
+        f"{row.memory_bytes / 2**30:.1f} GiB",
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.tokens / 1e6:,.0f}M",
+        f"{row.steps:,}",
+        f"{row.tokens_per_parameter:.1f}",
+        f"{row.bpb:.3f}",
+        f"{row.disk_bytes / 1e9:.1f} GB",
+        f"{row.chinchilla_hours:,.0f}",
+    ]
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table for a document; the best choice is bold."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        marked = [f"**{cell}**" for cell in cells(row)] if row.best else cells(row)
+        lines.append(f"| {' | '.join(marked)} |")
+    return "\n".join(lines)
+
+
+def show(title: str, rows: list[Row]) -> None:
+    """The table for a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*cells(row), style="bold green" if row.best else "dim" if row.micro_batch is None else "")
+    console = Console()
+    Console(width=max(console.width, 140)).print(table)
+
+
+def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
+    """What the table means, and how sure it is."""
+    best = next((row for row in rows if row.best), None)
+    micro = best.micro_batch if best else None
+    lines = [
+        target.how + " Communication, evaluation and checkpoints are not counted.",
+        f"Bits per byte: nanochat/scaling_law.py, for {cfg.dataset}, ± {ERROR:.0%} (root mean square over "
+        "published runs that the law had not seen); a run of a few hundred steps ends about 10 % higher.",
+    ]
+    if best is None or micro is None:
+        return [
+            *lines,
+            f"None of these fits into {target.budget.memory_bytes / 2**30:.1f} GiB: lower --depth or --vocab_size.",
+        ]
+    if (best.steps or 0) < FEW_STEPS:
+        lines.append(
+            f"d{best.depth} makes only {best.steps} steps of {best.total_batch_size:,} tokens: a smaller "
+            "--total_batch_size, or --recipe=modern, which chooses it by the horizon, makes more of the time."
+        )
+    if len(rows) > 1:
+        flags = f"--depth={best.depth} --hours={cfg.hours:g} --device_batch_size={micro.rows} --recipe={cfg.recipe}"
+        flags += " --activation_checkpointing" if micro.activation_checkpointing else ""
+        lines.append(f"Best for {cfg.hours:g} hours: d{best.depth}. python -m scripts.base_train {flags}")
+    return lines
+
+
+def main(cfg: Config) -> None:
+    """Plan and print."""
+    target = target_card(cfg) if cfg.card is not None else target_here(cfg)
+    budget = target.budget
+    rows = plan([cfg.depth] if cfg.depth else DEPTHS, budget, target.speed)
+    if cfg.json:
+        result = {"target": target.name, "budget": asdict(budget), "rows": [asdict(row) for row in rows]}
+        if cfg.card is None:
+            result["machine"] = inspect_machine().to_dict()
+        print(json.dumps(result))
+        return
+    cards = f"{cfg.num_cards} × " if cfg.num_cards > 1 else ""
+    title = (
+        f"{cards}{target.name}: {cfg.hours:g} hours, {cfg.recipe} recipe, vocabulary {budget.vocab_size}, context "
+        f"{cfg.max_seq_len}, {budget.dtype}"
+    )
+    if cfg.markdown:
+        print(f"{title}\n\n{markdown(rows)}\n")
+    else:
+        show(title, rows)
+    print("\n".join(notes(cfg, target, rows)))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

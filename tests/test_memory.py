@@ -1,0 +1,118 @@
+"""The memory model counts what autograd really saves, and the largest micro-batch follows from it."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.memory import (
+    SMALL_CHUNKS,
+    MicroBatch,
+    depth_that_fits,
+    estimate_training_memory,
+    free_memory,
+    largest_micro_batch,
+    saved_bytes,
+)
+from nanochat.precision import DTYPES
+from nanochat.recipe import MODERN
+
+GIB = 2**30
+
+
+def really_saved(config, rows, dtype, checkpointing=False):
+    """Bytes of the different tensors, other than parameters, that autograd saves in a forward pass."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    model.init_weights()
+    model.activation_checkpointing = checkpointing
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    seen = {}
+
+    def pack(t):
+        key = t.untyped_storage().data_ptr()
+        if key not in own:
+            seen[key] = (t.untyped_storage().nbytes(), t)  # the tensor is held, so that no address is used twice
+        return t
+
+    x = torch.randint(0, config.vocab_size, (rows, config.sequence_len))
+    autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast("cpu", dtype=DTYPES[dtype])
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.hidden(x)
+    return sum(size for size, _ in seen.values())
+
+
+@pytest.mark.parametrize("switches", [{}, MODERN.switches, {"n_kv_head": 1}], ids=["classic", "modern", "gqa"])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_activations_are_what_autograd_saves(dtype, switches):
+    for depth, rows in ((4, 2), (2, 3)):
+        config = GPTConfig.from_depth(depth, 500, 128, **switches)
+        model_says = saved_bytes(config, rows, 128, DTYPES[dtype], device_type="cpu")
+        assert model_says == pytest.approx(really_saved(config, rows, dtype), rel=0.1 if "smear" in switches else 0.03)
+
+
+def test_activation_checkpointing_keeps_the_inputs_of_the_layers():
+    config = GPTConfig.from_depth(4, 500, 128)
+    kept = saved_bytes(config, 2, 128, torch.float32, activation_checkpointing=True, device_type="cpu")
+    assert kept == pytest.approx(really_saved(config, 2, "float32", checkpointing=True), rel=0.15)
+    assert kept < 0.15 * saved_bytes(config, 2, 128, torch.float32, device_type="cpu")
+
+
+def test_weights_gradients_and_moments_are_counted_exactly():
+    config = GPTConfig.from_depth(12, 65536)
+    matrices, rest = 12 * 12 * 768**2, 2 * 65536 * 768
+    estimate = estimate_training_memory(config, 8, 2048, dtype="float16")
+    assert estimate.weights == estimate.gradients == 4 * (matrices + rest)
+    assert estimate.optimizer == 4 * matrices + 8 * rest
+    assert estimate_training_memory(config, 8, 2048, dtype="float16", world_size=4).optimizer == estimate.optimizer // 4
+    parts = list(vars(estimate).values())
+    assert estimate.total == sum(parts)
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not():
+    config, T = GPTConfig.from_depth(12, 65536), 2048
+
+    def needs(micro):
+        return estimate_training_memory(
+            config,
+            micro.rows,
+            T,
+            dtype="float16",
+            loss_chunk_bytes=micro.loss_chunk_bytes,
+            activation_checkpointing=micro.activation_checkpointing,
+        ).total
+
+    def choose(budget, max_rows=64):
+        return largest_micro_batch(config, budget, T, max_rows=max_rows, dtype="float16")
+
+    micro = choose(16e9)
+    assert needs(micro) <= 16e9 < needs(replace(micro, rows=2 * micro.rows))
+    assert choose(16e9, max_rows=3).rows == 3
+    assert choose(1e12).rows == 32  # more is no faster
+    one = needs(MicroBatch(1))
+    assert choose(one) == MicroBatch(1)
+    assert choose(one - 1).rows == 1
+    assert choose(one - 1).loss_chunk_bytes in SMALL_CHUNKS
+    assert choose(needs(MicroBatch(1, SMALL_CHUNKS[-1])) - 1).activation_checkpointing
+    assert choose(1e9) is None
+    depth = depth_that_fits(config, 3 * GIB, T, dtype="float16")
+    assert 1 <= depth < 12
+    assert depth_that_fits(config, 1e6, T, dtype="float16") is None
+
+
+def test_measures_against_too_little_memory_come_to_an_end():
+    micro, seen = MicroBatch(5), []
+    while micro is not None:
+        seen.append(micro)
+        micro = micro.smaller()
+    assert [m.rows for m in seen] == [5, 3, 2, 1, 1, 1, 1]
+    assert [m.loss_chunk_bytes for m in seen[3:]] == [None, *SMALL_CHUNKS, SMALL_CHUNKS[-1]]
+    assert [m.activation_checkpointing for m in seen] == [False] * 6 + [True]
+
+
+def test_free_memory_is_below_what_the_machine_has():
+    import psutil
+
+    assert 0 < free_memory("cpu") <= psutil.virtual_memory().total

@@ -1,0 +1,205 @@
+"""The plan against arithmetic by hand, and what a user sees of it."""
+
+import json
+
+import pytest
+import torch
+
+from nanochat.cards import find_card
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.local_speed import LocalMachine
+from nanochat.planning import Budget, card_speed, measured_speed, plan_row
+from nanochat.precision import DTYPES, Precision
+from nanochat.recipe import CLASSIC, PRESETS
+from nanochat.roofline import CardRoofline, best_dtype, step_operations, step_seconds, tokens_per_second
+from scripts import plan as script
+
+CARDS = ("p100", "t4", "v100", "rtx 3060", "rtx 3090", "rtx 4090", "a100", "h100")
+
+
+def planned(capsys, *flags: str) -> dict:
+    """What the script prints with --json."""
+    script.run_script(script.main, script.Config, ["--json", *flags])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_p100_in_eight_hours_by_hand(capsys):
+    (row,) = planned(capsys, "--card=p100", "--hours=8", "--depth=12")["rows"]
+    # d12: 12 layers of 4 matrices of 768² and 2 of 768 × 3072; embedding and lm_head of 65536 × 768.
+    blocks, table = 12 * (4 * 768**2 + 2 * 4 * 768**2), 65536 * 768
+    assert row["parameters"] == blocks + 2 * table == 185_597_952
+    # 6 per weight that is multiplied, and 12·H·D·T for each layer's attention
+    flops = 6 * (blocks + table) + 12 * 12 * 768 * 2048
+    assert row["flops_per_token"] == flops
+    # Weights and gradients 4 bytes, Muon 4 (one moment), AdamW 8 (two): what no batch can avoid.
+    static = 8 * row["parameters"] + 4 * blocks + 8 * 2 * table
+    # Per token and layer at least: q, k, v, the attention's output, two inputs, relu² and its root of 4C, 2 bytes each.
+    least = static + row["micro_batch"]["rows"] * 2048 * 12 * 768 * 2 * (4 + 2 + 8)
+    assert least < row["memory_bytes"] <= 0.92 * 16 * 2**30
+    # No faster than the matmul anyone measured (8.4 TFLOP/s), nor slower than half of it.
+    fastest = 8.4e12 / flops
+    assert 0.5 * fastest < row["tokens_per_second"] < fastest
+    assert row["tokens"] == pytest.approx(row["tokens_per_second"] * 8 * 3600)
+    assert row["steps"] == int(row["tokens"] / 524288)
+    assert row["tokens_per_parameter"] == pytest.approx(row["tokens"] / row["parameters"])
+    # 20 tokens per parameter are 3.9e18 FLOPs: 135 hours at 8 TFLOP/s.
+    assert 20 * row["parameters"] * flops == pytest.approx(3.9e18, rel=0.02)
+    hours_at_8_tflops = 20 * row["parameters"] * flops / 8e12 / 3600
+    assert hours_at_8_tflops == pytest.approx(135, rel=0.02)
+    assert row["chinchilla_hours"] == pytest.approx(hours_at_8_tflops * 8e12 / flops / row["tokens_per_second"])
+
+
+def test_the_p100_is_not_promised_the_float16_of_its_data_sheet():
+    p100 = CardRoofline(find_card("p100"))
+    assert p100.matmul_tflops("float16") < 8.6 < find_card("p100").float16
+    assert CardRoofline(find_card("GTX 1080 Ti")).matmul_tflops("float16") < 11.3
+    assert [best_dtype(find_card(name)) for name in ("p100", "t4", "v100", "a100")] == [
+        "float16",
+        "float16",
+        "float16",
+        "bfloat16",
+    ]
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_is_no_faster_than_its_matmuls_and_the_table_is_the_same_everywhere(card, capsys, monkeypatch):
+    flags = (f"--card={card}", "--depth=8")
+    (row,) = planned(capsys, *flags)["rows"]
+    known = find_card(card)
+    limit = CardRoofline(known).matmul_tflops(best_dtype(known)) * 1e12 / row["flops_per_token"]
+    assert 0.2 * limit < row["tokens_per_second"] < limit
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # another machine
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert planned(capsys, *flags)["rows"] == [row]
+
+
+def test_the_whole_table_marks_one_best_choice(capsys):
+    script.run_script(script.main, script.Config, ["--card=p100", "--hours=8", "--markdown", "--vocab_size=16384"])
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + 17
+    assert len([line for line in lines if "**" in line]) == 1
+    assert "guesses" in text
+    assert "python -m scripts.base_train --depth=" in text
+
+
+def test_a_table_for_people(capsys):
+    script.run_script(script.main, script.Config, ["--card=p100", "--depth=6"])
+    text = capsys.readouterr().out
+    assert "P100, 16 GB: 8 hours" in text
+    assert "60.9M" in text
+
+
+def test_more_hours_more_cards_and_the_modern_recipe(capsys):
+    (one,) = planned(capsys, "--card=t4", "--depth=8")["rows"]
+    (longer,) = planned(capsys, "--card=t4", "--depth=8", "--hours=16")["rows"]
+    (two,) = planned(capsys, "--card=t4", "--depth=8", "--num_cards=2")["rows"]
+    (modern,) = planned(capsys, "--card=t4", "--depth=8", "--recipe=modern")["rows"]
+    assert longer["tokens"] == pytest.approx(2 * one["tokens"])
+    assert longer["bpb"] < one["bpb"]
+    assert one["tokens_per_second"] < two["tokens_per_second"] < 2 * one["tokens_per_second"]
+    assert modern["bpb"] < one["bpb"]
+    (short,) = planned(capsys, "--card=p100", "--depth=8", "--recipe=modern", "--hours=1")["rows"]
+    assert short["total_batch_size"] < modern["total_batch_size"]  # by the horizon
+
+
+def test_a_model_that_does_not_fit_is_said_not_to(capsys):
+    script.run_script(script.main, script.Config, ["--card=GTX 1050", "--depth=20"])
+    text = capsys.readouterr().out
+    assert "none" in text
+    assert "None of these fits" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--card=rtx 309"], "did you mean RTX 3090"),
+        (["--card=banana"], "is not in nanochat/cards.py"),
+        (["--card=p100", "--hours=0"], "--hours must be positive"),
+        (["--card=p100", "--num_cards=0"], "--num_cards must be at least 1"),
+        (["--card=p100", "--depth=0"], "--depth must be at least 1"),
+    ],
+)
+def test_nonsense_is_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        script.run_script(script.main, script.Config, flags)
+    assert message in capsys.readouterr().err
+
+
+def flops_by_kind(config: GPTConfig, rows: int, passes: int) -> dict[str, float]:
+    """FLOPs of a step, by kind of operation."""
+    result: dict[str, float] = {}
+    for op in step_operations(config, rows, config.sequence_len, passes, "float32", CLASSIC):
+        result[op.kind] = result.get(op.kind, 0.0) + op.count * op.flops
+    return result
+
+
+def test_the_operations_are_those_that_estimate_flops_counts():
+    config = GPTConfig.from_depth(6, 8192, 512)
+    with torch.device("meta"):
+        model = GPT(config)
+    kinds = flops_by_kind(config, 4, 3)
+    tokens = 4 * 512 * 3
+    matmuls = 6 * model.num_matmul_params()
+    assert kinds["linear"] + kinds["loss"] == pytest.approx(tokens * matmuls)
+    # The estimate counts 12·H·D·T; a causal kernel computes half of that, and its backward pass one product more.
+    assert kinds["attention"] == pytest.approx(tokens * (model.estimate_flops() - matmuls) * 14 / 24)
+    blocks = list(model.blocks.parameters())
+    assert kinds["muon"] == sum(5 * (4 * min(p.shape) * p.numel() + 2 * min(p.shape) ** 3) for p in blocks)
+
+
+def test_a_step_takes_as_long_as_its_parts_and_more_passes_take_longer():
+    card = CardRoofline(find_card("p100"))
+    config = GPTConfig.from_depth(4, 8192, 512)
+    parts = step_seconds(card, step_operations(config, 8, 512, 2, "float16", CLASSIC))
+    speed = tokens_per_second(card, config, 8, 512, 2, "float16", CLASSIC)
+    assert speed == pytest.approx(8 * 512 * 2 / sum(parts.values()))
+    assert tokens_per_second(card, config, 8, 512, 16, "float16", CLASSIC) > speed  # the update is shared by more
+
+
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_operation_can_be_measured_here_and_is_measured_once(tmp_path, recipe, dtype, monkeypatch):
+    preset = PRESETS[recipe]
+    config = GPTConfig.from_depth(1, 256, 32, window_pattern="SL", **preset.switches)
+    operations = step_operations(config, 2, 32, 2, dtype, preset)
+    precision = Precision("cpu", DTYPES[dtype])
+    machine = LocalMachine(torch.device("cpu"), precision, preset, tmp_path / "speeds.json", repeats=1)
+    first = step_seconds(machine, operations)
+    assert set(first) == {op.kind for op in operations}
+    assert all(seconds > 0 for seconds in first.values())
+    again = LocalMachine(torch.device("cpu"), precision, preset, tmp_path / "speeds.json", repeats=1)
+    monkeypatch.setattr(again, "_measure", lambda operation: pytest.fail(f"{operation} was known"))
+    assert step_seconds(again, operations) == first
+
+
+def test_a_measurement_on_few_tokens_stands_for_many(monkeypatch):
+    machine = LocalMachine(torch.device("cpu"), Precision("cpu", torch.float32), CLASSIC)
+    monkeypatch.setattr(machine, "_measure", lambda operation: 1.0)
+    config = GPTConfig.from_depth(4, 256, 1024)
+    (few,) = [op for op in step_operations(config, 4, 1024, 1, "float32", CLASSIC) if op.kind == "loss"]
+    (many,) = [op for op in step_operations(config, 40, 1024, 1, "float32", CLASSIC) if op.kind == "loss"]
+    assert machine.seconds(few) == 1.0
+    assert machine.seconds(many) == 10.0
+
+
+def test_depths_between_the_measured_ones_take_their_flops_per_second():
+    budget = Budget(
+        hours=1.0,
+        recipe="classic",
+        vocab_size=4096,
+        sequence_len=512,
+        dtype="float16",
+        num_cards=1,
+        memory_bytes=8 << 30,
+        fineweb=False,
+    )
+    card = CardRoofline(find_card("p100"))
+    speed, known = measured_speed(card, budget, (4, 8)), card_speed(card, budget)
+    assert speed(budget.config(8), 4, 2) == pytest.approx(known(budget.config(8), 4, 2))
+    low, middle, high = (plan_row(depth, budget, speed) for depth in (4, 6, 8))
+    rates = [row.tokens_per_second * row.flops_per_token for row in (low, middle, high)]
+    assert min(rates[0], rates[2]) <= rates[1] <= max(rates[0], rates[2])
+    beyond = plan_row(12, budget, speed)
+    assert beyond.tokens_per_second < high.tokens_per_second
+    assert plan_row(6, budget, known).tokens_per_second == pytest.approx(middle.tokens_per_second, rel=0.1)
