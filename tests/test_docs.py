@@ -297,6 +297,14 @@ def test_a_figure_without_a_source_is_found(tmp_path, monkeypatch):
     assert docs.unsourced(path) == ["a.md:5: 9 hours"]
 
 
+def test_sums_in_documents_are_right():
+    """To the digits they are written with, two at least."""
+    shown = [(path.name, *found) for path in docs.DOCUMENTS for found in docs.sums(path)]
+    assert len(shown) >= 10
+    for document, left, value, written in shown:
+        assert value == pytest.approx(written, rel=0.02), f"{document}: {left}"
+
+
 @names
 def test_no_document_names_a_place_on_somebodys_machine(path):
     text = path.read_text(encoding="utf-8")
