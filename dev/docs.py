@@ -193,9 +193,9 @@ def sums(path: Path) -> list[tuple[str, float, float]]:
     """The arithmetic that a document shows, with its value and what is written after the equals sign."""
     text = FENCE.sub("", GENERATED.sub("", path.read_text(encoding="utf-8")))
     number = r"\d+(?:\.\d+)?(?:e\d+)?"
-    term = rf"\(?{number}\)?"
+    term = rf"(?:{number}|\({number}(?:\s*[×/+]\s*{number})*\))"
     found = re.findall(rf"({term}(?:\s*[×/+]\s*{term})+)\s+=\s+({number})", text)
-    return [(left, eval(left.replace("×", "*"), {}), float(right)) for left, right in found]
+    return [(left, eval(" ".join(left.replace("×", "*").split()), {}), float(right)) for left, right in found]
 
 
 def symbol_line(anchor: str) -> int:
