@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanochat.cpu_attention import MAX_BYTES, cpu_attention, probability_bytes
 from nanochat.linear import training_product_dtype
+from nanochat.precision import NARROW_RANGE
 
 QUERY_BLOCK = 256
 
@@ -113,8 +114,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: floa
         k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
     if q.device.type == "cpu" and q.requires_grad and not torch.compiler.is_compiling():
-        dtype = training_product_dtype(q)
-        if probability_bytes(q.size(0) * q.size(1), pieces, dtype.itemsize) <= MAX_BYTES:
+        dtype, heads = training_product_dtype(q), q.size(0) * q.size(1)
+        if dtype not in NARROW_RANGE and probability_bytes(heads, pieces, dtype.itemsize) <= MAX_BYTES:
             scale = q.size(-1) ** -0.5 if scale is None else scale
             y = cpu_attention(q.to(dtype), k.to(dtype), v.to(dtype), pieces, scale)
             return y.to(v.dtype).transpose(1, 2)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from nanochat.attention import plan_attention
+from nanochat.cpu_attention import MAX_BYTES, probability_bytes, split_causal
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss import CHUNK_BYTES, CHUNK_BYTES_DEFAULT
 from nanochat.optim import STACK_ELEMENTS
@@ -106,8 +108,13 @@ def _width(dtype: torch.dtype) -> tuple[int, int]:
     return size, 4 if dtype in NARROW_RANGE else size
 
 
-def layer_bytes_per_token(config: GPTConfig, dtype: torch.dtype, layer: int, device_type: str = "cuda") -> float:
-    """What autograd saves of one layer, in bytes per token."""
+def layer_bytes_per_token(
+    config: GPTConfig, dtype: torch.dtype, layer: int, device_type: str = "cuda", own_attention: bool = False
+) -> float:
+    """What autograd saves of one layer, in bytes per token, without the probabilities of `own_attention`.
+
+    That is the way of nanochat/cpu_attention.py, which lays q, k, v and its result out anew.
+    """
     a, s = _width(dtype)
     c, kv = config.n_embd, config.n_kv_head / config.n_head
     cpu = device_type == "cpu"
@@ -116,9 +123,10 @@ def layer_bytes_per_token(config: GPTConfig, dtype: torch.dtype, layer: int, dev
     norms = 0.0 if cpu and same else 2 * s
     # With another residual dtype autocast makes a copy for each of the four matmuls that read the stream.
     inputs = 2 * a if same else 4 * a
-    rotated = 0.0 if cpu and a == 4 else 4 * (1 + kv)  # float32, before q and k are normalised
-    attention: float = 4 * a  # q, k and v (repeated for every query head), and the output
-    if kv < 1 and cpu and a == 4:
+    laid_out = own_attention and config.n_head > 1  # a single head lies in memory as it should already
+    rotated = 0.0 if cpu and a == 4 and not laid_out else 4 * (1 + kv)  # float32, q and k before or after the norm
+    attention: float = (5 if laid_out else 4) * a  # q, k and v (repeated for every query head), and the output
+    if kv < 1 and cpu and a == 4 and not laid_out:
         attention += 4 * kv  # k before it is repeated
     mlp = (12 if dtype in NARROW_RANGE else 8) * a
     more = 0.0
@@ -126,7 +134,7 @@ def layer_bytes_per_token(config: GPTConfig, dtype: torch.dtype, layer: int, dev
         more += s
     if config.has_value_embedding(layer):
         more += kv * a + (kv * 4 if a != 4 else 0)
-    if config.windows[layer] is not None:
+    if config.windows[layer] is not None and not own_attention:
         more += a  # the pieces of the output, besides the whole
     return c * (norms + inputs + rotated + attention + mlp + more)
 
@@ -148,11 +156,24 @@ def saved_bytes(
     )
     per_token: float = fixed + switches * c
     if activation_checkpointing:
-        per_token += s * c * config.n_layer
+        # On a CPU the first norm's output, which it keeps, is the first layer's input.
+        per_token += s * c * (config.n_layer - (device_type == "cpu"))
     else:
-        per_token += sum(layer_bytes_per_token(config, dtype, i, device_type) for i in range(config.n_layer))
+        for layer in range(config.n_layer):
+            own = _probability_bytes(config, rows, sequence_len, dtype, layer) if device_type == "cpu" else 0
+            per_token += layer_bytes_per_token(config, dtype, layer, device_type, own > 0) + own / tokens
     weights = 0 if a == 4 or activation_checkpointing else a * _counts(config).linear
     return round(tokens * per_token) + weights
+
+
+def _probability_bytes(config: GPTConfig, rows: int, sequence_len: int, dtype: torch.dtype, layer: int) -> int:
+    """What a layer keeps of its attention on a CPU; 0 where that is left to torch's kernel."""
+    device = torch.device("cpu")
+    pieces = plan_attention(sequence_len, sequence_len, device, config.windows[layer])
+    heads = rows * config.n_head
+    if dtype in NARROW_RANGE or probability_bytes(heads, pieces, dtype.itemsize) > MAX_BYTES:
+        return 0
+    return probability_bytes(heads, split_causal(pieces, device), dtype.itemsize)
 
 
 def _loss_bytes(config: GPTConfig, tokens: int, dtype: torch.dtype, chunk_bytes: int) -> int:

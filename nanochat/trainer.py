@@ -29,8 +29,10 @@ from nanochat.checkpoint_writer import CheckpointWriter, Keep, Snapshot, clean_l
 from nanochat.clock import COARSE, REHEARSE_AFTER, SAVES_PER_RUN, Clock
 from nanochat.common import Compute, DummyWandb, print0
 from nanochat.compiling import compiled, should_compile
+from nanochat.fp16_gemm import choose_half_gemm, layer_shapes
 from nanochat.gpt import GPT
 from nanochat.hardware import ThrottleWatcher, measure_matmul
+from nanochat.linear import use_half_gemm
 from nanochat.memory import MicroBatch, free_memory
 from nanochat.metrics_log import MetricsLog, last_value
 from nanochat.micro_batch import Batch, too_large, use_micro_batch
@@ -141,6 +143,11 @@ class Trainer:
         self._owed = False  # a checkpoint was due while the one before was still being written
         self._saves = 0
         self._throttling = ThrottleWatcher(self.compute.device)
+        compute, channels = self.compute, self.model.config.n_embd
+        gemm, why = choose_half_gemm(compute.fp16_gemm, compute.device, compute.dtype, layer_shapes(channels, 4096))
+        use_half_gemm(gemm)
+        if why:
+            print0(f"{self.label}: {why}")
 
     # -- one step -------------------------------------------------------------------------------------------------
 

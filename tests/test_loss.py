@@ -28,7 +28,7 @@ def inputs(dtype, n=(3, 50), c=24, vocab=90, rows=128, seed=0):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_value_and_gradients_equal_the_plain_loss(monkeypatch, reduction, dtype, tolerance):
-    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda device, vocab: 37)  # several uneven chunks
+    monkeypatch.setattr(loss_module, "_chunk_tokens", lambda device, vocab, chunk_bytes: 37)  # several uneven chunks
     x, weight, targets, vocab = inputs(dtype)
     seed = torch.rand(targets.shape, dtype=dtype) if reduction == "none" else torch.tensor(3.0, dtype=dtype)
     ours = linear_cross_entropy(x, weight, targets, vocab, CAP, reduction)

@@ -50,13 +50,13 @@ def test_activations_are_what_autograd_saves(dtype, switches):
     for depth, rows in ((4, 2), (2, 3)):
         config = GPTConfig.from_depth(depth, 500, 128, **switches)
         model_says = saved_bytes(config, rows, 128, DTYPES[dtype], device_type="cpu")
-        assert model_says == pytest.approx(really_saved(config, rows, dtype), rel=0.1 if "smear" in switches else 0.03)
+        assert model_says == pytest.approx(really_saved(config, rows, dtype), rel=0.15 if "smear" in switches else 0.03)
 
 
 def test_activation_checkpointing_keeps_the_inputs_of_the_layers():
     config = GPTConfig.from_depth(4, 500, 128)
     kept = saved_bytes(config, 2, 128, torch.float32, activation_checkpointing=True, device_type="cpu")
-    assert kept == pytest.approx(really_saved(config, 2, "float32", checkpointing=True), rel=0.15)
+    assert kept == pytest.approx(really_saved(config, 2, "float32", checkpointing=True), rel=0.05)
     assert kept < 0.15 * saved_bytes(config, 2, 128, torch.float32, device_type="cpu")
 
 
