@@ -37,7 +37,7 @@ CHAT = {"device_type": "cpu"}
 # The flags with which a module's command is run here; None takes a flag away.
 SIZES: dict[str, dict[str, object]] = {
     "tasks.demo": {"chars": 100_000},
-    "scripts.tok_train": {"vocab_size": 600, "dataset": "demo"},
+    "scripts.tok_train": {"vocab_size": 600},
     "scripts.base_train": {
         **TRAIN,
         "depth": 1,
@@ -47,7 +47,6 @@ SIZES: dict[str, dict[str, object]] = {
         "num_iterations": 2,
         "eval_tokens": 256,
         "sample_every": 0,
-        "dataset": "demo",
     },
     "scripts.mid_train": {**TRAIN, **FINETUNE},
     "scripts.chat_sft": {**TRAIN, **FINETUNE},
@@ -96,7 +95,8 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 def resized(flags: list[str], sizes: dict[str, object]) -> list[str]:
-    """The documented flags, those of `sizes` in the place of the same ones."""
+    """The documented flags; those of `sizes` replace the same ones, and the demo's text the web's."""
+    flags = [flag.replace("--dataset=climbmix", "--dataset=demo") for flag in flags]
     kept = [flag for flag in flags if flag.lstrip("-").partition("=")[0] not in sizes]
     return kept + [f"--{name}={value}" for name, value in sizes.items() if value is not None]
 
@@ -127,7 +127,8 @@ def workshop(tmp_path_factory):
         patch.setenv("NANOCHAT_BASE_DIR", str(folder / "run-a"))
         patch.chdir(folder)
         for name in ("tasks.demo", "scripts.tok_train", "scripts.base_train", "scripts.mid_train", "scripts.chat_sft"):
-            run_module(name, resized([], SIZES[name]))
+            data = ["--dataset=climbmix"] if name in ("scripts.tok_train", "scripts.base_train") else []
+            run_module(name, resized(data, SIZES[name]))
         run_module("scripts.chat_rl", resized([], SIZES["scripts.chat_rl"]))
     (folder / "run-b").symlink_to(folder / "run-a")
     (folder / "texts").mkdir()
