@@ -180,6 +180,11 @@ class Channel:
         self.read_fd, self.write_fd, self.rest = read_fd, write_fd, b""
 
     def send(self, message: dict[str, Any]) -> None:
+        """Write one message.
+
+        Raises:
+            ValueError: it is too large.
+        """
         data = json.dumps(message).encode() + b"\n"
         if len(data) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a value is too large to be handed over: {len(data)} bytes")
@@ -187,6 +192,12 @@ class Channel:
             data = data[os.write(self.write_fd, data) :]
 
     def receive(self) -> dict[str, Any]:
+        """Read one message.
+
+        Raises:
+            EOFError: the other side has ended.
+            ValueError: what came is too large, or no message.
+        """
         while b"\n" not in self.rest:
             block = os.read(self.read_fd, 65536)
             if not block:

@@ -133,6 +133,7 @@ class MuonStack:
         self.update: Tensor | None = None
 
     def reduce(self) -> Callable[[], None]:
+        """Begin to average the gradients over the ranks; the result waits for the end."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         self.active = [i for i, p in enumerate(self.own) if p.grad is not None]
         wait = self.ranks.reduce_scatter(torch.stack(grads))  # (N, R, C) -> (K, R, C)
@@ -145,14 +146,17 @@ class MuonStack:
         return finish
 
     def own_grads(self) -> list[Tensor]:
+        """The averaged gradients of this rank's matrices."""
         if self.ranks.world == 1:
             return [p.grad for p in self.own if p.grad is not None]
         return [] if self.reduced is None else [self.reduced[i] for i in self.active]
 
     def clear(self) -> None:
+        """Forget the averaged gradients."""
         self.reduced = self.looked_ahead = self.update = None
 
     def state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a parameter's optimizer state."""
         rows, cols = p.shape
         shapes: dict[str, tuple[int, ...]] = {"momentum_buffer": (rows, cols)}
         if self.group["beta2"] is not None:
@@ -160,6 +164,7 @@ class MuonStack:
         return shapes
 
     def init_state(self) -> None:
+        """Begin with state of zeros."""
         p, count = self.params[0], len(self.own)
         self.state = {
             key: torch.zeros(count, *shape, dtype=state_dtype(p), device=p.device)  # (K, ...)
@@ -167,6 +172,7 @@ class MuonStack:
         }
 
     def step(self, multiplier: Tensor | float) -> None:
+        """Update this rank's part, with gradients times `multiplier`."""
         if not self.state:
             self.init_state()
         if self.ranks.world == 1:
@@ -218,6 +224,7 @@ class MuonStack:
         torch._foreach_add_(params, updates, alpha=-lr)
 
     def share_params(self) -> Callable[[], None]:
+        """Begin to gather the updated parts from all ranks; the result waits for the end."""
         empty = self.params[0].new_empty(0, *self.params[0].shape)
         wait = self.ranks.all_gather(torch.stack(self.own) if self.own else empty, len(self.params))
 
@@ -227,6 +234,7 @@ class MuonStack:
         return finish
 
     def export_state(self) -> dict[int, dict[str, Tensor]]:
+        """The state of all matrices, by index in the optimizer; all ranks take part."""
         whole = {key: self.ranks.collect(value, len(self.params)) for key, value in self.state.items()}
         return {index: {key: x[i] for key, x in whole.items()} for i, index in enumerate(self.indices) if whole}
 
@@ -236,6 +244,7 @@ class MuonStack:
         return {index: {key: x[i] for key, x in self.state.items()} for i, index in enumerate(own) if self.state}
 
     def import_state(self, states: dict[int, dict[str, Tensor]]) -> None:
+        """Take this rank's part of an exported state."""
         self.init_state()
         for i, index in enumerate(self.indices[self.ranks.own(len(self.params))]):
             for key, value in self.state.items():

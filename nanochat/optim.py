@@ -47,6 +47,7 @@ class AdamWTensors:
         return x.view(-1)[self.ranks.own(x.numel())] if self.sharded[i] else x
 
     def reduce(self) -> Callable[[], None]:
+        """Begin to average the gradients over the ranks; the result waits for the end."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         active = [i for i, p in enumerate(self.params) if p.grad is not None]
         waits: dict[int, Callable[[], Tensor]] = {}
@@ -73,13 +74,16 @@ class AdamWTensors:
         return [grad for i, grad in self._local_grads().items() if self.sharded[i] or self.ranks.rank == 0]
 
     def clear(self) -> None:
+        """Forget the averaged gradients."""
         self.grads = {}
 
     @staticmethod
     def state_shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a parameter's optimizer state."""
         return {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
 
     def init_state(self) -> None:
+        """Begin with state of zeros."""
         states = []  # whole or not at all: memory may run out on the way
         for i, p in enumerate(self.params):
             zeros = torch.zeros_like(self.part(i, p), dtype=state_dtype(p), memory_format=torch.contiguous_format)
@@ -93,6 +97,7 @@ class AdamWTensors:
         return p.device.type in ("cpu", "cuda") and p.dtype != torch.float64  # fused scales in float32
 
     def step(self, multiplier: Tensor | float) -> None:
+        """Update this rank's part, with gradients times `multiplier`."""
         if not self.state:
             self.init_state()
         grads = self._local_grads()
@@ -137,6 +142,7 @@ class AdamWTensors:
                 p.copy_(w)
 
     def share_params(self) -> Callable[[], None]:
+        """Begin to gather the updated parts from all ranks; the result waits for the end."""
         sharded = [p for i, p in enumerate(self.params) if self.sharded[i]]
         waits = [self.ranks.all_gather(p.view(-1)[self.ranks.own(p.numel())], p.numel()) for p in sharded]
 
@@ -152,6 +158,7 @@ class AdamWTensors:
         return x if self.ranks.world == 1 else x.to("cpu", copy=True)
 
     def export_state(self) -> dict[int, dict[str, Tensor]]:
+        """The state of all tensors, by index in the optimizer; all ranks take part."""
         return {
             self.indices[i]: {key: self._whole(i, value) for key, value in state.items()}
             for i, state in enumerate(self.state)
@@ -169,6 +176,7 @@ class AdamWTensors:
         }
 
     def import_state(self, states: dict[int, dict[str, Tensor]]) -> None:
+        """Take this rank's part of an exported state."""
         self.init_state()
         for i, state in enumerate(self.state):
             for key, value in state.items():

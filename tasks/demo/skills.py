@@ -159,6 +159,7 @@ class Sum:
 
     @property
     def result(self) -> int:
+        """The answer."""
         return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.op]
 
 
