@@ -24,7 +24,8 @@ from nanochat.files import atomic_path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = ROOT / "dev" / "LOG.md"
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+# report.md is what a run has left there.
+DOCUMENTS = [p for folder in (ROOT, ROOT / "docs") for p in sorted(folder.glob("*.md")) if p.name != "report.md"]
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 GENERATED = re.compile(r"<!-- generated: (.+?) -->\n(.*?)<!-- end -->", re.DOTALL)

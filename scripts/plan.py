@@ -248,7 +248,7 @@ def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
             "--total_batch_size, or --recipe=modern, which chooses it by the horizon, makes more of the time."
         )
     if len(rows) > 1:
-        flags = f"--depth={best.depth} --hours={cfg.hours:g} --device_batch_size={micro.rows} --recipe={cfg.recipe}"
+        flags = f"--depth={best.depth} --hours={cfg.hours:g} --dataset={cfg.dataset} --recipe={cfg.recipe}"
         flags += " --activation_checkpointing" if micro.activation_checkpointing else ""
         lines.append(f"Best for {cfg.hours:g} hours: d{best.depth}. python -m scripts.base_train {flags}")
     return lines
