@@ -11,8 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanochat.gpt_config import GPTConfig
+
 # Per layer, views of the cache: a new token's keys and values (B, 1, H, D), all with it (B, H, all, D).
 Places = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def fitting_slots(config: GPTConfig, dtype: torch.dtype, most: int = 32, max_bytes: int = 4 << 30) -> int:
+    """How many whole contexts of a model fit into `max_bytes`; at least 1, at most `most`."""
+    values = 2 * config.n_layer * config.sequence_len * config.n_kv_head * config.head_dim
+    return max(1, min(most, max_bytes // (values * dtype.itemsize)))
 
 
 class KVCache:

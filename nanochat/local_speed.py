@@ -24,6 +24,7 @@ from nanochat.attention import attend, plan_attention
 from nanochat.files import write_json
 from nanochat.gpt import LOGIT_SOFTCAP, norm, relu_squared
 from nanochat.hardware import speeds_key, synchronize
+from nanochat.linear import linear, training_product_dtype
 from nanochat.loss import linear_cross_entropy
 from nanochat.optim import MuonAdamW
 from nanochat.precision import DTYPES, Precision
@@ -125,7 +126,7 @@ def _stream_dtype(dtype: str) -> torch.dtype:
 def _linear(m: LocalMachine, op: Operation) -> Callable[[], None]:
     n, inputs, outputs = op.shape
     x, w = m.random(n, inputs, dtype=_stream_dtype(op.dtype)), m.random(outputs, inputs)
-    return _with_gradient(m, lambda: F.linear(x, w), x, w)
+    return _with_gradient(m, lambda: linear(x, w), x, w)
 
 
 def _norm(m: LocalMachine, op: Operation) -> Callable[[], None]:
@@ -174,10 +175,9 @@ def _loss(m: LocalMachine, op: Operation) -> Callable[[], None]:
     n, width, vocab = op.shape
     x, w = m.random(n, width, dtype=_stream_dtype(op.dtype)), m.random(vocab, width)
     targets = torch.randint(0, vocab, (n,), device=m.device, generator=torch.Generator(m.device).manual_seed(0))
-    dtype = DTYPES[op.dtype]
 
     def loss() -> Tensor:
-        return linear_cross_entropy(x, w, targets, vocab, LOGIT_SOFTCAP, "sum", dtype)
+        return linear_cross_entropy(x, w, targets, vocab, LOGIT_SOFTCAP, "sum", training_product_dtype(x))
 
     return _with_gradient(m, loss, x, w)
 

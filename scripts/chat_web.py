@@ -20,6 +20,7 @@ from nanochat.batching import BatchEngine
 from nanochat.chat import AnswerSettings
 from nanochat.common import Compute, setup_compute
 from nanochat.config import Runtime, run_script, short
+from nanochat.kv_cache import fitting_slots
 from nanochat.model_choice import find_model, load_chosen
 
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
@@ -59,7 +60,8 @@ class Config:
     cors_origins: tuple[str, ...] = ()
     """Other sites whose pages may call this server, as `https://example.org`."""
     max_batch_size: int | None = None
-    """Answers written at the same time by each card; default: 16 on CPU, 32 on a card."""
+    """Answers written at the same time by each card; default: 32, fewer where their contexts would take
+    more than 4 GiB."""
     queue_size: int = 64
     """How many requests may wait at each card; more are told to try again later."""
     log_conversations: Path | None = None
@@ -129,7 +131,7 @@ def load_engines(cfg: Config, compute: Compute) -> tuple[list[BatchEngine], Any,
     engines = []
     for device in choose_devices(compute.device, cfg.num_gpus):
         model, tokenizer, meta = load_chosen(cfg.source, cfg.model_tag, cfg.step, cfg.hf_path, device)
-        batch_size = cfg.max_batch_size or (16 if device.type == "cpu" else 32)
+        batch_size = cfg.max_batch_size or fitting_slots(model.config, compute.precision.cache_dtype)
         engines.append(
             BatchEngine(model, tokenizer, compute.precision, max_batch_size=batch_size, max_queue=cfg.queue_size)
         )

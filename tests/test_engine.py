@@ -6,7 +6,7 @@ from reference_generation import naive_greedy
 
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import KVCache, fitting_slots
 from nanochat.precision import Precision
 from nanochat.scheduler import Scheduler
 
@@ -269,3 +269,12 @@ class TestKVCache:
         cache.reset()
         assert cache.get_pos() == 0
         cache.update(0, torch.ones(2, 2, 1, 1), torch.ones(2, 2, 1, 1))
+
+
+def test_a_server_takes_as_many_contexts_as_fit():
+    d4, d12 = GPTConfig.from_depth(4, 4096, 256), GPTConfig.from_depth(12, 32768, 2048)
+    assert fitting_slots(d4, torch.float32) == 32
+    context = KVCache(1, d12.n_kv_head, 2048, d12.head_dim, 12, torch.device("cpu"), torch.float32)
+    slots = fitting_slots(d12, torch.float32)
+    assert slots * 2 * context.k_cache.nbytes <= 4 << 30 < (slots + 1) * 2 * context.k_cache.nbytes
+    assert fitting_slots(d12, torch.float32, max_bytes=1) == 1
