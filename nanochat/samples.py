@@ -40,6 +40,8 @@ def _complete(
 ) -> list[str]:
     model.eval()
     engine = Engine(model, tokenizer, compute.precision)
+    room = model.config.sequence_len - 1  # what is longer keeps its end: a sample must never end a run
+    rows = [r if len(r) <= room else r[:1] + r[len(r) - room + 1 :] for r in rows]
     budget = max(1, min(MAX_TOKENS, model.config.sequence_len - max(map(len, rows))))
     sequences, _ = engine.generate_prompts(rows, max_tokens=budget, temperature=0.0)
     model.train()
