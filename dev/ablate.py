@@ -55,6 +55,21 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "matrix_lr": {f"{lr}": f"--matrix_lr={lr}" for lr in (0.0025, 0.005, 0.01, 0.02, 0.04)},
     "weight_decay": {f"{w}": f"--weight_decay={w}" for w in (0.0, 0.05, 0.28, 1.0)},
     "ramp": {f"{r}": f"--short_rows_ratio={r}" for r in (0.0, 0.3, 0.6)},
+    # What small runs can change most: the batch, how fast to learn, and the modern model with the classic optimizer.
+    "screen": {
+        "classic 16k": "--recipe=classic --total_batch_size=16384",
+        "classic 8k": "--recipe=classic --total_batch_size=8192",
+        "classic 4k": "--recipe=classic --total_batch_size=4096",
+        "switches 8k": "--recipe=classic --total_batch_size=8192 " + " ".join(SWITCHES.values()),
+        "modern 8k": "--recipe=modern --total_batch_size=8192",
+        "modern 8k × 4": "--recipe=modern --total_batch_size=8192 --lr_scale=4",
+        "modern 4k × 4": "--recipe=modern --total_batch_size=4096 --lr_scale=4",
+        "modern 4k × 8": "--recipe=modern --total_batch_size=4096 --lr_scale=8",
+        "modern 8k × 8": "--recipe=modern --total_batch_size=8192 --lr_scale=8",
+        "switches 4k": "--recipe=classic --total_batch_size=4096 " + " ".join(SWITCHES.values()),
+        "classic 4k × 0.5": "--recipe=classic --total_batch_size=4096 --lr_scale=0.5",
+        "classic 8k, warmdown 0.65": "--recipe=classic --total_batch_size=8192 --warmdown_ratio=0.65",
+    },
     "shape": {
         "d4": "--depth=4",
         "d6": "--depth=6",
