@@ -19,7 +19,6 @@ REHEARSE_AFTER = 3  # steps: the first ones may compile and warm up
 WINDOW = 9  # steps whose median foretells the next
 # A finished model is saved without the optimizer's state, at most half of a checkpoint.
 FINAL_CHECKPOINT = 0.5
-SAVES_PER_RUN = 20  # a short run is saved at least this often: a kill must not cost much of it
 COARSE = 0.06  # a step longer than this share of the run makes the end miss its time by more than 3 %
 
 

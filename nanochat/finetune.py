@@ -160,6 +160,7 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Co
         cfg: the settings.
         load_data: reads the conversations; called once the model to start from is known to be there.
     """
+    clock = Clock()
     print_banner()
     start = find_start(stage.source, cfg)
     folder = checkpoint_folder(stage.name, start.tag)
@@ -167,7 +168,6 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Co
     with setup_compute(cfg.runtime, *dtypes) as compute, only_run(folder, needed=not cfg.dry_run):
         model_config = start.checkpoint.meta["model_config"]
         sequence_len = min(cfg.max_seq_len or 1 << 62, model_config["sequence_len"])
-        clock = Clock()
         data = load_data(plan_budget(cfg, GPTConfig.from_dict(model_config), compute))
         inputs = {
             "tokenizer": start.tokenizer.hash,

@@ -4,8 +4,7 @@ One optimizer step: gather the micro-batches, count the tokens that are supervis
 of the summed loss divided by that count (so that any split into micro-batches or ranks is the same mathematics), then
 `Precision.step`. A skipped step doesn't count: the step number, the schedule and the token count stay until an update
 is made, with the same batches if a smaller loss scale can mend it, else with the next ones. A checkpoint holds
-everything the next step depends on, the position in the data included; it is written in the background, and a disk
-that can't take it does not stop the training.
+everything the next step depends on, the position in the data included; nanochat/saving.py says when it is written.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.checkpoint_manager import restore_rng_state, rng_state, saved_steps
-from nanochat.checkpoint_writer import CheckpointWriter, Keep, Snapshot, clean_leftovers, host_copy
-from nanochat.clock import COARSE, REHEARSE_AFTER, SAVES_PER_RUN, Clock
+from nanochat.checkpoint_manager import restore_rng_state, rng_state
+from nanochat.checkpoint_writer import Snapshot, host_copy
+from nanochat.clock import COARSE, REHEARSE_AFTER, Clock
 from nanochat.common import Compute, DummyWandb, print0
 from nanochat.compiling import compiled, should_compile
 from nanochat.fp16_gemm import choose_half_gemm, layer_shapes
@@ -42,11 +40,11 @@ from nanochat.precision import NonFiniteError, StepResult, first_nonfinite_modul
 from nanochat.progress import Bar, format_seconds, progress
 from nanochat.recipe import Schedule
 from nanochat.report import git_state
-from nanochat.signals import Stopped, StopRequest
+from nanochat.saving import Saver, SaveSettings
+from nanochat.signals import StopRequest
 from nanochat.tracking import Tracker
 
 METRICS_FILE = "metrics.jsonl"
-RETRY_SECONDS = 30.0  # after a checkpoint that could not be written
 LOSS_SMOOTHING = 0.9
 WORTH_SAYING = 0.01  # share of a step spent waiting for data
 MORE_STATE = "more."  # how tensors of `more_state` are called in a checkpoint
@@ -63,7 +61,7 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(SaveSettings):
     """How the loop runs; nothing here changes the mathematics of a step."""
 
     schedule: Schedule
@@ -71,12 +69,6 @@ class TrainSettings:
     grad_clip: float | None = None
     eval_every: int | None = None
     sample_every: int | None = None
-    save_every: int | None = None
-    save_every_minutes: float = 10.0
-    keep_last: int = 2
-    keep_every: int | None = None
-    final_retry_minutes: float = 30.0
-    """How long the finished model waits for a disk that can take it."""
 
 
 @dataclass
@@ -131,17 +123,13 @@ class Trainer:
         self._compile: bool | None = None if self.compute.measure_compile else self.compute.compile
         self._hidden = compiled(self.model) if self._compile else self.model.hidden
         self.compute.precision.plan_steps(self.settings.schedule.num_iterations)
-        keep = Keep(self.settings.keep_last, self.settings.keep_every)
-        self.writer = CheckpointWriter(self.folder, keep)
+        seconds = self.settings.schedule.seconds
+        self.saver = Saver(self.label, self.folder, self.compute, self.settings, self._snapshot, seconds)
         self.metrics_log = MetricsLog(self.folder / METRICS_FILE)
         self.complete = False
-        self._last_save = time.monotonic()
         self.last_evaluation: dict[str, float] = {}
-        self._retry_at: float | None = None
         self._last_step_done = False
         self._row_split = 1
-        self._owed = False  # a checkpoint was due while the one before was still being written
-        self._saves = 0
         self._throttling = ThrottleWatcher(self.compute.device)
         compute, channels = self.compute, self.model.config.n_embd
         gemm, why = choose_half_gemm(compute.fp16_gemm, compute.device, compute.dtype, layer_shapes(channels, 4096))
@@ -274,10 +262,11 @@ class Trainer:
             with StopRequest() as stop:
                 self._train(stop)
                 self._final_evaluation()
-                self._save_finished()
+                self.saver.save_finished()
+                self.complete = True
                 self._report_time()
         finally:
-            self._close_writer()
+            self.saver.close()
             self._throttling.close()
         return self.state
 
@@ -304,7 +293,7 @@ class Trainer:
                 seconds = time.perf_counter() - start
                 self._account(metrics, seconds, self.state.tokens - tokens_before, peak)
                 self._report(bar, metrics)
-                self._maybe_save(stop)
+                self.saver.after_step(self.state.step, stop.requested)
                 self._maybe_rehearse()
 
     def _finished(self) -> bool:
@@ -337,7 +326,7 @@ class Trainer:
         if self.sample is not None and "samples" not in self.clock.costs:
             self.run_sample()
         with self._timed("checkpoint"):
-            self.save(complete=False)
+            self.saver.save(complete=False)
         step, left = self.clock.step_seconds or 0.0, self.clock.steps_left(seconds, self.state.clock)
         print0(
             f"{self.label}: {step:.2f} s per step: about {max(0.0, left):,.0f} more in {format_seconds(seconds)}, with "
@@ -437,49 +426,7 @@ class Trainer:
             print0(f"{self.label}: samples after {self.state.step} steps")
             self.run_sample()
 
-    def _maybe_save(self, stop: StopRequest) -> None:
-        """Save if it is time, stop if that was asked for, try again what has failed. All ranks do the same."""
-        s, now = self.settings, time.monotonic()
-        between = min(60 * s.save_every_minutes, (s.schedule.seconds or math.inf) / SAVES_PER_RUN)
-        due = now - self._last_save >= between or (self._retry_at is not None and now >= self._retry_at)
-        stopping, due, busy, failed = self.compute.any_rank(
-            stop.requested, due and self.compute.rank == 0, self.writer.busy, self.writer.error is not None
-        )
-        due = due or self._owed or bool(s.save_every and self.state.step % s.save_every == 0)
-        if failed:
-            self._save_failed()
-        if stopping:
-            self._save_and_stop()
-        elif due:
-            self._owed = busy and not failed
-            if not self._owed:
-                self.save(complete=False, wait=False)
-
-    def save(self, complete: bool, wait: bool = True) -> bool:
-        """Write a checkpoint; all ranks take part. A complete one carries no optimizer state.
-
-        Args:
-            complete: the run is over.
-            wait: until it is on the disk; else training goes on while it is written.
-
-        Returns:
-            Whether it is there (with `wait`; else True).
-        """
-        self.writer.wait()
-        self.writer.error = None
-        self._last_save, self._retry_at = time.monotonic(), None
-        self._saves += 1
-        if not complete or self.compute.rank == 0:
-            self.writer.start(self._snapshot(complete))
-        if not wait:
-            return True
-        self.writer.wait()
-        (failed,) = self.compute.any_rank(self.writer.error is not None)
-        if failed:
-            self._save_failed()
-        return not failed
-
-    def _snapshot(self, complete: bool) -> Snapshot:
+    def _snapshot(self, complete: bool, attempt: int) -> Snapshot:
         """A copy of all that the next step depends on."""
         first = self.compute.rank == 0
         optimizer = None
@@ -509,55 +456,13 @@ class Trainer:
             copy.deepcopy(meta),
             self.compute.rank,
             self.compute.world_size,
-            self._saves,
+            attempt,
         )
-
-    def _save_failed(self) -> None:
-        """Say loudly what is wrong, and plan another try."""
-        if self.writer.error is None:
-            self.writer.abandon()  # another rank has failed
-        error, self.writer.error = self.writer.error, None
-        self._retry_at = time.monotonic() + min(RETRY_SECONDS, 60 * self.settings.save_every_minutes)
-        if error is not None:
-            steps = saved_steps(self.folder)
-            newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
-            print(
-                f"\nWARNING: {self.label}: no checkpoint could be written to {self.folder} ({error}). Training goes on "
-                f"and will try again; until then {newest}",
-                file=sys.stderr,
-                flush=True,
-            )
-        self.compute.any_rank(False)  # nobody writes any more
-        if self.compute.rank == 0:
-            clean_leftovers(self.folder)
-
-    def _save_and_stop(self) -> None:
-        saved = self.save(complete=False)
-        print0(f"{self.label}: stopped at step {self.state.step}" + (", saved" if saved else ", NOT saved"))
-        print0("the same command goes on from here")
-        raise Stopped
-
-    def _save_finished(self) -> None:
-        """The last checkpoint: nothing is left to do but to wait for a disk that can take it."""
-        give_up = time.monotonic() + 60 * self.settings.final_retry_minutes
-        while not self.save(complete=True):
-            (over,) = self.compute.any_rank(time.monotonic() > give_up)
-            if over:
-                raise RuntimeError(
-                    f"the finished model could not be written to {self.folder}: make room there and start the same "
-                    "command again, it goes on from the newest checkpoint"
-                )
-            time.sleep(min(RETRY_SECONDS, 6 * self.settings.final_retry_minutes))
-        self.complete = True
 
     def _report_time(self) -> None:
         used, seconds = self._tick(), self.settings.schedule.seconds
         if seconds is not None:
             print0(f"{self.label}: used {used:.1f} s of {seconds:.1f} s ({used / seconds - 1:+.1%})")
-
-    def _close_writer(self) -> None:
-        """Let what is being written come to its end, unless it waits for a rank that is gone."""
-        self.writer.wait(5.0 if self.compute.ddp else None)
 
     def resume(self, checkpoint_meta: dict[str, Any], optimizer: dict[str, Tensor]) -> None:
         """Continue from a checkpoint's meta and optimizer tensors (the model and loader are built from it already).

@@ -329,6 +329,7 @@ def validation(
 
 def main(cfg: Config) -> None:
     """Plan, build, train, report."""
+    clock = Clock()
     print_banner()
     if cfg.dry_run and cfg.vocab_size is not None:
         vocab_size = cfg.vocab_size
@@ -348,7 +349,7 @@ def main(cfg: Config) -> None:
         for line in plan.lines():
             print0(line)
         if not cfg.dry_run:
-            train(cfg, plan, compute)
+            train(cfg, plan, compute, clock)
 
 
 def _measure(compute: Compute) -> float:
@@ -397,13 +398,12 @@ def fit_to_device(cfg: Config, plan: Plan, model: GPT, compute: Compute, checkpo
     return Fit(plan, micro, eval_tokens)
 
 
-def train(cfg: Config, plan: Plan, compute: Compute) -> None:
-    """Train by `plan` and log to the report."""
+def train(cfg: Config, plan: Plan, compute: Compute, clock: Clock) -> None:
+    """Train by `plan`, in the time that `clock` says is left of it, and log to the report."""
     tokenizer = get_tokenizer()
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir), cfg.skip_bad_shards)
     for split in ("train", "val"):
         corpus.chunks(split)  # a split without documents is an error now, not after hours
-    clock = Clock()
     folder = checkpoint_folder("base", cfg.tag)
     config = asdict(cfg)
     inputs = {"tokenizer": tokenizer.hash}

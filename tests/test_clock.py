@@ -95,7 +95,7 @@ def test_a_killed_run_counts_what_it_had_used_and_keeps_the_promise(base_dir):
 
     def die_at_forty():
         if first.state.step == 20:
-            first.save(complete=False)
+            first.saver.save(complete=False)
         if first.state.step == 40:
             raise KeyboardInterrupt
         return step()

@@ -171,7 +171,7 @@ def test_a_resumed_run_remembers_what_fits(base_dir, monkeypatch, undisturbed):
 
         def die_at_three():
             if trainer.state.step == 3:
-                trainer.writer.wait()
+                trainer.saver.writer.wait()
                 raise KeyboardInterrupt
             return original()
 

@@ -111,7 +111,6 @@ def test_a_resumed_run_ends_with_the_same_weights(base_dir, dtype):
     whole = make(base_dir / "whole", dtype=dtype)
     whole.run()
     part = make(base_dir / "part", dtype=dtype, save_every=3)
-    part.settings = TrainSettings(schedule=part.settings.schedule, grad_clip=1.0, save_every=3)
     original = part.train_step
 
     def die_at_five():
@@ -136,7 +135,7 @@ def test_a_resumed_run_ends_with_the_same_weights(base_dir, dtype):
 def test_an_unfinished_run_with_other_settings_is_refused_by_name(base_dir):
     trainer = make(base_dir / "t", steps=4)
     trainer.train_step()
-    trainer.save(complete=False)
+    trainer.saver.save(complete=False)
     with pytest.raises(ValueError, match=r"(?s)steps: 4 -> 9.*--resume=never"):
         find_resume(base_dir / "t", {"steps": 9}, "auto", set())
     assert find_resume(base_dir / "t", {"steps": 9}, "auto", {"steps"}) is not None
@@ -366,7 +365,7 @@ def test_a_disk_that_fails_for_a_while_loses_nothing(base_dir, monkeypatch, capf
     original = trainer.train_step
 
     def train_step():
-        trainer.writer.wait()  # so that what is seen does not depend on the disk's speed
+        trainer.saver.writer.wait()  # so that what is seen does not depend on the disk's speed
         return original()
 
     trainer.train_step = train_step
@@ -380,7 +379,7 @@ def test_a_disk_that_fails_for_a_while_loses_nothing(base_dir, monkeypatch, capf
 def test_a_folder_that_vanishes_is_made_again_and_training_goes_on(base_dir):
     make(base_dir / "whole").run()
     trainer = make(base_dir / "part", save_every=2)
-    after_step(trainer, 5, lambda: (trainer.writer.wait(), shutil.rmtree(base_dir / "part")))
+    after_step(trainer, 5, lambda: (trainer.saver.writer.wait(), shutil.rmtree(base_dir / "part")))
     trainer.run()
     end, wanted = load_checkpoint(base_dir / "part").model, load_checkpoint(base_dir / "whole").model
     assert all(torch.equal(end[name], value) for name, value in wanted.items())
@@ -415,7 +414,9 @@ def test_what_is_saved_is_the_step_it_was_taken_at(base_dir, monkeypatch):
     weights = {}
     after_step(trainer, 2, lambda: weights.update({k: v.clone() for k, v in trainer.model.state_dict().items()}))
     after_step(
-        trainer, 3, lambda: (may_write.set(), trainer.writer.wait(), shutil.copytree(base_dir / "t", base_dir / "copy"))
+        trainer,
+        3,
+        lambda: (may_write.set(), trainer.saver.writer.wait(), shutil.copytree(base_dir / "t", base_dir / "copy")),
     )
     trainer.run()
     saved = load_checkpoint(base_dir / "copy")
@@ -442,20 +443,20 @@ def test_a_checkpoint_says_what_made_it(base_dir):
 def test_evaluations_are_not_logged_twice_after_a_kill(base_dir):
     def run(folder, trainer):
         trainer.evaluate = lambda: 1.0
-        trainer.settings = replace(trainer.settings, eval_every=2, save_every=2)
+        trainer.settings = replace(trainer.settings, eval_every=2)
         trainer.run()
 
-    run(base_dir / "whole", make(base_dir / "whole"))
-    killed = make(base_dir / "part")
+    run(base_dir / "whole", make(base_dir / "whole", save_every=2))
+    killed = make(base_dir / "part", save_every=2)
 
     def die():
-        killed.writer.wait()
+        killed.saver.writer.wait()
         raise KeyboardInterrupt
 
     after_step(killed, 4, die)
     with pytest.raises(KeyboardInterrupt):
         run(base_dir / "part", killed)
-    run(base_dir / "part", resumed(base_dir / "part"))
+    run(base_dir / "part", resumed(base_dir / "part", save_every=2))
     steps = [
         [json.loads(line)["step"] for line in (base_dir / n / METRICS_FILE).read_text().splitlines()]
         for n in ("whole", "part")
