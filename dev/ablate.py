@@ -42,7 +42,11 @@ assert set(SWITCHES) == set(NANOCHAT_2026)
 
 # name of an experiment -> label of a setting -> flags of base_train; --vocab_size chooses the tokenizer.
 EXPERIMENTS: dict[str, dict[str, str]] = {
-    "recipes": {"classic": "--recipe=classic --total_batch_size=16384", "modern": "--recipe=modern"},
+    "recipes": {
+        "small": "--recipe=small",
+        "classic": "--recipe=classic --total_batch_size=16384",
+        "modern": "--recipe=modern",
+    },
     "switches": {"none": ""}
     | SWITCHES
     | {"all": " ".join(SWITCHES.values()), "windows": "--window_pattern=SSSL", "bigram": "--bigram_buckets=32768"},
@@ -64,6 +68,8 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "switches 4k × 2": "--recipe=classic --total_batch_size=4096 --lr_scale=2 " + " ".join(SWITCHES.values()),
         "switches 4k × 0.5": "--recipe=classic --total_batch_size=4096 --lr_scale=0.5 " + " ".join(SWITCHES.values()),
         "switches 4k, bigram": "--recipe=classic --total_batch_size=4096 --bigram_buckets=32768 "
+        + " ".join(SWITCHES.values()),
+        "switches 4k, warmdown 0.65": "--recipe=classic --total_batch_size=4096 --warmdown_ratio=0.65 "
         + " ".join(SWITCHES.values()),
         "switches 2k": "--recipe=classic --total_batch_size=2048 --device_batch_size=4 " + " ".join(SWITCHES.values()),
         "modern 4k × 4": "--recipe=modern --total_batch_size=4096 --lr_scale=4",
@@ -122,7 +128,7 @@ def merged_flags(cfg: Config, flags: str, seed: int) -> dict[str, str]:
     common = f"--vocab_size={cfg.vocab_size} --dtype={cfg.dtype} --seed={seed} {compute} {cfg.base}"
     words = [word.removeprefix("--").split("=", 1) for word in f"{common} {flags}".split()]
     merged = dict(words)
-    if merged.get("recipe") == "modern" and "--total_batch_size" not in flags:
+    if merged.get("recipe") in ("small", "modern") and "--total_batch_size" not in flags:
         merged.pop("total_batch_size", None)  # the recipe's own
     return merged
 

@@ -228,8 +228,8 @@ def tokens_needed(profile: Profile, speed: float) -> float:
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.recipe import PRESETS
 
-    if profile.hours is None and "base_train" in profile.steps:
-        return profile.steps["base_train"] * profile.total_batch_size
+    if profile.hours is None and "base_train" in profile.steps and profile.base_batch_size is not None:
+        return profile.steps["base_train"] * profile.base_batch_size
     preset = PRESETS[profile.recipe]
     with torch.device("meta"):
         shape = GPTConfig.from_depth(profile.depth, profile.vocab_size, profile.max_seq_len, **preset.switches)

@@ -35,7 +35,9 @@ class Profile:
     vocab_size: int
     max_seq_len: int
     device_batch_size: int
-    total_batch_size: int
+    base_batch_size: int | None = None
+    """Of base training; None: its recipe's, which may follow from the horizon."""
+    mid_batch_size: int
     sft_batch_size: int
     nproc: int = 1
     dataset: str | None
@@ -84,7 +86,8 @@ DEMO = Profile(
     vocab_size=4096,
     max_seq_len=256,
     device_batch_size=8,
-    total_batch_size=2048,
+    base_batch_size=2048,
+    mid_batch_size=2048,
     sft_batch_size=2048,
     dataset="demo",
     chat_data="demo",
@@ -93,6 +96,7 @@ DEMO = Profile(
     flags={
         "tok_eval": ("--no-compare",),
         "base_train": (
+            "--recipe=classic",
             "--eval_every=0",
             "--eval_tokens=32768",
             "--sample_every=0",
@@ -132,7 +136,8 @@ TINY = Profile(
     vocab_size=600,
     max_seq_len=128,
     device_batch_size=4,
-    total_batch_size=512,
+    base_batch_size=512,
+    mid_batch_size=512,
     sft_batch_size=512,
     dataset="demo",
     chat_data="demo",
@@ -174,7 +179,7 @@ CPU = Profile(
     vocab_size=8192,
     max_seq_len=512,
     device_batch_size=8,
-    total_batch_size=16384,
+    mid_batch_size=8192,
     sft_batch_size=8192,
     dataset=None,
     chat_data="demo",
@@ -200,7 +205,7 @@ P100 = Profile(
     vocab_size=65536,
     max_seq_len=2048,
     device_batch_size=8,
-    total_batch_size=131072,
+    mid_batch_size=32768,
     sft_batch_size=32768,
     dataset="climbmix",
     chat_data=None,
@@ -223,11 +228,12 @@ D20 = Profile(
     vocab_size=65536,
     max_seq_len=2048,
     device_batch_size=32,
-    total_batch_size=524288,
+    mid_batch_size=524288,
     sft_batch_size=32768,
     nproc=8,
     dataset="climbmix",
     chat_data=None,
+    flags={"base_train": ("--recipe=classic",)},
     needs_cards=True,
 )
 
@@ -355,9 +361,10 @@ def fit_batches(profile: Profile) -> Profile:
         unit = rows * profile.max_seq_len * profile.nproc
         return max(1, round(tokens / unit)) * unit
 
-    per_process = profile.total_batch_size // profile.max_seq_len // profile.nproc
-    rows = max(1, min(profile.device_batch_size, per_process))
-    profile = replace(profile, device_batch_size=rows, total_batch_size=whole(profile.total_batch_size, rows))
+    rows = max(1, min(profile.device_batch_size, profile.mid_batch_size // profile.max_seq_len // profile.nproc))
+    profile = replace(profile, device_batch_size=rows, mid_batch_size=whole(profile.mid_batch_size, rows))
+    if profile.base_batch_size is not None:
+        profile = replace(profile, base_batch_size=whole(profile.base_batch_size, rows))
     return replace(profile, sft_batch_size=whole(profile.sft_batch_size, profile.sft_rows))
 
 

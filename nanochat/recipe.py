@@ -1,8 +1,8 @@
 """The recipe: how a run's numbers follow from a few settings. Pure functions, no training here.
 
-Two presets: `classic`, nanochat of December 2025, and `modern`, what its main branch had learned by July 2026, with
-everything scaled by the horizon. Batch, steps and gradient accumulation; the schedules of learning rate, momentum and
-decay; which parameter gets which optimizer.
+Three presets: `small`, the default, chosen by experiment for one card or a CPU and some hours; `classic`, nanochat of
+December 2025; `modern`, what nanochat's main branch had learned by July 2026, on large cards. Batch, steps and
+gradient accumulation; the schedules of learning rate, momentum and decay; which parameter gets which optimizer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.gpt_config import NANOCHAT_2026
 
-DEFAULT_RECIPE = "classic"
+DEFAULT_RECIPE = "small"
 # AdamW learning rates were tuned at this width; they scale with width^-½. Source: nanochat.
 REFERENCE_WIDTH = 768
 # Modern rates and decay were tuned at this batch, for a model of this depth. Source: nanochat.
@@ -41,7 +41,10 @@ class Preset:
     matrix_lr: float
     scalar_lr: float
     weight_decay: float
-    total_batch_size: int | None  # tokens; None: from the horizon, and the learning rates from the batch
+    total_batch_size: int | None  # tokens; None: from the horizon
+    # The best batch for a horizon of so many tokens; None: REFERENCE_BATCH for the reference model's.
+    batch_at: tuple[int, float] | None = None
+    rates_follow_batch: bool = False
     tokens_per_parameter: float
     warmup_steps: int
     warmdown_ratio: float
@@ -54,11 +57,11 @@ class Preset:
 
     @property
     def scales(self) -> bool:
-        """Whether batch, learning rates and decay follow from the horizon."""
+        """Whether the batch follows from the horizon."""
         return self.total_batch_size is None
 
     def scaling_params(self, model: GPT) -> int:
-        """The parameters that `tokens_per_parameter` counts: classic all, modern matrices and lm_head."""
+        """The parameters that `tokens_per_parameter` counts: classic all, else matrices and lm_head."""
         if not self.scales:
             return model.num_params()
         blocks = sum(p.numel() for p in model.blocks.parameters())
@@ -107,6 +110,7 @@ MODERN = Preset(
     scalar_lr=0.5,
     weight_decay=0.28,
     total_batch_size=None,
+    rates_follow_batch=True,
     tokens_per_parameter=12.0,
     warmup_steps=40,
     warmdown_ratio=0.65,
@@ -123,7 +127,17 @@ MODERN = Preset(
         "gates": {"weight_decay": 0.0},
     },
 )
-PRESETS = {"classic": CLASSIC, "modern": MODERN}
+# The modern model with the classic optimizer and rates, and a small batch. Source: dev/LOG.md, "the recipe for a small
+# budget"; the batch grows from the measured one as in Power Lines.
+SMALL = replace(
+    CLASSIC,
+    switches=NANOCHAT_2026,
+    total_batch_size=None,
+    batch_at=(4096, 1e6),
+    tokens_per_parameter=12.0,
+    warmdown_ratio=0.65,
+)
+PRESETS = {"small": SMALL, "classic": CLASSIC, "modern": MODERN}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,33 +241,38 @@ def scale_hyperparameters(
         total_batch_size: tokens per step, when it is not the recipe's to choose.
         multiple_of: a batch that is derived is rounded to a multiple of this.
 
-    For D_ref tokens (those of a depth-12 model) and the reference batch B_ref of 2^19 the preset's numbers hold. Else
-    B = B_ref·(D/D_ref)^0.383 as a power of two, rates × √(B/B_ref), decay × √(B/B_ref)·D_ref/D. Source: nanochat;
-    the decay keeps the averaging time of AdamW in epochs constant, arXiv 2405.13698.
+    B = B_ref·(D/D_ref)^0.383 as a power of two. Where the rates follow the batch they are × √(B/B_ref), and the decay
+    is × √(B/B_ref)·D_ref/D. Source: nanochat; the decay keeps the averaging time of AdamW in epochs constant, arXiv
+    2405.13698.
     """
     rates = {name: getattr(preset, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
     if preset.total_batch_size is not None:
         batch = total_batch_size or preset.total_batch_size
         return Hyperparameters(total_batch_size=batch, weight_decay=preset.weight_decay, **rates)
-    reference = reference_tokens(preset, model.config)
+    reference_batch, reference = batch_reference(preset, model.config)
     tokens = horizon_tokens or preset.tokens_per_parameter * preset.scaling_params(model)
     if total_batch_size is None:
-        ideal = REFERENCE_BATCH * (tokens / reference) ** BATCH_EXPONENT
+        ideal = reference_batch * (tokens / reference) ** BATCH_EXPONENT
         total_batch_size = max(1, round(2 ** round(math.log2(ideal)) / multiple_of)) * multiple_of
-    factor = math.sqrt(total_batch_size / REFERENCE_BATCH)
-    return Hyperparameters(
-        total_batch_size=total_batch_size,
-        weight_decay=min(preset.weight_decay * factor * reference / tokens, MAX_WEIGHT_DECAY),
-        **{name: rate * factor for name, rate in rates.items()},
-    )
+    decay = preset.weight_decay
+    if preset.rates_follow_batch:
+        factor = math.sqrt(total_batch_size / reference_batch)
+        rates = {name: rate * factor for name, rate in rates.items()}
+        decay = min(decay * factor * reference / tokens, MAX_WEIGHT_DECAY)
+    return Hyperparameters(total_batch_size=total_batch_size, weight_decay=decay, **rates)
 
 
 def batch_for_steps(preset: Preset, model: GPT, num_iterations: int) -> int:
     """The batch of a run of so many steps: B = B_ref·(steps·B/D_ref)^0.383, solved for B."""
     if preset.total_batch_size is not None:
         return preset.total_batch_size
-    steps_of_reference = num_iterations * REFERENCE_BATCH / reference_tokens(preset, model.config)
-    return round(REFERENCE_BATCH * steps_of_reference ** (BATCH_EXPONENT / (1 - BATCH_EXPONENT)))
+    batch, tokens = batch_reference(preset, model.config)
+    return round(batch * (num_iterations * batch / tokens) ** (BATCH_EXPONENT / (1 - BATCH_EXPONENT)))
+
+
+def batch_reference(preset: Preset, config: GPTConfig) -> tuple[int, float]:
+    """B_ref and D_ref: a batch, and the horizon in tokens for which it is the best."""
+    return preset.batch_at or (REFERENCE_BATCH, reference_tokens(preset, config))
 
 
 def reference_tokens(preset: Preset, config: GPTConfig) -> float:

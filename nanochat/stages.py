@@ -224,7 +224,7 @@ def base_stages(profile: Profile, settings: Settings, base_dir: Path) -> list[St
             f"--depth={profile.depth}",
             f"--max_seq_len={profile.max_seq_len}",
             f"--device_batch_size={'auto' if profile.needs_cards else profile.device_batch_size}",
-            f"--total_batch_size={profile.total_batch_size}",
+            *([] if profile.base_batch_size is None else [f"--total_batch_size={profile.base_batch_size}"]),
             *data,
             *horizon(profile, "base_train"),
             f"--dtype={profile.dtype}",
@@ -299,7 +299,7 @@ def chat_stages(profile: Profile, settings: Settings) -> list[Stage]:
     rows: int | str = "auto" if profile.needs_cards else profile.device_batch_size
     sft_rows: int | str = "auto" if profile.needs_cards else profile.sft_rows
     return [
-        train("mid_train", mid_about, rows, profile.total_batch_size, "base_train", "mid_checkpoints"),
+        train("mid_train", mid_about, rows, profile.mid_batch_size, "base_train", "mid_checkpoints"),
         evaluate("chat_eval_mid", "mid", "mid_train"),
         train("chat_sft", sft_about, sft_rows, profile.sft_batch_size, "mid_train", "chatsft_checkpoints"),
         evaluate("chat_eval_sft", "sft", "chat_sft"),

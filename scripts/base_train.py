@@ -90,9 +90,9 @@ class Config:
 
     runtime: Runtime = field(default_factory=Runtime)
     architecture: Architecture = field(default_factory=Architecture)
-    recipe: Literal["classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
-    """Preset of model and optimizer: classic is nanochat of December 2025, modern that of July 2026; every flag that is
-    given goes before it."""
+    recipe: Literal["small", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
+    """Preset of model and optimizer: small is for one card or a CPU and some hours, classic is nanochat of December
+    2025, modern that of July 2026; every flag that is given goes before it."""
     run: str = "dummy"
     """Name of the run in the tracker; dummy means no tracker. metrics.jsonl is always written."""
     tracker: TrackerName = "wandb"

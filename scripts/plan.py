@@ -50,7 +50,7 @@ class Config:
     """Default: that of the tokenizer here, for another card 65536."""
     max_seq_len: int = 2048
     """Context length in tokens."""
-    recipe: Literal["classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
+    recipe: Literal["small", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
     """Model and optimizer, see base_train."""
     card: str | None = None
     """A card by its name (p100, t4, "rtx 3090", "h100 pcie"); default: this machine, measured."""
@@ -235,7 +235,8 @@ def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
     lines = [
         target.how + " Communication, evaluation and checkpoints are not counted.",
         f"Bits per byte: nanochat/scaling_law.py, for {cfg.dataset}, ± {ERROR:.0%} (root mean square over "
-        "published runs that the law had not seen); a run of a few hundred steps ends about 10 % higher.",
+        "published runs that the law had not seen); a run of a few hundred steps ends about 10 % higher."
+        + (" For the small recipe the law of modern stands in." if cfg.recipe == "small" else ""),
     ]
     if best is None or micro is None:
         return [
@@ -245,7 +246,7 @@ def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
     if (best.steps or 0) < FEW_STEPS:
         lines.append(
             f"d{best.depth} makes only {best.steps} steps of {best.total_batch_size:,} tokens: a smaller "
-            "--total_batch_size, or --recipe=modern, which chooses it by the horizon, makes more of the time."
+            "--total_batch_size, or --recipe=small, which chooses it by the horizon, makes more of the time."
         )
     if len(rows) > 1:
         flags = f"--depth={best.depth} --hours={cfg.hours:g} --dataset={cfg.dataset} --recipe={cfg.recipe}"

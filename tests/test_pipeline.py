@@ -50,7 +50,7 @@ def test_the_p100_preset_in_flags():
     stages = stages_of(P100, wandb_run="night")
     flags = " ".join(stages["base_train"].command())
     assert "torch.distributed" not in flags
-    for flag in ("--depth=12", "--device_batch_size=auto", "--total_batch_size=131072", "--hours=8", "--run=night"):
+    for flag in ("--depth=12", "--device_batch_size=auto", "--hours=8", "--run=night"):
         assert flag in flags
     assert "--num_files=5" in stages["data"].flags
     assert "--hours=2.667" in stages["mid_train"].flags

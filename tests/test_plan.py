@@ -24,7 +24,7 @@ def planned(capsys, *flags: str) -> dict:
 
 
 def test_a_p100_in_eight_hours_by_hand(capsys):
-    (row,) = planned(capsys, "--card=p100", "--hours=8", "--depth=12")["rows"]
+    (row,) = planned(capsys, "--card=p100", "--hours=8", "--depth=12", "--recipe=classic")["rows"]
     # d12: 12 layers of 4 matrices of 768² and 2 of 768 × 3072; embedding and lm_head of 65536 × 768.
     blocks, table = 12 * (4 * 768**2 + 2 * 4 * 768**2), 65536 * 768
     assert row["parameters"] == blocks + 2 * table == 185_597_952
@@ -47,6 +47,15 @@ def test_a_p100_in_eight_hours_by_hand(capsys):
     hours_at_8_tflops = 20 * row["parameters"] * flops / 8e12 / 3600
     assert hours_at_8_tflops == pytest.approx(135, rel=0.02)
     assert row["chinchilla_hours"] == pytest.approx(hours_at_8_tflops * 8e12 / flops / row["tokens_per_second"])
+
+
+def test_the_default_recipe_by_hand(capsys):
+    (row,) = planned(capsys, "--card=p100", "--hours=8", "--depth=12")["rows"]
+    # The classic d12, a value embedding of 65536 × 768 in every other layer, and a few scalars and gates.
+    assert 0 <= row["parameters"] - (185_597_952 + 6 * 65536 * 768) < 1000
+    assert row["memory_bytes"] <= 0.92 * 16 * 2**30
+    assert row["total_batch_size"] == 32768  # 174 million tokens: 4096 · 174^0.383 = 29,500
+    assert row["steps"] == int(row["tokens"] / 32768)
 
 
 def test_the_p100_is_not_promised_the_float16_of_its_data_sheet():
@@ -84,17 +93,18 @@ def test_the_whole_table_marks_one_best_choice(capsys):
 
 
 def test_a_table_for_people(capsys):
-    script.run_script(script.main, script.Config, ["--card=p100", "--depth=6"])
+    script.run_script(script.main, script.Config, ["--card=p100", "--depth=6", "--recipe=classic"])
     text = capsys.readouterr().out
     assert "P100, 16 GB: 8 hours" in text
     assert "60.9M" in text
 
 
 def test_more_hours_more_cards_and_the_modern_recipe(capsys):
-    (one,) = planned(capsys, "--card=t4", "--depth=8")["rows"]
-    (longer,) = planned(capsys, "--card=t4", "--depth=8", "--hours=16")["rows"]
-    (two,) = planned(capsys, "--card=t4", "--depth=8", "--num_cards=2")["rows"]
-    (modern,) = planned(capsys, "--card=t4", "--depth=8", "--recipe=modern")["rows"]
+    eight = ("--card=t4", "--depth=8")
+    (one,) = planned(capsys, *eight, "--recipe=classic")["rows"]
+    (longer,) = planned(capsys, *eight, "--recipe=classic", "--hours=16")["rows"]
+    (two,) = planned(capsys, *eight, "--recipe=classic", "--num_cards=2")["rows"]
+    (modern,) = planned(capsys, *eight, "--recipe=modern")["rows"]
     assert longer["tokens"] == pytest.approx(2 * one["tokens"])
     assert longer["bpb"] < one["bpb"]
     assert one["tokens_per_second"] < two["tokens_per_second"] < 2 * one["tokens_per_second"]
@@ -157,7 +167,7 @@ def test_a_step_takes_as_long_as_its_parts_and_more_passes_take_longer():
     assert tokens_per_second(card, config, 8, 512, 16, "float16", CLASSIC) > speed  # the update is shared by more
 
 
-@pytest.mark.parametrize("recipe", ["classic", "modern"])
+@pytest.mark.parametrize("recipe", PRESETS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_operation_can_be_measured_here_and_is_measured_once(tmp_path, recipe, dtype, monkeypatch):
     preset = PRESETS[recipe]

@@ -46,7 +46,7 @@ def test_bfloat16_only_without_a_card_and_where_the_cpu_has_it(monkeypatch, tmp_
 
 
 def test_the_p100_preset_is_the_one_that_is_documented():
-    assert (P100.depth, P100.vocab_size, P100.device_batch_size, P100.total_batch_size) == (12, 65536, 8, 131072)
+    assert (P100.depth, P100.vocab_size, P100.device_batch_size, P100.base_batch_size) == (12, 65536, 8, None)
     assert (P100.nproc, P100.hours, P100.dataset) == (1, 8.0, "climbmix")
     assert (D20.depth, D20.nproc) == (20, 8)
 
@@ -73,7 +73,7 @@ def test_deeper_models_get_smaller_forward_passes_on_a_p100(depth, rows):
 def test_batches_divide_in_every_profile():
     for profile in PROFILES.values():
         rows = profile.device_batch_size * profile.max_seq_len * profile.nproc
-        assert profile.total_batch_size % rows == 0, profile.name
+        assert profile.mid_batch_size % rows == 0, profile.name
         assert profile.sft_batch_size % (profile.sft_rows * profile.max_seq_len * profile.nproc) == 0, profile.name
 
 
@@ -148,16 +148,16 @@ def test_every_equal_card_trains_unless_nproc_says_otherwise():
 def test_batches_divide_for_any_number_of_processes(profile, nproc):
     fitted = fit_batches(replace(profile, nproc=nproc))
     T = profile.max_seq_len
-    assert fitted.total_batch_size % (fitted.device_batch_size * T * nproc) == 0
+    assert fitted.mid_batch_size % (fitted.device_batch_size * T * nproc) == 0
     assert fitted.sft_batch_size % (fitted.sft_rows * T * nproc) == 0
     smallest = T * nproc  # a row per process
-    assert fitted.total_batch_size <= max(1.5 * profile.total_batch_size, smallest)
-    assert fitted.total_batch_size >= 0.5 * profile.total_batch_size
+    assert fitted.mid_batch_size <= max(1.5 * profile.mid_batch_size, smallest)
+    assert fitted.mid_batch_size >= 0.5 * profile.mid_batch_size
 
 
 def test_two_t4s_train_the_preset_with_its_own_batches():
     profile = choose_profile(Settings(), 2)
-    assert (profile.device_batch_size, profile.total_batch_size, profile.sft_batch_size) == (8, 131072, 32768)
+    assert (profile.device_batch_size, profile.mid_batch_size, profile.sft_batch_size) == (8, 32768, 32768)
 
 
 def test_a_profile_is_not_changed_by_choosing():

@@ -12,6 +12,7 @@ from nanochat.recipe import (
     MODERN,
     PRESETS,
     REFERENCE_BATCH,
+    SMALL,
     Momentum,
     Schedule,
     batch_for_steps,
@@ -134,6 +135,17 @@ def test_classic_numbers_do_not_scale():
     r = scale_hyperparameters(CLASSIC, meta_model(), 1e6, total_batch_size=4096)
     assert (r.total_batch_size, r.embedding_lr, r.unembedding_lr, r.matrix_lr) == (4096, 0.2, 0.004, 0.02)
     assert r.weight_decay == 0.0
+
+
+def test_small_takes_the_measured_batch_and_leaves_the_rates():
+    model = meta_model(4, 8192, **SMALL.switches)
+    assert scale_hyperparameters(SMALL, model, 1.06e6, multiple_of=512).total_batch_size == 4096
+    # Half a billion tokens are 500 times as many: 500^0.383 = 10.8, and the nearest power of two is 8.
+    assert scale_hyperparameters(SMALL, model, 5e8).total_batch_size == 8 * 4096
+    for tokens in (1e6, 7e6, 1e10):
+        r = scale_hyperparameters(SMALL, model, tokens)
+        assert (r.embedding_lr, r.unembedding_lr, r.matrix_lr, r.weight_decay) == (0.2, 0.004, 0.02, 0.0)
+    assert 0.7 < batch_for_steps(SMALL, model, 250) / 4096 < 1.42
 
 
 @pytest.mark.parametrize("name", PRESETS)
