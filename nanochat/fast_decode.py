@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.few_rows import Int8Linear, Linear, best_form
-from nanochat.gpt import GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, Attention, GPTConfig
+from nanochat.gpt import BIGRAM_HASH, GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, Attention
+from nanochat.gpt_config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
 from nanochat.kv_cache import KVCache
 from nanochat.precision import DTYPES, NARROW_RANGE, Precision
 from nanochat.threads import ThreadChoice
@@ -35,10 +36,8 @@ _Matrices = tuple[list[tuple[Linear, Linear, Linear, Linear]], Linear]
 
 
 def is_supported(model: GPT) -> bool:
-    """Whether this module knows the model's arithmetic: the classic one, without switches, and nothing overridden."""
-    c = model.config
-    classic = GPTConfig(c.sequence_len, c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.n_embd)
-    return type(model) is GPT and c == classic
+    """Whether this module knows the model's arithmetic: every switch but windows, and nothing overridden."""
+    return type(model) is GPT and all(window is None for window in model.config.windows)
 
 
 def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "auto") -> FastDecoder | None:
@@ -52,7 +51,7 @@ def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "au
     if weights in ("auto", "model") and (weights == "model" or not is_supported(model)):
         return None
     if not is_supported(model):
-        raise ValueError(f"weights={weights} works for classic models only: leave it at auto for this one")
+        raise ValueError(f"weights={weights} does not work for models with windows: leave it at auto for this one")
     device = model.get_device().type
     if weights == "int8" and (device != "cpu" or not hasattr(torch, "_weight_int8pack_mm")):
         raise ValueError(f"weights=int8 works on a CPU only (here: {device}): use auto or bfloat16")
@@ -86,7 +85,26 @@ class FastDecoder:
             # The rotation mixes a head's halves: x·cos + (halves swapped)·sin.
             self._cos, self._sin = model.cos[:, None, None], model.sin[:, None, None]  # (T, 1, 1, D)
             self._wte = model.wte.weight.detach()
+            self._take_switches()
         return self
+
+    @torch.no_grad()
+    def _take_switches(self) -> None:
+        """The parameters of the switches that are on; scalars as numbers, which cost no operation."""
+        model, c, dtype = self.model, self.model.config, self.dtype
+        self._scalars = [(1.0, 0.0)] * c.n_layer
+        if c.residual_scalars:
+            self._scalars = list(zip(model.resid_lambdas.tolist(), model.x0_lambdas.tolist(), strict=True))
+        attention = [cast(Attention, block.attn) for block in model.blocks]
+        self._scales = [a.scale for a in attention]
+        # By layer: the value embeddings (V, K·D) and their gate (K, channels), or None.
+        self._values: list[tuple[Tensor, Tensor] | None] = [
+            None if gate is None else (model.value_embed(i).detach(), gate.weight.to(dtype))
+            for i, gate in enumerate(a.ve_gate for a in attention)
+        ]
+        self._smear_gate = model.smear_gate.weight.to(dtype) if c.smear else None
+        self._smear = float(model.smear_lambda) if c.smear else 0.0
+        self._backout = float(model.backout_lambda) if c.backout else 0.0
 
     def _matrices(self, rows: int) -> _Matrices:
         """The weights in the form for this many rows."""
@@ -119,15 +137,19 @@ class FastDecoder:
         cos, sin = self._rotation(cache)  # (1 or B, 1, 1, D)
         places = cache.open_places()
         mask = _additive_mask(cache.attention_mask(), cache.k_cache.dtype)  # (B, 1, 1, all) or None
-        x = F.embedding(idx[:, 0], self._wte)  # (B, C)
-        if dtype not in NARROW_RANGE:
-            x = x.to(dtype)
-        x = self._norm(x)
+        x = x0 = self._embed(idx[:, 0], cache)  # (B, C)
+        middle: Tensor | None = None
         heads, attend_in = H + K, cache.k_cache.dtype
         layers, lm_head = self._matrices(B)
         for layer, (to_qkv, to_out, to_hidden, to_residual) in enumerate(layers):
-            qkv = to_qkv(self._norm(x).to(dtype)).view(B, 1, heads + K, D)
+            if c.residual_scalars:
+                keep, again = self._scalars[layer]
+                x = x * keep + x0 * again
+            inputs = self._norm(x).to(dtype)
+            qkv = to_qkv(inputs).view(B, 1, heads + K, D)
             qk, v = qkv[:, :, :heads].to(cos.dtype), qkv[:, :, heads:]
+            if (embedded := self._values[layer]) is not None:
+                v = v + self._gated_value(idx[:, 0], inputs, *embedded).view(B, 1, K, D)
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, dims=-1), sin)
             qk = torch.rms_norm(qk, (D,), eps=NORM_EPS).to(dtype)  # (B, 1, H + K, D)
             if places is not None:
@@ -139,14 +161,46 @@ class FastDecoder:
                 keys, values = keys.transpose(1, 2), values.transpose(1, 2)
             # The queries that share a key/value head stand in the place of positions: none is repeated in memory.
             q = qk[:, 0, :H].view(B, K, H // K, D).to(attend_in)
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self._scales[layer])
             x = to_out.add(y.reshape(B, H * D).to(dtype), x)
             h = to_hidden.relu(self._norm(x).to(dtype))  # (B, 4C)
             x = self._add_mlp(x, h, to_residual)
+            if layer == c.n_layer // 2 and c.backout:
+                middle = x
+        if middle is not None:
+            x = x - middle * self._backout
         cache.advance(1)
         logits = lm_head(self._norm(x).to(dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)
+
+    def _embed(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """The normalised embedding of tokens (B,), with what the switches take from the token before: (B, C)."""
+        c = self.model.config
+        x = self._normed_wte(idx)
+        if not (c.smear or c.bigram_buckets):
+            return x
+        before = cache.previous_tokens(idx.unsqueeze(1))[:, 0]  # (B,)
+        plain = x
+        if c.bigram_buckets:
+            bucket = (BIGRAM_HASH[0] * idx + BIGRAM_HASH[1] * (before + 1)) % c.bigram_buckets
+            x = x + F.embedding(bucket, self.model.bigram.weight).to(x.dtype)
+        if self._smear_gate is not None:
+            gate = torch.sigmoid(F.linear(plain[:, :SMEAR_GATE_CHANNELS].to(self.dtype), self._smear_gate))
+            gate = (gate * self._smear).masked_fill((before < 0).unsqueeze(1), 0.0)  # (B, 1)
+            x = x + gate.to(x.dtype) * self._normed_wte(before.clamp(min=0))
+        return x
+
+    def _normed_wte(self, idx: Tensor) -> Tensor:
+        x = F.embedding(idx, self._wte)  # (B, C)
+        return self._norm(x if self.dtype in NARROW_RANGE else x.to(self.dtype))
+
+    @staticmethod
+    def _gated_value(idx: Tensor, x: Tensor, table: Tensor, gate: Tensor) -> Tensor:
+        """What the tokens' value embeddings add to the values, (B, K, D)."""
+        share = 3.0 * torch.sigmoid(F.linear(x[:, :VALUE_GATE_CHANNELS], gate))  # (B, K)
+        value = F.embedding(idx, table).to(x.dtype)  # (B, K·D)
+        return share.unsqueeze(-1) * value.view(*share.shape, -1)
 
     def _rotation(self, cache: KVCache) -> tuple[Tensor, Tensor]:
         """cos and sin at the rows' positions, (1 or B, 1, 1, D)."""

@@ -221,6 +221,10 @@ class GPT(nn.Module):
         """The layers."""
         return cast(nn.ModuleList, self.transformer["h"])
 
+    def value_embed(self, layer: int) -> Tensor:
+        """The table of value embeddings (V, K·D) of a layer that has one."""
+        return cast(nn.Embedding, self.value_embeds[str(layer)]).weight
+
     @property
     def max_seq_len(self) -> int:
         """The context length the model is trained for."""
@@ -350,7 +354,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if c.residual_scalars:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-            value = self.value_embeds[str(i)](idx) if c.has_value_embedding(i) else None
+            value = F.embedding(idx, self.value_embed(i)) if c.has_value_embedding(i) else None
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, value, use_reentrant=False)
             else:

@@ -20,6 +20,7 @@ from nanochat.batching import BatchEngine
 from nanochat.chat import AnswerSettings
 from nanochat.common import Compute, setup_compute
 from nanochat.config import Runtime, run_script, short
+from nanochat.fast_decode import Weights
 from nanochat.kv_cache import fitting_slots
 from nanochat.model_choice import find_model, load_chosen
 
@@ -59,6 +60,8 @@ class Config:
     """Serve others than this machine without a key."""
     cors_origins: tuple[str, ...] = ()
     """Other sites whose pages may call this server, as `https://example.org`."""
+    weights: Weights = "auto"
+    """What the weights are read as while generating: int8 (CPU) and bfloat16 are faster and less exact."""
     max_batch_size: int | None = None
     """Answers written at the same time by each card; default: 32, fewer where their contexts would take
     more than 4 GiB."""
@@ -133,7 +136,14 @@ def load_engines(cfg: Config, compute: Compute) -> tuple[list[BatchEngine], Any,
         model, tokenizer, meta = load_chosen(cfg.source, cfg.model_tag, cfg.step, cfg.hf_path, device)
         batch_size = cfg.max_batch_size or fitting_slots(model.config, compute.precision.cache_dtype)
         engines.append(
-            BatchEngine(model, tokenizer, compute.precision, max_batch_size=batch_size, max_queue=cfg.queue_size)
+            BatchEngine(
+                model,
+                tokenizer,
+                compute.precision,
+                max_batch_size=batch_size,
+                max_queue=cfg.queue_size,
+                weights=cfg.weights,
+            )
         )
     config = model.config
     info = {

@@ -7,6 +7,8 @@ from reference_generation import ToolModel, make_model, naive_greedy
 from nanochat.engine import Engine
 from nanochat.fast_decode import is_supported, make_decoder
 from nanochat.few_rows import Int8Linear
+from nanochat.gpt import GPT
+from nanochat.gpt_config import NANOCHAT_2026, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.precision import Precision
 
@@ -14,6 +16,8 @@ SHAPES = [
     {"n_head": 2, "n_kv_head": 2},
     {"n_head": 4, "n_kv_head": 1},
     {"n_head": 4, "n_kv_head": 2, "n_layer": 3},
+    {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026, "bigram_buckets": 64},
+    {"n_head": 2, "n_kv_head": 2, "n_layer": 2, "smear": True, "backout": True},
 ]
 
 
@@ -111,7 +115,9 @@ def test_models_with_other_arithmetic_run_by_themselves(tiny_tokenizer):
     assert not is_supported(other)
     assert make_decoder(other, None) is None
     assert make_decoder(make_model(tiny_tokenizer), None, "model") is None
-    with pytest.raises(ValueError, match="classic models only"):
-        make_decoder(other, None, "int8")
+    windows = GPT(GPTConfig(512, 320, 2, 2, 1, 64, window_pattern="SL"))
+    assert make_decoder(windows, None) is None
+    with pytest.raises(ValueError, match="does not work for models with windows"):
+        make_decoder(windows, None, "int8")
     with pytest.raises(ValueError, match="weights must be one of"):
         make_decoder(other, None, "int4")
