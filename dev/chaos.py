@@ -82,7 +82,8 @@ def run_pipeline(cfg: Config) -> None:
     profile = replace(
         TINY,
         max_seq_len=64,
-        total_batch_size=512,
+        base_batch_size=512,
+        mid_batch_size=512,
         sft_batch_size=512,
         nproc=cfg.ranks,
         steps=dict.fromkeys(TRAINED, cfg.steps),
