@@ -54,7 +54,7 @@ CURVES = (
 # Rows of the table of scores that are no shares.
 NO_SHARES = {"train bpb", "val bpb", "val loss"}
 # Logged with every step, but no curve of its own.
-NO_CURVE = {"step", "seconds", "tokens", "progress", "loss"}
+NO_CURVE = {"step", "seconds", "clock", "tokens", "progress", "loss"}
 
 
 def render_html(run: Run, summary: Sequence[Sequence[str]], missing: Sequence[str], price: float | None = None) -> str:
