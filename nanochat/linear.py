@@ -2,8 +2,9 @@
 
 `torch.set_float32_matmul_precision("medium")` allows float32 products to be computed in bfloat16. torch uses that only
 where oneDNN has kernels for it: on CPUs with AMX, but not on those that have just AVX-512 BF16 (there "medium" gave the
-error of float32, 3e-7, at the speed of float32). So in training the conversion is made here. Weights, gradients and
-everything between the products stay float32.
+error of float32, 3e-7, at the speed of float32). So in training the conversion is made here. Results stay in bfloat16
+until something float32 is added to them: what is between two products (the MLP's h, attention) is not converted back
+and forth. Weights, their gradients, the residual stream, norms and rotations are float32.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def training_product_dtype(x: Tensor) -> torch.dtype:
 
 
 class _LowProducts(torch.autograd.Function):
-    """x @ weight.T and the two products of its gradient, with their factors rounded to `dtype`; each once."""
+    """x @ weight.T in `dtype` and the two products of its gradient, with their factors rounded to `dtype`; each once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         low_x, low_weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(low_x, low_weight)
         ctx.dtypes = x.dtype, weight.dtype
-        return F.linear(low_x, low_weight).to(x.dtype)
+        return F.linear(low_x, low_weight)
 
     @staticmethod
     @once_differentiable
@@ -85,14 +86,14 @@ def use_half_gemm(gemm: HalfGemm | None) -> None:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (…, in) times weight (out, in) transposed -> (…, out), see `training_product_dtype`."""
+    """x (…, in) times weight (out, in) transposed -> (…, out), in the dtype of `training_product_dtype`."""
     dtype = training_product_dtype(x)
     autocast = torch.is_autocast_enabled(x.device.type)
     training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if autocast and _half_gemm is not None and dtype in NARROW_RANGE and training:
         half: Tensor = _HalfProducts.apply(x, weight, _half_gemm, dtype)
         return half
-    if autocast or dtype == x.dtype:
+    if autocast or dtype == weight.dtype:
         return F.linear(x, weight)
     y: Tensor = _LowProducts.apply(x, weight, dtype)
     return y

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.gpt import GPT
+from nanochat.linear import linear
 
 ALPHA_PER_RANK = 2.0  # α/r: how strongly B·A counts, the same for every rank
 
@@ -32,7 +32,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) -> (…, out)."""
-        return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_a), self.lora_b) * ALPHA_PER_RANK
+        return linear(x, self.weight) + linear(linear(x, self.lora_a), self.lora_b) * ALPHA_PER_RANK
 
     def merged(self) -> Tensor:
         """The one matrix that does the same."""
