@@ -298,9 +298,6 @@ def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | No
         previous: the dtype of the stage before, taken if this device computes well in it.
     """
     device_type = autodetect_device_type() if runtime.device_type == "auto" else runtime.device_type
-    if device_type == "cpu":
-        # Large tensors in pages of 2 MiB; read by torch at its first allocation. 5 % of a training step (dev/LOG.md).
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     set_deterministic(runtime.deterministic or device_type == "cpu")
     ddp, rank, local_rank, world_size, device = compute_init(device_type)
     if runtime.device_type == "auto" and device_type == "cpu" and shutil.which("nvidia-smi"):

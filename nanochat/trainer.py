@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat.c_allocator import keep_freed_memory
 from nanochat.checkpoint_manager import restore_rng_state, rng_state
 from nanochat.checkpoint_writer import Snapshot, host_copy
 from nanochat.clock import COARSE, REHEARSE_AFTER, Clock
@@ -131,6 +132,8 @@ class Trainer:
         self._last_step_done = False
         self._row_split = 1
         self._throttling = ThrottleWatcher(self.compute.device)
+        if self.compute.device.type == "cpu":
+            keep_freed_memory()
         compute, channels = self.compute, self.model.config.n_embd
         gemm, why = choose_half_gemm(compute.fp16_gemm, compute.device, compute.dtype, layer_shapes(channels, 4096))
         use_half_gemm(gemm)
