@@ -100,7 +100,7 @@ class Config:
     """Training FLOPs of each run, instead of a time."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every setting for each."""
-    base: str = "--depth=4 --max_seq_len=512 --device_batch_size=8 --total_batch_size=16384"
+    base: str = "--recipe=classic --depth=4 --max_seq_len=512 --device_batch_size=8 --total_batch_size=16384"
     """Flags of base_train for all runs, as --base="--depth=4 ..."; a setting's own flags come after them."""
     vocab_size: int = 8192
     """Vocabulary, where a setting names none."""

@@ -34,7 +34,7 @@ def training_product_dtype(x: Tensor) -> torch.dtype:
 
 
 class _LowProducts(torch.autograd.Function):
-    """x @ weight.T in `dtype` and the two products of its gradient, with their factors rounded to `dtype`; each once."""
+    """x @ weight.T in `dtype` and the two products of its gradient, all factors rounded to `dtype`; each once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -225,15 +225,14 @@ def tokens_needed(profile: Profile, speed: float) -> float:
     """Tokens that base training will read, at most: by its hours and this speed, its steps, or its recipe's horizon."""
     import torch
 
-    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.gpt import GPT
     from nanochat.recipe import PRESETS
 
     if profile.hours is None and "base_train" in profile.steps and profile.base_batch_size is not None:
         return profile.steps["base_train"] * profile.base_batch_size
     preset = PRESETS[profile.recipe]
     with torch.device("meta"):
-        shape = GPTConfig.from_depth(profile.depth, profile.vocab_size, profile.max_seq_len, **preset.switches)
-        model = GPT(shape)
+        model = GPT(profile.model_config)
     if profile.hours is None:
         return preset.tokens_per_parameter * preset.scaling_params(model)
     return profile.hours * 3600 * speed / model.estimate_flops()

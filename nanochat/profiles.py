@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.corpus_sources import SOURCES
+from nanochat.gpt_config import GPTConfig
 from nanochat.precision import cpu_has_bf16
-from nanochat.recipe import DEFAULT_RECIPE
+from nanochat.recipe import DEFAULT_RECIPE, PRESETS
 
 # A shard of the public corpora holds about 250 million characters. Source: nanochat.
 SHARD_CHARS = 250e6
@@ -64,6 +65,11 @@ class Profile:
         """The recipe of base training."""
         given = [flag.partition("=")[2] for flag in self.flags.get("base_train", ()) if flag.startswith("--recipe=")]
         return given[-1] if given else DEFAULT_RECIPE
+
+    @property
+    def model_config(self) -> GPTConfig:
+        """The shape of its model, with the switches of its recipe."""
+        return GPTConfig.from_depth(self.depth, self.vocab_size, self.max_seq_len, **PRESETS[self.recipe].switches)
 
     @property
     def tag(self) -> str:

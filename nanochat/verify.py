@@ -27,7 +27,7 @@ from nanochat.pipeline import list_devices, shards_needed, take_cards, visible_c
 from nanochat.precision import DTYPE_NAMES
 from nanochat.profiles import MID_HOURS, SFT_HOURS, SHARD_BYTES, Profile, Settings, choose_profile
 from nanochat.progress import format_seconds
-from nanochat.recipe import CLASSIC, parameter_groups
+from nanochat.recipe import CLASSIC, PRESETS, parameter_groups
 
 SIGNS = {"ok": "✓", "warn": "⚠", "fail": "✗"}
 STEPS, DEPTH, VOCAB, ROWS, T = 8, 2, 512, 4, 128
@@ -142,16 +142,17 @@ def check_plan(profile: Profile, speed: float) -> Check:
         time = f"about {format_seconds(known)} (as measured on 2 CPU cores)" if known else "by tokens, not by the clock"
         return Check("ok", "plan", f"profile {profile.name}: {profile.about}; {time}")
     with torch.device("meta"):
-        model = GPT(GPTConfig.from_depth(profile.depth, profile.vocab_size, profile.max_seq_len))
+        model = GPT(profile.model_config)
     cost = model.estimate_flops()
     tokens = profile.hours * 3600 * speed * profile.nproc / cost
-    ratio = CLASSIC.tokens_per_parameter
-    long = ratio * model.num_params() * cost / speed / profile.nproc / 3600
+    preset = PRESETS[profile.recipe]
+    ratio, counted = preset.tokens_per_parameter, preset.scaling_params(model)
+    long = ratio * counted * cost / speed / profile.nproc / 3600
     hours = [profile.hours * share for share in (1.0, MID_HOURS, SFT_HOURS)]
     text = (
         f"profile {profile.name}: base {hours[0]:.3g} h, mid {hours[1]:.2g} h, SFT {hours[2]:.2g} h, and evaluation. "
         f"At the measured matmul speed d{profile.depth} reads at most {tokens / 1e6:,.0f} million tokens in that time; "
-        f"{ratio:.0f} per parameter would take at least {long:,.0f} h"
+        f"the {ratio * counted / 1e6:,.0f} million of the recipe {profile.recipe} would take at least {long:,.0f} h"
     )
     return Check("ok", "plan", text)
 
@@ -159,8 +160,7 @@ def check_plan(profile: Profile, speed: float) -> Check:
 def check_room(profile: Profile, devices: Sequence[DeviceInfo]) -> Check:
     """Whether the base dir's disk holds this run: its shards, its checkpoints while it trains, its three models."""
     with torch.device("meta"):
-        shape = GPTConfig.from_depth(profile.depth, profile.vocab_size, profile.max_seq_len)
-        num_params = GPT(shape).num_params()
+        num_params = GPT(profile.model_config).num_params()
     public = profile.dataset not in (None, "demo")
     shards = shards_needed(profile, devices) if public else 0
     needed = shards * SHARD_BYTES + num_params * BYTES_PER_PARAMETER + OTHER_BYTES * public

@@ -1,4 +1,4 @@
-"""What does nanochat's own base_train.py learn in a given time? The peer of our recipes, on the same text and vocabulary.
+"""What nanochat's own base_train.py learns in a given time: the peer of our recipes, on the same text and vocabulary.
 
     git clone https://github.com/karpathy/nanochat /tmp/nanochat && git -C /tmp/nanochat checkout 8c89661   # Dec 2025
     python dev/bench/quality.py --peer /tmp/nanochat --data FOLDER --flags="--total_batch_size=4096"
@@ -77,7 +77,8 @@ def run_peer(cfg: Config, base_dir: Path, flags: dict[str, str], seed: int) -> s
     command = [sys.executable, "-c", SEED.format(seed=seed), *words]
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(base_dir), "NANOCHAT_DTYPE": "float32"}
     environment["PYTHONPATH"] = f"{peer}{os.pathsep}{base_dir / 'packages'}"
-    done = subprocess.run(command, cwd=peer, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=peer, env=environment, **pipes)
     (base_dir / "peer.log").write_text(done.stdout, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[3:])} failed: {done.stdout[-2000:]}")
@@ -130,7 +131,8 @@ def main(cfg: Config) -> None:
         result |= {"tokens_per_second": rate, "val_bpb": values[-1], "date": time.strftime("%Y-%m-%d %H:%M")}
         with open(cfg.results, "a", encoding="utf-8") as f:
             f.write(json.dumps(result) + "\n")
-        print(f"{cfg.flags or 'as it is'}: seed {seed}, {steps} steps, {steps * batch / 1e6:.2f} M tokens, {values[-1]:.4f}")
+        label = cfg.flags or "as it is"
+        print(f"{label}: seed {seed}, {steps} steps, {steps * batch / 1e6:.2f} M tokens, {values[-1]:.4f}", flush=True)
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     print(f"val bpb {statistics.mean(values):.4f}{spread}; torch {torch.__version__}")
 
