@@ -19,7 +19,7 @@ Settings come from the environment:
   VOCAB_SIZE         tokens of the vocabulary (at least 265)
   HOURS              time of base training; mid-training gets a third and SFT a sixth of it on top
   DATASET            climbmix, fineweb_edu (both downloaded) or demo
-  DATA_DIR           your own text instead: a folder (or file) of .parquet with a column `text`, .jsonl or .txt
+  DATA_DIR           your own text instead: a folder (or file) of txt, md, html, jsonl, csv or parquet
   CHAT_DATA          your own conversations (.jsonl or .parquet), "demo", or "nanochat" for its mixture from the hub
   NPROC              processes, one per card (default: all equal cards; of unequal ones the faster group)
   WANDB_RUN          name of a Weights & Biases run (default: none)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanochat.gpt import GPT
+from nanochat.hf_format import is_classic
 from nanochat.progress import format_seconds
 from nanochat.report import environment, render_summary
 
@@ -36,6 +37,8 @@ def model_card(
         dtype: what the weights are stored in.
     """
     config = model.config
+    # transformers has a class for the classic model only; the folder brings the code of any other along.
+    trust = "" if is_classic(config) else ", trust_remote_code=True"
     lines = [
         "---",
         "license: mit",
@@ -51,7 +54,8 @@ def model_card(
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         'messages = [{"role": "user", "content": "Why is the sky blue?"}]',
         'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
         "return_dict=True)",

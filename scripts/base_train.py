@@ -1,6 +1,6 @@
 """Pretrain the base model: predict the next token of plain text.
 
-python -m scripts.base_train --depth=12 --total_batch_size=131072
+python -m scripts.base_train --depth=12 --hours=8
 python -m scripts.base_train --depth=12 --recipe=modern --hours=8
 torchrun --standalone --nproc_per_node=8 --max_restarts=3 -m scripts.base_train --depth=20   (a dead rank: goes on)
 """
@@ -124,22 +124,24 @@ class Config:
     """Train for this many FLOPs."""
     target_param_data_ratio: float | None = None
     """Train on this many tokens per parameter; default: 20 per parameter (classic, Chinchilla), 12 per parameter of
-    matrices and lm_head (modern)."""
+    matrices and lm_head (small, modern)."""
     device_batch_size: int | Literal["auto"] = "auto"
     """Rows per forward pass and process: auto finds the most that fit and pay. The total batch stays, whatever fits."""
     total_batch_size: int | None = None
     """Tokens per optimizer step, over all processes and micro-batches; default: 524288 (classic), by the horizon
-    (modern)."""
+    (small, modern)."""
     embedding_lr: float | None = None
-    """Learning rate of the embedding (AdamW), × (width/768)^-½; default: 0.2 (classic), 0.3 by batch (modern)."""
+    """Learning rate of the embedding (AdamW), × (width/768)^-½; default: 0.2 (small, classic), 0.3 by batch
+    (modern)."""
     unembedding_lr: float | None = None
-    """Learning rate of lm_head (AdamW), × (width/768)^-½; default: 0.004 (classic), 0.008 by batch (modern)."""
+    """Learning rate of lm_head (AdamW), × (width/768)^-½; default: 0.004 (small, classic), 0.008 by batch
+    (modern)."""
     matrix_lr: float | None = None
-    """Learning rate of the blocks' matrices (Muon); default: 0.02 (classic), 0.02 by batch (modern)."""
+    """Learning rate of the blocks' matrices (Muon); default: 0.02 (small, classic), 0.02 by batch (modern)."""
     scalar_lr: float | None = None
-    """Learning rate of the switches' scalars (AdamW); default: 0.5 by batch (modern)."""
+    """Learning rate of the switches' scalars (AdamW); default: 0.5 (small, classic), 0.5 by batch (modern)."""
     weight_decay: float | None = None
-    """Decoupled weight decay; default: 0 (classic), 0.28 by batch and horizon (modern)."""
+    """Decoupled weight decay; default: 0 (small, classic), 0.28 by batch and horizon (modern)."""
     lr_scale: float = 1.0
     """Factor on all learning rates."""
     grad_clip: float | None = 1.0
@@ -147,11 +149,12 @@ class Config:
     warmup_ratio: float = 0.0
     """Share of the run in which the learning rate rises."""
     warmup_steps: int | None = None
-    """Steps in which the learning rate rises; default: 0 (classic), 40 (modern; fewer in a short run)."""
+    """Steps in which the learning rate rises; default: 0 (small, classic), 40 (modern; fewer in a short
+    run)."""
     warmdown_ratio: float | None = None
-    """Share of the run in which the learning rate falls to its end; default: 0.2 (classic), 0.65 (modern)."""
+    """Share of the run in which the learning rate falls to its end; default: 0.2 (classic), 0.65 (small, modern)."""
     final_lr_frac: float | None = None
-    """Learning rate at the end, as a share of the full one; default: 0 (classic), 0.05 (modern)."""
+    """Learning rate at the end, as a share of the full one; default: 0 (small, classic), 0.05 (modern)."""
     short_rows_ratio: float = 0.0
     """Share of the run in which rows are cut into shorter ones: first quarters, then halves."""
     activation_checkpointing: bool = False

@@ -15,7 +15,7 @@ import torch
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import get_base_dir, print0
 from nanochat.config import run_script, short
-from nanochat.hf_format import write_hf_folder
+from nanochat.hf_format import is_classic, write_hf_folder
 from nanochat.hf_hub import push_folder
 from nanochat.model_card import model_card
 from nanochat.precision import DTYPES
@@ -52,7 +52,8 @@ def main(cfg: Config) -> None:
         cfg.push or folder.name, cfg.source, model, meta, Report(get_base_dir() / "report").sections(), cfg.dtype
     )
     write_hf_folder(folder, model.state_dict(), model.config, tokenizer, card, DTYPES[cfg.dtype])
-    print0(f"wrote {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+    arguments = f"{str(folder)!r}" if is_classic(model.config) else f"{str(folder)!r}, trust_remote_code=True"
+    print0(f"wrote {folder}: AutoModelForCausalLM.from_pretrained({arguments}) loads it")
     if cfg.push is not None:
         print0(f"pushed to {push_folder(folder, cfg.push, cfg.private)}")
 

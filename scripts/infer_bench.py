@@ -6,7 +6,9 @@ python -m scripts.infer_bench --nanochat_path ~/nanochat             beside anot
 
 Every contestant (this project with each kind of weights, transformers if installed, another nanochat checkout if named)
 has the same weights and prompts and runs in a process of its own; they take turns, so that a busy machine slows all of
-them alike. Figures are medians over the repeats. The last line of the output is one JSON document with all of them.
+them alike. transformers and an old nanochat know the classic model only: beside a model with switches their figures are
+those of another model. Figures are medians over the repeats. The last line of the output is one JSON document with all
+of them.
 
 Decoding reads every weight for each token, so at one request the share of the memory's bandwidth is what counts.
 Another nanochat's engine continues one prompt only: its 8 and 32 requests are samples of the same prompt.

@@ -9,10 +9,14 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 
+# How long a draw takes says something about the machine only.
+settings.register_profile("nanochat", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nanochat")
 # The models here are tiny: more threads only wait for each other, and long ones on a busy machine.
 torch.set_num_threads(1)
 
