@@ -25,6 +25,7 @@ from nanochat.few_rows import Int8Linear, Linear, best_form
 from nanochat.gpt import BIGRAM_HASH, GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, Attention
 from nanochat.gpt_config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
 from nanochat.kv_cache import KVCache
+from nanochat.linear import Linear as ModelLinear
 from nanochat.precision import DTYPES, NARROW_RANGE, Precision
 from nanochat.threads import ThreadChoice
 
@@ -36,8 +37,13 @@ _Matrices = tuple[list[tuple[Linear, Linear, Linear, Linear]], Linear]
 
 
 def is_supported(model: GPT) -> bool:
-    """Whether this module knows the model's arithmetic: every switch but windows, and nothing overridden."""
-    return type(model) is GPT and all(window is None for window in model.config.windows)
+    """Whether this module knows the model's arithmetic: every switch but windows, and nothing overridden.
+
+    Nor a LoRA, whose matrices can't be kept in another form: a fused AdamW step leaves no trace that `refresh` sees.
+    """
+    named = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    plain = all(type(block.get_submodule(name)) is ModelLinear for block in model.blocks for name in named)
+    return type(model) is GPT and plain and all(window is None for window in model.config.windows)
 
 
 def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "auto") -> FastDecoder | None:
@@ -51,7 +57,7 @@ def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "au
     if weights in ("auto", "model") and (weights == "model" or not is_supported(model)):
         return None
     if not is_supported(model):
-        raise ValueError(f"weights={weights} does not work for models with windows: leave it at auto for this one")
+        raise ValueError(f"weights={weights} does not work for models with windows or a LoRA: leave it at auto")
     device = model.get_device().type
     if weights == "int8" and (device != "cpu" or not hasattr(torch, "_weight_int8pack_mm")):
         raise ValueError(f"weights=int8 works on a CPU only (here: {device}): use auto or bfloat16")

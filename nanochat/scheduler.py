@@ -121,7 +121,9 @@ class _Slot:
 
     def is_ready(self) -> bool:
         """Whether only the last token of the row, still running, has no keys."""
-        return self.row is not None and self.row.finish_reason is None and self.unread() == 1
+        row = self.row
+        # Until it has begun, the slot holds its last tenant's tokens.
+        return row is not None and row.finish_reason is None and row.reused is not None and self.unread() == 1
 
 
 class Scheduler:
@@ -192,7 +194,12 @@ class Scheduler:
         """
         # Exact, also for prompts: the last token of one that was read before is decoded instead, and must say the same.
         with exact_matmuls(self.cache.k_cache.device.type):
-            return self._step()
+            try:
+                return self._step()
+            except Exception:
+                for slot in self._slots:  # rows may have been half exchanged: what the cache holds isn't known any more
+                    slot.tokens = []
+                raise
 
     def _step(self) -> list[tuple[Row, list[tuple[int, int]]]]:
         logits: list[Tensor] = []
@@ -221,6 +228,8 @@ class Scheduler:
             try:
                 self._make_room(index, row)
                 if row.reused is None:
+                    if budget <= 0:
+                        continue  # its turn has not come: more of its beginning may have been read by then
                     self._reuse(index, row)
                 if budget > 0 and slot.unread() > 1:
                     count = min(budget, slot.unread())

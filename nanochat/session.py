@@ -132,8 +132,15 @@ class Chat:
         self.url = f"http://127.0.0.1:{port}"
         self.messages: list[dict[str, str]] = []
         command = [python, "-m", "scripts.chat_web", f"--source={source}", f"--port={port}"]
+        # A session of its own: the notebook's stop button interrupts the kernel's whole group.
         self.process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=folder,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         atexit.register(self.close)
         self.said: list[str] = []
@@ -161,17 +168,16 @@ class Chat:
 
     def say(self, text: str, **settings: Any) -> str:
         """The answer to `text`; `settings` such as temperature=0 or max_tokens=100 are OpenAI's."""
-        self.messages.append({"role": "user", "content": text})
-        body = json.dumps({"messages": self.messages, "truncation": "auto", **settings}).encode()
+        question = {"role": "user", "content": text}
+        body = json.dumps({"messages": [*self.messages, question], "truncation": "auto", **settings}).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/v1/chat/completions", body, headers)
         try:
             with urllib.request.urlopen(request) as answer:
                 message = json.load(answer)["choices"][0]["message"]
         except urllib.error.HTTPError as error:
-            self.messages.pop()
             raise RuntimeError(f"no answer: {error.read().decode(errors='replace')}") from None
-        self.messages.append({"role": "assistant", "content": message["content"]})
+        self.messages += [question, {"role": "assistant", "content": message["content"]}]
         return str(message["content"])
 
     def close(self) -> None:

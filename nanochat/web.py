@@ -82,11 +82,11 @@ def create_app(
                 log.close()
 
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, lifespan=lifespan)
-    if access.cors_origins:
+    app.add_middleware(Guard, access=access.opened(files))
+    if access.cors_origins:  # outermost, so that a page of an allowed origin can read the guard's refusals too
         app.add_middleware(
             CORSMiddleware, allow_origins=access.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    app.add_middleware(Guard, access=access.opened(files))
     add_error_handlers(app)
     for path, file in files.items():
         _add_file(app, path, file)

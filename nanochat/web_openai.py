@@ -31,7 +31,7 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(service)]}
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         _check_model(service, model)
         return _model(service)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8000
@@ -19,6 +19,9 @@ StopText = Annotated[str, Field(min_length=1, max_length=100)]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_CONVERSATION_CHARS)
 ]
+# OpenAI's clients may write an option that is not set as null.
+NullIsFalse = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
+NullIsOne = Annotated[int, BeforeValidator(lambda value: 1 if value is None else value)]
 PromptText = Annotated[str, Field(max_length=MAX_CONVERSATION_CHARS)]
 
 
@@ -121,7 +124,7 @@ class ChatRequest(Conversation):
 class StreamOptions(BaseModel):
     """What a stream holds besides the text."""
 
-    include_usage: bool = False
+    include_usage: NullIsFalse = False
 
 
 class OpenAIRequest(Sampling):
@@ -129,9 +132,9 @@ class OpenAIRequest(Sampling):
     server knows are refused unless they ask for nothing; others (`user`, `metadata`, ...) are ignored."""
 
     model: str | None = Field(None, max_length=200)
-    stream: bool = False
+    stream: NullIsFalse = False
     stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    n: NullIsOne = Field(1, ge=1, le=MAX_CHOICES)
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, Any] | None = None
@@ -169,7 +172,7 @@ class CompletionRequest(OpenAIRequest):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
     )
-    echo: bool = False
+    echo: NullIsFalse = False
     suffix: str | None = None
     best_of: int | None = None
 

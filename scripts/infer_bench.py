@@ -6,8 +6,8 @@ python -m scripts.infer_bench --nanochat_path ~/nanochat             beside anot
 
 Every contestant (this project with each kind of weights, transformers if installed, another nanochat checkout if named)
 has the same weights and prompts and runs in a process of its own; they take turns, so that a busy machine slows all of
-them alike. transformers and an old nanochat know the classic model only: beside a model with switches their figures are
-those of another model. Figures are medians over the repeats. The last line of the output is one JSON document with all
+them alike. transformers knows the classic model only and is left out beside another; so does a nanochat of 2025, which
+must not be named then. Figures are medians over the repeats. The last line of the output is one JSON document with all
 of them.
 
 Decoding reads every weight for each token, so at one request the share of the memory's bandwidth is what counts.
@@ -35,6 +35,7 @@ from nanochat.common import setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.files import write_json
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hf_format import is_classic
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("infer_bench_worker.py")
@@ -131,8 +132,8 @@ def random_model(depth: int, vocab_size: int, sequence_len: int) -> GPT:
     return model
 
 
-def start_all(cfg: Config, folder: Path, device: str, dtype: str) -> list[Contestant]:
-    """Every contestant, this project's first."""
+def start_all(cfg: Config, folder: Path, device: str, dtype: str, classic: bool) -> list[Contestant]:
+    """Every contestant, this project's first; transformers only where it knows the model."""
     settings = {"device": device, "dtype": dtype, "threads": cfg.threads, "slots": max(cfg.requests)}
     made = []
     for weights in cfg.weights:
@@ -140,7 +141,9 @@ def start_all(cfg: Config, folder: Path, device: str, dtype: str) -> list[Contes
         made.append(Contestant(name, "ours", folder, settings | {"weights": weights}, ROOT))
     if cfg.nanochat_path is not None:
         made.append(Contestant("nanochat", "nanochat", folder, settings, cfg.nanochat_path.resolve()))
-    if cfg.transformers and importlib.util.find_spec("transformers") is not None:
+    if cfg.transformers and not classic:
+        print("without transformers: it knows no model with switches")
+    elif cfg.transformers and importlib.util.find_spec("transformers") is not None:
         made.append(Contestant("transformers", "transformers", folder, settings, ROOT))
     return made
 
@@ -208,8 +211,9 @@ def main(cfg: Config) -> None:
         params = model.num_params()
         threads = cfg.threads or torch.get_num_threads()
         print(f"{params / 1e6:.1f}M parameters, {dtype}, {compute.device}, {threads} threads")
+        classic = is_classic(model.config)
         del model
-        contestants = start_all(cfg, folder, compute.device.type, dtype)
+        contestants = start_all(cfg, folder, compute.device.type, dtype, classic)
         try:
             rows = compare(cfg, contestants)
         finally:

@@ -152,6 +152,38 @@ def test_long_prompts_do_not_hold_up_the_running(tool_model, tiny_tokenizer):
     assert steps == 10
 
 
+def test_samples_of_a_long_prompt_read_it_once(tool_model, tiny_tokenizer):
+    """Also where the prompt is longer than what is read in a step."""
+    scheduler = Scheduler(tool_model, tiny_tokenizer, None, 4, 128, 16)
+    rows = [Row([5] * 100, 3, Sampling(temperature=1.0), seed) for seed in range(4)]
+    for row in rows:
+        scheduler.add(row)
+    while scheduler.rows:
+        scheduler.step()
+    assert [row.reused for row in rows] == [0, 99, 99, 99]
+
+
+def test_after_a_failure_nothing_of_the_cache_is_used_again(tool_model, tiny_tokenizer, monkeypatch):
+    """A failure between two copies leaves keys of one row beside values of another."""
+    scheduler = Scheduler(tool_model, tiny_tokenizer, None, 2, 128, 64)
+    row = Row([5] * 40, 30, Sampling(temperature=0.0), 0)
+    scheduler.add(row)
+    scheduler.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler, "_decode_ready", raise_out_of_memory)
+        with pytest.raises(MemoryError):
+            scheduler.step()
+    scheduler.remove(row)
+    again = Row([5] * 40, 30, Sampling(temperature=0.0), 0)
+    scheduler.add(again)
+    scheduler.step()
+    assert again.reused == 0
+
+
+def raise_out_of_memory(*_):
+    raise MemoryError
+
+
 def test_cancel_frees_the_slot_at_once(tool_model, tiny_tokenizer):
     with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine:
         first = engine.submit(GenerationRequest(tokens=[65], max_tokens=10**6, slide=True))

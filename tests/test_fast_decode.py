@@ -10,6 +10,7 @@ from nanochat.few_rows import Int8Linear
 from nanochat.gpt import GPT
 from nanochat.gpt_config import NANOCHAT_2026, GPTConfig
 from nanochat.kv_cache import KVCache
+from nanochat.lora import add_lora, merged_weights
 from nanochat.precision import Precision
 
 SHAPES = [
@@ -108,6 +109,22 @@ def test_int8_rounds_each_channel_by_its_own_largest_weight(tiny_tokenizer):
     error = (packed.float() * scale.float().unsqueeze(1) - weight).abs().amax(dim=1)
     assert packed.dtype == torch.int8
     assert (error <= 0.51 * scale.float() + 1e-8).all()
+
+
+def test_an_adapter_is_not_forgotten_while_decoding(tiny_tokenizer):
+    model = make_model(tiny_tokenizer)
+    prompt = tiny_tokenizer.encode("The sky is")
+    before = Engine(model, tiny_tokenizer).generate_batch(prompt, max_tokens=12, temperature=0.0)[0]
+    add_lora(model, 4)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(p, std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    assert make_decoder(model, None) is None
+    ours = Engine(model, tiny_tokenizer).generate_batch(prompt, max_tokens=12, temperature=0.0)[0]
+    merged = make_model(tiny_tokenizer)
+    merged.load_state_dict(merged_weights(model))
+    assert ours == Engine(merged, tiny_tokenizer).generate_batch(prompt, max_tokens=12, temperature=0.0)[0]
+    assert ours != before
 
 
 def test_models_with_other_arithmetic_run_by_themselves(tiny_tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -10,11 +11,24 @@ from pathlib import Path
 import pytest
 
 from nanochat import session
-from nanochat.session import STOPPED, run_until, sync
+from nanochat.session import STOPPED, Chat, run_until, sync
 from nanochat.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SERVER = """
+import http.server, json, sys
+class Echo(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        said = " | ".join(m["content"] for m in body["messages"])
+        self.send_response(200); self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
+port = next(int(a.partition("=")[2]) for a in sys.argv if a.startswith("--port="))
+http.server.HTTPServer(("127.0.0.1", port), Echo).serve_forever()
+"""
 STOPPABLE = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -117,6 +131,27 @@ def test_a_finished_run_gives_its_exit_code_and_output(capsys):
 
 
 # --- the notebook ----------------------------------------------------------------------------------------------------
+
+
+def test_a_question_that_was_interrupted_is_not_asked_again(tmp_path, monkeypatch):
+    """The stop button ends the answer: neither the conversation nor the server is hurt."""
+    write(tmp_path, scripts__chat_web=SERVER)
+    (tmp_path / "scripts" / "chat_web").rename(tmp_path / "scripts" / "chat_web.py")
+    chat = Chat(sys.executable, tmp_path, {}).wait()
+    try:
+        assert os.getpgid(chat.process.pid) != os.getpgid(0)
+        with monkeypatch.context() as stopped:
+            stopped.setattr(session.urllib.request, "urlopen", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                chat.say("first")
+        assert chat.say("second") == "second"
+        assert chat.say("third") == "second | second | third"
+    finally:
+        chat.close()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -326,6 +326,9 @@ class TestAccess:
         response = locked.get("/v1/models", headers={**origin, "authorization": f"Bearer {KEY}"})
         assert response.headers["access-control-allow-origin"] == origin["origin"]
         assert "access-control-allow-credentials" not in response.headers
+        refused = locked.get("/v1/models", headers=origin)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == origin["origin"]  # so that the page can say why
 
     def test_a_foreign_name_for_this_machine_is_refused(self, model, tiny_tokenizer):
         with serve(tiny_app(model, tiny_tokenizer, access=Access(local_only=True))[0]) as client:

@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from web_server import HELLO, ScriptedEngine, SlowEngine, serve, tiny_app, tiny_chat_model, wait_until
+from web_server import HELLO, INFO, ScriptedEngine, SlowEngine, serve, tiny_app, tiny_chat_model, wait_until
 
+from nanochat.batching import BatchEngine
 from nanochat.chat import AnswerSettings
+from nanochat.web import create_app
 from nanochat.web_guard import Access
 
 openai = pytest.importorskip("openai")
@@ -55,6 +57,21 @@ def test_a_streamed_chat_says_the_same_as_a_whole_one(client, tiny_tokenizer):
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == 20
+
+
+def test_options_that_are_null_are_not_set(client):
+    answer = chat(client, n=None, stream=None, extra_body={"stop": None})
+    assert len(answer.choices) == 1
+    assert (
+        client.completions.create(model=MODEL, prompt="The sky", echo=None, max_tokens=2).usage.completion_tokens == 2
+    )
+
+
+def test_a_model_named_like_its_hub_folder(model, tiny_tokenizer):
+    info = INFO | {"id": "owner/name"}
+    engine = BatchEngine(model, tiny_tokenizer, max_batch_size=1)
+    with serve(create_app([engine], tiny_tokenizer, AnswerSettings(), info)) as http, client_of(http) as client:
+        assert client.models.retrieve("owner/name").id == "owner/name"
 
 
 def test_settings(client):
