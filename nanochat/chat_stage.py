@@ -217,6 +217,7 @@ def run_trainer(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
     """Train from the start, or from where a checkpoint stopped; answers are printed before and after."""
     if checkpoint is not None:
         trainer.resume(checkpoint.meta, checkpoint.optimizer)
+        checkpoint.release()
     elif trainer.sample is not None:
         print0(f"{trainer.label}: answers before")
         trainer.sample()

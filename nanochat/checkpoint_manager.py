@@ -54,6 +54,11 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
+    def release(self) -> None:
+        """Drop the tensors once they were copied: a merged optimizer alone is twice the model, for the whole run."""
+        self.model.clear()
+        self.optimizer.clear()
+
 
 # --- which are there -------------------------------------------------------------------------------------------------
 

@@ -77,6 +77,9 @@ def autodetect_dtype(device_type: str) -> torch.dtype:
     if device_type != "cuda":
         return candidate_dtypes(device_type)[0]
     weakest = min(range(torch.cuda.device_count()), key=torch.cuda.get_device_capability)
+    here = torch.cuda.current_device()
+    if torch.cuda.get_device_capability(here) == torch.cuda.get_device_capability(weakest):
+        weakest = here  # each rank measures its own card, and needs no memory of another
     candidates = candidate_dtypes("cuda", torch.cuda.get_device_capability(weakest))
     return candidates[0] if len(candidates) == 1 else _fastest_dtype(candidates, f"cuda:{weakest}")
 

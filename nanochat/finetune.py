@@ -35,7 +35,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
 from nanochat.recipe import BatchPlan, Schedule, plan_batch
 from nanochat.report import get_report
-from nanochat.resume import find_resume, model_hash, only_run, saved_dtype
+from nanochat.resume import find_resume, model_hash, only_run, saved_dtype, saved_meta
 from nanochat.samples import print_answers
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tracking import init_tracker
@@ -131,13 +131,22 @@ class Budget(NamedTuple):
     depth: int
 
 
-def plan_budget(cfg: FinetuneConfig, model_config: GPTConfig, compute: Compute) -> Budget:
-    """The tokens of the asked steps; those of the asked hours are estimated from the speed of matmuls here."""
+def plan_budget(
+    cfg: FinetuneConfig, model_config: GPTConfig, compute: Compute, before: dict[str, Any] | None = None
+) -> Budget:
+    """The tokens of the asked steps; those of the asked hours are estimated from the speed of matmuls here.
+
+    A run that goes on takes what it took `before` (its record): no two measurements are equal, and another budget would
+    make other conversations.
+    """
     tokens = None
     if cfg.num_iterations and cfg.num_iterations > 0:
         tokens = cfg.num_iterations * cfg.total_batch_size
+    elif cfg.hours and before and before["config"].get("hours") == cfg.hours and "budget_tokens" in before:
+        tokens = before["budget_tokens"]
     elif cfg.hours:
-        speed = ASSUMED_EFFICIENCY * 1e12 * measure_matmul(compute.dtype, compute.device, n=1024)
+        measured = compute.broadcast(measure_matmul(compute.dtype, compute.device, n=1024))
+        speed = ASSUMED_EFFICIENCY * 1e12 * measured
         with torch.device("meta"):
             flops = GPT(model_config).estimate_flops()
         tokens = int(cfg.hours * 3600 * speed * compute.world_size / flops)
@@ -168,7 +177,9 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Co
     with setup_compute(cfg.runtime, *dtypes) as compute, only_run(folder, needed=not cfg.dry_run):
         model_config = start.checkpoint.meta["model_config"]
         sequence_len = min(cfg.max_seq_len or 1 << 62, model_config["sequence_len"])
-        data = load_data(plan_budget(cfg, GPTConfig.from_dict(model_config), compute))
+        before = saved_meta(folder, cfg.resume)
+        budget = plan_budget(cfg, GPTConfig.from_dict(model_config), compute, before)
+        data = load_data(budget)
         inputs = {
             "tokenizer": start.tokenizer.hash,
             "model": model_hash(start.checkpoint),
@@ -188,7 +199,7 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Co
             return
         trainer = make_trainer(stage, cfg, compute, start, learner, data, loader, schedule, batch, folder)
         trainer.clock, trainer.micro = clock, micro
-        trainer.meta["inputs"] = inputs
+        trainer.meta |= {"inputs": inputs, "budget_tokens": budget.tokens}
         run_trainer(trainer, checkpoint)
         print0(f"{stage.name}: learned from {loader.stats}")
         report(stage, trainer, data, loader, compute)

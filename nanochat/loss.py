@@ -58,13 +58,19 @@ def _chunk_gradient(t: Tensor, e: Tensor, sums: Tensor, targets: Tensor) -> tupl
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, master: Tensor, targets: Tensor, vocab_size: int, cap: float, chunk_bytes: int | None
+        ctx: Any,
+        x: Tensor,
+        master: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        cap: float,
+        chunk_bytes: int | None,
+        need_grad: bool,
     ) -> Tensor:
         # x (N, C) in the compute dtype; master (V, C) float32, so that its gradient is never rounded to 16 bits.
         weight = master.to(x.dtype)
         high = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=high, device=x.device)
-        need_grad = any(ctx.needs_input_grad[:2])
         dx = torch.empty_like(x) if need_grad else None
         dw = torch.zeros(weight.shape, dtype=high, device=x.device) if need_grad else None
         n = _chunk_tokens(x.device, weight.size(0), chunk_bytes)
@@ -89,7 +95,7 @@ class _SummedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
-        return dx.to(grads[0].dtype) * grads[0], dw * grads[0], None, None, None, None
+        return dx.to(grads[0].dtype) * grads[0], dw * grads[0], None, None, None, None, None
 
 
 def _losses_each(
@@ -143,5 +149,7 @@ def linear_cross_entropy(
                 _chunk_loss(flat[i : i + n], w, t[i : i + n], vocab_size, cap)[0] for i in range(0, flat.size(0), n)
             ]
             return torch.cat(parts).view(targets.shape)
-        total: Tensor = _SummedLoss.apply(flat, weight, t, vocab_size, cap, chunk_bytes)
+        # ctx.needs_input_grad would be true under no_grad too, and an evaluation pay for gradients.
+        need_grad = torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad)
+        total: Tensor = _SummedLoss.apply(flat, weight, t, vocab_size, cap, chunk_bytes, need_grad)
     return total if reduction == "sum" else total / (t >= 0).sum()

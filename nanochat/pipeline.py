@@ -204,6 +204,9 @@ def machine_env(profile: Profile, devices: Sequence[DeviceInfo], chosen: Sequenc
     env = {}
     if profile.nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // profile.nproc))
+    if profile.nproc > 1 and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+        # torchrun kills its ranks so long after a signal (default 30 s); they may have to evaluate and save before.
+        env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"
     if devices and len(chosen) < len(devices):
         env["CUDA_VISIBLE_DEVICES"] = visible_cards(chosen, os.environ)
     return env

@@ -87,11 +87,16 @@ def model_hash(checkpoint: Checkpoint) -> str:
 
 def saved_dtype(folder: Path, resume: str) -> str | None:
     """The dtype of the unfinished run in `folder`, so that a resume can't flip it; None if there is none."""
+    meta = saved_meta(folder, resume)
+    return None if meta is None or meta.get("complete") else meta.get("dtype")
+
+
+def saved_meta(folder: Path, resume: str) -> dict[str, Any] | None:
+    """The record of the run in `folder` that `resume` would go on with, finished or not; None if there is none."""
     if effective_resume(resume) == "auto":
         for step in reversed(saved_steps(folder)):
             with contextlib.suppress(*DAMAGED):
-                meta = read_meta(step_folder(folder, step))
-                return None if meta.get("complete") else meta.get("dtype")
+                return read_meta(step_folder(folder, step))
     return None
 
 

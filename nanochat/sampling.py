@@ -75,16 +75,23 @@ def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) ->
     if top_k < all_tokens or top_p < 1.0:
         logits, ids = logits.topk(top_k, dim=-1)  # (B, k), the likeliest first
     p = (logits / settings.temperature).softmax(dim=-1)
-    total = p.cumsum(dim=-1)
+    total = _running_total(p)
     if top_p < 1.0:
         p = p.where(total - p < top_p, 0.0)  # those whose betters don't reach it yet
-        total = p.cumsum(dim=-1)
+        total = _running_total(p)
     # The inverse of the distribution function: the first token whose running total exceeds a random share of it all.
     share = uniform.clamp(max=BELOW_ONE).unsqueeze(1) * total[:, -1:]
     choice = torch.searchsorted(total, share, right=True).clamp_(max=total.size(-1) - 1)  # (B, 1)
     if ids is not None:
         choice = ids.gather(-1, choice)
     return choice[:, 0].where(total[:, -1].isfinite(), NOT_FINITE)
+
+
+def _running_total(p: Tensor) -> Tensor:
+    """Sums along the rows; a CUDA card has no deterministic form of it, and torch refuses it where one is asked for."""
+    if p.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return p.cpu().cumsum(dim=-1).to(p.device)
+    return p.cumsum(dim=-1)
 
 
 def penalize(logits: Tensor, seen: Sequence[Iterable[int]], penalty: float) -> Tensor:

@@ -19,6 +19,7 @@ from nanochat.checkpoint_manager import (
     step_folder,
 )
 from nanochat.files import sha256_file
+from nanochat.manifest import MANIFEST, load_manifest
 from nanochat.profiles import MID_HOURS, SFT_HOURS, Profile, Settings
 from nanochat.text_files import COMPRESSIONS, KINDS
 
@@ -76,6 +77,8 @@ class Stage:
             return None
         if found[-1].name == META_FILE:
             return _checkpoint_hash(found[-1].parent.parent)
+        if found[-1].name == MANIFEST:
+            return _corpus_hash(found[-1].parent)
         lines = [f"{path.relative_to(base_dir)} {_content_hash(path)}\n" for path in found]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -87,6 +90,20 @@ def _checkpoint_hash(folder: Path) -> str | None:
         return read_sums(newest)[MODEL_FILE] if read_meta(newest)["complete"] else None
     except (*DAMAGED, IndexError):
         return None
+
+
+def _corpus_hash(folder: Path) -> str | None:
+    """The hash of a corpus's list of shards, the same while they arrive; None if those of a start are not there."""
+    try:
+        manifest = load_manifest(folder)
+    except ValueError:
+        return None
+    if manifest is None:
+        return None
+    needed = [*manifest.validation, *manifest.train[:READY_SHARDS]]
+    if not all((folder / entry.name).exists() for entry in needed):
+        return None
+    return hashlib.sha256(manifest.identity().encode()).hexdigest()
 
 
 def _content_hash(path: Path) -> str:
@@ -170,7 +187,7 @@ def data_stage(profile: Profile, num_shards: int) -> Stage | None:
         flags=(f"--num_files={num_shards}", f"--source={profile.dataset}"),
         unmarked_flags=(f"--ready={READY_SHARDS}",),
         needs=("report_reset",),
-        output=f"base_data/{profile.dataset}/*.parquet",
+        output=f"base_data/{profile.dataset}/{MANIFEST}",
     )
 
 

@@ -480,6 +480,7 @@ def train(cfg: Config, plan: Plan, compute: Compute, clock: Clock) -> None:
     )
     if checkpoint is not None:
         trainer.resume(checkpoint.meta, checkpoint.optimizer)
+        checkpoint.release()
     state = trainer.run()
     trainer.tracker.finish()
     tokens_per_second = state.tokens / max(state.seconds, 1e-9)

@@ -16,6 +16,7 @@ class FakeCards:
     def __init__(self, monkeypatch, *capabilities, arches=("sm_50", "sm_60", "sm_70", "sm_80", "sm_90")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: capabilities[getattr(i, "index", i)])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: "a card")
         common._fastest_dtype.cache_clear()

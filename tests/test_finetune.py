@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanochat import finetune as finetune_module
 from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, load_model, save_checkpoint
-from nanochat.common import get_base_dir
+from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, parse_config, run_script
-from nanochat.finetune import MID, SFT, Budget, Conversations, FinetuneConfig, finetune
+from nanochat.finetune import MID, SFT, Budget, Conversations, FinetuneConfig, finetune, plan_budget
 from nanochat.trainer import METRICS_FILE, Trainer
 from scripts import chat_sft, mid_train
 from tasks.mixtures import MID_TASKS, TOKENS_EACH, conversations, mid_sizes
@@ -207,6 +208,19 @@ def test_a_mixture_fits_the_budget_in_the_same_proportions(tokens, depth):
     assert sizes["identity"] * TOKENS_EACH["identity"] <= tokens / 10
     assert sizes["smoltalk"] / sizes["spelling"] == pytest.approx(460_341 / 200_000, rel=0.1)
     assert ("mmlu" in sizes) == (depth >= 8)
+
+
+def test_a_resumed_run_by_the_clock_reads_the_same_mixture(tiny_model, monkeypatch):
+    """No two measurements of a machine are equal; the conversations of a run must be."""
+    speeds = iter((1.0, 1.1, 1.2))
+    monkeypatch.setattr(finetune_module, "measure_matmul", lambda *_, **__: next(speeds))
+    cfg, config = FinetuneConfig(hours=1.0), tiny_model.config
+    with setup_compute(Runtime(device_type="cpu")) as compute:
+        first = plan_budget(cfg, config, compute)
+        record = {"config": {"hours": 1.0}, "budget_tokens": first.tokens}
+        assert plan_budget(cfg, config, compute) != first
+        assert plan_budget(cfg, config, compute, record) == first
+        assert plan_budget(FinetuneConfig(hours=2.0), config, compute, record).tokens > first.tokens
 
 
 def test_without_a_limit_the_mixture_is_whole():

@@ -40,6 +40,14 @@ def test_value_and_gradients_equal_the_plain_loss(monkeypatch, reduction, dtype,
         torch.testing.assert_close(got, expected, atol=tolerance * float(expected.abs().max()), rtol=tolerance)
 
 
+def test_an_evaluation_forms_no_gradients(monkeypatch):
+    x, weight, targets, vocab = inputs(torch.float32)
+    expected = linear_cross_entropy(x, weight, targets, vocab, CAP, "sum").detach()
+    monkeypatch.setattr(loss_module, "_chunk_gradient", None)  # calling it would fail
+    with torch.no_grad():
+        assert linear_cross_entropy(x, weight, targets, vocab, CAP, "sum") == expected
+
+
 def test_without_gradients_none_gives_zero_where_ignored():
     x, weight, targets, vocab = inputs(torch.float32)
     with torch.no_grad():

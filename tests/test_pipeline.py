@@ -13,9 +13,10 @@ import torch
 
 from nanochat.card_choice import DeviceInfo
 from nanochat.checkpoint_manager import save_checkpoint
+from nanochat.manifest import Entry, Manifest
 from nanochat.pipeline import Pipeline, machine_env, only_one, shards_needed, take_cards, tokens_needed, visible_cards
 from nanochat.profiles import CPU, D20, DEMO, P100, TINY, Profile, Settings, choose_profile, count_shards
-from nanochat.stages import Stage, expected_seconds, fingerprint, make_stages
+from nanochat.stages import READY_SHARDS, Stage, expected_seconds, fingerprint, make_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
@@ -75,6 +76,25 @@ def test_every_stage_names_the_model_it_means():
 def test_only_the_demo_forbids_the_download_of_the_core_bundle():
     assert any(flag.startswith("--eval_bundle=") for flag in stages_of(DEMO)["base_eval"].flags)
     assert not any(flag.startswith("--eval_bundle=") for flag in stages_of(P100)["base_eval"].flags)
+
+
+def test_shards_that_arrive_later_change_nothing(tmp_path):
+    """The text is there as soon as a start can be made; what follows must not undo the stages that read it."""
+    data = stages_of(replace(P100, dataset="climbmix"))["data"]
+    folder = tmp_path / "base_data" / "climbmix"
+    folder.mkdir(parents=True)
+    names = [f"shard_{i:05d}.parquet" for i in range(READY_SHARDS + 3)]
+    manifest = Manifest("climbmix", [Entry(name, 100, "sha256:0") for name in names[:-1]], [Entry(names[-1], 100)])
+    manifest.save(folder)
+    assert data.result(tmp_path) is None
+    for name in [*names[:READY_SHARDS], names[-1]]:
+        (folder / name).write_text(name)
+    first = data.result(tmp_path)
+    assert first
+    (folder / names[READY_SHARDS]).write_text("late")
+    assert data.result(tmp_path) == first
+    replace(manifest, train=manifest.train[:-1]).save(folder)
+    assert data.result(tmp_path) != first
 
 
 def test_flags_are_known_to_the_scripts():
@@ -150,13 +170,14 @@ def test_of_two_different_cards_only_the_better_one_is_visible_to_the_stages(mon
 
 
 def test_two_equal_cards_train_one_model(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
     devices = [TURING, TURING]
     chosen = take_cards(devices, None)
     profile = choose_profile(Settings(), len(chosen))
     env = machine_env(profile, devices, chosen)
     assert int(env.pop("OMP_NUM_THREADS")) >= 1
-    assert env == {}
+    assert env == {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}  # time for an evaluation and a save after Ctrl-C
     for name in ("base_train", "mid_train", "chat_sft"):
         assert "--nproc_per_node=2" in stages_of(profile)[name].command(), name
     assert take_cards(devices, 1) == [0]
