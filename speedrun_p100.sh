@@ -15,7 +15,7 @@ Settings come from the environment:
 
   PROFILE            auto (default): p100 with a CUDA card; without one cpu for your own data, else demo
                      demo (a small world, minutes on a CPU), cpu, p100, d20 (8 cards), tiny (a test)
-  DEPTH              layers of the model; the width follows
+  DEPTH              layers of the model; the width follows (default with a card: what learns most on it in HOURS)
   VOCAB_SIZE         tokens of the vocabulary (at least 265)
   HOURS              time of base training; mid-training gets a third and SFT a sixth of it on top
   DATASET            climbmix, fineweb_edu (both downloaded) or demo

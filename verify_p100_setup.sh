@@ -413,7 +413,7 @@ main() {
             [[ "$on_cards" == yes ]] ||
                 report fail plan "PROFILE=$plan needs a CUDA card" "PROFILE=demo bash speedrun_p100.sh runs on the CPU"
             check_memory 16 11
-            check_disk "$([[ "$plan" == d20 ]] && echo 60 || echo 31)" 12
+            check_disk "$([[ "$plan" == d20 ]] && echo 60 || echo 17)" 12
             check_data
             ;;
         *)

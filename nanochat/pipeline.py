@@ -33,8 +33,9 @@ from nanochat.card_choice import DeviceInfo, choose_cards, describe_choice, trai
 from nanochat.common import get_base_dir
 from nanochat.config import run_script
 from nanochat.files import write_json
+from nanochat.planning import profile_for
 from nanochat.process import run_logged
-from nanochat.profiles import Profile, Settings, choose_profile, count_shards
+from nanochat.profiles import Profile, Settings, count_shards
 from nanochat.progress import format_seconds
 from nanochat.signals import EXIT_STOPPED, Stopped
 from nanochat.stages import Stage, expected_seconds, make_stages
@@ -277,7 +278,7 @@ def main(cfg: Config) -> None:
         settings = Settings.from_env(os.environ)
         devices = list_devices()
         chosen = take_cards(devices, settings.nproc)
-        profile = choose_profile(settings, len(chosen))
+        profile = profile_for(settings, [devices[place] for place in chosen])
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -12,13 +12,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nanochat.card_choice import DeviceInfo, training_speed
+from nanochat.cards import Card, find_card
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory import MicroBatch, estimate_training_memory, largest_micro_batch
-from nanochat.profiles import SHARD_BYTES, count_shards
+from nanochat.profiles import SHARD_BYTES, Profile, Settings, choose_profile, count_shards
 from nanochat.recipe import PRESETS, Preset, scale_hyperparameters
-from nanochat.roofline import Device, tokens_per_second
+from nanochat.roofline import CardRoofline, Device, best_dtype, tokens_per_second
 from nanochat.scaling_law import predict_bpb
 
+DEPTHS = range(4, 21)
+# What torch sees of the memory a card is sold with; least on a T4 with ECC. Rounded down.
+CARD_MEMORY_SHARE = 0.92
 # What is left of n cards' speed when they exchange gradients. A guess: it depends on the links between them.
 CARDS_SHARE = 0.9
 # Activation checkpointing makes the forward pass, a third of the arithmetic, twice.
@@ -183,3 +188,67 @@ def plan(depths: Sequence[int], budget: Budget, speed: SpeedModel) -> list[Row]:
     rows = [plan_row(depth, budget, speed) for depth in depths]
     best = min((row for row in rows if row.bpb is not None), key=lambda row: row.bpb or math.inf, default=None)
     return [replace(row, best=row is best) for row in rows]
+
+
+# --- by a card's data sheet ------------------------------------------------------------------------------------------
+
+
+def on_card(
+    card: Card,
+    *,
+    hours: float,
+    recipe: str,
+    vocab_size: int,
+    sequence_len: int,
+    num_cards: int = 1,
+    dtype: str = "auto",
+    fineweb: bool = False,
+) -> tuple[Budget, CardRoofline]:
+    """What is asked of a card, and its speed; the same on every machine."""
+    roofline = CardRoofline(card, compiled=card.capability >= (7, 0))  # Triton's condition
+    budget = Budget(
+        hours=hours,
+        recipe=recipe,
+        vocab_size=vocab_size,
+        sequence_len=sequence_len,
+        dtype=best_dtype(card) if dtype == "auto" else dtype,
+        num_cards=num_cards,
+        memory_bytes=int(card.memory_gb * 2**30 * CARD_MEMORY_SHARE),
+        fineweb=fineweb,
+        compiled=roofline.compiled,
+    )
+    return budget, roofline
+
+
+def best_depth(profile: Profile, devices: Sequence[DeviceInfo]) -> int | None:
+    """The depth that learns most in the profile's hours on these cards; None without hours or for an unknown card.
+
+    From data sheets, not measured: a run that goes on must find the same depth.
+    """
+    card = find_card(min(devices, key=lambda device: training_speed(device.name)).name) if devices else None
+    if card is None or profile.hours is None:
+        return None
+    budget, roofline = on_card(
+        card,
+        hours=profile.hours,
+        recipe=profile.recipe,
+        vocab_size=profile.vocab_size,
+        sequence_len=profile.max_seq_len,
+        num_cards=profile.nproc,
+        fineweb=profile.dataset == "fineweb_edu",
+    )
+    return next((row.depth for row in plan(DEPTHS, budget, card_speed(roofline, budget)) if row.best), None)
+
+
+def profile_for(settings: Settings, devices: Sequence[DeviceInfo]) -> Profile:
+    """`choose_profile`; where DEPTH is not set, the profile for cards that are bought singly gets their best depth."""
+    profile = choose_profile(settings, len(devices))
+    if profile.name != "p100" or settings.depth is not None:
+        return profile
+    depth = best_depth(profile, devices)
+    if depth is None:
+        return profile
+    profile = choose_profile(replace(settings, depth=depth), len(devices))
+    cards = " and ".join(dict.fromkeys(device.name for device in devices))
+    about = f"depth {depth}, which by the planner learns most in {profile.hours:g} hours on {cards} (or set DEPTH)"
+    return replace(profile, about=about)

@@ -203,10 +203,10 @@ CPU = Profile(
     env={"NANOCHAT_DOWNLOAD_ATTEMPTS": "1"},  # what is downloaded here (the CORE bundle) is only for evaluation
 )
 
-# One P100, one night. Not yet run on a physical card.
+# One P100, one night. Not yet run on a physical card. The depth is for a card that planning.profile_for doesn't know.
 P100 = Profile(
     name="p100",
-    about="one CUDA card, sized for a P100 of 16 GB",
+    about="a CUDA card of 16 GB or more",
     depth=12,
     vocab_size=65536,
     max_seq_len=2048,

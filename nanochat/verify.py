@@ -24,8 +24,9 @@ from nanochat.config import Runtime, run_script
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.pipeline import list_devices, shards_needed, take_cards, visible_cards
+from nanochat.planning import profile_for
 from nanochat.precision import DTYPE_NAMES
-from nanochat.profiles import MID_HOURS, SFT_HOURS, SHARD_BYTES, Profile, Settings, choose_profile
+from nanochat.profiles import MID_HOURS, SFT_HOURS, SHARD_BYTES, Profile, Settings
 from nanochat.progress import format_seconds
 from nanochat.recipe import CLASSIC, PRESETS, parameter_groups
 
@@ -182,7 +183,7 @@ def checks() -> Iterator[Check]:
         settings = Settings.from_env(os.environ)
         devices = list_devices()
         chosen = take_cards(devices, settings.nproc)
-        profile = choose_profile(settings, len(chosen))
+        profile = profile_for(settings, [devices[place] for place in chosen])
     except (ValueError, FileNotFoundError) as error:
         yield Check("fail", "settings", str(error), "correct this setting")
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -22,16 +22,23 @@ from nanochat.config import Runtime, run_script
 from nanochat.hardware import inspect_machine, speeds_key
 from nanochat.local_speed import OPERATIONS_FILE, LocalMachine
 from nanochat.memory import MicroBatch, free_memory
-from nanochat.planning import MEASURED_DEPTHS, Budget, Row, SpeedModel, card_speed, measured_speed, plan
+from nanochat.planning import (
+    DEPTHS,
+    MEASURED_DEPTHS,
+    Budget,
+    Row,
+    SpeedModel,
+    card_speed,
+    measured_speed,
+    on_card,
+    plan,
+)
 from nanochat.recipe import DEFAULT_RECIPE
-from nanochat.roofline import ATTENTION_SHARE, BANDWIDTH_SHARE, GEMM_SHARE, CardRoofline, best_dtype
+from nanochat.roofline import ATTENTION_SHARE, BANDWIDTH_SHARE, GEMM_SHARE
 from nanochat.scaling_law import ERROR
 from nanochat.tokenizer import get_tokenizer
 
-DEPTHS = range(4, 21)
 VOCAB_SIZE = 65536
-# What torch sees of the memory a card is sold with; least on a T4 with ECC. Rounded down.
-CARD_MEMORY_SHARE = 0.92
 # Fewer steps than this are said to be few. A guess.
 FEW_STEPS = 500
 # Of the memory that is free here. The rest is for what other programs do meanwhile. A guess.
@@ -111,15 +118,22 @@ class Target:
 def target_card(cfg: Config) -> Target:
     """A card from its data sheet; the same on every machine."""
     card = named_card(cfg.card or "")
-    dtype = best_dtype(card) if cfg.dtype == "auto" else cfg.dtype
-    roofline = CardRoofline(card, compiled=card.capability >= (7, 0))
-    budget = make_budget(cfg, dtype, card.memory_gb * 2**30 * CARD_MEMORY_SHARE, cfg.vocab_size or VOCAB_SIZE)
-    how = (
-        f"Speed: roofline of {roofline.matmul_tflops(dtype):.1f} TFLOP/s in {dtype} matmuls through PyTorch (× "
-        f"{GEMM_SHARE} in training, × {ATTENTION_SHARE} in attention) and {card.bandwidth_gbs:g} GB/s × "
-        f"{BANDWIDTH_SHARE}, {'compiled' if roofline.compiled else 'eager'}; the factors are guesses."
+    budget, roofline = on_card(
+        card,
+        hours=cfg.hours,
+        recipe=cfg.recipe,
+        vocab_size=cfg.vocab_size or VOCAB_SIZE,
+        sequence_len=cfg.max_seq_len,
+        num_cards=cfg.num_cards,
+        dtype=cfg.dtype,
+        fineweb=cfg.dataset == "fineweb_edu",
     )
-    budget = replace(budget, compiled=roofline.compiled)
+    tflops = roofline.matmul_tflops(budget.dtype)
+    how = (
+        f"Speed: roofline of {tflops:.1f} TFLOP/s in {budget.dtype} matmuls through PyTorch (× {GEMM_SHARE} in "
+        f"training, × {ATTENTION_SHARE} in attention) and {card.bandwidth_gbs:g} GB/s × {BANDWIDTH_SHARE}, "
+        f"{'compiled' if roofline.compiled else 'eager'}; the factors are guesses."
+    )
     return Target(f"{card.name}, {card.memory_gb:g} GB", budget, card_speed(roofline, budget), how)
 
 
@@ -141,27 +155,23 @@ def target_here(cfg: Config) -> Target:
         except FileNotFoundError:
             vocab_size = VOCAB_SIZE
     memory = free_memory(compute.device) * FREE_MEMORY_SHARE
-    budget = replace(make_budget(cfg, compute.precision.name, memory, vocab_size), device_type=device_type)
+    budget = Budget(
+        hours=cfg.hours,
+        recipe=cfg.recipe,
+        vocab_size=vocab_size,
+        sequence_len=cfg.max_seq_len,
+        dtype=compute.precision.name,
+        num_cards=cfg.num_cards,
+        memory_bytes=int(memory),
+        fineweb=cfg.dataset == "fineweb_edu",
+        device_type=device_type,
+    )
     machine = LocalMachine(compute.device, compute.precision, budget.preset, path, repeats=2)
     depths = MEASURED_DEPTHS if cfg.depth is None else (cfg.depth,)
     how = "Speed: each operation of a training step measured alone on this machine, eager."
     if cfg.depth is None:
         how += f" Measured at depths {', '.join(map(str, depths))}; between and beyond them by FLOP/s."
     return Target(speeds_key(compute.device), budget, measured_speed(machine, budget, depths), how)
-
-
-def make_budget(cfg: Config, dtype: str, memory_bytes: float, vocab_size: int) -> Budget:
-    """What is asked, for a device."""
-    return Budget(
-        hours=cfg.hours,
-        recipe=cfg.recipe,
-        vocab_size=vocab_size,
-        sequence_len=cfg.max_seq_len,
-        dtype=dtype,
-        num_cards=cfg.num_cards,
-        memory_bytes=int(memory_bytes),
-        fineweb=cfg.dataset == "fineweb_edu",
-    )
 
 
 COLUMNS = (

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from nanochat.card_choice import DeviceInfo
 from nanochat.cards import find_card
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.local_speed import LocalMachine
-from nanochat.planning import Budget, card_speed, measured_speed, plan_row
+from nanochat.planning import Budget, card_speed, measured_speed, plan_row, profile_for
 from nanochat.precision import DTYPES, Precision
+from nanochat.profiles import Settings, choose_profile
 from nanochat.recipe import CLASSIC, PRESETS
 from nanochat.roofline import CardRoofline, best_dtype, step_operations, step_seconds, tokens_per_second
 from scripts import plan as script
@@ -213,3 +215,33 @@ def test_depths_between_the_measured_ones_take_their_flops_per_second():
     beyond = plan_row(12, budget, speed)
     assert beyond.tokens_per_second < high.tokens_per_second
     assert plan_row(6, budget, known).tokens_per_second == pytest.approx(middle.tokens_per_second, rel=0.1)
+
+
+# --- the depth that a card gets by itself ----------------------------------------------------------------------------
+
+P100_CARD, T4_CARD = DeviceInfo("Tesla P100-PCIE-16GB", (6, 0), 16280), DeviceInfo("Tesla T4", (7, 5), 15360)
+
+
+def test_the_pipeline_takes_the_planners_depth(capsys):
+    rows = planned(capsys, "--card=p100", "--hours=8")["rows"]
+    profile = profile_for(Settings(), [P100_CARD])
+    assert [row["depth"] for row in rows if row["best"]] == [profile.depth]
+    assert f"depth {profile.depth}" in profile.about
+    assert "DEPTH" in profile.about
+
+
+def test_more_hours_more_cards_and_faster_cards_make_deeper_models():
+    def depth(*cards, **settings):
+        return profile_for(Settings(**settings), cards).depth
+
+    assert depth(P100_CARD, hours=1.0) < depth(P100_CARD) < depth(P100_CARD, hours=24.0)
+    assert depth(P100_CARD) < depth(T4_CARD) < depth(T4_CARD, T4_CARD)
+    assert depth(P100_CARD, T4_CARD) == depth(P100_CARD, P100_CARD)  # the slower one sets the pace
+
+
+def test_the_users_depth_and_unknown_cards_and_other_profiles_keep_theirs():
+    unknown = DeviceInfo("Radiant Z9000", (9, 0), 40960)
+    assert profile_for(Settings(depth=12), [P100_CARD]).depth == 12
+    assert profile_for(Settings(), [unknown]) == choose_profile(Settings(), 1)
+    assert profile_for(Settings(profile="demo"), [P100_CARD]) == choose_profile(Settings(profile="demo"), 1)
+    assert profile_for(Settings(), []) == choose_profile(Settings(), 0)

@@ -132,7 +132,7 @@ def test_data_dir_and_dataset_exclude_each_other(tmp_path):
 
 def test_shards_hold_the_tokens_of_the_budget():
     assert count_shards(1) == 1
-    # 220 million tokens, a night of d12 on a P100, are a little over a thousand million characters.
+    # 220 million tokens are a little over a thousand million characters.
     assert count_shards(220e6) == 5
 
 

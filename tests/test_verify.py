@@ -17,7 +17,8 @@ import torch
 
 from nanochat import verify
 from nanochat.card_choice import DeviceInfo, choose_cards, describe_choice, training_speed
-from nanochat.profiles import DEMO, P100
+from nanochat.planning import profile_for
+from nanochat.profiles import DEMO, P100, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ["awk", "bash", "cat", "dirname", "du", "grep", "iconv", "id", "sed", "tail", "timeout", "tr"]
@@ -142,10 +143,10 @@ CASES = {
         "p100",
         ("fail", "disk", "8 GiB free", "NANOCHAT_BASE_DIR=/big/disk"),
     ),
-    "42 GB of disk": (
-        Machine(cards=(TESLA_P100,), free_gib=42),
+    "28 GB of disk": (
+        Machine(cards=(TESLA_P100,), free_gib=28),
         "p100",
-        ("fail", "disk", "the environment: 43 GiB", "NANOCHAT_BASE_DIR"),
+        ("fail", "disk", "the environment: 29 GiB", "NANOCHAT_BASE_DIR"),
     ),
     "no network": (
         Machine(cards=(TESLA_P100,), blocked="http"),
@@ -424,13 +425,13 @@ def test_the_plan_is_what_physics_allows():
 
 
 def test_the_disk_must_hold_what_the_plan_makes(monkeypatch):
-    check = verify.check_room(P100, [DeviceInfo("Tesla P100-PCIE-16GB", (6, 0), 16280)])
-    needed = float(check.text.split("parameters: ")[1].split(" GB")[0])
-    assert 30 < needed < 1.074 * 31  # what the script asks for before the set-up is 31 GiB
-    big = verify.check_room(P100, [DeviceInfo("NVIDIA H100 80GB HBM3", (9, 0), 81559)])
-    assert float(big.text.split("parameters: ")[1].split(" GB")[0]) > 1.3 * needed
+    cards = {"p100": DeviceInfo("Tesla P100-PCIE-16GB", (6, 0), 16280), "h100": DeviceInfo("H100", (9, 0), 81559)}
+    text = {name: verify.check_room(profile_for(Settings(), [card]), [card]).text for name, card in cards.items()}
+    needed = {name: float(text[name].split("parameters: ")[1].split(" GB")[0]) for name in cards}
+    assert 16 < needed["p100"] < 1.074 * 17  # what the script asks for before the set-up is 17 GiB
+    assert needed["h100"] > 3 * needed["p100"]
     monkeypatch.setattr(verify.shutil, "disk_usage", lambda _: SimpleNamespace(free=5e9))
-    check = verify.check_room(P100, [DeviceInfo("Tesla P100-PCIE-16GB", (6, 0), 16280)])
+    check = verify.check_room(P100, [cards["p100"]])
     assert check.status == "fail"
     assert "NANOCHAT_BASE_DIR" in check.remedy
 
