@@ -9,6 +9,7 @@ Padding and everything unsupervised is -1 in y, and every row supervises somethi
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -64,11 +65,13 @@ def load_conversations(path: str | Path) -> list[Conversation]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
             if line.strip():
                 try:
-                    yield f"line {number}", json.loads(line)
+                    yield f"line {number}", json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not UTF-8 ({error}): save the file as UTF-8") from None
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
 

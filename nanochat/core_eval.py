@@ -168,6 +168,7 @@ def get_bundle_folder(path: str | Path | None = None) -> Path:
 def _unpack(archive: Path, folder: Path) -> None:
     """Unpack a bundle's zip so that `folder` appears whole; a damaged zip is removed, to be downloaded again."""
     import zipfile
+    import zlib
 
     try:
         with zipfile.ZipFile(archive) as bundle, atomic_folder(folder) as tmp:
@@ -177,7 +178,7 @@ def _unpack(archive: Path, folder: Path) -> None:
                 path.rename(tmp / path.name)
             if not (tmp / "core.yaml").is_file():
                 raise zipfile.BadZipFile("it has no core.yaml")
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         archive.unlink()
         raise FileNotFoundError(f"{archive} is no evaluation bundle ({error}): removed, run again") from error
 

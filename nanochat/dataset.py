@@ -111,6 +111,10 @@ def _extended(
     if old is not None and num_shards is None and old.facts.get("complete"):
         return old
     manifest = plan_source(source, revision or (old.revision if old else None), old.column if old else column)
+    if old is not None and old.validation:  # a source that has grown since: what validated is never trained on
+        pinned = {entry.name for entry in old.validation}
+        manifest.train = [entry for entry in [*manifest.train, *manifest.validation] if entry.name not in pinned]
+        manifest.validation = old.validation
     complete = num_shards is None or num_shards >= len(manifest.train)
     manifest.train = manifest.train[:num_shards]
     manifest.facts["complete"] = complete

@@ -11,15 +11,19 @@ connection or for the next bytes), NANOCHAT_DOWNLOAD_BACKOFF (seconds before the
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -244,9 +248,22 @@ def is_temporary(error: BaseException | None) -> bool:
 
 
 def retry_after(error: BaseException | None) -> float:
-    """Seconds that the server asked to wait (0 if it did not say)."""
-    value = error.response.headers.get("retry-after", "") if isinstance(error, httpx.HTTPStatusError) else ""
-    return min(float(value), LONGEST_RETRY_AFTER) if value.isdigit() else 0.0
+    """Seconds that the server asked to wait (0 if it did not say).
+
+    By `Retry-After`, in seconds or as a date (RFC 9110), or the hub's `RateLimit: "name";r=0;t=seconds`.
+    """
+    if not isinstance(error, httpx.HTTPStatusError):
+        return 0.0
+    headers, seconds = error.response.headers, 0.0
+    value = headers.get("retry-after", "").strip()
+    if value.isdigit():
+        seconds = float(value)
+    elif value:
+        with contextlib.suppress(ValueError, TypeError):
+            seconds = (parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
+    elif error.response.status_code == 429 and (limit := re.search(r";\s*t=(\d+)", headers.get("ratelimit", ""))):
+        seconds = float(limit[1])
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
 
 
 # --- many files, or one by several processes --------------------------------------------------------------------------

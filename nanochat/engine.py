@@ -110,18 +110,19 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
         max_batch_tokens: int | None = None,
+        keep_end: bool = False,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Continue many different prompts, batched: (sequences, masks) in their order, as from `generate_batch`.
 
         Greedy results are those of one prompt at a time. `max_batch_tokens` bounds the memory: rows times the longest
-        prompt and answer; None: what suits the device.
+        prompt and answer; None: what suits the device. `keep_end` leaves the sampled token that ended an answer in it.
         """
         if max_batch_tokens is None:
             max_batch_tokens = BATCH_TOKENS.get(self.model.get_device().type, BATCH_TOKENS["cuda"])
         sampling = Sampling(temperature=temperature, top_k=top_k)
         rows = [Row(p, self._limit(p, max_tokens), sampling, row_seed(seed, i)) for i, p in enumerate(prompts)]
         longest = max((len(row.context) + row.limit for row in rows), default=1)
-        return self._collect(rows, max(1, max_batch_tokens // longest))
+        return self._collect(rows, max(1, max_batch_tokens // longest), keep_end)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -156,13 +157,13 @@ class Engine:
                 pairs = [w.popleft() if w else (self.assistant_end, 0) for w in waiting]
                 yield [token for token, _ in pairs], [mask for _, mask in pairs]
 
-    def _collect(self, rows: list[Row], slots: int) -> tuple[list[list[int]], list[list[int]]]:
+    def _collect(self, rows: list[Row], slots: int, keep_end: bool = False) -> tuple[list[list[int]], list[list[int]]]:
         sequences = [list(row.context) for row in rows]
         masks = [[0] * len(row.context) for row in rows]
         for step in self._run(rows, slots):
             for i, new in step:
                 for token, mask in new:
-                    if mask == 0 or token not in self._stop:
+                    if mask == 0 or keep_end or token not in self._stop:
                         sequences[i].append(token)
                         masks[i].append(mask)
         return sequences, masks

@@ -195,14 +195,35 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Co
         schedule = make_schedule(cfg, loader.rows_per_epoch * sequence_len / batch.total_tokens)
         print0(f"{stage.name}: data {data.name}, one epoch is {loader.forecast}")
         print0(f"{stage.name}: {describe_horizon(schedule)}, {batch.total_tokens:,} tokens per step")
+        epoch_tokens = max(1, loader.rows_per_epoch * sequence_len)
+        if batch.total_tokens > epoch_tokens:
+            print0(
+                f"warning: a step of {batch.total_tokens:,} tokens reads all conversations "
+                f"{batch.total_tokens / epoch_tokens:.0f} times: a smaller --total_batch_size makes more steps of them"
+            )
+        check_validation(make_loader(cfg, compute, data.val, start.tokenizer, 1, sequence_len), data.name)
         if learner is None:
             return
         trainer = make_trainer(stage, cfg, compute, start, learner, data, loader, schedule, batch, folder)
         trainer.clock, trainer.micro = clock, micro
         trainer.meta |= {"inputs": inputs, "budget_tokens": budget.tokens}
         run_trainer(trainer, checkpoint)
-        print0(f"{stage.name}: learned from {loader.stats}")
+        passes = trainer.state.tokens / epoch_tokens
+        print0(f"{stage.name}: learned from {loader.stats}, each about {max(1, passes):.0f} times")
         report(stage, trainer, data, loader, compute)
+
+
+def check_validation(loader: ConversationLoader, name: str) -> None:
+    """Ask now whether anything can be evaluated: after the training it would be too late.
+
+    Raises:
+        ValueError: none of the conversations kept for validation fits into the context.
+    """
+    if loader.rows_per_epoch == 0:
+        raise ValueError(
+            f"none of the conversations of {name} that are kept for validation has an assistant's turn that fits into "
+            "the context: shorten the longest ones, or train a base model with a larger --max_seq_len"
+        )
 
 
 def choose_batch(

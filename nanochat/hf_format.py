@@ -40,6 +40,10 @@ PARAMETER_NAMES = {
 }
 MODERN_CODE = Path(__file__).parent / "hf_code"
 MODERN_FILES = ("configuration_nanochat_modern.py", "modeling_nanochat_modern.py")
+# All that a folder of ours can hold.
+EXPORT_FILES = {WEIGHTS_FILE, OWN_FILE, "README.md", *MODERN_FILES} | {
+    f"{name}.json" for name in ("config", "generation_config", "tokenizer", "tokenizer_config")
+}
 # The fields that any classic model may set; `init` is how it began, not what it computes.
 CLASSIC_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init")
 # What chat_cli uses when it is not told otherwise.

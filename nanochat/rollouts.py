@@ -83,14 +83,8 @@ def answer_prompts(
     engine: Engine, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int | None, seed: int
 ) -> list[tuple[list[int], list[int]]]:
     """(ids, mask) of an answer to each prompt; the token that ends an answer is part of it, chosen by the model."""
-    sequences, masks = engine.generate_prompts(prompts, max_new_tokens, temperature, top_k, seed)
-    answers = []
-    for prompt, ids, mask in zip(prompts, sequences, masks, strict=True):
-        limit = min(max_new_tokens, engine.context_length - len(prompt))
-        if len(ids) - len(prompt) < limit:  # it ended by itself, else it was cut off
-            ids, mask = [*ids, engine.assistant_end], [*mask, 1]
-        answers.append((ids, mask))
-    return answers
+    sequences, masks = engine.generate_prompts(prompts, max_new_tokens, temperature, top_k, seed, keep_end=True)
+    return list(zip(sequences, masks, strict=True))
 
 
 def to_rows(answers: Sequence[Answer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

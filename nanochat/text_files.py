@@ -17,6 +17,7 @@ import codecs
 import contextlib
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -144,8 +145,12 @@ def _read_jsonl(file: Path, lines: io.TextIOWrapper, column: str | None) -> Iter
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
         text = record.get(name) if isinstance(record, dict) else record
+        if text is None and isinstance(record, dict) and name in record:
+            text = ""  # counts as blank, as a null in parquet does
         if not isinstance(text, str):
             found = f"an object with {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
+            if isinstance(record, dict) and name in record:
+                found = f"a {type(text).__name__} in {name!r}"
             raise ValueError(
                 f'{file}, line {number}: expected {{"{name}": "..."}} or a string, found {found:.200} '
                 "(--text_column names another field)"
@@ -155,9 +160,10 @@ def _read_jsonl(file: Path, lines: io.TextIOWrapper, column: str | None) -> Iter
 
 def _read_csv(file: Path, lines: io.TextIOWrapper, column: str | None) -> Iterator[str]:
     csv.field_size_limit(LONGEST_LINE)
-    rows = csv.reader(lines, delimiter="\t" if ".tsv" in file.suffixes else ",")
+    first = lines.readline(LONGEST_LINE)
+    rows = csv.reader(itertools.chain([first], lines), delimiter=_delimiter(file, first))
     try:
-        header = next(rows, None)
+        header = next(rows, None) if first else None
         if header is None:
             return
         at = header.index(choose_column(file, header, header, column))
@@ -171,6 +177,13 @@ def _read_csv(file: Path, lines: io.TextIOWrapper, column: str | None) -> Iterat
             yield row[at]
     except csv.Error as error:
         raise ValueError(f"{file}, line {rows.line_num}: not CSV ({error})") from None
+
+
+def _delimiter(file: Path, header: str) -> str:
+    """What stands between a table's fields; where Excel writes decimals with a comma, "csv" has semicolons."""
+    if ".tsv" in (suffix.lower() for suffix in file.suffixes):
+        return "\t"
+    return "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")
 
 
 def _read_parquet(file: Path, repairs: Repairs, column: str | None) -> Iterator[tuple[int, str]]:
@@ -238,7 +251,7 @@ def split_text(lines: io.TextIOBase, markdown: bool) -> Iterator[str]:
 class _Text(HTMLParser):
     """Collects what a browser would show."""
 
-    HIDDEN = frozenset({"script", "style", "template", "noscript", "head"})
+    HIDDEN = frozenset({"script", "style", "template", "noscript", "head", "title"})
     BLOCKS = re.compile(
         r"address|article|aside|blockquote|br|d[dlt]|div|fig(caption|ure)|footer|form|h[1-6r]|header|li|main|nav|ol|p|pre|"
         r"section|table|t[dhr]|ul"
@@ -253,8 +266,8 @@ class _Text(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in self.HIDDEN:
             self._hidden.append(tag)
-        elif tag == "body":
-            self._hidden.clear()  # a head that was never closed
+        elif tag == "body" or (self.BLOCKS.fullmatch(tag) and self._hidden == ["head"]):
+            self._hidden.clear()  # a head that was never closed: HTML allows to omit its end, and body
         if self.BLOCKS.fullmatch(tag):
             self.parts.append("\n\n" if self.PARAGRAPHS.fullmatch(tag) else "\n")
 

@@ -15,7 +15,7 @@ import torch
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import get_base_dir, print0
 from nanochat.config import run_script, short
-from nanochat.hf_format import is_classic, write_hf_folder
+from nanochat.hf_format import EXPORT_FILES, OWN_FILE, is_classic, write_hf_folder
 from nanochat.hf_hub import push_folder
 from nanochat.model_card import model_card
 from nanochat.precision import DTYPES
@@ -27,7 +27,7 @@ class Config:
     """Settings of an export."""
 
     output: Annotated[str, short("-o")]
-    """The folder to write; one that is there is replaced only if it holds an export."""
+    """The folder to write; one that is there is replaced only if it holds an export and nothing else."""
     source: Annotated[Literal["base", "mid", "sft", "rl"], short("-i")] = "sft"
     """Which stage's model."""
     model_tag: Annotated[str | None, short("-g")] = None
@@ -42,11 +42,28 @@ class Config:
     """A repository that --push creates is private."""
 
 
+def refuse_other_folder(folder: Path) -> None:
+    """Only an export may be replaced.
+
+    Raises:
+        ValueError: the folder holds something else; names what.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / OWN_FILE).is_file():
+        raise ValueError(f"--output={folder} is there and holds no export: choose another folder")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in EXPORT_FILES)
+    if others:
+        raise ValueError(
+            f"--output={folder} holds an export and also {', '.join(others[:5])}, which would be lost: choose another "
+            "folder"
+        )
+
+
 def main(cfg: Config) -> None:
     """Export, and push."""
     folder = Path(cfg.output)
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output={folder} is there and holds no export: choose another folder")
+    refuse_other_folder(folder)
     model, tokenizer, meta = load_model(cfg.source, torch.device("cpu"), "eval", cfg.model_tag, cfg.step)
     card = model_card(
         cfg.push or folder.name, cfg.source, model, meta, Report(get_base_dir() / "report").sections(), cfg.dtype

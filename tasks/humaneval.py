@@ -12,13 +12,19 @@ from nanochat.execution import check_function
 from tasks.common import CodeTask, Conversation
 from tasks.sources import load_rows
 
-_CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+# Whatever stands behind the opening fence: models write python3, Python or a title there.
+_CODE_BLOCK = re.compile(r"(```|~~~)[^\n`]*\n(.*?)(?:\n[ \t]*\1|\Z)", re.DOTALL)
 
 
 def extract_code(completion: str) -> str:
     """The first fenced code block of an answer, or the whole answer when it has none."""
+    completion = completion.replace("\r\n", "\n")
     block = _CODE_BLOCK.search(completion)
-    return block[1] if block else completion
+    if block is None:
+        return completion
+    before = completion[: block.start()].rpartition("\n")[2]
+    indent = before if before.isspace() else ""  # a block inside a list stands further right
+    return "\n".join(line.removeprefix(indent) for line in block[2].split("\n"))
 
 
 def build_solution(prompt: str, entry_point: str, completion: str) -> str:

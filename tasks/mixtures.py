@@ -6,6 +6,7 @@ passes them more often, instead of a little of everything.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,9 +48,12 @@ def _own(path: str) -> Conversations:
     rows = load_conversations(path)
     if len(rows) < 2:
         raise ValueError(f"--chat_data={path} has {len(rows)} conversations: at least 2 are needed, one for validation")
-    stride = min(VAL_STRIDE, len(rows))
-    train = [row for i, row in enumerate(rows) if i % stride]
-    return Conversations(train, rows[::stride], path)
+    chosen = set(range(0, len(rows), VAL_STRIDE))
+    if len(chosen) == 1:  # few conversations: one of middling length, since the first may be the longest
+        by_length = sorted(range(len(rows)), key=lambda i: len(json.dumps(rows[i])))
+        chosen = {by_length[len(rows) // 2]}
+    train = [row for i, row in enumerate(rows) if i not in chosen]
+    return Conversations(train, [rows[i] for i in sorted(chosen)], path)
 
 
 def _demo(stage: str) -> Conversations:

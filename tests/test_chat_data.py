@@ -281,6 +281,9 @@ def test_bad_files_name_the_line(tmp_path: Path) -> None:
         path.write_text(json.dumps(PAIR) + "\n" + line + "\n")
         with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: .*{complaint}"):
             load_conversations(path)
+    path.write_bytes((json.dumps(PAIR) + "\n").encode() + '["café"]'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not UTF-8"):
+        load_conversations(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no conversations"):
         load_conversations(path)

@@ -469,6 +469,15 @@ def test_downloaded_zip_is_unpacked_whole_and_a_damaged_one_removed(bundle_folde
         get_bundle_folder()
     assert not archive.exists()
     assert not (base_dir / "eval_bundle").exists()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("eval_bundle/core.yaml", "a: 1\n" * 10000)
+    data = bytearray(archive.read_bytes())
+    middle = data.index(b"core.yaml") + 40
+    data[middle : middle + 15] = bytes(255 - byte for byte in data[middle : middle + 15])
+    archive.write_bytes(data)
+    with pytest.raises(FileNotFoundError, match="removed, run again"):
+        get_bundle_folder()
+    assert not archive.exists()
     with zipfile.ZipFile(archive, "w") as z:
         for path in bundle_folder.rglob("*"):
             if path.is_file():

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -247,6 +249,18 @@ def test_a_list_of_urls(hub: Hub, tmp_path: Path) -> None:
             download_shards(f"urls:{tmp_path}/bad.txt", None)
 
 
+def test_a_list_that_grows_never_trains_on_what_validated(hub: Hub, tmp_path: Path) -> None:
+    urls = [f"{hub.url}/shard_{i:05d}.parquet" for i in (0, 1, 2, 9)]
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(urls[:2]))
+    first = load_manifest(download_shards(f"urls:{listed}", 1))
+    listed.write_text("\n".join(urls))
+    later = load_manifest(download_shards(f"urls:{listed}", 3))
+    assert [entry.name for entry in later.validation] == [entry.name for entry in first.validation]
+    assert len(later.train) == 3
+    assert not {entry.name for entry in later.train} & {entry.name for entry in later.validation}
+
+
 def test_local_folders_and_unknown_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shard(tmp_path / "a.parquet", [["a"] * 20])
     run_script(dataset.main, dataset.Config, ["--source", str(tmp_path)])
@@ -419,6 +433,15 @@ def test_retry_after_is_respected(hub: Hub, tmp_path: Path, monkeypatch: pytest.
     assert retry_after(error) == 7
     response.headers["Retry-After"] = "100000"
     assert retry_after(error) == 300
+    in_a_minute = datetime.now(timezone.utc) + timedelta(seconds=60)
+    response.headers["Retry-After"] = format_datetime(in_a_minute, usegmt=True)
+    assert 50 < retry_after(error) <= 60
+    for nonsense in ("soon", "Wed, 99 Oct"):
+        response.headers["Retry-After"] = nonsense
+        assert retry_after(error) == 0
+    del response.headers["Retry-After"]
+    response.headers["RateLimit"] = '"resolvers";r=0;t=35'  # as the Hugging Face hub says it
+    assert retry_after(error) == 35
     monkeypatch.setenv("NANOCHAT_DOWNLOAD_BACKOFF", "soon")
     monkeypatch.setenv("NANOCHAT_DOWNLOAD_ATTEMPTS", "2")
     hub.faults = {"x": ["500"]}

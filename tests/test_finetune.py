@@ -223,6 +223,32 @@ def test_a_resumed_run_by_the_clock_reads_the_same_mixture(tiny_model, monkeypat
         assert plan_budget(FinetuneConfig(hours=2.0), config, compute, record).tokens > first.tokens
 
 
+def test_of_few_conversations_a_middling_one_validates(tmp_path):
+    turns = [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x" * n}] for n in (900, 3, 50, 7, 20)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(messages) + "\n" for messages in turns))
+    own = conversations("mid", str(path), Budget(None, 4))
+    assert [len(c["messages"][1]["content"]) for c in own.val] == [20]
+    assert len(own.train) == 4
+
+
+def test_validation_that_cannot_fit_is_refused_before_training(saved_mid):
+    data = DATA._replace(val=[chat(63), chat(70)])
+    with pytest.raises(ValueError, match="kept for validation"):
+        finetune(SFT, config(), lambda budget: data)
+    assert not list(checkpoint_folder("sft", "d2").glob("*.jsonl"))
+
+
+def test_a_batch_that_is_many_times_the_data_is_said(saved_mid, capsys):
+    data = DATA._replace(train=[chat(n) for n in range(1, 5)])
+    finetune(SFT, config(num_iterations=1, total_batch_size=4096), lambda budget: data)
+    out = capsys.readouterr().out
+    assert "a smaller --total_batch_size makes more steps" in out
+    assert "each about" in out
+
+
 def test_without_a_limit_the_mixture_is_whole():
     assert mid_sizes(Budget(None, 12)) == {**MID_TASKS, "identity": 2000}
     assert mid_sizes(Budget(10**12, 12)) == {**MID_TASKS, "identity": 2000}

@@ -364,7 +364,15 @@ def test_export_does_not_overwrite_other_things(checkpoint, tmp_path):
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds no export"):
         export_hf.main(export_hf.Config(output=str(tmp_path / "precious")))
+    (tmp_path / "precious" / "config.json").write_text("{}")  # somebody else's model
+    with pytest.raises(ValueError, match="holds no export"):
+        export_hf.main(export_hf.Config(output=str(tmp_path / "precious")))
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+    for _ in range(2):  # its own export it replaces
+        export_hf.main(export_hf.Config(output=str(tmp_path / "export")))
+    (tmp_path / "export" / ".git").mkdir()
+    with pytest.raises(ValueError, match=r"also \.git, which would be lost"):
+        export_hf.main(export_hf.Config(output=str(tmp_path / "export")))
 
 
 def test_import_keeps_the_tokenizer_that_other_models_need(checkpoint, tmp_path):

@@ -140,6 +140,16 @@ def test_an_answer_ends_with_a_chosen_end_unless_it_was_cut(tiny_model, tiny_tok
         assert new == 8 or (end and mask[-1] == 1)
 
 
+def test_an_answer_that_ends_with_bos_is_credited_for_bos(tiny_model, tiny_tokenizer):
+    """The gradient must reinforce the token that was sampled, not another one that would also end an answer."""
+    bos = tiny_tokenizer.get_bos_token_id()
+    with torch.no_grad():
+        tiny_model.lm_head.weight.zero_()
+        tiny_model.lm_head.weight[bos] = 100 * tiny_model.hidden(torch.tensor([[bos]]))[0, -1]
+    ((ids, mask),) = answer_prompts(Engine(tiny_model, tiny_tokenizer), [[bos]], 8, 1.0, None, seed=3)
+    assert (ids, mask) == ([bos, bos], [0, 1])
+
+
 def test_batches_hold_every_useful_answer_once(tiny_model, tiny_tokenizer):
     one = next(make_loader(tiny_model, tiny_tokenizer, micro_batches=1))
     several = make_loader(tiny_model, tiny_tokenizer, micro_batches=5)

@@ -271,6 +271,12 @@ def test_humaneval_program_keeps_the_imports_and_helpers_of_the_prompt():
     assert program.count("import math") == 1
     assert program.count("def f(x)") == 1  # the prompt's own unfinished f is left out
     assert extract_code("a ```python\nx = 1\n``` b") == "x = 1"
+    for fence in ("```", "```py", "```python3", "```Python", '```python title="x"', "~~~"):
+        answer = f"So:\n{fence}\nx = 1\n  y = 2\n{fence[:3]}\nThis works.\n"
+        assert extract_code(answer) == "x = 1\n  y = 2"
+        assert extract_code(answer.replace("\n", "\r\n")) == "x = 1\n  y = 2"
+    assert extract_code("1. So:\n   ```python\n   if x:\n       y\n   ```\n") == "if x:\n    y"
+    assert extract_code("x = 1") == "x = 1"
 
 
 # --- spelling ---------------------------------------------------------------------------------------------------------

@@ -177,6 +177,32 @@ def test_html_shows_what_a_browser_shows(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "a.html") == ["A & B\n\none two three\n\nx\n\ny"]
 
 
+def test_html_may_leave_out_the_ends_of_head_and_body(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text("<!DOCTYPE html><head><title>T</title><meta charset=utf-8><p>Visible <b>too</b>")
+    (tmp_path / "b.html").write_text("<!DOCTYPE html><title>T</title><p>Visible")
+    assert documents_of(tmp_path / "a.html") == ["Visible too"]
+    assert documents_of(tmp_path / "b.html") == ["Visible"]
+
+
+def test_tables_of_excel_and_capital_names(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id;text\n1;"one; two, three"\n2;four\n')
+    assert documents_of(tmp_path / "a.csv") == ["one; two, three", "four"]
+    (tmp_path / "A.TSV").write_text("id\ttext\n1\tone, two\n")
+    assert documents_of(tmp_path / "A.TSV") == ["one, two"]
+    (tmp_path / "b.csv").write_text("text\nno comma at all\n")
+    assert documents_of(tmp_path / "b.csv") == ["no comma at all"]
+    (tmp_path / "c.csv").write_text("")
+    assert documents_of(tmp_path / "c.csv") == []
+
+
+def test_a_null_is_blank_and_other_things_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "b"}\n')
+    assert documents_of(tmp_path / "a.jsonl") == ["", "b"]
+    (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(ValueError, match="found a int in 'text'"):
+        documents_of(tmp_path / "b.jsonl")
+
+
 def test_markdown_is_cut_at_headings_but_not_in_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files, "SECTION_CHARS", 20)
     parts = ["# One\n\ntext text text text\n", "## Two\n```\n# no heading, a comment\n```\n### Three\n", "# Four\n"]
