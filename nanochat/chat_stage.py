@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from nanochat.checkpoint_manager import Checkpoint, build_model, check_tokenizer, choose_tag, load_checkpoint
 from nanochat.common import print0
-from nanochat.config import Runtime
+from nanochat.config import Runtime, positive
 from nanochat.gpt import GPT
 from nanochat.lora import (
     add_lora,
@@ -204,12 +205,12 @@ def train_settings(cfg: StageConfig, schedule: Schedule, grad_accum_steps: int) 
     return TrainSettings(
         schedule=schedule,
         grad_accum_steps=grad_accum_steps,
-        grad_clip=cfg.grad_clip or None,
-        eval_every=cfg.eval_every or None,
-        save_every=cfg.save_every or None,
-        save_every_minutes=cfg.save_every_minutes,
+        grad_clip=positive(cfg.grad_clip),
+        eval_every=positive(cfg.eval_every),
+        save_every=positive(cfg.save_every),
+        save_every_minutes=positive(cfg.save_every_minutes) or math.inf,
         keep_last=cfg.keep_last,
-        keep_every=cfg.keep_every or None,
+        keep_every=positive(cfg.keep_every),
     )
 
 

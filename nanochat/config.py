@@ -77,6 +77,11 @@ def _one_line(box: str) -> str:
     return " ".join(line for line in kept if line) or "the flags could not be understood"
 
 
+def positive(value: float | None) -> Any:
+    """`value`, or None where it is 0 or below: nanochat's users switch things off by 0 and by -1."""
+    return value if value is not None and value > 0 else None
+
+
 def run_script(main: Callable[[Any], Any], config: type[Any], argv: Sequence[str] | None = None) -> None:
     """Parse `config` and call `main` with it.
 

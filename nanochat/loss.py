@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 # Memory for the float32 logits of one chunk. A CPU is faster when they stay near its caches.
 CHUNK_BYTES = {"cpu": 4 << 20}
 CHUNK_BYTES_DEFAULT = 256 << 20
+# A float16 sum of more unscaled gradients could overflow, with a small vocabulary. A guess.
+MOST_CHUNK_TOKENS = 8192
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -25,7 +27,8 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 
 
 def _chunk_tokens(device: torch.device, vocab: int, chunk_bytes: int | None = None) -> int:
-    return max(64, (chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES_DEFAULT)) // (4 * vocab))
+    tokens = (chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES_DEFAULT)) // (4 * vocab)
+    return max(64, min(tokens, MOST_CHUNK_TOKENS))
 
 
 def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float) -> tuple[Tensor, ...]:

@@ -344,6 +344,10 @@ def _container_ram() -> int:
     try:
         folder = Path("/sys/fs/cgroup")
         limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        return int(limit) - int((folder / "memory.current").read_text(encoding="ascii"))
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        stat = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
+        # Pages of files count as used, but give way; `docker stats` leaves out the inactive ones too.
+        return int(limit) - used + stat.get("inactive_file", 0)
     except (OSError, ValueError):
         return 1 << 62

@@ -133,7 +133,7 @@ class LossScaler:
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.scale *= 0.5
-        elif self.good_steps == self.growth_interval:
+        elif self.good_steps >= self.growth_interval:  # a resume may have shortened it
             self.scale *= 2.0
             self.good_steps = 0
 

@@ -147,14 +147,14 @@ class Trainer:
         multiplier = self.settings.schedule.apply(self.optimizer.param_groups, self.state.step, self._place())
         self._data_seconds = 0.0
         batches = self._next_batches()
-        if self._compile is None:
-            self._decide_compile(batches[0].x)
         result, loss = self._attempt(batches)
         while result.skipped:
             self._report_skip(result, loss)
             if not result.retry:
                 batches = self._next_batches()
             result, loss = self._attempt(batches)
+        if self._compile is None:  # now that it is known how many rows fit
+            self._decide_compile(next(self._pieces(batches[0])).x)
         self.state.tokens += sum(batch.x.numel() for batch in batches) * self.compute.world_size
         metrics = {
             "loss": loss,
@@ -200,8 +200,7 @@ class Trainer:
         total, fits = torch.zeros((), device=self.compute.device), True
         try:
             for batch in batches:
-                rows = len(batch.x) if self.micro is None else self.micro.rows * self._row_split
-                for piece in batch.pieces(rows):
+                for piece in self._pieces(batch):
                     with self.compute.precision.autocast():
                         loss = self.summed_loss(piece) * weight
                     self.compute.precision.backward(loss)
@@ -212,6 +211,10 @@ class Trainer:
             fits = False
         (failed,) = self.compute.any_rank(not fits)
         return None if failed else total
+
+    def _pieces(self, batch: Batch) -> Iterator[Batch]:
+        """The parts of a micro-batch that fit into memory at a time."""
+        return batch.pieces(len(batch.x) if self.micro is None else self.micro.rows * self._row_split)
 
     def _take_smaller_pieces(self, batches: list[Batch]) -> None:
         """Forget the gradients of a step that ran out of memory and take the next measure, on all ranks."""

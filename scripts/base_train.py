@@ -7,8 +7,9 @@ torchrun --standalone --nproc_per_node=8 --max_restarts=3 -m scripts.base_train 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder, load_weights
 from nanochat.clock import Clock
 from nanochat.common import Compute, measure_matmul, print0, print_banner, setup_compute
-from nanochat.config import Runtime, run_script
+from nanochat.config import Runtime, positive, run_script
 from nanochat.dataloader import Mode, PretrainLoader
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
 from nanochat.gpt import GPT, GPTConfig
@@ -189,6 +190,16 @@ class Config:
             raise ValueError(f"--hours must be positive, got {self.hours}")
         if self.keep_last < 1:
             raise ValueError(f"--keep_last must be at least 1, got {self.keep_last}")
+        if self.num_iterations == 0:
+            raise ValueError("--num_iterations must be positive, got 0 (leave it out, or -1, for another horizon)")
+        if self.target_param_data_ratio is not None and self.target_param_data_ratio == 0:
+            raise ValueError("--target_param_data_ratio must be positive, got 0")
+        if not 0 <= self.short_rows_ratio <= 1:
+            raise ValueError(f"--short_rows_ratio must be from 0 to 1, got {self.short_rows_ratio}")
+        if self.short_rows_ratio and self.max_seq_len % 4:
+            raise ValueError(
+                f"--short_rows_ratio cuts rows into quarters, and --max_seq_len={self.max_seq_len} has none"
+            )
 
     @property
     def tag(self) -> str:
@@ -258,7 +269,7 @@ def make_plan(
     by_time = cfg.hours is not None and not by_steps
     if horizon_tokens is None and by_time and cfg.hours is not None and preset.scales:
         horizon_tokens = int(cfg.hours * 3600 * tflops() * 1e12 * SHARE_OF_MATMUL_SPEED * world_size / flops)
-    ratio = cfg.target_param_data_ratio or preset.tokens_per_parameter
+    ratio = positive(cfg.target_param_data_ratio or 0) or preset.tokens_per_parameter
     tokens = horizon_tokens or _horizon(
         cfg, preset.scaling_params(model), ratio, flops, partial(batch_for_steps, preset, model)
     )
@@ -326,6 +337,7 @@ def validation(
         rank=compute.rank,
         world_size=compute.world_size,
         max_rows=max(1, tokens // cfg.max_seq_len),
+        skip_bad_shards=cfg.skip_bad_shards,
     )
     return evaluate_bpb(model, loader, None, get_token_bytes(compute.device), compute.precision.autocast())
 
@@ -395,8 +407,10 @@ def fit_to_device(cfg: Config, plan: Plan, model: GPT, compute: Compute, checkpo
     if checkpoint is None and PRESETS[cfg.recipe].scales:
         tokens = int(STEP_SHARE * plan.schedule.seconds * speed)
     plan = replan(tokens, rows=rows)
-    # Without a backward pass three times as fast.
-    eval_tokens = min(cfg.eval_tokens, max(rows * T * world, int(3 * EVAL_SHARE * plan.schedule.seconds * speed)))
+    # Without a backward pass three times as fast. All together get at most twice the share of one.
+    evaluations = tokens / plan.batch.total_tokens / cfg.eval_every if cfg.eval_every > 0 else 1
+    share = EVAL_SHARE / max(1.0, evaluations / 2)
+    eval_tokens = min(cfg.eval_tokens, max(rows * T * world, int(3 * share * plan.schedule.seconds * speed)))
     print0(f"about {speed:,.0f} tokens per second; {eval_tokens:,} tokens per evaluation")
     return Fit(plan, micro, eval_tokens)
 
@@ -414,6 +428,11 @@ def train(cfg: Config, plan: Plan, compute: Compute, clock: Clock) -> None:
     if checkpoint is not None and plan.horizon_tokens != checkpoint.meta.get("horizon_tokens", plan.horizon_tokens):
         # A horizon in hours was measured; the batch must not change with the machine's mood.
         plan = make_plan(cfg, plan.model.vocab_size, compute.world_size, checkpoint.meta["horizon_tokens"])
+    if checkpoint is not None and cfg.total_batch_size is None and "total_batch_size" in checkpoint.meta:
+        # A batch that follows from the horizon is rounded to what the processes share; their number may have changed.
+        cfg = replace(cfg, total_batch_size=checkpoint.meta["total_batch_size"])
+        horizon = checkpoint.meta["horizon_tokens"]
+        plan = make_plan(cfg, plan.model.vocab_size, compute.world_size, horizon, rows=plan.batch.device_batch_size)
     refuse_too_large(plan.model, compute, plan.batch.sequence_len, only_warn=cfg.device_batch_size != "auto")
     model = GPT(plan.model)
     model.activation_checkpointing = cfg.activation_checkpointing
@@ -459,17 +478,18 @@ def train(cfg: Config, plan: Plan, compute: Compute, clock: Clock) -> None:
         settings=TrainSettings(
             schedule=plan.schedule,
             grad_accum_steps=plan.batch.grad_accum_steps,
-            grad_clip=cfg.grad_clip or None,
-            eval_every=cfg.eval_every or None,
-            sample_every=cfg.sample_every or None,
-            save_every=cfg.save_every or None,
-            save_every_minutes=cfg.save_every_minutes,
+            grad_clip=positive(cfg.grad_clip),
+            eval_every=positive(cfg.eval_every),
+            sample_every=positive(cfg.sample_every),
+            save_every=positive(cfg.save_every),
+            save_every_minutes=positive(cfg.save_every_minutes) or math.inf,
             keep_last=cfg.keep_last,
-            keep_every=cfg.keep_every or None,
+            keep_every=positive(cfg.keep_every),
         ),
         folder=folder,
         meta={"config": config, "inputs": inputs, "tokenizer_hash": tokenizer.hash, "corpus": corpus.name}
-        | {"horizon_tokens": plan.horizon_tokens, "eval_tokens": fit.eval_tokens},
+        | {"horizon_tokens": plan.horizon_tokens, "total_batch_size": plan.batch.total_tokens}
+        | {"eval_tokens": fit.eval_tokens},
         clock=clock,
         micro=fit.micro,
         evaluate=lambda: validation(

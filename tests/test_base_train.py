@@ -1,6 +1,7 @@
 """The plan of a pretraining run: what the recipes derive, what flags override, and a run of each."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,13 +62,18 @@ def test_flags_go_before_the_recipe():
         plan_of("--depth=4", "--n_kv_head=3")
 
 
-@pytest.mark.parametrize("recipe", PRESETS)
-def test_a_run_of_each_recipe(recipe, tiny_tokenizer, base_dir, tmp_path, monkeypatch, capsys):
-    text = tmp_path / "text"
-    text.mkdir()
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
     for name in ("a", "b"):
         lines = [json.dumps({"text": f"Rain {name} {i} fills the rivers. " * 30}) for i in range(40)]
-        (text / f"{name}.jsonl").write_text("\n".join(lines))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_a_run_of_each_recipe(recipe, tiny_tokenizer, base_dir, text):
     tiny_tokenizer.save(base_dir / "tokenizer")
     flags = ["--depth=2", "--max_seq_len=64", "--device_batch_size=4", "--total_batch_size=256", "--num_iterations=12"]
     flags += ["--eval_tokens=256", "--sample_every=0", f"--data_dir={text}", f"--recipe={recipe}", "--device_type=cpu"]
@@ -81,3 +87,65 @@ def test_a_run_of_each_recipe(recipe, tiny_tokenizer, base_dir, tmp_path, monkey
     meta = load_checkpoint(folder).meta
     assert meta["model_config"]["smear"] == (recipe != "classic")
     assert torch.isfinite(torch.tensor(losses)).all()
+
+
+def test_minus_one_switches_off_as_zero_does(base_dir, text, tiny_tokenizer):
+    tiny_tokenizer.save(base_dir / "tokenizer")
+    flags = ["--depth=1", "--max_seq_len=32", "--total_batch_size=64", "--device_batch_size=2", "--num_iterations=4"]
+    flags += ["--device_type=cpu", "--eval_tokens=64", f"--data_dir={text}", "--compile=off"]
+    losses = []
+    for off in ("0", "-1"):
+        names = ("eval_every", "sample_every", "save_every", "keep_every", "grad_clip", "save_every_minutes")
+        main(parse_config(Config, [*flags, *(f"--{name}={off}" for name in names), f"--model_tag=off{off}"]))
+        folder = base_dir / "base_checkpoints" / f"off{off}"
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert len([r for r in records if "val_bpb" in r]) == 1
+        losses.append([r["loss"] for r in records if "loss" in r])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"num_iterations": 0}, "num_iterations must be positive"),
+        ({"target_param_data_ratio": 0}, "target_param_data_ratio must be positive"),
+        ({"short_rows_ratio": 7}, "from 0 to 1"),
+        ({"short_rows_ratio": 0.5, "max_seq_len": 62}, "max_seq_len=62 has none"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Config(**settings)
+
+
+def test_more_processes_go_on_with_the_batch_of_the_start(base_dir, text, tiny_tokenizer, monkeypatch):
+    """The batch of a horizon is rounded to what the processes share; a resume by others must not change the run."""
+    import scripts.base_train as script
+    from nanochat.trainer import Trainer
+
+    tiny_tokenizer.save(base_dir / "tokenizer")
+    flags = ["--depth=1", "--max_seq_len=64", "--num_iterations=6", "--device_type=cpu", "--eval_tokens=64"]
+    flags += [f"--data_dir={text}", "--compile=off", "--save_every=2", "--sample_every=0"]
+    original = Trainer.train_step
+
+    def killed(self):
+        if self.state.step == 3:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(parse_config(Config, flags))
+    monkeypatch.setattr(Trainer, "train_step", original)
+    folder = base_dir / "base_checkpoints" / "d1"
+    batch = load_checkpoint(folder).meta["total_batch_size"]
+    plans = script.make_plan
+
+    def as_if_more_ranks(cfg, *args, **kwargs):
+        plan = plans(cfg, *args, **kwargs)
+        return plan if cfg.total_batch_size else plans(replace(cfg, total_batch_size=2 * batch), *args, **kwargs)
+
+    monkeypatch.setattr(script, "make_plan", as_if_more_ranks)
+    main(parse_config(Config, flags))
+    meta = load_checkpoint(folder).meta
+    assert (meta["total_batch_size"], meta["state"]["step"], meta["state"]["tokens"]) == (batch, 6, 6 * batch)

@@ -17,6 +17,7 @@ from nanochat.checkpoint_manager import load_checkpoint, rng_state, saved_steps
 from nanochat.common import setup_compute
 from nanochat.config import Runtime
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.memory import MicroBatch
 from nanochat.optim import MuonAdamW
 from nanochat.precision import NonFiniteError
 from nanochat.recipe import Schedule, parameter_groups
@@ -251,6 +252,17 @@ def measuring(trainer, monkeypatch, times):
     queue = list(times)
     monkeypatch.setattr(compiling, "seconds_per_pass", lambda *arguments: queue.pop(0))
     return calls
+
+
+def test_compiling_is_measured_with_the_rows_that_fit(base_dir, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nanochat.trainer.should_compile", lambda model, compute, idx, *_: bool(seen.append(idx.shape)))
+    trainer = make(base_dir / "t", steps=2)
+    trainer.compute.compile = trainer.compute.measure_compile = True
+    trainer.__post_init__()
+    trainer.micro = MicroBatch(1)
+    trainer.run()
+    assert seen == [(1, T)]
 
 
 @pytest.mark.parametrize(
