@@ -171,9 +171,9 @@ class Schedule:
         return 1 if progress >= self.short_rows_ratio else 2 if progress >= self.short_rows_ratio / 2 else 4
 
     def progress(self, step: int, elapsed_seconds: float) -> float:
-        """Share of the run that lies behind at `step`: 0 at the first step, 1 at the last one if steps are counted."""
+        """Share of the run that lies behind before `step`: 0 at the first one, 1 after the last one."""
         if self.num_iterations is not None:
-            return min(1.0, step / max(1, self.num_iterations - 1))
+            return min(1.0, step / self.num_iterations)
         assert self.seconds is not None
         return min(1.0, elapsed_seconds / self.seconds)
 

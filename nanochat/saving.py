@@ -19,6 +19,7 @@ from nanochat.common import Compute, print0
 from nanochat.signals import Stopped
 
 RETRY_SECONDS = 30.0  # after a checkpoint that could not be written
+WORTH_SAVING = 60.0  # seconds of training that a checkpoint before the last evaluation is worth
 SAVES_PER_RUN = 20  # a short run is saved at least this often: a kill must not cost much of it
 
 
@@ -113,6 +114,12 @@ class Saver:
         if failed:
             self._has_failed()
         return not failed
+
+    def before_the_end(self) -> None:
+        """Begin to save what the last evaluation, should it fail, would take along."""
+        (due,) = self.compute.any_rank(time.monotonic() - self._last_save > WORTH_SAVING)
+        if due:
+            self.save(complete=False, wait=False)
 
     def save_finished(self) -> None:
         """The last checkpoint: nothing is left to do but to wait for a disk that can take it.

@@ -267,6 +267,7 @@ class Trainer:
         try:
             with StopRequest() as stop:
                 self._train(stop)
+                self.saver.before_the_end()
                 self._final_evaluation()
                 self.saver.save_finished()
                 self.complete = True

@@ -32,10 +32,11 @@ from nanochat.recipe import (
 )
 def test_learning_rate_is_never_negative_and_ends_at_its_final_value(n, warmup, warmdown, final):
     schedule = Schedule(num_iterations=n, warmup_ratio=warmup, warmdown_ratio=warmdown, final_lr_frac=final)
-    values = [schedule.lr_multiplier(schedule.progress(step, 0.0)) for step in range(n)]
+    values = [schedule.lr_multiplier(schedule.progress(step, 0.0)) for step in range(n + 1)]
     assert all(0 <= v <= 1 for v in values)
-    if warmdown > 0:
-        assert values[-1] == pytest.approx(final, abs=1e-9)
+    if warmdown > 0:  # reached when the last step is made: none of rate 0 is computed for nothing
+        assert values[n] == pytest.approx(final, abs=1e-9)
+        assert values[n - 1] > 0
     assert schedule.finished(n, 0.0)
     assert not schedule.finished(n - 1, 0.0)
 
@@ -88,7 +89,7 @@ def test_momentum_rises_to_its_end_and_falls_with_the_learning_rate():
 
 
 def test_warmup_in_steps():
-    schedule = Schedule(num_iterations=101, warmup_steps=10, warmdown_ratio=0.5, final_lr_frac=0.1)
+    schedule = Schedule(num_iterations=100, warmup_steps=10, warmdown_ratio=0.5, final_lr_frac=0.1)
     values = [schedule.lr_multiplier(schedule.progress(step, 0.0), step) for step in range(101)]
     assert values[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert values[10:51] == [1.0] * 41
@@ -160,7 +161,7 @@ def test_every_parameter_is_in_one_group_and_a_step_works(name, switches):
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())
     optimizer = MuonAdamW(groups)
     schedule = Schedule(num_iterations=10, decay_to_zero=True, warmdown_ratio=0.5)
-    multiplier = schedule.apply(optimizer.param_groups, 9, 0.0)
+    multiplier = schedule.apply(optimizer.param_groups, 10, 0.0)
     assert multiplier == 0.0
     assert [g["weight_decay"] for g in optimizer.param_groups if g["kind"] == "muon"] == [pytest.approx(0.0)]
     schedule.apply(optimizer.param_groups, 2, 0.0)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanochat import checkpoint_writer, compiling
+from nanochat import checkpoint_writer, compiling, saving
 from nanochat.checkpoint_manager import load_checkpoint, rng_state, saved_steps
 from nanochat.common import setup_compute
 from nanochat.config import Runtime
@@ -407,6 +407,17 @@ def test_the_finished_model_waits_for_the_disk_and_then_gives_up_with_a_reason(b
     monkeypatch.setattr(checkpoint_writer, "write_safetensors", full)
     with pytest.raises(RuntimeError, match="finished model could not be written"):
         trainer.run()
+
+
+def test_a_last_evaluation_that_fails_takes_no_training_along(base_dir, monkeypatch):
+    monkeypatch.setattr(saving, "WORTH_SAVING", 0.0)
+    trainer = make(base_dir / "t", steps=3)
+    trainer.evaluate = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    checkpoint = load_checkpoint(base_dir / "t")
+    assert checkpoint.meta["step"] == 3
+    assert not checkpoint.meta["complete"]
 
 
 def test_training_does_not_wait_for_a_slow_disk(base_dir, monkeypatch):
