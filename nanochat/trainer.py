@@ -225,7 +225,9 @@ class Trainer:
         before = self.micro or MicroBatch(rows, None, self.model.activation_checkpointing)
         self.micro = before.smaller()
         if self.micro is None:
-            raise too_large(self.model.config, self.compute, free_memory(self.compute.device))
+            own = [*self.model.parameters(), *self.optimizer.own_flat_state().values()]  # another size has it too
+            budget = free_memory(self.compute.device) + sum(x.numel() * x.element_size() for x in own)
+            raise too_large(self.model.config, self.compute, budget)
         use_micro_batch(self.model, self.micro)
         print0(f"{self.label}: out of memory with {before}; the step is made again with {self.micro}, nothing is lost")
 
