@@ -16,7 +16,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from pathlib import Path
@@ -59,6 +59,9 @@ class Logger(Protocol):
     def log(self, section: str, data: Any, metrics: Mapping[str, float] | None = None) -> Path | None:
         """Store a section; see Report.log."""
 
+    def section_for(self, section: str, part: str, metrics: Iterable[str]) -> str:
+        """Where a part of an evaluation belongs; see Report.section_for."""
+
 
 class Report:
     """Reads and writes the sections in one folder."""
@@ -88,6 +91,17 @@ class Report:
         write_json(path.with_suffix(".json"), record)
         write_text(path, render_section(record))
         return path
+
+    def section_for(self, section: str, part: str, metrics: Iterable[str]) -> str:
+        """The title under which a part of an evaluation loses nothing: `section`, or one of its own beside it.
+
+        Args:
+            section: the title of the whole evaluation.
+            part: which part it is.
+            metrics: the names that it gives values to; the stored section may have others.
+        """
+        stored = read_json(self.folder / f"{slugify(section)}.json").get("metrics", {})
+        return f"{section}: {part}" if set(stored) - set(metrics) else section
 
     def reset(self) -> None:
         """Forget every section and note machine, code and time: the wall clock starts now."""
@@ -147,6 +161,10 @@ class SilentReport:
 
     def log(self, section: str, data: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Ignore the section."""
+
+    def section_for(self, section: str, part: str, metrics: Iterable[str]) -> str:
+        """It will be ignored anyway."""
+        return section
 
 
 def get_report() -> Logger:

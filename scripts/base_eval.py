@@ -114,7 +114,8 @@ def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> Non
     """Evaluate the model on the bundle; write what came out."""
     start = time.monotonic()
     subject = load_subject(cfg, compute.device)
-    csv_path = get_base_dir() / "base_eval" / f"{subject.slug}.csv"
+    part = f"_{slugify(cfg.tasks)}" if cfg.tasks else ""  # beside the file of all tasks
+    csv_path = get_base_dir() / "base_eval" / f"{subject.slug}{part}.csv"
     finished = ResumeLog(csv_path.with_suffix(".unfinished") / fingerprint(cfg, folder, subject, compute))
     if finished.records:
         print0(f"going on after {len(finished.records)} examples that an earlier run has answered")
@@ -145,7 +146,8 @@ def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> Non
             "time": format_seconds(time.monotonic() - start),
         }
         if cfg.hf_path is None:  # the report is about our own model
-            get_report().log(SECTION, [facts, report_lines(result)], metrics={name: result.core})
+            section = get_report().section_for(SECTION, cfg.tasks, [name]) if cfg.tasks else SECTION
+            get_report().log(section, [facts, report_lines(result)], metrics={name: result.core})
 
 
 def read_answers(folder: Path, result: CoreResult) -> list[dict[str, Any]]:

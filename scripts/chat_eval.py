@@ -161,7 +161,10 @@ def report(
     lines[core_name] = f"{core:.4f} ± {stderr:.4f}"
     metrics = {name: score.accuracy for name, score in zip(names, scores, strict=True)} | {core_name: core}
     notes = {f"{name} not evaluated": reason for name, reason in missing.items()}
-    get_report().log(f"Chat evaluation {cfg.source}", [settings, lines, notes], metrics=metrics)
+    section = f"Chat evaluation {cfg.source}"
+    if cfg.task_name is not None:
+        section = get_report().section_for(section, ", ".join(names), metrics)
+    get_report().log(section, [settings, lines, notes], metrics=metrics)
 
 
 def main(cfg: Config) -> None:

@@ -293,6 +293,14 @@ def test_chat_eval_takes_the_tasks_there_are_and_lists_the_others(trained, base_
     assert any("HumanEval not evaluated" in part for part in record["data"])
 
 
+def test_a_part_of_an_evaluation_does_not_replace_the_whole(trained, base_dir):
+    run_script(chat_eval.main, chat_eval.Config, ["-m", "3"])
+    whole = section(base_dir, "chat-evaluation-sft")
+    run_script(chat_eval.main, chat_eval.Config, ["-a", "ARC-Easy", "-x", "2"])
+    assert section(base_dir, "chat-evaluation-sft") == whole
+    assert set(section(base_dir, "chat-evaluation-sft-arc-easy")["metrics"]) == {"ARC-Easy", "ChatCORE (partial)"}
+
+
 def test_chat_eval_without_any_data_says_so_and_exits_well(trained, base_dir, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("NANOCHAT_TASK_DIR", str(tmp_path / "nothing"))
     run_script(chat_eval.main, chat_eval.Config, [])
@@ -381,6 +389,9 @@ def test_base_eval_with_fewer_examples_than_shots(trained, bundle, base_dir, cap
     answers = read_jsonl(path.with_suffix(".jsonl"))
     assert [(answer["task"], answer["index"]) for answer in answers] == [("t", i) for i in range(4)]
     assert not path.with_suffix(".unfinished").exists()
+    run_script(base_eval.main, base_eval.Config, [f"--eval_bundle={bundle}", "--max_per_task=4", "--tasks=t"])
+    assert set(section(base_dir, "base-model-evaluation")["metrics"]) == {"CORE"}
+    assert {path.name for path in path.parent.glob("*.csv")} == {path.name, "base_d2_000007_t.csv"}
 
 
 def test_base_eval_without_a_bundle(trained, base_dir, monkeypatch, capsys):
