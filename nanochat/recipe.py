@@ -127,15 +127,19 @@ MODERN = Preset(
         "gates": {"weight_decay": 0.0},
     },
 )
-# The modern model with the classic optimizer and rates, and a small batch. Source: dev/LOG.md, "the recipe for a small
-# budget"; the batch grows from the measured one as in Power Lines.
+# The modern model and optimizer with the classic momentum and rates, but for the matrices', and a small batch. Source:
+# dev/LOG.md, "the recipe for a small budget" and "modern's optimizer in small"; the batch grows from the measured one as
+# in Power Lines.
 SMALL = replace(
     CLASSIC,
-    switches=NANOCHAT_2026,
+    switches=MODERN.switches,
+    matrix_lr=0.03,
     total_batch_size=None,
     batch_at=(4096, 1e6),
-    tokens_per_parameter=12.0,
-    warmdown_ratio=0.65,
+    tokens_per_parameter=MODERN.tokens_per_parameter,
+    warmdown_ratio=MODERN.warmdown_ratio,
+    muon=MODERN.muon,
+    adam=MODERN.adam,
 )
 PRESETS = {"small": SMALL, "classic": CLASSIC, "modern": MODERN}
 

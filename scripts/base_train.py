@@ -138,7 +138,7 @@ class Config:
     """Learning rate of lm_head (AdamW), × (width/768)^-½; default: 0.004 (small, classic), 0.008 by batch
     (modern)."""
     matrix_lr: float | None = None
-    """Learning rate of the blocks' matrices (Muon); default: 0.02 (small, classic), 0.02 by batch (modern)."""
+    """Learning rate of the blocks' matrices (Muon); default: 0.03 (small), 0.02 (classic), 0.02 by batch (modern)."""
     scalar_lr: float | None = None
     """Learning rate of the switches' scalars (AdamW); default: 0.5 (small, classic), 0.5 by batch (modern)."""
     weight_decay: float | None = None
