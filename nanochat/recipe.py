@@ -127,9 +127,9 @@ MODERN = Preset(
         "gates": {"weight_decay": 0.0},
     },
 )
-# The modern model and optimizer with the classic momentum and rates, but for the matrices', and a small batch. Source:
-# dev/LOG.md, "the recipe for a small budget" and "modern's optimizer in small"; the batch grows from the measured one as
-# in Power Lines.
+# The modern model and optimizer with the classic momentum and rates (but the matrices'), and a small batch. Source:
+# dev/LOG.md, "the recipe for a small budget" and "modern's optimizer in small"; the batch grows from the measured one
+# as in Power Lines.
 SMALL = replace(
     CLASSIC,
     switches=MODERN.switches,
