@@ -57,6 +57,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "warmdown": {f"{r}": f"--warmdown_ratio={r}" for r in (0.2, 0.4, 0.65, 0.9)},
     "lr": {f"× {m}": f"--lr_scale={m}" for m in (0.25, 0.5, 1.0, 2.0, 4.0)},
     "matrix_lr": {f"{lr}": f"--matrix_lr={lr}" for lr in (0.0025, 0.005, 0.01, 0.02, 0.04)},
+    "scalar_lr": {f"{lr}": f"--scalar_lr={lr}" for lr in (0.02, 0.1, 0.5)},
     "weight_decay": {f"{w}": f"--weight_decay={w}" for w in (0.0, 0.05, 0.28, 1.0)},
     "ramp": {f"{r}": f"--short_rows_ratio={r}" for r in (0.0, 0.3, 0.6)},
     # What small runs can change most: the batch, how fast to learn, and the modern model with the classic optimizer.

@@ -24,7 +24,7 @@ from nanochat.lora import (
 )
 from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
-from nanochat.recipe import Schedule, parameter_groups
+from nanochat.recipe import PRESETS, Schedule, parameter_groups, recipe_of
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.tracking import TrackerName
 from nanochat.trainer import MORE_STATE, Trainer, TrainSettings
@@ -167,13 +167,16 @@ def prepare_model(
             load_lora(model, {name: resumed.optimizer[MORE_STATE + name] for name in names})
         groups = lora_groups(model, cfg.lora_lr)
     else:
+        preset = PRESETS[recipe_of(start.meta)]  # each parameter is moved as before
         groups = parameter_groups(
             model,
             embedding_lr=cfg.embedding_lr,
             unembedding_lr=cfg.unembedding_lr,
             matrix_lr=cfg.matrix_lr,
             weight_decay=cfg.weight_decay,
+            scalar_lr=preset.scalar_lr,
             lr_frac=cfg.init_lr_frac,
+            preset=preset,
         )
         if cfg.last_layers:
             train_last_layers(model, cfg.last_layers)

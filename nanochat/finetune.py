@@ -33,7 +33,7 @@ from nanochat.memory import MicroBatch, divisors
 from nanochat.micro_batch import Batch, choose_micro_batch
 from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
-from nanochat.recipe import BatchPlan, Schedule, plan_batch
+from nanochat.recipe import BatchPlan, Schedule, plan_batch, recipe_of
 from nanochat.report import get_report
 from nanochat.resume import find_resume, model_hash, only_run, saved_dtype, saved_meta
 from nanochat.samples import print_answers
@@ -267,7 +267,12 @@ def make_trainer(
         compute=compute,
         settings=train_settings(cfg, schedule, batch.grad_accum_steps),
         folder=folder,
-        meta={"config": asdict(cfg), "tokenizer_hash": tokenizer.hash, "chat_data": data.name},
+        meta={
+            "config": asdict(cfg),
+            "tokenizer_hash": tokenizer.hash,
+            "chat_data": data.name,
+            "recipe": recipe_of(start.checkpoint.meta),
+        },
         evaluate=lambda: evaluate_loss(
             model, make_loader(cfg, compute, data.val, tokenizer, rows, batch.sequence_len), evaluated, compute
         ),

@@ -8,7 +8,7 @@ gradient accumulation; the schedules of learning rate, momentum and decay; which
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,13 +127,14 @@ MODERN = Preset(
         "gates": {"weight_decay": 0.0},
     },
 )
-# The modern model and optimizer with the classic momentum and rates (but the matrices'), and a small batch. Source:
-# dev/LOG.md, "the recipe for a small budget" and "modern's optimizer in small"; the batch grows from the measured one
-# as in Power Lines.
+# The modern model and optimizer, the classic momentum and rates of embedding and lm_head, and a small batch. Scalars
+# that move by 0.5 a step make the loss jump in the first steps, which a short run never makes good. Source: dev/LOG.md,
+# "modern's optimizer in small"; the batch grows from the measured one as in Power Lines.
 SMALL = replace(
     CLASSIC,
     switches=MODERN.switches,
     matrix_lr=0.03,
+    scalar_lr=0.1,
     total_batch_size=None,
     batch_at=(4096, 1e6),
     tokens_per_parameter=MODERN.tokens_per_parameter,
@@ -142,6 +143,12 @@ SMALL = replace(
     adam=MODERN.adam,
 )
 PRESETS = {"small": SMALL, "classic": CLASSIC, "modern": MODERN}
+
+
+def recipe_of(meta: Mapping[str, Any]) -> str:
+    """The recipe of a checkpoint's base model, by its record; classic for a model from elsewhere."""
+    name = meta.get("recipe") or meta.get("config", {}).get("recipe")
+    return name if name in PRESETS else "classic"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ class Config:
     matrix_lr: float | None = None
     """Learning rate of the blocks' matrices (Muon); default: 0.03 (small), 0.02 (classic), 0.02 by batch (modern)."""
     scalar_lr: float | None = None
-    """Learning rate of the switches' scalars (AdamW); default: 0.5 (small, classic), 0.5 by batch (modern)."""
+    """Learning rate of the switches' scalars (AdamW); default: 0.1 (small), 0.5 (classic), 0.5 by batch (modern)."""
     weight_decay: float | None = None
     """Decoupled weight decay; default: 0 (small, classic), 0.28 by batch and horizon (modern)."""
     lr_scale: float = 1.0

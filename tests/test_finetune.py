@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from nanochat import finetune as finetune_module
+from nanochat.chat_stage import prepare_model
 from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, load_model, save_checkpoint
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, parse_config, run_script
 from nanochat.finetune import MID, SFT, Budget, Conversations, FinetuneConfig, finetune, plan_budget
+from nanochat.recipe import PRESETS
 from nanochat.trainer import METRICS_FILE, Trainer
 from scripts import chat_sft, mid_train
 from tasks.mixtures import MID_TASKS, TOKENS_EACH, conversations, mid_sizes
@@ -86,6 +88,16 @@ def test_steps_are_optimizer_steps_and_rates_follow_the_schedule_for_any_accumul
         histories.append(metrics())
     assert histories[0] == pytest.approx(histories[1], rel=1e-3)
     assert histories[0] == pytest.approx(histories[2], rel=1e-3)
+
+
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_a_stage_moves_parameters_as_the_base_model_was_moved(saved_mid, recipe):
+    start = load_checkpoint(checkpoint_folder("mid", "d2"))
+    start.meta["config"] = {"recipe": recipe}
+    _, optimizer = prepare_model(config(), start, None, torch.device("cpu"))
+    (muon,) = (group for group in optimizer.param_groups if group["kind"] == "muon")
+    assert muon["beta2"] == PRESETS[recipe].muon.get("beta2")
+    assert sft().meta["recipe"] == "classic"  # a checkpoint that says nothing
 
 
 def test_epochs_give_the_number_of_steps(saved_mid, capsys):

@@ -145,7 +145,8 @@ def test_small_takes_the_measured_batch_and_leaves_the_rates():
     assert scale_hyperparameters(SMALL, model, 5e8).total_batch_size == 8 * 4096
     for tokens in (1e6, 7e6, 1e10):
         r = scale_hyperparameters(SMALL, model, tokens)
-        assert (r.embedding_lr, r.unembedding_lr, r.matrix_lr, r.weight_decay) == (0.2, 0.004, 0.03, 0.0)
+        assert (r.embedding_lr, r.unembedding_lr, r.matrix_lr, r.scalar_lr) == (0.2, 0.004, 0.03, 0.1)
+        assert r.weight_decay == 0.0
     assert 0.7 < batch_for_steps(SMALL, model, 250) / 4096 < 1.42
 
 
