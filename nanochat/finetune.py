@@ -145,7 +145,7 @@ def plan_budget(
     elif cfg.hours and before and before["config"].get("hours") == cfg.hours and "budget_tokens" in before:
         tokens = before["budget_tokens"]
     elif cfg.hours:
-        measured = compute.broadcast(measure_matmul(compute.dtype, compute.device, n=1024))
+        measured = compute.broadcast(measure_matmul(compute.precision.product_dtype, compute.device, n=1024))
         speed = ASSUMED_EFFICIENCY * 1e12 * measured
         with torch.device("meta"):
             flops = GPT(model_config).estimate_flops()

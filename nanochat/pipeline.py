@@ -220,9 +220,10 @@ def flops_per_second(profile: Profile, devices: Sequence[DeviceInfo]) -> float:
     import torch
 
     from nanochat.common import measure_matmul
-    from nanochat.precision import DTYPES
+    from nanochat.precision import DTYPES, product_dtype
 
-    return 1e12 * measure_matmul(DTYPES.get(profile.dtype, torch.float32), "cpu", n=1024)  # by all cores together
+    dtype = product_dtype("cpu", DTYPES.get(profile.dtype, torch.float32))
+    return 1e12 * measure_matmul(dtype, "cpu", n=1024)  # by all cores together
 
 
 def tokens_needed(profile: Profile, speed: float) -> float:

@@ -55,6 +55,11 @@ def candidate_dtypes(device_type: str, capability: tuple[int, int] = (0, 0)) -> 
     return DTYPES["float16"], DTYPES["bfloat16"]
 
 
+def product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype a training in `dtype` multiplies matrices: bfloat16 for float32 on a CPU that is fast at it."""
+    return MEDIUM if device_type == "cpu" and dtype == DTYPES["float32"] and cpu_has_bf16() else dtype
+
+
 def dtype_cost(
     device_type: str, dtype: torch.dtype, capability: tuple[int, int] = (0, 0), card: str = ""
 ) -> str | None:
@@ -172,6 +177,11 @@ class Precision:
             # newer, bfloat16 on CPUs with such instructions (nanochat/linear.py). Everything else stays float32.
             fast = "high" if device_type == "cuda" else "medium" if cpu_has_bf16() else "highest"
             torch.set_float32_matmul_precision(fast)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype in which training multiplies matrices (see nanochat/linear.py)."""
+        return product_dtype(self.device_type, self.dtype)
 
     @property
     def cache_dtype(self) -> torch.dtype:

@@ -281,7 +281,7 @@ class Trainer:
 
     def _train(self, stop: StopRequest) -> None:
         schedule = self.settings.schedule
-        peak = measure_matmul(self.compute.dtype, self.compute.device, n=1024)
+        peak = measure_matmul(self.compute.precision.product_dtype, self.compute.device, n=1024)
         total = schedule.num_iterations or schedule.seconds or 1.0
         if self.compute.rank == 0:
             self.metrics_log.cut(self.state.metrics_bytes, self.state.step)

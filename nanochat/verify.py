@@ -127,8 +127,9 @@ def check_free_memory(compute: Compute) -> Check:
 def check_speed(compute: Compute) -> tuple[float, Check]:
     """(FLOP/s of large matmuls, what to think of it)."""
     cuda = compute.device_type == "cuda"
-    tflops = measure_matmul(compute.dtype, compute.device, n=4096 if cuda else 1024, seconds=0.5)
-    text = f"{tflops:.3g} TFLOP/s in {DTYPE_NAMES[compute.dtype]} matmuls"
+    dtype = compute.precision.product_dtype
+    tflops = measure_matmul(dtype, compute.device, n=4096 if cuda else 1024, seconds=0.5)
+    text = f"{tflops:.3g} TFLOP/s in {DTYPE_NAMES[dtype]} matmuls"
     name = torch.cuda.get_device_name(compute.device) if cuda else ""
     if cuda and find_card(name) and 1e12 * tflops < SLOW * training_speed(name):
         remedy = "see nvidia-smi -q -d PERFORMANCE,TEMPERATURE: is it hot, limited in power, or used by others?"

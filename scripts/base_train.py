@@ -368,7 +368,7 @@ def main(cfg: Config) -> None:
 
 
 def _measure(compute: Compute) -> float:
-    return compute.broadcast(measure_matmul(compute.dtype, compute.device, n=1024))
+    return compute.broadcast(measure_matmul(compute.precision.product_dtype, compute.device, n=1024))
 
 
 class Fit(NamedTuple):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.linear import Linear, training_product_dtype
-from nanochat.precision import MEDIUM
+from nanochat.precision import DTYPES, MEDIUM, Precision
 
 
 @pytest.fixture
@@ -68,3 +68,12 @@ def test_a_model_learns_the_same_in_medium():
     assert ends[0] < 3.5
     assert ends[1] == pytest.approx(ends[0], rel=0.01)
     assert ends[1] != ends[0]  # the products were rounded
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_speed_is_measured_in_the_dtype_that_training_multiplies_in(monkeypatch, dtype, has_bf16):
+    monkeypatch.setattr("nanochat.precision.cpu_has_bf16", lambda: has_bf16)
+    precision = Precision("cpu", dtype)
+    with precision.autocast():
+        assert precision.product_dtype == training_product_dtype(torch.ones(2, 2))
