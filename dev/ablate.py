@@ -49,7 +49,12 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     "switches": {"none": ""}
     | SWITCHES
-    | {"all": " ".join(SWITCHES.values()), "windows": "--window_pattern=SSSL", "bigram": "--bigram_buckets=32768"},
+    | {
+        "all": " ".join(SWITCHES.values()),
+        "key offset": "--key_offset=True",
+        "windows": "--window_pattern=SSSL",
+        "bigram": "--bigram_buckets=32768",
+    },
     "without": {"all": " ".join(SWITCHES.values())}
     | {f"without {name}": " ".join(v for k, v in SWITCHES.items() if k != name) for name in SWITCHES},
     "vocabulary": {f"{v}": f"--vocab_size={v}" for v in (4096, 8192, 16384, 32768, 65536)},

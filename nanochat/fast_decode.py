@@ -159,9 +159,9 @@ class FastDecoder:
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, dims=-1), sin)
             qk = torch.rms_norm(qk, (D,), eps=NORM_EPS).to(dtype)  # (B, 1, H + K, D)
             if places is not None:
-                new_key, new_value, keys, values = places[layer]
-                new_key.copy_(qk[:, :, H:])
-                new_value.copy_(v)
+                place = places[layer]
+                place.put(qk[:, :, H:], v)
+                keys, values = place.keys, place.values
             else:
                 keys, values = cache.update(layer, qk[:, :, H:].to(attend_in), v.to(attend_in))  # (B, all, K, D)
                 keys, values = keys.transpose(1, 2), values.transpose(1, 2)

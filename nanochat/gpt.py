@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
 from nanochat.gpt_config import ROPE_BASE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
+from nanochat.key_offset import offset_keys
 from nanochat.linear import Linear, training_product_dtype
 from nanochat.loss import linear_cross_entropy, softcap
 from nanochat.precision import NARROW_RANGE
@@ -37,7 +38,11 @@ BIGRAM_HASH = (1000003, 998244353)
 
 
 class Cache(Protocol):
-    """What the model asks of a key/value cache (nanochat.engine.KVCache)."""
+    """What the model asks of a key/value cache (nanochat.kv_cache.KVCache)."""
+
+    @property
+    def key_offset(self) -> bool:
+        """Whether `update` gives keys the channels of the token before, as the model's switch of this name asks."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store this step's (B, T, K, D) keys and values; return all so far."""
@@ -89,6 +94,7 @@ class Attention(nn.Module):
         gated = config.has_value_embedding(layer)
         self.ve_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head) if gated else None
         self.window = config.windows[layer]
+        self.key_offset = config.key_offset
         # The factor on q and on k, as one factor on their products.
         self.scale = None if config.qk_scale == 1.0 else config.qk_scale**2 * self.head_dim**-0.5
 
@@ -106,6 +112,8 @@ class Attention(nn.Module):
         k = norm(apply_rotary(k, context.cos, context.sin)).to(v.dtype)
         if context.kv_cache is not None:
             k, v = context.kv_cache.update(self.layer, k, v)  # (B, all, K, D)
+        elif self.key_offset:
+            k = offset_keys(k, context.first)
         y = attend(q, k, v, context.pieces[self.window], self.scale)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))
 
@@ -298,6 +306,8 @@ class GPT(nn.Module):
         if kv_cache is not None:
             if segments is not None:
                 raise ValueError("segments are for training rows: with a kv_cache every row is one segment")
+            if kv_cache.key_offset != self.config.key_offset:
+                raise ValueError(f"the model has key_offset={self.config.key_offset}, its kv_cache has not the same")
             positions = kv_cache.positions(T)  # (1 or B, T)
             mask = kv_cache.attention_mask()
             if mask is None:

@@ -47,6 +47,8 @@ class GPTConfig:
     """Factor on the normalised queries and keys each: more than 1 is a sharper attention."""
     rope_base: float = ROPE_BASE
     """Base of the rotary frequencies."""
+    key_offset: bool = False
+    """Half of each key's channels are those of the token before, see nanochat/key_offset.py."""
     init: Literal["classic", "modern"] = "classic"
     """How the weights begin."""
     window_pattern: str = "L"
@@ -71,6 +73,8 @@ class GPTConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.bigram_buckets < 0:
             raise ValueError(f"bigram_buckets must be 0 (off) or more, got {self.bigram_buckets}")
+        if self.key_offset and self.head_dim % 4:
+            raise ValueError(f"key_offset needs heads of a multiple of 4 channels, got {self.head_dim}")
         if self.smear and self.n_embd < SMEAR_GATE_CHANNELS:
             raise ValueError(f"smear needs at least {SMEAR_GATE_CHANNELS} channels, got n_embd {self.n_embd}")
 

@@ -119,6 +119,7 @@ def _modern_config(config: GPTConfig) -> dict[str, Any]:
         },
         "rope_base": config.rope_base,
         "qk_scale": config.qk_scale,
+        "key_offset": config.key_offset,
         "windows": config.windows,
         "residual_scalars": config.residual_scalars,
         "value_embedding_layers": [i for i in range(config.n_layer) if config.has_value_embedding(i)],

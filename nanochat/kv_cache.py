@@ -8,13 +8,30 @@ Shapes: L layers, B rows, T positions, H key/value heads, D head size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from nanochat.gpt_config import GPTConfig
+from nanochat.key_offset import split_key
 
-# Per layer, views of the cache: a new token's keys and values (B, 1, H, D), all with it (B, H, all, D).
-Places = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Place:
+    """Views of one layer of the cache, for a new token."""
+
+    new_key: tuple[Tensor, ...]  # (B, 1, H, D), or with an offset both parts of nanochat.key_offset.split_key
+    new_value: Tensor  # (B, 1, H, D)
+    keys: Tensor  # (B, H, all, D), the new one included
+    values: Tensor
+
+    def put(self, k: Tensor, v: Tensor) -> None:
+        """Store the new token's key and value (B, 1, H, D)."""
+        parts = split_key(k) if len(self.new_key) == 2 else (k,)
+        for place, part in zip(self.new_key, parts, strict=True):
+            place.copy_(part)
+        self.new_value.copy_(v)
 
 
 def fitting_slots(config: GPTConfig, dtype: torch.dtype, most: int = 32, max_bytes: int = 4 << 30) -> int:
@@ -26,7 +43,9 @@ def fitting_slots(config: GPTConfig, dtype: torch.dtype, most: int = 32, max_byt
 class KVCache:
     """Keys and values of every position so far, allocated once.
 
-    Rows may have different lengths: each is aligned to the left and hides what lies behind its own length.
+    Rows may have different lengths: each is aligned to the left and hides what lies behind its own length. With
+    `key_offset` the lent channels of a token's key are written one position ahead, into the next token's, so that a row
+    of length n also holds something at position n.
 
     Args:
         batch_size: rows B.
@@ -36,6 +55,7 @@ class KVCache:
         num_layers: L.
         device: where the model is.
         dtype: what its attention computes in.
+        key_offset: the model's switch, see nanochat/key_offset.py.
     """
 
     def __init__(
@@ -47,11 +67,14 @@ class KVCache:
         num_layers: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        key_offset: bool = False,
     ) -> None:
-        self.batch_size, self.max_seq_len = batch_size, seq_len
-        # Zeros, not empty: a masked position is multiplied by 0, and 0 · NaN would be NaN.
-        self.k_cache = torch.zeros(num_layers, batch_size, seq_len, num_heads, head_dim, device=device, dtype=dtype)
-        self.v_cache = torch.zeros_like(self.k_cache)  # (L, B, T, H, D)
+        self.batch_size, self.max_seq_len, self.key_offset = batch_size, seq_len, key_offset
+        # Zeros, not empty: a masked position is multiplied by 0, and 0 · NaN would be NaN. With an offset also because
+        # the first token's key has zeros where the others have what the token before has lent them.
+        T, kind = seq_len + key_offset, {"device": device, "dtype": dtype}
+        self.k_cache = torch.zeros(num_layers, batch_size, T, num_heads, head_dim, **kind)  # (L, B, T, H, D)
+        self.v_cache = torch.zeros_like(self.k_cache)
         self.tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)  # for previous_tokens
         self._lengths = [0] * batch_size
         self.select(0, batch_size)
@@ -78,7 +101,7 @@ class KVCache:
         return max(self._lengths[self._start : self._stop])
 
     def get_layer_cache(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(keys, values) of one layer, (selected rows, T, H, D) each, written and unwritten positions."""
+        """(keys, values) of one layer, (selected rows, T, H, D) each, written and unwritten positions; views."""
         return self.k_cache[layer, self._start : self._stop], self.v_cache[layer, self._start : self._stop]
 
     def reset(self) -> None:
@@ -94,10 +117,13 @@ class KVCache:
         """Start from `other`'s content; a single row of it is repeated in every row of this one."""
         if other.batch_size not in (1, self.batch_size):
             raise ValueError(f"can't fill {self.batch_size} rows from a cache of {other.batch_size} rows")
+        if other.key_offset != self.key_offset:
+            raise ValueError("can't fill a cache from one with another key_offset")
         used = max(other._lengths)
         self._check_room(used)
         self.reset()
-        self.k_cache[:, :, :used] = other.k_cache[:, :, :used]
+        keys = used + self.key_offset
+        self.k_cache[:, :, :keys] = other.k_cache[:, :, :keys]
         self.v_cache[:, :, :used] = other.v_cache[:, :, :used]
         self.tokens[:, :used] = other.tokens[:, :used]
         self.set_lengths(other._lengths * (self.batch_size // other.batch_size))
@@ -105,7 +131,8 @@ class KVCache:
     def copy(self, source: int, target: int, length: int) -> None:
         """Let row `target` begin with the first `length` positions of row `source`, and end there."""
         if source != target:
-            self.k_cache[:, target, :length] = self.k_cache[:, source, :length]
+            keys = length + self.key_offset
+            self.k_cache[:, target, :keys] = self.k_cache[:, source, :keys]
             self.v_cache[:, target, :length] = self.v_cache[:, source, :length]
             self.tokens[target, :length] = self.tokens[source, :length]
         self._lengths[target] = length
@@ -114,10 +141,10 @@ class KVCache:
     def swap(self, a: int, b: int) -> None:
         """Exchange two rows, with what lies behind their lengths up to the longer of both."""
         used = max(self._lengths[a], self._lengths[b])
-        for cache in (self.k_cache, self.v_cache):
-            kept = cache[:, a, :used].clone()
-            cache[:, a, :used] = cache[:, b, :used]
-            cache[:, b, :used] = kept
+        for cache, end in ((self.k_cache, used + self.key_offset), (self.v_cache, used)):
+            kept = cache[:, a, :end].clone()
+            cache[:, a, :end] = cache[:, b, :end]
+            cache[:, b, :end] = kept
         self.tokens[[a, b], :used] = self.tokens[[b, a], :used]
         self._lengths[a], self._lengths[b] = self._lengths[b], self._lengths[a]
         self._planned = None
@@ -150,15 +177,22 @@ class KVCache:
         self._plan(n)
         keys, values = self.get_layer_cache(layer)
         end = self.get_pos() + n
-        if self._mask is None:
-            keys[:, end - n : end] = k
-            values[:, end - n : end] = v
+        self._write(values, v, end)
+        if self.key_offset:
+            for ahead, (cached, new) in enumerate(zip(split_key(keys), split_key(k), strict=True)):
+                self._write(cached, new, end, ahead)
         else:
-            keys[self._rows, self._positions] = k.to(keys.dtype)
-            values[self._rows, self._positions] = v.to(values.dtype)
+            self._write(keys, k, end)
         return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype)
 
-    def open_places(self) -> Places | None:
+    def _write(self, cached: Tensor, new: Tensor, end: int, ahead: int = 0) -> None:
+        """Put new (B, n, …) into cached (B, T, …), up to position `end`, each `ahead` positions further."""
+        if self._mask is None:
+            cached[:, end - new.size(1) + ahead : end + ahead] = new
+        else:
+            cached[self._rows, self._positions + ahead] = new.to(cached.dtype)
+
+    def open_places(self) -> list[Place] | None:
         """Where the next token of equally long rows goes, in every layer; None where the rows' lengths differ."""
         self._plan(1)
         if self._mask is not None:
@@ -166,7 +200,12 @@ class KVCache:
         rows, end = slice(self._start, self._stop), self.get_pos() + 1
         k, v = self.k_cache[:, rows, :end], self.v_cache[:, rows, :end]  # (L, B, end, H, D)
         all_k, all_v = k.transpose(2, 3).unbind(), v.transpose(2, 3).unbind()
-        return list(zip(k[:, :, -1:].unbind(), v[:, :, -1:].unbind(), all_k, all_v, strict=True))
+        new_keys: tuple[Tensor, ...] = (k[:, :, -1:],)
+        if self.key_offset:
+            own, lent = split_key(self.k_cache[:, rows])
+            new_keys = own[:, :, end - 1 : end], lent[:, :, end : end + 1]
+        by_layer = zip(*(key.unbind() for key in new_keys), strict=True)
+        return [Place(*views) for views in zip(by_layer, v[:, :, -1:].unbind(), all_k, all_v, strict=True)]
 
     def previous_tokens(self, idx: Tensor) -> Tensor:
         """Remember the next tokens (B, n); return the token before each, −1 where there is none: (B, n)."""

@@ -132,7 +132,7 @@ MODERN = Preset(
 # "modern's optimizer in small"; the batch grows from the measured one as in Power Lines.
 SMALL = replace(
     CLASSIC,
-    switches=MODERN.switches,
+    switches=MODERN.switches | {"key_offset": True},
     matrix_lr=0.03,
     scalar_lr=0.1,
     total_batch_size=None,

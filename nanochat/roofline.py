@@ -132,6 +132,8 @@ def _layer_operations(config: GPTConfig, rows: int, T: int, dtype: str) -> list[
             "add", (n, C), 2 * L + (2 * L if config.residual_scalars else 0), n * C, (4.0 * r + 2 * e) * n * C, dtype, 3
         ),
     ]
+    if config.key_offset:
+        operations.append(Operation("add", (n, kv), L, n * kv, (4.0 * r + 2 * e) * n * kv, dtype, 3))
     # 2 products of T × T forward, 5 backward, half of each is masked; a window reaches less far.
     for window, layers in Counter(config.windows).items():
         reach = T / 2 if window is None else min(window, T / 2)

@@ -154,7 +154,7 @@ class Scheduler:
         self.decode = decode or self._decode_by_model
         c, weight = model.config, model.lm_head.weight
         dtype = precision.cache_dtype if precision is not None else weight.dtype
-        self.cache = KVCache(slots, c.n_kv_head, seq_len, c.head_dim, c.n_layer, weight.device, dtype)
+        self.cache = KVCache(slots, c.n_kv_head, seq_len, c.head_dim, c.n_layer, weight.device, dtype, c.key_offset)
         self._slots = [_Slot() for _ in range(slots)]
         self._clock = 0
 

@@ -104,14 +104,15 @@ class GPTPrefixCache(KVCache):
         c, weight = model.config, model.lm_head.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return cls(rows, c.n_kv_head, n_tokens, c.head_dim, c.n_layer, weight.device, dtype)
+        return cls(rows, c.n_kv_head, n_tokens, c.head_dim, c.n_layer, weight.device, dtype, c.key_offset)
 
     def repeated(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> GPTPrefixCache:
         layers, _, _, heads, head_dim = self.k_cache.shape
         used, device, dtype = max(lengths), self.k_cache.device, self.k_cache.dtype
-        wide = GPTPrefixCache(len(rows), heads, used + room, head_dim, layers, device, dtype)
+        wide = GPTPrefixCache(len(rows), heads, used + room, head_dim, layers, device, dtype, self.key_offset)
         index = torch.tensor(rows, device=device)
-        wide.k_cache[:, :, :used] = self.k_cache[:, index, :used]
+        keys = used + self.key_offset
+        wide.k_cache[:, :, :keys] = self.k_cache[:, index, :keys]
         wide.v_cache[:, :, :used] = self.v_cache[:, index, :used]
         wide.tokens[:, :used] = self.tokens[index, :used]
         wide.set_lengths(list(lengths))

@@ -73,6 +73,8 @@ class Architecture:
     """Factor on normalised queries and keys."""
     rope_base: float | None = None
     """Base of the rotary frequencies."""
+    key_offset: bool | None = None
+    """Take half of each key's channels from the token before."""
     init: Literal["classic", "modern"] | None = None
     """How weights begin."""
     window_pattern: str | None = None

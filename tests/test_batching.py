@@ -367,8 +367,8 @@ def test_a_listener_that_fails_harms_nobody(tool_model, tiny_tokenizer):
 
 @pytest.mark.parametrize("window", ["L", "SL"])
 def test_modern_switches_batch_like_classic_models(tiny_tokenizer, window):
-    """Smear and bigrams look at the token before, value embeddings at the token: rows must never see each other's."""
-    switches = NANOCHAT_2026 | {"bigram_buckets": 97, "window_pattern": window}
+    """Smear, bigrams and offset keys look at the token before: rows must never see each other's."""
+    switches = NANOCHAT_2026 | {"bigram_buckets": 97, "window_pattern": window, "key_offset": True}
     model = make_model(tiny_tokenizer, ToolModel, **switches)
     with torch.no_grad():
         for p in model.parameters():

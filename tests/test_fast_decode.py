@@ -19,6 +19,7 @@ SHAPES = [
     {"n_head": 4, "n_kv_head": 2, "n_layer": 3},
     {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026, "bigram_buckets": 64},
     {"n_head": 2, "n_kv_head": 2, "n_layer": 2, "smear": True, "backout": True},
+    {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026, "key_offset": True},
 ]
 
 
@@ -27,7 +28,7 @@ def caches(model, lengths, dtype):
     c = model.config
     made = []
     for _ in range(2):
-        cache = KVCache(len(lengths), c.n_kv_head, 40, c.head_dim, c.n_layer, dtype=dtype)
+        cache = KVCache(len(lengths), c.n_kv_head, 40, c.head_dim, c.n_layer, dtype=dtype, key_offset=c.key_offset)
         generator = torch.Generator().manual_seed(0)
         for row, n in enumerate(lengths):
             cache.select(row, row + 1)

@@ -1,10 +1,13 @@
 """Each modern switch: free when off, right when on, the same with a cache, in chunks, ragged, packed or compiled."""
 
+import itertools
+
 import pytest
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.gpt_config import NANOCHAT_2026
+from nanochat.key_offset import offset_keys
 from nanochat.kv_cache import KVCache
 from nanochat.scoring import Span, score_groups
 
@@ -15,10 +18,11 @@ SWITCHES = {
     "backout": {"backout": True},
     "qk_scale": {"qk_scale": 1.2},
     "rope_base": {"rope_base": 100000.0},
+    "key_offset": {"key_offset": True},
     "init": {"init": "modern"},
     "window": {"window_pattern": "SSSL"},
     "bigram": {"bigram_buckets": 500},
-    "modern": NANOCHAT_2026 | {"window_pattern": "SL", "bigram_buckets": 500},
+    "modern": NANOCHAT_2026 | {"window_pattern": "SL", "bigram_buckets": 500, "key_offset": True},
 }
 each_switch = pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
 # 600 tokens, so that a short window is 256 tokens.
@@ -40,7 +44,7 @@ def switched(switch, seed=0, **shape):
 
 def cache_of(model, rows, room=CONTEXT):
     c = model.config
-    return KVCache(rows, c.n_kv_head, room, c.head_dim, c.n_layer)
+    return KVCache(rows, c.n_kv_head, room, c.head_dim, c.n_layer, key_offset=c.key_offset)
 
 
 def tokens(rows, n, seed=1):
@@ -147,7 +151,9 @@ def test_the_layers_compile_into_one_graph(switch):
         torch.testing.assert_close(compiled(x), model.hidden(x))
 
 
-@pytest.mark.parametrize("name", [name for name in SWITCHES if name not in ("init", "rope_base", "qk_scale")])
+@pytest.mark.parametrize(
+    "name", [name for name in SWITCHES if name not in ("init", "rope_base", "qk_scale", "key_offset")]
+)
 def test_a_switch_adds_parameters_only_when_on(name):
     with torch.device("meta"):
         classic = set(GPT(GPTConfig(n_layer=3)).state_dict())
@@ -155,6 +161,33 @@ def test_a_switch_adds_parameters_only_when_on(name):
     added = set(model.state_dict()) - classic
     assert bool(added) == (name != "window")
     assert classic <= set(model.state_dict())
+
+
+def test_offset_keys_have_the_slow_channels_of_the_token_before():
+    k = torch.randn(2, 5, 3, 8)  # (B, T, H, D)
+    first = torch.zeros(2, 5, dtype=torch.bool)
+    first[1, 3] = True
+    got = offset_keys(k, first)
+    for b, t, channel in itertools.product(range(2), range(5), range(8)):
+        lent = channel % 4 >= 2  # in each half, which rotate together, the second half
+        if not lent:
+            expected = k[b, t, :, channel]
+        elif t == 0 or first[b, t]:
+            expected = torch.zeros(3)
+        else:
+            expected = k[b, t - 1, :, channel]
+        assert torch.equal(got[b, t, :, channel], expected)
+    assert torch.equal(offset_keys(k)[0], got[0])
+
+
+@torch.no_grad()
+def test_a_cache_of_the_other_kind_is_refused():
+    model = switched({"key_offset": True})
+    c = model.config
+    with pytest.raises(ValueError, match="key_offset"):
+        model(tokens(1, 3), kv_cache=KVCache(1, c.n_kv_head, 8, c.head_dim, c.n_layer))
+    with pytest.raises(ValueError, match="key_offset"):
+        KVCache(1, 1, 8, 4, 1).prefill(KVCache(1, 1, 8, 4, 1, key_offset=True))
 
 
 @torch.no_grad()
@@ -231,6 +264,7 @@ def test_configs_of_old_checkpoints_and_of_nanochat_load():
         ({"init": "lucky"}, "init"),
         ({"smear": True, "n_embd": 16, "n_head": 2, "n_kv_head": 2}, "smear"),
         ({"bigram_buckets": -1}, "bigram_buckets"),
+        ({"key_offset": True, "n_embd": 12, "n_head": 2, "n_kv_head": 2}, "key_offset"),
     ],
 )
 def test_impossible_switches_are_refused(values, message):

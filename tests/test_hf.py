@@ -68,6 +68,8 @@ MODELS = {
     "d2 MQA": {"depth": 2, "n_kv_head": 1, "init": "modern"},
     "modern d2": {"depth": 2, **MODERN},
     "modern d4 GQA": {"depth": 4, "n_kv_head": 2, **MODERN},
+    "offset keys": {"depth": 2, "n_kv_head": 1, "key_offset": True},
+    "small": {"depth": 4, "key_offset": True, **MODERN},
     "windows and bigrams": {"depth": 3, "sequence_len": 600, "window_pattern": "SL", "bigram_buckets": 500},
 }
 

@@ -17,7 +17,7 @@ from nanochat.memory import (
     saved_bytes,
 )
 from nanochat.precision import DTYPES
-from nanochat.recipe import MODERN
+from nanochat.recipe import MODERN, SMALL
 
 GIB = 2**30
 
@@ -44,7 +44,9 @@ def really_saved(config, rows, dtype, checkpointing=False):
     return sum(size for size, _ in seen.values())
 
 
-@pytest.mark.parametrize("switches", [{}, MODERN.switches, {"n_kv_head": 1}], ids=["classic", "modern", "gqa"])
+@pytest.mark.parametrize(
+    "switches", [{}, MODERN.switches, SMALL.switches, {"n_kv_head": 1}], ids=["classic", "modern", "small", "gqa"]
+)
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_activations_are_what_autograd_saves(dtype, switches):
     for depth, rows in ((4, 2), (2, 3)):

@@ -21,6 +21,7 @@ class NanoChatModernConfig(PretrainedConfig):
         final_logit_softcapping=15.0,
         rope_base=10000.0,
         qk_scale=1.0,
+        key_offset=False,
         windows=None,
         residual_scalars=False,
         value_embedding_layers=(),
@@ -43,6 +44,7 @@ class NanoChatModernConfig(PretrainedConfig):
         self.final_logit_softcapping = final_logit_softcapping
         self.rope_base = rope_base
         self.qk_scale = qk_scale
+        self.key_offset = key_offset
         self.windows = list(windows) if windows else [None] * num_hidden_layers
         self.residual_scalars = residual_scalars
         self.value_embedding_layers = list(value_embedding_layers)

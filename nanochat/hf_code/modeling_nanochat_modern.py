@@ -2,7 +2,8 @@
 
 The classic parts: rotary positions, RMSNorm without parameters, on queries and keys too, squared ReLU, softcapped
 logits. The additions: scalars on the residual stream, gated value embeddings, smear (a share of the previous token's
-embedding), backout (the middle layer subtracted before the end), sharper attention, sliding windows, hashed bigrams.
+embedding), backout (the middle layer subtracted before the end), sharper attention, keys with half of their channels
+from the token before, sliding windows, hashed bigrams.
 
 Shapes: B batch, T tokens, S tokens with the cached ones, C width, H query heads, K key/value heads, D head size.
 """
@@ -22,6 +23,13 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
+def offset_keys(k, follows):
+    """Take half of the channels of k (B, K, S, D) from the position before; zeros where `follows` (B, S) is false."""
+    own, lent = k.unflatten(-1, (2, 2, -1)).unbind(-2)  # (B, K, S, 2, D/4)
+    before = F.pad(lent, (0, 0, 0, 0, 1, -1)).masked_fill(~follows[:, None, :, None, None], 0.0)
+    return torch.stack((own, before), dim=-2).flatten(-3)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads."""
 
@@ -36,11 +44,12 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.hidden_size, kv_dim, bias=False)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.scale = config.qk_scale**2 * self.head_dim**-0.5
+        self.key_offset = config.key_offset
         self.channels = config.value_gate_channels
         if layer in config.value_embedding_layers:
             self.ve_gate = nn.Linear(self.channels, self.n_kv_head, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache, value):
+    def forward(self, x, cos, sin, mask, follows, cache, value):
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -52,6 +61,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)  # (B, K, S, D)
+        if self.key_offset:
+            k = offset_keys(k, follows)
         repeats = self.n_head // self.n_kv_head
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
@@ -91,8 +102,8 @@ class Block(nn.Module):
         weight_dtype = self.mlp.c_fc.weight.dtype
         return F.rms_norm(x.float(), (self.width,), eps=self.eps).to(weight_dtype)
 
-    def forward(self, x, cos, sin, mask, cache, value):
-        x = x + self.attn(self.norm(x), cos, sin, mask, cache, value)
+    def forward(self, x, cos, sin, mask, follows, cache, value):
+        x = x + self.attn(self.norm(x), cos, sin, mask, follows, cache, value)
         return x + self.mlp(self.norm(x))
 
 
@@ -185,7 +196,8 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         before = F.pad(input_ids, (1, -1), value=-1)
         if last is not None:
             before[:, 0] = last
-        before = before.masked_fill(~F.pad(real, (1, -1), value=False)[:, past:], -1)
+        follows = F.pad(real, (1, -1), value=False)  # (B, S), whether a real token stands before
+        before = before.masked_fill(~follows[:, past:], -1)
         if past_key_values is not None:
             past_key_values.last_ids = input_ids[:, -1]
 
@@ -204,7 +216,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
             if c.residual_scalars:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](input_ids) if i in c.value_embedding_layers else None
-            x = block(x, cos, sin, masks[c.windows[i]], past_key_values, value)
+            x = block(x, cos, sin, masks[c.windows[i]], follows, past_key_values, value)
             if i == c.num_hidden_layers // 2 and c.backout:
                 middle = x
         if middle is not None:
