@@ -72,8 +72,8 @@ class KVCache:
         self.batch_size, self.max_seq_len, self.key_offset = batch_size, seq_len, key_offset
         # Zeros, not empty: a masked position is multiplied by 0, and 0 · NaN would be NaN. With an offset also because
         # the first token's key has zeros where the others have what the token before has lent them.
-        T, kind = seq_len + key_offset, {"device": device, "dtype": dtype}
-        self.k_cache = torch.zeros(num_layers, batch_size, T, num_heads, head_dim, **kind)  # (L, B, T, H, D)
+        shape = (num_layers, batch_size, seq_len + key_offset, num_heads, head_dim)  # (L, B, T, H, D)
+        self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros_like(self.k_cache)
         self.tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)  # for previous_tokens
         self._lengths = [0] * batch_size
