@@ -1,15 +1,14 @@
 """What this machine is and what it can do: cards, torch wheel, CPU, memory, disk, measured speeds, throttling.
 
-`inspect_machine` only asks (torch, nvidia-smi, the operating system); `machine_speeds` computes for a few seconds and
-remembers the result. A `ThrottleWatcher` asks nvidia-smi now and then during a run whether a card had to slow down.
-Speeds that nobody measured are in nanochat/cards.py.
+`inspect_machine` only asks (torch, nvidia-smi, the operating system); `measure_matmul` computes. A `ThrottleWatcher`
+asks nvidia-smi now and then during a run whether a card had to slow down. Speeds that nobody measured are in
+nanochat/cards.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import platform
 import shutil
 import subprocess
@@ -21,14 +20,9 @@ from typing import Any
 
 import torch
 
-from nanochat.cards import Card, find_card
-from nanochat.files import write_json
-from nanochat.precision import DTYPES
+from nanochat.cards import find_card
 
-SPEEDS_FILE = "machine_speeds.json"
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve")
-BANDWIDTH_BYTES = {"cpu": 64 << 20}  # well beyond the caches
-BANDWIDTH_BYTES_DEFAULT = 256 << 20
 SMI_SECONDS = 10.0  # nvidia-smi answers in well under one; a hanging driver must not hang us
 
 
@@ -46,11 +40,6 @@ class CardInfo:
     usable: bool
     """torch sees it, and the installed wheel has kernels for it."""
     uuid: str | None = None
-
-    @property
-    def data_sheet(self) -> Card | None:
-        """Its row in nanochat/cards.py, if it has one."""
-        return find_card(self.name)
 
 
 @dataclass(frozen=True)
@@ -217,17 +206,6 @@ def _cpu_features() -> tuple[str, ...]:
 # -- speeds -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """What a device was measured to do."""
-
-    device: str
-    matmul_tflops: dict[str, float]
-    """By dtype; those it can't compute in are left out."""
-    bandwidth_gbs: float
-    """Bytes read and written per second, GB/s, by an addition of tensors far beyond the caches."""
-
-
 def synchronize(device: torch.device) -> None:
     """Wait until `device` has finished."""
     if device.type == "cuda":
@@ -263,28 +241,6 @@ def measure_matmul(dtype: torch.dtype, device: torch.device | str, n: int = 2048
     return count * 2 * n**3 / used / 1e12
 
 
-def measure_bandwidth(device: torch.device | str, seconds: float = 0.2, size_bytes: int | None = None) -> float:
-    """Measured memory bandwidth in GB/s: additions of two float32 tensors into a third, three passes each.
-
-    Args:
-        device: where.
-        seconds: about how long, after warm-up.
-        size_bytes: of each tensor; default: far beyond the caches.
-    """
-    device = torch.device(device)
-    size = size_bytes or BANDWIDTH_BYTES.get(device.type, BANDWIDTH_BYTES_DEFAULT)
-    a, b, out = (torch.zeros(size // 4, device=device) for _ in range(3))
-    torch.add(a, b, out=out)
-    synchronize(device)
-    best, start = float("inf"), time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        torch.add(a, b, out=out)
-        synchronize(device)
-        best = min(best, time.perf_counter() - before)
-    return 3 * size / best / 1e9
-
-
 def speeds_key(device: torch.device) -> str:
     """What measured speeds depend on: the device, torch, and on a CPU its threads and how it multiplies float32."""
     if device.type == "cuda":
@@ -292,30 +248,6 @@ def speeds_key(device: torch.device) -> str:
     where = cpu_name() if device.type == "cpu" else device.type
     matmul = torch.get_float32_matmul_precision()
     return f"{where}, {torch.get_num_threads()} threads, float32 {matmul}, torch {torch.__version__}"
-
-
-def machine_speeds(device: torch.device | str, refresh: bool = False) -> Speeds:
-    """Matmul speed by dtype and bandwidth of `device`: measured once in under 5 s, then read from the base dir.
-
-    Args:
-        device: cpu, mps or a card.
-        refresh: measure again.
-    """
-    from nanochat.common import get_base_dir  # which needs this module
-
-    device = torch.device(device)
-    path, key = get_base_dir() / SPEEDS_FILE, speeds_key(device)
-    known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
-    if key not in known or refresh:
-        tflops = {}
-        for name, dtype in DTYPES.items():
-            with contextlib.suppress(RuntimeError, TypeError):  # a dtype this device doesn't compute in
-                tflops[name] = measure_matmul(dtype, device)
-        known[key] = asdict(Speeds(key, tflops, measure_bandwidth(device)))
-        write_json(path, known)
-    return Speeds(**known[key])
 
 
 # -- throttling -------------------------------------------------------------------------------------------------------
