@@ -30,9 +30,9 @@ class Config:
     eval_tokens: int = 20 * 524288
     """Most tokens of each split to read (all of it when it is smaller)."""
     data_dir: str | None = None
-    """Folder (or file) of parquet, jsonl or txt text; default: what the dataset step prepared."""
+    """Folder (or file) of parquet, txt, md, jsonl, csv or html text; default: what the dataset step prepared."""
     dataset: str | None = None
-    """Public source (climbmix, fineweb_edu) or demo."""
+    """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     model_tag: Annotated[str | None, short("-g")] = None
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None

@@ -86,9 +86,9 @@ class Config:
     runtime: Runtime = field(default_factory=Runtime)
     """Taken as by every script; a tokenizer counts, so device and precision change nothing here."""
     data_dir: str | None = None
-    """Folder (or file) of parquet, jsonl or txt text: its train and validation texts are measured too."""
+    """Folder (or file) of parquet, txt, md, jsonl, csv or html text: both of its splits are measured too."""
     dataset: str | None = None
-    """Public source (climbmix, fineweb_edu) or demo, in place of data_dir."""
+    """Public source (climbmix, fineweb_edu, hf:owner/name) or demo, in place of data_dir."""
     num_documents: int = 500
     """Documents to take from each split."""
     compare: bool = True

@@ -35,9 +35,9 @@ class Config:
     vocab_size: int = 65536
     """Tokens in all: 256 bytes, merges, 9 special tokens."""
     data_dir: str | None = None
-    """Folder (or file) of parquet, jsonl or txt text."""
+    """Folder (or file) of parquet, txt, md, jsonl, csv or html text."""
     dataset: str | None = None
-    """Public source (climbmix, fineweb_edu) or demo."""
+    """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
 
     def __post_init__(self) -> None:
         mergeable_size(self.vocab_size)  # raises if it is too small
