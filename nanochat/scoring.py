@@ -170,11 +170,6 @@ def batches_of_examples(examples: Sequence[Sequence[Span]], max_tokens: int, con
     return batches[::-1]
 
 
-def score_spans(model: LanguageModel, spans: Sequence[Span]) -> list[Score]:
-    """Score all spans in one batch; they must fit into the model's context."""
-    return score_groups(model, [[span] for span in spans])
-
-
 @torch.no_grad()
 def score_groups(model: LanguageModel, groups: Sequence[Sequence[Span]]) -> list[Score]:
     """Score the spans of several examples in one batch, each example's shared start once.

@@ -38,7 +38,6 @@ from nanochat.scoring import (
     batches_of_examples,
     next_token_logits,
     score_groups,
-    score_spans,
     shared_length,
 )
 
@@ -165,7 +164,7 @@ def test_scores_of_a_batch_are_those_of_its_rows_alone(tiny_model):
     rng = random.Random(0)
     rows = [[rng.randrange(256) for _ in range(rng.randint(3, 100))] for _ in range(12)]
     spans = [Span(row, rng.randint(1, len(row) - 1), len(row)) for row in rows]
-    together = score_spans(tiny_model, spans)
+    together = score_groups(tiny_model, [[span] for span in spans])
     for span, score in zip(spans, together, strict=True):
         mean, greedy = plain_scores(tiny_model, list(span.tokens), span.start, span.end)
         assert score.mean_nats == pytest.approx(mean, abs=1e-5)
@@ -262,7 +261,8 @@ def test_a_greedy_continuation_is_recognised(tiny_model):
     for _ in range(4):
         row.append(int(tiny_model(torch.tensor([row]))[0, -1].argmax()))
     other = [*row[:-1], (row[-1] + 1) % 200]
-    assert [score.greedy for score in score_spans(tiny_model, [Span(row, 3, 7), Span(other, 3, 7)])] == [True, False]
+    scores = score_groups(tiny_model, [[Span(row, 3, 7)], [Span(other, 3, 7)]])
+    assert [score.greedy for score in scores] == [True, False]
 
 
 @torch.no_grad()
