@@ -197,8 +197,8 @@ check_memory_of_card() {
         report fail vram "$name has $memory_mib MiB, less than training with the p100 profile needs at any depth" \
             "use the CPU: CUDA_VISIBLE_DEVICES= bash speedrun_p100.sh"
     elif [[ "$memory_mib" -lt 15000 ]]; then
-        report warn vram "$name has $memory_mib MiB; the p100 profile is sized for 16 GB" \
-            "DEPTH=$((memory_mib < 7000 ? 4 : memory_mib < 11000 ? 8 : 10)) VOCAB_SIZE=32768 bash speedrun_p100.sh"
+        report warn vram "$name has $memory_mib MiB, less than 16 GB: the run takes a depth that fits, if it knows the card" \
+            "nothing to do for a card in nanochat/cards.py; for another: DEPTH=$((memory_mib < 7000 ? 4 : memory_mib < 11000 ? 8 : 10)) VOCAB_SIZE=32768 bash speedrun_p100.sh"
     fi
 }
 

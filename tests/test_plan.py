@@ -239,6 +239,17 @@ def test_more_hours_more_cards_and_faster_cards_make_deeper_models():
     assert depth(P100_CARD, T4_CARD) == depth(P100_CARD, P100_CARD)  # the slower one sets the pace
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "gb"),
+    [("NVIDIA GeForce GTX 1050 Ti", (6, 1), 4), ("NVIDIA GeForce RTX 2060", (7, 5), 6), ("Tesla P4", (6, 1), 8)],
+)
+def test_a_small_card_gets_a_depth_that_fits_into_it(capsys, name, capability, gb):
+    depth = profile_for(Settings(), [DeviceInfo(name, capability, gb * 1024)]).depth
+    (row,) = planned(capsys, f"--card={name}", "--hours=8", f"--depth={depth}")["rows"]
+    assert row["micro_batch"]["rows"] >= 1
+    assert row["memory_bytes"] < gb * 2**30
+
+
 def test_the_users_depth_and_unknown_cards_and_other_profiles_keep_theirs():
     unknown = DeviceInfo("Radiant Z9000", (9, 0), 40960)
     assert profile_for(Settings(depth=12), [P100_CARD]).depth == 12
