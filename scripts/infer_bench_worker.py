@@ -190,6 +190,8 @@ def memory_bytes(device: str) -> int:
 
 def main() -> None:
     """Load the model, then answer lines {"requests", "prompt_tokens", "new_tokens", "seed"} until the input ends."""
+    if len(sys.argv) != 4:
+        sys.exit("scripts.infer_bench starts this; to compare engines: python -m scripts.infer_bench --help")
     kind, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])

@@ -1,6 +1,8 @@
 """The benchmark runs from its flags to its table, with other engines that get the same weights."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -19,6 +21,14 @@ def test_a_small_run_prints_a_table_and_json(capsys):
     ]  # fmt: skip
     assert all(r["same_tokens"] and r["ttft_seconds"] > 0 and r["memory_bytes"] > 0 for r in rows)
     assert "1.00x" in out
+
+
+def test_the_worker_alone_names_the_script_that_starts_it():
+    done = subprocess.run([sys.executable, infer_bench.WORKER, "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "scripts.infer_bench starts this; to compare engines: python -m scripts.infer_bench --help"
+    ]
 
 
 def test_transformers_continues_the_same_way(capsys):
