@@ -18,6 +18,12 @@ from typing import Annotated, Any, Literal, TypeVar
 # tyro is imported where it is used, so that what computes (dev/gpu_check.py) runs where it isn't installed.
 
 T = TypeVar("T")
+# Flags of nanochat's base_train that no script has here.
+INSTEAD = {
+    "resume_from_step": "an unfinished run goes on by itself, see --resume",
+    "core_metric_every": "`python -m scripts.base_eval` measures CORE after the run",
+    "core_metric_max_per_task": "`python -m scripts.base_eval --max_per_task`",
+}
 
 
 def short(*names: str) -> Any:
@@ -61,8 +67,17 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
             return tyro.cli(config, args=args, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as stop:
         if stop.code:
-            print(f"error: {_one_line(said.getvalue())} (--help lists all flags)", file=sys.stderr)
+            message = _one_line(said.getvalue())
+            if "Unrecognized options" in message:
+                message += _instead_of_nanochats(args)
+            print(f"error: {message} (--help lists all flags)", file=sys.stderr)
         raise
+
+
+def _instead_of_nanochats(args: Sequence[str]) -> str:
+    """What does here what nanochat's flags among `args` do there."""
+    names = dict.fromkeys(arg.partition("=")[0].lstrip("-").replace("-", "_") for arg in args if arg.startswith("--"))
+    return "".join(f"; instead of nanochat's --{name}: {INSTEAD[name]}" for name in names if name in INSTEAD)
 
 
 def _one_line(box: str) -> str:
@@ -74,7 +89,7 @@ def _one_line(box: str) -> str:
         if line.startswith(("For full helptext", "Argument helptext")):
             break
         kept.append(line)
-    return " ".join(line for line in kept if line) or "the flags could not be understood"
+    return " ".join(line for line in kept if line.strip("-")) or "the flags could not be understood"
 
 
 def positive(value: float | None) -> Any:

@@ -71,3 +71,15 @@ def test_errors_of_the_run_are_one_sentence_and_exit_with_1(capsys):
         run_script(main, Config, [])
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: the folder is empty: put text there\n"
+
+
+def test_a_flag_that_only_nanochat_has_names_what_does_it_here(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--core-metric-every=200", "--resume_from_step", "3"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Unrecognized options: --core-metric-every=200")  # where boxes are ASCII too
+    assert "scripts.base_eval" in line
+    assert "--resume_from_step: an unfinished run goes on by itself" in line
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--nonsense=1"])
+    assert "nanochat" not in capsys.readouterr().err
