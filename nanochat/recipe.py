@@ -127,10 +127,10 @@ MODERN = Preset(
         "gates": {"weight_decay": 0.0},
     },
 )
-# The modern model with offset keys, the modern optimizer, the classic momentum and rates of embedding and lm_head, and a
-# small batch. Offset keys let a model find what followed an earlier occurrence from the first million tokens on. Scalars
-# that move by 0.5 a step make the loss jump in the first steps, which a short run never makes good. Source: dev/LOG.md,
-# "modern's optimizer in small"; the batch grows from the measured one as in Power Lines.
+# The modern model with offset keys, the modern optimizer, the classic momentum and rates of embedding and lm_head, and
+# a small batch. Offset keys let a model find what followed an earlier occurrence from the first million tokens on.
+# Scalars that move by 0.5 a step make the loss jump in the first steps, which a short run never makes good. Source:
+# dev/LOG.md, "modern's optimizer in small"; the batch grows from the measured one as in Power Lines.
 SMALL = replace(
     CLASSIC,
     switches=MODERN.switches | {"key_offset": True},
