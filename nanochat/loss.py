@@ -8,17 +8,22 @@ that a loss scaler's factor can't overflow inside.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Memory for the float32 logits of one chunk. A CPU is faster when they stay near its caches.
-CHUNK_BYTES = {"cpu": 4 << 20}
+# Memory for the logits of one chunk, counted as float32.
+CHUNK_BYTES = {"cpu": 128 << 20}
 CHUNK_BYTES_DEFAULT = 256 << 20
 # A float16 sum of more unscaled gradients could overflow, with a small vocabulary. A guess.
 MOST_CHUNK_TOKENS = 8192
+# Everything between the matmuls takes so much of a chunk at a time: a CPU is faster when that stays in its caches.
+PASS_BYTES = {"cpu": 2 << 20}
+FEWEST_PASS_TOKENS = 32
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -26,36 +31,64 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap)
 
 
-def _chunk_tokens(device: torch.device, vocab: int, chunk_bytes: int | None = None) -> int:
-    tokens = (chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES_DEFAULT)) // (4 * vocab)
-    return max(64, min(tokens, MOST_CHUNK_TOKENS))
+def chunk_tokens(device_type: str, vocab: int, chunk_bytes: int | None = None) -> tuple[int, int]:
+    """Tokens whose logits are held at once, and how many of them are between the matmuls at once."""
+    chunk = (chunk_bytes or CHUNK_BYTES.get(device_type, CHUNK_BYTES_DEFAULT)) // (4 * vocab)
+    chunk = max(64, min(chunk, MOST_CHUNK_TOKENS))
+    if device_type not in PASS_BYTES:
+        return chunk, chunk
+    return chunk, min(chunk, max(FEWEST_PASS_TOKENS, PASS_BYTES[device_type] // (4 * vocab)))
 
 
-def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float) -> tuple[Tensor, ...]:
-    """One chunk: losses (n,), t (n, V) with softcapped logits cap·t, e = exp(cap·t) and its row sums (n, 1).
+# With σ the sigmoid, cap·tanh(z/cap) = 2·cap·σ(2·z/cap) − cap, and the constant cancels in a softmax. σ and 2^x are what a
+# CPU is fast at (dev/LOG.md): a tanh takes as long as ten of them. 2·cap·σ is at least 0 and at most 2·cap, so that no
+# exponential can overflow and no maximum needs to be subtracted.
 
-    The softcap bounds every logit, so the exponentials can't overflow and no maximum needs to be subtracted.
+
+def _chunks(
+    x: Tensor, weight: Tensor, targets: Tensor, cap: float, chunk_bytes: int | None
+) -> Iterator[tuple[slice, Tensor, list[tuple[Tensor, Tensor]]]]:
+    """Tokens of a chunk, 2·z/cap of their logits z = x @ weight.T in the dtype of x, and that and the targets in parts.
+
+    The logits of the next chunk take the same memory.
     """
-    high = torch.promote_types(x.dtype, torch.float32)
-    t = (x @ weight.t()).to(high).div_(cap).tanh_()
-    e = torch.mul(t, cap).exp_()
-    if t.size(1) > vocab_size:
+    n, m = chunk_tokens(x.device.type, weight.size(0), chunk_bytes)
+    logits = x.new_empty(min(n, x.size(0)), weight.size(0))
+    for i in range(0, x.size(0), n):
+        chunk = slice(i, min(i + n, x.size(0)))
+        z = logits[: chunk.stop - i].addmm_(x[chunk], weight.t(), beta=0, alpha=2 / cap)
+        yield chunk, z, list(zip(z.split(m), targets[chunk].split(m), strict=True))
+
+
+def _softmax(z: Tensor, targets: Tensor, vocab_size: int, cap: float) -> tuple[Tensor, ...]:
+    """Of 2·z/cap (n, V): losses (n,), σ and e = exp(2·cap·σ), both (n, V), and its row sums (n, 1).
+
+    Overwrites the logits if they are float32 or wider.
+    """
+    s = z.to(torch.promote_types(z.dtype, torch.float32)).sigmoid_()
+    e = torch.mul(s, 2 * cap / math.log(2)).exp2_()
+    if e.size(1) > vocab_size:
         e[:, vocab_size:] = 0.0  # padding rows of lm_head have no probability
     sums = e.sum(dim=1, keepdim=True)
-    target_t = t.gather(1, targets.clamp(min=0)[:, None])
-    losses = torch.where(targets >= 0, (sums.log() - cap * target_t)[:, 0], 0.0)
-    return losses, t, e, sums
+    target = 2 * cap * s.gather(1, targets.clamp(min=0)[:, None])
+    losses = torch.where(targets >= 0, (sums.log() - target)[:, 0], 0.0)
+    return losses, s, e, sums
 
 
-def _chunk_gradient(t: Tensor, e: Tensor, sums: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """d loss / d logits of one chunk as rows × matrix: r (n, 1) and m (n, V); reuses the memory of e and t.
+def _gradient(s: Tensor, e: Tensor, sums: Tensor, targets: Tensor) -> Tensor:
+    """d loss / d z (n, V), in the memory of e; overwrites s.
 
-    dz = (softmax − onehot)·(1 − t²) = r·m with r = valid / sums and m = (e − sums·onehot)·(1 − t²): dividing the rows
-    is left to the much smaller neighbours of m in the two matmuls.
+    dz = (softmax − onehot)·4·σ·(1 − σ) = (e − sums·onehot)·(σ − σ²)·4/sums, and 0 where there is no target.
     """
     e.scatter_add_(1, targets.clamp(min=0)[:, None], -sums)
-    t.mul_(t)
-    return (targets >= 0)[:, None] / sums, e.addcmul_(e, t, value=-1)
+    e.mul_(s.addcmul_(s, s, value=-1))
+    return e.mul_((targets >= 0)[:, None] * 4.0 / sums)
+
+
+def _losses(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float, chunk_bytes: int | None) -> Tensor:
+    """(N,) losses, for which no gradient is formed."""
+    chunks = _chunks(x, weight, targets, cap, chunk_bytes)
+    return torch.cat([_softmax(zc, tc, vocab_size, cap)[0] for _, _, parts in chunks for zc, tc in parts])
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -72,25 +105,21 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         # x (N, C) in the compute dtype; master (V, C) float32, so that its gradient is never rounded to 16 bits.
         weight = master.to(x.dtype)
+        if not need_grad:
+            return _losses(x, weight, targets, vocab_size, cap, chunk_bytes).sum()
         high = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=high, device=x.device)
-        dx = torch.empty_like(x) if need_grad else None
-        dw = torch.zeros(weight.shape, dtype=high, device=x.device) if need_grad else None
-        n = _chunk_tokens(x.device, weight.size(0), chunk_bytes)
-        for i in range(0, x.size(0), n):
-            xc, tc = x[i : i + n], targets[i : i + n]
-            losses, t, e, sums = _chunk_loss(xc, weight, tc, vocab_size, cap)
-            total += losses.sum()
-            if dx is None or dw is None:
-                continue
-            rows, dz = _chunk_gradient(t, e, sums, tc)
+        dx, dw = torch.empty_like(x), torch.zeros(weight.shape, dtype=high, device=x.device)
+        for chunk, dz, parts in _chunks(x, weight, targets, cap, chunk_bytes):
+            for zc, tc in parts:  # the logits are by and by overwritten with their gradient
+                losses, *rest = _softmax(zc, tc, vocab_size, cap)
+                total += losses.sum()
+                zc.copy_(_gradient(*rest, tc))
+            dx[chunk] = dz @ weight
             if x.dtype == high:
-                dx[i : i + n] = (dz @ weight).mul_(rows)
-                dw.addmm_(dz.t(), xc * rows)
+                dw.addmm_(dz.t(), x[chunk])
             else:
-                dz16 = dz.mul_(rows).to(x.dtype)  # the exponentials alone would overflow float16
-                dx[i : i + n] = dz16 @ weight
-                dw += dz16.t() @ xc
+                dw += dz.t() @ x[chunk]
         ctx.save_for_backward(dx, dw)
         return total
 
@@ -112,7 +141,7 @@ def _losses_each(
         logits = softcap(logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32)), cap)
         return torch.nn.functional.cross_entropy(logits, tc, ignore_index=-1, reduction="none")
 
-    n = _chunk_tokens(x.device, weight.size(0), chunk_bytes)
+    n, _ = chunk_tokens(x.device.type, weight.size(0), chunk_bytes)
     chunks = [(x[i : i + n], targets[i : i + n]) for i in range(0, x.size(0), n)]
     return torch.cat([checkpoint(one, xc, tc, use_reentrant=False) for xc, tc in chunks])
 
@@ -137,7 +166,7 @@ def linear_cross_entropy(
         cap: the softcap.
         reduction: "mean" over the targets that count (NaN if there is none), "sum", or "none" -> (…).
         dtype: the matmuls' dtype (default: that of x).
-        chunk_bytes: memory for the float32 logits of one chunk (default: by the device).
+        chunk_bytes: memory for the logits of one chunk, counted as float32 (default: by the device).
     """
     dtype = dtype or x.dtype
     flat = x.reshape(-1, x.size(-1)).to(dtype)
@@ -146,12 +175,7 @@ def linear_cross_entropy(
         if reduction == "none" and torch.is_grad_enabled():
             return _losses_each(flat, weight.to(dtype), t, vocab_size, cap, chunk_bytes).view(targets.shape)
         if reduction == "none":
-            w = weight.to(dtype)
-            n = _chunk_tokens(x.device, w.size(0), chunk_bytes)
-            parts = [
-                _chunk_loss(flat[i : i + n], w, t[i : i + n], vocab_size, cap)[0] for i in range(0, flat.size(0), n)
-            ]
-            return torch.cat(parts).view(targets.shape)
+            return _losses(flat, weight.to(dtype), t, vocab_size, cap, chunk_bytes).view(targets.shape)
         # ctx.needs_input_grad would be true under no_grad too, and an evaluation pay for gradients.
         need_grad = torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad)
         total: Tensor = _SummedLoss.apply(flat, weight, t, vocab_size, cap, chunk_bytes, need_grad)

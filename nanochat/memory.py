@@ -20,7 +20,7 @@ import torch
 from nanochat.attention import plan_attention
 from nanochat.cpu_attention import MAX_BYTES, probability_bytes, split_causal
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss import CHUNK_BYTES, CHUNK_BYTES_DEFAULT
+from nanochat.loss import chunk_tokens
 from nanochat.optim import STACK_ELEMENTS
 from nanochat.precision import DTYPES, NARROW_RANGE
 
@@ -31,7 +31,7 @@ CONTEXT_BYTES = 600 * 2**20
 FRAGMENTATION = 0.08
 # Float32 copies of its largest stack that Muon holds at once: gradient, normalised, two of the iteration, update.
 MUON_COPIES = 5
-# Chunks of the loss that are tried when one row does not fit with the usual one, in bytes of float32 logits.
+# Chunks of the loss that are tried when one row does not fit with the usual one, in bytes of logits, counted as float32.
 SMALL_CHUNKS = (64 << 20, 16 << 20)
 # More tokens than this in a micro-batch make a step no faster: a matmul is large enough long before. A guess.
 MOST_TOKENS = {"cpu": 8192}
@@ -62,7 +62,7 @@ class MicroBatch:
     rows: int
     """Rows per forward pass and process."""
     loss_chunk_bytes: int | None = None
-    """Memory for the float32 logits of one chunk of the loss; None: the usual."""
+    """Memory for the logits of one chunk of the loss, counted as float32; None: the usual."""
     activation_checkpointing: bool = False
 
     def __str__(self) -> str:
@@ -176,13 +176,15 @@ def _probability_bytes(config: GPTConfig, rows: int, sequence_len: int, dtype: t
     return probability_bytes(heads, split_causal(pieces, device), dtype.itemsize)
 
 
-def _loss_bytes(config: GPTConfig, tokens: int, dtype: torch.dtype, chunk_bytes: int) -> int:
+def _loss_bytes(
+    config: GPTConfig, tokens: int, dtype: torch.dtype, chunk_bytes: int | None, device_type: str
+) -> int:
     """The most that `nanochat.loss` holds: weights and gradient of lm_head, a chunk of logits, dx."""
     a = dtype.itemsize
     v, c = config.padded_vocab_size, config.n_embd
-    n = min(tokens, max(64, chunk_bytes // (4 * v)))
+    n, m = (min(tokens, part) for part in chunk_tokens(device_type, v, chunk_bytes))
     narrow = a < 4
-    chunk = n * v * (4 + 4 + (2 * a if narrow else 0))  # tanh, exp; before and after them in the compute dtype
+    chunk = v * (n * a + m * (8 if narrow else 4))  # logits; sigmoid (float32 logits become it in place) and exp
     forward = v * c * (4 + (2 * a if narrow else 0)) + chunk  # dw, and of 16 bits the weights and a chunk's part of dw
     backward = 2 * 4 * v * c  # dw, and the same times the incoming gradient
     return max(forward, backward) + 2 * a * tokens * c
@@ -221,8 +223,7 @@ def estimate_training_memory(
     # While one layer goes backwards, its gradients are about as large as what it had saved.
     moment = tokens * max(layer_bytes_per_token(config, dtype, i, device_type) for i in range(config.n_layer))
     activations = saved + round(moment * (2 if activation_checkpointing else 1))
-    chunk = loss_chunk_bytes or CHUNK_BYTES.get(device_type, CHUNK_BYTES_DEFAULT)
-    loss = _loss_bytes(config, tokens, dtype, chunk)
+    loss = _loss_bytes(config, tokens, dtype, loss_chunk_bytes, device_type)
     # Muon keeps one moment, AdamW two; each rank keeps its share.
     optimizer = 4 * (counts.muon + 2 * (counts.total - counts.muon)) // world_size
     # Muon works when the activations are gone; over several ranks a stack of gradients is reduced there too.

@@ -172,9 +172,10 @@ class Precision:
         self.scaler = LossScaler(dtype in NARROW_RANGE, growth_interval=growth_interval)
         self.skipped = 0
         self.skipped_in_a_row = 0
-        if dtype == torch.float32:
-            # Float32 matmuls may round their inputs where the hardware is much faster at it: TF32 on Ampere and
-            # newer, bfloat16 on CPUs with such instructions (nanochat/linear.py). Everything else stays float32.
+        if dtype == torch.float32 or (device_type == "cpu" and dtype not in NARROW_RANGE):
+            # Float32 matmuls (in bfloat16 those of Muon) may round their inputs where the hardware is much faster at
+            # it: TF32 on Ampere and newer, bfloat16 on CPUs with such instructions (nanochat/linear.py). Everything
+            # else stays float32.
             fast = "high" if device_type == "cuda" else "medium" if cpu_has_bf16() else "highest"
             torch.set_float32_matmul_precision(fast)
 
