@@ -40,9 +40,9 @@ def chunk_tokens(device_type: str, vocab: int, chunk_bytes: int | None = None) -
     return chunk, min(chunk, max(FEWEST_PASS_TOKENS, PASS_BYTES[device_type] // (4 * vocab)))
 
 
-# With σ the sigmoid, cap·tanh(z/cap) = 2·cap·σ(2·z/cap) − cap, and the constant cancels in a softmax. σ and 2^x are what a
-# CPU is fast at (dev/LOG.md): a tanh takes as long as ten of them. 2·cap·σ is at least 0 and at most 2·cap, so that no
-# exponential can overflow and no maximum needs to be subtracted.
+# With σ the sigmoid, cap·tanh(z/cap) = 2·cap·σ(2·z/cap) − cap, and the constant cancels in a softmax. σ and 2^x are
+# what a CPU is fast at (dev/LOG.md): a tanh takes as long as ten of them. 2·cap·σ is at least 0 and at most 2·cap, so
+# that no exponential can overflow and no maximum needs to be subtracted.
 
 
 def _chunks(
@@ -112,9 +112,9 @@ class _SummedLoss(torch.autograd.Function):
         dx, dw = torch.empty_like(x), torch.zeros(weight.shape, dtype=high, device=x.device)
         for chunk, dz, parts in _chunks(x, weight, targets, cap, chunk_bytes):
             for zc, tc in parts:  # the logits are by and by overwritten with their gradient
-                losses, *rest = _softmax(zc, tc, vocab_size, cap)
+                losses, s, e, sums = _softmax(zc, tc, vocab_size, cap)
                 total += losses.sum()
-                zc.copy_(_gradient(*rest, tc))
+                zc.copy_(_gradient(s, e, sums, tc))
             dx[chunk] = dz @ weight
             if x.dtype == high:
                 dw.addmm_(dz.t(), x[chunk])

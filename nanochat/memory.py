@@ -31,7 +31,7 @@ CONTEXT_BYTES = 600 * 2**20
 FRAGMENTATION = 0.08
 # Float32 copies of its largest stack that Muon holds at once: gradient, normalised, two of the iteration, update.
 MUON_COPIES = 5
-# Chunks of the loss that are tried when one row does not fit with the usual one, in bytes of logits, counted as float32.
+# Chunks of the loss that are tried when one row does not fit with the usual one, in bytes of float32 logits.
 SMALL_CHUNKS = (64 << 20, 16 << 20)
 # More tokens than this in a micro-batch make a step no faster: a matmul is large enough long before. A guess.
 MOST_TOKENS = {"cpu": 8192}
@@ -176,9 +176,7 @@ def _probability_bytes(config: GPTConfig, rows: int, sequence_len: int, dtype: t
     return probability_bytes(heads, split_causal(pieces, device), dtype.itemsize)
 
 
-def _loss_bytes(
-    config: GPTConfig, tokens: int, dtype: torch.dtype, chunk_bytes: int | None, device_type: str
-) -> int:
+def _loss_bytes(config: GPTConfig, tokens: int, dtype: torch.dtype, chunk_bytes: int | None, device_type: str) -> int:
     """The most that `nanochat.loss` holds: weights and gradient of lm_head, a chunk of logits, dx."""
     a = dtype.itemsize
     v, c = config.padded_vocab_size, config.n_embd

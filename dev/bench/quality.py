@@ -57,6 +57,8 @@ class Config:
     """Vocabulary; the tokenizer is ours, in the peer's format."""
     seconds: float = 1200
     """Training time to fill."""
+    dtype: str = "float32"
+    """What the peer of 2026 trains in; on a CPU it takes float32 by itself. The one of 2025 has only that."""
     tokens_per_second: float | None = None
     """The peer's speed, when it was measured before."""
     seeds: tuple[int, ...] = (0,)
@@ -75,7 +77,7 @@ def run_peer(cfg: Config, base_dir: Path, flags: dict[str, str], seed: int) -> s
     dashes = not (peer / "nanochat" / "configurator.py").exists()  # 2026: argparse, with its dashes
     words = [f"--{name.replace('_', '-') if dashes else name}={value}" for name, value in flags.items()]
     command = [sys.executable, "-c", SEED.format(seed=seed), *words]
-    environment = os.environ | {"NANOCHAT_BASE_DIR": str(base_dir), "NANOCHAT_DTYPE": "float32"}
+    environment = os.environ | {"NANOCHAT_BASE_DIR": str(base_dir), "NANOCHAT_DTYPE": cfg.dtype}
     environment["PYTHONPATH"] = f"{peer}{os.pathsep}{base_dir / 'packages'}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, cwd=peer, env=environment, **pipes)
@@ -127,8 +129,13 @@ def main(cfg: Config) -> None:
     for seed in cfg.seeds:
         output = run_peer(cfg, base_dir, flags | {"num_iterations": str(steps), "eval_tokens": str(eval_tokens)}, seed)
         values.append(float(re.findall(r"Validation bpb: ([\d.]+)", output)[-1]))
-        result = {"peer": cfg.peer, "flags": flags, "seed": seed, "steps": steps, "tokens": steps * batch}
-        result |= {"tokens_per_second": rate, "val_bpb": values[-1], "date": time.strftime("%Y-%m-%d %H:%M")}
+        result = {"peer": cfg.peer, "flags": flags, "dtype": cfg.dtype, "seed": seed, "steps": steps}
+        result |= {
+            "tokens": steps * batch,
+            "tokens_per_second": rate,
+            "val_bpb": values[-1],
+            "date": time.strftime("%Y-%m-%d %H:%M"),
+        }
         with open(cfg.results, "a", encoding="utf-8") as f:
             f.write(json.dumps(result) + "\n")
         label = cfg.flags or "as it is"
