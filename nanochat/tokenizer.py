@@ -295,10 +295,11 @@ class RustBPETokenizer:
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of the ids; the end may be an incomplete UTF-8 sequence. Special tokens give their names."""
-        try:
-            return b"".join([self._token_bytes[i] for i in ids])
-        except IndexError:
-            raise ValueError(f"ids must be below {self.get_vocab_size()}, got {max(ids)}") from None
+        size = self.get_vocab_size()
+        wrong = [i for i in ids if not 0 <= i < size]  # a list takes a negative index
+        if wrong:
+            raise ValueError(f"ids must be at least 0 and below {size}, got {wrong[0]}")
+        return b"".join([self._token_bytes[i] for i in ids])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; incomplete UTF-8 shows as U+FFFD."""

@@ -21,12 +21,12 @@ _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
 def extract_answer(text: str) -> Decimal | None:
-    """The number after the last "####" of `text`, or None when there is none.
+    """The number after the last "####" of `text` that something follows, or None when there is none.
 
     >>> extract_answer("5 + 5 = 10 #### $10."), extract_answer("#### 1,000"), extract_answer("ten")
     (Decimal('10'), Decimal('1000'), None)
     """
-    _, marker, answer = text.rpartition("####")
+    _, marker, answer = text.rstrip(" \t\r\n#").rpartition("####")
     match = _NUMBER.match(answer.lstrip(" \t\r\n*:=~")) if marker else None
     if match is None:
         return None

@@ -116,8 +116,9 @@ def test_lone_surrogates_become_replacement_characters(tokenizer: RustBPETokeniz
 
 def test_incomplete_utf8_and_ids_out_of_range(tokenizer: RustBPETokenizer) -> None:
     assert tokenizer.decode(list("é".encode())[:1]) == "\ufffd"
-    with pytest.raises(ValueError, match="below 400"):
-        tokenizer.decode([400])
+    for wrong in (400, -1):
+        with pytest.raises(ValueError, match=f"below 400, got {wrong}"):
+            tokenizer.decode([wrong])
 
 
 def test_token_bytes_count_raw_bytes_and_zero_for_specials(tokenizer: RustBPETokenizer) -> None:
