@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import loss as loss_module
 from nanochat.loss import linear_cross_entropy, softcap
@@ -76,3 +77,26 @@ def test_confident_logits_do_not_overflow():
     value.backward()
     assert value.item() == pytest.approx(30.0, abs=0.01)
     assert torch.isfinite(x.grad).all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel() * tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("vocab", [512, 2048, 8192])
+def test_memory_is_flat_in_the_vocabulary(vocab):
+    chunk = 64 * 4 * 8192
+    x = torch.randn(1024, 8, requires_grad=True)  # plain logits of the smallest vocabulary would be a chunk already
+    weight = torch.randn(vocab, 8, requires_grad=True)
+    with LargestTensor() as largest:
+        linear_cross_entropy(x, weight, torch.randint(0, vocab, (1024,)), vocab, CAP, chunk_bytes=chunk).backward()
+    assert largest.size == chunk
