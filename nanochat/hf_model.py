@@ -15,6 +15,8 @@ from nanochat.tokenizer import RustBPETokenizer
 
 # Tokens known to start a document, whatever a tokenizer's settings say; nanochat looks for the same.
 DOCUMENT_STARTS = ("<|bos|>", "<|endoftext|>")
+# What transformers calls a cache of keys and values, in arguments and results: since 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 class HFPrefixCache:
@@ -50,6 +52,7 @@ class HuggingFaceModel:
         config = model.config.get_text_config()
         self.max_seq_len: int = max_seq_len or getattr(config, "max_position_embeddings", None) or 2048
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.cache_name = CACHE_NAMES[0]
         idx = torch.arange(8, device=self.get_device()).unsqueeze(0)
         with torch.no_grad():
             if not torch.allclose(self.logits_at(self.hidden(idx)), model(idx).logits.float(), rtol=1e-2, atol=1e-2):
@@ -71,14 +74,14 @@ class HuggingFaceModel:
             return body(input_ids=idx, use_cache=False).last_hidden_state
         if kv_cache.mask is None or kv_cache.lengths is None:
             output = body(input_ids=idx, use_cache=True)
-            kv_cache.cache = output.past_key_values
+            self.cache_name = next(name for name in CACHE_NAMES if name in output)
+            kv_cache.cache = output[self.cache_name]
             return output.last_hidden_state
         lengths = torch.tensor(kv_cache.lengths, device=idx.device).unsqueeze(1)  # (B, 1)
         new = torch.arange(idx.size(1), device=idx.device)
         mask = torch.cat((kv_cache.mask, torch.ones_like(idx, dtype=torch.bool)), dim=1).long()
-        return body(
-            input_ids=idx, attention_mask=mask, position_ids=lengths + new, past_key_values=kv_cache.cache
-        ).last_hidden_state
+        before = {self.cache_name: kv_cache.cache}
+        return body(input_ids=idx, attention_mask=mask, position_ids=lengths + new, **before).last_hidden_state
 
     def logits_at(self, x: Tensor) -> Tensor:
         """float32 logits of hidden states: (N, C) -> (N, V)."""

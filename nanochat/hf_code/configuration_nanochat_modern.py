@@ -7,7 +7,7 @@ class NanoChatModernConfig(PretrainedConfig):
     """Every addition is a switch; with all of them off it is transformers' own NanoChat model."""
 
     model_type = "nanochat_modern"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
 
     def __init__(
         self,

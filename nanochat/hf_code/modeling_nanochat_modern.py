@@ -16,6 +16,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nanochat_modern import NanoChatModernConfig
 
+# What transformers calls the cache: since 5.24, and before.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 def rotate(x, cos, sin):
     """Rotary positions, in float32: x (B, T, H, D), the tables (B, T, 1, D)."""
@@ -174,6 +177,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids,
         attention_mask=None,
         position_ids=None,
+        cache=None,
         past_key_values=None,
         labels=None,
         use_cache=None,
@@ -182,9 +186,10 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         c, (B, T), device = self.config, input_ids.shape, input_ids.device
         use_cache = c.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = cache.get_seq_length() if cache is not None else 0
         S = past + T
         real = torch.ones(B, S, dtype=torch.bool, device=device)  # which of all tokens are no padding
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -192,14 +197,14 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         # What stands before each token: the cache remembers the last token it has seen.
-        last = getattr(past_key_values, "last_ids", None) if past else None
+        last = getattr(cache, "last_ids", None) if past else None
         before = F.pad(input_ids, (1, -1), value=-1)
         if last is not None:
             before[:, 0] = last
         follows = F.pad(real, (1, -1), value=False)  # (B, S), whether a real token stands before
         before = before.masked_fill(~follows[:, past:], -1)
-        if past_key_values is not None:
-            past_key_values.last_ids = input_ids[:, -1]
+        if cache is not None:
+            cache.last_ids = input_ids[:, -1]
 
         x = x0 = self._embed(input_ids, before)
         cos, sin = self._rotary(position_ids, c.hidden_size // c.num_attention_heads)
@@ -216,7 +221,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
             if c.residual_scalars:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             value = self.value_embeds[str(i)](input_ids) if i in c.value_embedding_layers else None
-            x = block(x, cos, sin, masks[c.windows[i]], follows, past_key_values, value)
+            x = block(x, cos, sin, masks[c.windows[i]], follows, cache, value)
             if i == c.num_hidden_layers // 2 and c.backout:
                 middle = x
         if middle is not None:
@@ -228,4 +233,4 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.size(-1)), labels[:, 1:].reshape(-1))
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
