@@ -19,11 +19,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nanochat.c_allocator import keep_freed_memory  # noqa: E402
-from nanochat.gpt import LOGIT_SOFTCAP  # noqa: E402
-from nanochat.hardware import synchronize  # noqa: E402
-from nanochat.loss import linear_cross_entropy, softcap  # noqa: E402
-from nanochat.precision import DTYPES  # noqa: E402
+from nanochat.c_allocator import keep_freed_memory
+from nanochat.gpt import LOGIT_SOFTCAP
+from nanochat.hardware import synchronize
+from nanochat.loss import linear_cross_entropy, softcap
+from nanochat.precision import DTYPES
 
 
 def ours(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
