@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nanochat import common
+from nanochat import common, precision
 from nanochat.config import Runtime
 from nanochat.gpt import GPT, MLP, GPTConfig
+from nanochat.muon import newton_schulz_dtype
 from nanochat.optim import MuonAdamW
 from nanochat.precision import (
     DTYPES,
@@ -313,6 +314,21 @@ def test_three_hundred_steps_in_float16_end_where_float32_does():
 def test_an_unfavourable_dtype_says_what_it_costs(device_type, dtype, capability, card, word):
     cost = dtype_cost(device_type, dtype, capability, card)
     assert cost is None if word is None else word in cost
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fast_cpu", "expected"),
+    [
+        (torch.float32, True, torch.bfloat16),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.float32, False, torch.float32),
+        (torch.float16, True, torch.float32),
+    ],
+)
+def test_muon_multiplies_in_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch, dtype, fast_cpu, expected):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: fast_cpu)
+    Precision("cpu", dtype)
+    assert newton_schulz_dtype(torch.zeros(2, 2)) == expected
 
 
 def test_no_16_bit_dtype_is_hard_coded_outside_the_one_table():
