@@ -96,9 +96,9 @@ def matmul_speeds(compute: Compute, names: list[str]) -> dict[str, float | None]
     n = 4096 if compute.device_type == "cuda" else 512
     speeds: dict[str, float | None] = {}
     for name in names:
-        Precision(compute.device_type, DTYPES[name])  # sets how float32 matmuls round
         try:
-            speeds[name] = measure_matmul(DTYPES[name], compute.device, n=n, seconds=0.5)
+            with Precision(compute.device_type, DTYPES[name]).training():
+                speeds[name] = measure_matmul(DTYPES[name], compute.device, n=n, seconds=0.5)
         except RuntimeError:
             speeds[name] = None
     return speeds
@@ -158,6 +158,8 @@ class Run:
         self.model.to(compute.device).train()
         groups = parameter_groups(self.model, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0)
         self.optimizer = MuonAdamW(groups)
+        self.model.set_product_dtype(self.precision.product_dtype)
+        self.optimizer.set_product_dtype(self.precision.muon_dtype)
         self.schedule = Schedule(num_iterations=arguments.steps)
         self.offsets = torch.Generator().manual_seed(arguments.seed)
 
@@ -174,10 +176,11 @@ class Run:
         x, y = self.batch(rows)
         retry = True
         while retry:
-            with self.precision.autocast():
-                loss = self.model(x, y)
-            self.precision.backward(loss)
-            retry = self.precision.step([self.optimizer], 1.0, loss).retry
+            with self.precision.training():
+                with self.precision.autocast():
+                    loss = self.model(x, y)
+                self.precision.backward(loss)
+                retry = self.precision.step([self.optimizer], 1.0, loss).retry
             self.optimizer.zero_grad()
         return float(loss.detach())
 

@@ -94,7 +94,14 @@ def plan_ragged(mask: Tensor, positions: Tensor, window: int | None = None) -> l
     return [Piece(slice(0, mask.size(2)), slice(0, mask.size(3)), mask)]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: float | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pieces: Sequence[Piece],
+    scale: float | None = None,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Attention of T queries to S keys.
 
     Args:
@@ -103,6 +110,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: floa
         v: (B, S, K, D).
         pieces: from `plan_attention` or `plan_ragged`; they cover the queries in their order.
         scale: factor on the products of queries and keys; None: 1/√D.
+        product_dtype: what float32 is rounded to in training on a CPU (see nanochat/linear.py); None: nothing.
 
     Returns:
         (B, T, H, D).
@@ -114,7 +122,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: floa
         k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
     if q.device.type == "cpu" and q.requires_grad and not torch.compiler.is_compiling():
-        dtype, heads = training_product_dtype(q), q.size(0) * q.size(1)
+        dtype, heads = training_product_dtype(q, product_dtype), q.size(0) * q.size(1)
         if dtype not in NARROW_RANGE and probability_bytes(heads, pieces, dtype.itemsize) <= MAX_BYTES:
             scale = q.size(-1) ** -0.5 if scale is None else scale
             y = cpu_attention(q.to(dtype), k.to(dtype), v.to(dtype), pieces, scale)

@@ -167,6 +167,11 @@ class Compute:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def matmul_tflops(self, n: int = 1024, seconds: float = 0.1) -> float:
+        """Measured speed of matmuls as training makes them, in TFLOP/s: (n, n) times (n, n)."""
+        with self.precision.training():
+            return measure_matmul(self.precision.product_dtype, self.device, n, seconds)
+
     def broadcast(self, value: float) -> float:
         """Rank 0's `value` on every rank, so that decisions by time are the same everywhere."""
         if not self.ddp:

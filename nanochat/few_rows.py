@@ -10,9 +10,7 @@ Shapes: B rows; a weight is (out, in).
 
 from __future__ import annotations
 
-import contextlib
 import platform
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -137,21 +135,3 @@ def best_form(rows: int, device: str, dtype: torch.dtype) -> type[PlainLinear | 
     if not PackedLinear.suits(device, dtype):
         return PlainLinear
     return SplitLinear if rows == 1 and dtype == torch.float32 else PackedLinear
-
-
-@contextlib.contextmanager
-def exact_matmuls(device: str) -> Iterator[None]:
-    """On a CPU: float32 matmuls without rounding to bfloat16. Elsewhere nothing.
-
-    Where rounding is on (see nanochat.precision), oneDNN converts the whole weight in every call: for many rows that
-    pays, for a few it takes longer than the matmul.
-    """
-    if device != "cpu":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

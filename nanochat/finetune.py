@@ -28,7 +28,6 @@ from nanochat.clock import Clock
 from nanochat.common import Compute, print0, print_banner, setup_compute
 from nanochat.config import short
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hardware import measure_matmul
 from nanochat.memory import MicroBatch, divisors
 from nanochat.micro_batch import Batch, choose_micro_batch
 from nanochat.optim import MuonAdamW
@@ -145,7 +144,7 @@ def plan_budget(
     elif cfg.hours and before and before["config"].get("hours") == cfg.hours and "budget_tokens" in before:
         tokens = before["budget_tokens"]
     elif cfg.hours:
-        measured = compute.broadcast(measure_matmul(compute.precision.product_dtype, compute.device, n=1024))
+        measured = compute.broadcast(compute.matmul_tflops())
         speed = ASSUMED_EFFICIENCY * 1e12 * measured
         with torch.device("meta"):
             flops = GPT(model_config).estimate_flops()

@@ -94,6 +94,7 @@ class Attention(nn.Module):
         gated = config.has_value_embedding(layer)
         self.ve_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head) if gated else None
         self.window = config.windows[layer]
+        self.product_dtype: torch.dtype | None = None
         self.key_offset = config.key_offset
         # The factor on q and on k, as one factor on their products.
         self.scale = None if config.qk_scale == 1.0 else config.qk_scale**2 * self.head_dim**-0.5
@@ -114,7 +115,7 @@ class Attention(nn.Module):
             k, v = context.kv_cache.update(self.layer, k, v)  # (B, all, K, D)
         elif self.key_offset:
             k = offset_keys(k, context.first)
-        y = attend(q, k, v, context.pieces[self.window], self.scale)  # (B, T, H, D)
+        y = attend(q, k, v, context.pieces[self.window], self.scale, self.product_dtype)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))
 
 
@@ -197,6 +198,7 @@ class GPT(nn.Module):
         self._add_switched_parameters(config)
         self.activation_checkpointing = False
         self.loss_chunk_bytes: int | None = None  # None: by the device, see nanochat/loss.py
+        self.product_dtype: torch.dtype | None = None
         self.windows = set(config.windows)
         cos, sin = rotary_tables(config.sequence_len, config.head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
@@ -218,6 +220,12 @@ class GPT(nn.Module):
             self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
         if config.bigram_buckets:
             self.bigram = nn.Embedding(config.bigram_buckets, config.n_embd)
+
+    def set_product_dtype(self, dtype: torch.dtype | None) -> None:
+        """Round float32 to `dtype` for the products of training on a CPU (see nanochat/linear.py); None: not at all."""
+        for module in self.modules():
+            if hasattr(module, "product_dtype"):
+                cast(Any, module).product_dtype = dtype
 
     @property
     def wte(self) -> nn.Embedding:
@@ -406,7 +414,7 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         """The loss of hidden states `x` (B, T, C) against `targets` (B, T); never compiled, unlike `hidden`."""
-        dtype, chunk = training_product_dtype(x), self.loss_chunk_bytes
+        dtype, chunk = training_product_dtype(x, self.product_dtype), self.loss_chunk_bytes
         return linear_cross_entropy(
             x, self.lm_head.weight, targets, self.config.vocab_size, LOGIT_SOFTCAP, reduction, dtype, chunk
         )

@@ -241,13 +241,13 @@ def measure_matmul(dtype: torch.dtype, device: torch.device | str, n: int = 2048
     return count * 2 * n**3 / used / 1e12
 
 
-def speeds_key(device: torch.device) -> str:
-    """What measured speeds depend on: the device, torch, and on a CPU its threads and how it multiplies float32."""
+def speeds_key(device: torch.device, product_dtype: torch.dtype) -> str:
+    """What measured speeds depend on: the device, torch, and on a CPU its threads and the dtype of its products."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     where = cpu_name() if device.type == "cpu" else device.type
-    matmul = torch.get_float32_matmul_precision()
-    return f"{where}, {torch.get_num_threads()} threads, float32 {matmul}, torch {torch.__version__}"
+    products = str(product_dtype).removeprefix("torch.")
+    return f"{where}, {torch.get_num_threads()} threads, products in {products}, torch {torch.__version__}"
 
 
 # -- throttling -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """The model's linear layers, whose products may be made in another precision than their inputs have.
 
-`torch.set_float32_matmul_precision("medium")` allows float32 products to be computed in bfloat16. torch uses that only
-where oneDNN has kernels for it: on CPUs with AMX, but not on those that have just AVX-512 BF16 (there "medium" gave the
-error of float32, 3e-7, at the speed of float32). So in training the conversion is made here. Results stay in bfloat16
-until something float32 is added to them: what is between two products (the MLP's h, attention) is not converted back
-and forth. Weights, their gradients, the residual stream, norms and rotations are float32.
+A CPU with bfloat16 instructions multiplies float32 numbers several times faster when they are rounded to bfloat16
+first. torch has a switch for it, `torch.set_float32_matmul_precision("medium")`, but it works only where oneDNN has AMX
+kernels, and there it reaches every float32 product of the process, those of evaluation and chat too. So it stays at
+"highest", and in training the conversion is made here, where the model's `product_dtype` asks for it. Results stay in
+bfloat16 until something float32 is added to them: what is between two products (the MLP's h, attention) is not
+converted back and forth. Weights, their gradients, the residual stream, norms and rotations are float32.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanochat.fp16_gemm import HalfGemm
-from nanochat.precision import MEDIUM, NARROW_RANGE
+from nanochat.precision import NARROW_RANGE
 
 
-def training_product_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype training multiplies `x`: that of autocast, bfloat16 on a CPU set to "medium", or its own.
+def training_product_dtype(x: Tensor, wanted: torch.dtype | None = None) -> torch.dtype:
+    """In which dtype training multiplies `x`: that of autocast, else the `wanted` one for float32 on a CPU, or its own.
 
     Without gradients float32 stays exact, so that evaluation and chat don't depend on how a batch is cut.
     """
@@ -29,8 +30,8 @@ def training_product_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     if kind != "cpu" or x.dtype != torch.float32 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return x.dtype  # (a compiler can't follow the question below)
-    return MEDIUM if torch.get_float32_matmul_precision() == "medium" else x.dtype
+        return x.dtype
+    return wanted or x.dtype
 
 
 class _LowProducts(torch.autograd.Function):
@@ -85,9 +86,9 @@ def use_half_gemm(gemm: HalfGemm | None) -> None:
     _half_gemm = gemm
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, wanted: torch.dtype | None = None) -> Tensor:
     """x (…, in) times weight (out, in) transposed -> (…, out), in the dtype of `training_product_dtype`."""
-    dtype = training_product_dtype(x)
+    dtype = training_product_dtype(x, wanted)
     autocast = torch.is_autocast_enabled(x.device.type)
     training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if autocast and _half_gemm is not None and dtype in NARROW_RANGE and training:
@@ -102,9 +103,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A linear layer without bias."""
 
+    product_dtype: torch.dtype | None = None
+    """What float32 is rounded to for products in training, see `GPT.set_product_dtype`; None: nothing."""
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) -> (…, out)."""
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.product_dtype)

@@ -50,7 +50,7 @@ class LocalMachine:
     _known: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._key = speeds_key(self.device)
+        self._key = speeds_key(self.device, self.precision.product_dtype)
         if self.path is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._known = json.loads(self.path.read_text(encoding="utf-8")).get(self._key, {})
@@ -126,7 +126,7 @@ def _stream_dtype(dtype: str) -> torch.dtype:
 def _linear(m: LocalMachine, op: Operation) -> Callable[[], None]:
     n, inputs, outputs = op.shape
     x, w = m.random(n, inputs, dtype=_stream_dtype(op.dtype)), m.random(outputs, inputs)
-    return _with_gradient(m, lambda: linear(x, w), x, w)
+    return _with_gradient(m, lambda: linear(x, w, m.precision.product_dtype), x, w)
 
 
 def _norm(m: LocalMachine, op: Operation) -> Callable[[], None]:
@@ -161,7 +161,11 @@ def _attention(m: LocalMachine, op: Operation) -> Callable[[], None]:
     rows, T, heads, kv_heads, size, window = op.shape
     q, k, v = (m.random(rows, T, h, size, dtype=DTYPES[op.dtype]) for h in (heads, kv_heads, kv_heads))
     pieces = plan_attention(T, T, m.device, window or None)
-    return _with_gradient(m, lambda: attend(q, k, v, pieces).reshape(rows, T, heads * size), q, k, v)
+
+    def run() -> Tensor:
+        return attend(q, k, v, pieces, product_dtype=m.precision.product_dtype).reshape(rows, T, heads * size)
+
+    return _with_gradient(m, run, q, k, v)
 
 
 def _embedding(m: LocalMachine, op: Operation) -> Callable[[], None]:
@@ -177,13 +181,15 @@ def _loss(m: LocalMachine, op: Operation) -> Callable[[], None]:
     targets = torch.randint(0, vocab, (n,), device=m.device, generator=torch.Generator(m.device).manual_seed(0))
 
     def loss() -> Tensor:
-        return linear_cross_entropy(x, w, targets, vocab, LOGIT_SOFTCAP, "sum", training_product_dtype(x))
+        dtype = training_product_dtype(x, m.precision.product_dtype)
+        return linear_cross_entropy(x, w, targets, vocab, LOGIT_SOFTCAP, "sum", dtype)
 
     return _with_gradient(m, loss, x, w)
 
 
 def _muon(m: LocalMachine, op: Operation) -> Callable[[], None]:
-    return _optimizer(m, {"kind": "muon", "lr": 0.02, **m.preset.muon}, op.shape)
+    group = {"kind": "muon", "lr": 0.02, "ns_dtype": m.precision.muon_dtype, **m.preset.muon}
+    return _optimizer(m, group, op.shape)
 
 
 def _adamw(m: LocalMachine, op: Operation) -> Callable[[], None]:

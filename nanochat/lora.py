@@ -24,6 +24,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
+        self.product_dtype: torch.dtype | None = None  # see GPT.set_product_dtype
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)  # (out, in)
         device, dtype = linear.weight.device, linear.weight.dtype
         self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, device=device, dtype=dtype))  # (r, in)
@@ -32,7 +33,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) -> (…, out)."""
-        return linear(x, self.weight) + linear(linear(x, self.lora_a), self.lora_b) * ALPHA_PER_RANK
+        dtype = self.product_dtype
+        thin = linear(linear(x, self.lora_a, dtype), self.lora_b, dtype)
+        return linear(x, self.weight, dtype) + thin * ALPHA_PER_RANK
 
     def merged(self) -> Tensor:
         """The one matrix that does the same."""

@@ -101,13 +101,15 @@ def seconds_of(model: GPT, compute: Compute, rows: int, sequence_len: int, reser
     """
     random = torch.Generator().manual_seed(0)  # the run's own generators stay as they are
     idx = torch.randint(0, model.config.vocab_size, (rows, sequence_len + 1), generator=random).to(compute.device)
+    model.set_product_dtype(compute.precision.product_dtype)
     try:
         held = torch.empty(reserve_bytes if compute.device_type == "cuda" else 0, dtype=torch.uint8, device=idx.device)
         for _ in range(2):  # in the first one libraries load; the second meets the gradients of the first
             start = time.perf_counter()
-            with compute.precision.autocast():
-                loss = model(idx[:, :-1], idx[:, 1:].contiguous())
-            compute.precision.backward(loss)
+            with compute.precision.training():
+                with compute.precision.autocast():
+                    loss = model(idx[:, :-1], idx[:, 1:].contiguous())
+                compute.precision.backward(loss)
             compute.synchronize()
             seconds = time.perf_counter() - start
         del held, loss

@@ -26,7 +26,7 @@ MUON_DEFAULTS: dict[str, Any] = {
     "beta2": None,  # NorMuon: decay of the second moment, e.g. 0.9
     "row_equalize": False,  # MuonEq: rows of equal length before the orthogonalisation
     "cautious": False,  # decay a weight only where the update shrinks it too
-    "ns_dtype": None,  # dtype of the Newton-Schulz products; None: newton_schulz_dtype()
+    "ns_dtype": None,  # dtype of the Newton-Schulz products, e.g. Precision.muon_dtype; None: newton_schulz_dtype()
 }
 
 # p(x) = a*x + b*x^3 + c*x^5, made steep at 0 rather than exact at 1: singular values land in about [0.7, 1.2].
@@ -61,13 +61,10 @@ def newton_schulz_coefficients(name: str, steps: int) -> list[tuple[float, float
 
 
 def newton_schulz_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which this tensor's device multiplies matrices fast without overflow (never float16)."""
+    """The dtype in which a card multiplies this tensor fast without overflow (never float16); elsewhere float32."""
     if x.dtype == torch.float64:
         return torch.float64
-    if x.device.type == "cuda":
-        fast = torch.cuda.get_device_capability(x.device) >= (8, 0)
-    else:  # "medium" says that float32 products may be computed in bfloat16, and is set where the CPU is fast at that
-        fast = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "medium"
+    fast = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 0)
     return DTYPES["bfloat16" if fast else "float32"]
 
 

@@ -225,6 +225,12 @@ class MuonAdamW(torch.optim.Optimizer):
         self._add_buckets(group, len(self.names))
         self.names.extend(names)
 
+    def set_product_dtype(self, dtype: torch.dtype | None) -> None:
+        """Let Muon multiply in `dtype` where its groups say nothing else; None: as the device is fast at."""
+        for group in self.param_groups:
+            if group["kind"] == "muon" and group["ns_dtype"] is None:
+                group["ns_dtype"] = dtype
+
     def _add_buckets(self, group: dict[str, Any], first: int) -> None:
         params = group["params"]
         if group["kind"] == "adamw":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The dtypes whose largest number (65504) ordinary activations reach.
 NARROW_RANGE = frozenset({torch.float16})
-# What float32 products may be rounded to where the float32 matmul precision is "medium".
+# What training rounds the factors of float32 products to on a CPU that is fast at it.
 MEDIUM = DTYPES["bfloat16"]
 MAX_SKIPS_IN_A_ROW = 12
 # Steps between attempts to double the loss scale when the run's length is not known. Each may cost a skipped step.
@@ -172,17 +172,36 @@ class Precision:
         self.scaler = LossScaler(dtype in NARROW_RANGE, growth_interval=growth_interval)
         self.skipped = 0
         self.skipped_in_a_row = 0
-        if dtype == torch.float32 or (device_type == "cpu" and dtype not in NARROW_RANGE):
-            # Float32 matmuls (in bfloat16 those of Muon) may round their inputs where the hardware is much faster at
-            # it: TF32 on Ampere and newer, bfloat16 on CPUs with such instructions (nanochat/linear.py). Everything
-            # else stays float32.
-            fast = "high" if device_type == "cuda" else "medium" if cpu_has_bf16() else "highest"
-            torch.set_float32_matmul_precision(fast)
 
     @property
     def product_dtype(self) -> torch.dtype:
         """The dtype in which training multiplies matrices (see nanochat/linear.py)."""
         return product_dtype(self.device_type, self.dtype)
+
+    @property
+    def muon_dtype(self) -> torch.dtype | None:
+        """The dtype of Muon's products; None: what the card is fast at (see `muon.newton_schulz_dtype`)."""
+        if self.device_type != "cpu":
+            return None
+        # Muon orthogonalises float32 momentum in every mode. float16 runs are for tests: they stay exact here.
+        return MEDIUM if self.dtype not in NARROW_RANGE and cpu_has_bf16() else torch.float32
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Around the passes and the update of a step: on a card float32 products may be rounded to TF32 in here.
+
+        torch has one switch for the whole process. It stays at "highest" everywhere else, so that evaluation and chat
+        are exact and do not depend on how a batch is cut. Cards below capability 8.0 have no TF32 and ignore it.
+        """
+        if self.device_type != "cuda" or self.dtype != torch.float32:
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     @property
     def cache_dtype(self) -> torch.dtype:

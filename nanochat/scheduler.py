@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from nanochat.calculator import use_calculator
-from nanochat.few_rows import exact_matmuls
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.precision import Precision
@@ -192,14 +191,12 @@ class Scheduler:
             (row, new tokens with their masks) of every row that got some or ended: mask 1 where the model chose the
             token, 0 where it was forced. A row that ended has a finish_reason.
         """
-        # Exact, also for prompts: the last token of one that was read before is decoded instead, and must say the same.
-        with exact_matmuls(self.cache.k_cache.device.type):
-            try:
-                return self._step()
-            except Exception:
-                for slot in self._slots:  # rows may have been half exchanged: what the cache holds isn't known any more
-                    slot.tokens = []
-                raise
+        try:
+            return self._step()
+        except Exception:
+            for slot in self._slots:  # rows may have been half exchanged: what the cache holds isn't known any more
+                slot.tokens = []
+            raise
 
     def _step(self) -> list[tuple[Row, list[tuple[int, int]]]]:
         logits: list[Tensor] = []

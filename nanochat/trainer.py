@@ -30,7 +30,7 @@ from nanochat.common import Compute, DummyWandb, print0
 from nanochat.compiling import compiled, should_compile
 from nanochat.fp16_gemm import choose_half_gemm, layer_shapes
 from nanochat.gpt import GPT
-from nanochat.hardware import ThrottleWatcher, measure_matmul
+from nanochat.hardware import ThrottleWatcher
 from nanochat.linear import use_half_gemm
 from nanochat.memory import MicroBatch, free_memory
 from nanochat.metrics_log import MetricsLog, last_value
@@ -120,6 +120,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.flops_per_token = self.model.estimate_flops(self.model.config.sequence_len)
+        self.model.set_product_dtype(self.compute.precision.product_dtype)
+        self.optimizer.set_product_dtype(self.compute.precision.muon_dtype)
         # None: to be measured before the first step.
         self._compile: bool | None = None if self.compute.measure_compile else self.compute.compile
         self._hidden = compiled(self.model) if self._compile else self.model.hidden
@@ -147,12 +149,13 @@ class Trainer:
         multiplier = self.settings.schedule.apply(self.optimizer.param_groups, self.state.step, self._place())
         self._data_seconds = 0.0
         batches = self._next_batches()
-        result, loss = self._attempt(batches)
-        while result.skipped:
-            self._report_skip(result, loss)
-            if not result.retry:
-                batches = self._next_batches()
+        with self.compute.precision.training():
             result, loss = self._attempt(batches)
+            while result.skipped:
+                self._report_skip(result, loss)
+                if not result.retry:
+                    batches = self._next_batches()
+                result, loss = self._attempt(batches)
         if self._compile is None:  # now that it is known how many rows fit
             self._decide_compile(next(self._pieces(batches[0])).x)
         self.state.tokens += sum(batch.x.numel() for batch in batches) * self.compute.world_size
@@ -281,7 +284,7 @@ class Trainer:
 
     def _train(self, stop: StopRequest) -> None:
         schedule = self.settings.schedule
-        peak = measure_matmul(self.compute.precision.product_dtype, self.compute.device, n=1024)
+        peak = self.compute.matmul_tflops()
         total = schedule.num_iterations or schedule.seconds or 1.0
         if self.compute.rank == 0:
             self.metrics_log.cut(self.state.metrics_bytes, self.state.step)

@@ -19,7 +19,7 @@ import torch
 
 from nanochat.card_choice import DeviceInfo, training_speed
 from nanochat.cards import find_card
-from nanochat.common import Compute, check_wheel, get_base_dir, measure_matmul, reinstall_line, setup_compute
+from nanochat.common import Compute, check_wheel, get_base_dir, reinstall_line, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
@@ -128,7 +128,7 @@ def check_speed(compute: Compute) -> tuple[float, Check]:
     """(FLOP/s of large matmuls, what to think of it)."""
     cuda = compute.device_type == "cuda"
     dtype = compute.precision.product_dtype
-    tflops = measure_matmul(dtype, compute.device, n=4096 if cuda else 1024, seconds=0.5)
+    tflops = compute.matmul_tflops(n=4096 if cuda else 1024, seconds=0.5)
     text = f"{tflops:.3g} TFLOP/s in {DTYPE_NAMES[dtype]} matmuls"
     name = torch.cuda.get_device_name(compute.device) if cuda else ""
     if cuda and find_card(name) and 1e12 * tflops < SLOW * training_speed(name):

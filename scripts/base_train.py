@@ -17,7 +17,7 @@ import torch
 
 from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder, load_weights
 from nanochat.clock import Clock
-from nanochat.common import Compute, measure_matmul, print0, print_banner, setup_compute
+from nanochat.common import Compute, print0, print_banner, setup_compute
 from nanochat.config import Runtime, positive, run_script
 from nanochat.dataloader import Mode, PretrainLoader
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
@@ -370,7 +370,7 @@ def main(cfg: Config) -> None:
 
 
 def _measure(compute: Compute) -> float:
-    return compute.broadcast(measure_matmul(compute.precision.product_dtype, compute.device, n=1024))
+    return compute.broadcast(compute.matmul_tflops())
 
 
 class Fit(NamedTuple):

@@ -171,7 +171,8 @@ def target_here(cfg: Config) -> Target:
     how = "Speed: each operation of a training step measured alone on this machine, eager."
     if cfg.depth is None:
         how += f" Measured at depths {', '.join(map(str, depths))}; between and beyond them by FLOP/s."
-    return Target(speeds_key(compute.device), budget, measured_speed(machine, budget, depths), how)
+    key = speeds_key(compute.device, compute.precision.product_dtype)
+    return Target(key, budget, measured_speed(machine, budget, depths), how)
 
 
 COLUMNS = (

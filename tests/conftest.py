@@ -39,9 +39,10 @@ def base_dir(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def matmul_precision():
-    """Every test begins with exact float32 matmuls, whatever the one before has set."""
-    torch.set_float32_matmul_precision("highest")
+def exact_matmuls():
+    """Nothing may leave torch's one switch for float32 products elsewhere than where it found it."""
+    yield
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,7 +20,6 @@ from nanochat.scheduler import Row, Scheduler
 
 @pytest.fixture(scope="module")
 def tool_model(tiny_tokenizer):
-    torch.set_float32_matmul_precision("highest")
     return make_model(tiny_tokenizer, ToolModel)
 
 

@@ -359,8 +359,10 @@ def kill_downloads(hub: Hub, kills: int) -> None:
     assert process.stdout.readline() == "ready\n"
     folder = source_folder("hf:someone/texts")
     died, started = 0, 0
-    for _ in range(kills):
-        process.stdin.write(f"{rng.uniform(0.05, 1.0)}\n")
+    for kill in range(20 * kills):  # on a busy machine a child may need several seconds until its first file is there
+        if kill >= kills and died and started:
+            break
+        process.stdin.write(f"{rng.uniform(0.05, 1.0) * (1 + kill // kills)}\n")
         process.stdin.flush()
         died += int(process.stdout.readline()) == signal.SIGKILL
         for shard in list_shards(folder):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanochat import finetune as finetune_module
+from nanochat import common
 from nanochat.chat_stage import prepare_model
 from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, load_model, save_checkpoint
 from nanochat.common import get_base_dir, setup_compute
@@ -225,7 +225,7 @@ def test_a_mixture_fits_the_budget_in_the_same_proportions(tokens, depth):
 def test_a_resumed_run_by_the_clock_reads_the_same_mixture(tiny_model, monkeypatch):
     """No two measurements of a machine are equal; the conversations of a run must be."""
     speeds = iter((1.0, 1.1, 1.2))
-    monkeypatch.setattr(finetune_module, "measure_matmul", lambda *_, **__: next(speeds))
+    monkeypatch.setattr(common, "measure_matmul", lambda *_, **__: next(speeds))
     cfg, config = FinetuneConfig(hours=1.0), tiny_model.config
     with setup_compute(Runtime(device_type="cpu")) as compute:
         first = plan_budget(cfg, config, compute)

@@ -15,16 +15,16 @@ def layer():
     return Linear(64, 48)
 
 
-def gradients(layer, x, seed):
+def gradients(layer, x, seed, dtype=None):
+    layer.product_dtype = dtype
     x = x.clone().requires_grad_()
     y = layer(x)
     return [y, *torch.autograd.grad(y, (x, layer.weight), seed.to(y.dtype))]
 
 
-def test_medium_rounds_the_factors_of_all_three_products_and_keeps_gradients_float32(layer):
+def test_a_product_dtype_rounds_the_factors_of_all_three_products_and_keeps_gradients_float32(layer):
     x, seed = torch.randn(3, 5, 64), torch.randn(3, 5, 48)
-    torch.set_float32_matmul_precision("medium")
-    ours = gradients(layer, x, seed)
+    ours = gradients(layer, x, seed, MEDIUM)
     low_x, low_w, low_g = (t.to(MEDIUM).double() for t in (x, layer.weight.detach(), seed))
     expected = [
         F.linear(low_x, low_w),
@@ -36,27 +36,27 @@ def test_medium_rounds_the_factors_of_all_three_products_and_keeps_gradients_flo
         assert float((a.detach().double() - b).norm() / b.norm()) < 2**-8  # the result is rounded to bfloat16 once
 
 
-def test_highest_no_gradient_and_float64_are_exact(layer):
+def test_without_a_product_dtype_or_a_gradient_and_in_float64_products_are_exact(layer):
     x, seed = torch.randn(3, 5, 64), torch.randn(3, 5, 48)
     plain = [F.linear(x, layer.weight), seed @ layer.weight]
     for a, b in zip(gradients(layer, x, seed), plain, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    torch.set_float32_matmul_precision("medium")
+    layer.product_dtype = MEDIUM
     with torch.no_grad():
         torch.testing.assert_close(layer(x), plain[0], rtol=1e-6, atol=1e-6)
-    assert training_product_dtype(x.double()) == torch.float64
+    assert training_product_dtype(x.double(), MEDIUM) == torch.float64
     with torch.autocast("cpu", dtype=MEDIUM):
         assert training_product_dtype(x) == MEDIUM
 
 
-def test_a_model_learns_the_same_in_medium():
+def test_a_model_learns_the_same_with_rounded_products():
     """20 steps on one batch: the loss falls as far as in exact float32, within 1 %."""
     config = GPTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
     tokens = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(0))
     ends = []
-    for precision in ("highest", "medium"):
-        torch.set_float32_matmul_precision(precision)
+    for dtype in (None, MEDIUM):
         model = GPT(config)
+        model.set_product_dtype(dtype)
         model.init_weights(torch.Generator().manual_seed(0))
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for _ in range(20):
@@ -76,4 +76,4 @@ def test_speed_is_measured_in_the_dtype_that_training_multiplies_in(monkeypatch,
     monkeypatch.setattr("nanochat.precision.cpu_has_bf16", lambda: has_bf16)
     precision = Precision("cpu", dtype)
     with precision.autocast():
-        assert precision.product_dtype == training_product_dtype(torch.ones(2, 2))
+        assert precision.product_dtype == training_product_dtype(torch.ones(2, 2), precision.product_dtype)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanochat import common, precision
+from nanochat.common import setup_compute
 from nanochat.config import Runtime
 from nanochat.gpt import GPT, MLP, GPTConfig
-from nanochat.muon import newton_schulz_dtype
 from nanochat.optim import MuonAdamW
 from nanochat.precision import (
     DTYPES,
@@ -327,8 +327,25 @@ def test_an_unfavourable_dtype_says_what_it_costs(device_type, dtype, capability
 )
 def test_muon_multiplies_in_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch, dtype, fast_cpu, expected):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: fast_cpu)
-    Precision("cpu", dtype)
-    assert newton_schulz_dtype(torch.zeros(2, 2)) == expected
+    optimizer = MuonAdamW([{"kind": "muon", "params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
+    optimizer.set_product_dtype(Precision("cpu", dtype).muon_dtype)
+    assert optimizer.param_groups[0]["ns_dtype"] == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_float32_products_are_exact_outside_a_training_step(monkeypatch, dtype, device_type):
+    """Evaluation and chat must not depend on how a batch is cut, on any CPU: torch's switch stays where it was."""
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    if device_type == "cpu":
+        with setup_compute(Runtime(device_type="cpu", dtype=dtype)):
+            assert torch.get_float32_matmul_precision() == "highest"
+    chosen = Precision(device_type, DTYPES[dtype])
+    assert torch.get_float32_matmul_precision() == "highest"
+    with chosen.training():
+        tf32 = device_type == "cuda" and dtype == "float32"
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_no_16_bit_dtype_is_hard_coded_outside_the_one_table():

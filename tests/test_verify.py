@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import verify
+from nanochat import common, verify
 from nanochat.card_choice import DeviceInfo, choose_cards, describe_choice, training_speed
 from nanochat.planning import profile_for
 from nanochat.profiles import DEMO, P100, Settings
@@ -389,7 +389,7 @@ def test_a_wheel_for_cpus_beside_a_card_is_no_good(tmp_path, monkeypatch):
 def test_on_this_machine_a_step_trains_and_the_demo_is_planned(monkeypatch, capsys):
     for name in ("PROFILE", "DATA_DIR", "DATASET", "DEPTH", "NPROC", "HOURS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(verify, "measure_matmul", lambda *_, **__: 0.1)
+    monkeypatch.setattr(common, "measure_matmul", lambda *_, **__: 0.1)
     monkeypatch.setattr(verify, "list_devices", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     verify.main(verify.Config(tsv=True))
