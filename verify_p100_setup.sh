@@ -371,12 +371,12 @@ check_data() {
 
 # --- after the set-up -------------------------------------------------------------------------------------------------
 
-# nanochat.verify prints lines "status, name, text, remedy", separated by tabs.
+# nanochat.pipeline.verify prints lines "status, name, text, remedy", separated by tabs.
 check_deep() {
     local status name text remedy lines limit=()
     [[ -x "$VENV_PYTHON" ]] || return 0
     ! command -v timeout > /dev/null || limit=(timeout 300)
-    if ! lines="$(cd "$ROOT" && "${limit[@]+"${limit[@]}"}" "$VENV_PYTHON" -m nanochat.verify --tsv 2>&1)"; then
+    if ! lines="$(cd "$ROOT" && "${limit[@]+"${limit[@]}"}" "$VENV_PYTHON" -m nanochat.pipeline.verify --tsv 2>&1)"; then
         lines="$(tail -n 1 <<< "$lines" | tr '\t' ' ')"
         report fail environment "the environment in .venv does not work: $lines" "bash setup_env.sh (rm -rf .venv first if that does not help)"
         return

@@ -32,7 +32,7 @@ from nanochat.core_eval import (
     pick_fewshot,
     render_prompts,
 )
-from nanochat.hf_model import HuggingFaceModel, HuggingFaceTokenizer, load_hf_model
+from nanochat.interop.hf_model import HuggingFaceModel, HuggingFaceTokenizer, load_hf_model
 from nanochat.scoring import score_groups
 
 TASKS = "copa|piqa|openbook_qa|winograd|winogrande|lambada_openai|bigbench_qa_wikidata"

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from nanochat.config import run_script
 from nanochat.core_eval import get_bundle_folder, load_bundle, load_items
-from nanochat.corpus import Corpus, open_corpus
+from nanochat.data.corpus import Corpus, open_corpus
 from nanochat.dataset import prepare_corpus
 from nanochat.files import write_json
 from nanochat.progress import progress

@@ -4,7 +4,7 @@
 
 Trains the same model on the same batches twice, factors and results of the blocks' products rounded to float16: once
 accumulated in float32, as PyTorch does it, and once with every multiply-add of y and dx rounded to float16, one term
-after the other, as a P100's fused half multiply-add does, in the parts of nanochat/fp16_gemm.py. Everything else is
+after the other, as a P100's fused half multiply-add does, in the parts of nanochat/ops/fp16_gemm.py. Everything else is
 float32 (a CPU takes minutes for a step in float16). Prints both losses and how far they are apart, and the error of one
 product. Needs a C++ compiler and a CPU with F16C and FMA; the text is bytes, so no tokenizer.
 """
@@ -24,9 +24,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochat.config import run_script
-from nanochat.fp16_gemm import PART, HalfGemm, add_parts, layer_shapes, parts_of
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.linear import Linear
+from nanochat.ops.fp16_gemm import PART, HalfGemm, add_parts, layer_shapes, parts_of
+from nanochat.ops.linear import Linear
 from nanochat.optim import MuonAdamW
 from nanochat.precision import DTYPES
 from nanochat.recipe import parameter_groups
@@ -108,7 +108,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 class EmulatedProducts(torch.autograd.Function):
-    """A layer's three products as in `nanochat.linear`, with float16 values in float32."""
+    """A layer's three products as in `nanochat.ops.linear`, with float16 values in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, gemm: HalfGemm) -> Tensor:

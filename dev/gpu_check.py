@@ -29,15 +29,15 @@ sys.path.insert(0, str(ROOT))
 
 from nanochat.cards import find_card  # noqa: E402
 from nanochat.common import Compute, setup_compute  # noqa: E402
-from nanochat.compiling import compiled, seconds_per_pass  # noqa: E402
 from nanochat.config import Runtime  # noqa: E402
 from nanochat.gpt import GPT, GPTConfig  # noqa: E402
 from nanochat.hardware import measure_matmul  # noqa: E402
-from nanochat.memory import GB, estimate_training_memory  # noqa: E402
-from nanochat.micro_batch import choose_micro_batch  # noqa: E402
 from nanochat.optim import MuonAdamW  # noqa: E402
+from nanochat.plan.memory import GB, estimate_training_memory  # noqa: E402
 from nanochat.precision import DTYPES, Precision  # noqa: E402
 from nanochat.recipe import Schedule, parameter_groups  # noqa: E402
+from nanochat.train.compiling import compiled, seconds_per_pass  # noqa: E402
+from nanochat.train.micro_batch import choose_micro_batch  # noqa: E402
 
 VOCAB = 256
 FINAL_SHARE = 0.1  # the final loss is the mean over this share of the steps, at the end

@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 
 from nanochat.config import run_script
+from nanochat.data.shard_writer import ShardWriter, name_shards
 from nanochat.files import atomic_folder
 from nanochat.progress import progress
-from nanochat.shard_writer import ShardWriter, name_shards
 
 ROWS_PER_READ = 1024
 

@@ -184,7 +184,7 @@ def save_checkpoint(
         meta: JSON-ready record.
         keep: how many checkpoints stay; None keeps all.
     """
-    from nanochat.checkpoint_writer import Keep, Snapshot, host_copy, write_snapshot
+    from nanochat.checkpoint.writer import Keep, Snapshot, host_copy, write_snapshot
 
     snapshot = Snapshot(step, host_copy(model), None if optimizer is None else host_copy(optimizer), meta)
     write_snapshot(folder, snapshot, Keep(keep))

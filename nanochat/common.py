@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from nanochat.config import Runtime
-from nanochat.fp16_gemm import Mode
 from nanochat.hardware import measure_matmul, synchronize, wheel_runs
+from nanochat.ops.fp16_gemm import Mode
 from nanochat.precision import DTYPE_NAMES, DTYPES, Precision, candidate_dtypes, dtype_cost
 
 
@@ -52,7 +52,7 @@ def print_banner() -> None:
 
 
 class DummyWandb:
-    """Stands in for a tracker (see nanochat/tracking.py) when `--run=dummy`, the default, asks for none."""
+    """Stands in for a tracker (see nanochat/train/tracking.py) when `--run=dummy`, the default, asks for none."""
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Ignore the metrics."""
@@ -143,7 +143,7 @@ class Compute:
     measure_compile: bool = False
     """Compile only if that is measured to be faster (`--compile=auto`)."""
     fp16_gemm: Mode = "off"
-    """See `nanochat.fp16_gemm.choose_half_gemm`."""
+    """See `nanochat.ops.fp16_gemm.choose_half_gemm`."""
 
     @property
     def device_type(self) -> str:
@@ -328,8 +328,8 @@ def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | No
 def download_file_with_lock(
     url: str, filename: str | Path, postprocess_fn: Callable[[Path], None] | None = None
 ) -> Path:
-    """Download `url` to `<base dir>/<filename>` once, however many processes ask (see `nanochat.download`)."""
-    from nanochat import download  # which needs this module
+    """Download `url` to `<base dir>/<filename>` once, however many processes ask (see `nanochat.data.download`)."""
+    from nanochat.data import download  # which needs this module
 
     return download.download_file_with_lock(url, filename, postprocess_fn)
 

@@ -25,11 +25,11 @@ import tyro
 
 from nanochat.common import get_base_dir, get_dist_info, print0
 from nanochat.config import run_script, short
-from nanochat.corpus import BLOCK_ROWS, Chunk, Corpus, list_shards, open_corpus, shard_chunks
-from nanochat.corpus_sources import SOURCES, is_remote, plan_source, source_folder, split_repo
-from nanochat.download import RemoteFile, download_all, failures_text, matches, probe
-from nanochat.hub import file_url, request_headers
-from nanochat.manifest import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
+from nanochat.data.corpus import BLOCK_ROWS, Chunk, Corpus, list_shards, open_corpus, shard_chunks
+from nanochat.data.download import RemoteFile, download_all, failures_text, matches, probe
+from nanochat.data.hub import file_url, request_headers
+from nanochat.data.shards import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
+from nanochat.data.sources import SOURCES, is_remote, plan_source, source_folder, split_repo
 
 __all__ = [
     "BLOCK_ROWS",
@@ -276,7 +276,7 @@ def _prepare_own(path: Path, text_column: str | None = None) -> Path:
         raise FileNotFoundError(f"--data_dir={path}: there is no such file or folder")
     if list_shards(path):
         return path
-    from nanochat.text_import import find_texts, import_texts
+    from nanochat.data.text_import import find_texts, import_texts
 
     files = find_texts(path)
     if not files:
@@ -321,7 +321,7 @@ class Config:
 def main(cfg: Config) -> None:
     """Download or import, then say what is there."""
     if cfg.import_path is not None:
-        from nanochat.text_import import import_path
+        from nanochat.data.text_import import import_path
 
         folder = import_path(Path(cfg.import_path).expanduser(), cfg.out, cfg.text_column)
     elif cfg.source == "demo":

@@ -1,8 +1,8 @@
 """Generation with a model for programs: one prompt or many at once, until all is written.
 
 `Engine.generate` streams samples of one prompt; `generate_batch` collects them; `generate_prompts` answers many
-different prompts together. All three run the loop of nanochat.scheduler, as nanochat.batching does for a server.
-Greedy rows do not depend on which other rows run beside them.
+different prompts together. All three run the loop of nanochat.generate.scheduler, as nanochat.serve.batch_engine does
+for a server. Greedy rows do not depend on which other rows run beside them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from nanochat.fast_decode import Weights, make_decoder
+from nanochat.generate.fast_decode import Weights, make_decoder
+from nanochat.generate.kv_cache import KVCache
+from nanochat.generate.sampling import Sampling
+from nanochat.generate.scheduler import Row, Scheduler, Tokenizer, ToolMachine
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
 from nanochat.precision import Precision
-from nanochat.sampling import Sampling
-from nanochat.scheduler import Row, Scheduler, Tokenizer, ToolMachine
 
 __all__ = ["Engine", "KVCache", "check_prompt"]
 
@@ -31,7 +31,7 @@ class Engine:
         model: what to generate with; it may be trained between two calls.
         tokenizer: its tokenizer, for the tool's text and the special tokens.
         precision: how to compute; None: in the dtype of the model's weights.
-        weights: what the weights are read as while decoding (see nanochat.fast_decode).
+        weights: what the weights are read as while decoding (see nanochat.generate.fast_decode).
     """
 
     def __init__(

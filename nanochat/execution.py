@@ -9,7 +9,7 @@ process must say, with a secret that is hidden from the program but lies in the 
 Every program gets a fresh isolated interpreter in its own session, an empty environment, a temporary folder, no
 standard input, no further processes or threads, limits on time, memory, files and output, and no privileges. Where the
 kernel allows (`isolation()` tries it once), also namespaces of its own: no network, none of the user's files, no sight
-of other processes (nanochat/execution_isolation.py). Where it does not, Python's audit hooks still refuse files outside
+of other processes (nanochat/sandbox/isolation.py). Where it does not, Python's audit hooks still refuse files outside
 its folder, sockets, signals and native code; that stops programs, not attackers, and is called weak: HumanEval asks.
 
 What remains: the kernel itself can be attacked (no system call filter), the interpreter and the system's libraries can
@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CHILD = Path(__file__).with_name("execution_child.py")
+CHILD = Path(__file__).with_name("sandbox") / "child.py"
 MAX_OUTPUT_BYTES = 64 << 10  # of each stream; what follows is read and thrown away
 POLL_SECONDS = 0.02
 PROBE_SECONDS = 20.0

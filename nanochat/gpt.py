@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
 from nanochat.gpt_config import ROPE_BASE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
-from nanochat.key_offset import offset_keys
-from nanochat.linear import Linear, training_product_dtype
-from nanochat.loss import linear_cross_entropy, softcap
+from nanochat.ops.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
+from nanochat.ops.key_offset import offset_keys
+from nanochat.ops.linear import Linear, training_product_dtype
+from nanochat.ops.loss import linear_cross_entropy, softcap
+from nanochat.ops.pointwise import rms_norm
+from nanochat.ops.rotary import apply_rotary, rotary_tables
 from nanochat.precision import NARROW_RANGE
-from nanochat.rms_norm import rms_norm
-from nanochat.rotary import apply_rotary, rotary_tables
 
 __all__ = ["GPT", "LOGIT_SOFTCAP", "NORM_EPS", "ROPE_BASE", "GPTConfig"]
 
@@ -38,7 +38,7 @@ BIGRAM_HASH = (1000003, 998244353)
 
 
 class Cache(Protocol):
-    """What the model asks of a key/value cache (nanochat.kv_cache.KVCache)."""
+    """What the model asks of a key/value cache (nanochat.generate.kv_cache.KVCache)."""
 
     @property
     def key_offset(self) -> bool:
@@ -197,7 +197,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self._add_switched_parameters(config)
         self.activation_checkpointing = False
-        self.loss_chunk_bytes: int | None = None  # None: by the device, see nanochat/loss.py
+        self.loss_chunk_bytes: int | None = None  # None: by the device, see nanochat/ops/loss.py
         self.product_dtype: torch.dtype | None = None
         self.windows = set(config.windows)
         cos, sin = rotary_tables(config.sequence_len, config.head_dim, config.rope_base)
@@ -222,7 +222,7 @@ class GPT(nn.Module):
             self.bigram = nn.Embedding(config.bigram_buckets, config.n_embd)
 
     def set_product_dtype(self, dtype: torch.dtype | None) -> None:
-        """Round float32 to `dtype` for the products of training on a CPU (see nanochat/linear.py); None: not at all."""
+        """Round float32 to `dtype` for the products of training on a CPU (nanochat/ops/linear.py); None: not at all."""
         for module in self.modules():
             if hasattr(module, "product_dtype"):
                 cast(Any, module).product_dtype = dtype

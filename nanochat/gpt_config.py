@@ -48,7 +48,7 @@ class GPTConfig:
     rope_base: float = ROPE_BASE
     """Base of the rotary frequencies."""
     key_offset: bool = False
-    """Half of each key's channels are those of the token before, see nanochat/key_offset.py."""
+    """Half of each key's channels are those of the token before, see nanochat/ops/key_offset.py."""
     init: Literal["classic", "modern"] = "classic"
     """How the weights begin."""
     window_pattern: str = "L"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.ops.collectives import Ranks
 from nanochat.precision import DTYPES
-from nanochat.sharding import Ranks
 
 MUON_DEFAULTS: dict[str, Any] = {
     "lr": 0.02,

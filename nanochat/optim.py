@@ -23,8 +23,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from nanochat.muon import MUON_DEFAULTS, MuonStack, newton_schulz_coefficients, state_dtype
+from nanochat.ops.collectives import Ranks
 from nanochat.out_of_memory import with_more_memory
-from nanochat.sharding import Ranks
 
 ADAMW_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 # Group keys that are no hyperparameters.

@@ -175,7 +175,7 @@ class Precision:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype in which training multiplies matrices (see nanochat/linear.py)."""
+        """The dtype in which training multiplies matrices (see nanochat/ops/linear.py)."""
         return product_dtype(self.device_type, self.dtype)
 
     @property

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.generate.kv_cache import KVCache
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
 
 # Rows of float32 logits held at once: 512 of a vocabulary of 65536 are 128 MiB.
 LOGIT_ROWS = 512

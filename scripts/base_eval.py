@@ -33,7 +33,7 @@ from nanochat.core_eval import (
     get_bundle_folder,
     load_bundle,
 )
-from nanochat.hf_model import load_hf_model
+from nanochat.interop.hf_model import load_hf_model
 from nanochat.jsonl import ResumeLog, write_jsonl
 from nanochat.progress import format_seconds
 from nanochat.report import get_report, slugify

@@ -16,8 +16,8 @@ from nanochat.dataset import Corpus, open_corpus, prepare_corpus
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import get_report
-from nanochat.samples import BASE_PROMPTS, sample_texts
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
+from nanochat.train.samples import BASE_PROMPTS, sample_texts
 
 
 @dataclass(frozen=True, kw_only=True)

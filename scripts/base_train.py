@@ -16,16 +16,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder, load_weights
-from nanochat.clock import Clock
 from nanochat.common import Compute, print0, print_banner, setup_compute
 from nanochat.config import Runtime, positive, run_script
+from nanochat.data.token_cache import TokenCache
 from nanochat.dataloader import Mode, PretrainLoader
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.memory import MicroBatch, divisors
-from nanochat.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
 from nanochat.optim import MuonAdamW
+from nanochat.plan.memory import MicroBatch, divisors
 from nanochat.progress import format_seconds
 from nanochat.recipe import (
     DEFAULT_RECIPE,
@@ -41,12 +40,13 @@ from nanochat.recipe import (
     scale_hyperparameters,
 )
 from nanochat.report import get_report
-from nanochat.resume import find_resume, only_run, saved_dtype
-from nanochat.samples import print_samples
-from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
-from nanochat.tracking import TrackerName, init_tracker
-from nanochat.trainer import Trainer, TrainSettings
+from nanochat.train.clock import Clock
+from nanochat.train.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
+from nanochat.train.resume import find_resume, only_run, saved_dtype
+from nanochat.train.samples import print_samples
+from nanochat.train.tracking import TrackerName, init_tracker
+from nanochat.train.trainer import Trainer, TrainSettings
 
 # What training makes of the measured matmul speed, to plan a horizon given in hours. A guess.
 SHARE_OF_MATMUL_SPEED = 0.5
@@ -118,7 +118,7 @@ class Config:
     skip_bad_shards: bool = False
     """Pass over shards that can't be read, with a warning, instead of stopping."""
     token_cache: bool = False
-    """Use the shards that `python -m nanochat.token_cache` has tokenized before."""
+    """Use the shards that `python -m nanochat.data.token_cache` has tokenized before."""
     num_iterations: int | None = None
     """Optimizer steps; goes before the other horizons (-1 is off, as in nanochat)."""
     hours: float | None = None

@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nanochat.answer import Part
-from nanochat.batching import BatchEngine
-from nanochat.chat import AnswerSettings, Conversation
-from nanochat.chat_commands import NAMES, Quit, is_command, run_command
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script, short
-from nanochat.fast_decode import Weights
-from nanochat.model_choice import find_model, load_chosen
-from nanochat.sampling import Sampling
+from nanochat.generate.fast_decode import Weights
+from nanochat.generate.sampling import Sampling
+from nanochat.serve.answer import Part
+from nanochat.serve.batch_engine import BatchEngine
+from nanochat.serve.chat import AnswerSettings, Conversation
+from nanochat.serve.chat_commands import NAMES, Quit, is_command, run_command
+from nanochat.serve.choose_model import find_model, load_chosen
 
 PREFILL_CHUNK = 1024  # nobody else waits, but Ctrl-C does
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import torch.distributed as dist
 
-from nanochat.chat_evaluation import Sampling, TaskScore, chat_core, evaluate_chat_task
+from nanochat.chat_eval import Sampling, TaskScore, chat_core, evaluate_chat_task
 from nanochat.checkpoint_manager import MODEL_FILE, find_tag, load_model, read_sums, step_folder
 from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script, short

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanochat.config import run_script
-from nanochat.rl import RLConfig, reinforce
+from nanochat.train.rl import RLConfig, reinforce
 from tasks.mixtures import RL_TASKS, rl_tasks
 
 

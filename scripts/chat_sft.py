@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat.config import run_script
-from nanochat.finetune import SFT, FinetuneConfig, finetune
+from nanochat.train.finetune import SFT, FinetuneConfig, finetune
 from tasks.mixtures import conversations
 
 

@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from nanochat.batching import BatchEngine
-from nanochat.chat import AnswerSettings
 from nanochat.common import Compute, setup_compute
 from nanochat.config import Runtime, run_script, short
-from nanochat.fast_decode import Weights
-from nanochat.kv_cache import fitting_slots
-from nanochat.model_choice import find_model, load_chosen
+from nanochat.generate.fast_decode import Weights
+from nanochat.generate.kv_cache import fitting_slots
+from nanochat.serve.batch_engine import BatchEngine
+from nanochat.serve.chat import AnswerSettings
+from nanochat.serve.choose_model import find_model, load_chosen
 
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "NANOCHAT_API_KEY"
@@ -169,9 +169,9 @@ def main(cfg: Config) -> None:
         engines, tokenizer, info = load_engines(cfg, compute)
         import uvicorn
 
-        from nanochat.web import create_app
-        from nanochat.web_answers import DRAIN_SECONDS
-        from nanochat.web_guard import Access
+        from nanochat.serve.answers import DRAIN_SECONDS
+        from nanochat.serve.app import create_app
+        from nanochat.serve.guard import Access
 
         local = cfg.host in LOCAL_HOSTS
         access = Access(api_key=key, cors_origins=cfg.cors_origins, local_only=local and key is None)

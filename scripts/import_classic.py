@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat.classic import import_classic
 from nanochat.config import run_script
+from nanochat.interop.nanochat_pt import import_classic
 from nanochat.tokenizer import get_tokenizer
 
 

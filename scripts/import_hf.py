@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint, saved_steps
 from nanochat.common import get_base_dir, print0
 from nanochat.config import run_script, short
-from nanochat.hf_format import read_hf_folder
-from nanochat.hf_hub import model_folder
+from nanochat.interop.hf_format import read_hf_folder
+from nanochat.interop.hf_hub import model_folder
 from nanochat.tokenizer import TOKENIZER_FOLDER, RustBPETokenizer
 
 

@@ -35,7 +35,7 @@ from nanochat.common import setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.files import write_json
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf_format import is_classic
+from nanochat.interop.hf_format import is_classic
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("infer_bench_worker.py")

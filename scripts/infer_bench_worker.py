@@ -48,9 +48,9 @@ class PlainTokenizer:
 
 def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[str, Any]) -> Run:
     """This project: continuous batching."""
-    from nanochat.batching import BatchEngine, GenerationRequest
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.precision import DTYPES, Precision
+    from nanochat.serve.batch_engine import BatchEngine, GenerationRequest
 
     model = GPT(GPTConfig(**config))
     model.load_state_dict(state)

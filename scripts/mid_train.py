@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanochat.config import run_script
-from nanochat.finetune import MID, FinetuneConfig, finetune
+from nanochat.train.finetune import MID, FinetuneConfig, finetune
 from tasks.mixtures import conversations
 
 

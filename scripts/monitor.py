@@ -15,8 +15,8 @@ from typing import Annotated
 
 from nanochat.common import get_base_dir, print0
 from nanochat.config import run_script, short
-from nanochat.monitor import Watcher
-from nanochat.monitor_terminal import render
+from nanochat.report.monitor import Watcher
+from nanochat.report.monitor_terminal import render
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def serve(watcher: Watcher, cfg: Config) -> None:
     """Serve the page until Ctrl-C."""
     import uvicorn
 
-    from nanochat.monitor_web import create_app
+    from nanochat.report.monitor_web import create_app
 
     print0(f"the monitor is at http://127.0.0.1:{cfg.port} (Ctrl-C ends it, the run goes on)")
     uvicorn.run(create_app(watcher, cfg.interval), host="127.0.0.1", port=cfg.port, log_level="warning", ws="none")

@@ -20,9 +20,7 @@ from nanochat.cards import CARDS, Card, find_card
 from nanochat.common import autodetect_device_type, get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.hardware import inspect_machine, speeds_key
-from nanochat.local_speed import OPERATIONS_FILE, LocalMachine
-from nanochat.memory import MicroBatch, free_memory
-from nanochat.planning import (
+from nanochat.pipeline.planning import (
     DEPTHS,
     MEASURED_DEPTHS,
     Budget,
@@ -33,9 +31,11 @@ from nanochat.planning import (
     on_card,
     plan,
 )
+from nanochat.plan.local_speed import OPERATIONS_FILE, LocalMachine
+from nanochat.plan.memory import MicroBatch, free_memory
+from nanochat.plan.roofline import ATTENTION_SHARE, BANDWIDTH_SHARE, GEMM_SHARE
+from nanochat.plan.scaling_law import ERROR
 from nanochat.recipe import DEFAULT_RECIPE
-from nanochat.roofline import ATTENTION_SHARE, BANDWIDTH_SHARE, GEMM_SHARE
-from nanochat.scaling_law import ERROR
 from nanochat.tokenizer import get_tokenizer
 
 VOCAB_SIZE = 65536
@@ -245,7 +245,7 @@ def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
     micro = best.micro_batch if best else None
     lines = [
         target.how + " Communication, evaluation and checkpoints are not counted.",
-        f"Bits per byte: nanochat/scaling_law.py, for {cfg.dataset}, ± {ERROR:.0%} (root mean square over "
+        f"Bits per byte: nanochat/plan/scaling_law.py, for {cfg.dataset}, ± {ERROR:.0%} (root mean square over "
         "published runs that the law had not seen); a run of a few hundred steps ends about 10 % higher."
         + (" For the small recipe the law of modern stands in." if cfg.recipe == "small" else ""),
     ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanochat.chat_data import load_conversations
+from nanochat.data.chat_loader import load_conversations
 from tasks.common import Conversation, Task
 
 

@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nanochat.chat_data import load_conversations
 from nanochat.common import get_base_dir
-from nanochat.finetune import Budget, Conversations
-from nanochat.rl import RLTasks
+from nanochat.data.chat_loader import load_conversations
+from nanochat.train.finetune import Budget, Conversations
+from nanochat.train.rl import RLTasks
 from tasks.common import Task, TaskMixture
 
 # Written by dev/gen_synthetic_data.py; without it the assistant is who tasks/demo/world/identity.txt says.

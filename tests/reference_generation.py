@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nanochat.calculator import use_calculator
+from nanochat.generate.calculator import use_calculator
 from nanochat.gpt import GPT, GPTConfig
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanochat import attention, cpu_attention
-from nanochat.attention import attend, plan_attention, plan_ragged, segment_starts
+from nanochat.ops import attention, cpu_attention
+from nanochat.ops.attention import attend, plan_attention, plan_ragged, segment_starts
 from nanochat.precision import DTYPES
 
 BRAIN = DTYPES["bfloat16"]

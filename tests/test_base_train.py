@@ -121,7 +121,7 @@ def test_settings_that_mean_nothing_are_refused(settings, complaint):
 def test_more_processes_go_on_with_the_batch_of_the_start(base_dir, text, tiny_tokenizer, monkeypatch):
     """The batch of a horizon is rounded to what the processes share; a resume by others must not change the run."""
     import scripts.base_train as script
-    from nanochat.trainer import Trainer
+    from nanochat.train.trainer import Trainer
 
     tiny_tokenizer.save(base_dir / "tokenizer")
     flags = ["--depth=1", "--max_seq_len=64", "--num_iterations=6", "--device_type=cpu", "--eval_tokens=64"]

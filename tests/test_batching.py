@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_generation import ToolModel, make_model, naive_greedy
 
-from nanochat.batching import BatchEngine, EngineClosed, GenerationRequest, QueueFull, StopTexts
 from nanochat.engine import Engine
+from nanochat.generate.sampling import Sampling
+from nanochat.generate.scheduler import Row, Scheduler
 from nanochat.gpt_config import NANOCHAT_2026
-from nanochat.sampling import Sampling
-from nanochat.scheduler import Row, Scheduler
+from nanochat.serve.batch_engine import BatchEngine, EngineClosed, GenerationRequest, QueueFull, StopTexts
 
 
 @pytest.fixture(scope="module")

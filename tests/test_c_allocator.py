@@ -8,7 +8,7 @@ import pytest
 FAULTS = """
 import ctypes
 import resource
-from nanochat.c_allocator import keep_freed_memory
+from nanochat.ops.c_allocator import keep_freed_memory
 if {keep}:
     keep_freed_memory()
 libc = ctypes.CDLL(None)

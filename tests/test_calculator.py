@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.calculator import MAX_EXPRESSION_CHARS, use_calculator
+from nanochat.generate.calculator import MAX_EXPRESSION_CHARS, use_calculator
 
 
 @pytest.mark.parametrize(

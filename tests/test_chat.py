@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.answer import AnswerReader, Part, join_parts
-from nanochat.chat import answer_room, fit_context
+from nanochat.serve.answer import AnswerReader, Part, join_parts
+from nanochat.serve.chat import answer_room, fit_context
 
 
 def read_all(tokenizer, tokens):

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import scripts.chat_cli as chat_cli
-from nanochat.answer import Part
-from nanochat.batching import BatchEngine
-from nanochat.chat import AnswerSettings, Conversation
-from nanochat.chat_commands import HELP, Quit, is_command, run_command
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import get_base_dir
 from nanochat.config import parse_config, run_script
+from nanochat.serve.answer import Part
+from nanochat.serve.batch_engine import BatchEngine
+from nanochat.serve.chat import AnswerSettings, Conversation
+from nanochat.serve.chat_commands import HELP, Quit, is_command, run_command
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import packing
-from nanochat.chat_data import ConversationLoader, load_conversations
+from nanochat.data import chat_rows as packing
+from nanochat.data.chat_loader import ConversationLoader, load_conversations
+from nanochat.data.chat_rows import pack_best_fit
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.messages import from_openai
-from nanochat.packing import pack_best_fit
 from nanochat.tokenizer import RustBPETokenizer
 
 BYTES = RustBPETokenizer.from_ranks([bytes([i]) for i in range(256)])

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.chat_evaluation import Sampling, TaskScore, chat_core, evaluate_chat_task, pass_at_k
+from nanochat.chat_eval import Sampling, TaskScore, chat_core, evaluate_chat_task, pass_at_k
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import compute_cleanup
 from nanochat.config import run_script

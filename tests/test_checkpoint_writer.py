@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
-from nanochat import checkpoint_writer as cw
+from nanochat.checkpoint import writer as cw
 
 
 def snapshot(step, value=0.0, val=None, complete=False, **ranks):

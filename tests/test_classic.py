@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import load_checkpoint, load_model
-from nanochat.classic import classic_steps, import_classic, read_classic
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.gpt_config import NANOCHAT_2026
+from nanochat.interop.nanochat_pt import classic_steps, import_classic, read_classic
 
 
 @pytest.fixture

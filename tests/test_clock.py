@@ -6,11 +6,11 @@ import random
 import pytest
 from test_out_of_memory import make
 
-from nanochat.clock import Clock
 from nanochat.precision import StepResult
 from nanochat.recipe import Schedule
-from nanochat.resume import find_resume
-from nanochat.trainer import METRICS_FILE
+from nanochat.train.clock import Clock
+from nanochat.train.resume import find_resume
+from nanochat.train.trainer import METRICS_FILE
 
 
 class World:

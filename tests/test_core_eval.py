@@ -29,7 +29,7 @@ from nanochat.core_eval import (
     pick_fewshot,
     render_prompts,
 )
-from nanochat.hf_model import HuggingFaceModel, HuggingFaceTokenizer
+from nanochat.interop.hf_model import HuggingFaceModel, HuggingFaceTokenizer
 from nanochat.jsonl import ResumeLog
 from nanochat.scoring import (
     PASS_TOKENS,

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_hub import write_shard
 
-from nanochat import corpus as corpus_module
-from nanochat.corpus import BadShardError, open_corpus
+from nanochat.data import corpus as corpus_module
+from nanochat.data.corpus import BadShardError, open_corpus
+from nanochat.data.shards import Entry, Manifest, writing
 from nanochat.dataloader import PretrainLoader
-from nanochat.manifest import Entry, Manifest, writing
 from nanochat.tokenizer import RustBPETokenizer
 
 BYTES = RustBPETokenizer.from_ranks([bytes([i]) for i in range(256)])

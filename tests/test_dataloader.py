@@ -18,13 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import corpus as corpus_module
-from nanochat import token_rows
-from nanochat.background import DeviceFeed, Prefetch
-from nanochat.corpus import Corpus, open_corpus
+from nanochat.data import corpus as corpus_module
+from nanochat.data import text_rows as token_rows
+from nanochat.data.corpus import Corpus, open_corpus
+from nanochat.data.prefetch import DeviceFeed, Prefetch
+from nanochat.data.text_rows import pack_window
+from nanochat.data.token_stream import chunk_order, document_order, insert_bos, reorder
 from nanochat.dataloader import Mode, PretrainLoader
-from nanochat.token_rows import pack_window
-from nanochat.token_stream import chunk_order, document_order, insert_bos, reorder
 from nanochat.tokenizer import RustBPETokenizer
 
 BOS = 256

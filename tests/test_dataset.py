@@ -16,12 +16,12 @@ from local_hub import COMMIT, Hub, write_shard
 
 from nanochat import dataset
 from nanochat.config import run_script
-from nanochat.corpus import list_shards, open_corpus
-from nanochat.corpus_sources import SOURCES, Source, source_folder
+from nanochat.data.corpus import list_shards, open_corpus
+from nanochat.data.download import Download, RemoteFile, download_file_with_lock
+from nanochat.data.hub import choose_shards
+from nanochat.data.shards import LOCK, Entry, load_manifest
+from nanochat.data.sources import SOURCES, Source, source_folder
 from nanochat.dataset import download_shards, prepare_corpus
-from nanochat.download import Download, RemoteFile, download_file_with_lock
-from nanochat.hub import choose_shards
-from nanochat.manifest import LOCK, Entry, load_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -428,7 +428,7 @@ def test_a_file_that_changes_between_attempts_is_not_mixed(
 def test_retry_after_is_respected(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import httpx
 
-    from nanochat.download import retry_after
+    from nanochat.data.download import retry_after
 
     response = httpx.Response(429, headers={"Retry-After": "7"}, request=httpx.Request("GET", "http://x"))
     error = httpx.HTTPStatusError("", request=response.request, response=response)

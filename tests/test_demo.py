@@ -10,8 +10,8 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.calculator import use_calculator
 from nanochat.config import run_script
+from nanochat.generate.calculator import use_calculator
 from nanochat.tokenizer import SPLIT_PATTERN
 from tasks.demo import chat, corpus, phrasings, skills
 from tasks.demo.__main__ import Config, main

@@ -5,10 +5,10 @@ import torch
 from reference_generation import naive_greedy
 
 from nanochat.engine import Engine
+from nanochat.generate.kv_cache import KVCache, fitting_slots
+from nanochat.generate.scheduler import Scheduler
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kv_cache import KVCache, fitting_slots
 from nanochat.precision import Precision
-from nanochat.scheduler import Scheduler
 
 
 class Script(GPT):
@@ -112,7 +112,7 @@ def test_finished_rows_leave_the_batch_and_run_no_tools(tiny_tokenizer, monkeypa
     short, long = [65, 66, end], [67, *range(70, 90), end]
     model = Script({65: short, 67: long}, tiny_tokenizer.get_vocab_size())
     calls = []
-    monkeypatch.setattr("nanochat.scheduler.use_calculator", lambda text: calls.append(text))
+    monkeypatch.setattr("nanochat.generate.scheduler.use_calculator", lambda text: calls.append(text))
     sequences, _ = Engine(model, tiny_tokenizer).generate_prompts([[65], [67]], max_tokens=50)
     assert sequences == [short[:-1], long[:-1]]
     assert model.rows_run[:3] == [2, 2, 1]

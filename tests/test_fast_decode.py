@@ -5,13 +5,13 @@ import torch
 from reference_generation import ToolModel, make_model, naive_greedy
 
 from nanochat.engine import Engine
-from nanochat.fast_decode import is_supported, make_decoder
-from nanochat.few_rows import Int8Linear
+from nanochat.generate.decode_linear import Int8Linear
+from nanochat.generate.fast_decode import is_supported, make_decoder
+from nanochat.generate.kv_cache import KVCache
 from nanochat.gpt import GPT
 from nanochat.gpt_config import NANOCHAT_2026, GPTConfig
-from nanochat.kv_cache import KVCache
-from nanochat.lora import add_lora, merged_weights
 from nanochat.precision import Precision
+from nanochat.train.lora import add_lora, merged_weights
 
 SHAPES = [
     {"n_head": 2, "n_kv_head": 2},

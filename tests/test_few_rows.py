@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat.few_rows import (
+from nanochat.generate.decode_linear import (
     SPLIT_FROM,
     Int8Linear,
     PlainLinear,

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from nanochat import common
-from nanochat.chat_stage import prepare_model
 from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, load_model, save_checkpoint
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, parse_config, run_script
-from nanochat.finetune import MID, SFT, Budget, Conversations, FinetuneConfig, finetune, plan_budget
 from nanochat.recipe import PRESETS
-from nanochat.trainer import METRICS_FILE, Trainer
+from nanochat.train.finetune import MID, SFT, Budget, Conversations, FinetuneConfig, finetune, plan_budget
+from nanochat.train.stage import prepare_model
+from nanochat.train.trainer import METRICS_FILE, Trainer
 from scripts import chat_sft, mid_train
 from tasks.mixtures import MID_TASKS, TOKENS_EACH, conversations, mid_sizes
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import fp16_gemm, linear
-from nanochat.fp16_gemm import CublasHalfGemm, Verdict, add_parts, check_half_gemm, choose_half_gemm, parts_of
+from nanochat.ops import fp16_gemm, linear
+from nanochat.ops.fp16_gemm import CublasHalfGemm, Verdict, add_parts, check_half_gemm, choose_half_gemm, parts_of
 from nanochat.precision import DTYPES
 
 HALF = DTYPES["float16"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.chat_data import load_conversations
+from nanochat.data.chat_loader import load_conversations
 
 pytest.importorskip("openai")
 spec = importlib.util.spec_from_file_location("gen", Path(__file__).parents[1] / "dev" / "gen_synthetic_data.py")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from nanochat.generate.kv_cache import KVCache
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, GPTConfig, relu_squared
-from nanochat.kv_cache import KVCache
 
 
 def random_model(config, seed=0):

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
+from nanochat.generate.kv_cache import KVCache
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.gpt_config import NANOCHAT_2026
-from nanochat.key_offset import offset_keys
-from nanochat.kv_cache import KVCache
+from nanochat.ops.key_offset import offset_keys
 from nanochat.scoring import Span, score_groups
 
 SWITCHES = {

@@ -14,8 +14,8 @@ from nanochat.checkpoint_manager import load_model, save_checkpoint
 from nanochat.common import get_base_dir
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf_format import is_classic, own_config, read_hf_folder, write_hf_folder
-from nanochat.hf_tokenizer import byte_characters, from_hf_json, to_hf_json
+from nanochat.interop.hf_format import is_classic, own_config, read_hf_folder, write_hf_folder
+from nanochat.interop.hf_tokenizer import byte_characters, from_hf_json, to_hf_json
 from nanochat.tokenizer import RustBPETokenizer
 
 TEXT = [
@@ -179,7 +179,7 @@ def test_half_precision_loads_and_stays_close(exported, tokenizer):
 
 def test_base_eval_reads_the_folder(exported, tokenizer):
     """--hf_path: as our own model, without the code that a modern model's folder brings along."""
-    from nanochat.hf_model import load_hf_model
+    from nanochat.interop.hf_model import load_hf_model
 
     model, folder = exported
     theirs, _ = load_hf_model(str(folder), torch.device("cpu"))
@@ -189,7 +189,7 @@ def test_base_eval_reads_the_folder(exported, tokenizer):
 
 
 def test_foreign_code_never_runs_by_itself(tokenizer, tmp_path):
-    from nanochat.hf_model import load_hf_model
+    from nanochat.interop.hf_model import load_hf_model
 
     model = random_model(tokenizer, **MODERN)
     write_hf_folder(tmp_path / "model", model.state_dict(), model.config, tokenizer, "")
@@ -398,7 +398,7 @@ def test_the_text_generation_pipeline_serves_the_folder(exported):
 def test_a_hub_that_cannot_be_reached_is_reported(exported, monkeypatch):
     from huggingface_hub import constants
 
-    from nanochat.hf_hub import model_folder, push_folder
+    from nanochat.interop.hf_hub import model_folder, push_folder
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_none")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.linear import Linear, training_product_dtype
+from nanochat.ops.linear import Linear, training_product_dtype
 from nanochat.precision import DTYPES, MEDIUM, Precision
 
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat import loss as loss_module
-from nanochat.loss import linear_cross_entropy, softcap
+from nanochat.ops import loss as loss_module
+from nanochat.ops.loss import linear_cross_entropy, softcap
 
 CAP = 15.0
 

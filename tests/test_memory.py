@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import (
+from nanochat.plan.memory import (
     SMALL_CHUNKS,
     MicroBatch,
     depth_that_fits,

@@ -14,12 +14,12 @@ from web_server import serve
 
 from nanochat.card_readings import parse_readings
 from nanochat.config import run_script
-from nanochat.metrics_log import MetricsLog
-from nanochat.monitor import QUIET_SECONDS, STAGES, MetricsTail, Watcher
-from nanochat.monitor_terminal import machine_facts
-from nanochat.monitor_web import create_app
-from nanochat.profiles import PROFILES, Settings
-from nanochat.stages import make_stages
+from nanochat.pipeline.profiles import PROFILES, Settings
+from nanochat.pipeline.stages import make_stages
+from nanochat.report.metrics_log import MetricsLog
+from nanochat.report.monitor import QUIET_SECONDS, STAGES, MetricsTail, Watcher
+from nanochat.report.monitor_terminal import machine_facts
+from nanochat.report.monitor_web import create_app
 from scripts.monitor import Config, main
 
 

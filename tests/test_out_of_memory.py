@@ -14,11 +14,11 @@ from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import setup_compute
 from nanochat.config import Runtime
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import SMALL_CHUNKS, MicroBatch
 from nanochat.optim import MuonAdamW
+from nanochat.plan.memory import SMALL_CHUNKS, MicroBatch
 from nanochat.recipe import MODERN, Schedule, parameter_groups
-from nanochat.resume import find_resume
-from nanochat.trainer import METRICS_FILE, Trainer, TrainSettings
+from nanochat.train.resume import find_resume
+from nanochat.train.trainer import METRICS_FILE, Trainer, TrainSettings
 
 VOCAB, T, ROWS, ACCUM, STEPS = 60, 16, 4, 2, 4
 

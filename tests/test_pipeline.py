@@ -13,7 +13,7 @@ import torch
 
 from nanochat.card_choice import DeviceInfo
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.manifest import Entry, Manifest
+from nanochat.data.shards import Entry, Manifest
 from nanochat.pipeline import (
     Pipeline,
     flops_per_second,
@@ -24,8 +24,8 @@ from nanochat.pipeline import (
     tokens_needed,
     visible_cards,
 )
-from nanochat.profiles import CPU, D20, DEMO, P100, TINY, Profile, Settings, choose_profile, count_shards
-from nanochat.stages import READY_SHARDS, Stage, expected_seconds, fingerprint, make_stages
+from nanochat.pipeline.profiles import CPU, D20, DEMO, P100, TINY, Profile, Settings, choose_profile, count_shards
+from nanochat.pipeline.stages import READY_SHARDS, Stage, expected_seconds, fingerprint, make_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [

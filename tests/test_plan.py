@@ -8,12 +8,12 @@ import torch
 from nanochat.card_choice import DeviceInfo
 from nanochat.cards import find_card
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.local_speed import LocalMachine
-from nanochat.planning import Budget, card_speed, measured_speed, plan_row, profile_for
+from nanochat.pipeline.planning import Budget, card_speed, measured_speed, plan_row, profile_for
+from nanochat.pipeline.profiles import Settings, choose_profile
+from nanochat.plan.local_speed import LocalMachine
+from nanochat.plan.roofline import CardRoofline, best_dtype, step_operations, step_seconds, tokens_per_second
 from nanochat.precision import DTYPES, Precision
-from nanochat.profiles import Settings, choose_profile
 from nanochat.recipe import CLASSIC, PRESETS
-from nanochat.roofline import CardRoofline, best_dtype, step_operations, step_seconds, tokens_per_second
 from scripts import plan as script
 
 CARDS = ("p100", "t4", "v100", "rtx 3060", "rtx 3090", "rtx 4090", "a100", "h100")

@@ -13,7 +13,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.process import LineLog, run_logged
+from nanochat.pipeline.process import LineLog, run_logged
 from nanochat.signals import EXIT_STOPPED
 
 
@@ -24,7 +24,7 @@ def python(code: str) -> list[str]:
 def runner(child: str, log: Path) -> list[str]:
     """A command that runs Python code `child` by run_logged and exits with its exit code."""
     code = (
-        "import os, sys; from pathlib import Path; from nanochat.process import run_logged; "
+        "import os, sys; from pathlib import Path; from nanochat.pipeline.process import run_logged; "
         f"sys.exit(run_logged([sys.executable, '-c', {child!r}], Path({str(log)!r}), os.environ))"
     )
     return python(code)

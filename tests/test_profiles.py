@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from nanochat import profiles
-from nanochat.profiles import (
+from nanochat.pipeline import profiles
+from nanochat.pipeline.profiles import (
     CPU,
     D20,
     DEMO,

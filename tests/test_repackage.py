@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import shard_writer
 from nanochat.config import run_script
-from nanochat.corpus import open_corpus
+from nanochat.data import shard_writer
+from nanochat.data.corpus import open_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,8 +14,8 @@ from test_web_page import CHROMIUM
 
 from nanochat.config import run_script
 from nanochat.report import Config, Report, main, open_run
-from nanochat.report_data import PRICES, cost_line, read_json, readable
-from nanochat.report_plots import MAX_POINTS, Line, Plotter, thin
+from nanochat.report.plots import MAX_POINTS, Line, Plotter, thin
+from nanochat.report.run_data import PRICES, cost_line, read_json, readable
 
 HOSTILE = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>$x_{$ ![p](http://evil.example/p.png)"
 MEGABYTES = 2_000_000

@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from nanochat.chat_evaluation import pass_at_k
+from nanochat.chat_eval import pass_at_k
 from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, save_checkpoint
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, parse_config
 from nanochat.engine import Engine
-from nanochat.micro_batch import Batch
-from nanochat.rl import RLConfig, RLTasks, evaluate_pass_at_k, policy_loss, reinforce
-from nanochat.rollouts import Answer, RolloutLoader, RolloutSettings, answer_prompts, group_advantages, to_rows
-from nanochat.trainer import METRICS_FILE, Trainer
+from nanochat.train.micro_batch import Batch
+from nanochat.train.rl import RLConfig, RLTasks, evaluate_pass_at_k, policy_loss, reinforce
+from nanochat.train.rollouts import Answer, RolloutLoader, RolloutSettings, answer_prompts, group_advantages, to_rows
+from nanochat.train.trainer import METRICS_FILE, Trainer
 from scripts import chat_rl
 from tasks.demo.wordsums import WORDINGS, DemoWordSums
 from tasks.mixtures import rl_tasks

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.rms_norm import rms_norm
+from nanochat.ops.pointwise import rms_norm
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 64), (2, 7, 4, 32), (1, 8)])

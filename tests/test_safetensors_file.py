@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from nanochat.checkpoint.safetensors_file import DTYPE_NAMES, size_in_bytes, write_safetensors
 from nanochat.files import sha256_file
-from nanochat.safetensors_file import DTYPE_NAMES, size_in_bytes, write_safetensors
 
 shapes = st.lists(st.integers(0, 5), max_size=3)
 

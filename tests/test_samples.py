@@ -5,7 +5,7 @@ import pytest
 from nanochat.common import setup_compute
 from nanochat.config import Runtime
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.samples import sample_answers, sample_texts
+from nanochat.train.samples import sample_answers, sample_texts
 
 
 @pytest.mark.parametrize("context", [8, 16, 64])

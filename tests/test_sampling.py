@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.sampling import NOT_FINITE, Sampling, penalize, sample
+from nanochat.generate.sampling import NOT_FINITE, Sampling, penalize, sample
 
 
 def uniform(n, seed=0):

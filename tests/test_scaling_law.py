@@ -5,7 +5,7 @@ from dataclasses import astuple
 
 import pytest
 
-from nanochat.scaling_law import BYTES_PER_TOKEN, ERROR, LAW, RUNS, bytes_per_token, fit, predict_bpb
+from nanochat.plan.scaling_law import BYTES_PER_TOKEN, ERROR, LAW, RUNS, bytes_per_token, fit, predict_bpb
 
 
 def test_the_law_is_what_the_runs_give():

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import session
-from nanochat.session import STOPPED, Chat, run_until, sync
+from nanochat.pipeline import session
+from nanochat.pipeline.session import STOPPED, Chat, run_until, sync
 from nanochat.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import execution
-from nanochat.calculator import use_calculator
 from nanochat.execution import Isolation, IsolationError
+from nanochat.generate.calculator import use_calculator
 from tasks import sources, spellingbee
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, TaskSequence, render_mc, shuffled_indices

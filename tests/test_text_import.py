@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataset, shard_writer, text_files, text_import
+from nanochat import dataset
 from nanochat.config import run_script
-from nanochat.corpus import open_corpus
+from nanochat.data import shard_writer, text_files, text_import
+from nanochat.data.corpus import open_corpus
+from nanochat.data.shards import load_manifest
+from nanochat.data.text_files import Repairs, find_texts, read_documents
+from nanochat.data.text_import import import_path, import_texts
 from nanochat.dataset import prepare_corpus
-from nanochat.manifest import load_manifest
-from nanochat.text_files import Repairs, find_texts, read_documents
-from nanochat.text_import import import_path, import_texts
 
 
 def documents_of(file: Path, column: str | None = None) -> list[str]:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import nanochat.threads as threads
-from nanochat.threads import TRIAL_EVERY, TRIAL_STEPS, ThreadChoice, release_workers
+import nanochat.ops.cpu as threads
+from nanochat.ops.cpu import TRIAL_EVERY, TRIAL_STEPS, ThreadChoice, release_workers
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import pytest
 import torch
 from local_hub import write_shard
 
-from nanochat import corpus as corpus_module
-from nanochat import token_cache
 from nanochat.config import run_script
-from nanochat.corpus import open_corpus
+from nanochat.data import corpus as corpus_module
+from nanochat.data import token_cache
+from nanochat.data.corpus import open_corpus
+from nanochat.data.token_cache import TokenCache
 from nanochat.dataloader import Mode, PretrainLoader
-from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import RustBPETokenizer
 
 BYTES = RustBPETokenizer.from_ranks([bytes([i]) for i in range(256)])

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from nanochat.common import DummyWandb
-from nanochat.tracking import init_tracker
+from nanochat.train.tracking import init_tracker
 
 RECORDS = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5, "note": "text is no point"}]
 

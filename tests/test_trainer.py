@@ -12,18 +12,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanochat import checkpoint_writer, compiling, saving
+from nanochat.checkpoint import saver as saving
+from nanochat.checkpoint import writer as checkpoint_writer
 from nanochat.checkpoint_manager import load_checkpoint, rng_state, saved_steps
 from nanochat.common import setup_compute
 from nanochat.config import Runtime
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import MicroBatch
 from nanochat.optim import MuonAdamW
+from nanochat.plan.memory import MicroBatch
 from nanochat.precision import NonFiniteError
 from nanochat.recipe import Schedule, parameter_groups
-from nanochat.resume import find_resume, saved_dtype
 from nanochat.signals import EXIT_STOPPED
-from nanochat.trainer import METRICS_FILE, Trainer, TrainSettings
+from nanochat.train import compiling
+from nanochat.train.resume import find_resume, saved_dtype
+from nanochat.train.trainer import METRICS_FILE, Trainer, TrainSettings
 
 VOCAB, T = 60, 16
 
@@ -248,7 +250,7 @@ def measuring(trainer, monkeypatch, times):
     trainer.__post_init__()
     calls = []
     monkeypatch.setattr(compiling, "compiled", lambda model: calls.append("compiled") or model.hidden)
-    monkeypatch.setattr("nanochat.trainer.compiled", compiling.compiled)
+    monkeypatch.setattr("nanochat.train.trainer.compiled", compiling.compiled)
     queue = list(times)
     monkeypatch.setattr(compiling, "seconds_per_pass", lambda *arguments: queue.pop(0))
     return calls
@@ -256,7 +258,9 @@ def measuring(trainer, monkeypatch, times):
 
 def test_compiling_is_measured_with_the_rows_that_fit(base_dir, monkeypatch):
     seen = []
-    monkeypatch.setattr("nanochat.trainer.should_compile", lambda model, compute, idx, *_: bool(seen.append(idx.shape)))
+    monkeypatch.setattr(
+        "nanochat.train.trainer.should_compile", lambda model, compute, idx, *_: bool(seen.append(idx.shape))
+    )
     trainer = make(base_dir / "t", steps=2)
     trainer.compute.compile = trainer.compute.measure_compile = True
     trainer.__post_init__()

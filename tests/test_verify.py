@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import common, verify
+from nanochat import common
 from nanochat.card_choice import DeviceInfo, choose_cards, describe_choice, training_speed
-from nanochat.planning import profile_for
-from nanochat.profiles import DEMO, P100, Settings
+from nanochat.pipeline import verify
+from nanochat.pipeline.planning import profile_for
+from nanochat.pipeline.profiles import DEMO, P100, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ["awk", "bash", "cat", "dirname", "du", "grep", "iconv", "id", "sed", "tail", "timeout", "tr"]

@@ -12,14 +12,14 @@ import torch
 from web_server import HELLO, INFO, ScriptedEngine, SlowEngine, events_of, serve, tiny_app, tiny_chat_model, wait_until
 
 import scripts.chat_web as chat_web
-from nanochat.batching import BatchEngine
-from nanochat.chat import AnswerSettings
 from nanochat.config import parse_config, run_script
 from nanochat.engine import Engine
 from nanochat.jsonl import read_jsonl
-from nanochat.web import create_app
-from nanochat.web_guard import Access
-from nanochat.web_schemas import MAX_BODY_BYTES
+from nanochat.serve.app import create_app
+from nanochat.serve.batch_engine import BatchEngine
+from nanochat.serve.chat import AnswerSettings
+from nanochat.serve.guard import Access
+from nanochat.serve.schemas import MAX_BODY_BYTES
 
 KEY = "the-secret-key"
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from web_server import HELLO, serve, tiny_app, tiny_chat_model
 
-from nanochat.chat import AnswerSettings
+from nanochat.serve.chat import AnswerSettings
 
 NUM_BODIES = int(os.environ.get("NANOCHAT_HOSTILE_BODIES", "200"))
 pytestmark = pytest.mark.timeout(max(300, NUM_BODIES))

@@ -5,10 +5,10 @@ import json
 import pytest
 from web_server import HELLO, INFO, ScriptedEngine, SlowEngine, serve, tiny_app, tiny_chat_model, wait_until
 
-from nanochat.batching import BatchEngine
-from nanochat.chat import AnswerSettings
-from nanochat.web import create_app
-from nanochat.web_guard import Access
+from nanochat.serve.app import create_app
+from nanochat.serve.batch_engine import BatchEngine
+from nanochat.serve.chat import AnswerSettings
+from nanochat.serve.guard import Access
 
 openai = pytest.importorskip("openai")
 MODEL = "tiny-sft"

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 from web_server import ScriptedEngine, serve, tiny_app, tiny_chat_model
 
-from nanochat.web import UI_FOLDER
-from nanochat.web_guard import Access
+from nanochat.serve.app import UI_FOLDER
+from nanochat.serve.guard import Access
 
 HTML = (UI_FOLDER / "index.html").read_text(encoding="utf-8")
 SCRIPTS = "\n".join(p.read_text(encoding="utf-8") for p in sorted(UI_FOLDER.glob("*.js")))

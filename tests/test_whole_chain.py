@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.profiles import TINY, Settings
-from nanochat.stages import make_stages
+from nanochat.pipeline.profiles import TINY, Settings
+from nanochat.pipeline.stages import make_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [stage.name for stage in make_stages(TINY, Settings(), Path("/base"))]

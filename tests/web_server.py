@@ -9,10 +9,10 @@ import httpx
 import torch
 import uvicorn
 
-from nanochat.batching import BatchEngine, EngineClosed, Event, Generation, Usage
-from nanochat.chat import AnswerSettings
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.web import create_app
+from nanochat.serve.app import create_app
+from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Event, Generation, Usage
+from nanochat.serve.chat import AnswerSettings
 
 HELLO = [{"role": "user", "content": "The sky"}]
 INFO = {"id": "tiny-sft", "name": "tiny sft", "params": 12345, "dtype": "float32", "bpb": 1.234, "step": 7}

@@ -32,7 +32,7 @@ from nanochat.core_eval import (
     render_prompts,
 )
 from nanochat.gpt import GPT
-from nanochat.hf_model import HuggingFaceModel, HuggingFaceTokenizer, load_hf_model
+from nanochat.interop.hf_model import HuggingFaceModel, HuggingFaceTokenizer, load_hf_model
 from nanochat.jsonl import ResumeLog
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from nanochat.corpus import Corpus, open_corpus
+from nanochat.data.corpus import Corpus, open_corpus
+from nanochat.data.token_cache import TokenCache
 from nanochat.dataloader import PretrainLoader
-from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer, mergeable_size
 
 B, T = 32, 2048

@@ -2,9 +2,9 @@
 
     nice -n -10 python dev/bench/plan.py
 
-The prediction measures the step's operations one by one (nanochat/local_speed.py) and never the step. Both are taken
-in turns, so that other work on the machine meets both. Prints predicted and measured tokens/s and their ratio; the
-last line is JSON.
+The prediction measures the step's operations one by one (nanochat/plan/local_speed.py) and never the step. Both are
+taken in turns, so that other work on the machine meets both. Prints predicted and measured tokens/s and their ratio;
+the last line is JSON.
 """
 
 import argparse
@@ -24,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 from nanochat.common import Compute, setup_compute  # noqa: E402
 from nanochat.config import Runtime  # noqa: E402
 from nanochat.gpt import GPT, GPTConfig  # noqa: E402
-from nanochat.local_speed import LocalMachine  # noqa: E402
 from nanochat.optim import MuonAdamW  # noqa: E402
+from nanochat.plan.local_speed import LocalMachine  # noqa: E402
+from nanochat.plan.roofline import step_operations, step_seconds  # noqa: E402
 from nanochat.recipe import PRESETS, Schedule, parameter_groups  # noqa: E402
-from nanochat.roofline import step_operations, step_seconds  # noqa: E402
-from nanochat.trainer import Trainer, TrainSettings  # noqa: E402
+from nanochat.train.trainer import Trainer, TrainSettings  # noqa: E402
 
 # depth, vocabulary, T, rows, micro-batches
 CONFIGS = ((2, 4096, 256, 16, 2), (4, 16384, 512, 4, 2), (6, 8192, 1024, 2, 2))

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from nanochat.config import run_script  # noqa: E402
-from nanochat.corpus import open_corpus  # noqa: E402
+from nanochat.data.corpus import open_corpus  # noqa: E402
 from nanochat.dataloader import PretrainLoader  # noqa: E402
 from nanochat.loss_eval import evaluate_bpb  # noqa: E402
 

@@ -7,7 +7,7 @@
 Every contestant is a process of its own (both packages are called nanochat); they take turns, so that other work on
 the machine meets all of them. The peer runs as its base_train.py does: on a CPU in float32 without autocast, Muon's
 products in bfloat16, eager and compiled; its better mode is what we are compared with. Ours is the step of
-nanochat/trainer.py in strict float32 (Muon in bfloat16 too), float32 with "medium" matmuls, and bfloat16. Prints
+nanochat/train/trainer.py in strict float32 (Muon in bfloat16 too), float32 with "medium" matmuls, and bfloat16. Prints
 medians over the rounds of tokens/s, of the ratio to the peer in the same round, and the share of the matmul speed
 measured in the same precision.
 """
@@ -62,7 +62,7 @@ def build_ours(args: argparse.Namespace, mode: str) -> tuple[Callable[[], Any], 
     from nanochat.optim import MuonAdamW
     from nanochat.precision import DTYPES
     from nanochat.recipe import Schedule, parameter_groups
-    from nanochat.trainer import Trainer, TrainSettings
+    from nanochat.train.trainer import Trainer, TrainSettings
 
     dtype = mode if mode in ("bfloat16", "float16") else "float32"
     compute = setup_compute(Runtime(device_type=args.device, dtype=dtype, compile=args.compile))

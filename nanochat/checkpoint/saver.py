@@ -1,0 +1,162 @@
+"""When a run saves, and what it does when the disk can't take it: the policy above nanochat/checkpoint/writer.py.
+
+All ranks decide the same, by `Compute.any_rank`. A checkpoint that can't be written does not stop the training: it is
+tried again later, and a finished model waits for room.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.checkpoint.writer import CheckpointWriter, Keep, Snapshot, clean_leftovers
+from nanochat.checkpoint_manager import saved_steps
+from nanochat.common import Compute, print0
+from nanochat.signals import Stopped
+
+RETRY_SECONDS = 30.0  # after a checkpoint that could not be written
+WORTH_SAVING = 60.0  # seconds of training that a checkpoint before the last evaluation is worth
+SAVES_PER_RUN = 20  # a short run is saved at least this often: a kill must not cost much of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveSettings:
+    """How often a run is saved, and which checkpoints stay."""
+
+    save_every: int | None = None
+    """Steps."""
+    save_every_minutes: float = 10.0
+    keep_last: int = 2
+    keep_every: int | None = None
+    final_retry_minutes: float = 30.0
+    """How long the finished model waits for a disk that can take it."""
+
+
+class Saver:
+    """Keeps the checkpoints of one run in `folder`."""
+
+    def __init__(
+        self,
+        label: str,
+        folder: Path,
+        compute: Compute,
+        settings: SaveSettings,
+        snapshot: Callable[[bool, int], Snapshot],
+        run_seconds: float | None,
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            label: the run's name in messages.
+            folder: of the checkpoints.
+            compute: the ranks that decide together.
+            settings: how often, and what stays.
+            snapshot: a copy of the run's state, given whether the run is complete and the number of the attempt.
+            run_seconds: how long the run is to be, where that is known.
+        """
+        self.label, self.folder, self.compute, self.settings = label, folder, compute, settings
+        self._snapshot = snapshot
+        self.writer = CheckpointWriter(folder, Keep(settings.keep_last, settings.keep_every))
+        self._between = min(60 * settings.save_every_minutes, (run_seconds or math.inf) / SAVES_PER_RUN)
+        self._last_save = time.monotonic()
+        self._retry_at: float | None = None
+        self._owed = False  # a checkpoint was due while the one before was still being written
+        self._saves = 0
+
+    def after_step(self, step: int, stop_requested: bool) -> None:
+        """Save if it is time, stop if that was asked for, try again what has failed.
+
+        Raises:
+            Stopped: it was asked for, and the run is saved (or the message says that it could not be).
+        """
+        now = time.monotonic()
+        due = now - self._last_save >= self._between or (self._retry_at is not None and now >= self._retry_at)
+        stopping, due, busy, failed = self.compute.any_rank(
+            stop_requested, due and self.compute.rank == 0, self.writer.busy, self.writer.error is not None
+        )
+        due = due or self._owed or bool(self.settings.save_every and step % self.settings.save_every == 0)
+        if failed:
+            self._has_failed()
+        if stopping:
+            saved = self.save(complete=False)
+            print0(f"{self.label}: stopped at step {step}" + (", saved" if saved else ", NOT saved"))
+            print0("the same command goes on from here")
+            raise Stopped
+        if due:
+            self._owed = busy and not failed
+            if not self._owed:
+                self.save(complete=False, wait=False)
+
+    def save(self, complete: bool, wait: bool = True) -> bool:
+        """Write a checkpoint; all ranks take part. A complete one carries no optimizer state.
+
+        Args:
+            complete: the run is over.
+            wait: until it is on the disk; else training goes on while it is written.
+
+        Returns:
+            Whether it is there (with `wait`; else True).
+        """
+        self.writer.wait()
+        self.writer.error = None
+        self._last_save, self._retry_at = time.monotonic(), None
+        self._saves += 1
+        if not complete or self.compute.rank == 0:
+            self.writer.start(self._snapshot(complete, self._saves))
+        if not wait:
+            return True
+        self.writer.wait()
+        (failed,) = self.compute.any_rank(self.writer.error is not None)
+        if failed:
+            self._has_failed()
+        return not failed
+
+    def before_the_end(self) -> None:
+        """Begin to save what the last evaluation, should it fail, would take along."""
+        (due,) = self.compute.any_rank(time.monotonic() - self._last_save > WORTH_SAVING)
+        if due:
+            self.save(complete=False, wait=False)
+
+    def save_finished(self) -> None:
+        """The last checkpoint: nothing is left to do but to wait for a disk that can take it.
+
+        Raises:
+            RuntimeError: it did not come to that in `final_retry_minutes`.
+        """
+        minutes = self.settings.final_retry_minutes
+        give_up = time.monotonic() + 60 * minutes
+        while not self.save(complete=True):
+            (over,) = self.compute.any_rank(time.monotonic() > give_up)
+            if over:
+                raise RuntimeError(
+                    f"the finished model could not be written to {self.folder}: make room there and start the same "
+                    "command again, it goes on from the newest checkpoint"
+                )
+            time.sleep(min(RETRY_SECONDS, 6 * minutes))
+
+    def close(self) -> None:
+        """Let what is being written come to its end, unless it waits for a rank that is gone."""
+        self.writer.wait(5.0 if self.compute.ddp else None)
+
+    def _has_failed(self) -> None:
+        """Say loudly what is wrong, and plan another try."""
+        if self.writer.error is None:
+            self.writer.abandon()  # another rank has failed
+        error, self.writer.error = self.writer.error, None
+        self._retry_at = time.monotonic() + min(RETRY_SECONDS, 60 * self.settings.save_every_minutes)
+        if error is not None:
+            steps = saved_steps(self.folder)
+            newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+            print(
+                f"\nWARNING: {self.label}: no checkpoint could be written to {self.folder} ({error}). Training goes on "
+                f"and will try again; until then {newest}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.compute.any_rank(False)  # nobody writes any more
+        if self.compute.rank == 0:
+            clean_leftovers(self.folder)

@@ -1,0 +1,246 @@
+"""Writing checkpoints: in a background thread, every rank its own part, and dropping those that are not kept.
+
+Training stands still only while the state is copied to host memory (`Snapshot`). Every rank then writes its part into
+one hidden folder; rank 0 waits for the others' parts, adds meta.json and SHA256SUMS, syncs and renames the folder. The
+ranks meet in the file system, not by collectives: those belong to the training thread. (So the ranks need one file
+system; several machines without a shared one are left out.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nanochat.checkpoint.safetensors_file import size_in_bytes, write_safetensors
+from nanochat.checkpoint_manager import (
+    DAMAGED,
+    META_FILE,
+    MODEL_FILE,
+    SUMS_FILE,
+    format_sums,
+    optimizer_file,
+    read_meta,
+    saved_steps,
+    step_folder,
+)
+from nanochat.common import check_disk_space
+from nanochat.files import fsync_folder, sha256_file, write_json, write_text
+
+SLACK_BYTES = 4 << 20  # for meta.json, the loss log and the folder itself
+PARTS_TIMEOUT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `last` so many, the one of the lowest validation loss, and every `every` steps.
+
+    None as `last` keeps all. What an unfinished checkpoint counts as its validation loss is the last one measured
+    before it.
+    """
+
+    last: int | None = 2
+    every: int | None = None
+    best: bool = True
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a rank has to write, in host memory and shared with nobody.
+
+    Attributes:
+        step: optimizer steps done.
+        model: weights by name; on rank 0.
+        optimizer: this rank's part of the optimizer state and its generators; None for a finished model.
+        meta: JSON-ready record; on rank 0.
+        attempt: a number that all ranks share and that no other snapshot of this run has.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor] | None
+    meta: dict[str, Any]
+    rank: int = 0
+    world_size: int = 1
+    attempt: int = 0
+
+
+def host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory that training can't change."""
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_snapshot(folder: Path, snapshot: Snapshot, keep: Keep, abandon: threading.Event | None = None) -> None:
+    """Write this rank's part; on rank 0 also put the checkpoint together and drop old ones.
+
+    Raises:
+        OSError, RuntimeError: it could not be written; nothing is left of it.
+    """
+    tmp = folder / f".step_{snapshot.step:06d}.{snapshot.attempt}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if snapshot.rank == 0:
+            make_room(folder, snapshot, keep)
+        tmp.mkdir(exist_ok=True)
+        sums = {}
+        if snapshot.optimizer is not None:
+            name = optimizer_file(snapshot.rank)
+            sums[name] = write_safetensors(tmp / name, snapshot.optimizer)
+        if snapshot.rank > 0:
+            write_json(tmp / f"rank{snapshot.rank}.json", sums)
+            return
+        sums[MODEL_FILE] = write_safetensors(tmp / MODEL_FILE, snapshot.model)
+        if snapshot.optimizer is not None:
+            for rank in range(1, snapshot.world_size):
+                sums |= _part_of(tmp / f"rank{rank}.json", abandon or threading.Event())
+        write_json(tmp / META_FILE, {"step": snapshot.step, **snapshot.meta})
+        sums[META_FILE] = sha256_file(tmp / META_FILE)
+        write_text(tmp / SUMS_FILE, format_sums(sums))
+        _publish(tmp, step_folder(folder, snapshot.step))
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    prune(folder, keep)
+
+
+def _part_of(path: Path, abandon: threading.Event) -> dict[str, str]:
+    """Wait for another rank's part; its hashes."""
+    deadline = time.monotonic() + PARTS_TIMEOUT_SECONDS
+    while not path.exists():
+        # A rank that fails takes the folder away.
+        if abandon.wait(0.02) or time.monotonic() > deadline or not path.parent.exists():
+            raise RuntimeError(f"{path.stem} has not written its part")
+    sums: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    return sums
+
+
+def _publish(tmp: Path, target: Path) -> None:
+    """Give a finished folder its name; the one that has it (the same step, saved before) is moved aside first."""
+    fsync_folder(tmp)
+    old = tmp.with_suffix(".old")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(tmp, target)
+    fsync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half-written; call it while nobody writes. Never raises."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(".step_*.*.old"):  # killed between the two renames of `_publish`
+            target = folder / path.name[1:].split(".")[0]
+            if not target.exists():
+                os.replace(path, target)
+        for path in folder.glob(".step_*.*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# --- keeping ---------------------------------------------------------------------------------------------------------
+
+
+def dropped_steps(folder: Path, keep: Keep) -> list[int]:
+    """The saved steps that `keep` does not keep, ascending. A finished run keeps the last of its last ones only."""
+    steps = saved_steps(folder)
+    if keep.last is None or not steps:
+        return []
+    losses, complete = {}, False
+    for step in steps:
+        try:
+            meta = read_meta(step_folder(folder, step))
+        except DAMAGED:
+            continue
+        complete = bool(meta.get("complete"))
+        loss = (meta.get("state") or {}).get("val")
+        if loss is not None:
+            losses[step] = loss
+    kept = set(steps[-1:] if complete else steps[-keep.last :])
+    if keep.best and losses:
+        kept.add(min(losses, key=lambda step: (losses[step], -step)))
+    return [step for step in steps if step not in kept and not (keep.every and step % keep.every == 0)]
+
+
+def prune(folder: Path, keep: Keep) -> None:
+    """Drop the checkpoints that are not kept. Never raises: too many is better than none."""
+    with contextlib.suppress(OSError):
+        for step in dropped_steps(folder, keep):
+            _remove(folder, step)
+
+
+def _remove(folder: Path, step: int) -> None:
+    # Renamed first: a kill half-way leaves nothing that looks like a checkpoint.
+    path = step_folder(folder, step)
+    hidden = folder / f".{path.name}.dropped"
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def make_room(folder: Path, snapshot: Snapshot, keep: Keep) -> None:
+    """See that the snapshot will fit; if it would not, drop the kept ones but the newest already now.
+
+    Raises:
+        RuntimeError: it does not fit; says how much is missing.
+    """
+    parts = size_in_bytes(snapshot.optimizer or {}) * snapshot.world_size
+    needed = size_in_bytes(snapshot.model) + parts + SLACK_BYTES
+    if shutil.disk_usage(folder).free < needed and keep.last is not None:
+        prune(folder, Keep(1, keep.every, keep.best))
+    check_disk_space(folder, needed, f"the checkpoint of step {snapshot.step}")
+
+
+# --- in the background -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes one snapshot at a time in a thread."""
+
+    folder: Path
+    keep: Keep = field(default_factory=Keep)
+    error: Exception | None = None
+    """Why the last one could not be written; None if it was, or is being."""
+
+    def __post_init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._abandon = threading.Event()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a snapshot is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Begin to write; not while `busy`."""
+        self.error = None
+        self._thread = threading.Thread(target=self._work, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _work(self, snapshot: Snapshot) -> None:
+        try:
+            write_snapshot(self.folder, snapshot, self.keep, self._abandon)
+        except Exception as error:
+            self.error = error
+
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        """Wait until it is written (see `error`)."""
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+
+    def abandon(self) -> None:
+        """Wait no longer for other ranks' parts: one of them has failed."""
+        self._abandon.set()
+        self.wait()
+        self._abandon.clear()

@@ -1,0 +1,133 @@
+"""Where the text of a base model can come from, and which shards each place has.
+
+A source is "climbmix" or "fineweb_edu", "hf:owner/name[/folder]", "urls:LIST", or the URL of a .parquet file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.common import get_base_dir
+from nanochat.data.hub import choose_shards, list_parquet, local_name
+from nanochat.data.shards import Entry, Manifest
+
+
+@dataclass(frozen=True)
+class Source:
+    """A public corpus on the Hugging Face hub: shards 0 to `last_shard`, the last one for validation."""
+
+    repo: str
+    last_shard: int
+
+    @property
+    def val_name(self) -> str:
+        """The file that is validation, for everybody."""
+        return f"shard_{self.last_shard:05d}.parquet"
+
+
+# Both are already shuffled (seed 42); a shard holds about 250 million characters.
+SOURCES = {
+    "climbmix": Source("karpathy/climbmix-400b-shuffle", 6542),
+    "fineweb_edu": Source("karpathy/fineweb-edu-100b-shuffle", 1822),
+}
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is downloaded."""
+    return source in SOURCES or source.startswith(("hf:", "urls:", "http://", "https://"))
+
+
+def source_folder(source: str) -> Path:
+    """Where the shards of a source are kept."""
+    if source in SOURCES or source == "demo":
+        name = source
+    elif source.startswith("hf:"):
+        name = "hf--" + local_name(source[3:].strip("/"))
+    else:
+        name = f"urls-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    return get_base_dir() / "base_data" / name
+
+
+def plan_source(source: str, revision: str | None, column: str) -> Manifest:
+    """The manifest of everything a source has: asks the hub, or reads the list of URLs.
+
+    Raises:
+        ValueError: the source can't be understood or has no parquet file.
+        RuntimeError: it can't be reached.
+    """
+    if source.startswith(("urls:", "http://", "https://")):
+        entries = [
+            Entry(f"{i:05d}-{url.split('?')[0].rsplit('/', 1)[-1]}", None, digest, url)
+            for i, (url, digest) in enumerate(read_urls(source))
+        ]
+        train, validation = (entries[:-1], entries[-1:]) if len(entries) > 1 else (entries, [])
+        return Manifest(source, train, validation, column=column)
+    if source in SOURCES:
+        known = SOURCES[source]
+        commit, entries = list_parquet(known.repo, revision=revision)
+        validation = [entry for entry in entries if entry.name == known.val_name]
+        if not validation:
+            raise ValueError(f"{known.repo} has no {known.val_name}, the validation shard: has it been reorganized?")
+        train = [entry for entry in entries if entry.name < known.val_name]
+        return Manifest(source, train, validation, commit, column)
+    repo, folder = split_repo(source)
+    commit, entries = list_parquet(repo, folder, revision)
+    if not entries:
+        where = f"folder {folder} of " if folder else ""
+        raise ValueError(f"{where}the data set {repo} has no .parquet file; name another one, or export it to parquet")
+    return Manifest(source, *choose_shards(entries), commit, column)
+
+
+def split_repo(source: str) -> tuple[str, str]:
+    """("owner/name", folder) of "hf:owner/name" or "hf:owner/name/folder"."""
+    parts = source.removeprefix("hf:").strip("/").split("/")
+    if not source.startswith("hf:") or len(parts) < 2 or not all(parts):
+        raise ValueError(
+            f"unknown source {source!r}: choose {', '.join([*SOURCES, 'demo'])}, hf:owner/name, urls:LIST, the URL of "
+            "a .parquet file, or a path"
+        )
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def read_urls(source: str) -> list[tuple[str, str | None]]:
+    """(URL, digest or None) of "https://…/x.parquet", or of the lines "URL [SHA-256]" of "urls:FILE" or "urls:URL".
+
+    Raises:
+        ValueError: a line is no URL of a parquet file; names it.
+        RuntimeError: the list can't be had.
+    """
+    if not source.startswith("urls:"):
+        lines, where = [source], "the source"
+    else:
+        where = source[5:]
+        lines = _read_text(where).splitlines()
+    urls: list[tuple[str, str | None]] = []
+    for number, line in enumerate(lines, start=1):
+        words = line.split("#")[0].split() if source.startswith("urls:") else [line]
+        if not words:
+            continue
+        url, digest = words[0], words[1].lower() if len(words) > 1 else None
+        if not url.startswith(("http://", "https://")) or not url.split("?")[0].endswith(".parquet"):
+            raise ValueError(f"{where}, line {number}: expected the URL of a .parquet file, found {url!r}")
+        if digest is not None and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
+            raise ValueError(f"{where}, line {number}: expected a SHA-256 in hex behind the URL, found {digest!r}")
+        urls.append((url, f"sha256:{digest}" if digest else None))
+    if not urls:
+        raise ValueError(f"{where} lists no URL")
+    return urls
+
+
+def _read_text(place: str) -> str:
+    if not place.startswith(("http://", "https://")):
+        path = Path(place).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"--source=urls:{place}: there is no such file")
+        return path.read_text(encoding="utf-8")
+    import httpx
+
+    try:
+        return httpx.get(place, follow_redirects=True, timeout=60).raise_for_status().text
+    except httpx.HTTPError as error:
+        raise RuntimeError(f"can't read the list {place}: {error or type(error).__name__}") from error

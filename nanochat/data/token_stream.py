@@ -1,0 +1,163 @@
+"""The documents of a corpus as tokens, in the order in which they are read: epoch after epoch, block after block.
+
+Epoch 0 reads the corpus as it lies in the files. Each later epoch has its own order, drawn from its number alone: the
+row groups are shuffled, and the documents inside each block of a row group are shuffled too. So an epoch is the same on
+every machine, for every number of ranks, and can be entered at any place without reading what comes before it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nanochat.common import print0
+from nanochat.data.corpus import BadShardError, Chunk, Corpus
+from nanochat.tokenizer import RustBPETokenizer
+
+Tokens = npt.NDArray[Any]  # (n,) uint16 or uint32
+Bounds = npt.NDArray[np.int64]  # (documents + 1,)
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the stream: `token` tokens after the beginning of the block at `row` of an epoch's chunk `index`."""
+
+    epoch: int = 0
+    index: int = 0
+    row: int = 0
+    token: int = 0
+
+
+class Block(NamedTuple):
+    """Some documents with their tokens: document i is tokens[bounds[i]:bounds[i+1]] and begins with bos."""
+
+    tokens: Tokens
+    bounds: Bounds
+    position: Position
+    """Where the block begins (its `token` is 0)."""
+
+
+class Cache(Protocol):
+    """What has been tokenized before (see token_cache.py)."""
+
+    def get(self, chunk: Chunk, row: int, num_rows: int) -> tuple[Tokens, Bounds] | None:
+        """Like `RustBPETokenizer.encode_arrow` of these rows of the chunk, None if they are not cached."""
+
+
+def chunk_order(num_chunks: int, epoch: int) -> list[int]:
+    """The order of chunks in an epoch: file order at first, then shuffled by the number of the epoch."""
+    order = list(range(num_chunks))
+    if epoch > 0:
+        random.Random(epoch).shuffle(order)
+    return order
+
+
+def document_order(num_documents: int, epoch: int, chunk: Chunk, row: int) -> list[int]:
+    """The order of the documents inside the block of `chunk` that begins at `row`: as in the file, later shuffled."""
+    order = list(range(num_documents))
+    if epoch > 0:
+        random.Random(f"{epoch}/{chunk.shard.name}/{chunk.row_group}/{row}").shuffle(order)
+    return order
+
+
+def insert_bos(ids: Tokens, offsets: Bounds, bos: int) -> tuple[Tokens, Bounds]:
+    """Documents (text i is ids[offsets[i]:offsets[i+1]]) with bos before each; empty ones are left out."""
+    lengths = np.diff(offsets)
+    lengths = lengths[lengths > 0] + 1
+    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    is_bos = np.zeros(bounds[-1], dtype=bool)
+    is_bos[bounds[:-1]] = True
+    out = np.empty(bounds[-1], dtype=ids.dtype)
+    out[is_bos] = bos
+    out[~is_bos] = ids
+    return out, bounds
+
+
+def reorder(tokens: Tokens, bounds: Bounds, order: list[int]) -> tuple[Tokens, Bounds]:
+    """The documents in another order."""
+    if not order:
+        return tokens, bounds
+    out = np.concatenate([tokens[bounds[i] : bounds[i + 1]] for i in order])
+    return out, np.concatenate([[0], np.cumsum(np.diff(bounds)[order])])
+
+
+class TokenStream:
+    """Iterates over the blocks of the stream from a position on; endless for "train", one pass for "val".
+
+    Args:
+        corpus: where the documents are.
+        tokenizer: turns them into tokens.
+        split: "train" or "val".
+        num_threads: threads of the tokenizer.
+        skip_bad_shards: pass over the rest of a shard that can't be read, with a warning, instead of stopping.
+        cache: used in the place of the tokenizer for what it has.
+        stopped: asked while waiting for a shard; True ends the stream.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: RustBPETokenizer,
+        split: str,
+        num_threads: int = 1,
+        skip_bad_shards: bool = False,
+        cache: Cache | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.corpus, self.tokenizer, self.split, self.num_threads = corpus, tokenizer, split, num_threads
+        self.skip_bad_shards, self.cache, self.stopped = skip_bad_shards, cache, stopped
+        self.chunks: list[Chunk] = corpus.chunks(split)  # grows while shards arrive
+
+    def blocks(self, start: Position) -> Iterator[Block]:
+        """The blocks that have tokens, from the one that `start` is in.
+
+        Raises:
+            ValueError: a whole epoch has no text, or a shard can't be read.
+        """
+        epoch, first_index = start.epoch, start.index
+        while True:
+            found = False
+            for index, chunk in self._epoch(epoch, first_index):
+                first_row = start.row if (epoch, index) == (start.epoch, start.index) else None
+                for block in self._chunk_blocks(chunk, Position(epoch, index), first_row):
+                    found = found or len(block.tokens) > 0
+                    if len(block.tokens):
+                        yield block
+            if self.split == "val" or self.stopped():
+                return
+            if not found and first_index == 0:
+                raise ValueError(f"{self.corpus.name} ({self.split}): all documents are empty")
+            epoch, first_index = epoch + 1, 0
+
+    def _epoch(self, epoch: int, first: int) -> Iterator[tuple[int, Chunk]]:
+        """(index, chunk) of one epoch; the first epoch waits for shards that are still to come."""
+        if epoch == 0:
+            index = first
+            while index < len(self.chunks) or self.corpus.grow(self.split, index, self.stopped):
+                yield index, self.chunks[index]
+                index += 1
+            return
+        self.corpus.wait_for_all(self.split)
+        order = chunk_order(len(self.chunks), epoch)
+        for index in range(first, len(order)):
+            yield index, self.chunks[order[index]]
+
+    def _chunk_blocks(self, chunk: Chunk, place: Position, first_row: int | None) -> Iterator[Block]:
+        try:
+            for row, texts in chunk.read(first_row):
+                encoded = self.cache.get(chunk, row, len(texts)) if self.cache is not None else None
+                ids, offsets = encoded or self.tokenizer.encode_arrow(texts, self.num_threads)
+                tokens, bounds = insert_bos(ids, offsets, self.tokenizer.get_bos_token_id())
+                if place.epoch > 0:
+                    tokens, bounds = reorder(tokens, bounds, document_order(len(bounds) - 1, place.epoch, chunk, row))
+                yield Block(tokens, bounds, Position(place.epoch, place.index, row))
+        except BadShardError as error:
+            if not self.skip_bad_shards:
+                raise
+            print0(f"warning: skipping the rest of row group {chunk.row_group} of {chunk.shard.name}: {error}")

@@ -1,0 +1,1 @@
+"""The parts of generation: scheduler, key/value cache, decoding, sampling, calculator; door: nanochat.engine."""

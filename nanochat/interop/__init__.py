@@ -1,0 +1,1 @@
+"""Models of other programs: Hugging Face folders and nanochat's own checkpoints."""

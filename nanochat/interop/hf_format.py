@@ -1,0 +1,302 @@
+"""A model folder in the format of Hugging Face transformers, written and read.
+
+The classic model is transformers' own `NanoChatForCausalLM`: the same function, other names. A model with modern
+switches has no class there: its folder brings one along (nanochat/interop/hf_code), loaded with
+`trust_remote_code=True`.
+
+    config.json  generation_config.json  model.safetensors     the model
+    tokenizer.json  tokenizer_config.json                       the tokenizer, with the chat template
+    nanochat.json                                               our own record: tokenizer and config, to import exactly
+    README.md                                                   the model card
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanochat.files import atomic_folder, write_json, write_text
+from nanochat.gpt import BIGRAM_HASH, GPT, LOGIT_SOFTCAP, NORM_EPS
+from nanochat.gpt_config import ROPE_BASE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
+from nanochat.interop.hf_hub import model_folder
+from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, from_hf_json, to_hf_json
+from nanochat.tokenizer import RustBPETokenizer
+
+WEIGHTS_FILE = "model.safetensors"
+OWN_FILE = "nanochat.json"
+PARAMETER_NAMES = {
+    "transformer.wte.": "model.embed_tokens.",
+    "transformer.h.": "model.layers.",
+    ".attn.c_q.": ".self_attn.q_proj.",
+    ".attn.c_k.": ".self_attn.k_proj.",
+    ".attn.c_v.": ".self_attn.v_proj.",
+    ".attn.c_proj.": ".self_attn.o_proj.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
+MODERN_CODE = Path(__file__).parent / "hf_code"
+MODERN_FILES = ("configuration_nanochat_modern.py", "modeling_nanochat_modern.py")
+# All that a folder of ours can hold.
+EXPORT_FILES = {WEIGHTS_FILE, OWN_FILE, "README.md", *MODERN_FILES} | {
+    f"{name}.json" for name in ("config", "generation_config", "tokenizer", "tokenizer_config")
+}
+# The fields that any classic model may set; `init` is how it began, not what it computes.
+CLASSIC_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init")
+# What chat_cli uses when it is not told otherwise.
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50}
+
+
+def hf_name(name: str) -> str:
+    """transformers' name of one of our parameters."""
+    for ours, theirs in PARAMETER_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def own_name(name: str) -> str:
+    """Our name of one of transformers' parameters."""
+    for ours, theirs in PARAMETER_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def is_classic(config: GPTConfig) -> bool:
+    """Whether every switch is off, so that transformers has a class for it."""
+    plain = GPTConfig(**{name: getattr(config, name) for name in CLASSIC_FIELDS})
+    return plain == config
+
+
+def has_a_row_per_token(name: str) -> bool:
+    """Whether this (our) parameter's rows are token ids, padded to a multiple of 64."""
+    return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def hf_config(config: GPTConfig, tokenizer: RustBPETokenizer) -> dict[str, Any]:
+    """The content of config.json. The vocabulary is the tokenizer's: the padding rows stay behind."""
+    shape = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "max_position_embeddings": config.sequence_len,
+        "rms_norm_eps": NORM_EPS,
+        "final_logit_softcapping": LOGIT_SOFTCAP,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        **special_ids(tokenizer),
+    }
+    return shape | (_classic_config(config) if is_classic(config) else _modern_config(config))
+
+
+def _classic_config(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "intermediate_size": 4 * config.n_embd,
+        "hidden_act": "relu2",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+    }
+
+
+def _modern_config(config: GPTConfig) -> dict[str, Any]:
+    configuration, modeling = (name.removesuffix(".py") for name in MODERN_FILES)
+    return {
+        "architectures": ["NanoChatModernForCausalLM"],
+        "model_type": "nanochat_modern",
+        "auto_map": {
+            "AutoConfig": f"{configuration}.NanoChatModernConfig",
+            "AutoModelForCausalLM": f"{modeling}.NanoChatModernForCausalLM",
+        },
+        "rope_base": config.rope_base,
+        "qk_scale": config.qk_scale,
+        "key_offset": config.key_offset,
+        "windows": config.windows,
+        "residual_scalars": config.residual_scalars,
+        "value_embedding_layers": [i for i in range(config.n_layer) if config.has_value_embedding(i)],
+        "value_gate_channels": VALUE_GATE_CHANNELS,
+        "smear": config.smear,
+        "smear_gate_channels": SMEAR_GATE_CHANNELS,
+        "backout": config.backout,
+        "bigram_buckets": config.bigram_buckets,
+        "bigram_hash": list(BIGRAM_HASH),
+    }
+
+
+def special_ids(tokenizer: RustBPETokenizer) -> dict[str, Any]:
+    """bos, what ends an answer, and padding, as config.json and generation_config.json name them."""
+    bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
+    return {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": bos}
+
+
+def tokenizer_config(config: GPTConfig, tokenizer: RustBPETokenizer) -> dict[str, Any]:
+    """The content of tokenizer_config.json."""
+    bos = tokenizer.id_to_token(tokenizer.get_bos_token_id())
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": "<|assistant_end|>",
+        "pad_token": bos,
+        "additional_special_tokens": sorted(tokenizer.get_special_tokens() - {bos, "<|assistant_end|>"}),
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.sequence_len,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def write_hf_folder(
+    folder: Path,
+    state: dict[str, Tensor],
+    config: GPTConfig,
+    tokenizer: RustBPETokenizer,
+    card: str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a model as a folder that transformers loads; it appears whole, replacing an older one.
+
+    Args:
+        folder: where.
+        state: our state dict.
+        config: our model config.
+        tokenizer: the one it was trained with.
+        card: the text of README.md.
+        dtype: what the weights are stored in; float32 loses nothing.
+
+    Raises:
+        ValueError: the tokenizer has another number of ids than the model.
+    """
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        raise ValueError(
+            f"the model was trained with {config.vocab_size} token ids, the tokenizer has {tokenizer.get_vocab_size()}"
+        )
+    weights = {}
+    for name, value in state.items():
+        rows = value[: config.vocab_size] if has_a_row_per_token(name) else value
+        weights[hf_name(name) if is_classic(config) else name] = rows.detach().to("cpu", dtype).contiguous().clone()
+    dtype_name = str(dtype).removeprefix("torch.")
+    with atomic_folder(folder) as tmp:
+        save_file(weights, tmp / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(tmp / "config.json", hf_config(config, tokenizer) | {"dtype": dtype_name})
+        write_json(tmp / "generation_config.json", SAMPLING | special_ids(tokenizer))
+        write_json(tmp / "tokenizer.json", to_hf_json(tokenizer))
+        write_json(tmp / "tokenizer_config.json", tokenizer_config(config, tokenizer))
+        write_json(tmp / OWN_FILE, {"model_config": config.to_dict(), "tokenizer": tokenizer.to_dict()})
+        write_text(tmp / "README.md", card)
+        for name in () if is_classic(config) else MODERN_FILES:
+            write_text(tmp / name, (MODERN_CODE / name).read_text(encoding="utf-8"))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPETokenizer]:
+    """(weights, config, tokenizer) of a folder with a `NanoChatForCausalLM`, ours or somebody else's.
+
+    Raises:
+        FileNotFoundError: a file is missing; names it.
+        ValueError: the model is of another kind, or computes something ours doesn't; names the field.
+    """
+    stored = _read_json(folder / "config.json")
+    own = _read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else None
+    config = GPTConfig.from_dict(own["model_config"]) if own else own_config(stored)
+    if own:
+        tokenizer = RustBPETokenizer.from_dict(own["tokenizer"])
+    else:
+        tokenizer = from_hf_json(_read_json(folder / "tokenizer.json"), bos_token(folder))
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} ids, the model only {config.vocab_size}"
+        )
+    state = {own_name(name): value.float() for name, value in _read_weights(folder).items()}
+    for name in state:
+        if has_a_row_per_token(name):
+            missing = max(0, config.padded_vocab_size - len(state[name]))
+            state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, missing))[: config.padded_vocab_size]
+    return state, config, tokenizer
+
+
+def load_nanochat_folder(path_or_repo: str, device: torch.device) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
+    """(model, tokenizer, meta) of such a folder, or of a hub repository "owner/name", ready to chat with.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: see `read_hf_folder` and `hf_hub.model_folder`.
+    """
+    state, config, tokenizer = read_hf_folder(model_folder(path_or_repo))
+    model = GPT(config)
+    model.load_state_dict(state)
+    return (
+        model.to(device).eval(),
+        tokenizer,
+        {"step": 0, "model_config": config.to_dict(), "imported_from": path_or_repo},
+    )
+
+
+def own_config(stored: dict[str, Any]) -> GPTConfig:
+    """Our config from a classic model's config.json; ValueError names a setting that ours has no switch for."""
+    if stored.get("model_type") != "nanochat":
+        raise ValueError(
+            f"config.json: model_type is {stored.get('model_type')!r}; only 'nanochat', or what export_hf wrote, can "
+            "be imported"
+        )
+    rope = stored.get("rope_parameters") or {}
+    fixed = {
+        "hidden_act": ("relu2", stored.get("hidden_act", "relu2")),
+        "intermediate_size": (4 * stored["hidden_size"], stored["intermediate_size"]),
+        "rms_norm_eps": (NORM_EPS, stored.get("rms_norm_eps", NORM_EPS)),
+        "final_logit_softcapping": (LOGIT_SOFTCAP, stored.get("final_logit_softcapping", LOGIT_SOFTCAP)),
+        "attention_bias": (False, stored.get("attention_bias", False)),
+        "tie_word_embeddings": (False, stored.get("tie_word_embeddings", False)),
+        "rope_type": ("default", rope.get("rope_type", "default")),
+        "rope_theta": (ROPE_BASE, rope.get("rope_theta", stored.get("rope_theta", ROPE_BASE))),
+    }
+    for name, (expected, found) in fixed.items():
+        if found != expected:
+            raise ValueError(f"config.json: {name} is {found!r}, this model can only be imported with {expected!r}")
+    n_head = stored["num_attention_heads"]
+    return GPTConfig(
+        sequence_len=stored["max_position_embeddings"],
+        vocab_size=stored["vocab_size"],
+        n_layer=stored["num_hidden_layers"],
+        n_head=n_head,
+        n_kv_head=stored.get("num_key_value_heads") or n_head,
+        n_embd=stored["hidden_size"],
+    )
+
+
+def bos_token(folder: Path) -> str:
+    """The token that starts a document, by tokenizer_config.json."""
+    value = _read_json(folder / "tokenizer_config.json").get("bos_token")
+    name = value["content"] if isinstance(value, dict) else value
+    if not name:
+        raise ValueError(f"{folder / 'tokenizer_config.json'} names no bos_token")
+    return str(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder must hold a model in the format of transformers")
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return stored
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS_FILE]
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: only safetensors weights can be imported")
+        weights |= load_file(folder / name)
+    return weights

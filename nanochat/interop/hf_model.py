@@ -1,0 +1,149 @@
+"""A Hugging Face causal language model behind the interface that scoring uses, to compare our models with others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat.gpt import GPT
+from nanochat.interop.hf_format import OWN_FILE, load_nanochat_folder
+from nanochat.tokenizer import RustBPETokenizer
+
+# Tokens known to start a document, whatever a tokenizer's settings say; nanochat looks for the same.
+DOCUMENT_STARTS = ("<|bos|>", "<|endoftext|>")
+# What transformers calls a cache of keys and values, in arguments and results: since 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+class HFPrefixCache:
+    """Keys and values of a Hugging Face model; slot j of a row counts when its mask says so."""
+
+    def __init__(self, cache: Any = None, mask: Tensor | None = None, lengths: Sequence[int] | None = None) -> None:
+        self.cache, self.mask, self.lengths = cache, mask, lengths
+
+    def repeated(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> HFPrefixCache:
+        """See scoring.PrefixCache; the keys grow by themselves, so there is no need of `room`."""
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.device))
+        size = int(self.cache.get_seq_length())
+        slots = torch.arange(size, device=self.device)
+        mask = slots < torch.tensor(lengths, device=self.device).unsqueeze(1)  # (rows, size)
+        return HFPrefixCache(self.cache, mask, lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the keys are."""
+        device: torch.device = self.cache.layers[0].keys.device
+        return device
+
+
+class HuggingFaceModel:
+    """Adapter of a transformers model with a decoder and a linear head.
+
+    Raises:
+        ValueError: its logits are not its head's of its last hidden states, so that it can't be scored this way.
+    """
+
+    def __init__(self, model: Any, max_seq_len: int | None = None) -> None:
+        self.model = model.eval()
+        config = model.config.get_text_config()
+        self.max_seq_len: int = max_seq_len or getattr(config, "max_position_embeddings", None) or 2048
+        self.cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.cache_name = CACHE_NAMES[0]
+        idx = torch.arange(8, device=self.get_device()).unsqueeze(0)
+        with torch.no_grad():
+            if not torch.allclose(self.logits_at(self.hidden(idx)), model(idx).logits.float(), rtol=1e-2, atol=1e-2):
+                raise ValueError(f"{type(model).__name__}'s logits are not a linear head's: it can't be scored here")
+
+    def get_device(self) -> torch.device:
+        """Where its parameters are."""
+        device: torch.device = self.model.get_output_embeddings().weight.device
+        return device
+
+    def new_prefix_cache(self, rows: int, n_tokens: int) -> HFPrefixCache:
+        """An empty cache."""
+        return HFPrefixCache()
+
+    def hidden(self, idx: Tensor, kv_cache: HFPrefixCache | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, C), behind the cache's content where there is one."""
+        body = self.model.base_model
+        if kv_cache is None:
+            return body(input_ids=idx, use_cache=False).last_hidden_state
+        if kv_cache.mask is None or kv_cache.lengths is None:
+            output = body(input_ids=idx, use_cache=True)
+            self.cache_name = next(name for name in CACHE_NAMES if name in output)
+            kv_cache.cache = output[self.cache_name]
+            return output.last_hidden_state
+        lengths = torch.tensor(kv_cache.lengths, device=idx.device).unsqueeze(1)  # (B, 1)
+        new = torch.arange(idx.size(1), device=idx.device)
+        mask = torch.cat((kv_cache.mask, torch.ones_like(idx, dtype=torch.bool)), dim=1).long()
+        before = {self.cache_name: kv_cache.cache}
+        return body(input_ids=idx, attention_mask=mask, position_ids=lengths + new, **before).last_hidden_state
+
+    def logits_at(self, x: Tensor) -> Tensor:
+        """float32 logits of hidden states: (N, C) -> (N, V)."""
+        logits = self.model.get_output_embeddings()(x).float()
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+class HuggingFaceTokenizer:
+    """Adapter of a transformers tokenizer. What stood between the documents of pretraining starts every text.
+
+    That is not always the bos token: chat models often name the start of a message there.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        vocab = tokenizer.get_vocab()
+        named = [vocab[token] for token in DOCUMENT_STARTS if token in vocab]
+        starts = [*named, tokenizer.bos_token_id, tokenizer.eos_token_id]
+        start = next((token for token in starts if token is not None), None)
+        if start is None:
+            raise ValueError("this tokenizer has neither a bos nor an eos token to start a text with")
+        self.bos = int(start)
+
+    def get_bos_token_id(self) -> int:
+        """The token that starts a document."""
+        return self.bos
+
+    def encode(self, text: list[str], prepend: int | None = None) -> list[list[int]]:
+        """Ids of each text, `prepend` first."""
+        rows: list[list[int]] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [[prepend, *row] if prepend is not None else row for row in rows]
+
+
+def load_hf_model(
+    name: str, device: torch.device
+) -> tuple[HuggingFaceModel | GPT, HuggingFaceTokenizer | RustBPETokenizer]:
+    """Load model and tokenizer from a folder (safetensors, or a single .gguf file) or the hub.
+
+    A folder that export_hf wrote gives our own model: code that comes with a folder is never run.
+
+    Raises:
+        FileNotFoundError: there is none, or `transformers` is not installed.
+    """
+    folder = Path(name).expanduser()
+    if (folder / OWN_FILE).is_file():
+        own, own_tokenizer, _ = load_nanochat_folder(str(folder), device)
+        return own, own_tokenizer
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise FileNotFoundError("--hf_path needs the `transformers` package: pip install transformers") from error
+    options: dict[str, Any] = {}
+    if folder.is_dir():
+        name = str(folder)
+        gguf = sorted(folder.glob("*.gguf"))
+        if len(gguf) == 1 and not list(folder.glob("*.safetensors")):
+            options["gguf_file"] = gguf[0].name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"--hf_path {name}: no Hugging Face model can be loaded from it ({reason})") from error
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return HuggingFaceModel(model), HuggingFaceTokenizer(tokenizer)

@@ -1,0 +1,151 @@
+"""Attention through torch's scaled_dot_product_attention, which picks the fastest kernel the device has.
+
+Plain causal attention is one call. What a kernel doesn't know (sliding windows, several documents in one row, queries
+that continue a cache) is cut into blocks of queries: each sees only the keys it can reach, under a small mask, and no
+mask of T × T ever exists. The pieces are planned once per forward pass and serve every layer.
+
+Key/value heads are repeated by hand: on older cards `enable_gqa` falls back to a kernel that needs O(T²) memory.
+Training on a CPU has a way of its own, see nanochat/ops/cpu_attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.ops.cpu_attention import MAX_BYTES, cpu_attention, probability_bytes
+from nanochat.ops.linear import training_product_dtype
+from nanochat.precision import NARROW_RANGE
+
+QUERY_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of queries, the run of keys they may reach, and how."""
+
+    queries: slice
+    keys: slice
+    mask: Tensor | None = None
+    """(1 or B, 1, queries, keys) bool, true where a query may look; None: everywhere, or causal."""
+    causal: bool = False
+
+
+def segment_starts(segments: Tensor) -> Tensor:
+    """Where each token's segment begins in its row: (B, T) ids, different between neighbours, -> (B, T) positions."""
+    border = torch.ones_like(segments, dtype=torch.bool)
+    border[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    position = torch.arange(segments.size(1), device=segments.device)
+    return torch.where(border, position, 0).cummax(dim=1).values
+
+
+def plan_attention(
+    T: int, S: int, device: torch.device, window: int | None = None, starts: Tensor | None = None
+) -> list[Piece]:
+    """How T queries, the last of S positions in every row, attend to the keys up to their own.
+
+    Args:
+        T: queries.
+        S: keys, at least T.
+        device: where masks are made.
+        window: how many keys before its own a query sees; None: all.
+        starts: (B, T) the first key each query may see (needs S == T); None: key 0.
+    """
+    if window is not None and window >= S - 1:
+        window = None
+    if starts is None and T == 1:
+        return [Piece(slice(0, 1), slice(0 if window is None else S - 1 - window, S))]
+    if starts is None and window is None and T == S:
+        return [Piece(slice(0, T), slice(0, T), causal=True)]
+    block = QUERY_BLOCK if window is None else max(64, min(QUERY_BLOCK, window))
+    pieces = []
+    for q0 in range(0, T, block):
+        q1 = min(q0 + block, T)
+        first, last = S - T + q0, S - T + q1  # as positions
+        low = 0 if window is None else max(0, first - window)
+        if starts is not None and device.type == "cpu" and not torch.compiler.is_compiling():
+            low = max(low, int(starts[:, q0].min()))  # elsewhere reading the number would wait for the device
+        query = torch.arange(first, last, device=device)[:, None]
+        key = torch.arange(low, last, device=device)
+        mask = (key <= query)[None]  # (1, q, k)
+        if window is not None:
+            mask = mask & (key >= query - window)
+        if starts is not None:
+            mask = mask & (key >= starts[:, q0:q1, None])  # (B, q, k)
+        pieces.append(Piece(slice(q0, q1), slice(low, last), mask.unsqueeze(1)))
+    return pieces
+
+
+def plan_ragged(mask: Tensor, positions: Tensor, window: int | None = None) -> list[Piece]:
+    """The same where the rows of a cache have different lengths.
+
+    Args:
+        mask: (B, 1, T, S) bool, true for the keys up to a query's own.
+        positions: (B, T) of the queries.
+        window: as in `plan_attention`.
+    """
+    if window is not None and window < mask.size(-1) - 1:
+        key = torch.arange(mask.size(-1), device=mask.device)
+        mask = mask & (key >= positions[:, None, :, None] - window)
+    return [Piece(slice(0, mask.size(2)), slice(0, mask.size(3)), mask)]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pieces: Sequence[Piece],
+    scale: float | None = None,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Attention of T queries to S keys.
+
+    Args:
+        q: (B, T, H, D).
+        k: (B, S, K, D); H is a multiple of K.
+        v: (B, S, K, D).
+        pieces: from `plan_attention` or `plan_ragged`; they cover the queries in their order.
+        scale: factor on the products of queries and keys; None: 1/√D.
+        product_dtype: what float32 is rounded to in training on a CPU (see nanochat/ops/linear.py); None: nothing.
+
+    Returns:
+        (B, T, H, D).
+    """
+    repeats = q.size(2) // k.size(2)
+    if repeats > 1 and q.size(1) == 1:
+        return _attend_one(q, k, v, pieces[0], scale)
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
+    if q.device.type == "cpu" and q.requires_grad and not torch.compiler.is_compiling():
+        dtype, heads = training_product_dtype(q, product_dtype), q.size(0) * q.size(1)
+        if dtype not in NARROW_RANGE and probability_bytes(heads, pieces, dtype.itemsize) <= MAX_BYTES:
+            scale = q.size(-1) ** -0.5 if scale is None else scale
+            y = cpu_attention(q.to(dtype), k.to(dtype), v.to(dtype), pieces, scale)
+            return y.to(v.dtype).transpose(1, 2)
+    parts = [
+        F.scaled_dot_product_attention(
+            _run(q, p.queries), _run(k, p.keys), _run(v, p.keys), attn_mask=p.mask, is_causal=p.causal, scale=scale
+        )
+        for p in pieces
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return y.transpose(1, 2)
+
+
+def _run(x: Tensor, part: slice) -> Tensor:
+    """x (B, H, n, D) from part.start to part.stop; all of it is x itself, whose gradient needs no copy."""
+    return x if part == slice(0, x.size(2)) else x[:, :, part]
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float | None) -> Tensor:
+    """One query per row: the heads that share keys become queries of one head, so that no key is copied."""
+    B, _, H, D = q.shape
+    repeats = H // k.size(2)
+    grouped = q.view(B, H // repeats, repeats, D)
+    k, v = _run(k.transpose(1, 2), piece.keys), _run(v.transpose(1, 2), piece.keys)  # (B, K, S, D)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=piece.mask, scale=scale).reshape(B, 1, H, D)

@@ -1,0 +1,255 @@
+"""What a budget of hours buys on a device: for each depth the memory, speed, tokens, quality and disk of a run.
+
+Nothing here has a formula of its own: parameters and FLOPs are the model's, batches the recipe's, memory
+nanochat/plan/memory.py, time nanochat/plan/roofline.py or nanochat/plan/local_speed.py, quality
+nanochat/plan/scaling_law.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from nanochat.card_choice import DeviceInfo, training_speed
+from nanochat.cards import Card, find_card
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.pipeline.profiles import SHARD_BYTES, Profile, Settings, choose_profile, count_shards
+from nanochat.plan.memory import MicroBatch, estimate_training_memory, largest_micro_batch
+from nanochat.plan.roofline import CardRoofline, Device, best_dtype, tokens_per_second
+from nanochat.plan.scaling_law import predict_bpb
+from nanochat.recipe import PRESETS, Preset, scale_hyperparameters
+
+DEPTHS = range(4, 21)
+# What torch sees of the memory a card is sold with; least on a T4 with ECC. Rounded down.
+CARD_MEMORY_SHARE = 0.92
+# What is left of n cards' speed when they exchange gradients. A guess: it depends on the links between them.
+CARDS_SHARE = 0.9
+# Activation checkpointing makes the forward pass, a third of the arithmetic, twice.
+CHECKPOINTING_SHARE = 3 / 4
+CHINCHILLA = 20  # tokens per parameter
+# Two of an unfinished run, the best one, and one that is being written.
+CHECKPOINTS = 4
+# On this machine these depths are measured, the others take their FLOP/s: measuring wide layers takes too long.
+MEASURED_DEPTHS = (4, 8, 12)
+
+# Tokens per second on one device of a model in micro-batches of so many rows, and so many of them in a step.
+SpeedModel = Callable[[GPTConfig, int, int], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What is asked."""
+
+    hours: float
+    recipe: str
+    vocab_size: int
+    sequence_len: int
+    dtype: str
+    num_cards: int
+    memory_bytes: int
+    """Of one card that training may use."""
+    fineweb: bool
+    device_type: str = "cuda"
+    compiled: bool = False
+
+    @property
+    def preset(self) -> Preset:
+        """The recipe."""
+        return PRESETS[self.recipe]
+
+    def config(self, depth: int) -> GPTConfig:
+        """The model of a depth."""
+        return GPTConfig.from_depth(depth, self.vocab_size, self.sequence_len, **self.preset.switches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A depth and what becomes of it. Without a micro-batch that fits, what follows from it is None."""
+
+    depth: int
+    parameters: int
+    flops_per_token: int
+    micro_batch: MicroBatch | None
+    memory_bytes: int
+    """With this micro-batch, or with the smallest."""
+    total_batch_size: int | None = None
+    tokens_per_second: float | None = None
+    tokens: float | None = None
+    steps: int | None = None
+    tokens_per_parameter: float | None = None
+    bpb: float | None = None
+    chinchilla_hours: float | None = None
+    disk_bytes: float | None = None
+    best: bool = False
+
+
+def card_speed(device: Device, budget: Budget) -> SpeedModel:
+    """The speed by a device's times for single operations."""
+
+    def speed(config: GPTConfig, rows: int, passes: int) -> float:
+        return tokens_per_second(device, config, rows, config.sequence_len, passes, budget.dtype, budget.preset)
+
+    return speed
+
+
+def measured_speed(device: Device, budget: Budget, depths: Sequence[int] = MEASURED_DEPTHS) -> SpeedModel:
+    """`card_speed` at some depths; between them FLOP/s are interpolated, beyond them they stay."""
+    known = card_speed(device, budget)
+
+    def flops_per_second(depth: int, rows: int, passes: int) -> float:
+        config = budget.config(depth)
+        return known(config, rows, passes) * meta_model(config).estimate_flops()
+
+    def speed(config: GPTConfig, rows: int, passes: int) -> float:
+        depth = min(max(config.n_layer, depths[0]), depths[-1])
+        low = max(d for d in depths if d <= depth)
+        high = min(d for d in depths if d >= depth)
+        share = 0.0 if low == high else (depth - low) / (high - low)
+        rate = (1 - share) * flops_per_second(low, rows, passes)
+        rate += share * flops_per_second(high, rows, passes) if share else 0.0
+        return rate / meta_model(config).estimate_flops()
+
+    return speed
+
+
+def meta_model(config: GPTConfig) -> GPT:
+    """The model without memory, for counting."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def plan_row(depth: int, budget: Budget, speed: SpeedModel) -> Row:
+    """The run of one depth. A recipe that scales takes its batch from the horizon, and that from the speed."""
+    preset, config = budget.preset, budget.config(depth)
+    model = meta_model(config)
+    row = Row(
+        depth=depth,
+        parameters=model.num_params(),
+        flops_per_token=model.estimate_flops(),
+        micro_batch=None,
+        memory_bytes=_memory(config, MicroBatch(1), budget)[0],
+    )
+    tokens: float | None = None
+    for _ in range(3 if preset.scales else 1):
+        batch = scale_hyperparameters(preset, model, tokens, None, budget.sequence_len * budget.num_cards)
+        rows = max(1, batch.total_batch_size // (budget.sequence_len * budget.num_cards))
+        micro = largest_micro_batch(
+            config,
+            budget.memory_bytes,
+            budget.sequence_len,
+            max_rows=rows,
+            dtype=budget.dtype,
+            world_size=budget.num_cards,
+            compiled=budget.compiled,
+            device_type=budget.device_type,
+        )
+        if micro is None:
+            return row
+        share = CHECKPOINTING_SHARE if micro.activation_checkpointing else 1.0
+        share *= CARDS_SHARE if budget.num_cards > 1 else 1.0
+        rate = share * budget.num_cards * speed(config, micro.rows, rows // micro.rows)
+        tokens = rate * budget.hours * 3600
+        row = replace(row, micro_batch=micro, total_batch_size=batch.total_batch_size, tokens_per_second=rate)
+    assert tokens is not None
+    assert row.micro_batch is not None
+    memory, checkpoint = _memory(config, row.micro_batch, budget)
+    return replace(
+        row,
+        memory_bytes=memory,
+        tokens=tokens,
+        steps=int(tokens / batch.total_batch_size),
+        tokens_per_parameter=tokens / preset.scaling_params(model),
+        bpb=predict_bpb(model.num_matmul_params(), tokens, budget.vocab_size, not preset.scales, budget.fineweb),
+        chinchilla_hours=CHINCHILLA * preset.scaling_params(model) / rate / 3600,
+        disk_bytes=SHARD_BYTES * (count_shards(tokens) + 1) + CHECKPOINTS * checkpoint,
+    )
+
+
+def _memory(config: GPTConfig, micro: MicroBatch, budget: Budget) -> tuple[int, int]:
+    """Bytes of a step on one card, and of a checkpoint of an unfinished run."""
+    memory = estimate_training_memory(
+        config,
+        micro.rows,
+        budget.sequence_len,
+        dtype=budget.dtype,
+        world_size=budget.num_cards,
+        loss_chunk_bytes=micro.loss_chunk_bytes,
+        activation_checkpointing=micro.activation_checkpointing,
+        compiled=budget.compiled,
+        device_type=budget.device_type,
+    )
+    return memory.total, memory.weights + memory.optimizer * budget.num_cards
+
+
+def plan(depths: Sequence[int], budget: Budget, speed: SpeedModel) -> list[Row]:
+    """A row per depth; the one with the lowest predicted bits per byte is marked."""
+    rows = [plan_row(depth, budget, speed) for depth in depths]
+    best = min((row for row in rows if row.bpb is not None), key=lambda row: row.bpb or math.inf, default=None)
+    return [replace(row, best=row is best) for row in rows]
+
+
+# --- by a card's data sheet ------------------------------------------------------------------------------------------
+
+
+def on_card(
+    card: Card,
+    *,
+    hours: float,
+    recipe: str,
+    vocab_size: int,
+    sequence_len: int,
+    num_cards: int = 1,
+    dtype: str = "auto",
+    fineweb: bool = False,
+) -> tuple[Budget, CardRoofline]:
+    """What is asked of a card, and its speed; the same on every machine."""
+    roofline = CardRoofline(card, compiled=card.capability >= (7, 0))  # Triton's condition
+    budget = Budget(
+        hours=hours,
+        recipe=recipe,
+        vocab_size=vocab_size,
+        sequence_len=sequence_len,
+        dtype=best_dtype(card) if dtype == "auto" else dtype,
+        num_cards=num_cards,
+        memory_bytes=int(card.memory_gb * 2**30 * CARD_MEMORY_SHARE),
+        fineweb=fineweb,
+        compiled=roofline.compiled,
+    )
+    return budget, roofline
+
+
+def best_depth(profile: Profile, devices: Sequence[DeviceInfo]) -> int | None:
+    """The depth that learns most in the profile's hours on these cards; None without hours or for an unknown card.
+
+    From data sheets, not measured: a run that goes on must find the same depth.
+    """
+    card = find_card(min(devices, key=lambda device: training_speed(device.name)).name) if devices else None
+    if card is None or profile.hours is None:
+        return None
+    budget, roofline = on_card(
+        card,
+        hours=profile.hours,
+        recipe=profile.recipe,
+        vocab_size=profile.vocab_size,
+        sequence_len=profile.max_seq_len,
+        num_cards=profile.nproc,
+        fineweb=profile.dataset == "fineweb_edu",
+    )
+    return next((row.depth for row in plan(DEPTHS, budget, card_speed(roofline, budget)) if row.best), None)
+
+
+def profile_for(settings: Settings, devices: Sequence[DeviceInfo]) -> Profile:
+    """`choose_profile`; where DEPTH is not set, the profile for cards that are bought singly gets their best depth."""
+    profile = choose_profile(settings, len(devices))
+    if profile.name != "p100" or settings.depth is not None:
+        return profile
+    depth = best_depth(profile, devices)
+    if depth is None:
+        return profile
+    profile = choose_profile(replace(settings, depth=depth), len(devices))
+    cards = " and ".join(dict.fromkeys(device.name for device in devices))
+    about = f"depth {depth}, which by the planner learns most in {profile.hours:g} hours on {cards} (or set DEPTH)"
+    return replace(profile, about=about)

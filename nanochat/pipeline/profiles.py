@@ -1,0 +1,379 @@
+"""Which run fits this machine: the table of profiles, and the settings that a user may change by the environment.
+
+A profile is the whole set of sizes of one run, from tokenizer to SFT. `nanochat.pipeline` turns it into commands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nanochat.data.sources import SOURCES
+from nanochat.gpt_config import GPTConfig
+from nanochat.precision import cpu_has_bf16
+from nanochat.recipe import DEFAULT_RECIPE, PRESETS
+
+# A shard of the public corpora holds about 250 million characters. Source: nanochat.
+SHARD_CHARS = 250e6
+# ... and takes about 100 MB on the disk.
+SHARD_BYTES = 100e6
+# Characters per token of a vocabulary of 65536 on English web text: about 4.8 in nanochat, rounded up.
+CHARS_PER_TOKEN = 4.9
+# Mid-training and SFT get these shares of the hours that base training has.
+MID_HOURS, SFT_HOURS = 1 / 3, 1 / 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The sizes of one run. Batches count tokens, padding included."""
+
+    name: str
+    about: str
+    depth: int
+    vocab_size: int
+    max_seq_len: int
+    device_batch_size: int
+    base_batch_size: int | None = None
+    """Of base training; None: its recipe's, which may follow from the horizon."""
+    mid_batch_size: int
+    sft_batch_size: int
+    nproc: int = 1
+    dataset: str | None
+    chat_data: str | None
+    """A file of conversations, "demo", or None for nanochat's own mixture from the hub."""
+    hours: float | None = None
+    """Time of base training; mid-training and SFT get their shares on top."""
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """Optimizer steps by stage, where no hours are set; a stage without them takes its script's default horizon."""
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """More flags by stage."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long a stage took where it was measured, on 2 CPU cores."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """More environment of the stages (what the user has set goes before)."""
+    needs_cards: bool = False
+    bfloat16_on_cpu: bool = False
+    """Train in bfloat16 on a CPU that multiplies it in hardware: 1.4 times as fast as float32 (see dev/LOG.md)."""
+    dtype: str = "auto"
+    """The precision of base training; later stages take their model's."""
+
+    @property
+    def recipe(self) -> str:
+        """The recipe of base training."""
+        given = [flag.partition("=")[2] for flag in self.flags.get("base_train", ()) if flag.startswith("--recipe=")]
+        return given[-1] if given else DEFAULT_RECIPE
+
+    @property
+    def model_config(self) -> GPTConfig:
+        """The shape of its model, with the switches of its recipe."""
+        return GPTConfig.from_depth(self.depth, self.vocab_size, self.max_seq_len, **PRESETS[self.recipe].switches)
+
+    @property
+    def tag(self) -> str:
+        """Name of the model's checkpoint folders."""
+        return f"d{self.depth}"
+
+    @property
+    def sft_rows(self) -> int:
+        """Rows per forward pass of SFT: half as many as before, and no more than its batch has."""
+        rows_per_step = self.sft_batch_size // self.max_seq_len // self.nproc
+        return max(1, min(self.device_batch_size // 2, rows_per_step))
+
+
+# The demo: a small world that ships with nanochat, learned in minutes on a CPU. Its numbers are tuned together:
+# small batches make many steps, each stage hands a high learning rate to the next, and SFT ends at zero.
+DEMO = Profile(
+    name="demo",
+    about="the small world that ships with nanochat, on this CPU, nothing is downloaded",
+    depth=4,
+    vocab_size=4096,
+    max_seq_len=256,
+    device_batch_size=8,
+    base_batch_size=2048,
+    mid_batch_size=2048,
+    sft_batch_size=2048,
+    dataset="demo",
+    chat_data="demo",
+    bfloat16_on_cpu=True,
+    steps={"base_train": 390, "mid_train": 290, "chat_sft": 230},
+    flags={
+        "tok_eval": ("--no-compare",),
+        "base_train": (
+            "--recipe=classic",
+            "--eval_every=0",
+            "--eval_tokens=32768",
+            "--sample_every=0",
+            "--warmdown_ratio=0.2",
+            "--final_lr_frac=0.3",
+        ),
+        "base_loss": ("--eval_tokens=32768",),
+        # Only a bundle that is already there is used: the demo downloads nothing.
+        "base_eval": ("--max_per_task=5",),
+        "mid_train": ("--eval_every=0", "--eval_batches=4", "--warmdown_ratio=0.3", "--final_lr_frac=0.4"),
+        "chat_sft": ("--eval_every=0", "--eval_batches=4", "--init_lr_frac=0.5"),
+        "chat_eval_mid": ("--max_problems=30", "--max_new_tokens=96"),
+        "chat_eval_sft": ("--max_new_tokens=96",),
+    },
+    seconds={
+        "report_reset": 2,
+        "data": 4,
+        "tok_train": 2,
+        "tok_eval": 2,
+        "base_train": 200,
+        "base_loss": 8,
+        "base_eval": 2,
+        "mid_train": 150,
+        "chat_eval_mid": 6,
+        "chat_sft": 130,
+        "chat_eval_sft": 11,
+        "report": 2,
+        "answer": 2,
+    },
+)
+
+# The same chain in about a minute, for tests: it shows that everything fits together, not that anything is learned.
+TINY = Profile(
+    name="tiny",
+    about="the whole chain at a size for tests; the model learns next to nothing",
+    depth=1,
+    vocab_size=600,
+    max_seq_len=128,
+    device_batch_size=4,
+    base_batch_size=512,
+    mid_batch_size=512,
+    sft_batch_size=512,
+    dataset="demo",
+    chat_data="demo",
+    steps={"base_train": 10, "mid_train": 5, "chat_sft": 5},
+    flags={
+        "data": ("--chars=200000",),
+        "tok_eval": ("--no-compare",),
+        "base_train": ("--eval_every=0", "--eval_tokens=1024", "--sample_every=0"),
+        "base_loss": ("--eval_tokens=1024",),
+        "base_eval": ("--max_per_task=1",),
+        "mid_train": ("--eval_every=0", "--eval_batches=1"),
+        "chat_sft": ("--eval_every=0", "--eval_batches=1"),
+        "chat_eval_mid": ("--max_problems=2", "--max_new_tokens=8"),
+        "chat_eval_sft": ("--max_problems=2", "--max_new_tokens=8"),
+        "answer": ("--max_tokens=16",),
+    },
+    seconds={
+        "report_reset": 4,
+        "data": 4,
+        "tok_train": 4,
+        "tok_eval": 3,
+        "base_train": 8,
+        "base_loss": 5,
+        "base_eval": 3,
+        "mid_train": 7,
+        "chat_eval_mid": 4,
+        "chat_sft": 11,
+        "chat_eval_sft": 8,
+        "report": 5,
+        "answer": 4,
+    },
+)
+
+# Your own texts, or a public corpus, without a card.
+CPU = Profile(
+    name="cpu",
+    about="your own data on this CPU",
+    depth=4,
+    vocab_size=8192,
+    max_seq_len=512,
+    device_batch_size=8,
+    mid_batch_size=8192,
+    sft_batch_size=8192,
+    dataset=None,
+    chat_data="demo",
+    hours=0.5,
+    bfloat16_on_cpu=True,
+    flags={
+        "base_train": ("--eval_every=100", "--eval_tokens=262144", "--sample_every=0"),
+        "base_loss": ("--eval_tokens=262144",),
+        "base_eval": ("--max_per_task=20",),
+        "mid_train": ("--eval_every=100", "--eval_batches=8"),
+        "chat_sft": ("--eval_every=0", "--eval_batches=8", "--init_lr_frac=0.1"),
+        "chat_eval_mid": ("--max_problems=20", "--max_new_tokens=128"),
+        "chat_eval_sft": ("--max_problems=20", "--max_new_tokens=128"),
+    },
+    env={"NANOCHAT_DOWNLOAD_ATTEMPTS": "1"},  # what is downloaded here (the CORE bundle) is only for evaluation
+)
+
+# One P100, one night. Not yet run on a physical card. The depth is for a card that planning.profile_for doesn't know.
+P100 = Profile(
+    name="p100",
+    about="a CUDA card of 16 GB or more",
+    depth=12,
+    vocab_size=65536,
+    max_seq_len=2048,
+    device_batch_size=8,
+    mid_batch_size=32768,
+    sft_batch_size=32768,
+    dataset="climbmix",
+    chat_data=None,
+    hours=8.0,
+    flags={
+        "base_train": ("--eval_tokens=1048576",),
+        "base_loss": ("--eval_tokens=2097152",),
+        "base_eval": ("--max_per_task=200",),
+        "chat_eval_mid": ("--max_problems=200",),
+        "chat_eval_sft": ("--max_problems=200",),
+    },
+    needs_cards=True,
+)
+
+# nanochat's own speedrun, made for eight large cards, 20 tokens per parameter.
+D20 = Profile(
+    name="d20",
+    about="nanochat's d20 on 8 large CUDA cards",
+    depth=20,
+    vocab_size=65536,
+    max_seq_len=2048,
+    device_batch_size=32,
+    mid_batch_size=524288,
+    sft_batch_size=32768,
+    nproc=8,
+    dataset="climbmix",
+    chat_data=None,
+    flags={"base_train": ("--recipe=classic",)},
+    needs_cards=True,
+)
+
+PROFILES = {profile.name: profile for profile in (DEMO, TINY, CPU, P100, D20)}
+# Rows per forward pass that are meant to fit into a P100's 16 GB at 2048 tokens, up to this depth.
+P100_DEVICE_BATCH = ((8, 16), (12, 8), (16, 4), (20, 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the user set by the environment; None leaves it to the profile."""
+
+    profile: str = "auto"
+    depth: int | None = None
+    vocab_size: int | None = None
+    hours: float | None = None
+    dataset: str | None = None
+    data_dir: Path | None = None
+    chat_data: str | None = None
+    nproc: int | None = None
+    wandb_run: str = "dummy"
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Settings:
+        """Read PROFILE DEPTH VOCAB_SIZE HOURS DATASET DATA_DIR CHAT_DATA NPROC WANDB_RUN; empty counts as not set.
+
+        Raises:
+            ValueError: a value makes no sense; names the variable.
+            FileNotFoundError: DATA_DIR or CHAT_DATA is not there.
+        """
+        depth, vocab_size = _number(env, "DEPTH", int, 1), _number(env, "VOCAB_SIZE", int, 265)
+        nproc, hours = _number(env, "NPROC", int, 1), _number(env, "HOURS", float, 0.0)
+        settings = cls(
+            profile=env.get("PROFILE") or "auto",
+            depth=depth,
+            vocab_size=vocab_size,
+            hours=hours,
+            dataset=env.get("DATASET") or None,
+            data_dir=Path(env["DATA_DIR"]).expanduser().absolute() if env.get("DATA_DIR") else None,
+            chat_data=env.get("CHAT_DATA") or None,
+            nproc=nproc,
+            wandb_run=env.get("WANDB_RUN") or "dummy",
+        )
+        if settings.profile not in ("auto", *PROFILES):
+            raise ValueError(f"PROFILE={settings.profile}: there are auto, {', '.join(PROFILES)}")
+        if settings.dataset not in (None, "demo", *SOURCES):
+            raise ValueError(f"DATASET={settings.dataset}: there are demo, {', '.join(SOURCES)}; own data is DATA_DIR")
+        if settings.dataset and settings.data_dir:
+            raise ValueError("DATASET and DATA_DIR are both set: unset one of them")
+        if settings.data_dir and not settings.data_dir.exists():
+            raise FileNotFoundError(f"DATA_DIR={settings.data_dir}: there is no such file or folder")
+        if settings.chat_data not in (None, "demo", "nanochat"):
+            path = Path(settings.chat_data).expanduser().absolute()
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f'CHAT_DATA={path}: there is no such file; give a .jsonl or .parquet file, "demo", or "nanochat" '
+                    "for its mixture from the hub"
+                )
+            return replace(settings, chat_data=str(path))
+        return settings
+
+
+def _number(env: Mapping[str, str], name: str, kind: type[Any], smallest: float) -> Any:
+    """The number in an environment variable, or None; for floats `smallest` itself is too small."""
+    text = env.get(name)
+    if not text:
+        return None
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
+    if kind is int and value < smallest:
+        raise ValueError(f"{name}={text}: must be at least {smallest:.0f}")
+    if kind is float and not (smallest < value < math.inf):
+        raise ValueError(f"{name}={text}: must be more than {smallest:.0f}")
+    return value
+
+
+def choose_profile(settings: Settings, num_cards: int) -> Profile:
+    """The profile for these settings with `num_cards` CUDA cards to train on, the user's changes applied.
+
+    Raises:
+        ValueError: the profile needs cards that are not there.
+    """
+    own_data = settings.data_dir is not None or settings.dataset not in (None, "demo")
+    if settings.profile != "auto":
+        profile = PROFILES[settings.profile]
+    elif num_cards:
+        profile = P100
+    else:
+        profile = CPU if own_data else DEMO
+    if profile.name == "p100" and settings.depth is not None:
+        fitting = [rows for depth, rows in P100_DEVICE_BATCH if settings.depth <= depth]
+        profile = replace(profile, device_batch_size=fitting[0] if fitting else 1)
+    dataset = None if settings.data_dir else settings.dataset or profile.dataset
+    chat_data = settings.chat_data or ("demo" if dataset == "demo" else profile.chat_data)
+    profile = replace(
+        profile,
+        depth=settings.depth or profile.depth,
+        vocab_size=settings.vocab_size or profile.vocab_size,
+        hours=settings.hours or profile.hours,
+        nproc=settings.nproc or (num_cards if profile.needs_cards and num_cards else profile.nproc),
+        dataset=dataset,
+        chat_data=None if chat_data == "nanochat" else chat_data,
+        dtype="bfloat16" if profile.bfloat16_on_cpu and not num_cards and cpu_has_bf16() else profile.dtype,
+    )
+    if dataset is None and settings.data_dir is None:
+        raise ValueError(
+            f"PROFILE={profile.name} needs data: set DATA_DIR=/your/texts or DATASET={'|'.join([*SOURCES, 'demo'])}"
+        )
+    if profile.needs_cards and num_cards < profile.nproc:
+        raise ValueError(
+            f"PROFILE={profile.name} needs {profile.nproc} CUDA cards (one per process), but torch sees {num_cards}: "
+            + ("set NPROC" if num_cards else "run `bash verify_p100_setup.sh`, or take PROFILE=demo")
+        )
+    return fit_batches(profile)
+
+
+def fit_batches(profile: Profile) -> Profile:
+    """Batches that this many processes can share evenly, as near to the profile's as whole rows allow."""
+    if profile.nproc == 1:
+        return profile
+
+    def whole(tokens: int, rows: int) -> int:
+        unit = rows * profile.max_seq_len * profile.nproc
+        return max(1, round(tokens / unit)) * unit
+
+    rows = max(1, min(profile.device_batch_size, profile.mid_batch_size // profile.max_seq_len // profile.nproc))
+    profile = replace(profile, device_batch_size=rows, mid_batch_size=whole(profile.mid_batch_size, rows))
+    if profile.base_batch_size is not None:
+        profile = replace(profile, base_batch_size=whole(profile.base_batch_size, rows))
+    return replace(profile, sft_batch_size=whole(profile.sft_batch_size, profile.sft_rows))
+
+
+def count_shards(tokens: float) -> int:
+    """Shards of a public corpus that hold this many tokens."""
+    return max(1, math.ceil(tokens * CHARS_PER_TOKEN / SHARD_CHARS))

@@ -1,0 +1,1 @@
+"""What hours buy on a machine: memory, time and quality of a run before it starts."""

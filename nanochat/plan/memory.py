@@ -1,0 +1,352 @@
+"""How much memory a training step takes, by what it is for, and the largest micro-batch that fits into a budget.
+
+Weights, gradients and moments are counted exactly, activations layer by layer from what autograd saves (a test compares
+with the bytes it really saves), the loss from its chunks. What only lives for a moment and what the allocator wastes
+are guesses, marked as such. A real step has the last word (micro_batch.py); this model says where to begin, and what a
+card can hold that is not here.
+
+Shapes: B rows, T tokens, C = n_embd, V rows of lm_head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.ops.attention import plan_attention
+from nanochat.ops.cpu_attention import MAX_BYTES, probability_bytes, split_causal
+from nanochat.ops.loss import chunk_tokens
+from nanochat.optim import STACK_ELEMENTS
+from nanochat.precision import DTYPES, NARROW_RANGE
+
+GB = 1e9
+# What a CUDA context, cuBLAS workspaces and kernels take besides tensors. A guess: a few hundred MB are usual.
+CONTEXT_BYTES = 600 * 2**20
+# Share of the activations that an allocator of blocks wastes. A guess.
+FRAGMENTATION = 0.08
+# Float32 copies of its largest stack that Muon holds at once: gradient, normalised, two of the iteration, update.
+MUON_COPIES = 5
+# Chunks of the loss that are tried when one row does not fit with the usual one, in bytes of float32 logits.
+SMALL_CHUNKS = (64 << 20, 16 << 20)
+# More tokens than this in a micro-batch make a step no faster: a matmul is large enough long before. A guess.
+MOST_TOKENS = {"cpu": 8192}
+MOST_TOKENS_DEFAULT = 65536
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the peak of a training step on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.overhead
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """How the rows of a step go through the model."""
+
+    rows: int
+    """Rows per forward pass and process."""
+    loss_chunk_bytes: int | None = None
+    """Memory for the logits of one chunk of the loss, counted as float32; None: the usual."""
+    activation_checkpointing: bool = False
+
+    def __str__(self) -> str:
+        chunk = f", loss in chunks of {self.loss_chunk_bytes >> 20} MiB" if self.loss_chunk_bytes else ""
+        return f"{self.rows} rows{chunk}" + (", activation checkpointing" if self.activation_checkpointing else "")
+
+    def smaller(self) -> MicroBatch | None:
+        """The next measure against too little memory: half the rows, a smaller loss chunk, activation checkpointing."""
+        if self.rows > 1:
+            return replace(self, rows=(self.rows + 1) // 2)
+        chunks = [size for size in SMALL_CHUNKS if self.loss_chunk_bytes is None or size < self.loss_chunk_bytes]
+        if chunks:
+            return replace(self, loss_chunk_bytes=chunks[0])
+        return None if self.activation_checkpointing else replace(self, activation_checkpointing=True)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Parameters of a model by what their memory depends on."""
+
+    total: int
+    muon: int
+    linear: int  # of the layers: cast to the compute dtype once per micro-batch
+    largest_stack: int
+
+
+@functools.lru_cache(maxsize=256)
+def _counts(config: GPTConfig) -> _Counts:
+    with torch.device("meta"):
+        model = GPT(config)
+    matrices = list(model.blocks.parameters())
+    sizes: dict[torch.Size, int] = {}
+    for p in matrices:
+        sizes[p.shape] = sizes.get(p.shape, 0) + p.numel()
+    muon = sum(sizes.values())
+    stacks = [min(size, max(STACK_ELEMENTS, shape.numel())) for shape, size in sizes.items()]
+    return _Counts(model.num_params(), muon, muon, max(stacks))
+
+
+def _width(dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes per number of the matmuls and of the residual stream (float32 where the dtype's range is narrow)."""
+    size = dtype.itemsize
+    return size, 4 if dtype in NARROW_RANGE else size
+
+
+def layer_bytes_per_token(
+    config: GPTConfig, dtype: torch.dtype, layer: int, device_type: str = "cuda", own_attention: bool = False
+) -> float:
+    """What autograd saves of one layer, in bytes per token, without the probabilities of `own_attention`.
+
+    That is the way of nanochat/ops/cpu_attention.py, which lays q, k, v and its result out anew.
+    """
+    a, s = _width(dtype)
+    c, kv = config.n_embd, config.n_kv_head / config.n_head
+    cpu = device_type == "cpu"
+    same = a == s
+    # A norm saves its input; on a CPU its output (rms_norm.py), which is then the input of the matmul too.
+    norms = 0.0 if cpu and same else 2 * s
+    # With another residual dtype autocast makes a copy for each of the four matmuls that read the stream.
+    inputs = 2 * a if same else 4 * a
+    laid_out = own_attention and config.n_head > 1  # a single head lies in memory as it should already
+    rotated = 0.0 if cpu and a == 4 and not laid_out else 4 * (1 + kv)  # float32, q and k before or after the norm
+    attention: float = (5 if laid_out else 4) * a  # q, k and v (repeated for every query head), and the output
+    if kv < 1 and cpu and a == 4 and not laid_out:
+        attention += 4 * kv  # k before it is repeated
+    mlp = (12 if dtype in NARROW_RANGE else 8) * a
+    more = 0.0
+    if config.residual_scalars:
+        more += s
+    if config.has_value_embedding(layer):
+        more += kv * a + (kv * 4 if a != 4 else 0)
+    if config.windows[layer] is not None and not own_attention:
+        more += a  # the pieces of the output, besides the whole
+    return c * (norms + inputs + rotated + attention + mlp + more)
+
+
+def saved_bytes(
+    config: GPTConfig,
+    rows: int,
+    sequence_len: int,
+    dtype: torch.dtype,
+    activation_checkpointing: bool = False,
+    device_type: str = "cuda",
+) -> int:
+    """What autograd saves between forward and backward pass of `GPT.hidden`, in bytes."""
+    a, s = _width(dtype)
+    tokens, c = rows * sequence_len, config.n_embd
+    fixed = (2 if device_type == "cpu" else 4) * s * c  # the first and the last norm
+    switches = (
+        3 * s * config.smear + 2 * s * config.backout + s * (config.residual_scalars or config.bigram_buckets > 0)
+    )
+    per_token: float = fixed + switches * c
+    if activation_checkpointing:
+        # On a CPU the first norm's output, which it keeps, is the first layer's input.
+        per_token += s * c * (config.n_layer - (device_type == "cpu"))
+    else:
+        for layer in range(config.n_layer):
+            own = _probability_bytes(config, rows, sequence_len, dtype, layer) if device_type == "cpu" else 0
+            per_token += layer_bytes_per_token(config, dtype, layer, device_type, own > 0) + own / tokens
+    weights = 0 if a == 4 or activation_checkpointing else a * _counts(config).linear
+    return round(tokens * per_token) + weights
+
+
+def _probability_bytes(config: GPTConfig, rows: int, sequence_len: int, dtype: torch.dtype, layer: int) -> int:
+    """What a layer keeps of its attention on a CPU; 0 where that is left to torch's kernel."""
+    device = torch.device("cpu")
+    pieces = plan_attention(sequence_len, sequence_len, device, config.windows[layer])
+    heads = rows * config.n_head
+    if dtype in NARROW_RANGE or probability_bytes(heads, pieces, dtype.itemsize) > MAX_BYTES:
+        return 0
+    return probability_bytes(heads, split_causal(pieces, device), dtype.itemsize)
+
+
+def _loss_bytes(config: GPTConfig, tokens: int, dtype: torch.dtype, chunk_bytes: int | None, device_type: str) -> int:
+    """The most that `nanochat.ops.loss` holds: weights and gradient of lm_head, a chunk of logits, dx."""
+    a = dtype.itemsize
+    v, c = config.padded_vocab_size, config.n_embd
+    n, m = (min(tokens, part) for part in chunk_tokens(device_type, v, chunk_bytes))
+    narrow = a < 4
+    chunk = v * (n * a + m * (8 if narrow else 4))  # logits; sigmoid (float32 logits become it in place) and exp
+    forward = v * c * (4 + (2 * a if narrow else 0)) + chunk  # dw, and of 16 bits the weights and a chunk's part of dw
+    backward = 2 * 4 * v * c  # dw, and the same times the incoming gradient
+    return max(forward, backward) + 2 * a * tokens * c
+
+
+def estimate_training_memory(
+    config: GPTConfig,
+    rows: int,
+    sequence_len: int,
+    *,
+    dtype: torch.dtype | str,
+    world_size: int = 1,
+    loss_chunk_bytes: int | None = None,
+    activation_checkpointing: bool = False,
+    compiled: bool = False,
+    device_type: str = "cuda",
+) -> MemoryEstimate:
+    """Bytes at the peak of a training step.
+
+    Args:
+        config: the model.
+        rows: rows per forward pass and process (B).
+        sequence_len: tokens per row (T).
+        dtype: of the matmuls.
+        world_size: processes that share the optimizer's state.
+        loss_chunk_bytes: see `MicroBatch`.
+        activation_checkpointing: only the layers' inputs are kept.
+        compiled: torch.compile fuses the element-wise work: it saves about a quarter less (a guess, on the safe side).
+        device_type: cuda, cpu or mps.
+    """
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    counts, tokens = _counts(config), rows * sequence_len
+    saved = saved_bytes(config, rows, sequence_len, dtype, activation_checkpointing, device_type)
+    if compiled and not activation_checkpointing:
+        saved = round(0.75 * saved)
+    # While one layer goes backwards, its gradients are about as large as what it had saved.
+    moment = tokens * max(layer_bytes_per_token(config, dtype, i, device_type) for i in range(config.n_layer))
+    activations = saved + round(moment * (2 if activation_checkpointing else 1))
+    loss = _loss_bytes(config, tokens, dtype, loss_chunk_bytes, device_type)
+    # Muon keeps one moment, AdamW two; each rank keeps its share.
+    optimizer = 4 * (counts.muon + 2 * (counts.total - counts.muon)) // world_size
+    # Muon works when the activations are gone; over several ranks a stack of gradients is reduced there too.
+    muon = MUON_COPIES * 4 * counts.largest_stack
+    overhead = round(FRAGMENTATION * activations) + max(0, muon - activations - loss)
+    overhead += CONTEXT_BYTES if device_type == "cuda" else 0
+    return MemoryEstimate(4 * counts.total, 4 * counts.total, optimizer, activations, loss, overhead)
+
+
+def most_rows(sequence_len: int, device_type: str = "cuda") -> int:
+    """Rows of a micro-batch beyond which a step is no faster."""
+    return max(1, MOST_TOKENS.get(device_type, MOST_TOKENS_DEFAULT) // sequence_len)
+
+
+def divisors(n: int, most: int) -> list[int]:
+    """The divisors of `n` up to `most`, largest first."""
+    return [d for d in range(min(n, most), 0, -1) if n % d == 0]
+
+
+def _measures(rows: list[int], checkpointing: bool) -> Iterator[MicroBatch]:
+    """What is tried, in this order: fewer rows, smaller chunks of the loss, activation checkpointing."""
+    if checkpointing:
+        yield from (MicroBatch(n, None, True) for n in rows)
+    else:
+        yield from (MicroBatch(n) for n in rows)
+        yield from (MicroBatch(1, size) for size in SMALL_CHUNKS)
+        yield from (MicroBatch(n, SMALL_CHUNKS[0], True) for n in rows)
+    yield MicroBatch(1, SMALL_CHUNKS[-1], True)
+
+
+def largest_micro_batch(
+    config: GPTConfig,
+    budget_bytes: float,
+    sequence_len: int,
+    *,
+    max_rows: int,
+    dtype: torch.dtype | str,
+    world_size: int = 1,
+    activation_checkpointing: bool = False,
+    compiled: bool = False,
+    device_type: str = "cuda",
+) -> MicroBatch | None:
+    """The largest micro-batch whose step fits into `budget_bytes`; None if not even one row does.
+
+    Args:
+        config: the model.
+        budget_bytes: memory of the device that a training process may have.
+        sequence_len: tokens per row (T).
+        max_rows: rows of a whole step per process; the micro-batch divides them.
+        dtype: of the matmuls.
+        world_size: processes.
+        activation_checkpointing: it is asked for anyway.
+        compiled: see `estimate_training_memory`.
+        device_type: cuda, cpu or mps.
+    """
+    rows = divisors(max_rows, most_rows(sequence_len, device_type))
+    for micro in _measures(rows, activation_checkpointing):
+        estimate = estimate_training_memory(
+            config,
+            micro.rows,
+            sequence_len,
+            dtype=dtype,
+            world_size=world_size,
+            loss_chunk_bytes=micro.loss_chunk_bytes,
+            activation_checkpointing=micro.activation_checkpointing,
+            compiled=compiled,
+            device_type=device_type,
+        )
+        if estimate.total <= budget_bytes:
+            return micro
+    return None
+
+
+def depth_that_fits(
+    config: GPTConfig, budget_bytes: float, sequence_len: int, *, dtype: torch.dtype | str, **settings: object
+) -> int | None:
+    """The most layers, in a model of the same proportions, of which one row fits; None if there is none."""
+    ratio = max(1, config.n_embd // config.n_layer)
+    for depth in range(config.n_layer - 1, 0, -1):
+        heads = max(1, -(-ratio * depth // config.head_dim))
+        shape = replace(config, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=heads * config.head_dim)
+        micro = largest_micro_batch(shape, budget_bytes, sequence_len, max_rows=1, dtype=dtype, **settings)  # type: ignore[arg-type]
+        if micro is not None:
+            return depth
+    return None
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that this process can still have on `device`.
+
+    A card that drives a display has less than its size. What this process has cached there counts as free. On a CPU:
+    available memory, or what a container leaves of its limit.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+        return min(free + reserved - used, round(share * total) - used)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min(_available_ram(), _container_ram())
+
+
+def _available_ram() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _container_ram() -> int:
+    """What the limit of a container (cgroup v2) leaves; no limit: very much."""
+    try:
+        folder = Path("/sys/fs/cgroup")
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        stat = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
+        # Pages of files count as used, but give way; `docker stats` leaves out the inactive ones too.
+        return int(limit) - used + stat.get("inactive_file", 0)
+    except (OSError, ValueError):
+        return 1 << 62

@@ -1,0 +1,387 @@
+"""What runs inside the processes that `nanochat.execution` starts: shut itself off, then play one of four parts.
+
+- probe: try the isolation and say "isolated".
+- program: run a program and report its end with a secret.
+- worker: define a function and call it with the arguments that the judge sends.
+- judge: run tests against a function that only exists in the worker, and report "passed" as the last act. What is
+  tested never enters the judge: values cross as JSON, which becomes plain numbers, texts and containers there.
+
+Started as `python -I -S child.py SETTINGS_FD`. Imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MAX_MESSAGE_BYTES = 1 << 20
+MAX_ERROR_CHARS = 1000
+
+# Python's audit events (docs.python.org/3/library/audit_events.html) that no tested program has an honest use for:
+# other processes and signals, the network, raw memory, and the means to read or move the harness's own frames.
+FORBIDDEN_EVENTS = frozenset(
+    (
+        "os.fork",
+        "os.forkpty",
+        "os.exec",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.system",
+        "os.kill",
+        "os.killpg",
+        "subprocess.Popen",
+        "pty.spawn",
+        "signal.pthread_kill",
+        "os.setpgid",
+        "socket.__new__",
+        "socket.connect",
+        "socket.bind",
+        "socket.getaddrinfo",
+        "socket.gethostbyname",
+        "sys.settrace",
+        "sys.setprofile",
+        "sys.monitoring.register_callback",
+        "sys._current_frames",
+        "sys._current_exceptions",
+        "gc.get_objects",
+        "gc.get_referrers",
+        "gc.get_referents",
+        "code.__new__",
+        "sys.addaudithook",
+    )
+)
+FORBIDDEN_PREFIXES = ("ctypes.", "resource.", "syslog.", "ftplib.", "http.client.", "smtplib.", "urllib.")
+PATH_EVENTS = frozenset(
+    (
+        "open",
+        "os.listdir",
+        "os.scandir",
+        "os.remove",
+        "os.rename",
+        "os.mkdir",
+        "os.rmdir",
+        "os.chmod",
+        "os.chown",
+        "os.link",
+        "os.symlink",
+        "os.truncate",
+        "os.utime",
+        "os.chdir",
+        "os.chflags",
+        "os.lockf",
+        "os.setxattr",
+        "os.getxattr",
+        "os.listxattr",
+        "os.removexattr",
+        "shutil.rmtree",
+        "shutil.copyfile",
+        "shutil.move",
+        "glob.glob",
+    )
+)
+
+
+def forbid(path_roots: tuple[str, ...] | None) -> None:
+    """Make forbidden audit events raise PermissionError in this interpreter, for good.
+
+    Not a wall (native code raises no events), but it holds where the kernel's isolation is missing, and it keeps a
+    program from the harness in its own process.
+
+    Args:
+        path_roots: the only folders that may be touched, the first of them the only one to write in; None: any.
+    """
+    events, prefixes, path_events = FORBIDDEN_EVENTS, FORBIDDEN_PREFIXES, PATH_EVENTS
+    real_path, decode, writing = os.path.realpath, os.fsdecode, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    text_like = (str, bytes, os.PathLike)
+
+    def check_path(event: str, args: tuple[Any, ...]) -> None:
+        assert path_roots is not None
+        writes = event not in ("open", "os.listdir", "os.scandir", "os.chdir", "glob.glob", "os.getxattr")
+        writes = writes or (event == "open" and len(args) > 2 and isinstance(args[2], int) and bool(args[2] & writing))
+        for value in args[: 2 if writes else 1]:
+            if not isinstance(value, text_like):
+                continue
+            path = real_path(decode(value))
+            roots = path_roots[:1] if writes else path_roots
+            if path != "/dev/null" and not any(path == root or path.startswith(root + "/") for root in roots):
+                raise PermissionError(f"{event} of {path!r} is not allowed here")
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event in events or event.startswith(prefixes):
+            raise PermissionError(f"{event} is not allowed here")
+        if path_roots is not None and event in path_events:
+            check_path(event, args)
+
+    sys.addaudithook(hook)
+
+
+# --- values on their way between worker and judge --------------------------------------------------------------------
+
+
+class Opaque:
+    """Stands in the judge for a result that is no plain value: equal to nothing but itself."""
+
+
+def pack(value: Any) -> Any:
+    """A value as JSON: what JSON lacks is an object of one key, its kind."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, list):
+        return [pack(item) for item in value]
+    if isinstance(value, (tuple, set, frozenset)):
+        kind = "tuple" if isinstance(value, tuple) else "set" if isinstance(value, set) else "frozenset"
+        return {kind: [pack(item) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": bytes(value).hex()}
+    return {"opaque": type(value).__name__}
+
+
+def unpack(value: Any) -> Any:
+    """The value that `pack` made JSON of, in plain types."""
+    if isinstance(value, list):
+        return [unpack(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    makers: dict[str, Callable[[Any], Any]] = {
+        "tuple": lambda c: tuple(map(unpack, c)),
+        "set": lambda c: set(map(unpack, c)),
+        "frozenset": lambda c: frozenset(map(unpack, c)),
+        "dict": lambda c: {unpack(key): unpack(item) for key, item in c},
+        "complex": lambda c: complex(float(c[0]), float(c[1])),
+        "bytes": bytes.fromhex,
+        "opaque": lambda c: Opaque(),
+    }
+    return makers[kind](content)
+
+
+class Channel:
+    """Messages of one line of JSON each way."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self.read_fd, self.write_fd, self.rest = read_fd, write_fd, b""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Write one message.
+
+        Raises:
+            ValueError: it is too large.
+        """
+        data = json.dumps(message).encode() + b"\n"
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a value is too large to be handed over: {len(data)} bytes")
+        while data:
+            data = data[os.write(self.write_fd, data) :]
+
+    def receive(self) -> dict[str, Any]:
+        """Read one message.
+
+        Raises:
+            EOFError: the other side has ended.
+            ValueError: what came is too large, or no message.
+        """
+        while b"\n" not in self.rest:
+            block = os.read(self.read_fd, 65536)
+            if not block:
+                raise EOFError("the program ended")
+            self.rest += block
+            if len(self.rest) > MAX_MESSAGE_BYTES:
+                raise ValueError("a value is too large to be handed over")
+        line, _, self.rest = self.rest.partition(b"\n")
+        message = json.loads(line)
+        if not isinstance(message, dict):
+            raise ValueError("not a message")
+        return message
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def describe(error: BaseException) -> bytes:
+    """One line about an error, for the parent; b"memory" when there was too little of it."""
+    if isinstance(error, MemoryError):
+        return b"memory"
+    if isinstance(error, SystemExit):
+        return f"error the program exited before its end ({error.code})"[:MAX_ERROR_CHARS].encode(errors="replace")
+    return f"error {type(error).__name__}: {error}"[:MAX_ERROR_CHARS].encode(errors="replace")
+
+
+def compile_program(source: str) -> tuple[types.CodeType, dict[str, Any]]:
+    """Compile a program and make the module it runs in, `__main__`."""
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    sys.argv = ["program.py"]
+    return compile(source, "<program>", "exec"), module.__dict__
+
+
+def steps_of_program(source: str, secret_fd: int, report_fd: int) -> Iterator[Any]:
+    """Runs the program when iterated, then reports "passed" with the secret.
+
+    The secret lives in the namespace of the second step, and that in an iterator which no frame, variable or module
+    names; frozen objects don't show in the garbage collector's lists either.
+    """
+    secret = os.read(secret_fd, 64)
+    os.close(secret_fd)
+    code, namespace = compile_program(source)
+    flush = compile("try:\n  out.flush()\n  err.flush()\nexcept: pass", "<end>", "exec")
+    finish = compile("write(fd, text); leave(0)", "<end>", "exec")
+    end: dict[str, Any] = {"__builtins__": {}, "out": sys.stdout, "err": sys.stderr}
+    end |= {"write": os.write, "leave": os._exit, "fd": report_fd, "text": b"passed " + secret}
+    steps = map(exec, (code, flush, finish), (namespace, end, end))
+    gc.collect()
+    gc.freeze()
+    return steps
+
+
+def be_program(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
+    """Run settings["source"] as a program."""
+    report_fd, write, leave = settings["report_fd"], os.write, os._exit
+    format_error, err = traceback.format_exception, sys.stderr
+    tell, length = describe, MAX_ERROR_CHARS
+    restrict()
+    try:
+        collections.deque(steps_of_program(settings.pop("source"), settings.pop("secret_fd"), report_fd), 0)
+    except BaseException as error:
+        report = b"error "
+        with contextlib.suppress(BaseException):
+            report = tell(error)
+        if not isinstance(error, (SystemExit, MemoryError)):
+            with contextlib.suppress(BaseException):
+                err.write("".join(format_error(type(error), error, error.__traceback__))[-64 * length :])
+        for stream in (sys.stdout, err):
+            with contextlib.suppress(BaseException):
+                stream.flush()
+        write(report_fd, report)
+    leave(1)
+
+
+def be_worker(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
+    """Define the function and answer calls until the judge is done."""
+    channel = Channel(settings["read_fd"], settings["write_fd"])
+    restrict()
+    try:
+        code, namespace = compile_program(settings["source"])
+        exec(code, namespace)
+        function = namespace[settings["entry_point"]]
+        channel.send({"ready": True})
+    except BaseException as error:
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+        channel.send({"error": describe(error).decode(), "kind": type(error).__name__})
+        os._exit(1)
+    while True:
+        try:
+            call = channel.receive()
+        except EOFError:
+            os._exit(0)
+        try:
+            value = function(*unpack(call["args"]), **unpack(call["kwargs"]))
+            sys.stdout.flush()  # the judge's end is this process's end, too
+            channel.send({"value": pack(value)})
+        except BaseException as error:
+            channel.send({"error": describe(error).decode(), "kind": type(error).__name__})
+
+
+class WorkerError(Exception):
+    """The tested function raised, or its process ended."""
+
+
+def be_judge(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
+    """Run the tests; the last act is to report."""
+    channel = Channel(settings["read_fd"], settings["write_fd"])
+    restrict()
+
+    def answer() -> Any:
+        message = channel.receive()
+        if "error" in message:
+            kind = getattr(builtins, str(message.get("kind")), None)
+            if str(message["error"]) == "memory":
+                raise MemoryError
+            ordinary = isinstance(kind, type) and issubclass(kind, Exception)
+            text = str(message["error"]).removeprefix("error ")
+            raise kind(text.partition(": ")[2]) if ordinary and kind is not None else WorkerError(text)
+        return unpack(message.get("value"))
+
+    def candidate(*args: Any, **kwargs: Any) -> Any:
+        channel.send({"args": pack(list(args)), "kwargs": pack(kwargs)})
+        return answer()
+
+    try:
+        answer()  # the definition itself
+        code, namespace = compile_program(settings["tests"])
+        namespace[settings["entry_point"]] = candidate
+        setup, _ = compile_program(settings["setup"])
+        exec(setup, namespace)
+        namespace[settings["entry_point"]] = candidate  # the set-up may define it too, as a stub
+        exec(code, namespace)
+        report = b"passed"
+    except EOFError:
+        report = b"error the program exited before its end"
+    except BaseException as error:
+        report = describe(error)
+    os.write(settings["report_fd"], report)
+    os._exit(0)
+
+
+def load_isolation() -> types.ModuleType:
+    """The module beside this one; -I and -S keep everything else out of sys.path."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "isolation.py")
+    spec = importlib.util.spec_from_file_location("isolation", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    """Read the settings, go into isolation, play the part."""
+    with os.fdopen(int(sys.argv[1]), "rb") as f:
+        settings: dict[str, Any] = json.load(f)
+    isolation = load_isolation()
+    if hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(0)
+    isolation.die_with_parent()
+    if settings["namespaces"]:
+        isolation.enter_namespaces(os.getcwd())
+        roots = None
+        os.environ["HOME"] = os.environ["TMPDIR"] = isolation.INSIDE
+    else:
+        isolation.limit_only()
+        library = os.path.dirname(os.path.realpath(os.__file__))
+        roots = (os.path.realpath(os.getcwd()), library, "/usr/lib", "/usr/share/zoneinfo", "/etc/localtime")
+    part, limits, audit = settings["part"], settings["limits"], settings["audit"]
+    if part == "judge":
+        isolation.hide_memory()
+
+    def restrict() -> None:
+        isolation.set_limits(*limits)
+        if audit:
+            forbid(roots)
+
+    if part == "probe":
+        os.write(settings["report_fd"], b"isolated")
+        return
+    {"program": be_program, "worker": be_worker, "judge": be_judge}[part](settings, restrict)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Between the engines' threads and the server's event loop: engines to choose from, and answers as they arrive.
+
+The event loop never waits for an engine: an engine's thread leaves its events in a box and wakes the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+from fastapi import Request
+from sse_starlette import EventSourceResponse
+from starlette.types import Receive, Scope, Send
+
+from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Event, Generation, GenerationRequest, QueueFull
+from nanochat.serve.schemas import RequestError
+
+DRAIN_SECONDS = 30.0  # how long a stopping server lets answers finish
+logger = logging.getLogger("nanochat.serve.app")
+
+
+class EnginePool:
+    """One engine per card; a request goes to the one with the least to do."""
+
+    def __init__(self, engines: Sequence[BatchEngine]) -> None:
+        self.engines = list(engines)
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens a sequence may have."""
+        return self.engines[0].context_length
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Start or queue a request.
+
+        Raises:
+            ValueError: the request can't be served by this model.
+            QueueFull: too many wait, at every engine.
+            EngineClosed: the server is stopping.
+        """
+        loads = [stats["running"] + stats["waiting"] for stats in self.stats()] if len(self.engines) > 1 else [0]
+        full: QueueFull | None = None
+        for _, engine in sorted(zip(loads, self.engines, strict=True), key=lambda pair: pair[0]):
+            try:
+                return engine.submit(request)
+            except QueueFull as error:
+                full = error
+        assert full is not None
+        raise full
+
+    def stats(self) -> list[dict[str, Any]]:
+        """Of every engine."""
+        return [engine.stats() for engine in self.engines]
+
+    def close(self) -> None:
+        """Stop every engine at once; whatever still runs is cancelled."""
+        for engine in self.engines:
+            engine.close(drain=False)
+
+
+class AnswerFailed(Exception):
+    """Something went wrong inside the engine, or it was stopped; the log says what."""
+
+    def __init__(self) -> None:
+        super().__init__("the answer failed; the server's log says why")
+
+
+class Answer:
+    """One or several generations that belong to one request of a client, started together.
+
+    Raises (when made):
+        RequestError: 429 when too many wait, 503 when the server stops, 400 when the model can't do it.
+    """
+
+    def __init__(self, pool: EnginePool, requests: Sequence[GenerationRequest]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._box: deque[tuple[int, Event]] = deque()
+        self._filled = asyncio.Event()
+        self._generations: list[Generation] = []
+        try:
+            for request in requests:
+                self._generations.append(pool.submit(request))
+        except (QueueFull, EngineClosed, ValueError) as error:
+            self.cancel()
+            raise _refusal(error) from error
+        for i, generation in enumerate(self._generations):
+            generation.add_listener(lambda event, i=i: self._put(i, event))  # type: ignore[misc]
+
+    def cancel(self) -> None:
+        """Stop what still runs."""
+        for generation in self._generations:
+            generation.cancel()
+
+    def _put(self, i: int, event: Event) -> None:
+        with self._lock:
+            self._box.append((i, event))
+            first = len(self._box) == 1
+        if first:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is waiting any more
+                self._loop.call_soon_threadsafe(self._filled.set)
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """(index of the generation, event) up to the last event of each. Pieces of text that arrived meanwhile come
+        as one: a busy loop then has less to do.
+
+        Raises:
+            AnswerFailed: a generation failed or was cut short; the others are cancelled.
+        """
+        unfinished = len(self._generations)
+        while unfinished:
+            await self._filled.wait()
+            with self._lock:
+                arrived = list(self._box)
+                self._box.clear()
+                self._filled.clear()
+            for i, event in _join_texts(arrived):
+                if event.kind == "error" or event.finish_reason == "cancelled":
+                    self.cancel()
+                    logger.error("an answer failed: %s", event.text or "cancelled")
+                    raise AnswerFailed
+                unfinished -= event.kind == "done"
+                yield i, event
+
+    async def collect(self) -> list[list[Event]]:
+        """All events of every generation."""
+        collected: list[list[Event]] = [[] for _ in self._generations]
+        async for i, event in self.events():
+            collected[i].append(event)
+        return collected
+
+    async def collect_for(self, request: Request) -> list[list[Event]] | None:
+        """`collect`, or None when the client has gone away; then the generations are cancelled."""
+        work = asyncio.ensure_future(self.collect())
+        gone = asyncio.ensure_future(_disconnect(request))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            return work.result() if work.done() else None
+        finally:
+            self.cancel()
+            work.cancel()
+            gone.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _join_texts(arrived: list[tuple[int, Event]]) -> Iterator[tuple[int, Event]]:
+    texts: dict[int, list[str]] = {}
+    for i, event in arrived:
+        if event.kind == "text":
+            texts.setdefault(i, []).append(event.text)
+            continue
+        if i in texts:
+            yield i, Event("text", "".join(texts.pop(i)))
+        yield i, event
+    for i, pieces in texts.items():
+        yield i, Event("text", "".join(pieces))
+
+
+def _refusal(error: Exception) -> RequestError:
+    if isinstance(error, QueueFull):
+        wait = str(error.retry_after_seconds)
+        return RequestError(429, str(error), kind="rate_limit_error", code="queue_full", headers={"Retry-After": wait})
+    if isinstance(error, EngineClosed):
+        return RequestError(503, "the server is stopping", kind="server_error", headers={"Retry-After": "30"})
+    return RequestError(400, str(error))
+
+
+class AnswerResponse(EventSourceResponse):
+    """Server-sent events of an answer; whichever way the response ends, the answer ends with it.
+
+    When the server stops, answers that are being written have DRAIN_SECONDS to finish.
+    """
+
+    def __init__(self, answer: Answer, data: AsyncIterator[str]) -> None:
+        self._answer = answer
+        super().__init__(_events(data), sep="\n", shutdown_grace_period=DRAIN_SECONDS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
+
+
+async def _events(data: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
+    async for item in data:
+        yield {"data": item}
+
+
+def several(request: GenerationRequest, n: int) -> list[GenerationRequest]:
+    """The request n times, each with a seed of its own."""
+    return [dataclasses.replace(request, seed=(request.seed + i) % 2**63) for i in range(n)]

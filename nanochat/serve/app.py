@@ -1,0 +1,170 @@
+"""The chat server: a page, answers streamed as server-sent events, and OpenAI's API (nanochat.serve.openai_api).
+
+    GET  /                   the page and its files
+    POST /chat/completions   {"messages": [...], "temperature", "top_k", "max_tokens", "seed", ...} -> events
+                             data: {"token": "text"}, {"python": "6*7"}, {"python_output": "42"}, {"error": "..."},
+                             {"left_out": 2} when the oldest messages did not fit,
+                             {"finish_reason", "usage", "seconds"}, and last {"done": true}
+    GET  /health, /stats     is it ready; the model, and what it has done
+
+Every card has an engine with a thread of its own (nanochat.serve.batch_engine); the event loop never waits for it.
+Requests wait in a bounded queue, and a client that goes away frees its place. Conversations are stored or logged only
+on request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
+from starlette.middleware.cors import CORSMiddleware
+
+from nanochat.serve.answers import Answer, AnswerFailed, AnswerResponse, EnginePool
+from nanochat.serve.batch_engine import BatchEngine
+from nanochat.serve.chat import AnswerSettings
+from nanochat.serve.guard import Access, Guard, add_error_handlers
+from nanochat.serve.openai_api import add_openai_routes
+from nanochat.serve.schemas import MAX_CONVERSATION_CHARS, MAX_MESSAGE_CHARS, MAX_MESSAGES, MAX_TOKENS, ChatRequest
+from nanochat.serve.web_service import ConversationLog, Service
+from nanochat.tokenizer import RustBPETokenizer
+
+UI_FOLDER = Path(__file__).with_name("ui")
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+LIMITS = {
+    "messages": MAX_MESSAGES,
+    "message_chars": MAX_MESSAGE_CHARS,
+    "conversation_chars": MAX_CONVERSATION_CHARS,
+    "max_tokens": MAX_TOKENS,
+}
+
+
+def create_app(
+    engines: Sequence[BatchEngine],
+    tokenizer: RustBPETokenizer,
+    defaults: AnswerSettings,
+    model_info: dict[str, Any] | None = None,
+    access: Access | None = None,
+    log_path: Path | None = None,
+) -> FastAPI:
+    """The application that serves these engines; it closes them when it ends.
+
+    Args:
+        engines: one per device, all with the same model.
+        tokenizer: the model's.
+        defaults: used where a request leaves a setting out (its seed is not: each request gets its own).
+        model_info: shown by /stats and on the page (name, step, params, dtype, ...); `id` is its name in /v1.
+        access: who may use it; None: everybody who can reach it.
+        log_path: append conversations to this file; None: they are forgotten.
+    """
+    files = {"/" if p.name == "index.html" else f"/{p.name}": p for p in UI_FOLDER.iterdir() if p.suffix in MEDIA_TYPES}
+    access = access or Access()
+    log = ConversationLog(log_path) if log_path is not None else None
+    service = Service(EnginePool(engines), tokenizer, defaults, model_info or {}, log)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await run_in_threadpool(service.pool.close)
+            if log is not None:
+                log.close()
+
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(Guard, access=access.opened(files))
+    if access.cors_origins:  # outermost, so that a page of an allowed origin can read the guard's refusals too
+        app.add_middleware(
+            CORSMiddleware, allow_origins=access.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    add_error_handlers(app)
+    for path, file in files.items():
+        _add_file(app, path, file)
+    _add_chat_routes(app, service)
+    add_openai_routes(app, service)
+    return app
+
+
+def _add_chat_routes(app: FastAPI, service: Service) -> None:
+    pool, defaults = service.pool, service.defaults
+    started = time.monotonic()
+
+    @app.post("/chat/completions", response_model=None)
+    async def chat_completions(request: ChatRequest) -> AnswerResponse:
+        tokens, left_out = await service.chat_prompt(request.messages, request.max_tokens, forget=True)
+        answer = Answer(pool, [service.generation(tokens, request)])
+        said = [[message.to_message() for message in request.messages]]
+        return AnswerResponse(answer, _stream(service, answer, left_out, said))
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        stats = pool.stats()
+        return {
+            "status": "ok",
+            "ready": True,
+            "num_gpus": len(stats),
+            "available_workers": sum(s["running"] < s["max_batch_size"] for s in stats),
+        }
+
+    @app.get("/stats")
+    async def stats() -> dict[str, Any]:
+        workers = pool.stats()
+        available = sum(s["running"] < s["max_batch_size"] for s in workers)
+        return {
+            "model": service.model_info,
+            "defaults": {
+                "temperature": defaults.temperature,
+                "top_k": defaults.top_k,
+                "max_tokens": defaults.max_tokens,
+            },
+            "limits": LIMITS,
+            "uptime_seconds": round(time.monotonic() - started, 1),
+            "total_workers": len(workers),
+            "available_workers": available,
+            "busy_workers": len(workers) - available,
+            "running": sum(s["running"] for s in workers),
+            "waiting": sum(s["waiting"] for s in workers),
+            "workers": [{"gpu_id": i, **s} for i, s in enumerate(workers)],
+        }
+
+
+async def _stream(service: Service, answer: Answer, left_out: int, prompts: list[Any]) -> AsyncIterator[str]:
+    if left_out:
+        yield json.dumps({"left_out": left_out})
+    began: float | None = None
+    try:
+        async for _, event in service.events(answer, prompts):
+            began = began or time.monotonic()
+            if event.kind == "done":
+                usage = event.usage
+                yield json.dumps(
+                    {
+                        "finish_reason": event.finish_reason,
+                        "usage": usage and {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens},
+                        "seconds": round(time.monotonic() - began, 3),
+                    }
+                )
+            else:
+                key = "token" if event.kind == "text" else event.kind
+                yield json.dumps({key: event.text}, ensure_ascii=False)
+    except AnswerFailed as error:
+        yield json.dumps({"error": str(error)})
+    yield json.dumps({"done": True})
+
+
+def _add_file(app: FastAPI, path: str, file: Path) -> None:
+    async def send() -> FileResponse:
+        return FileResponse(file, media_type=MEDIA_TYPES[file.suffix], headers={"Cache-Control": "no-cache"})
+
+    app.add_api_route(path, send, methods=["GET"], response_class=FileResponse, include_in_schema=False)

@@ -1,0 +1,457 @@
+"""Continuous batching: many requests share one model, each joins and leaves the running batch when it likes.
+
+A thread per `BatchEngine` runs the model. Each of its rounds reads at most `prefill_chunk` tokens of waiting prompts
+and then gives every running answer one token, so a long prompt never holds up the others for long. Requests wait in
+the order they came. What a request gets does not depend on which others run beside it.
+
+    engine = BatchEngine(model, tokenizer, precision, max_batch_size=16)
+    generation = engine.submit(GenerationRequest(tokens=prompt, max_tokens=100))
+    for event in generation.events():
+        print(event.text, end="")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nanochat.engine import check_prompt
+from nanochat.generate.fast_decode import Weights, make_decoder
+from nanochat.generate.sampling import Sampling
+from nanochat.generate.scheduler import FinishReason, Row, Scheduler
+from nanochat.gpt import GPT
+from nanochat.ops.cpu import release_workers
+from nanochat.precision import Precision
+from nanochat.serve.answer import AnswerReader
+from nanochat.tokenizer import RustBPETokenizer
+
+EventKind = Literal["text", "python", "python_output", "done", "error"]
+# Prompt tokens read between two steps of the running answers: few enough that nobody sees them pause.
+PREFILL_CHUNK = {"cpu": 128, "cuda": 1024}
+RATE_WINDOW_SECONDS = 30.0  # how far back stats() looks for the speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """What to write and how."""
+
+    tokens: list[int]
+    """The prompt, rendered: not empty, with room for an answer in the model's context."""
+    max_tokens: int
+    """The most new tokens, those of tool results included. More than the context has room for is cut to it."""
+    temperature: float = 1.0
+    """0 takes the likeliest token; 1 samples from the model's distribution."""
+    top_k: int | None = None
+    """Sample among the k likeliest only; None or 0: among all."""
+    top_p: float | None = None
+    """Sample among the likeliest that together reach this probability, in (0, 1]; None: among all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that occurred already less likely. Source: CTRL, arXiv 1909.05858."""
+    seed: int = 42
+    """Of this request's own random numbers."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer where they would begin."""
+    slide: bool = False
+    """When the context is full: False ends the answer ("length"); True forgets the older half and goes on, so that
+    `max_tokens` may be more than the context has room for."""
+    keep: int = 1
+    """With `slide`: tokens at the start that are never forgotten (bos, a system message)."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a generation cost so far."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0  # of the prompt: found in the cache, not computed again
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened to a generation.
+
+    Every generation ends with exactly one "done" or "error" event and none after it.
+    """
+
+    kind: EventKind
+    """"text": a piece of the answer. "python": a whole expression sent to the calculator; "python_output": its whole
+    result. "done": the answer is complete. "error": it failed, `text` says why."""
+    text: str = ""
+    """Whole characters only, never a special token."""
+    tokens: tuple[int, ...] = ()
+    """The new tokens since the last event, special and forced ones included."""
+    finish_reason: FinishReason | None = None
+    """Of the last event: "stop" (the model ended it, or a stop text), "length", "cancelled" or "error"."""
+    usage: Usage | None = None
+    """Of the last event."""
+
+
+class QueueFull(RuntimeError):
+    """Too many requests wait already."""
+
+    def __init__(self, waiting: int, retry_after_seconds: int) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after_seconds} s")
+        self.retry_after_seconds = retry_after_seconds
+
+
+class EngineClosed(RuntimeError):
+    """The engine takes no more requests (it is closing or closed)."""
+
+
+class Generation:
+    """The answer to one request while it is written; every method may be called from any thread."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self._events: list[Event] = []
+        self._listeners: list[Callable[[Event], None]] = []
+        # A lock by itself, not a condition: Ctrl-C can't come between taking it and the block that gives it back.
+        self._lock = threading.Lock()
+        self._cancelled = False
+
+    def events(self) -> Iterator[Event]:
+        """Every event from the first on, waiting for the next, up to the last ("done" or "error"); for threads."""
+        arrived: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.add_listener(arrived.put)
+        while True:
+            event = arrived.get()
+            yield event
+            if event.finish_reason is not None:
+                return
+
+    def add_listener(self, callback: Callable[[Event], None]) -> None:
+        """Call `callback` for every event, those that have already happened first, in order.
+
+        Later ones are called from the engine's thread: be quick, don't raise, and add no listener (with asyncio:
+        `lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)`).
+        """
+        with self._lock:
+            for event in self._events:
+                callback(event)
+            self._listeners.append(callback)
+
+    def cancel(self) -> None:
+        """Stop it; its slot is free for the next request after the round in progress. Harmless when it is over.
+
+        The last event is "done" with finish_reason "cancelled". Takes no lock, so that signal handlers and event loops
+        may call it: the engine is awake as long as anything runs or waits, and looks before every round.
+        """
+        self._cancelled = True
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last event has happened."""
+        return bool(self._events) and self._events[-1].finish_reason is not None
+
+    def _emit(self, event: Event) -> None:
+        with self._lock:
+            self._events.append(event)
+            for listener in self._listeners:
+                # A listener whose event loop is closed has gone: that is no reason to stop the others.
+                with contextlib.suppress(Exception):
+                    listener(event)
+
+
+class _Job:
+    """A request with its row and its reader."""
+
+    def __init__(self, generation: Generation, row: Row, reader: AnswerReader) -> None:
+        self.generation, self.row, self.reader = generation, row, reader
+        self.prompt_tokens = len(row.context)
+        self.stop = StopTexts(generation.request.stop)
+        self.held: list[int] = []  # tokens that have not been in an event
+
+    def take(self, new: list[tuple[int, int]]) -> None:
+        """Turn new tokens into events, up to a stop text."""
+        for token, _ in new:
+            self.held.append(token)
+            part = self.reader.read(token)
+            if part is None:
+                continue
+            if part.type != "text":
+                self._flush()
+                self._emit(part.type, part.text)
+            elif text := self.stop.feed(part.text):
+                self._emit("text", text)
+            if self.stop.found:
+                self.row.finish_reason = "stop"
+                return
+
+    def end(self, reason: FinishReason) -> None:
+        """The last event."""
+        if reason != "error":
+            self._flush()
+        usage = Usage(self.prompt_tokens, self.row.count, self.row.reused or 0)
+        kind: EventKind = "error" if reason == "error" else "done"
+        text = "" if self.row.error is None else str(self.row.error) or type(self.row.error).__name__
+        self.generation._emit(Event(kind, text, tuple(self.held), reason, usage))
+
+    def _flush(self) -> None:
+        if text := self.stop.flush():
+            self._emit("text", text)
+
+    def _emit(self, kind: EventKind, text: str) -> None:
+        self.generation._emit(Event(kind, text, tuple(self.held)))
+        self.held.clear()
+
+
+class StopTexts:
+    """Lets text through up to the first of the stop texts; holds back what may be the beginning of one."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self.stops, self.found, self._held = stops, False, ""
+
+    def feed(self, text: str) -> str:
+        """The text that may be shown now."""
+        if not self.stops or self.found:
+            return "" if self.found else text
+        held = self._held + text
+        places = [place for stop in self.stops if (place := held.find(stop)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return held[: min(places)]
+        begun = max(
+            (n for stop in self.stops for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])),
+            default=0,
+        )
+        self._held = held[len(held) - begun :]
+        return held[: len(held) - begun]
+
+    def flush(self) -> str:
+        """What was held back, when no more can come."""
+        held, self._held = self._held, ""
+        return held
+
+
+class BatchEngine:
+    """Runs a model for many requests at once, in a background thread.
+
+    Args:
+        model: what to generate with; nobody else may change it meanwhile.
+        tokenizer: its tokenizer.
+        precision: how to compute; None: in the dtype of the model's weights.
+        max_batch_size: requests that run together; each has its slot in the key/value cache, allocated now.
+        max_queue: requests that may wait for a slot.
+        prefill_chunk: the most prompt tokens read between two steps of the running answers; None: what suits the
+            device.
+        weights: what the weights are read as while decoding (see nanochat.generate.fast_decode).
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: RustBPETokenizer,
+        precision: Precision | None = None,
+        *,
+        max_batch_size: int = 16,
+        max_queue: int = 64,
+        prefill_chunk: int | None = None,
+        weights: Weights = "auto",
+    ) -> None:
+        device = model.get_device().type
+        if prefill_chunk is None:
+            prefill_chunk = PREFILL_CHUNK.get(device, PREFILL_CHUNK["cuda"])
+        if max_batch_size < 1 or max_queue < 0 or prefill_chunk < 1:
+            raise ValueError(
+                "max_batch_size and prefill_chunk must be at least 1 and max_queue at least 0, "
+                f"got {max_batch_size}, {prefill_chunk} and {max_queue}"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch_size, self.max_queue = max_batch_size, max_queue
+        decoder = make_decoder(model, precision, weights)
+        decode = decoder.refresh() if decoder is not None else None
+        seq_len = self.context_length
+        self._scheduler = Scheduler(model, tokenizer, precision, max_batch_size, seq_len, prefill_chunk, decode)
+        self._waiting: deque[_Job] = deque()
+        self._running: list[_Job] = []
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._closing = self._drop = False
+        self._counts = dict.fromkeys(
+            ("submitted", "finished", "cancelled", "failed", "generated_tokens", "prompt_tokens", "cached_tokens"), 0
+        )
+        self._rate: deque[tuple[float, float, int]] = deque()  # (when, seconds, tokens) of the last rounds
+        release_workers()  # from here on the model runs in the thread below
+        self._thread = threading.Thread(target=self._work, name="batch-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens a sequence may have, prompt and answer together."""
+        return self.model.config.sequence_len
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Put a request in the queue; returns at once.
+
+        Raises:
+            ValueError: the prompt is empty or leaves no room in the context, or a setting is out of range.
+            QueueFull: too many wait.
+            EngineClosed: `close` was called.
+        """
+        generation = Generation(request)
+        job = _Job(generation, self._row(request), AnswerReader(self.tokenizer))
+        with self._lock:
+            if self._closing:
+                raise EngineClosed("the engine is closed: it takes no more requests")
+            room = self.max_batch_size - len(self._running) + self.max_queue
+            if len(self._waiting) >= room:
+                raise QueueFull(len(self._waiting), self._retry_after())
+            self._waiting.append(job)
+            self._counts["submitted"] += 1
+            self._changed.notify()
+        return generation
+
+    def stats(self) -> dict[str, Any]:
+        """Counters, JSON-ready: running, waiting, max_batch_size, max_queue, submitted, finished, cancelled, failed,
+        generated_tokens, prompt_tokens, cached_tokens, device, and tokens_per_second while answers ran lately or None.
+        """
+        with self._lock:
+            speed = self._speed()
+            return {
+                "running": len(self._running),
+                "waiting": len(self._waiting),
+                "max_batch_size": self.max_batch_size,
+                "max_queue": self.max_queue,
+                **self._counts,
+                "device": str(self.model.get_device()),
+                "tokens_per_second": None if speed is None else round(speed, 1),
+            }
+
+    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Take no more requests; with `drain` finish those running and waiting, else cancel them; stop the thread.
+
+        After `timeout` seconds of draining the rest is cancelled.
+        """
+        with self._lock:
+            self._closing = True
+            self._drop = self._drop or not drain
+            self._changed.notify()
+        if threading.current_thread() is self._thread:
+            return
+        self._thread.join(timeout if drain else None)
+        if self._thread.is_alive():
+            self.close(drain=False)
+
+    def __enter__(self) -> BatchEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close(drain=False)
+
+    def _row(self, request: GenerationRequest) -> Row:
+        """The row of a request, checked."""
+        check_prompt(self.model, request.tokens)
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {request.max_tokens}")
+        if not 0 <= request.keep <= self.context_length // 2:
+            raise ValueError(f"keep must be 0 to half the context ({self.context_length // 2}), got {request.keep}")
+        if any(not stop for stop in request.stop):
+            raise ValueError("a stop text must not be empty")
+        sampling = Sampling(
+            temperature=request.temperature,
+            top_k=request.top_k or None,
+            top_p=request.top_p,
+            repetition_penalty=request.repetition_penalty,
+        )
+        room = self.context_length - len(request.tokens)
+        limit = request.max_tokens if request.slide else min(room, request.max_tokens)
+        return Row(request.tokens, limit, sampling, request.seed, request.keep if request.slide else None)
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        """Rounds, as long as there is work."""
+        while True:
+            cancelled, running = self._prepare()
+            for job in cancelled:
+                self._end(job, "cancelled")
+            if running:
+                start = time.perf_counter()
+                self._round(start)
+            elif not cancelled:
+                return
+
+    def _prepare(self) -> tuple[list[_Job], bool]:
+        """Wait for something to do, take out what was cancelled, fill the free slots.
+
+        Returns:
+            (what was cancelled, whether anything runs); nothing at all when the engine is closed and through.
+        """
+        with self._lock:
+            while True:
+                cancelled = [job for job in [*self._running, *self._waiting] if self._drop or job.generation._cancelled]
+                for job in cancelled:
+                    self._scheduler.remove(job.row)
+                if cancelled:
+                    self._running = [job for job in self._running if job not in cancelled]
+                    self._waiting = deque(job for job in self._waiting if job not in cancelled)
+                while self._waiting and len(self._running) < self.max_batch_size:
+                    self._running.append(self._waiting.popleft())
+                    self._scheduler.add(self._running[-1].row)
+                if cancelled or self._running or self._closing:
+                    return cancelled, bool(self._running)
+                self._changed.wait()
+
+    def _round(self, start: float) -> None:
+        """One step of the running answers, begun at `start`; counted before anybody hears of it."""
+        jobs = {id(job.row): job for job in self._running}
+        try:
+            step = self._scheduler.step()
+        except Exception as error:  # not of one row: nothing can be saved, but those who wait may fare better
+            step = [(job.row, []) for job in self._running]
+            for row, _ in step:
+                row.finish_reason, row.error = "error", error
+                self._scheduler.remove(row)
+        self._measure(time.perf_counter() - start, sum(len(new) for _, new in step))
+        for row, new in step:
+            job = jobs[id(row)]
+            try:
+                job.take(new)
+            except Exception as error:
+                row.finish_reason, row.error = "error", error
+            if row.finish_reason is not None:
+                self._scheduler.remove(row)
+                with self._lock:
+                    self._running.remove(job)
+                self._end(job, row.finish_reason)
+
+    def _end(self, job: _Job, reason: FinishReason) -> None:
+        count = {"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")
+        with self._lock:
+            self._counts[count] += 1
+            if job.row.reused is not None:
+                self._counts["prompt_tokens"] += job.prompt_tokens
+                self._counts["cached_tokens"] += job.row.reused
+        job.end(reason)
+
+    # --- estimates ----------------------------------------------------------------------------------------------------
+
+    def _measure(self, seconds: float, tokens: int) -> None:
+        """Remember how fast a round was."""
+        now = time.perf_counter()
+        with self._lock:
+            self._counts["generated_tokens"] += tokens
+            self._rate.append((now, seconds, tokens))
+            while self._rate[0][0] < now - RATE_WINDOW_SECONDS:
+                self._rate.popleft()
+
+    def _speed(self) -> float | None:
+        """Tokens per second over the last rounds."""
+        seconds = sum(s for _, s, _ in self._rate)
+        return sum(n for _, _, n in self._rate) / seconds if seconds > 0 else None
+
+    def _retry_after(self) -> int:
+        """Seconds until a place in the queue should be free: when the first running answer ends at the latest."""
+        speed = self._speed()
+        if not speed or not self._running:
+            return 1
+        left = min(job.row.limit - job.row.count for job in self._running)
+        return max(1, min(60, math.ceil(left * len(self._running) / speed)))

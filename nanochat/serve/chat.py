@@ -1,0 +1,151 @@
+"""A conversation with a model: fitting it into the context, asking, and remembering what was said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat.serve.answer import Part, join_parts
+from nanochat.serve.batch_engine import BatchEngine, Generation, GenerationRequest
+from nanochat.tokenizer import RustBPETokenizer
+
+Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": ...} as in RustBPETokenizer
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How an answer is chosen."""
+
+    temperature: float = 0.6
+    top_k: int | None = 50
+    max_tokens: int = 512
+    seed: int = 42
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+
+
+class Conversation:
+    """The messages so far, and how the next one is answered.
+
+    Args:
+        engine: runs the model.
+        tokenizer: the model's.
+        settings: how answers are chosen; may be replaced between two questions.
+        notice: told when old messages no longer fit into the context.
+    """
+
+    def __init__(
+        self,
+        engine: BatchEngine,
+        tokenizer: RustBPETokenizer,
+        settings: AnswerSettings,
+        notice: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.engine, self.tokenizer, self.settings, self.notice = engine, tokenizer, settings, notice
+        self.system = ""
+        self.messages: list[Message] = []
+        self.stopped = False  # by `stop`; stays so until it is set back before the next question
+        self._answering: Generation | None = None
+        self._asked = 0
+
+    def clear(self) -> None:
+        """Start a new conversation; the system message stays."""
+        self.messages = []
+
+    def undo(self) -> str | None:
+        """Take back the last question and its answer; returns the question, None if there is none."""
+        if not self.messages:
+            return None
+        question: str = self.messages[-2]["content"]
+        del self.messages[-2:]
+        return question
+
+    def stop(self) -> None:
+        """End the answer that is being written; what was said is kept. Takes no lock: a signal handler may call it."""
+        self.stopped = True
+        if self._answering is not None:
+            self._answering.cancel()
+
+    def ask(self, question: str) -> Generator[Part, None, None]:
+        """Stream the answer to `question`; stopping early (`stop`, or closing this) keeps what was said.
+
+        When the context is full in the middle of an answer, the model goes on with the newer half of it.
+
+        Raises:
+            ValueError: the question does not fit into the model's context; it is forgotten.
+            RuntimeError: the model failed.
+        """
+        context, settings = self.engine.context_length, self.settings
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*self.messages, {"role": "user", "content": question}]
+        room = context - answer_room(context, settings.max_tokens)
+        prompt, left_out = fit_context(self.tokenizer, [*system, *messages], room)
+        if left_out:
+            self.notice(f"context full: the {left_out} oldest messages are forgotten")
+        kept = 2 + len(self.tokenizer.encode(self.system)) if system else 1  # bos, user_start, the system message
+        request = GenerationRequest(
+            tokens=prompt,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
+            seed=settings.seed + self._asked,  # asking the same again gives another answer
+            slide=True,
+            keep=min(kept, context // 2),
+        )
+        self._asked += 1
+        generation = self._answering = self.engine.submit(request)
+        if self.stopped:
+            generation.cancel()
+        parts: list[Part] = []
+        try:
+            for event in generation.events():
+                if event.kind == "error":
+                    raise RuntimeError(event.text)
+                if event.kind != "done":
+                    parts.append(Part(event.kind, event.text))
+                    yield parts[-1]
+        finally:
+            self._answering = None
+            generation.cancel()
+            self.messages = [*messages[left_out:], {"role": "assistant", "content": join_parts(parts)}]
+
+
+def answer_room(context_length: int, max_tokens: int) -> int:
+    """How much of the context is kept free for an answer: what was asked for, at most a quarter."""
+    return max(1, min(max_tokens, context_length // 4))
+
+
+def fit_context(tokenizer: RustBPETokenizer, messages: list[Message], room: int) -> tuple[list[int], int]:
+    """The prompt of a conversation that ends with the user, in at most `room` tokens.
+
+    The oldest exchanges are left out as needed; a system message stays.
+
+    Returns:
+        (tokens, number of messages left out).
+
+    Raises:
+        ValueError: the messages are malformed, the last is not the user's, or it is too long by itself.
+    """
+    sizes = [len(ids) for ids, _ in tokenizer.render_turns({"messages": messages})]
+    if messages[-1]["role"] != "user":
+        raise ValueError("the last message must be the user's")
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    system_size = len(tokenizer.encode(system[0]["content"])) if system else 0
+    left_out = 0
+    while True:
+        # The first turn's size holds bos and the system message; without it the next one gets them.
+        extra = 0 if left_out == 0 else 1 + system_size
+        if sum(sizes[left_out:]) + extra < room:
+            tokens = tokenizer.render_for_completion({"messages": [*system, *turns[left_out:]]})
+            if len(tokens) <= room:
+                return tokens, left_out
+        left_out += 2
+        if left_out >= len(turns):
+            raise ValueError(
+                f"the message is too long: with {sizes[-1]} tokens it does not fit into the {room} tokens "
+                "the model's context has for it; shorten it"
+            )

@@ -1,0 +1,106 @@
+"""The /commands of the terminal chat."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from nanochat.files import write_text
+from nanochat.generate.sampling import Sampling
+from nanochat.serve.chat import AnswerSettings, Conversation
+
+HELP = {
+    "/help": "this list",
+    "/clear": "start a new conversation",
+    "/retry": "answer the last message again",
+    "/undo": "take back the last message and its answer",
+    "/system TEXT": "what the model is told first; without a text: nothing",
+    "/settings": "show how answers are chosen",
+    "/temperature X": "0 takes the likeliest token every time; higher is more varied",
+    "/top_k N": "choose among the N likeliest tokens; 0: among all",
+    "/top_p X": "choose among the likeliest that together reach this probability; 1: among all",
+    "/repetition_penalty X": "above 1 makes tokens that occurred already less likely",
+    "/max_tokens N": "the longest answer",
+    "/save FILE": "write the conversation to a JSON file",
+    "/quit": "end (also Ctrl-D)",
+}
+NAMES = [usage.split()[0] for usage in HELP]
+PLAIN = {"clear": "/clear", "quit": "/quit", "exit": "/quit"}  # the classic words, without a slash
+ALIASES = {"/exit": "/quit", "/new": "/clear", "/topk": "/top_k", "/topp": "/top_p", "/regenerate": "/retry"}
+
+
+class Quit(Exception):
+    """The user wants to end."""
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is for the program, not for the model."""
+    return line.startswith("/") or line.lower() in PLAIN
+
+
+def run_command(line: str, conversation: Conversation, say: Callable[[str], None]) -> str | None:
+    """Carry out a command; returns a question that must be asked now, if any.
+
+    Raises:
+        ValueError: there is no such command, or its value is not possible.
+        Quit: the program shall end.
+    """
+    word, _, value = PLAIN.get(line.lower(), line).partition(" ")
+    word, value = ALIASES.get(word.lower(), word.lower()), value.strip()
+    if word == "/quit":
+        raise Quit
+    if word == "/help":
+        width = max(map(len, HELP))
+        say("\n".join(f"{usage:{width}}  {meaning}" for usage, meaning in HELP.items()))
+    elif word == "/clear":
+        conversation.clear()
+        say("(new conversation)")
+    elif word in ("/retry", "/undo"):
+        question = conversation.undo()
+        if question is None:
+            raise ValueError("nothing was said yet")
+        if word == "/retry":
+            return question
+        say("(taken back)")
+    elif word == "/system":
+        conversation.system = value
+        say("(the model is told this first)" if value else "(no system message)")
+    elif word == "/settings":
+        say(_show_settings(conversation.settings))
+    elif word == "/save":
+        if not value:
+            raise ValueError("/save needs the name of a file")
+        system = [{"role": "system", "content": conversation.system}] if conversation.system else []
+        messages = [*system, *conversation.messages]
+        write_text(Path(value).expanduser(), json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n")
+        say(f"({len(messages)} messages written to {value})")
+    elif word in NAMES:
+        conversation.settings = _change(conversation.settings, word[1:], value)
+        say(_show_settings(conversation.settings))
+    else:
+        raise ValueError(f"there is no command {word}: /help lists them")
+    return None
+
+
+def _change(settings: AnswerSettings, name: str, value: str) -> AnswerSettings:
+    """The settings with one changed and checked."""
+    try:
+        number = int(value) if name in ("top_k", "max_tokens") else float(value)
+    except ValueError:
+        raise ValueError(f"/{name} needs a number, got {value!r}") from None
+    changed = dataclasses.replace(settings, **{name: number})  # type: ignore[arg-type]
+    if changed.max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {changed.max_tokens}")
+    Sampling(
+        temperature=changed.temperature,
+        top_k=changed.top_k,
+        top_p=changed.top_p,
+        repetition_penalty=changed.repetition_penalty,
+    )
+    return changed
+
+
+def _show_settings(settings: AnswerSettings) -> str:
+    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items() if value is not None)

@@ -1,0 +1,37 @@
+"""Which model a chat script talks to: a checkpoint of ours, or a folder in the format of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.checkpoint_manager import find_tag, load_model
+from nanochat.gpt import GPT
+from nanochat.interop.hf_format import load_nanochat_folder
+from nanochat.interop.hf_hub import model_folder
+from nanochat.tokenizer import RustBPETokenizer
+
+
+def find_model(source: str, model_tag: str | None, hf_path: str | None) -> str:
+    """The name of the model, once it is sure that there is one; `hf_path` goes before the checkpoints.
+
+    Raises:
+        FileNotFoundError: there is none; says how to get one.
+        ValueError: both a folder and a checkpoint are asked for.
+    """
+    if hf_path is None:
+        return f"{find_tag(source, model_tag).name} {source}"
+    if model_tag is not None:
+        raise ValueError("--hf_path and --model_tag name two models: give one of them")
+    return model_folder(hf_path).name if Path(hf_path).expanduser().is_dir() else hf_path
+
+
+def load_chosen(
+    source: str, model_tag: str | None, step: int | None, hf_path: str | None, device: torch.device
+) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
+    """(model, tokenizer, meta) of what `find_model` has named, in eval mode on `device`."""
+    if hf_path is not None:
+        return load_nanochat_folder(hf_path, device)
+    return load_model(source, device, "eval", model_tag, step)

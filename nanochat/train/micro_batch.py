@@ -1,0 +1,171 @@
+"""Micro-batches that fit: cutting batches into pieces, and finding the largest piece that a real step survives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanochat.common import Compute, print0
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.out_of_memory import is_out_of_memory, release_memory
+from nanochat.plan.memory import (
+    GB,
+    MicroBatch,
+    depth_that_fits,
+    estimate_training_memory,
+    free_memory,
+    largest_micro_batch,
+)
+
+
+class Batch(NamedTuple):
+    """What a loader hands out, each (B, T) on the device; a loader may leave out the last ones."""
+
+    x: Tensor
+    y: Tensor
+    """The next tokens; −1 is not supervised."""
+    segments: Tensor | None = None
+    """Which conversation of its row a token belongs to; None: a row is one text."""
+    extras: dict[str, Tensor] | None = None
+    """What an `objective` of its own needs, by name."""
+
+    def pieces(self, rows: int) -> Iterator[Batch]:
+        """The same rows in their order, at most `rows` at a time."""
+        for i in range(0, len(self.x), rows):
+            part = slice(i, i + rows)
+            yield Batch(
+                self.x[part],
+                self.y[part],
+                None if self.segments is None else self.segments[part],
+                None if self.extras is None else {name: value[part] for name, value in self.extras.items()},
+            )
+
+    def shorter_rows(self, split: int) -> Batch:
+        """The same tokens in `split` times as many rows: (B, T) -> (split·B, T / split)."""
+        rows = split * len(self.x)
+        segments = None if self.segments is None else self.segments.reshape(rows, -1)
+        return self._replace(x=self.x.reshape(rows, -1), y=self.y.reshape(rows, -1), segments=segments)
+
+
+def too_large(config: GPTConfig, compute: Compute, budget_bytes: float) -> RuntimeError:
+    """The error for a model of which not even one row fits; names the depth that does."""
+    settings: dict[str, Any] = {"dtype": compute.dtype, "device_type": compute.device_type}
+    smallest = estimate_training_memory(
+        config, 1, config.sequence_len, loss_chunk_bytes=16 << 20, activation_checkpointing=True, **settings
+    )
+    depth = depth_that_fits(config, budget_bytes, config.sequence_len, **settings)
+    remedy = f"--depth={depth} fits" if depth else "no depth fits with this vocabulary and context"
+    return RuntimeError(
+        f"a model of depth {config.n_layer} does not fit into the memory of this device: one row of "
+        f"{config.sequence_len} tokens needs about {smallest.total / GB:.1f} GB, {budget_bytes / GB:.1f} GB are free; "
+        f"{remedy}"
+    )
+
+
+def refuse_too_large(config: GPTConfig, compute: Compute, sequence_len: int, only_warn: bool = False) -> None:
+    """Raise before any work if not even one row of a step fits, by the memory model; or only warn.
+
+    Raises:
+        RuntimeError: names the depth that fits.
+    """
+    budget = free_memory(compute.device)
+    settings: dict[str, Any] = {"dtype": compute.dtype, "device_type": compute.device_type}
+    settings["world_size"] = compute.world_size
+    if largest_micro_batch(config, budget, sequence_len, max_rows=1, **settings) is None:
+        error = too_large(config, compute, budget)
+        if not only_warn:
+            raise error
+        print0(f"warning: {error}; trying all the same, as the rows are given")
+
+
+def use_micro_batch(model: GPT, micro: MicroBatch) -> None:
+    """Set what a micro-batch asks of the model."""
+    model.loss_chunk_bytes = micro.loss_chunk_bytes
+    if micro.activation_checkpointing:
+        model.activation_checkpointing = True
+
+
+def seconds_of(model: GPT, compute: Compute, rows: int, sequence_len: int, reserve_bytes: int) -> float | None:
+    """Seconds of a forward and backward pass of random tokens; None if memory runs out.
+
+    Args:
+        model: on the device, in training mode; its gradients are dropped.
+        compute: where it runs.
+        rows: of the micro-batch.
+        sequence_len: tokens per row.
+        reserve_bytes: memory that the optimizer will hold.
+    """
+    random = torch.Generator().manual_seed(0)  # the run's own generators stay as they are
+    idx = torch.randint(0, model.config.vocab_size, (rows, sequence_len + 1), generator=random).to(compute.device)
+    model.set_product_dtype(compute.precision.product_dtype)
+    try:
+        held = torch.empty(reserve_bytes if compute.device_type == "cuda" else 0, dtype=torch.uint8, device=idx.device)
+        for _ in range(2):  # in the first one libraries load; the second meets the gradients of the first
+            start = time.perf_counter()
+            with compute.precision.training():
+                with compute.precision.autocast():
+                    loss = model(idx[:, :-1], idx[:, 1:].contiguous())
+                compute.precision.backward(loss)
+            compute.synchronize()
+            seconds = time.perf_counter() - start
+        del held, loss
+        return seconds
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def choose_micro_batch(
+    model: GPT, compute: Compute, sequence_len: int, max_rows: int, activation_checkpointing: bool = False
+) -> tuple[MicroBatch, float]:
+    """The largest micro-batch by the memory model that a real step survives, and its seconds; the same on all ranks.
+
+    Args:
+        model: on the device, in training mode, without gradients.
+        compute: where it runs.
+        sequence_len: tokens per row.
+        max_rows: rows of a whole step per process; the micro-batch divides them.
+        activation_checkpointing: it is asked for anyway.
+
+    Raises:
+        RuntimeError: not even one row fits; names the depth that does.
+    """
+    config = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    budget = free_memory(compute.device) + weights
+    if compute.ddp:
+        smallest = torch.tensor(float(budget), device=compute.device)
+        torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
+        budget = int(smallest)
+    micro = largest_micro_batch(
+        config,
+        budget,
+        sequence_len,
+        max_rows=max_rows,
+        dtype=compute.dtype,
+        world_size=compute.world_size,
+        activation_checkpointing=activation_checkpointing,
+        device_type=compute.device_type,
+    )
+    while micro is not None:
+        use_micro_batch(model, micro)
+        held = estimate_training_memory(config, 1, sequence_len, dtype=compute.dtype, world_size=compute.world_size)
+        seconds = seconds_of(model, compute, micro.rows, sequence_len, held.optimizer)
+        release_memory()
+        (failed,) = compute.any_rank(seconds is None)
+        if not failed:
+            seconds = compute.broadcast(seconds or 0.0)
+            print0(f"micro-batch: {micro} (auto; {budget / GB:.1f} GB for training)")
+            return micro, seconds
+        print0(f"micro-batch: {micro} do not fit after all")
+        micro = micro.smaller()
+        while micro is not None and max_rows % micro.rows:
+            micro = MicroBatch(micro.rows - 1, micro.loss_chunk_bytes, micro.activation_checkpointing)
+    raise too_large(config, compute, budget)

@@ -1,0 +1,291 @@
+"""Reinforcement learning on tasks that can be judged: REINFORCE with a group baseline, on the loop of every stage.
+
+Answers are sampled from the model as it is (rollouts.py); the loss is −advantage · log p of the tokens the model chose,
+averaged over all of them. Off by default: the clipped ratio of PPO (arXiv 1707.06347), which makes sense with several
+updates per rollout, and a penalty for leaving the start (the estimator k3 of Schulman, http://joschu.net/blog/kl-approx.html).
+Left out: a value model, rewards per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat.chat_eval import pass_at_k
+from nanochat.checkpoint_manager import Checkpoint, build_model, checkpoint_folder
+from nanochat.common import Compute, print0, print_banner, setup_compute
+from nanochat.engine import Engine
+from nanochat.gpt import GPT
+from nanochat.progress import format_seconds
+from nanochat.report import get_report
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.micro_batch import Batch
+from nanochat.train.resume import find_resume, model_hash, only_run, saved_dtype
+from nanochat.train.rollouts import RewardTask, RolloutLoader, RolloutSettings, Scorer, answer_prompts
+from nanochat.train.samples import print_answers
+from nanochat.train.stage import (
+    StageConfig,
+    Start,
+    checkpoint_hooks,
+    describe_horizon,
+    find_start,
+    make_schedule,
+    prepare_model,
+    run_trainer,
+    train_settings,
+)
+from nanochat.train.tracking import init_tracker
+from nanochat.train.trainer import Trainer
+
+EVAL_ROWS = 256  # answers sampled together in an evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(StageConfig):
+    """Settings of reinforcement learning."""
+
+    device_batch_size: int = 8
+    """Rows per forward pass and process."""
+    source: Literal["mid", "sft"] = "sft"
+    """Which stage's model to start from."""
+    examples_per_step: int = 16
+    """Problems per step, over all processes."""
+    num_samples: int = 16
+    """Answers to each problem."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 1.0
+    """Of the sampling; the gradient assumes 1."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0: from all."""
+    updates_per_rollout: int = 1
+    """Optimizer steps on the same answers; more than 1 needs --clip."""
+    clip: float | None = None
+    """PPO's clipping of the probability ratio to 1 ± this; off by default."""
+    kl: float = 0.0
+    """Weight of the penalty for moving away from the model at the start; off by default."""
+    init_lr_frac: float = 0.05
+    """All learning rates start at this share."""
+    warmdown_ratio: float = 1.0
+    """Share of the run in which the learning rate falls."""
+    eval_every: int = 60
+    """Steps between evaluations (0: only before and after)."""
+    eval_examples: int = 400
+    """Held-out problems per evaluation."""
+    eval_samples: int = 8
+    """Answers to each of them: pass@k is measured up to this k."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.updates_per_rollout > 1 and self.clip is None:
+            raise ValueError("--updates_per_rollout above 1 learns from answers of an older model: give --clip=0.2 too")
+        if self.clip is not None and not 0 < self.clip < 1:
+            raise ValueError(f"--clip must be between 0 and 1, got {self.clip}")
+        if self.kl < 0 or self.temperature <= 0:
+            raise ValueError("--kl must not be negative, and --temperature must be above 0")
+        for name in ("examples_per_step", "num_samples", "max_new_tokens", "updates_per_rollout", "eval_examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.eval_samples < 1 or self.top_k < 0:
+            raise ValueError("--eval_samples must be at least 1, and --top_k at least 0")
+
+
+class RLTasks(NamedTuple):
+    """What is learned from and what is held out."""
+
+    train: RewardTask
+    val: RewardTask
+
+
+def policy_loss(losses: Tensor, batch: Batch, clip: float | None = None, kl: float = 0.0) -> Tensor:
+    """The summed loss of answers.
+
+    Args:
+        losses: (B, T) nats of each target under the model, 0 where unsupervised.
+        batch: with "advantage" (B, 1) in its extras, for `clip` "old" and for `kl` "reference", (B, T) nats.
+        clip: bound of the ratio's distance from 1.
+        kl: weight of the penalty.
+    """
+    extras = batch.extras or {}
+    advantage = extras["advantage"]
+    each = losses * advantage
+    if clip is not None:
+        ratio = (extras["old"] - losses).exp()
+        each = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    if kl:
+        log_ratio = losses - extras["reference"]  # of the reference to the model
+        each = each + kl * (log_ratio.exp() - 1 - log_ratio)
+    return torch.where(batch.y >= 0, each, 0.0).sum()
+
+
+def make_scorer(model: GPT, compute: Compute) -> Scorer:
+    """Losses of each target under `model`, without gradient."""
+
+    @torch.no_grad()
+    def score(x: Tensor, y: Tensor) -> Tensor:
+        with compute.precision.autocast():
+            return model(x, y, loss_reduction="none").float()
+
+    return score
+
+
+def make_scorers(cfg: RLConfig, model: GPT, start: Checkpoint, compute: Compute) -> dict[str, Scorer]:
+    """What clipping and the penalty compare the model with."""
+    scorers = {}
+    if cfg.clip is not None:
+        scorers["old"] = make_scorer(model, compute)
+    if cfg.kl:
+        reference = build_model(start, compute.device, "eval").requires_grad_(False)
+        scorers["reference"] = make_scorer(reference, compute)
+    return scorers
+
+
+@torch.inference_mode()
+def evaluate_pass_at_k(
+    cfg: RLConfig, model: GPT, tokenizer: RustBPETokenizer, task: RewardTask, compute: Compute
+) -> dict[str, float]:
+    """{"pass@1": …, "pass@2": …, "pass@4": …, …} of the first `eval_examples` problems, all ranks together.
+
+    An answer passes with a reward of at least 1. A problem that fills the context counts as failed.
+    """
+    engine, k = Engine(model, tokenizer, compute.precision), cfg.eval_samples
+    count = min(cfg.eval_examples, len(task))
+    ks = [n for n in (2**i for i in range(k.bit_length())) if n <= k]
+    totals = torch.zeros(len(ks), dtype=torch.float64)
+    mine = list(range(compute.rank, count, compute.world_size))
+    per_batch = max(1, EVAL_ROWS // k)
+    for first in range(0, len(mine), per_batch):
+        problems = [task[i] for i in mine[first : first + per_batch]]
+        prompts = [tokenizer.render_for_completion(problem) for problem in problems]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.context_length]
+        rows = [prompts[i] for i in fitting for _ in range(k)]
+        seed = cfg.runtime.seed + mine[first]
+        answers = answer_prompts(engine, rows, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, seed)
+        passed = [0] * len(problems)
+        for j, (ids, _) in enumerate(answers):
+            i = fitting[j // k]
+            passed[i] += task.reward(problems[i], tokenizer.decode(ids[len(rows[j]) :])) >= 1.0
+        totals += torch.tensor([[pass_at_k(k, c, n) for n in ks] for c in passed], dtype=torch.float64).sum(0)
+    totals = totals.float().to(compute.device)
+    if compute.ddp:
+        dist.all_reduce(totals)
+    return {f"pass@{n}": value / count for n, value in zip(ks, totals.tolist(), strict=True)}
+
+
+def reinforce(cfg: RLConfig, load_tasks: Any) -> None:
+    """Train a chat model by its rewards and log to the report.
+
+    Args:
+        cfg: the settings.
+        load_tasks: gives the RLTasks for the meta data of the model to start from.
+    """
+    print_banner()
+    start = find_start(cfg.source, cfg)
+    tasks: RLTasks = load_tasks(start.checkpoint.meta)
+    folder = checkpoint_folder("rl", start.tag)
+    dtypes = saved_dtype(folder, cfg.resume), start.checkpoint.meta.get("dtype")
+    with setup_compute(cfg.runtime, *dtypes) as compute, only_run(folder, needed=not cfg.dry_run):
+        # Every step has rows of another length: compiling would start again and again.
+        compute = replace(compute, compile=False)
+        steps_per_epoch = len(tasks.train) / cfg.examples_per_step * cfg.updates_per_rollout
+        schedule = make_schedule(cfg, steps_per_epoch)
+        print0(
+            f"rl: {tasks.train.name}, {len(tasks.train):,} problems, {describe_horizon(schedule)} of "
+            f"{cfg.examples_per_step} problems × {cfg.num_samples} answers"
+        )
+        if cfg.dry_run:
+            return
+        inputs = {"tokenizer": start.tokenizer.hash, "model": model_hash(start.checkpoint), "task": tasks.train.name}
+        checkpoint = find_resume(folder, asdict(cfg), cfg.resume, inputs=inputs, force=cfg.force)
+        trainer, loader = make_rl_trainer(cfg, compute, start, checkpoint, tasks, schedule, folder)
+        if checkpoint is None:
+            trainer.run_evaluation()
+        before = trainer.last_evaluation if checkpoint is None else checkpoint.meta["before"]
+        trainer.meta |= {"inputs": inputs, "before": before}
+        run_trainer(trainer, checkpoint)
+        if trainer.last_evaluation:  # else the run was complete before, and reported
+            report(cfg, trainer, loader, tasks, compute)
+
+
+def make_rl_trainer(
+    cfg: RLConfig,
+    compute: Compute,
+    start: Start,
+    checkpoint: Checkpoint | None,
+    tasks: RLTasks,
+    schedule: Any,
+    folder: Path,
+) -> tuple[Trainer, RolloutLoader]:
+    """The shared loop with rollouts for data and the policy's loss."""
+    model, optimizer = prepare_model(cfg, start.checkpoint, checkpoint, compute.device)
+    tokenizer = start.tokenizer
+    answers = cfg.examples_per_step // compute.world_size * cfg.num_samples
+    settings = RolloutSettings(
+        examples_per_step=cfg.examples_per_step,
+        num_samples=cfg.num_samples,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k or None,
+        updates_per_rollout=cfg.updates_per_rollout,
+        micro_batches=max(1, -(-answers // cfg.device_batch_size)),
+        seed=cfg.runtime.seed,
+    )
+    scorers = make_scorers(cfg, model, start.checkpoint, compute)
+    state = checkpoint.meta["loader"] if checkpoint else None
+    loader = RolloutLoader(model, tokenizer, tasks.train, compute, settings, scorers, state)
+
+    def objective(model: GPT, x: Tensor, batch: Batch) -> Tensor:
+        return policy_loss(model.loss(x, batch.y, "none"), batch, cfg.clip, cfg.kl)
+
+    trainer = Trainer(
+        label="rl",
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        compute=compute,
+        settings=train_settings(cfg, schedule, settings.micro_batches),
+        folder=folder,
+        meta={
+            "config": asdict(cfg),
+            "tokenizer_hash": tokenizer.hash,
+            "chat_data": start.checkpoint.meta.get("chat_data"),
+            "task": tasks.train.name,
+        },
+        evaluate=lambda: evaluate_pass_at_k(cfg, model, tokenizer, tasks.val, compute),
+        val_name="pass@1",
+        objective=objective,
+        more_metrics=lambda: loader.metrics,
+        sample=lambda: print_answers(model, tokenizer, compute),
+        tracker=init_tracker(cfg.tracker, cfg.run, "nanochat-rl", asdict(cfg)),
+        **checkpoint_hooks(cfg, model),
+    )
+    return trainer, loader
+
+
+def report(cfg: RLConfig, trainer: Trainer, loader: RolloutLoader, tasks: RLTasks, compute: Compute) -> None:
+    """Log the run to the report."""
+    state, before = trainer.state, trainer.meta["before"]
+    name = trainer.val_name
+    facts = {
+        "task": tasks.train.name,
+        "held-out problems": min(cfg.eval_examples, len(tasks.val)),
+        **{f"{key} before": value for key, value in before.items()},
+        **{f"{key} after": value for key, value in trainer.last_evaluation.items()},
+        "steps": state.step,
+        "mean reward of the last step": loader.metrics.get("reward"),
+        "dtype": compute.precision.name,
+        "training time": format_seconds(state.seconds),
+        "skipped steps": compute.precision.skipped,
+        "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
+    }
+    metrics = {f"{tasks.val.name} {key}": value for key, value in trainer.last_evaluation.items()}
+    get_report().log(section="RL", data=[asdict(cfg), facts], metrics=metrics)
+    print0(
+        f"rl done: {state.step} steps in {format_seconds(state.seconds)}, {name} {before[name]:.4f} -> "
+        f"{state.val:.4f}, in {trainer.folder}"
+    )
