@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from nanochat.common import get_dist_info
+from nanochat.env import get_dist_info
 from nanochat.jsonl import ResumeLog
 from nanochat.progress import progress
 from nanochat.scoring import LanguageModel, batches_by_length, next_token_logits

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanochat.common import get_base_dir, get_dist_info, print0
+from nanochat.env import get_base_dir, get_dist_info, print0
 from nanochat.files import sha256_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer

@@ -1,4 +1,4 @@
-"""What every script shares: folders, printing, ranks, device, dtype, downloads.
+"""What every script shares: device, ranks and dtype; folders, printing and downloads come from below (env, data).
 
 `setup_compute` turns a script's `Runtime` flags into a `Compute`: device, ranks and the one `Precision` object that
 holds the autocast context and the loss scaler, so no script has precision code of its own.
@@ -10,9 +10,7 @@ import functools
 import os
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,29 +19,11 @@ import torch
 import torch.distributed as dist
 
 from nanochat.config import Runtime
+from nanochat.data.download import download_file_with_lock  # noqa: F401
+from nanochat.env import check_disk_space, get_base_dir, get_dist_info, print0  # noqa: F401
 from nanochat.hardware import measure_matmul, synchronize, wheel_runs
 from nanochat.ops.fp16_gemm import Mode
 from nanochat.precision import DTYPE_NAMES, DTYPES, Precision, candidate_dtypes, dtype_cost
-
-
-def get_base_dir() -> Path:
-    """The folder of everything a run makes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created when missing."""
-    folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def get_dist_info() -> tuple[bool, int, int, int]:
-    """(ddp, rank, local_rank, world_size) as torchrun sets them; (False, 0, 0, 1) in a single process."""
-    if "RANK" not in os.environ:
-        return False, 0, 0, 1
-    return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def print0(text: str = "", **kwargs: Any) -> None:
-    """Print on rank 0 only."""
-    if get_dist_info()[1] == 0:
-        print(text, flush=True, **kwargs)
 
 
 def print_banner() -> None:
@@ -323,22 +303,3 @@ def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | No
     compiling = "if faster" if measure else "on" if compiles else "off"
     print0(f"device {where}{ranks}, dtype {precision.name}, compile {compiling}")
     return compute
-
-
-def download_file_with_lock(
-    url: str, filename: str | Path, postprocess_fn: Callable[[Path], None] | None = None
-) -> Path:
-    """Download `url` to `<base dir>/<filename>` once, however many processes ask (see `nanochat.data.download`)."""
-    from nanochat.data import download  # which needs this module
-
-    return download.download_file_with_lock(url, filename, postprocess_fn)
-
-
-def check_disk_space(folder: str | Path, needed_bytes: int, what: str) -> None:
-    """Raise RuntimeError before work is lost when `folder`'s disk has less than `needed_bytes` free for `what`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise RuntimeError(
-            f"{what} needs {needed_bytes / 1e9:.2f} GB, but the disk of {folder} has {free / 1e9:.2f} GB free: "
-            "free some space or set NANOCHAT_BASE_DIR to another disk"
-        )

@@ -27,7 +27,8 @@ import torch.distributed as dist
 import yaml
 from filelock import FileLock
 
-from nanochat.common import download_file_with_lock, get_base_dir, get_dist_info
+from nanochat.data.download import download_file_with_lock
+from nanochat.env import get_base_dir, get_dist_info
 from nanochat.files import atomic_folder, write_text
 from nanochat.jsonl import ResumeLog, read_jsonl
 from nanochat.progress import progress

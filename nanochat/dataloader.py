@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nanochat.common import print0
 from nanochat.data.corpus import Chunk, Corpus
 from nanochat.data.prefetch import DeviceFeed, Prefetch
 from nanochat.data.text_rows import ROWS, Counts, Place, Row
 from nanochat.data.token_stream import Cache, Position, TokenStream, chunk_order
+from nanochat.env import print0
 from nanochat.tokenizer import RustBPETokenizer
 
 Mode = Literal["stream", "bestfit"]

@@ -23,13 +23,13 @@ from typing import Annotated
 
 import tyro
 
-from nanochat.common import get_base_dir, get_dist_info, print0
 from nanochat.config import run_script, short
 from nanochat.data.corpus import BLOCK_ROWS, Chunk, Corpus, list_shards, open_corpus, shard_chunks
 from nanochat.data.download import RemoteFile, download_all, failures_text, matches, probe
 from nanochat.data.hub import file_url, request_headers
 from nanochat.data.shards import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
 from nanochat.data.sources import SOURCES, is_remote, plan_source, source_folder, split_repo
+from nanochat.env import get_base_dir, get_dist_info, print0
 
 __all__ = [
     "BLOCK_ROWS",

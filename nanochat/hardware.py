@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from nanochat.cards import find_card
+from nanochat.env import get_base_dir
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve")
 SMI_SECONDS = 10.0  # nvidia-smi answers in well under one; a hanging driver must not hang us
@@ -86,8 +87,6 @@ def inspect_machine(folder: str | Path | None = None) -> Machine:
         folder: whose disk is meant; default: the base dir.
     """
     import psutil
-
-    from nanochat.common import get_base_dir  # which needs this module
 
     memory = psutil.virtual_memory()
     return Machine(

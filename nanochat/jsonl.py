@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import get_dist_info
+from nanochat.env import get_dist_info
 from nanochat.files import write_text
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from nanochat.common import get_dist_info
+from nanochat.env import get_dist_info
 
 SECONDS_BETWEEN_LINES = 10.0
 

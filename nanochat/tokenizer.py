@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nanochat.common import get_base_dir
+from nanochat.env import get_base_dir
 from nanochat.files import atomic_path, write_text
 from nanochat.messages import PARTS, Conversation, check_messages
 

@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nanochat.common import get_base_dir
 from nanochat.data.chat_loader import load_conversations
+from nanochat.env import get_base_dir
 from nanochat.train.finetune import Budget, Conversations
 from nanochat.train.rl import RLTasks
 from tasks.common import Task, TaskMixture

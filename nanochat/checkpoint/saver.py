@@ -15,7 +15,8 @@ from pathlib import Path
 
 from nanochat.checkpoint.writer import CheckpointWriter, Keep, Snapshot, clean_leftovers
 from nanochat.checkpoint_manager import saved_steps
-from nanochat.common import Compute, print0
+from nanochat.common import Compute
+from nanochat.env import print0
 from nanochat.signals import Stopped
 
 RETRY_SECONDS = 30.0  # after a checkpoint that could not be written

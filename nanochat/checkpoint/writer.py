@@ -32,7 +32,7 @@ from nanochat.checkpoint_manager import (
     saved_steps,
     step_folder,
 )
-from nanochat.common import check_disk_space
+from nanochat.env import check_disk_space
 from nanochat.files import fsync_folder, sha256_file, write_json, write_text
 
 SLACK_BYTES = 4 << 20  # for meta.json, the loss log and the folder itself

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nanochat.common import print0
 from nanochat.data.chat_rows import Packer, PackingStats, Place, Renderer, Supervise
 from nanochat.data.prefetch import Prefetch, to_device
+from nanochat.env import print0
 from nanochat.messages import Conversation, check_messages, from_openai
 from nanochat.tokenizer import RustBPETokenizer
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import print0
 from nanochat.data.shards import Entry, Manifest, load_manifest, wait_for_shard
+from nanochat.env import print0
 
 TEXT_COLUMN = "text"
 BLOCK_ROWS = 1024  # documents decoded at a time, however large the row group; the order inside a block is reshuffled

@@ -31,7 +31,7 @@ import httpx
 from filelock import FileLock
 from tenacity import RetryCallState, Retrying, sleep_using_event
 
-from nanochat.common import check_disk_space, get_base_dir, print0
+from nanochat.env import check_disk_space, get_base_dir, print0
 from nanochat.files import fsync_folder
 from nanochat.progress import format_seconds, progress
 

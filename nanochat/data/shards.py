@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nanochat.common import print0
+from nanochat.env import print0
 from nanochat.files import write_json
 
 MANIFEST = "manifest.json"

@@ -9,9 +9,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import get_base_dir
 from nanochat.data.hub import choose_shards, list_parquet, local_name
 from nanochat.data.shards import Entry, Manifest
+from nanochat.env import get_base_dir
 
 
 @dataclass(frozen=True)

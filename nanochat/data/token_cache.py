@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from nanochat.common import get_base_dir, print0
 from nanochat.config import run_script
 from nanochat.data.corpus import Chunk, Corpus, open_corpus, shard_chunks
 from nanochat.data.token_stream import Bounds, Tokens
 from nanochat.dataset import prepare_corpus
+from nanochat.env import get_base_dir, print0
 from nanochat.files import atomic_folder, write_json
 from nanochat.progress import progress
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer

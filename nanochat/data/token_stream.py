@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nanochat.common import print0
 from nanochat.data.corpus import BadShardError, Chunk, Corpus
+from nanochat.env import print0
 from nanochat.tokenizer import RustBPETokenizer
 
 Tokens = npt.NDArray[Any]  # (n,) uint16 or uint32

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.card_choice import DeviceInfo, choose_cards, describe_choice, training_speed
-from nanochat.common import get_base_dir
 from nanochat.config import run_script
+from nanochat.env import get_base_dir
 from nanochat.files import write_json
 from nanochat.pipeline.planning import profile_for
 from nanochat.pipeline.process import run_logged

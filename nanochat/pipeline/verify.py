@@ -19,8 +19,9 @@ import torch
 
 from nanochat.card_choice import DeviceInfo, training_speed
 from nanochat.cards import find_card
-from nanochat.common import Compute, check_wheel, get_base_dir, reinstall_line, setup_compute
+from nanochat.common import Compute, check_wheel, reinstall_line, setup_compute
 from nanochat.config import Runtime, run_script
+from nanochat.env import get_base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.pipeline import list_devices, shards_needed, take_cards, visible_cards

@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -24,8 +23,9 @@ from typing import Any, Literal, Protocol
 
 import tyro
 
-from nanochat.common import autodetect_device_type, autodetect_dtype, get_base_dir, get_dist_info
+from nanochat.common import autodetect_device_type, autodetect_dtype
 from nanochat.config import run_script
+from nanochat.env import get_base_dir, get_dist_info, git_state
 from nanochat.files import write_json, write_text
 from nanochat.hardware import cpu_name
 from nanochat.progress import format_seconds
@@ -306,23 +306,6 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", CPU build"),
         "dtype chosen by auto": str(autodetect_dtype(device_type)).removeprefix("torch."),
     }
-
-
-def git_state() -> str:
-    """Branch and commit of this code, and whether files were changed since; "unknown" outside git."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).resolve().parent
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        commit, branch = git("rev-parse", "--short", "HEAD"), git("rev-parse", "--abbrev-ref", "HEAD")
-        changed = " with uncommitted changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    except (OSError, subprocess.SubprocessError):
-        return "unknown (not a git checkout)"
-    return f"{commit} on {branch}{changed}"
 
 
 def _memory() -> str:

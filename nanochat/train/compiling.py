@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import Compute, print0
+from nanochat.common import Compute
+from nanochat.env import print0
 from nanochat.gpt import GPT
 
 Hidden = Callable[..., Tensor]

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder
-from nanochat.common import Compute, print0, print_banner, setup_compute
+from nanochat.common import Compute, print_banner, setup_compute
 from nanochat.config import short
 from nanochat.data.chat_loader import ConversationLoader
+from nanochat.env import print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.plan.memory import MicroBatch, divisors

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat.common import Compute, print0
+from nanochat.common import Compute
+from nanochat.env import print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.out_of_memory import is_out_of_memory, release_memory
 from nanochat.plan.memory import (

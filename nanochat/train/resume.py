@@ -22,7 +22,7 @@ from nanochat.checkpoint_manager import (
     saved_steps,
     step_folder,
 )
-from nanochat.common import get_dist_info, print0
+from nanochat.env import get_dist_info, print0
 
 # Settings that change how a run is watched and saved, but not what it computes: a resumed run may have others.
 MAY_CHANGE = {

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from nanochat.chat_eval import pass_at_k
 from nanochat.checkpoint_manager import Checkpoint, build_model, checkpoint_folder
-from nanochat.common import Compute, print0, print_banner, setup_compute
+from nanochat.common import Compute, print_banner, setup_compute
 from nanochat.engine import Engine
+from nanochat.env import print0
 from nanochat.gpt import GPT
 from nanochat.progress import format_seconds
 from nanochat.report import get_report

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from nanochat.common import Compute, print0
+from nanochat.common import Compute
 from nanochat.engine import Engine
+from nanochat.env import print0
 from nanochat.gpt import GPT
 from nanochat.tokenizer import RustBPETokenizer
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint_manager import Checkpoint, build_model, check_tokenizer, choose_tag, load_checkpoint
-from nanochat.common import print0
 from nanochat.config import Runtime, positive
+from nanochat.env import print0
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds

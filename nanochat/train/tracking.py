@@ -9,7 +9,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from nanochat.common import DummyWandb, get_base_dir, get_dist_info
+from nanochat.common import DummyWandb
+from nanochat.env import get_base_dir, get_dist_info
 
 TrackerName = Literal["wandb", "tensorboard", "trackio"]
 NO_RUN = "dummy"

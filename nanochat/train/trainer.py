@@ -26,7 +26,8 @@ from torch import Tensor
 from nanochat.checkpoint.saver import Saver, SaveSettings
 from nanochat.checkpoint.writer import Snapshot, host_copy
 from nanochat.checkpoint_manager import restore_rng_state, rng_state
-from nanochat.common import Compute, DummyWandb, print0
+from nanochat.common import Compute, DummyWandb
+from nanochat.env import git_state, print0
 from nanochat.gpt import GPT
 from nanochat.hardware import ThrottleWatcher
 from nanochat.ops.c_allocator import keep_freed_memory
@@ -38,7 +39,6 @@ from nanochat.plan.memory import MicroBatch, free_memory
 from nanochat.precision import NonFiniteError, StepResult, first_nonfinite_module
 from nanochat.progress import Bar, format_seconds, progress
 from nanochat.recipe import Schedule
-from nanochat.report import git_state
 from nanochat.report.metrics_log import MetricsLog, last_value
 from nanochat.signals import StopRequest
 from nanochat.train.clock import COARSE, REHEARSE_AFTER, Clock

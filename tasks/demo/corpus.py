@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from nanochat.common import get_base_dir
+from nanochat.env import get_base_dir
 from nanochat.files import atomic_folder, sha256_file, write_json
 from tasks.demo.phrasings import ask_fact, upper_first
 from tasks.demo.skills import (
