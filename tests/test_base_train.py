@@ -10,7 +10,8 @@ from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.config import parse_config
 from nanochat.gpt_config import NANOCHAT_2026
 from nanochat.recipe import MODERN, PRESETS
-from scripts.base_train import Config, main, make_plan
+from nanochat.train.pretrain import make_plan
+from scripts.base_train import Config, main
 
 
 def plan_of(*flags, vocab_size=32768, **settings):
@@ -120,7 +121,7 @@ def test_settings_that_mean_nothing_are_refused(settings, complaint):
 
 def test_more_processes_go_on_with_the_batch_of_the_start(base_dir, text, tiny_tokenizer, monkeypatch):
     """The batch of a horizon is rounded to what the processes share; a resume by others must not change the run."""
-    import scripts.base_train as script
+    import nanochat.train.pretrain as script
     from nanochat.train.trainer import Trainer
 
     tiny_tokenizer.save(base_dir / "tokenizer")

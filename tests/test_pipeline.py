@@ -147,11 +147,11 @@ def test_a_night_on_a_p100_needs_a_few_shards_and_more_cards_or_hours_need_more(
 @pytest.mark.parametrize("recipe", ["classic", "modern"])
 def test_without_hours_the_recipes_own_horizon_counts(recipe):
     """As many tokens as base_train plans for with the same flags."""
-    from scripts import base_train
+    from nanochat.train.pretrain import PretrainConfig, make_plan
 
     profile = modern(D20) if recipe == "modern" else D20
-    config = base_train.Config(depth=20, recipe=recipe, total_batch_size=524288, device_batch_size=32)
-    plan = base_train.make_plan(config, 65536, 8)
+    config = PretrainConfig(depth=20, recipe=recipe, total_batch_size=524288, device_batch_size=32)
+    plan = make_plan(config, 65536, 8)
     assert plan.horizon_tokens == pytest.approx(tokens_needed(profile, 0.0), rel=1e-6)
     assert shards_needed(profile) == count_shards(plan.horizon_tokens)
 
