@@ -15,6 +15,7 @@ from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder
 from nanochat.common import Compute, print_banner, setup_compute
 from nanochat.config import short
 from nanochat.data.chat_loader import ConversationLoader
+from nanochat.data.loader import Batch
 from nanochat.env import print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
@@ -24,7 +25,7 @@ from nanochat.recipe import BatchPlan, Schedule, plan_batch, recipe_of
 from nanochat.report import get_report
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.clock import Clock
-from nanochat.train.micro_batch import Batch, choose_micro_batch
+from nanochat.train.micro_batch import choose_micro_batch
 from nanochat.train.resume import find_resume, model_hash, only_run, saved_dtype, saved_meta
 from nanochat.train.samples import print_answers
 from nanochat.train.stage import (

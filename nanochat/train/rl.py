@@ -19,13 +19,13 @@ from torch import Tensor
 from nanochat.chat_eval import pass_at_k
 from nanochat.checkpoint_manager import Checkpoint, build_model, checkpoint_folder
 from nanochat.common import Compute, print_banner, setup_compute
+from nanochat.data.loader import Batch
 from nanochat.engine import Engine
 from nanochat.env import print0
 from nanochat.gpt import GPT
 from nanochat.progress import format_seconds
 from nanochat.report import get_report
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.micro_batch import Batch
 from nanochat.train.resume import find_resume, model_hash, only_run, saved_dtype
 from nanochat.train.rollouts import RewardTask, RolloutLoader, RolloutSettings, Scorer, answer_prompts
 from nanochat.train.samples import print_answers

@@ -27,6 +27,7 @@ from nanochat.checkpoint.saver import Saver, SaveSettings
 from nanochat.checkpoint.writer import Snapshot, host_copy
 from nanochat.checkpoint_manager import restore_rng_state, rng_state
 from nanochat.common import Compute, DummyWandb
+from nanochat.data.loader import Batch
 from nanochat.env import git_state, print0
 from nanochat.gpt import GPT
 from nanochat.hardware import ThrottleWatcher
@@ -43,7 +44,7 @@ from nanochat.report.metrics_log import MetricsLog, last_value
 from nanochat.signals import StopRequest
 from nanochat.train.clock import COARSE, REHEARSE_AFTER, Clock
 from nanochat.train.compiling import compiled, should_compile
-from nanochat.train.micro_batch import Batch, too_large, use_micro_batch
+from nanochat.train.micro_batch import too_large, use_micro_batch
 from nanochat.train.tracking import Tracker
 
 METRICS_FILE = "metrics.jsonl"
