@@ -276,14 +276,15 @@ def fill_disk(cfg: Config, base_dir: Path) -> int:
 
 def outcome(cfg: Config, base_dir: Path) -> dict[str, Any]:
     """All that must not depend on interruptions."""
-    from nanochat.checkpoint_manager import load_checkpoint, read_sums
+    from nanochat.checkpoint.format import weights_hash
+    from nanochat.checkpoint_manager import load_checkpoint
 
     found: dict[str, Any] = {}
     for stage in cfg.stages:
         folder = base_dir / TRAINED[stage] / "d1"
         checkpoint = load_checkpoint(folder)
         state = {k: v for k, v in checkpoint.meta["state"].items() if k not in ("seconds", "clock", "metrics_bytes")}
-        found[f"{stage}: weights"] = read_sums(checkpoint.folder)["model.safetensors"]
+        found[f"{stage}: weights"] = weights_hash(checkpoint.folder)
         found[f"{stage}: position in the data"] = checkpoint.meta["loader"]
         found[f"{stage}: counters"] = (state, checkpoint.meta["precision"], checkpoint.meta["complete"])
         lines = (folder / "metrics.jsonl").read_text().splitlines()

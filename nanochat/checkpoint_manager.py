@@ -1,19 +1,11 @@
-"""Checkpoints: one folder per step that becomes visible whole, safetensors and JSON, verified when loaded.
-
-<base dir>/<source>_checkpoints/<tag>/step_000123/
-    model.safetensors        weights
-    optim_rank0.safetensors  rank 0's part of the optimizer state, and its random generators (in an unfinished run);
-    optim_rank1.safetensors  ... so for every rank
-    meta.json                step, model config, training config, position in the data, loss scale, time used, code
-    SHA256SUMS               of all of these, as `sha256sum -c` reads it
+"""Checkpoints: load, save and choose them. One folder per step that becomes visible whole and is verified when loaded.
 
 A kill at any moment leaves the checkpoints that were there: a new one is written under a hidden name, synced to the
-disk, and renamed. Writing in the background and what is kept: checkpoint_writer.py.
+disk, and renamed. The files: nanochat/checkpoint/format.py; writing in the background and what is kept: writer.py.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from dataclasses import dataclass
@@ -22,27 +14,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanochat.checkpoint.format import (
+    DAMAGED,
+    FOLDERS,
+    META_FILE,
+    MODEL_FILE,
+    checkpoint_folder,
+    optimizer_file,
+    read_meta,
+    read_sums,
+    saved_steps,
+    step_folder,
+)
+from nanochat.checkpoint.writer import Keep, Snapshot, host_copy, write_snapshot
 from nanochat.env import get_base_dir, get_dist_info, print0
 from nanochat.files import sha256_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-
-# Where each stage keeps its checkpoints, and the command that makes them.
-FOLDERS = {
-    "base": ("base_checkpoints", "python -m scripts.base_train"),
-    "mid": ("mid_checkpoints", "python -m scripts.mid_train"),
-    "sft": ("chatsft_checkpoints", "python -m scripts.chat_sft"),
-    "rl": ("chatrl_checkpoints", "python -m scripts.chat_rl"),
-}
-MODEL_FILE, META_FILE, SUMS_FILE = "model.safetensors", "meta.json", "SHA256SUMS"
-DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
-"""What reading a damaged checkpoint may raise."""
-_STEP = re.compile(r"step_(\d{6}|[1-9]\d{6,})")  # as step_folder writes it
-_SUM = re.compile(r"([0-9a-f]{64})  ([\w.]+)\n")
 
 
 @dataclass(frozen=True)
@@ -58,53 +49,6 @@ class Checkpoint:
         """Drop the tensors once they were copied: a merged optimizer alone is twice the model, for the whole run."""
         self.model.clear()
         self.optimizer.clear()
-
-
-# --- which are there -------------------------------------------------------------------------------------------------
-
-
-def checkpoint_folder(source: str, tag: str) -> Path:
-    """The folder of a stage's checkpoints under `tag`."""
-    if source not in FOLDERS:
-        raise ValueError(f"unknown model source {source!r}: choose one of {', '.join(FOLDERS)}")
-    return get_base_dir() / FOLDERS[source][0] / tag
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is."""
-    return folder / f"step_{step:06d}"
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """The steps saved in `folder`, ascending; strays and half-written folders are ignored."""
-    if not folder.is_dir():
-        return []
-    matches = ((_STEP.fullmatch(p.name), p) for p in folder.iterdir())
-    return sorted(int(m.group(1)) for m, p in matches if m and (p / META_FILE).is_file())
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """The verified meta.json of the checkpoint in the folder `path`."""
-    if sha256_file(path / META_FILE) != read_sums(path).get(META_FILE):
-        raise ValueError(f"{META_FILE} does not match its SHA-256")
-    meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
-    if not isinstance(meta, dict):
-        raise ValueError(f"{META_FILE} holds no record")
-    return meta
-
-
-def read_sums(path: Path) -> dict[str, str]:
-    """SHA-256 by file name, as SHA256SUMS has them."""
-    text = (path / SUMS_FILE).read_text(encoding="ascii")
-    sums = {name: digest for digest, name in _SUM.findall(text)}
-    if text != format_sums(sums):
-        raise ValueError(f"{SUMS_FILE} is malformed")
-    return sums
-
-
-def format_sums(sums: dict[str, str]) -> str:
-    """The text of SHA256SUMS."""
-    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -148,11 +92,6 @@ def _read(path: Path, with_optimizer: bool) -> Checkpoint:
     return Checkpoint(path, meta, parts[MODEL_FILE], merge_shards(shards, get_dist_info()[1]))
 
 
-def optimizer_file(rank: int) -> str:
-    """The name of a rank's part of the optimizer state."""
-    return f"optim_rank{rank}.safetensors"
-
-
 def merge_shards(shards: list[dict[str, Tensor]], rank: int) -> dict[str, Tensor]:
     """The whole optimizer state from every rank's part, with the random generators of `rank` (if it was there).
 
@@ -184,8 +123,6 @@ def save_checkpoint(
         meta: JSON-ready record.
         keep: how many checkpoints stay; None keeps all.
     """
-    from nanochat.checkpoint.writer import Keep, Snapshot, host_copy, write_snapshot
-
     snapshot = Snapshot(step, host_copy(model), None if optimizer is None else host_copy(optimizer), meta)
     write_snapshot(folder, snapshot, Keep(keep))
     return step_folder(folder, step)

@@ -21,7 +21,8 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import MODEL_FILE, find_tag, load_model, read_sums, step_folder
+from nanochat.checkpoint.format import step_folder, weights_hash
+from nanochat.checkpoint_manager import find_tag, load_model
 from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.core_eval import (
@@ -178,7 +179,7 @@ def load_subject(cfg: Config, device: torch.device) -> Subject:
         return Subject(hf_model, hf_tokenizer, cfg.hf_path, slugify(cfg.hf_path.strip("/.")), version)
     model, tokenizer, meta = load_model("base", device, "eval", cfg.model_tag, cfg.step)
     checkpoint = find_tag("base", cfg.model_tag)
-    version = read_sums(step_folder(checkpoint, meta["step"]))[MODEL_FILE]
+    version = weights_hash(step_folder(checkpoint, meta["step"]))
     slug = f"base_{checkpoint.name}_{meta['step']:06d}"
     return Subject(model, tokenizer, f"{checkpoint.name}, step {meta['step']}", slug, version)
 

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 import torch.distributed as dist
 
 from nanochat.chat_eval import Sampling, TaskScore, chat_core, evaluate_chat_task
-from nanochat.checkpoint_manager import MODEL_FILE, find_tag, load_model, read_sums, step_folder
+from nanochat.checkpoint.format import step_folder, weights_hash
+from nanochat.checkpoint_manager import find_tag, load_model
 from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.engine import Engine
@@ -134,7 +135,7 @@ def print_score(cfg: Config, name: str, score: TaskScore) -> None:
 def fingerprint(cfg: Config, compute: Compute, folder: Path) -> str:
     """Short name of all that answers depend on: those of another fingerprint are not taken over."""
     checkpoint = find_tag(cfg.source, cfg.model_tag)
-    version = read_sums(step_folder(checkpoint, int(folder.name[-6:])))[MODEL_FILE]
+    version = weights_hash(step_folder(checkpoint, int(folder.name[-6:])))
     data = os.environ.get("NANOCHAT_TASK_DIR")
     facts = [str(checkpoint), folder.name, version, cfg.sampling(), compute.precision.name, data]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint, saved_steps
-from nanochat.common import get_base_dir, print0
+from nanochat.checkpoint.format import checkpoint_folder, saved_steps
+from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.config import run_script, short
+from nanochat.env import get_base_dir, print0
 from nanochat.interop.hf_format import read_hf_folder
 from nanochat.interop.hf_hub import model_folder
 from nanochat.tokenizer import TOKENIZER_FOLDER, RustBPETokenizer

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.checkpoint.format import saved_steps
 from nanochat.checkpoint.writer import CheckpointWriter, Keep, Snapshot, clean_leftovers
-from nanochat.checkpoint_manager import saved_steps
 from nanochat.common import Compute
 from nanochat.env import print0
 from nanochat.signals import Stopped

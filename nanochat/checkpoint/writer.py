@@ -9,6 +9,7 @@ system; several machines without a shared one are left out.)
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -18,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from nanochat.checkpoint.safetensors_file import size_in_bytes, write_safetensors
-from nanochat.checkpoint_manager import (
+from nanochat.checkpoint.format import (
     DAMAGED,
     META_FILE,
     MODEL_FILE,
@@ -37,6 +38,20 @@ from nanochat.files import fsync_folder, sha256_file, write_json, write_text
 
 SLACK_BYTES = 4 << 20  # for meta.json, the loss log and the folder itself
 PARTS_TIMEOUT_SECONDS = 600.0
+BLOCK_BYTES = 1 << 22
+# Of the format: https://huggingface.co/docs/safetensors/index#format
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,50 @@ def host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- one file --------------------------------------------------------------------------------------------------------
+
+
+def size_in_bytes(tensors: dict[str, Tensor]) -> int:
+    """What these tensors take on the disk, without the header."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors (on the CPU) by name, fsync the file; returns its SHA-256 in hex.
+
+    The hash is of what should be on the disk, not of what can be read back, so a torn write is found when the file is
+    loaded. Unlike the safetensors package this reads nothing again and reports a full disk as the OSError it is.
+
+    Raises:
+        OSError: the disk is full, read-only, or gone.
+    """
+    # The widest types first: then every tensor begins at a multiple of its element's size.
+    items = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, at = {}, 0
+    for name, t in items:
+        end = at + t.numel() * t.element_size()
+        header[name] = {"dtype": SAFETENSORS_DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as f:
+
+        def write(data: memoryview) -> None:
+            digest.update(data)
+            while data:
+                data = data[f.write(data) :]
+
+        write(memoryview(len(text).to_bytes(8, "little") + text))
+        for _, t in items:
+            data = t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(data), BLOCK_BYTES):  # large calls leave Python's lock to the training thread
+                write(data[start : start + BLOCK_BYTES])
+        os.fsync(f.fileno())
+    return digest.hexdigest()
+
+
+# --- one checkpoint --------------------------------------------------------------------------------------------------
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, keep: Keep, abandon: threading.Event | None = None) -> None:

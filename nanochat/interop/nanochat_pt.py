@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint_manager import FOLDERS, checkpoint_folder, save_checkpoint, saved_steps
+from nanochat.checkpoint.format import FOLDERS, checkpoint_folder, saved_steps
+from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 

@@ -9,15 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.checkpoint_manager import (
-    DAMAGED,
-    META_FILE,
-    MODEL_FILE,
-    read_meta,
-    read_sums,
-    saved_steps,
-    step_folder,
-)
+from nanochat.checkpoint.format import DAMAGED, META_FILE, read_meta, saved_steps, step_folder, weights_hash
 from nanochat.data.shards import MANIFEST, load_manifest
 from nanochat.data.text_files import COMPRESSIONS, KINDS
 from nanochat.files import sha256_file
@@ -87,7 +79,7 @@ def _checkpoint_hash(folder: Path) -> str | None:
     """The hash of a finished run's weights. Weights only: the time that a run took does not matter to later stages."""
     try:
         newest = step_folder(folder, saved_steps(folder)[-1])
-        return read_sums(newest)[MODEL_FILE] if read_meta(newest)["complete"] else None
+        return weights_hash(newest) if read_meta(newest)["complete"] else None
     except (*DAMAGED, IndexError):
         return None
 

@@ -11,17 +11,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nanochat.checkpoint.format import DAMAGED, read_meta, saved_steps, step_folder, weights_hash
 from nanochat.checkpoint.writer import clean_leftovers
-from nanochat.checkpoint_manager import (
-    DAMAGED,
-    MODEL_FILE,
-    Checkpoint,
-    load_checkpoint,
-    read_meta,
-    read_sums,
-    saved_steps,
-    step_folder,
-)
+from nanochat.checkpoint_manager import Checkpoint, load_checkpoint
 from nanochat.env import get_dist_info, print0
 
 # Settings that change how a run is watched and saved, but not what it computes: a resumed run may have others.
@@ -82,7 +74,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: set[s
 
 def model_hash(checkpoint: Checkpoint) -> str:
     """Names a checkpoint's weights: step and SHA-256."""
-    return f"step {checkpoint.meta['step']}, {read_sums(checkpoint.folder)[MODEL_FILE][:16]}"
+    return f"step {checkpoint.meta['step']}, {weights_hash(checkpoint.folder)[:16]}"
 
 
 def saved_dtype(folder: Path, resume: str) -> str | None:

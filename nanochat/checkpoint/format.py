@@ -1,0 +1,90 @@
+"""What a checkpoint is on the disk: names, checksums and the record. No tensors; the writer and the loader stand above.
+
+<base dir>/<source>_checkpoints/<tag>/step_000123/
+    model.safetensors        weights
+    optim_rank0.safetensors  rank 0's part of the optimizer state, and its random generators (in an unfinished run);
+    optim_rank1.safetensors  ... so for every rank
+    meta.json                step, model config, training config, position in the data, loss scale, time used, code
+    SHA256SUMS               of all of these, as `sha256sum -c` reads it
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from nanochat.env import get_base_dir
+from nanochat.files import sha256_file
+
+# Where each stage keeps its checkpoints, and the command that makes them.
+FOLDERS = {
+    "base": ("base_checkpoints", "python -m scripts.base_train"),
+    "mid": ("mid_checkpoints", "python -m scripts.mid_train"),
+    "sft": ("chatsft_checkpoints", "python -m scripts.chat_sft"),
+    "rl": ("chatrl_checkpoints", "python -m scripts.chat_rl"),
+}
+MODEL_FILE, META_FILE, SUMS_FILE = "model.safetensors", "meta.json", "SHA256SUMS"
+DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+"""What reading a damaged checkpoint may raise."""
+# Six digits, or more without leading zeros: each step has one name, so no two folders can claim the same step.
+_STEP = re.compile(r"step_(\d{6}|[1-9]\d{6,})")
+_SUM = re.compile(r"([0-9a-f]{64})  ([\w.]+)\n")
+
+
+def checkpoint_folder(source: str, tag: str) -> Path:
+    """The folder of a stage's checkpoints under `tag`."""
+    if source not in FOLDERS:
+        raise ValueError(f"unknown model source {source!r}: choose one of {', '.join(FOLDERS)}")
+    return get_base_dir() / FOLDERS[source][0] / tag
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is."""
+    return folder / f"step_{step:06d}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps saved in `folder`, ascending; strays and half-written folders are ignored."""
+    if not folder.is_dir():
+        return []
+    matches = ((_STEP.fullmatch(p.name), p) for p in folder.iterdir())
+    return sorted(int(m.group(1)) for m, p in matches if m and (p / META_FILE).is_file())
+
+
+def optimizer_file(rank: int) -> str:
+    """The name of a rank's part of the optimizer state."""
+    return f"optim_rank{rank}.safetensors"
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The verified meta.json of the checkpoint in the folder `path`."""
+    if sha256_file(path / META_FILE) != read_sums(path).get(META_FILE):
+        raise ValueError(f"{META_FILE} does not match its SHA-256")
+    meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
+    if not isinstance(meta, dict):
+        raise ValueError(f"{META_FILE} holds no record")
+    return meta
+
+
+def weights_hash(path: Path) -> str:
+    """The SHA-256 of the weights in the checkpoint folder `path`, which names a model wherever results are kept."""
+    return read_sums(path)[MODEL_FILE]
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """SHA-256 by file name, as SHA256SUMS has them."""
+    text = (path / SUMS_FILE).read_text(encoding="ascii")
+    sums = {name: digest for digest, name in _SUM.findall(text)}
+    # Written again it must be the same text: the list of hashes has no hash of its own that would show damage.
+    if text != format_sums(sums):
+        raise ValueError(f"{SUMS_FILE} is malformed")
+    return sums
+
+
+def format_sums(sums: dict[str, str]) -> str:
+    """The text of SHA256SUMS."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
