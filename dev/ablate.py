@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nanochat.config import run_script  # noqa: E402
-from nanochat.gpt_config import NANOCHAT_2026  # noqa: E402
+from nanochat.gpt import NANOCHAT_2026  # noqa: E402
 
 SWITCHES = {
     "residual_scalars": "--residual_scalars=True",

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.gpt_config import NANOCHAT_2026
+from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 
 DEFAULT_RECIPE = "small"
 # AdamW learning rates were tuned at this width; they scale with width^-½. Source: nanochat.

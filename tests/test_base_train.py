@@ -8,7 +8,7 @@ import torch
 
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.config import parse_config
-from nanochat.gpt_config import NANOCHAT_2026
+from nanochat.gpt import NANOCHAT_2026
 from nanochat.recipe import MODERN, PRESETS
 from nanochat.train.pretrain import make_plan
 from scripts.base_train import Config, main

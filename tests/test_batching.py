@@ -14,7 +14,7 @@ from reference_generation import ToolModel, make_model, naive_greedy
 from nanochat.engine import Engine
 from nanochat.generate.sampling import Sampling
 from nanochat.generate.scheduler import Row, Scheduler
-from nanochat.gpt_config import NANOCHAT_2026
+from nanochat.gpt import NANOCHAT_2026
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, GenerationRequest, QueueFull, StopTexts
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import load_checkpoint, load_model
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.gpt_config import NANOCHAT_2026
+from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 from nanochat.interop.nanochat_pt import classic_steps, import_classic, read_classic
 
 

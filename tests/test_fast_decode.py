@@ -8,8 +8,7 @@ from nanochat.engine import Engine
 from nanochat.generate.decode_linear import Int8Linear
 from nanochat.generate.fast_decode import is_supported, make_decoder
 from nanochat.generate.kv_cache import KVCache
-from nanochat.gpt import GPT
-from nanochat.gpt_config import NANOCHAT_2026, GPTConfig
+from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 from nanochat.precision import Precision
 from nanochat.train.lora import add_lora, merged_weights
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from nanochat.generate.kv_cache import KVCache
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.gpt_config import NANOCHAT_2026
+from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 from nanochat.ops.key_offset import offset_keys
 from nanochat.scoring import Span, score_groups
 

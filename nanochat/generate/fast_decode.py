@@ -23,8 +23,16 @@ from torch import Tensor
 
 from nanochat.generate.decode_linear import Int8Linear, Linear, best_form
 from nanochat.generate.kv_cache import KVCache
-from nanochat.gpt import BIGRAM_HASH, GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, Attention
-from nanochat.gpt_config import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
+from nanochat.gpt import (
+    BIGRAM_HASH,
+    GPT,
+    LOGIT_SOFTCAP,
+    MLP,
+    NORM_EPS,
+    SMEAR_GATE_CHANNELS,
+    VALUE_GATE_CHANNELS,
+    Attention,
+)
 from nanochat.ops.cpu import ThreadChoice
 from nanochat.ops.linear import Linear as ModelLinear
 from nanochat.precision import DTYPES, NARROW_RANGE, Precision

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochat.gpt_config import GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.ops.key_offset import split_key
 
 

@@ -21,8 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanochat.files import atomic_folder, write_json, write_text
-from nanochat.gpt import BIGRAM_HASH, GPT, LOGIT_SOFTCAP, NORM_EPS
-from nanochat.gpt_config import ROPE_BASE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
+from nanochat.gpt import (
+    BIGRAM_HASH,
+    GPT,
+    LOGIT_SOFTCAP,
+    NORM_EPS,
+    ROPE_BASE,
+    SMEAR_GATE_CHANNELS,
+    VALUE_GATE_CHANNELS,
+    GPTConfig,
+)
 from nanochat.interop.hf_hub import model_folder
 from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, from_hf_json, to_hf_json
 from nanochat.tokenizer import RustBPETokenizer

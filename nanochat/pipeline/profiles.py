@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.data.sources import SOURCES
-from nanochat.gpt_config import GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.precision import cpu_has_bf16
 from nanochat.recipe import DEFAULT_RECIPE, PRESETS
 

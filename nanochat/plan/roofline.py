@@ -18,8 +18,7 @@ from typing import Protocol
 import torch
 
 from nanochat.cards import Card
-from nanochat.gpt import GPT
-from nanochat.gpt_config import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.precision import DTYPE_NAMES, DTYPES, candidate_dtypes
 from nanochat.recipe import Preset
 
