@@ -64,6 +64,7 @@ SIZES: dict[str, dict[str, object]] = {
     "scripts.chat_cli": {**CHAT, "max_tokens": 4},
     "scripts.export_hf": {},
     "nanochat.report": {},
+    "dev.house": {},
 }
 # Commands that are run some other way, and which.
 DRY = {
