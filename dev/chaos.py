@@ -74,8 +74,8 @@ class Config:
 
 def run_pipeline(cfg: Config) -> None:
     """The child: the stages up to SFT, without the evaluations."""
-    from nanochat.pipeline import Pipeline, only_one
     from nanochat.pipeline.profiles import TINY, Settings
+    from nanochat.pipeline.run import Pipeline, only_one
     from nanochat.pipeline.stages import make_stages
 
     save = f"--save_every={SAVE_EVERY}"

@@ -20,7 +20,9 @@ from nanochat.cards import CARDS, Card, find_card
 from nanochat.common import autodetect_device_type, get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.hardware import inspect_machine, speeds_key
-from nanochat.pipeline.planning import (
+from nanochat.plan.local_speed import OPERATIONS_FILE, LocalMachine
+from nanochat.plan.memory import MicroBatch, free_memory
+from nanochat.plan.planning import (
     DEPTHS,
     MEASURED_DEPTHS,
     Budget,
@@ -31,8 +33,6 @@ from nanochat.pipeline.planning import (
     on_card,
     plan,
 )
-from nanochat.plan.local_speed import OPERATIONS_FILE, LocalMachine
-from nanochat.plan.memory import MicroBatch, free_memory
 from nanochat.plan.roofline import ATTENTION_SHARE, BANDWIDTH_SHARE, GEMM_SHARE
 from nanochat.plan.scaling_law import ERROR
 from nanochat.recipe import DEFAULT_RECIPE

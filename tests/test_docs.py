@@ -104,7 +104,8 @@ def resized(flags: list[str], sizes: dict[str, object]) -> list[str]:
 
 def run_module(name: str, flags: list[str]) -> None:
     """A script of this project, in this process."""
-    module = importlib.import_module(f"{name}.__main__" if name == "tasks.demo" else name)
+    package = (docs.ROOT / name.replace(".", "/")).is_dir()
+    module = importlib.import_module(f"{name}.__main__" if package else name)
     module.main(parse_config(module.Config, flags))
 
 
@@ -230,7 +231,8 @@ def test_the_flags_of_a_command_that_is_not_run_are_known(command):
     if found is None or found[0] in DRY:
         return
     name, flags = found
-    module = importlib.import_module(f"{name}.__main__" if name == "tasks.demo" else name)
+    package = (docs.ROOT / name.replace(".", "/")).is_dir()
+    module = importlib.import_module(f"{name}.__main__" if package else name)
     assert parse_config(module.Config, flags)
 
 

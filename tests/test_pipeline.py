@@ -14,17 +14,17 @@ import torch
 from nanochat.card_choice import DeviceInfo
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.data.shards import Entry, Manifest
-from nanochat.pipeline import (
-    Pipeline,
+from nanochat.data.sources import count_shards
+from nanochat.pipeline.machine import (
     flops_per_second,
     machine_env,
-    only_one,
     shards_needed,
     take_cards,
     tokens_needed,
     visible_cards,
 )
-from nanochat.pipeline.profiles import CPU, D20, DEMO, P100, TINY, Profile, Settings, choose_profile, count_shards
+from nanochat.pipeline.profiles import CPU, D20, DEMO, P100, TINY, Profile, Settings, choose_profile
+from nanochat.pipeline.run import Pipeline, only_one
 from nanochat.pipeline.stages import READY_SHARDS, Stage, expected_seconds, fingerprint, make_stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,7 +157,7 @@ def test_without_hours_the_recipes_own_horizon_counts(recipe):
 
 
 def test_half_an_hour_on_a_cpu_downloads_no_hundred_shards(monkeypatch):
-    monkeypatch.setattr("nanochat.common.measure_matmul", lambda *_, **__: 0.4)
+    monkeypatch.setattr("nanochat.pipeline.machine.measure_matmul", lambda *_, **__: 0.4)
     assert shards_needed(replace(CPU, dataset="climbmix")) == 1
 
 
@@ -165,7 +165,7 @@ def test_the_speed_of_a_cpu_is_that_of_the_products_training_makes(monkeypatch):
     """Float32 runs are trained by bfloat16 products where they are fast: shards for half that speed would run out."""
     monkeypatch.setattr("nanochat.precision.cpu_has_bf16", lambda: True)
     speeds = {torch.float32: 0.1, torch.bfloat16: 0.3}
-    monkeypatch.setattr("nanochat.common.measure_matmul", lambda dtype, *_, **__: speeds[dtype])
+    monkeypatch.setattr("nanochat.pipeline.machine.measure_matmul", lambda dtype, *_, **__: speeds[dtype])
     assert flops_per_second(replace(CPU, dtype="float32"), []) == pytest.approx(0.3e12)
 
 

@@ -8,9 +8,9 @@ import torch
 from nanochat.card_choice import DeviceInfo
 from nanochat.cards import find_card
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.pipeline.planning import Budget, card_speed, measured_speed, plan_row, profile_for
-from nanochat.pipeline.profiles import Settings, choose_profile
+from nanochat.pipeline.profiles import Settings, choose_profile, profile_for
 from nanochat.plan.local_speed import LocalMachine
+from nanochat.plan.planning import Budget, card_speed, measured_speed, plan_row
 from nanochat.plan.roofline import CardRoofline, best_dtype, step_operations, step_seconds, tokens_per_second
 from nanochat.precision import DTYPES, Precision
 from nanochat.recipe import CLASSIC, PRESETS

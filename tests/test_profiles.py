@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from nanochat.data.sources import count_shards
 from nanochat.pipeline import profiles
 from nanochat.pipeline.profiles import (
     CPU,
@@ -16,7 +17,6 @@ from nanochat.pipeline.profiles import (
     TINY,
     Settings,
     choose_profile,
-    count_shards,
     fit_batches,
 )
 

@@ -137,6 +137,7 @@ def test_a_question_that_was_interrupted_is_not_asked_again(tmp_path, monkeypatc
     """The stop button ends the answer: neither the conversation nor the server is hurt."""
     write(tmp_path, scripts__chat_web=SERVER)
     (tmp_path / "scripts" / "chat_web").rename(tmp_path / "scripts" / "chat_web.py")
+    (tmp_path / "scripts" / "__init__.py").touch()  # goes before the project's own, wherever that is
     chat = Chat(sys.executable, tmp_path, {}).wait()
     try:
         assert os.getpgid(chat.process.pid) != os.getpgid(0)

@@ -18,8 +18,7 @@ import torch
 from nanochat import common
 from nanochat.card_choice import DeviceInfo, choose_cards, describe_choice, training_speed
 from nanochat.pipeline import verify
-from nanochat.pipeline.planning import profile_for
-from nanochat.pipeline.profiles import DEMO, P100, Settings
+from nanochat.pipeline.profiles import DEMO, P100, Settings, profile_for
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ["awk", "bash", "cat", "dirname", "du", "grep", "iconv", "id", "sed", "tail", "timeout", "tr"]

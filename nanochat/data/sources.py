@@ -6,12 +6,18 @@ A source is "climbmix" or "fineweb_edu", "hf:owner/name[/folder]", "urls:LIST", 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.data.hub import choose_shards, list_parquet, local_name
 from nanochat.data.shards import Entry, Manifest
 from nanochat.env import get_base_dir
+
+# A shard of the public corpora holds about 250 million characters (source: nanochat) and takes about 100 MB.
+SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
+# Characters per token of a vocabulary of 65536 on English web text: about 4.8 in nanochat, rounded up.
+CHARS_PER_TOKEN = 4.9
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,16 @@ class Source:
         return f"shard_{self.last_shard:05d}.parquet"
 
 
-# Both are already shuffled (seed 42); a shard holds about 250 million characters.
+# Both are already shuffled (seed 42).
 SOURCES = {
     "climbmix": Source("karpathy/climbmix-400b-shuffle", 6542),
     "fineweb_edu": Source("karpathy/fineweb-edu-100b-shuffle", 1822),
 }
+
+
+def count_shards(tokens: float) -> int:
+    """Shards of a public corpus that hold this many tokens."""
+    return max(1, math.ceil(tokens * CHARS_PER_TOKEN / SHARD_CHARS))
 
 
 def is_remote(source: str) -> bool:

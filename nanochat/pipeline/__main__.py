@@ -1,4 +1,5 @@
 from nanochat.config import run_script
-from nanochat.pipeline import Config, main
+from nanochat.pipeline.run import Config, main
 
-run_script(main, Config)
+if __name__ == "__main__":
+    run_script(main, Config)

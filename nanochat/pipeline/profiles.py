@@ -6,22 +6,19 @@ A profile is the whole set of sizes of one run, from tokenizer to SFT. `nanochat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nanochat.card_choice import DeviceInfo, training_speed
+from nanochat.cards import find_card
 from nanochat.data.sources import SOURCES
 from nanochat.gpt import GPTConfig
+from nanochat.plan.planning import DEPTHS, card_speed, on_card, plan
 from nanochat.precision import cpu_has_bf16
 from nanochat.recipe import DEFAULT_RECIPE, PRESETS
 
-# A shard of the public corpora holds about 250 million characters. Source: nanochat.
-SHARD_CHARS = 250e6
-# ... and takes about 100 MB on the disk.
-SHARD_BYTES = 100e6
-# Characters per token of a vocabulary of 65536 on English web text: about 4.8 in nanochat, rounded up.
-CHARS_PER_TOKEN = 4.9
 # Mid-training and SFT get these shares of the hours that base training has.
 MID_HOURS, SFT_HOURS = 1 / 3, 1 / 6
 
@@ -203,7 +200,7 @@ CPU = Profile(
     env={"NANOCHAT_DOWNLOAD_ATTEMPTS": "1"},  # what is downloaded here (the CORE bundle) is only for evaluation
 )
 
-# One P100, one night. Not yet run on a physical card. The depth is for a card that planning.profile_for doesn't know.
+# One P100, one night. Not yet run on a physical card. The depth is for a card that profile_for doesn't know.
 P100 = Profile(
     name="p100",
     about="a CUDA card of 16 GB or more",
@@ -374,6 +371,35 @@ def fit_batches(profile: Profile) -> Profile:
     return replace(profile, sft_batch_size=whole(profile.sft_batch_size, profile.sft_rows))
 
 
-def count_shards(tokens: float) -> int:
-    """Shards of a public corpus that hold this many tokens."""
-    return max(1, math.ceil(tokens * CHARS_PER_TOKEN / SHARD_CHARS))
+def best_depth(profile: Profile, devices: Sequence[DeviceInfo]) -> int | None:
+    """The depth that learns most in the profile's hours on these cards; None without hours or for an unknown card.
+
+    From data sheets, not measured: a run that goes on must find the same depth.
+    """
+    card = find_card(min(devices, key=lambda device: training_speed(device.name)).name) if devices else None
+    if card is None or profile.hours is None:
+        return None
+    budget, roofline = on_card(
+        card,
+        hours=profile.hours,
+        recipe=profile.recipe,
+        vocab_size=profile.vocab_size,
+        sequence_len=profile.max_seq_len,
+        num_cards=profile.nproc,
+        fineweb=profile.dataset == "fineweb_edu",
+    )
+    return next((row.depth for row in plan(DEPTHS, budget, card_speed(roofline, budget)) if row.best), None)
+
+
+def profile_for(settings: Settings, devices: Sequence[DeviceInfo]) -> Profile:
+    """`choose_profile`; where DEPTH is not set, the profile for cards that are bought singly gets their best depth."""
+    profile = choose_profile(settings, len(devices))
+    if profile.name != "p100" or settings.depth is not None:
+        return profile
+    depth = best_depth(profile, devices)
+    if depth is None:
+        return profile
+    profile = choose_profile(replace(settings, depth=depth), len(devices))
+    cards = " and ".join(dict.fromkeys(device.name for device in devices))
+    about = f"depth {depth}, which by the planner learns most in {profile.hours:g} hours on {cards} (or set DEPTH)"
+    return replace(profile, about=about)

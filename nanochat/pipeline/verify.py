@@ -21,12 +21,13 @@ from nanochat.card_choice import DeviceInfo, training_speed
 from nanochat.cards import find_card
 from nanochat.common import Compute, check_wheel, reinstall_line, setup_compute
 from nanochat.config import Runtime, run_script
+from nanochat.data.sources import SHARD_BYTES
 from nanochat.env import get_base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.pipeline import list_devices, shards_needed, take_cards, visible_cards
-from nanochat.pipeline.planning import profile_for
-from nanochat.pipeline.profiles import MID_HOURS, SFT_HOURS, SHARD_BYTES, Profile, Settings
+from nanochat.pipeline.machine import list_devices, shards_needed, take_cards, visible_cards
+from nanochat.pipeline.profiles import MID_HOURS, SFT_HOURS, Profile, Settings, profile_for
+from nanochat.plan.planning import meta_model
 from nanochat.precision import DTYPE_NAMES
 from nanochat.progress import format_seconds
 from nanochat.recipe import CLASSIC, PRESETS, parameter_groups
@@ -144,8 +145,7 @@ def check_plan(profile: Profile, speed: float) -> Check:
         known = sum(profile.seconds.values())
         time = f"about {format_seconds(known)} (as measured on 2 CPU cores)" if known else "by tokens, not by the clock"
         return Check("ok", "plan", f"profile {profile.name}: {profile.about}; {time}")
-    with torch.device("meta"):
-        model = GPT(profile.model_config)
+    model = meta_model(profile.model_config)
     cost = model.estimate_flops()
     tokens = profile.hours * 3600 * speed * profile.nproc / cost
     preset = PRESETS[profile.recipe]
@@ -162,8 +162,7 @@ def check_plan(profile: Profile, speed: float) -> Check:
 
 def check_room(profile: Profile, devices: Sequence[DeviceInfo]) -> Check:
     """Whether the base dir's disk holds this run: its shards, its checkpoints while it trains, its three models."""
-    with torch.device("meta"):
-        num_params = GPT(profile.model_config).num_params()
+    num_params = meta_model(profile.model_config).num_params()
     public = profile.dataset not in (None, "demo")
     shards = shards_needed(profile, devices) if public else 0
     needed = shards * SHARD_BYTES + num_params * BYTES_PER_PARAMETER + OTHER_BYTES * public

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanochat.card_choice import DeviceInfo, training_speed
-from nanochat.cards import Card, find_card
+from nanochat.cards import Card
+from nanochat.data.sources import SHARD_BYTES, count_shards
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.pipeline.profiles import SHARD_BYTES, Profile, Settings, choose_profile, count_shards
 from nanochat.plan.memory import MicroBatch, estimate_training_memory, largest_micro_batch
 from nanochat.plan.roofline import CardRoofline, Device, best_dtype, tokens_per_second
 from nanochat.plan.scaling_law import predict_bpb
@@ -219,37 +218,3 @@ def on_card(
         compiled=roofline.compiled,
     )
     return budget, roofline
-
-
-def best_depth(profile: Profile, devices: Sequence[DeviceInfo]) -> int | None:
-    """The depth that learns most in the profile's hours on these cards; None without hours or for an unknown card.
-
-    From data sheets, not measured: a run that goes on must find the same depth.
-    """
-    card = find_card(min(devices, key=lambda device: training_speed(device.name)).name) if devices else None
-    if card is None or profile.hours is None:
-        return None
-    budget, roofline = on_card(
-        card,
-        hours=profile.hours,
-        recipe=profile.recipe,
-        vocab_size=profile.vocab_size,
-        sequence_len=profile.max_seq_len,
-        num_cards=profile.nproc,
-        fineweb=profile.dataset == "fineweb_edu",
-    )
-    return next((row.depth for row in plan(DEPTHS, budget, card_speed(roofline, budget)) if row.best), None)
-
-
-def profile_for(settings: Settings, devices: Sequence[DeviceInfo]) -> Profile:
-    """`choose_profile`; where DEPTH is not set, the profile for cards that are bought singly gets their best depth."""
-    profile = choose_profile(settings, len(devices))
-    if profile.name != "p100" or settings.depth is not None:
-        return profile
-    depth = best_depth(profile, devices)
-    if depth is None:
-        return profile
-    profile = choose_profile(replace(settings, depth=depth), len(devices))
-    cards = " and ".join(dict.fromkeys(device.name for device in devices))
-    about = f"depth {depth}, which by the planner learns most in {profile.hours:g} hours on {cards} (or set DEPTH)"
-    return replace(profile, about=about)

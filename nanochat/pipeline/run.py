@@ -1,0 +1,210 @@
+"""The whole road in one command: text → tokenizer → base → mid → SFT → report → an answer.
+
+`bash speedrun_p100.sh` calls this after the set-up; settings come from the environment (see
+`nanochat.pipeline.profiles`):
+
+    PROFILE=tiny python -m nanochat.pipeline
+    python -m nanochat.pipeline --dry_run        print the stages and their commands
+
+Every stage is a process of its own. A finished stage leaves a mark, `<base dir>/pipeline/<stage>.json`, with hashes of
+its flags, of the results it was made from (the tokenizer, the model of the stage before, the data) and of its own
+result; it is skipped as long as all of these are the same. So what was changed by hand is noticed too, and artefacts of
+different tokenizers or models never meet. When a stage does run, the marks of all stages that build on it are removed
+first, so they run as well.
+
+SIGTERM, SIGUSR1 and Ctrl-C let the stage save and end with exit code 75 (signals.py): the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nanochat.card_choice import describe_choice
+from nanochat.env import get_base_dir
+from nanochat.files import write_json
+from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards
+from nanochat.pipeline.process import run_logged
+from nanochat.pipeline.profiles import Profile, Settings, profile_for
+from nanochat.pipeline.stages import Stage, expected_seconds, make_stages
+from nanochat.progress import format_seconds
+from nanochat.signals import EXIT_STOPPED, Stopped
+
+# A stage that was asked to stop: after saving, or (−n and 128 + n: by signal n) before there was anything to save.
+STOPPED_CODES = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT, 128 + signal.SIGTERM}
+
+
+class Pipeline:
+    """Runs stages in order, skips the finished ones, and keeps marks and logs in `folder`."""
+
+    def __init__(self, stages: Sequence[Stage], base_dir: Path, profile: Profile) -> None:
+        self.stages, self.base_dir, self.profile = list(stages), base_dir, profile
+        self.folder = base_dir / "pipeline"
+
+    def mark_path(self, stage: Stage) -> Path:
+        """Where the state of a stage is kept."""
+        return self.folder / f"{stage.name}.json"
+
+    def log_path(self, stage: Stage) -> Path:
+        """Where the output of a stage is kept."""
+        return self.folder / f"{stage.name}.log"
+
+    def mark(self, stage: Stage) -> dict[str, Any]:
+        """What is known of a stage: state ("started" or "done"), key, seconds; empty if nothing."""
+        try:
+            mark = json.loads(self.mark_path(stage).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return mark if isinstance(mark, dict) and mark.get("key") == stage.key else {}
+
+    def inputs(self, stage: Stage) -> dict[str, str | None]:
+        """The results that a stage is made from, as they are now."""
+        return {other.name: other.result(self.base_dir) for other in self.stages if other.name in stage.needs}
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether it finished with the same settings and inputs, and its result is still what it was."""
+        mark, result = self.mark(stage), stage.result(self.base_dir)
+        if mark.get("state") != "done" or result is None or mark.get("inputs") != self.inputs(stage):
+            return False
+        # What nothing else is made from (the report) may be edited.
+        return mark.get("result") == result or not any(stage.name in other.needs for other in self.stages)
+
+    def dependents(self, stage: Stage) -> list[Stage]:
+        """The stages that build on it, directly or through others."""
+        names = {stage.name}
+        for later in self.stages:  # in order, so one pass is enough
+            if names & set(later.needs):
+                names.add(later.name)
+        return [other for other in self.stages if other.name in names - {stage.name}]
+
+    def run(self, env: Mapping[str, str]) -> None:
+        """Run what is not done.
+
+        Raises:
+            RuntimeError: a stage failed; names it, its log and how to go on.
+            Stopped: a signal asked to stop.
+        """
+        for number, stage in enumerate(self.stages, 1):
+            title = f"[{number}/{len(self.stages)}] {stage.name}"
+            if self.is_done(stage):
+                print(f"{title}: skipped, done before in {format_seconds(self.mark(stage)['seconds'])}", flush=True)
+                continue
+            expected = expected_seconds(self.profile, stage.name)
+            how_long = f"expected time {format_seconds(expected)}" if expected else "how long it takes is not known yet"
+            print(f"\n{title}: {stage.about} ({how_long})", flush=True)
+            seconds = self.run_stage(stage, env)
+            print(f"{title}: finished in {format_seconds(seconds)}", flush=True)
+
+    def run_stage(self, stage: Stage, env: Mapping[str, str]) -> float:
+        """Run one stage; returns its seconds."""
+        before, inputs = self.mark(stage), self.inputs(stage)
+        resume = before.get("state") == "started" and before.get("inputs") == inputs
+        for other in self.dependents(stage):
+            self.mark_path(other).unlink(missing_ok=True)
+        record = {"key": stage.key, "flags": [*stage.flags, *stage.unmarked_flags], "inputs": inputs}
+        write_json(self.mark_path(stage), {"state": "started", **record})
+        start = time.monotonic()
+        try:
+            code = run_logged(stage.command(resume), self.log_path(stage), env)
+            if code in STOPPED_CODES:
+                raise Stopped
+        except Stopped:
+            print(f"\nstopped in the stage {stage.name}; the same command goes on from here", flush=True)
+            raise
+        seconds = time.monotonic() - start
+        if code != 0:
+            reason = f"was killed by signal {-code}" if code < 0 else f"exit code {code}"
+            hint = " (9 often means that the machine ran out of memory)" if code == -9 else ""
+            raise RuntimeError(
+                f"the stage {stage.name} failed: {reason}{hint}. Its output is in {self.log_path(stage)}. "
+                "To go on, run the same command again: finished stages are skipped"
+            )
+        result = stage.result(self.base_dir)
+        if result is None:
+            raise RuntimeError(
+                f"the stage {stage.name} ended without a finished {stage.output}: see {self.log_path(stage)}, and run "
+                "the same command again"
+            )
+        write_json(self.mark_path(stage), {"state": "done", **record, "result": result, "seconds": round(seconds, 1)})
+        return seconds
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the base dir's lock: two pipelines in one folder would overwrite each other.
+
+    Raises:
+        RuntimeError: another one is running.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(str(folder / ".lock"), timeout=0):
+            yield
+    except Timeout:
+        raise RuntimeError(
+            f"another pipeline is running in {folder.parent}: wait for it, or set NANOCHAT_BASE_DIR to another folder"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Run the pipeline; its settings come from the environment (bash speedrun_p100.sh -h lists them)."""
+
+    dry_run: bool = False
+    """Print the stages and their commands, run nothing."""
+
+
+def closing_lines(profile: Profile, base_dir: Path, seconds: float) -> list[str]:
+    """What to do with the result."""
+    default = Path.home() / ".cache" / "nanochat"
+    env = "" if base_dir == default else f"NANOCHAT_BASE_DIR={base_dir} "
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    peak = peak / 1024 if sys.platform == "darwin" else peak  # bytes there, KiB elsewhere
+    return [
+        "",
+        f"done in {format_seconds(seconds)}" + (f", at most {peak:.1f} GiB in one process" if peak >= 0.1 else ""),
+        f"report:       {base_dir / 'report' / 'report.html'}",
+        f"talk to it:   {env}{sys.executable} -m scripts.chat_cli -g {profile.tag}",
+        f"in a browser: {env}{sys.executable} -m scripts.chat_web -g {profile.tag}",
+    ]
+
+
+def main(cfg: Config) -> None:
+    """Choose the profile, run the stages."""
+    start = time.monotonic()
+    try:
+        settings = Settings.from_env(os.environ)
+        devices = list_devices()
+        chosen = take_cards(devices, settings.nproc)
+        profile = profile_for(settings, [devices[place] for place in chosen])
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    base_dir = get_base_dir().absolute()
+    public = profile.dataset not in (None, "demo")
+    stages = make_stages(
+        profile, settings, base_dir, shards_needed(profile, [devices[i] for i in chosen]) if public else 0
+    )
+    print(f"profile {profile.name}: {profile.about}; everything goes into {base_dir}", flush=True)
+    if len(devices) > 1:
+        print(f"cards: {describe_choice(devices, chosen)}", flush=True)
+    if cfg.dry_run:
+        for stage in stages:
+            print(f"{stage.name}: {stage.about}\n    {' '.join(['python', *stage.command()[1:]])}")
+        return
+    pipeline = Pipeline(stages, base_dir, profile)
+    with only_one(pipeline.folder):
+        machine = machine_env(profile, devices, chosen)
+        pipeline.run({**profile.env, **os.environ, **machine, "NANOCHAT_BASE_DIR": str(base_dir)})
+    print("\n".join(closing_lines(profile, base_dir, time.monotonic() - start)), flush=True)
