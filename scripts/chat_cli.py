@@ -23,11 +23,11 @@ from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.generate.fast_decode import Weights
 from nanochat.generate.sampling import Sampling
-from nanochat.serve.answer import Part
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import AnswerSettings, Conversation
 from nanochat.serve.chat_commands import NAMES, Quit, is_command, run_command
 from nanochat.serve.choose_model import find_model, load_chosen
+from nanochat.serve.events import Event
 
 PREFILL_CHUNK = 1024  # nobody else waits, but Ctrl-C does
 
@@ -80,14 +80,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def show(parts: Iterable[Part], terminal: bool) -> None:
+def show(parts: Iterable[Event], terminal: bool) -> None:
     """Print an answer as it comes; on a terminal also, dimmed, what the calculator was asked."""
     for part in parts:
         text = printable(part.text) if terminal else part.text
-        if part.type == "text":
+        if part.kind == "text":
             print(text, end="", flush=True)
         elif terminal:
-            sign, end = ("[", "") if part.type == "python" else (" = ", "]")
+            sign, end = ("[", "") if part.kind == "python" else (" = ", "]")
             print(f"\033[2m{sign}{text}{end}\033[0m", end="", flush=True)
     print(flush=True)
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.serve.answer import AnswerReader, Part, join_parts
 from nanochat.serve.chat import answer_room, fit_context
+from nanochat.serve.events import AnswerReader, Event, join_events
 
 
 def read_all(tokenizer, tokens):
@@ -25,14 +25,14 @@ def test_half_characters_never_show(tiny_tokenizer):
 @given(st.lists(st.integers(0, 299), max_size=40))
 def test_any_tokens_read_as_clean_text(tiny_tokenizer, tokens):
     for part in read_all(tiny_tokenizer, [t % tiny_tokenizer.get_vocab_size() for t in tokens]):
-        if part.type == "text":
+        if part.kind == "text":
             assert "\ufffd" not in part.text
             assert "<|" not in part.text
 
 
 def test_bytes_that_form_no_character_are_left_out(tiny_tokenizer):
     end = tiny_tokenizer.encode_special("<|assistant_end|>")
-    assert read_all(tiny_tokenizer, [65, 0xFF, 66, 0xE2, 0x82, end]) == [Part("text", "A"), Part("text", "B")]
+    assert read_all(tiny_tokenizer, [65, 0xFF, 66, 0xE2, 0x82, end]) == [Event("text", "A"), Event("text", "B")]
 
 
 def test_tool_calls_are_parts_of_their_own(tiny_tokenizer):
@@ -44,7 +44,7 @@ def test_tool_calls_are_parts_of_their_own(tiny_tokenizer):
     ]
     conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     (_, _), (tokens, _) = tiny_tokenizer.render_turns({"messages": conversation})
-    assert join_parts(read_all(tiny_tokenizer, tokens)) == content
+    assert join_events(read_all(tiny_tokenizer, tokens)) == content
 
 
 def conversation(*sizes, system=None):

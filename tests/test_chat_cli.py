@@ -15,10 +15,10 @@ import scripts.chat_cli as chat_cli
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import get_base_dir
 from nanochat.config import parse_config, run_script
-from nanochat.serve.answer import Part
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import AnswerSettings, Conversation
 from nanochat.serve.chat_commands import HELP, Quit, is_command, run_command
+from nanochat.serve.events import Event
 
 ROOT = Path(__file__).parents[1]
 
@@ -264,7 +264,7 @@ def test_ctrl_c_on_a_terminal(endless, monkeypatch):
 
 
 def test_tool_calls_show_only_on_a_terminal(capsys):
-    parts = [Part("text", "It is "), Part("python", "6*7"), Part("python_output", "42"), Part("text", "42.")]
+    parts = [Event("text", "It is "), Event("python", "6*7"), Event("python_output", "42"), Event("text", "42.")]
     chat_cli.show(iter(parts), terminal=False)
     assert capsys.readouterr().out == "It is 42.\n"
     chat_cli.show(iter(parts), terminal=True)
@@ -272,7 +272,7 @@ def test_tool_calls_show_only_on_a_terminal(capsys):
 
 
 def test_a_model_can_not_steer_the_terminal(capsys):
-    chat_cli.show([Part("text", "a\033[2Jb\x07\n\tc\x9b1m")], terminal=True)
+    chat_cli.show([Event("text", "a\033[2Jb\x07\n\tc\x9b1m")], terminal=True)
     assert capsys.readouterr().out == "a[2Jb\n\tc1m\n"
 
 

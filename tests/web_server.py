@@ -11,8 +11,9 @@ import uvicorn
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serve.app import create_app
-from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Event, Generation, Usage
+from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation
 from nanochat.serve.chat import AnswerSettings
+from nanochat.serve.events import Event, Usage
 
 HELLO = [{"role": "user", "content": "The sky"}]
 INFO = {"id": "tiny-sft", "name": "tiny sft", "params": 12345, "dtype": "float32", "bpb": 1.234, "step": 7}

@@ -1,28 +1,36 @@
-"""Between the engines' threads and the server's event loop: engines to choose from, and answers as they arrive.
+"""From a request to its answer: prompts and settings, engines to choose from, events as they arrive, a log if wanted.
 
-The event loop never waits for an engine: an engine's thread leaves its events in a box and wakes the loop.
+An engine's thread puts its events into a box and wakes the server's event loop, which so never waits for an engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
+import json
 import logging
+import os
+import secrets
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
-from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Event, Generation, GenerationRequest, QueueFull
-from nanochat.serve.schemas import RequestError
+from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation, GenerationRequest, QueueFull
+from nanochat.serve.chat import AnswerSettings, answer_room, fit_context
+from nanochat.serve.events import Event, join_events
+from nanochat.serve.schemas import ChatMessage, RequestError, Sampling
+from nanochat.tokenizer import RustBPETokenizer
 
 DRAIN_SECONDS = 30.0  # how long a stopping server lets answers finish
-logger = logging.getLogger("nanochat.serve.app")
+logger = logging.getLogger("nanochat.serve")
 
 
 class EnginePool:
@@ -71,7 +79,7 @@ class AnswerFailed(Exception):
         super().__init__("the answer failed; the server's log says why")
 
 
-class Answer:
+class AnswerStream:
     """One or several generations that belong to one request of a client, started together.
 
     Raises (when made):
@@ -181,7 +189,7 @@ class AnswerResponse(EventSourceResponse):
     When the server stops, answers that are being written have DRAIN_SECONDS to finish.
     """
 
-    def __init__(self, answer: Answer, data: AsyncIterator[str]) -> None:
+    def __init__(self, answer: AnswerStream, data: AsyncIterator[str]) -> None:
         self._answer = answer
         super().__init__(_events(data), sep="\n", shutdown_grace_period=DRAIN_SECONDS)
 
@@ -198,6 +206,103 @@ async def _events(data: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
         yield {"data": item}
 
 
-def several(request: GenerationRequest, n: int) -> list[GenerationRequest]:
-    """The request n times, each with a seed of its own."""
-    return [dataclasses.replace(request, seed=(request.seed + i) % 2**63) for i in range(n)]
+class ConversationLog:
+    """Appends one line of JSON per answer to a file that only its owner can read."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o600)
+        self._lock = threading.Lock()
+
+    def write(self, prompt: Any, events: Sequence[Event]) -> None:
+        """Add a question and its answer."""
+        answer = join_events(events)
+        reason = events[-1].finish_reason if events else None
+        row = {"time": round(time.time(), 3), "prompt": prompt, "answer": answer, "finish_reason": reason}
+        with self._lock:
+            os.write(self._file, (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+class Service:
+    """The engines, the tokenizer and the settings behind the routes."""
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        tokenizer: RustBPETokenizer,
+        defaults: AnswerSettings,
+        model_info: dict[str, Any],
+        log: ConversationLog | None = None,
+    ) -> None:
+        self.pool, self.tokenizer, self.defaults, self.model_info, self.log = pool, tokenizer, defaults, model_info, log
+        self.created = int(time.time())
+
+    @property
+    def model_id(self) -> str:
+        """What clients call the model."""
+        return str(self.model_info.get("id", "nanochat"))
+
+    def generation(self, tokens: list[int], sampling: Sampling, max_tokens: int | None = None) -> GenerationRequest:
+        """What a client asks, with the server's defaults where it says nothing. Without a seed each gets its own."""
+        asked, defaults = sampling, self.defaults
+        return GenerationRequest(
+            tokens=tokens,
+            max_tokens=max_tokens or asked.max_tokens or defaults.max_tokens,
+            temperature=defaults.temperature if asked.temperature is None else asked.temperature,
+            top_k=defaults.top_k if asked.top_k is None else asked.top_k,
+            top_p=asked.top_p,
+            repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
+            seed=secrets.randbits(31) if asked.seed is None else asked.seed,
+            stop=asked.stop_texts,
+        )
+
+    async def chat_prompt(
+        self, messages: Sequence[ChatMessage], max_tokens: int | None, forget: bool
+    ) -> tuple[list[int], int]:
+        """(tokens of a conversation, messages left out because they don't fit).
+
+        With `forget`, the oldest messages are left out as needed, and room for an answer is kept; without, everything
+        must fit.
+
+        Raises:
+            RequestError: 400, the messages make no conversation, or they don't fit.
+        """
+        context = self.pool.context_length
+        room = context - (answer_room(context, max_tokens or self.defaults.max_tokens) if forget else 1)
+        try:
+            tokens, left_out = await run_in_threadpool(
+                fit_context, self.tokenizer, [message.to_message() for message in messages], room
+            )
+        except ValueError as error:
+            code = "context_length_exceeded" if "too long" in str(error) else None
+            raise RequestError(400, str(error), code=code, param="messages") from error
+        if left_out and not forget:
+            raise RequestError(
+                400,
+                f"the conversation is longer than the model's context of {context} tokens: leave out its oldest "
+                'messages, or send "truncation": "auto" to have that done',
+                code="context_length_exceeded",
+                param="messages",
+            )
+        return tokens, left_out
+
+    def written(self, prompts: Sequence[Any], answers: Mapping[int, Sequence[Event]]) -> None:
+        """Log answers and the prompt of each, if that was asked for."""
+        if self.log is not None:
+            for i, events in answers.items():
+                self.log.write(prompts[i], events)
+
+    async def events(self, answer: AnswerStream, prompts: Sequence[Any]) -> AsyncIterator[tuple[int, Event]]:
+        """The events of an answer, logged if that was asked for; `prompts` has one for each of its generations."""
+        collected: dict[int, list[Event]] = {}
+        try:
+            async for i, event in answer.events():
+                if self.log is not None:
+                    collected.setdefault(i, []).append(event)
+                yield i, event
+        finally:
+            self.written(prompts, collected)

@@ -26,13 +26,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from starlette.middleware.cors import CORSMiddleware
 
-from nanochat.serve.answers import Answer, AnswerFailed, AnswerResponse, EnginePool
+from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, ConversationLog, EnginePool, Service
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import AnswerSettings
 from nanochat.serve.guard import Access, Guard, add_error_handlers
 from nanochat.serve.openai_api import add_openai_routes
 from nanochat.serve.schemas import MAX_CONVERSATION_CHARS, MAX_MESSAGE_CHARS, MAX_MESSAGES, MAX_TOKENS, ChatRequest
-from nanochat.serve.web_service import ConversationLog, Service
 from nanochat.tokenizer import RustBPETokenizer
 
 UI_FOLDER = Path(__file__).with_name("ui")
@@ -103,7 +102,7 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
     @app.post("/chat/completions", response_model=None)
     async def chat_completions(request: ChatRequest) -> AnswerResponse:
         tokens, left_out = await service.chat_prompt(request.messages, request.max_tokens, forget=True)
-        answer = Answer(pool, [service.generation(tokens, request)])
+        answer = AnswerStream(pool, [service.generation(tokens, request)])
         said = [[message.to_message() for message in request.messages]]
         return AnswerResponse(answer, _stream(service, answer, left_out, said))
 
@@ -139,7 +138,7 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
         }
 
 
-async def _stream(service: Service, answer: Answer, left_out: int, prompts: list[Any]) -> AsyncIterator[str]:
+async def _stream(service: Service, answer: AnswerStream, left_out: int, prompts: list[Any]) -> AsyncIterator[str]:
     if left_out:
         yield json.dumps({"left_out": left_out})
     began: float | None = None

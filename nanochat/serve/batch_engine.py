@@ -13,6 +13,7 @@ the order they came. What a request gets does not depend on which others run bes
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import queue
 import threading
@@ -20,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from nanochat.engine import check_prompt
 from nanochat.generate.fast_decode import Weights, make_decoder
@@ -29,10 +30,9 @@ from nanochat.generate.scheduler import FinishReason, Row, Scheduler
 from nanochat.gpt import GPT
 from nanochat.ops.cpu import release_workers
 from nanochat.precision import Precision
-from nanochat.serve.answer import AnswerReader
+from nanochat.serve.events import AnswerReader, Event, StopTexts, Usage
 from nanochat.tokenizer import RustBPETokenizer
 
-EventKind = Literal["text", "python", "python_output", "done", "error"]
 # Prompt tokens read between two steps of the running answers: few enough that nobody sees them pause.
 PREFILL_CHUNK = {"cpu": 128, "cuda": 1024}
 RATE_WINDOW_SECONDS = 30.0  # how far back stats() looks for the speed
@@ -63,35 +63,6 @@ class GenerationRequest:
     `max_tokens` may be more than the context has room for."""
     keep: int = 1
     """With `slide`: tokens at the start that are never forgotten (bos, a system message)."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a generation cost so far."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0  # of the prompt: found in the cache, not computed again
-
-
-@dataclass(frozen=True)
-class Event:
-    """One thing that happened to a generation.
-
-    Every generation ends with exactly one "done" or "error" event and none after it.
-    """
-
-    kind: EventKind
-    """"text": a piece of the answer. "python": a whole expression sent to the calculator; "python_output": its whole
-    result. "done": the answer is complete. "error": it failed, `text` says why."""
-    text: str = ""
-    """Whole characters only, never a special token."""
-    tokens: tuple[int, ...] = ()
-    """The new tokens since the last event, special and forced ones included."""
-    finish_reason: FinishReason | None = None
-    """Of the last event: "stop" (the model ended it, or a stop text), "length", "cancelled" or "error"."""
-    usage: Usage | None = None
-    """Of the last event."""
 
 
 class QueueFull(RuntimeError):
@@ -176,11 +147,11 @@ class _Job:
             part = self.reader.read(token)
             if part is None:
                 continue
-            if part.type != "text":
+            if part.kind != "text":
                 self._flush()
-                self._emit(part.type, part.text)
+                self._emit(part)
             elif text := self.stop.feed(part.text):
-                self._emit("text", text)
+                self._emit(Event("text", text))
             if self.stop.found:
                 self.row.finish_reason = "stop"
                 return
@@ -189,46 +160,18 @@ class _Job:
         """The last event."""
         if reason != "error":
             self._flush()
-        usage = Usage(self.prompt_tokens, self.row.count, self.row.reused or 0)
-        kind: EventKind = "error" if reason == "error" else "done"
         text = "" if self.row.error is None else str(self.row.error) or type(self.row.error).__name__
-        self.generation._emit(Event(kind, text, tuple(self.held), reason, usage))
+        usage = Usage(self.prompt_tokens, self.row.count, self.row.reused or 0)
+        self._emit(Event("error" if reason == "error" else "done", text, finish_reason=reason, usage=usage))
 
     def _flush(self) -> None:
         if text := self.stop.flush():
-            self._emit("text", text)
+            self._emit(Event("text", text))
 
-    def _emit(self, kind: EventKind, text: str) -> None:
-        self.generation._emit(Event(kind, text, tuple(self.held)))
+    def _emit(self, event: Event) -> None:
+        """Pass an event on, with the tokens that no event has had yet."""
+        self.generation._emit(dataclasses.replace(event, tokens=tuple(self.held)))
         self.held.clear()
-
-
-class StopTexts:
-    """Lets text through up to the first of the stop texts; holds back what may be the beginning of one."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self.stops, self.found, self._held = stops, False, ""
-
-    def feed(self, text: str) -> str:
-        """The text that may be shown now."""
-        if not self.stops or self.found:
-            return "" if self.found else text
-        held = self._held + text
-        places = [place for stop in self.stops if (place := held.find(stop)) >= 0]
-        if places:
-            self.found, self._held = True, ""
-            return held[: min(places)]
-        begun = max(
-            (n for stop in self.stops for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])),
-            default=0,
-        )
-        self._held = held[len(held) - begun :]
-        return held[: len(held) - begun]
-
-    def flush(self) -> str:
-        """What was held back, when no more can come."""
-        held, self._held = self._held, ""
-        return held
 
 
 class BatchEngine:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.serve.answer import Part, join_parts
 from nanochat.serve.batch_engine import BatchEngine, Generation, GenerationRequest
+from nanochat.serve.events import Event, join_events
 from nanochat.tokenizer import RustBPETokenizer
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": ...} as in RustBPETokenizer
@@ -67,7 +67,7 @@ class Conversation:
         if self._answering is not None:
             self._answering.cancel()
 
-    def ask(self, question: str) -> Generator[Part, None, None]:
+    def ask(self, question: str) -> Generator[Event, None, None]:
         """Stream the answer to `question`; stopping early (`stop`, or closing this) keeps what was said.
 
         When the context is full in the middle of an answer, the model goes on with the newer half of it.
@@ -99,18 +99,18 @@ class Conversation:
         generation = self._answering = self.engine.submit(request)
         if self.stopped:
             generation.cancel()
-        parts: list[Part] = []
+        said: list[Event] = []
         try:
             for event in generation.events():
                 if event.kind == "error":
                     raise RuntimeError(event.text)
                 if event.kind != "done":
-                    parts.append(Part(event.kind, event.text))
-                    yield parts[-1]
+                    said.append(event)
+                    yield event
         finally:
             self._answering = None
             generation.cancel()
-            self.messages = [*messages[left_out:], {"role": "assistant", "content": join_parts(parts)}]
+            self.messages = [*messages[left_out:], {"role": "assistant", "content": join_events(said)}]
 
 
 def answer_room(context_length: int, max_tokens: int) -> int:

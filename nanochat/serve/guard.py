@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,7 +28,6 @@ SECURITY_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
-logger = logging.getLogger("nanochat.serve.app")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ says so: a message has `parts` beside its `content`, and a streamed delta has `p
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import time
@@ -16,10 +17,10 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
-from nanochat.serve.answers import Answer, AnswerFailed, AnswerResponse, several
-from nanochat.serve.batch_engine import Event, GenerationRequest, Usage
+from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, Service
+from nanochat.serve.batch_engine import GenerationRequest
+from nanochat.serve.events import Event, Usage, join_events
 from nanochat.serve.schemas import CompletionRequest, OpenAIChatRequest, OpenAIRequest, RequestError, error_body
-from nanochat.serve.web_service import Service, count_usage, join_events, joined_text
 
 CLIENT_GONE = 499  # nobody reads this; the number is nginx's
 
@@ -119,7 +120,7 @@ class _Completion:
         self, body: OpenAIRequest, request: Request, asked: Sequence[GenerationRequest], prompts: Sequence[Any]
     ) -> Response:
         """Start the generations and answer with what they write."""
-        answer = Answer(self.service.pool, asked)
+        answer = AnswerStream(self.service.pool, asked)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return AnswerResponse(answer, self._stream(answer, len(asked), usage, prompts))
@@ -145,7 +146,9 @@ class _Completion:
             message["parts"] = parts
         return {**choice, "message": message}
 
-    async def _stream(self, answer: Answer, n: int, include_usage: bool, prompts: Sequence[Any]) -> AsyncIterator[str]:
+    async def _stream(
+        self, answer: AnswerStream, n: int, include_usage: bool, prompts: Sequence[Any]
+    ) -> AsyncIterator[str]:
         for i in range(n if self.is_chat else len(self.echo)):
             first = {"role": "assistant", "content": ""} if self.is_chat else self.echo[i]
             yield self._chunk(i, first, None, include_usage)
@@ -176,3 +179,25 @@ class _Completion:
         choice = {"index": i, key: new, "logprobs": None, "finish_reason": finish_reason}
         usage = {"usage": None} if include_usage else {}
         return json.dumps({**self._stream_head(), "choices": [choice], **usage}, ensure_ascii=False)
+
+
+def several(request: GenerationRequest, n: int) -> list[GenerationRequest]:
+    """The request n times, each with a seed of its own."""
+    return [dataclasses.replace(request, seed=(request.seed + i) % 2**63) for i in range(n)]
+
+
+def joined_text(events: Sequence[Event]) -> str:
+    """What an answer says, without its tool calls."""
+    return "".join(event.text for event in events if event.kind == "text")
+
+
+def count_usage(prompt_tokens: int, usages: Sequence[Usage | None]) -> dict[str, Any]:
+    """Usage as OpenAI's API reports it."""
+    written = sum(usage.completion_tokens for usage in usages if usage is not None)
+    cached = max((usage.cached_tokens for usage in usages if usage is not None), default=0)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
