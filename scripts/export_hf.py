@@ -15,8 +15,7 @@ import torch
 from nanochat.checkpoint_manager import load_model
 from nanochat.config import run_script, short
 from nanochat.env import get_base_dir, print0
-from nanochat.interop.hf_format import EXPORT_FILES, OWN_FILE, is_classic, write_hf_folder
-from nanochat.interop.hf_hub import push_folder
+from nanochat.interop.hf_format import EXPORT_FILES, OWN_FILE, is_classic, push_folder, write_hf_folder
 from nanochat.interop.model_card import model_card
 from nanochat.precision import DTYPES
 from nanochat.report import Report

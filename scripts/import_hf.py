@@ -13,8 +13,7 @@ from nanochat.checkpoint.format import checkpoint_folder, saved_steps
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.config import run_script, short
 from nanochat.env import get_base_dir, print0
-from nanochat.interop.hf_format import read_hf_folder
-from nanochat.interop.hf_hub import model_folder
+from nanochat.interop.hf_format import model_folder, read_hf_folder
 from nanochat.tokenizer import TOKENIZER_FOLDER, RustBPETokenizer
 
 

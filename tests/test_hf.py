@@ -398,7 +398,7 @@ def test_the_text_generation_pipeline_serves_the_folder(exported):
 def test_a_hub_that_cannot_be_reached_is_reported(exported, monkeypatch):
     from huggingface_hub import constants
 
-    from nanochat.interop.hf_hub import model_folder, push_folder
+    from nanochat.interop.hf_format import model_folder, push_folder
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_none")

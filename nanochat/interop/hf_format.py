@@ -12,7 +12,9 @@ switches has no class there: its folder brings one along (nanochat/interop/hf_co
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,6 @@ from nanochat.gpt import (
     VALUE_GATE_CHANNELS,
     GPTConfig,
 )
-from nanochat.interop.hf_hub import model_folder
 from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, from_hf_json, to_hf_json
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -239,7 +240,7 @@ def load_nanochat_folder(path_or_repo: str, device: torch.device) -> tuple[GPT, 
     """(model, tokenizer, meta) of such a folder, or of a hub repository "owner/name", ready to chat with.
 
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: see `read_hf_folder` and `hf_hub.model_folder`.
+        FileNotFoundError, ValueError, RuntimeError: see `read_hf_folder` and `model_folder`.
     """
     state, config, tokenizer = read_hf_folder(model_folder(path_or_repo))
     model = GPT(config)
@@ -308,3 +309,54 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{folder / name} is missing: only safetensors weights can be imported")
         weights |= load_file(folder / name)
     return weights
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def model_folder(path_or_repo: str) -> Path:
+    """A local folder as it is, or the downloaded files of a hub repository "owner/name".
+
+    Raises:
+        FileNotFoundError: it is neither.
+        RuntimeError: the repository cannot be downloaded; says why.
+    """
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    if path_or_repo.count("/") != 1 or path_or_repo.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{path_or_repo} is no folder, and no hub repository (owner/name) either")
+    from huggingface_hub import snapshot_download  # lazy: most runs never touch the hub
+
+    with _hub_errors(
+        f"could not get {path_or_repo} from the hub",
+        "check the name and the network, set HF_TOKEN for a private repository, or give the folder of a copy",
+    ):
+        # No Python files: our own model stands in for code that a repository brings along.
+        return Path(snapshot_download(path_or_repo, allow_patterns=["*.json", "*.safetensors", "README.md"]))
+
+
+def push_folder(folder: Path, repo: str, private: bool) -> str:
+    """Upload a folder to the repository `repo`, made when it is missing; returns its address.
+
+    Raises:
+        RuntimeError: the hub refused, or can't be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi  # lazy: most runs never touch the hub
+
+    with _hub_errors(
+        f"could not push to {repo}",
+        f"check HF_TOKEN (or `hf auth login`), the name and the network; the export itself is in {folder}",
+    ):
+        url = HfApi().create_repo(repo, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from nanochat")
+        return str(url)
+
+
+@contextlib.contextmanager
+def _hub_errors(problem: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the hub's client raises many kinds; each means the same to the user
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeError(f"{problem} ({reason}): {remedy}") from error

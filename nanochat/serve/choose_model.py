@@ -9,8 +9,7 @@ import torch
 
 from nanochat.checkpoint_manager import find_tag, load_model
 from nanochat.gpt import GPT
-from nanochat.interop.hf_format import load_nanochat_folder
-from nanochat.interop.hf_hub import model_folder
+from nanochat.interop.hf_format import load_nanochat_folder, model_folder
 from nanochat.tokenizer import RustBPETokenizer
 
 
