@@ -37,7 +37,8 @@ from nanochat.core_eval import (
 from nanochat.interop.hf_model import load_hf_model
 from nanochat.jsonl import ResumeLog, write_jsonl
 from nanochat.progress import format_seconds
-from nanochat.report import get_report, slugify
+from nanochat.report import get_report
+from nanochat.report.text import slugify
 from nanochat.scoring import LanguageModel
 
 SECTION = "Base model evaluation"

@@ -26,7 +26,8 @@ from nanochat.engine import Engine
 from nanochat.execution import isolation
 from nanochat.gpt import GPT
 from nanochat.jsonl import ResumeLog, write_jsonl
-from nanochat.report import get_report, slugify
+from nanochat.report import get_report
+from nanochat.report.text import slugify
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.common import CodeTask, Task
 from tasks.registry import CLASSIC_TASKS, demo_tasks, get_task, load_available

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from nanochat import report as report_module
 from nanochat.config import run_script
-from nanochat.report import SECTIONS, Config, Report, format_value, get_report, main, slugify, to_plain
+from nanochat.report import Report, get_report
+from nanochat.report.__main__ import Config, main
+from nanochat.report.sections import SECTIONS
+from nanochat.report.text import format_value, slugify, to_plain
 
 
 @pytest.fixture

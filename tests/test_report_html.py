@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_web_page import CHROMIUM
 
 from nanochat.config import run_script
-from nanochat.report import Config, Report, main, open_run
+from nanochat.report import Report
+from nanochat.report.__main__ import Config, main, open_run
 from nanochat.report.plots import MAX_POINTS, Line, Plotter, thin
 from nanochat.report.run_data import PRICES, cost_line, read_json, readable
 

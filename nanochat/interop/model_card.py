@@ -8,7 +8,8 @@ from typing import Any
 from nanochat.gpt import GPT
 from nanochat.interop.hf_format import is_classic
 from nanochat.progress import format_seconds
-from nanochat.report import environment, render_summary
+from nanochat.report import environment
+from nanochat.report.sections import render_summary
 
 STAGES = {
     "base": "pretrained on text; it continues text and knows no conversation",

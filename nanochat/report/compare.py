@@ -8,14 +8,16 @@ from typing import Any
 from nanochat.report.html import CURVES, template
 from nanochat.report.plots import Line, Plotter
 from nanochat.report.run_data import TRAINING, Run
+from nanochat.report.sections import missing_sections, summary_table
+from nanochat.report.text import format_value
 
 # Facts of where and when, not of what was chosen.
 IGNORED = ("wandb", "run", "resume", "force")
 Table = list[list[str]]
 
 
-def score_table(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> Table:
-    """Every score of both summary tables: metric and stage, A, B, and B − A."""
+def score_table(a: Run, b: Run) -> Table:
+    """Every score of both runs: metric and stage, A, B, and B − A."""
     cells = [
         {
             (row[0], stage): cell
@@ -23,7 +25,7 @@ def score_table(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> Table
             for stage, cell in zip(rows[0][1:], row[1:], strict=True)
             if cell != "-"
         }
-        for rows in (a, b)
+        for rows in (summary_table(run.sections) for run in (a, b))
     ]
     table = [["Score", "A", "B", "B − A"]]
     for name, stage in dict.fromkeys([*cells[0], *cells[1]]):
@@ -33,12 +35,12 @@ def score_table(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> Table
     return table
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under one name each: {"runtime": {"seed": 1}} -> {"runtime.seed": 1}."""
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"runtime": {"seed": 1}} -> {"runtime.seed": 1}."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -46,8 +48,6 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def difference_table(a: Run, b: Run) -> Table:
     """The settings, results and surroundings that are not the same: name, A, B."""
-    from nanochat.report import format_value
-
     table = [["", "A", "B"]]
     sides = [
         {"machine": dict(run.header.get("environment", {}))}
@@ -55,7 +55,7 @@ def difference_table(a: Run, b: Run) -> Table:
         for run in (a, b)
     ]
     for name in dict.fromkeys([*sides[0], *sides[1]]):
-        flat = [flatten(side[name]) if name in side else None for side in sides]
+        flat = [_flatten(side[name]) if name in side else None for side in sides]
         if flat[0] is None or flat[1] is None:
             table.append([name, *("there" if found is not None else "not there" for found in flat)])
             continue
@@ -90,25 +90,12 @@ def curves(a: Run, b: Run) -> list[tuple[str, list[tuple[str, str, str]]]]:
     return found
 
 
-def render_comparison(
-    names: Sequence[str], runs: Sequence[Run], summaries: Sequence[Table], missing: Mapping[str, Sequence[str]]
-) -> str:
-    """The page."""
-    a, b = runs
+def render_comparison(a: Run, b: Run, names: Sequence[str]) -> str:
+    """The page with both runs; `names` are those of A and B."""
     return template("compare.html").render(
         names=names,
-        missing=missing,
-        scores=score_table(*summaries),
+        missing={name: missing_sections(run.sections) for name, run in zip(names, (a, b), strict=True)},
+        scores=score_table(a, b),
         settings=difference_table(a, b),
         curves=curves(a, b),
     )
-
-
-def to_markdown(table: Table) -> list[str]:
-    """The lines of a table."""
-    rows = [[cell.replace("|", "/") for cell in row] for row in table]
-    return [
-        f"| {' | '.join(rows[0])} |",
-        "|---|" + "---:|" * (len(rows[0]) - 1),
-        *(f"| {' | '.join(row)} |" for row in rows[1:]),
-    ]

@@ -15,12 +15,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
 from nanochat.progress import format_seconds
 from nanochat.report.plots import Line, Plotter, is_flat
 from nanochat.report.run_data import Run, StageRun, cost_line, model_flops_utilization
+from nanochat.report.sections import COLUMNS, missing_sections, summary_table
+from nanochat.report.text import format_value
 
 TEMPLATES = Path(__file__).with_name("templates")
-SHORT_COLUMNS = ("BASE", "MID", "SFT", "RL")  # as the table of scores names the stages
 SHORT = {"base": "Base", "mid": "Mid", "sft": "SFT", "rl": "RL"}
 
 
@@ -57,22 +62,15 @@ NO_SHARES = {"train bpb", "val bpb", "val loss"}
 NO_CURVE = {"step", "seconds", "clock", "tokens", "progress", "loss"}
 
 
-def render_html(run: Run, summary: Sequence[Sequence[str]], missing: Sequence[str], price: float | None = None) -> str:
-    """The page.
-
-    Args:
-        run: what is known of the run.
-        summary: the rows of the table of scores; the first names the stages.
-        missing: sections that the report lacks.
-        price: US dollars an hour of the machine.
-    """
-    plotter, summary = Plotter(), drop_empty_columns(summary)
+def render_html(run: Run, price: float | None = None) -> str:
+    """The page of a run; `price`: US dollars an hour of the machine."""
+    plotter, summary = Plotter(), drop_empty_columns(summary_table(run.sections))
     return template("report.html").render(
         run=run,
         title=model_name(run),
         started=datetime.fromisoformat(run.header["time"]).strftime("%d %B %Y, %H:%M"),
         tiles=tiles(run, summary, price),
-        missing=missing,
+        missing=missing_sections(run.sections),
         summary=summary,
         score_bars=score_bars(summary),
         timeline=timeline(run),
@@ -85,17 +83,13 @@ def render_html(run: Run, summary: Sequence[Sequence[str]], missing: Sequence[st
         cost=cost_line(run, price),
         code=code_states(run),
         short=SHORT,
-        stage_colors={name: i + 1 for i, name in enumerate(SHORT_COLUMNS)},
+        stage_colors={name: i + 1 for i, name in enumerate(COLUMNS)},
     )
 
 
 @cache
-def environment() -> Any:
-    """jinja with the project's templates and filters; everything is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    from nanochat.report import format_value
-
+def _templates() -> Environment:
+    """Templates with the project's filters; everything that is put into one is escaped."""
     env = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -109,16 +103,13 @@ def environment() -> Any:
     return env
 
 
-def template(name: str) -> Any:
+def template(name: str) -> Template:
     """A template by its file name."""
-    return environment().get_template(name)
+    return _templates().get_template(name)
 
 
-def markdown(text: str) -> Any:
+def markdown(text: str) -> Markup:
     """Markdown of a section as HTML: paragraphs, lists, tables and code; HTML in it, links and pictures stay text."""
-    from markdown_it import MarkdownIt
-    from markupsafe import Markup
-
     reader = (
         MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink", "reference"])
     )

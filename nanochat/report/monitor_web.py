@@ -47,19 +47,17 @@ def render_frame(watcher: Watcher) -> str:
     """The part of the page that changes."""
     frame = watcher.look()
     training = frame.training
-    return str(
-        template("monitor_frame.html").render(
-            frame=frame,
-            headline=headline(frame),
-            facts=training_facts(training) if training else [],
-            machine=machine_facts(frame.cards, frame.load),
-            points=svg_points(*training.curve) if training and len(training.curve[0]) > 1 else None,
-            first=training.curve[0][0] if training and training.curve[0] else 0,
-            highest=max(training.curve[1], default=0.0) if training else 0.0,
-            lowest=min(training.curve[1], default=0.0) if training else 0.0,
-            width=WIDTH,
-            height=HEIGHT,
-        )
+    return template("monitor_frame.html").render(
+        frame=frame,
+        headline=headline(frame),
+        facts=training_facts(training) if training else [],
+        machine=machine_facts(frame.cards, frame.load),
+        points=svg_points(*training.curve) if training and len(training.curve[0]) > 1 else None,
+        first=training.curve[0][0] if training and training.curve[0] else 0,
+        highest=max(training.curve[1], default=0.0) if training else 0.0,
+        lowest=min(training.curve[1], default=0.0) if training else 0.0,
+        width=WIDTH,
+        height=HEIGHT,
     )
 
 
