@@ -16,6 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanochat.common import Compute
+from nanochat.data.corpus import Corpus
+from nanochat.dataloader import PretrainLoader
+from nanochat.gpt import GPT
+from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
+
 
 @torch.no_grad()
 def evaluate_bpb(
@@ -62,3 +68,41 @@ def evaluate_bpb(
     if int(num_bytes) == 0:
         raise ValueError("the evaluation batches hold no bytes of text: there is nothing to measure")
     return float(nats) / (math.log(2) * int(num_bytes))
+
+
+def corpus_bpb(
+    model: GPT,
+    corpus: Corpus,
+    tokenizer: RustBPETokenizer,
+    compute: Compute,
+    *,
+    split: str,
+    rows: int,
+    max_rows: int,
+    skip_bad_shards: bool = False,
+) -> float:
+    """Bits per byte on the first sequences of a split, the same for every batch size and number of ranks.
+
+    Args:
+        model: in any mode, which it keeps.
+        corpus: the text.
+        tokenizer: the model's.
+        compute: where it runs.
+        split: "train" or "val".
+        rows: sequences per forward pass and process.
+        max_rows: sequences in all (fewer when the split ends before).
+        skip_bad_shards: pass over shards that can't be read.
+    """
+    loader = PretrainLoader(
+        corpus,
+        tokenizer,
+        rows,
+        model.config.sequence_len,
+        split=split,
+        device=compute.device,
+        rank=compute.rank,
+        world_size=compute.world_size,
+        max_rows=max_rows,
+        skip_bad_shards=skip_bad_shards,
+    )
+    return evaluate_bpb(model, loader, None, get_token_bytes(compute.device), compute.precision.autocast())

@@ -11,12 +11,11 @@ from typing import Annotated
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import Compute, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script, short
-from nanochat.dataloader import PretrainLoader
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
 from nanochat.gpt import GPT
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import corpus_bpb
 from nanochat.report import get_report
-from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
+from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.samples import BASE_PROMPTS, sample_texts
 
 
@@ -54,18 +53,7 @@ def split_bpb(
     if split == "train":
         # The training stream never ends: read about as much of it as the split holds, at most.
         rows = min(rows, max(1, corpus.num_bytes(split) // (4 * sequence_len)))
-    loader = PretrainLoader(
-        corpus,
-        tokenizer,
-        cfg.device_batch_size,
-        sequence_len,
-        split=split,
-        device=compute.device,
-        rank=compute.rank,
-        world_size=compute.world_size,
-        max_rows=rows,
-    )
-    return evaluate_bpb(model, loader, None, get_token_bytes(compute.device), compute.precision.autocast())
+    return corpus_bpb(model, corpus, tokenizer, compute, split=split, rows=cfg.device_batch_size, max_rows=rows)
 
 
 def main(cfg: Config) -> None:

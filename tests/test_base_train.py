@@ -1,7 +1,6 @@
 """The plan of a pretraining run: what the recipes derive, what flags override, and a run of each."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -38,12 +37,14 @@ def test_modern_at_its_reference_is_nanochats():
 
 
 def test_a_small_budget_takes_smaller_batches_and_rows_that_divide_them():
-    plan = plan_of(
-        "--depth=4", "--recipe=modern", "--target_flops=1e14", "--max_seq_len=512", "--device_batch_size=100"
-    )
+    flags = ["--depth=4", "--recipe=modern", "--target_flops=1e14", "--max_seq_len=512", "--device_batch_size=100"]
+    plan = plan_of(*flags)
     assert plan.batch.total_tokens < 2**17
     assert plan.batch.device_batch_size <= 100
     assert plan.rates.matrix_lr < 0.02
+    config = parse_config(Config, flags)
+    decided = {"horizon_tokens": plan.horizon_tokens, "total_batch_size": plan.batch.total_tokens}
+    assert make_plan(config, 32768, 1, **decided) == plan  # as a resume makes it: rows that divide the batch again
     timed = plan_of("--depth=4", "--recipe=modern", "--hours=1", tflops=lambda: 0.1)
     faster = plan_of("--depth=4", "--recipe=modern", "--hours=1", tflops=lambda: 100.0)
     assert timed.batch.total_tokens < faster.batch.total_tokens
@@ -142,9 +143,8 @@ def test_more_processes_go_on_with_the_batch_of_the_start(base_dir, text, tiny_t
     batch = load_checkpoint(folder).meta["total_batch_size"]
     plans = script.make_plan
 
-    def as_if_more_ranks(cfg, *args, **kwargs):
-        plan = plans(cfg, *args, **kwargs)
-        return plan if cfg.total_batch_size else plans(replace(cfg, total_batch_size=2 * batch), *args, **kwargs)
+    def as_if_more_ranks(cfg, *args, total_batch_size=None, **kwargs):
+        return plans(cfg, *args, total_batch_size=total_batch_size or 2 * batch, **kwargs)
 
     monkeypatch.setattr(script, "make_plan", as_if_more_ranks)
     main(parse_config(Config, flags))

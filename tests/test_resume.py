@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_folder, load_model, save_checkpoint, saved_steps
-from nanochat.train.resume import differences, find_resume, only_run, saved_dtype
+from nanochat.train.resume import differences, find_resume, run_lock, saved_dtype
 
 CONFIG = {"depth": 4, "matrix_lr": 0.02, "run": "a", "runtime": {"seed": 42, "device_type": "cpu"}}
 INPUTS = {"tokenizer": "t1", "model": "m1"}
@@ -78,17 +78,17 @@ def test_a_resume_keeps_the_dtype(base_dir):
 def test_two_runs_in_one_folder_are_refused_but_a_killed_one_does_not_block(base_dir, monkeypatch):
     monkeypatch.setattr("nanochat.train.resume.LOCK_SECONDS", 0.2)
     code = (
-        "import sys, time; from pathlib import Path; from nanochat.train.resume import only_run\n"
-        "with only_run(Path(sys.argv[1])): print('in', flush=True); time.sleep(100)"
+        "import sys, time; from pathlib import Path; from nanochat.train.resume import run_lock\n"
+        "with run_lock(Path(sys.argv[1])): print('in', flush=True); time.sleep(100)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(base_dir / "t")], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"in\n"
-    with pytest.raises(RuntimeError, match="another run"), only_run(base_dir / "t"):
+    with pytest.raises(RuntimeError, match="another run"), run_lock(base_dir / "t"):
         pass
     os.kill(other.pid, signal.SIGKILL)
     other.wait()
     other.stdout.close()
-    with only_run(base_dir / "t"):
+    with run_lock(base_dir / "t"):
         pass
 
 

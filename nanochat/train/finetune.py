@@ -5,46 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
-from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder
-from nanochat.common import Compute, print_banner, setup_compute
-from nanochat.config import short
+from nanochat.checkpoint_manager import Checkpoint
+from nanochat.common import Compute, print0, print_banner
+from nanochat.config import positive, short
 from nanochat.data.chat_loader import ConversationLoader
 from nanochat.data.loader import Batch
-from nanochat.env import print0
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import MuonAdamW
 from nanochat.plan.memory import MicroBatch, divisors
-from nanochat.progress import format_seconds
-from nanochat.recipe import BatchPlan, Schedule, plan_batch, recipe_of
-from nanochat.report import get_report
+from nanochat.recipe import BatchPlan, plan_batch, recipe_of
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.clock import Clock
 from nanochat.train.micro_batch import choose_micro_batch
-from nanochat.train.resume import find_resume, model_hash, only_run, saved_dtype, saved_meta
+from nanochat.train.resume import saved_meta
 from nanochat.train.samples import print_answers
 from nanochat.train.stage import (
     StageConfig,
-    Start,
     checkpoint_hooks,
     describe_horizon,
     find_start,
     make_schedule,
     prepare_model,
-    run_trainer,
-    train_settings,
+    start_run,
+    train,
 )
-from nanochat.train.tracking import init_tracker
-from nanochat.train.trainer import Trainer
 
 SAMPLED = 256
 EVAL_ROWS = 8  # rows of one of the `eval_batches`, where rows are chosen by what fits
-# Share of the measured matmul speed that training is assumed to reach, to foretell how much it will read in some hours.
+# Share of the measured matmul speed that training is assumed to reach, to predict how much it will read in some hours.
 ASSUMED_EFFICIENCY = 0.3
 
 
@@ -73,11 +65,10 @@ class Stage:
     name: Literal["mid", "sft"]
     source: Literal["base", "mid"]
     section: str
-    project: str
 
 
-MID = Stage("mid", "base", "Midtraining", "nanochat-mid")
-SFT = Stage("sft", "mid", "SFT", "nanochat-sft")
+MID = Stage("mid", "base", "Midtraining")
+SFT = Stage("sft", "mid", "SFT")
 
 
 def make_loader(
@@ -137,12 +128,12 @@ def plan_budget(
 ) -> Budget:
     """The tokens of the asked steps; those of the asked hours are estimated from the speed of matmuls here.
 
-    A run that goes on takes what it took `before` (its record): no two measurements are equal, and another budget would
-    make other conversations.
+    A resumed run takes what it took `before` (its record): no two measurements are equal, and another budget would make
+    other conversations.
     """
     tokens = None
-    if cfg.num_iterations and cfg.num_iterations > 0:
-        tokens = cfg.num_iterations * cfg.total_batch_size
+    if positive(cfg.num_iterations):
+        tokens = positive(cfg.num_iterations) * cfg.total_batch_size
     elif cfg.hours and before and before["config"].get("hours") == cfg.hours and "budget_tokens" in before:
         tokens = before["budget_tokens"]
     elif cfg.hours:
@@ -173,45 +164,66 @@ def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Co
     clock = Clock()
     print_banner()
     start = find_start(stage.source, cfg)
-    folder = checkpoint_folder(stage.name, start.tag)
-    dtypes = saved_dtype(folder, cfg.resume), start.checkpoint.meta.get("dtype")
-    with setup_compute(cfg.runtime, *dtypes) as compute, only_run(folder, needed=not cfg.dry_run):
-        model_config = start.checkpoint.meta["model_config"]
-        sequence_len = min(cfg.max_seq_len or 1 << 62, model_config["sequence_len"])
-        before = saved_meta(folder, cfg.resume)
-        budget = plan_budget(cfg, GPTConfig.from_dict(model_config), compute, before)
+    with start_run(stage.name, cfg, start.tag, clock, start.checkpoint.meta.get("dtype")) as run:
+        compute, tokenizer = run.compute, start.tokenizer
+        model_config = GPTConfig.from_dict(start.checkpoint.meta["model_config"])
+        sequence_len = min(cfg.max_seq_len or model_config.sequence_len, model_config.sequence_len)
+        budget = plan_budget(cfg, model_config, compute, saved_meta(run.folder, cfg.resume))
         data = load_data(budget)
-        inputs = {
-            "tokenizer": start.tokenizer.hash,
-            "model": model_hash(start.checkpoint),
-            "conversations": sample_hash(data.train),
-        }
-        checkpoint = None
+        inputs = start.inputs(conversations=sample_hash(data.train))
+        checkpoint, model, optimizer = None, None, None
         if not cfg.dry_run:
-            checkpoint = find_resume(folder, asdict(cfg), cfg.resume, inputs=inputs, force=cfg.force)
-        learner = None if cfg.dry_run else prepare_model(cfg, start.checkpoint, checkpoint, compute.device)
-        batch, micro = choose_batch(cfg, compute, sequence_len, learner[0] if learner else None, checkpoint)
-        place = checkpoint.meta["loader"] if checkpoint else None
-        loader = make_loader(cfg, compute, data.train, start.tokenizer, batch.device_batch_size, sequence_len, place)
+            checkpoint = run.find_checkpoint(inputs)
+            model, optimizer = prepare_model(cfg, start.checkpoint, checkpoint, compute.device)
+        batch, micro = choose_batch(cfg, compute, sequence_len, model, checkpoint)
+        rows = batch.device_batch_size
+
+        position = checkpoint.meta["loader"] if checkpoint else None
+        loader = make_loader(cfg, compute, data.train, tokenizer, rows, sequence_len, position)
+        epoch_tokens = max(1, loader.rows_per_epoch * sequence_len)
         schedule = make_schedule(cfg, loader.rows_per_epoch * sequence_len / batch.total_tokens)
         print0(f"{stage.name}: data {data.name}, one epoch is {loader.forecast}")
         print0(f"{stage.name}: {describe_horizon(schedule)}, {batch.total_tokens:,} tokens per step")
-        epoch_tokens = max(1, loader.rows_per_epoch * sequence_len)
         if batch.total_tokens > epoch_tokens:
             print0(
                 f"warning: a step of {batch.total_tokens:,} tokens reads all conversations "
                 f"{batch.total_tokens / epoch_tokens:.0f} times: a smaller --total_batch_size makes more steps of them"
             )
-        check_validation(make_loader(cfg, compute, data.val, start.tokenizer, 1, sequence_len), data.name)
-        if learner is None:
+        check_validation(make_loader(cfg, compute, data.val, tokenizer, 1, sequence_len), data.name)
+        if model is None or optimizer is None:
             return
-        trainer = make_trainer(stage, cfg, compute, start, learner, data, loader, schedule, batch, folder)
-        trainer.clock, trainer.micro = clock, micro
-        trainer.meta |= {"inputs": inputs, "budget_tokens": budget.tokens}
-        run_trainer(trainer, checkpoint)
-        passes = trainer.state.tokens / epoch_tokens
+
+        # The same text is evaluated whatever number of rows fits.
+        evaluated = cfg.eval_batches if cfg.device_batch_size != "auto" else -(-cfg.eval_batches * EVAL_ROWS // rows)
+        meta = {"chat_data": data.name, "recipe": recipe_of(start.checkpoint.meta), "budget_tokens": budget.tokens}
+        trainer = run.make_trainer(
+            model,
+            optimizer,
+            loader,
+            schedule,
+            batch.grad_accum_steps,
+            inputs,
+            meta,
+            micro=micro,
+            evaluate=lambda: evaluate_loss(
+                model, make_loader(cfg, compute, data.val, tokenizer, rows, sequence_len), evaluated, compute
+            ),
+            val_name="val_loss",
+            sample=lambda: print_answers(model, tokenizer, compute),
+            **checkpoint_hooks(cfg, model),
+        )
+        train(trainer, checkpoint, answers_before=True)
+
+        state = trainer.state
+        passes = state.tokens / epoch_tokens
         print0(f"{stage.name}: learned from {loader.stats}, each about {max(1, passes):.0f} times")
-        report(stage, trainer, data, loader, compute)
+        facts = {
+            "conversations": len(data.train),
+            "data": data.name,
+            "packing": str(loader.stats),
+            "validation loss (nats per supervised token)": state.val,
+        }
+        run.report(stage.section, trainer, facts, {"val loss": state.val})
 
 
 def check_validation(loader: ConversationLoader, name: str) -> None:
@@ -241,69 +253,6 @@ def choose_batch(
     elif model is not None:
         micro, _ = choose_micro_batch(model, compute, sequence_len, per_step)
     return plan_batch(total, divisors(per_step, micro.rows)[0], sequence_len, world), micro
-
-
-def make_trainer(
-    stage: Stage,
-    cfg: FinetuneConfig,
-    compute: Compute,
-    start: Start,
-    learner: tuple[GPT, MuonAdamW],
-    data: Conversations,
-    loader: ConversationLoader,
-    schedule: Schedule,
-    batch: BatchPlan,
-    folder: Path,
-) -> Trainer:
-    """The shared loop with what is this stage's own."""
-    model, optimizer = learner
-    tokenizer, rows = start.tokenizer, batch.device_batch_size
-    # The same text is evaluated whatever number of rows fits.
-    evaluated = cfg.eval_batches if cfg.device_batch_size != "auto" else -(-cfg.eval_batches * EVAL_ROWS // rows)
-    return Trainer(
-        label=stage.name,
-        model=model,
-        optimizer=optimizer,
-        loader=loader,
-        compute=compute,
-        settings=train_settings(cfg, schedule, batch.grad_accum_steps),
-        folder=folder,
-        meta={
-            "config": asdict(cfg),
-            "tokenizer_hash": tokenizer.hash,
-            "chat_data": data.name,
-            "recipe": recipe_of(start.checkpoint.meta),
-        },
-        evaluate=lambda: evaluate_loss(
-            model, make_loader(cfg, compute, data.val, tokenizer, rows, batch.sequence_len), evaluated, compute
-        ),
-        val_name="val_loss",
-        sample=lambda: print_answers(model, tokenizer, compute),
-        tracker=init_tracker(cfg.tracker, cfg.run, stage.project, asdict(cfg)),
-        **checkpoint_hooks(cfg, model),
-    )
-
-
-def report(stage: Stage, trainer: Trainer, data: Conversations, loader: ConversationLoader, compute: Compute) -> None:
-    """Log the run to the report."""
-    state = trainer.state
-    facts = {
-        "conversations": len(data.train),
-        "data": data.name,
-        "packing": str(loader.stats),
-        "steps": state.step,
-        "tokens": state.tokens,
-        "dtype": compute.precision.name,
-        "training time": format_seconds(state.seconds),
-        "tokens per second": state.tokens / max(state.seconds, 1e-9),
-        "skipped steps": compute.precision.skipped,
-        "loss scale": compute.precision.scaler.scale,
-        "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
-        "validation loss (nats per supervised token)": state.val,
-    }
-    metrics = {"val loss": state.val} if state.val is not None else None
-    get_report().log(section=stage.section, data=[trainer.meta["config"], facts], metrics=metrics)
-    print0(f"{stage.name} done: {state.step} steps in {format_seconds(state.seconds)}, in {trainer.folder}")
 
 
 def sample_hash(conversations: Sequence[Any]) -> str:

@@ -1,23 +1,26 @@
-"""Pretraining: settings, the plan that follows from them, and a run of it."""
+"""Pretraining: its settings, the plan that follows from them and from this machine, and the run.
+
+The plan is made once, by `resolve_plan`, before there is a model: its shape, the length of the run, the rows that go
+through it at a time, the learning rates. All that comes after carries the plan out.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
-from nanochat.checkpoint_manager import Checkpoint, checkpoint_folder, load_weights
-from nanochat.common import Compute, print0, print_banner, setup_compute
-from nanochat.config import Runtime, positive
+from nanochat.checkpoint_manager import Checkpoint, load_weights
+from nanochat.common import Compute, print0, print_banner
+from nanochat.config import positive
 from nanochat.data.token_cache import TokenCache
 from nanochat.dataloader import Mode, PretrainLoader
-from nanochat.dataset import Corpus, open_corpus, prepare_corpus
+from nanochat.dataset import open_corpus, prepare_corpus
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import corpus_bpb
 from nanochat.optim import MuonAdamW
 from nanochat.plan.memory import MicroBatch, divisors
 from nanochat.progress import format_seconds
@@ -34,14 +37,11 @@ from nanochat.recipe import (
     plan_iterations,
     scale_hyperparameters,
 )
-from nanochat.report import get_report
-from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
+from nanochat.tokenizer import get_tokenizer
 from nanochat.train.clock import Clock
 from nanochat.train.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
-from nanochat.train.resume import find_resume, only_run, saved_dtype
 from nanochat.train.samples import print_samples
-from nanochat.train.tracking import TrackerName, init_tracker
-from nanochat.train.trainer import Trainer, TrainSettings
+from nanochat.train.stage import Run, RunConfig, start_run, train
 
 # What training makes of the measured matmul speed, to plan a horizon given in hours. A guess.
 SHARE_OF_MATMUL_SPEED = 0.5
@@ -83,18 +83,13 @@ class Architecture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Settings of a pretraining run."""
+class PretrainSettings:
+    """What a pretraining run learns: the model, the text, the horizon and the rates."""
 
-    runtime: Runtime = field(default_factory=Runtime)
     architecture: Architecture = field(default_factory=Architecture)
     recipe: Literal["small", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
     """Preset of model and optimizer: small is for one card or a CPU and some hours, classic is nanochat of December
     2025, modern that of July 2026; every flag that is given goes before it."""
-    run: str = "dummy"
-    """Name of the run in the tracker; dummy means no tracker. metrics.jsonl is always written."""
-    tracker: TrackerName = "wandb"
-    """Where --run logs to."""
     depth: int = 20
     """Layers; the width follows: aspect_ratio × depth channels, rounded up to whole heads of 128."""
     aspect_ratio: int = 64
@@ -114,17 +109,11 @@ class PretrainConfig:
     """Pass over shards that can't be read, with a warning, instead of stopping."""
     token_cache: bool = False
     """Use the shards that `python -m nanochat.data.token_cache` has tokenized before."""
-    num_iterations: int | None = None
-    """Optimizer steps; goes before the other horizons (-1 is off, as in nanochat)."""
-    hours: float | None = None
-    """Be done in this time, last evaluation, samples and checkpoint included: the schedule follows the clock."""
     target_flops: float | None = None
     """Train for this many FLOPs."""
     target_param_data_ratio: float | None = None
     """Train on this many tokens per parameter; default: 20 per parameter (classic, Chinchilla), 12 per parameter of
     matrices and lm_head (small, modern)."""
-    device_batch_size: int | Literal["auto"] = "auto"
-    """Rows per forward pass and process: auto finds the most that fit and pay. The total batch stays, whatever fits."""
     total_batch_size: int | None = None
     """Tokens per optimizer step, over all processes and micro-batches; default: 524288 (classic), by the horizon
     (small, modern)."""
@@ -142,10 +131,6 @@ class PretrainConfig:
     """Decoupled weight decay; default: 0 (small, classic), 0.28 by batch and horizon (modern)."""
     lr_scale: float = 1.0
     """Factor on all learning rates."""
-    grad_clip: float | None = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
-    warmup_ratio: float = 0.0
-    """Share of the run in which the learning rate rises."""
     warmup_steps: int | None = None
     """Steps in which the learning rate rises; default: 0 (small, classic), 40 (modern; fewer in a short
     run)."""
@@ -157,36 +142,25 @@ class PretrainConfig:
     """Share of the run in which rows are cut into shorter ones: first quarters, then halves."""
     activation_checkpointing: bool = False
     """Keep no activations inside the layers but compute them again: less memory, about a third more time."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto goes on with an unfinished run of the same settings."""
-    force: bool = False
-    """Go on with an unfinished run although settings differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig, PretrainSettings):
+    """Settings of a pretraining run (in this order: --help begins with the model)."""
+
     eval_every: int = 250
     """Steps between evaluations of the validation set (0: only at the end)."""
     eval_tokens: int = 20 * 524288
     """Validation tokens per evaluation (fewer when the validation set is smaller)."""
     sample_every: int = 2000
     """Steps between printed samples (0: only at the end)."""
-    save_every: int = 0
-    """Steps between checkpoints, besides those by the clock (0: none)."""
-    save_every_minutes: float = 10.0
-    """Minutes between checkpoints."""
-    keep_last: int = 2
-    """How many checkpoints of an unfinished run stay, besides the one of the lowest validation loss."""
-    keep_every: int = 0
-    """Also keep those whose step is a multiple of this, for good (0: none)."""
     model_tag: str | None = None
     """Name of the checkpoint folder; default d<depth>."""
-    dry_run: bool = False
-    """Print the resolved plan and stop."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.depth < 1:
             raise ValueError(f"--depth must be at least 1, got {self.depth}")
-        if self.hours is not None and self.hours <= 0:
-            raise ValueError(f"--hours must be positive, got {self.hours}")
-        if self.keep_last < 1:
-            raise ValueError(f"--keep_last must be at least 1, got {self.keep_last}")
         if self.num_iterations == 0:
             raise ValueError("--num_iterations must be positive, got 0 (leave it out, or -1, for another horizon)")
         if self.target_param_data_ratio is not None and self.target_param_data_ratio == 0:
@@ -203,6 +177,14 @@ class PretrainConfig:
         """Name of the checkpoint folder."""
         return self.model_tag or f"d{self.depth}"
 
+    @property
+    def seconds(self) -> float | None:
+        """The time to train in, where that is the horizon: a number of steps goes before it."""
+        return None if self.hours is None or positive(self.num_iterations) else self.hours * 3600
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -215,6 +197,10 @@ class Plan:
     num_params: int
     flops_per_token: int
     horizon_tokens: int
+    eval_tokens: int
+    """Tokens per evaluation."""
+    micro: MicroBatch | None = None
+    """What fits into the device's memory at a time, where that was measured."""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -243,35 +229,44 @@ def make_plan(
     cfg: PretrainConfig,
     vocab_size: int,
     world_size: int,
+    *,
     horizon_tokens: int | None = None,
+    total_batch_size: int | None = None,
     tflops: Callable[[], float] = lambda: 1.0,
     rows: int = DEFAULT_ROWS,
 ) -> Plan:
-    """Everything that follows from the settings.
+    """Everything that follows from the settings alone.
 
     Args:
         cfg: the settings.
         vocab_size: of the tokenizer.
         world_size: processes.
-        horizon_tokens: what a resumed run has planned for.
+        horizon_tokens: tokens of the whole run, where they are known already.
+        total_batch_size: tokens per step of the run that is resumed; the settings' goes before it.
         tflops: measures this machine's matmul speed per process, in TFLOP/s; called when the horizon is a time.
         rows: the most rows of a micro-batch, where they are not set.
     """
     preset = PRESETS[cfg.recipe]
-    settings = preset.switches | cfg.architecture.given()
-    model_config = GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, **settings)
-    with torch.device("meta"):
-        model = GPT(model_config)
-    flops, by_steps = model.estimate_flops(), bool(cfg.num_iterations and cfg.num_iterations > 0)
-    by_time = cfg.hours is not None and not by_steps
-    if horizon_tokens is None and by_time and cfg.hours is not None and preset.scales:
-        horizon_tokens = int(cfg.hours * 3600 * tflops() * 1e12 * SHARE_OF_MATMUL_SPEED * world_size / flops)
-    ratio = positive(cfg.target_param_data_ratio or 0) or preset.tokens_per_parameter
-    tokens = horizon_tokens or _horizon(
-        cfg, preset.scaling_params(model), ratio, flops, partial(batch_for_steps, preset, model)
-    )
-    per_row = cfg.max_seq_len * world_size
-    rates = scale_hyperparameters(preset, model, tokens, cfg.total_batch_size, per_row)
+    switches = preset.switches | cfg.architecture.given()
+    config = GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, **switches)
+    with torch.device("meta"):  # shapes only: to count parameters and FLOPs
+        model = GPT(config)
+    flops = model.estimate_flops()
+    ratio = positive(cfg.target_param_data_ratio) or preset.tokens_per_parameter
+
+    # The horizon first: batch, learning rates and decay of the recipes that scale follow from it.
+    steps = positive(cfg.num_iterations)
+    if horizon_tokens is None and cfg.seconds is not None and preset.scales:
+        horizon_tokens = int(cfg.seconds * tflops() * 1e12 * SHARE_OF_MATMUL_SPEED * world_size / flops)
+    elif horizon_tokens is None and steps:
+        horizon_tokens = steps * (cfg.total_batch_size or batch_for_steps(preset, model, steps))
+    elif horizon_tokens is None and positive(cfg.target_flops):
+        horizon_tokens = int(positive(cfg.target_flops) / flops)
+    tokens = horizon_tokens or int(ratio * preset.scaling_params(model))
+
+    per_row = cfg.max_seq_len * world_size  # tokens that one row on every rank makes
+    total_given = cfg.total_batch_size or total_batch_size
+    rates = scale_hyperparameters(preset, model, tokens, total_given, per_row)
     rates = rates.override(
         embedding_lr=cfg.embedding_lr,
         unembedding_lr=cfg.unembedding_lr,
@@ -285,8 +280,9 @@ def make_plan(
     if rows > 0 and (auto or (cfg.total_batch_size is None and preset.scales)):
         rows = divisors(max(1, rates.total_batch_size // per_row), rows)[0]
     batch = plan_batch(rates.total_batch_size, rows, cfg.max_seq_len, world_size)
+
     iterations = None
-    if not by_time:
+    if cfg.seconds is None:
         iterations = plan_iterations(
             batch_tokens=batch.total_tokens,
             num_params=preset.scaling_params(model),
@@ -295,11 +291,10 @@ def make_plan(
             target_flops=cfg.target_flops,
             target_param_data_ratio=ratio,
         )
-    steps = iterations or tokens // batch.total_tokens
-    warmup_steps = min(preset.warmup_steps, int(MAX_WARMUP_SHARE * steps))
+    warmup_steps = min(preset.warmup_steps, int(MAX_WARMUP_SHARE * (iterations or tokens // batch.total_tokens)))
     schedule = Schedule(
         num_iterations=iterations,
-        seconds=cfg.hours * 3600 if by_time and cfg.hours else None,
+        seconds=cfg.seconds,
         warmup_ratio=cfg.warmup_ratio,
         warmup_steps=warmup_steps if cfg.warmup_steps is None else cfg.warmup_steps,
         warmdown_ratio=preset.warmdown_ratio if cfg.warmdown_ratio is None else cfg.warmdown_ratio,
@@ -308,136 +303,99 @@ def make_plan(
         momentum=preset.momentum,
         decay_to_zero=preset.decay_to_zero,
     )
-    return Plan(model_config, batch, schedule, rates, model.num_params(), flops, tokens)
+    return Plan(config, batch, schedule, rates, model.num_params(), flops, tokens, cfg.eval_tokens)
 
 
-def _horizon(cfg: PretrainConfig, scaling_params: int, ratio: float, flops: int, batch_of: Callable[[int], int]) -> int:
-    """Tokens of the run, by the first horizon that is set."""
-    if cfg.num_iterations and cfg.num_iterations > 0:
-        return cfg.num_iterations * (cfg.total_batch_size or batch_of(cfg.num_iterations))
-    if cfg.target_flops and cfg.target_flops > 0:
-        return int(cfg.target_flops / flops)
-    return int(ratio * scaling_params)
+def resolve_plan(cfg: PretrainConfig, vocab_size: int, compute: Compute, checkpoint: Checkpoint | None = None) -> Plan:
+    """The plan of a run on this machine: micro-batches that fit, and for a time the horizon that a real step promises.
 
+    A resumed run keeps horizon, batch, rows and evaluation of its start: what was measured then must not change with
+    the machine's mood, nor with the number of processes. With --dry_run nothing is tried on the device.
 
-def validation(
-    cfg: PretrainConfig,
-    compute: Compute,
-    model: GPT,
-    corpus: Corpus,
-    tokenizer: RustBPETokenizer,
-    rows: int,
-    tokens: int,
-) -> float:
-    """Bits per byte over the first `tokens` of the validation set, or all of it, `rows` at a time."""
-    loader = PretrainLoader(
-        corpus,
-        tokenizer,
-        rows,
-        cfg.max_seq_len,
-        split="val",
-        device=compute.device,
-        rank=compute.rank,
-        world_size=compute.world_size,
-        max_rows=max(1, tokens // cfg.max_seq_len),
-        skip_bad_shards=cfg.skip_bad_shards,
+    Raises:
+        RuntimeError: not even one row fits; names the depth that does.
+    """
+    T, world, auto = cfg.max_seq_len, compute.world_size, cfg.device_batch_size == "auto"
+    meta = {} if checkpoint is None else checkpoint.meta
+    micro = MicroBatch(**meta["micro_batch"]) if meta.get("micro_batch") else None
+    planned = partial(make_plan, cfg, vocab_size, world, total_batch_size=meta.get("total_batch_size"))
+    plan = planned(
+        horizon_tokens=meta.get("horizon_tokens"),
+        tflops=lambda: compute.broadcast(compute.matmul_tflops()),
+        rows=DEFAULT_ROWS if micro is None else micro.rows,
     )
-    return evaluate_bpb(model, loader, None, get_token_bytes(compute.device), compute.precision.autocast())
+    plan = replace(plan, micro=micro, eval_tokens=meta.get("eval_tokens", cfg.eval_tokens))
+    if cfg.dry_run:
+        return plan
+    refuse_too_large(plan.model, compute, T, only_warn=not auto)
+    if (checkpoint is not None and not (auto and micro is None)) or not (auto or plan.schedule.seconds):
+        return plan
+
+    # Real steps of a model of this shape have the last word. It is another one than the run's: the random state stays.
+    with torch.random.fork_rng(devices=[]):
+        model = GPT(plan.model)
+        model.init_weights()
+    model.activation_checkpointing = cfg.activation_checkpointing
+    model.to(compute.device).train()
+    rows, horizon = plan.batch.device_batch_size, plan.horizon_tokens
+    if auto:
+        per_step = plan.batch.total_tokens // (T * world)
+        micro, seconds = choose_micro_batch(model, compute, T, per_step, cfg.activation_checkpointing)
+        rows = micro.rows
+    else:
+        seconds = compute.broadcast(seconds_of(model, compute, rows, T, 0) or 0.0)
+        if not seconds:  # too many rows: the trainer will take fewer
+            return plan
+    del model
+    speed = rows * T * world / max(seconds, 1e-9)  # tokens per second
+    run_seconds = plan.schedule.seconds if checkpoint is None else None
+    if run_seconds is not None and PRESETS[cfg.recipe].scales:
+        horizon = int(STEP_SHARE * run_seconds * speed)
+    plan = replace(planned(horizon_tokens=horizon, rows=rows), micro=micro, eval_tokens=plan.eval_tokens)
+    if run_seconds is not None:
+        # Without a backward pass three times as fast. All together get at most twice the share of one.
+        evaluations = horizon / plan.batch.total_tokens / cfg.eval_every if cfg.eval_every > 0 else 1
+        share = EVAL_SHARE / max(1.0, evaluations / 2)
+        eval_tokens = min(cfg.eval_tokens, max(rows * T * world, int(3 * share * run_seconds * speed)))
+        plan = replace(plan, eval_tokens=eval_tokens)
+        print0(f"about {speed:,.0f} tokens per second; {eval_tokens:,} tokens per evaluation")
+    return plan
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def pretrain(cfg: PretrainConfig) -> None:
     """Plan, build, train, report."""
     clock = Clock()
     print_banner()
-    if cfg.dry_run and cfg.vocab_size is not None:
-        vocab_size = cfg.vocab_size
-    else:
-        try:
-            vocab_size = get_tokenizer().get_vocab_size()
-        except FileNotFoundError:
-            if not cfg.dry_run:
-                raise
-            vocab_size = 65536
-    folder = checkpoint_folder("base", cfg.tag)
-    with (
-        setup_compute(cfg.runtime, saved_dtype(folder, cfg.resume)) as compute,
-        only_run(folder, needed=not cfg.dry_run),
-    ):
-        plan = make_plan(cfg, vocab_size, compute.world_size, tflops=partial(_measure, compute))
-        for line in plan.lines():
-            print0(line)
-        if not cfg.dry_run:
-            train(cfg, plan, compute, clock)
+    with start_run("base", cfg, cfg.tag, clock) as run:
+        if cfg.dry_run:
+            plan = resolve_plan(cfg, _vocab_size(cfg), run.compute)
+            print0("\n".join(plan.lines()))
+        else:
+            _pretrain(cfg, run)
 
 
-def _measure(compute: Compute) -> float:
-    return compute.broadcast(compute.matmul_tflops())
+def _vocab_size(cfg: PretrainConfig) -> int:
+    """The vocabulary to plan for where nothing is trained: there may be no tokenizer yet."""
+    try:
+        return cfg.vocab_size or get_tokenizer().get_vocab_size()
+    except FileNotFoundError:
+        return 65536
 
 
-class Fit(NamedTuple):
-    """What the device has made of a plan."""
-
-    plan: Plan
-    micro: MicroBatch | None
-    eval_tokens: int
-
-
-def fit_to_device(cfg: PretrainConfig, plan: Plan, model: GPT, compute: Compute, checkpoint: Checkpoint | None) -> Fit:
-    """Choose the micro-batch, and for a horizon in hours plan with the speed that a real step has here.
-
-    A resumed run keeps what was chosen at its start.
-    """
-    T, world, auto = cfg.max_seq_len, compute.world_size, cfg.device_batch_size == "auto"
-    meta = {} if checkpoint is None else checkpoint.meta
-    micro = MicroBatch(**meta["micro_batch"]) if meta.get("micro_batch") else None
-    replan = partial(make_plan, cfg, plan.model.vocab_size, world)
-    if checkpoint is not None and (micro is not None or not auto):
-        plan = replan(plan.horizon_tokens, rows=micro.rows) if micro is not None else plan
-        return Fit(plan, micro, meta.get("eval_tokens", cfg.eval_tokens))
-    seconds, rows = 0.0, plan.batch.device_batch_size
-    if auto:
-        per_step = plan.batch.total_tokens // (T * world)
-        micro, seconds = choose_micro_batch(model, compute, T, per_step, cfg.activation_checkpointing)
-        rows = micro.rows
-    run_seconds = plan.schedule.seconds
-    if run_seconds is None:
-        return Fit(replan(plan.horizon_tokens, rows=rows), micro, cfg.eval_tokens)
-    if not auto:
-        seconds = compute.broadcast(seconds_of(model, compute, rows, T, 0) or 0.0)
-        if not seconds:  # too many rows: the trainer will take fewer
-            return Fit(plan, None, cfg.eval_tokens)
-    speed = rows * T * world / max(seconds, 1e-9)  # tokens per second
-    tokens = plan.horizon_tokens
-    if checkpoint is None and PRESETS[cfg.recipe].scales:
-        tokens = int(STEP_SHARE * run_seconds * speed)
-    plan = replan(tokens, rows=rows)
-    # Without a backward pass three times as fast. All together get at most twice the share of one.
-    evaluations = tokens / plan.batch.total_tokens / cfg.eval_every if cfg.eval_every > 0 else 1
-    share = EVAL_SHARE / max(1.0, evaluations / 2)
-    eval_tokens = min(cfg.eval_tokens, max(rows * T * world, int(3 * share * run_seconds * speed)))
-    print0(f"about {speed:,.0f} tokens per second; {eval_tokens:,} tokens per evaluation")
-    return Fit(plan, micro, eval_tokens)
-
-
-def train(cfg: PretrainConfig, plan: Plan, compute: Compute, clock: Clock) -> None:
-    """Train by `plan`, in the time that `clock` says is left of it, and log to the report."""
-    tokenizer = get_tokenizer()
+def _pretrain(cfg: PretrainConfig, run: Run) -> None:
+    compute, tokenizer = run.compute, get_tokenizer()
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir), cfg.skip_bad_shards)
     for split in ("train", "val"):
         corpus.chunks(split)  # a split without documents is an error now, not after hours
-    folder = checkpoint_folder("base", cfg.tag)
-    config = asdict(cfg)
     inputs = {"tokenizer": tokenizer.hash}
-    checkpoint = find_resume(folder, config, cfg.resume, inputs=inputs, force=cfg.force)
-    if checkpoint is not None and plan.horizon_tokens != checkpoint.meta.get("horizon_tokens", plan.horizon_tokens):
-        # A horizon in hours was measured; the batch must not change with the machine's mood.
-        plan = make_plan(cfg, plan.model.vocab_size, compute.world_size, checkpoint.meta["horizon_tokens"])
-    if checkpoint is not None and cfg.total_batch_size is None and "total_batch_size" in checkpoint.meta:
-        # A batch that follows from the horizon is rounded to what the processes share; their number may have changed.
-        cfg = replace(cfg, total_batch_size=checkpoint.meta["total_batch_size"])
-        horizon = checkpoint.meta["horizon_tokens"]
-        plan = make_plan(cfg, plan.model.vocab_size, compute.world_size, horizon, rows=plan.batch.device_batch_size)
-    refuse_too_large(plan.model, compute, plan.batch.sequence_len, only_warn=cfg.device_batch_size != "auto")
+    checkpoint = run.find_checkpoint(inputs)
+
+    plan = resolve_plan(cfg, tokenizer.get_vocab_size(), compute, checkpoint)
+    print0("\n".join(plan.lines()))
+
     model = GPT(plan.model)
     model.activation_checkpointing = cfg.activation_checkpointing
     if checkpoint is None:
@@ -445,9 +403,16 @@ def train(cfg: PretrainConfig, plan: Plan, compute: Compute, clock: Clock) -> No
     else:
         load_weights(model, checkpoint)
     model.to(compute.device).train()
-    fit = fit_to_device(cfg, plan, model, compute, checkpoint)
-    plan = fit.plan
-    print0(plan.lines()[2])
+    groups = parameter_groups(
+        model,
+        embedding_lr=plan.rates.embedding_lr,
+        unembedding_lr=plan.rates.unembedding_lr,
+        matrix_lr=plan.rates.matrix_lr,
+        scalar_lr=plan.rates.scalar_lr,
+        weight_decay=plan.rates.weight_decay,
+        lr_frac=cfg.lr_scale,
+        preset=PRESETS[cfg.recipe],
+    )
     loader = PretrainLoader(
         corpus,
         tokenizer,
@@ -462,78 +427,44 @@ def train(cfg: PretrainConfig, plan: Plan, compute: Compute, clock: Clock) -> No
         skip_bad_shards=cfg.skip_bad_shards,
         cache=TokenCache(tokenizer) if cfg.token_cache else None,
     )
-    rates = plan.rates
-    groups = parameter_groups(
+    decided = {  # what a resume must not decide anew
+        "horizon_tokens": plan.horizon_tokens,
+        "total_batch_size": plan.batch.total_tokens,
+        "eval_tokens": plan.eval_tokens,
+    }
+    trainer = run.make_trainer(
         model,
-        embedding_lr=rates.embedding_lr,
-        unembedding_lr=rates.unembedding_lr,
-        matrix_lr=rates.matrix_lr,
-        scalar_lr=rates.scalar_lr,
-        weight_decay=rates.weight_decay,
-        lr_frac=cfg.lr_scale,
-        preset=PRESETS[cfg.recipe],
-    )
-    trainer = Trainer(
-        label="base",
-        model=model,
-        optimizer=MuonAdamW(groups),
-        loader=loader,
-        compute=compute,
-        settings=TrainSettings(
-            schedule=plan.schedule,
-            grad_accum_steps=plan.batch.grad_accum_steps,
-            grad_clip=positive(cfg.grad_clip),
-            eval_every=positive(cfg.eval_every),
-            sample_every=positive(cfg.sample_every),
-            save_every=positive(cfg.save_every),
-            save_every_minutes=positive(cfg.save_every_minutes) or math.inf,
-            keep_last=cfg.keep_last,
-            keep_every=positive(cfg.keep_every),
-        ),
-        folder=folder,
-        meta={"config": config, "inputs": inputs, "tokenizer_hash": tokenizer.hash, "corpus": corpus.name}
-        | {"horizon_tokens": plan.horizon_tokens, "total_batch_size": plan.batch.total_tokens}
-        | {"eval_tokens": fit.eval_tokens},
-        clock=clock,
-        micro=fit.micro,
-        evaluate=lambda: validation(
-            cfg, compute, model, corpus, tokenizer, plan.batch.device_batch_size, fit.eval_tokens
+        MuonAdamW(groups),
+        loader,
+        plan.schedule,
+        plan.batch.grad_accum_steps,
+        inputs,
+        {"corpus": corpus.name} | decided,
+        micro=plan.micro,
+        evaluate=lambda: corpus_bpb(
+            model,
+            corpus,
+            tokenizer,
+            compute,
+            split="val",
+            rows=plan.batch.device_batch_size,
+            max_rows=max(1, plan.eval_tokens // cfg.max_seq_len),
+            skip_bad_shards=cfg.skip_bad_shards,
         ),
         sample=lambda: print_samples(model, tokenizer, compute),
-        tracker=init_tracker(cfg.tracker, cfg.run, "nanochat", config),
     )
-    if checkpoint is not None:
-        trainer.resume(checkpoint.meta, checkpoint.optimizer)
-        checkpoint.release()
-    state = trainer.run()
-    trainer.tracker.finish()
-    tokens_per_second = state.tokens / max(state.seconds, 1e-9)
-    get_report().log(
-        section="Base model training",
-        data=[
-            config,
-            {
-                "parameters": plan.num_params,
-                "FLOPs per token": plan.flops_per_token,
-                "steps": state.step,
-                "tokens": state.tokens,
-                "tokens per parameter": state.tokens / plan.num_params,
-                "total FLOPs": float(state.tokens * plan.flops_per_token),
-                "dtype": compute.precision.name,
-                "training time": format_seconds(state.seconds),
-                "tokens per second": tokens_per_second,
-                "share of time waiting for data": loader.wait_seconds / max(state.seconds, 1e-9),
-                "epochs begun": loader.epoch + 1,
-                "share of tokens cropped": loader.counts.cropped_share,
-                "skipped steps": compute.precision.skipped,
-                "loss scale": compute.precision.scaler.scale,
-                "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
-                "minimum validation bpb": state.min_val,
-                "final validation bpb": state.val,
-            },
-        ],
-        metrics={"val bpb": state.val} if state.val is not None else None,
-    )
-    print0(
-        f"base model done: {state.step} steps in {format_seconds(state.seconds)}, val bpb {state.val:.4f}, in {folder}"
-    )
+    train(trainer, checkpoint)
+
+    state = trainer.state
+    facts = {
+        "parameters": plan.num_params,
+        "FLOPs per token": plan.flops_per_token,
+        "tokens per parameter": state.tokens / plan.num_params,
+        "total FLOPs": float(state.tokens * plan.flops_per_token),
+        "share of time waiting for data": loader.wait_seconds / max(state.seconds, 1e-9),
+        "epochs begun": loader.epoch + 1,
+        "share of tokens cropped": loader.counts.cropped_share,
+        "minimum validation bpb": state.min_val,
+        "final validation bpb": state.val,
+    }
+    run.report("Base model training", trainer, facts, {"val bpb": state.val}, f"val bpb {state.val:.4f}, ")

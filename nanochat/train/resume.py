@@ -1,4 +1,4 @@
-"""Which unfinished run to go on with, and that nobody else is in its folder."""
+"""Resuming: finding the unfinished run of the same settings, and the lock that keeps a second run out of its folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOCK_SECONDS = 5.0  # a process that was killed a moment ago may hold the lock a
 
 
 @contextlib.contextmanager
-def only_run(folder: Path, needed: bool = True) -> Iterator[None]:
+def run_lock(folder: Path, needed: bool = True) -> Iterator[None]:
     """Hold the lock of a tag's folder, on rank 0; the system drops it when the process dies in whatever way.
 
     Raises:
@@ -35,7 +35,7 @@ def only_run(folder: Path, needed: bool = True) -> Iterator[None]:
     """
     if not needed or get_dist_info()[1] != 0:
         if needed:
-            _meet()
+            _barrier()
         yield
         return
     from filelock import FileLock, Timeout
@@ -51,7 +51,7 @@ def only_run(folder: Path, needed: bool = True) -> Iterator[None]:
         ) from None
     try:
         clean_leftovers(folder)
-        _meet()
+        _barrier()
         yield
     finally:
         lock.release()
@@ -84,7 +84,7 @@ def saved_dtype(folder: Path, resume: str) -> str | None:
 
 
 def saved_meta(folder: Path, resume: str) -> dict[str, Any] | None:
-    """The record of the run in `folder` that `resume` would go on with, finished or not; None if there is none."""
+    """The record of the run in `folder` that `resume` would continue, finished or not; None if there is none."""
     if effective_resume(resume) == "auto":
         for step in reversed(saved_steps(folder)):
             with contextlib.suppress(*DAMAGED):
@@ -93,7 +93,7 @@ def saved_meta(folder: Path, resume: str) -> dict[str, Any] | None:
 
 
 def effective_resume(resume: str) -> str:
-    """`resume`, but when torchrun has restarted the ranks of this very run: then it always goes on."""
+    """`resume`, but when torchrun has restarted the ranks of this very run: then it always resumes."""
     return "auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 else resume
 
 
@@ -116,7 +116,7 @@ def find_resume(
         resume: "auto" or "never".
         ignore: settings that may differ.
         inputs: what the run was made from: hashes by name. "tokenizer" among them can't be forced.
-        force: go on with other settings.
+        force: resume with other settings.
 
     Raises:
         ValueError: an unfinished run with other settings or inputs is there; names each difference and the remedy.
@@ -133,23 +133,23 @@ def find_resume(
             lines = "".join(f"\n  {line}" for line in changed)
             other_tokenizer = any(line.startswith("tokenizer:") for line in changed)
             if force and not other_tokenizer:
-                print0(f"warning: going on with other settings, as --force asks:{lines}")
+                print0(f"warning: resuming with other settings, as --force asks:{lines}")
                 return checkpoint
-            remedy = "" if other_tokenizer else ", --force to go on with the new ones"
+            remedy = "" if other_tokenizer else ", --force to resume with the new ones"
             raise ValueError(
                 f"an unfinished run with other settings is in {folder}:{lines}\n"
                 f"use its settings, another --model_tag{remedy}, or --resume=never to start over"
             )
-    _meet()  # every rank has seen the same folder
+    _barrier()  # every rank has seen the same folder
     if get_dist_info()[1] == 0:
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
         print0(f"a run was in {folder}: moved to {old.name}")
-    _meet()
+    _barrier()
     return None
 
 
-def _meet() -> None:
+def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

@@ -8,8 +8,8 @@ Left out: a value model, rewards per token.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,16 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.chat_eval import pass_at_k
-from nanochat.checkpoint_manager import Checkpoint, build_model, checkpoint_folder
-from nanochat.common import Compute, print_banner, setup_compute
+from nanochat.checkpoint_manager import Checkpoint, build_model
+from nanochat.common import Compute, print0, print_banner
 from nanochat.data.loader import Batch
 from nanochat.engine import Engine
-from nanochat.env import print0
 from nanochat.gpt import GPT
-from nanochat.progress import format_seconds
-from nanochat.report import get_report
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.resume import find_resume, model_hash, only_run, saved_dtype
+from nanochat.train.clock import Clock
 from nanochat.train.rollouts import RewardTask, RolloutLoader, RolloutSettings, Scorer, answer_prompts
 from nanochat.train.samples import print_answers
 from nanochat.train.stage import (
@@ -37,11 +34,9 @@ from nanochat.train.stage import (
     find_start,
     make_schedule,
     prepare_model,
-    run_trainer,
-    train_settings,
+    start_run,
+    train,
 )
-from nanochat.train.tracking import init_tracker
-from nanochat.train.trainer import Trainer
 
 EVAL_ROWS = 256  # answers sampled together in an evaluation
 
@@ -178,21 +173,20 @@ def evaluate_pass_at_k(
     return {f"pass@{n}": value / count for n, value in zip(ks, totals.tolist(), strict=True)}
 
 
-def reinforce(cfg: RLConfig, load_tasks: Any) -> None:
+def reinforce(cfg: RLConfig, load_tasks: Callable[[dict[str, Any]], RLTasks]) -> None:
     """Train a chat model by its rewards and log to the report.
 
     Args:
         cfg: the settings.
-        load_tasks: gives the RLTasks for the meta data of the model to start from.
+        load_tasks: gives the tasks for the meta data of the model to start from.
     """
+    clock = Clock()
     print_banner()
     start = find_start(cfg.source, cfg)
-    tasks: RLTasks = load_tasks(start.checkpoint.meta)
-    folder = checkpoint_folder("rl", start.tag)
-    dtypes = saved_dtype(folder, cfg.resume), start.checkpoint.meta.get("dtype")
-    with setup_compute(cfg.runtime, *dtypes) as compute, only_run(folder, needed=not cfg.dry_run):
+    tasks, tokenizer = load_tasks(start.checkpoint.meta), start.tokenizer
+    with start_run("rl", cfg, start.tag, clock, start.checkpoint.meta.get("dtype")) as run:
         # Every step has rows of another length: compiling would start again and again.
-        compute = replace(compute, compile=False)
+        run.compute = compute = replace(run.compute, compile=False, measure_compile=False)
         steps_per_epoch = len(tasks.train) / cfg.examples_per_step * cfg.updates_per_rollout
         schedule = make_schedule(cfg, steps_per_epoch)
         print0(
@@ -201,30 +195,52 @@ def reinforce(cfg: RLConfig, load_tasks: Any) -> None:
         )
         if cfg.dry_run:
             return
-        inputs = {"tokenizer": start.tokenizer.hash, "model": model_hash(start.checkpoint), "task": tasks.train.name}
-        checkpoint = find_resume(folder, asdict(cfg), cfg.resume, inputs=inputs, force=cfg.force)
-        trainer, loader = make_rl_trainer(cfg, compute, start, checkpoint, tasks, schedule, folder)
+        inputs = start.inputs(task=tasks.train.name)
+        checkpoint = run.find_checkpoint(inputs)
+        model, optimizer = prepare_model(cfg, start.checkpoint, checkpoint, compute.device)
+        loader = make_rollouts(cfg, compute, model, start, checkpoint, tasks.train)
+
+        def objective(model: GPT, x: Tensor, batch: Batch) -> Tensor:
+            return policy_loss(model.loss(x, batch.y, "none"), batch, cfg.clip, cfg.kl)
+
+        trainer = run.make_trainer(
+            model,
+            optimizer,
+            loader,
+            schedule,
+            loader.settings.micro_batches,
+            inputs,
+            {"chat_data": start.checkpoint.meta.get("chat_data"), "task": tasks.train.name},
+            evaluate=lambda: evaluate_pass_at_k(cfg, model, tokenizer, tasks.val, compute),
+            val_name="pass@1",
+            objective=objective,
+            extra_metrics=lambda: loader.metrics,
+            sample=lambda: print_answers(model, tokenizer, compute),
+            **checkpoint_hooks(cfg, model),
+        )
         if checkpoint is None:
             trainer.run_evaluation()
         before = trainer.last_evaluation if checkpoint is None else checkpoint.meta["before"]
-        trainer.meta |= {"inputs": inputs, "before": before}
-        run_trainer(trainer, checkpoint)
-        if trainer.last_evaluation:  # else the run was complete before, and reported
-            report(cfg, trainer, loader, tasks, compute)
+        trainer.meta["before"] = before
+        train(trainer, checkpoint, answers_before=True)
+        after = trainer.last_evaluation
+        if not after:  # the run was complete before, and reported
+            return
+        facts = {
+            "task": tasks.train.name,
+            "held-out problems": min(cfg.eval_examples, len(tasks.val)),
+            **{f"{name} before": value for name, value in before.items()},
+            **{f"{name} after": value for name, value in after.items()},
+            "mean reward of the last step": loader.metrics.get("reward"),
+        }
+        metrics = {f"{tasks.val.name} {name}": value for name, value in after.items()}
+        run.report("RL", trainer, facts, metrics, f"pass@1 {before['pass@1']:.4f} -> {after['pass@1']:.4f}, ")
 
 
-def make_rl_trainer(
-    cfg: RLConfig,
-    compute: Compute,
-    start: Start,
-    checkpoint: Checkpoint | None,
-    tasks: RLTasks,
-    schedule: Any,
-    folder: Path,
-) -> tuple[Trainer, RolloutLoader]:
-    """The shared loop with rollouts for data and the policy's loss."""
-    model, optimizer = prepare_model(cfg, start.checkpoint, checkpoint, compute.device)
-    tokenizer = start.tokenizer
+def make_rollouts(
+    cfg: RLConfig, compute: Compute, model: GPT, start: Start, checkpoint: Checkpoint | None, task: RewardTask
+) -> RolloutLoader:
+    """The answers that `model` gives to `task` as batches; resumes where `checkpoint` stopped."""
     answers = cfg.examples_per_step // compute.world_size * cfg.num_samples
     settings = RolloutSettings(
         examples_per_step=cfg.examples_per_step,
@@ -238,55 +254,4 @@ def make_rl_trainer(
     )
     scorers = make_scorers(cfg, model, start.checkpoint, compute)
     state = checkpoint.meta["loader"] if checkpoint else None
-    loader = RolloutLoader(model, tokenizer, tasks.train, compute, settings, scorers, state)
-
-    def objective(model: GPT, x: Tensor, batch: Batch) -> Tensor:
-        return policy_loss(model.loss(x, batch.y, "none"), batch, cfg.clip, cfg.kl)
-
-    trainer = Trainer(
-        label="rl",
-        model=model,
-        optimizer=optimizer,
-        loader=loader,
-        compute=compute,
-        settings=train_settings(cfg, schedule, settings.micro_batches),
-        folder=folder,
-        meta={
-            "config": asdict(cfg),
-            "tokenizer_hash": tokenizer.hash,
-            "chat_data": start.checkpoint.meta.get("chat_data"),
-            "task": tasks.train.name,
-        },
-        evaluate=lambda: evaluate_pass_at_k(cfg, model, tokenizer, tasks.val, compute),
-        val_name="pass@1",
-        objective=objective,
-        more_metrics=lambda: loader.metrics,
-        sample=lambda: print_answers(model, tokenizer, compute),
-        tracker=init_tracker(cfg.tracker, cfg.run, "nanochat-rl", asdict(cfg)),
-        **checkpoint_hooks(cfg, model),
-    )
-    return trainer, loader
-
-
-def report(cfg: RLConfig, trainer: Trainer, loader: RolloutLoader, tasks: RLTasks, compute: Compute) -> None:
-    """Log the run to the report."""
-    state, before = trainer.state, trainer.meta["before"]
-    name = trainer.val_name
-    facts = {
-        "task": tasks.train.name,
-        "held-out problems": min(cfg.eval_examples, len(tasks.val)),
-        **{f"{key} before": value for key, value in before.items()},
-        **{f"{key} after": value for key, value in trainer.last_evaluation.items()},
-        "steps": state.step,
-        "mean reward of the last step": loader.metrics.get("reward"),
-        "dtype": compute.precision.name,
-        "training time": format_seconds(state.seconds),
-        "skipped steps": compute.precision.skipped,
-        "peak memory (GB)": compute.peak_memory_bytes() / 1e9,
-    }
-    metrics = {f"{tasks.val.name} {key}": value for key, value in trainer.last_evaluation.items()}
-    get_report().log(section="RL", data=[asdict(cfg), facts], metrics=metrics)
-    print0(
-        f"rl done: {state.step} steps in {format_seconds(state.seconds)}, {name} {before[name]:.4f} -> "
-        f"{state.val:.4f}, in {trainer.folder}"
-    )
+    return RolloutLoader(model, start.tokenizer, task, compute, settings, scorers, state)

@@ -1,22 +1,36 @@
-"""What mid-training, SFT and RL have in common: their settings, where they start, what they train, how they run."""
+"""The skeleton of every training run (base, mid-training, SFT, RL): settings, one machine and folder, loop, report.
+
+And what the stages after the base have in common: where they start, and which part of the model they train.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
-from nanochat.checkpoint_manager import Checkpoint, build_model, check_tokenizer, choose_tag, load_checkpoint
+from nanochat.checkpoint_manager import (
+    Checkpoint,
+    build_model,
+    check_tokenizer,
+    checkpoint_folder,
+    choose_tag,
+    load_checkpoint,
+)
+from nanochat.common import Compute, print0, setup_compute
 from nanochat.config import Runtime, positive
-from nanochat.env import print0
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
 from nanochat.recipe import PRESETS, Schedule, parameter_groups, recipe_of
+from nanochat.report import get_report
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.train.clock import Clock
 from nanochat.train.lora import (
     add_lora,
     load_lora,
@@ -26,19 +40,60 @@ from nanochat.train.lora import (
     train_last_layers,
     trainable_groups,
 )
-from nanochat.train.tracking import TrackerName
-from nanochat.train.trainer import MORE_STATE, Trainer, TrainSettings
+from nanochat.train.resume import find_resume, model_hash, run_lock, saved_dtype
+from nanochat.train.tracking import TrackerName, init_tracker
+from nanochat.train.trainer import EXTRA_STATE, Loader, Trainer, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """Settings that every stage after the base has."""
+class RunConfig:
+    """Settings that every training run has."""
 
     runtime: Runtime = field(default_factory=Runtime)
     run: str = "dummy"
     """Name of the run in the tracker; dummy means no tracker. metrics.jsonl is always written."""
     tracker: TrackerName = "wandb"
     """Where --run logs to."""
+    model_tag: str | None = None
+    """Name of the checkpoint folder."""
+    num_iterations: int | None = None
+    """Optimizer steps; goes before the other horizons (-1 is off, as in nanochat)."""
+    hours: float | None = None
+    """Be done in this time, last evaluation, samples and checkpoint included: the schedule follows the clock."""
+    device_batch_size: int | Literal["auto"] = "auto"
+    """Rows per forward pass and process: auto finds the most that fit and pay. The total batch stays, whatever fits."""
+    grad_clip: float | None = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    warmup_ratio: float = 0.0
+    """Share of the run in which the learning rate rises."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto resumes an unfinished run of the same settings."""
+    force: bool = False
+    """Resume an unfinished run although settings differ."""
+    eval_every: int = 150
+    """Steps between evaluations (0: only at the end)."""
+    save_every: int = 0
+    """Steps between checkpoints, besides those by the clock (0: none)."""
+    save_every_minutes: float = 10.0
+    """Minutes between checkpoints."""
+    keep_last: int = 2
+    """How many checkpoints of an unfinished run stay, besides the one of the lowest validation loss."""
+    keep_every: int = 0
+    """Also keep those whose step is a multiple of this, for good (0: none)."""
+    dry_run: bool = False
+    """Print the resolved plan and stop."""
+
+    def __post_init__(self) -> None:
+        if self.hours is not None and self.hours <= 0:
+            raise ValueError(f"--hours must be positive, got {self.hours}")
+        if self.keep_last < 1:
+            raise ValueError(f"--keep_last must be at least 1, got {self.keep_last}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(RunConfig):
+    """Settings that every stage after the base has."""
+
     model_tag: str | None = None
     """Tag of the model to start from; default: the deepest."""
     step: int | None = None
@@ -47,10 +102,6 @@ class StageConfig:
     """Optimizer steps; default: as many as num_epochs need."""
     num_epochs: float = 1.0
     """Passes over the data."""
-    hours: float | None = None
-    """Be done in this time instead, last evaluation and checkpoint included: the schedule follows the clock."""
-    device_batch_size: int | Literal["auto"] = "auto"
-    """Rows per forward pass and process: auto finds the most that fit and pay. The total batch stays, whatever fits."""
     lora_rank: int | None = None
     """Train thin matrices of this rank beside those of the blocks (LoRA), and merge them when saving."""
     lora_lr: float = 0.001
@@ -67,55 +118,126 @@ class StageConfig:
     """All learning rates start at this share."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
-    grad_clip: float | None = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
-    warmup_ratio: float = 0.0
-    """Share of the run in which the learning rate rises."""
     warmdown_ratio: float = 0.2
     """Share of the run in which the learning rate falls."""
     final_lr_frac: float = 0.0
     """Learning rate at the end, as a share of the first."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto goes on with an unfinished run of the same settings."""
-    force: bool = False
-    """Go on with an unfinished run although settings differ."""
-    eval_every: int = 150
-    """Steps between evaluations (0: only at the end)."""
-    save_every: int = 0
-    """Steps between checkpoints, besides those by the clock (0: none)."""
-    save_every_minutes: float = 10.0
-    """Minutes between checkpoints."""
-    keep_last: int = 2
-    """How many checkpoints of an unfinished run stay, besides the one of the lowest validation loss."""
-    keep_every: int = 0
-    """Also keep those whose step is a multiple of this, for good (0: none)."""
-    dry_run: bool = False
-    """Print the resolved plan and stop."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_epochs <= 0:
             raise ValueError(f"--num_epochs must be positive, got {self.num_epochs}")
-        if self.hours is not None and self.hours <= 0:
-            raise ValueError(f"--hours must be positive, got {self.hours}")
-        if self.keep_last < 1:
-            raise ValueError(f"--keep_last must be at least 1, got {self.keep_last}")
         if self.lora_rank is not None and self.last_layers is not None:
             raise ValueError("--lora_rank and --last_layers are two ways of training a part: give one of them")
 
 
-def make_schedule(cfg: StageConfig, steps_per_epoch: float) -> Schedule:
-    """Steps for the asked epochs, or the asked time."""
-    iterations = cfg.num_iterations if cfg.num_iterations and cfg.num_iterations > 0 else None
-    seconds = cfg.hours * 3600 if cfg.hours and iterations is None else None
-    if iterations is None and seconds is None:
-        iterations = max(1, round(cfg.num_epochs * steps_per_epoch))
-    return Schedule(
-        num_iterations=iterations,
-        seconds=seconds,
-        warmup_ratio=cfg.warmup_ratio,
-        warmdown_ratio=cfg.warmdown_ratio,
-        final_lr_frac=cfg.final_lr_frac,
-    )
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run on this machine: its settings, its device and ranks, and the folder that it alone trains in."""
+
+    label: str
+    """base, mid, sft or rl."""
+    cfg: RunConfig
+    folder: Path
+    compute: Compute
+    clock: Clock
+
+    def find_checkpoint(self, inputs: dict[str, str]) -> Checkpoint | None:
+        """The checkpoint to resume from, if the run has the same settings and was made from the same `inputs`."""
+        return find_resume(self.folder, asdict(self.cfg), self.cfg.resume, inputs=inputs, force=self.cfg.force)
+
+    def make_trainer(
+        self,
+        model: GPT,
+        optimizer: MuonAdamW,
+        loader: Loader,
+        schedule: Schedule,
+        grad_accum_steps: int,
+        inputs: dict[str, str],
+        meta: dict[str, Any],
+        **own: Any,
+    ) -> Trainer:
+        """The loop of every stage; `meta` and `own` (fields of the Trainer) are what this one has besides."""
+        cfg = self.cfg
+        config = asdict(cfg)
+        project = "nanochat" if self.label == "base" else f"nanochat-{self.label}"
+        settings = TrainSettings(
+            schedule=schedule,
+            grad_accum_steps=grad_accum_steps,
+            grad_clip=positive(cfg.grad_clip),
+            eval_every=positive(cfg.eval_every),
+            sample_every=positive(getattr(cfg, "sample_every", None)),  # only the base samples on the way
+            save_every=positive(cfg.save_every),
+            save_every_minutes=positive(cfg.save_every_minutes) or math.inf,
+            keep_last=cfg.keep_last,
+            keep_every=positive(cfg.keep_every),
+        )
+        return Trainer(
+            label=self.label,
+            model=model,
+            optimizer=optimizer,
+            loader=loader,
+            compute=self.compute,
+            settings=settings,
+            folder=self.folder,
+            meta={"config": config, "inputs": inputs, "tokenizer_hash": inputs["tokenizer"]} | meta,
+            clock=self.clock,
+            tracker=init_tracker(cfg.tracker, cfg.run, project, config),
+            **own,
+        )
+
+    def report(
+        self, section: str, trainer: Trainer, facts: dict[str, Any], metrics: dict[str, Any], result: str = ""
+    ) -> None:
+        """Log a finished run to the report: its own `facts` and those of every run; prints `result` with the end."""
+        state, precision = trainer.state, self.compute.precision
+        facts = facts | {
+            "steps": state.step,
+            "tokens": state.tokens,
+            "dtype": precision.name,
+            "training time": format_seconds(state.seconds),
+            "tokens per second": state.tokens / max(state.seconds, 1e-9),
+            "skipped steps": precision.skipped,
+            "loss scale": precision.scaler.scale,
+            "peak memory (GB)": self.compute.peak_memory_bytes() / 1e9,
+        }
+        metrics = {name: value for name, value in metrics.items() if value is not None}
+        get_report().log(section=section, data=[trainer.meta["config"], facts], metrics=metrics or None)
+        print0(f"{self.label} done: {state.step} steps in {format_seconds(state.seconds)}, {result}in {self.folder}")
+
+
+@contextlib.contextmanager
+def start_run(label: str, cfg: RunConfig, tag: str, clock: Clock, previous_dtype: str | None = None) -> Iterator[Run]:
+    """Set up device, ranks and dtype of a run and lock its folder; leaving it closes the process group.
+
+    Args:
+        label: the stage.
+        cfg: the settings.
+        tag: name of the checkpoint folder.
+        clock: the run's, started by the script: all that happens before the first step counts too.
+        previous_dtype: the dtype of the model to start from, taken where this device computes well in it.
+    """
+    folder = checkpoint_folder(label, tag)
+    with (
+        setup_compute(cfg.runtime, saved_dtype(folder, cfg.resume), previous_dtype) as compute,
+        run_lock(folder, needed=not cfg.dry_run),
+    ):
+        yield Run(label, cfg, folder, compute, clock)
+
+
+def train(trainer: Trainer, checkpoint: Checkpoint | None, answers_before: bool = False) -> None:
+    """Train from the start, or from where a checkpoint stopped; `answers_before` prints samples of a fresh start."""
+    if checkpoint is not None:
+        trainer.resume(checkpoint.meta, checkpoint.optimizer)
+        checkpoint.release()
+    elif answers_before and trainer.sample is not None:
+        print0(f"{trainer.label}: answers before")
+        trainer.sample()
+    trainer.run()
+    trainer.tracker.finish()
 
 
 def describe_horizon(schedule: Schedule) -> str:
@@ -128,6 +250,21 @@ def describe_horizon(schedule: Schedule) -> str:
 # --- where a stage starts, and what it trains -------------------------------------------------------------------------
 
 
+def make_schedule(cfg: StageConfig, steps_per_epoch: float) -> Schedule:
+    """Steps for the asked epochs, or the asked time."""
+    iterations = positive(cfg.num_iterations)
+    seconds = cfg.hours * 3600 if cfg.hours and iterations is None else None
+    if iterations is None and seconds is None:
+        iterations = max(1, round(cfg.num_epochs * steps_per_epoch))
+    return Schedule(
+        num_iterations=iterations,
+        seconds=seconds,
+        warmup_ratio=cfg.warmup_ratio,
+        warmdown_ratio=cfg.warmdown_ratio,
+        final_lr_frac=cfg.final_lr_frac,
+    )
+
+
 class Start(NamedTuple):
     """What a stage starts from."""
 
@@ -135,6 +272,10 @@ class Start(NamedTuple):
     """Name of the checkpoint folder."""
     checkpoint: Checkpoint
     tokenizer: RustBPETokenizer
+
+    def inputs(self, **own: str) -> dict[str, str]:
+        """What a run is made from: hashes by name, those of the stage itself among them."""
+        return {"tokenizer": self.tokenizer.hash, "model": model_hash(self.checkpoint)} | own
 
 
 def find_start(source: str, cfg: StageConfig) -> Start:
@@ -158,16 +299,15 @@ def prepare_model(
     lora = cfg.lora_rank
     if resumed is not None and resumed.meta["complete"]:
         lora = None  # it has only its merged weights, and will not be trained
-    # A checkpoint holds merged weights. LoRA goes on from the matrices that it does not change, those of the start.
+    # A checkpoint holds merged weights. LoRA resumes from the matrices that it does not change, those of the start.
     model = build_model(start if lora else resumed or start, device, "train")
     if lora:
         add_lora(model, lora)
         if resumed is not None:
-            names = lora_tensors(model)
-            load_lora(model, {name: resumed.optimizer[MORE_STATE + name] for name in names})
+            load_lora(model, {name: resumed.optimizer[EXTRA_STATE + name] for name in lora_tensors(model)})
         groups = lora_groups(model, cfg.lora_lr)
     else:
-        preset = PRESETS[recipe_of(start.meta)]  # each parameter is moved as before
+        preset = PRESETS[recipe_of(start.meta)]  # each parameter is moved as in the base run
         groups = parameter_groups(
             model,
             embedding_lr=cfg.embedding_lr,
@@ -181,49 +321,15 @@ def prepare_model(
         if cfg.last_layers:
             train_last_layers(model, cfg.last_layers)
             groups = trainable_groups(groups)
-    trained = sum(p.numel() for group in groups for p in group["params"])
     if lora or cfg.last_layers:
-        print0(f"trains {trained:,} of {start_size(start):,} parameters")
+        trained = sum(p.numel() for group in groups for p in group["params"])
+        size = sum(weight.numel() for weight in start.model.values())
+        print0(f"trains {trained:,} of {size:,} parameters")
     return model, MuonAdamW(groups)
 
 
-def start_size(start: Checkpoint) -> int:
-    """Parameters of the model in a checkpoint."""
-    return sum(weight.numel() for weight in start.model.values())
-
-
 def checkpoint_hooks(cfg: StageConfig, model: GPT) -> dict[str, Any]:
-    """What the Trainer must know to save a model with LoRA: merged, and the thin matrices beside it."""
+    """The Trainer's fields that save a model with LoRA: merged weights, and the thin matrices beside them."""
     if not cfg.lora_rank:
         return {}
-
-    def more_state() -> dict[str, Tensor]:
-        return lora_tensors(model)
-
-    return {"weights": lambda: merged_weights(model), "more_state": more_state}
-
-
-def train_settings(cfg: StageConfig, schedule: Schedule, grad_accum_steps: int) -> TrainSettings:
-    """The loop's settings from a stage's."""
-    return TrainSettings(
-        schedule=schedule,
-        grad_accum_steps=grad_accum_steps,
-        grad_clip=positive(cfg.grad_clip),
-        eval_every=positive(cfg.eval_every),
-        save_every=positive(cfg.save_every),
-        save_every_minutes=positive(cfg.save_every_minutes) or math.inf,
-        keep_last=cfg.keep_last,
-        keep_every=positive(cfg.keep_every),
-    )
-
-
-def run_trainer(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
-    """Train from the start, or from where a checkpoint stopped; answers are printed before and after."""
-    if checkpoint is not None:
-        trainer.resume(checkpoint.meta, checkpoint.optimizer)
-        checkpoint.release()
-    elif trainer.sample is not None:
-        print0(f"{trainer.label}: answers before")
-        trainer.sample()
-    trainer.run()
-    trainer.tracker.finish()
+    return {"weights": lambda: merged_weights(model), "extra_state": lambda: lora_tensors(model)}

@@ -50,7 +50,7 @@ from nanochat.train.tracking import Tracker
 METRICS_FILE = "metrics.jsonl"
 LOSS_SMOOTHING = 0.9
 WORTH_SAYING = 0.01  # share of a step spent waiting for data
-MORE_STATE = "more."  # how tensors of `more_state` are called in a checkpoint
+EXTRA_STATE = "more."  # how tensors of `extra_state` are called in a checkpoint
 
 
 class Loader(Protocol):
@@ -107,11 +107,11 @@ class Trainer:
     val_name: str = "val_bpb"
     objective: Callable[[GPT, Tensor, Batch], Tensor] | None = None
     """The loss of hidden states (B, T, C), summed over the supervised tokens; None: cross entropy."""
-    more_metrics: Callable[[], dict[str, float]] | None = None
+    extra_metrics: Callable[[], dict[str, float]] | None = None
     """What to log with every step besides the loop's own."""
     weights: Callable[[], dict[str, Tensor]] | None = None
     """The weights for a checkpoint; None: the model's."""
-    more_state: Callable[[], dict[str, Tensor]] | None = None
+    extra_state: Callable[[], dict[str, Tensor]] | None = None
     """What an unfinished checkpoint needs besides those weights; `resume` leaves it to the caller."""
     sample: Callable[[], None] | None = None
     tracker: Tracker = field(default_factory=DummyWandb)
@@ -168,7 +168,7 @@ class Trainer:
             "skipped": self.compute.precision.skipped,
             "scale": self.compute.precision.scaler.scale,
         }
-        return metrics if self.more_metrics is None else metrics | self.more_metrics()
+        return metrics if self.extra_metrics is None else metrics | self.extra_metrics()
 
     def _next_batches(self) -> list[Batch]:
         start = time.perf_counter()
@@ -446,8 +446,8 @@ class Trainer:
         optimizer = None
         if not complete:
             optimizer = host_copy(self.optimizer.own_flat_state()) | rng_state(self.compute.device)
-            if first and self.more_state is not None:
-                optimizer |= host_copy({MORE_STATE + name: value for name, value in self.more_state().items()})
+            if first and self.extra_state is not None:
+                optimizer |= host_copy({EXTRA_STATE + name: value for name, value in self.extra_state().items()})
         meta = self.meta | {
             "complete": complete,
             "state": vars(self.state),
@@ -499,7 +499,7 @@ class Trainer:
         self.clock.costs |= checkpoint_meta.get("costs", {})
         if checkpoint_meta.get("micro_batch") is not None and self.micro is None:
             self.micro = MicroBatch(**checkpoint_meta["micro_batch"])
-        self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(("rng.", MORE_STATE))})
+        self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(("rng.", EXTRA_STATE))})
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
         if self._compile is None:
             self._compile = checkpoint_meta.get("compile")
