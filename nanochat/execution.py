@@ -1,10 +1,8 @@
 """Runs programs that a model wrote, shut off from the machine, and says whether they did what they should.
 
-`check_function` is for tests: the tested code runs in one process, the tests and their verdict live in another, the
-judge, and only plain values (numbers, texts, containers of them) cross between the two. No exit code, printed word,
-patched built-in or clever `__eq__` on the tested side can pass a test; it can only give the right answers.
-`execute_code` is for a program as a whole: success means that its last line was reached, which the program's own
-process must say, with a secret that is hidden from the program but lies in the same memory.
+The tested code runs in one process, the worker; the tests and their verdict live in another, the judge, and only plain
+values (numbers, texts, containers of them) cross between the two. No exit code, printed word, patched built-in or
+clever `__eq__` on the tested side can pass a test; it can only give the right answers.
 
 Every program gets a fresh isolated interpreter in its own session, an empty environment, a temporary folder, no
 standard input, no further processes or threads, limits on time, memory, files and output, and no privileges. Where the
@@ -13,7 +11,7 @@ of other processes (nanochat/sandbox/isolation.py). Where it does not, Python's 
 its folder, sockets, signals and native code; that stops programs, not attackers, and is called weak: HumanEval asks.
 
 What remains: the kernel itself can be attacked (no system call filter), the interpreter and the system's libraries can
-be read, and `execute_code`'s secret could be found by a program that corrupts its own interpreter.
+be read, and a program that corrupts its own interpreter could find what `execute_code` waits to hear.
 """
 
 from __future__ import annotations
@@ -113,6 +111,9 @@ def execute_code(
 ) -> ExecutionResult:
     """Run `code` as a program and say whether it reached its end without an error.
 
+    Behind its last line a function is defined, by code that the program does not see; the judge in another process
+    calls it and knows what it must return. A program that leaves early, in whatever way, has nothing to return.
+
     Args:
         code: Python source; it may import the standard library only.
         timeout: seconds of wall-clock time; then it is killed with all processes it has started.
@@ -124,14 +125,10 @@ def execute_code(
         ValueError: a limit is not positive.
         IsolationError: isolation is weak and that is not allowed.
     """
-    _check_limits(timeout, memory_limit_bytes)
-    namespaces = require_isolation(allow_weak_isolation).strong
-    secret = secrets.token_hex(16)
-    with _Session(timeout) as session:
-        settings = {"source": _clean(code), "secret_fd": session.feed(secret.encode()), "audit": audit}
-        session.start("program", settings, namespaces=namespaces, memory_bytes=memory_limit_bytes, reports=True)
-        session.collect()
-        return session.result("program", "passed " + secret)
+    name, answer = "reached_the_end", secrets.token_hex(16)
+    worker = {"source": code, "name": "__main__", "end": f"def {name}(): return {answer!r}", "audit": audit}
+    judge = {"setup": "", "tests": f"assert {name}() == {answer!r}"}
+    return _judged(name, worker, judge, timeout, memory_limit_bytes, allow_weak_isolation)
 
 
 def check_function(
@@ -159,29 +156,34 @@ def check_function(
         ValueError: a limit is not positive.
         IsolationError: isolation is weak and that is not allowed.
     """
-    _check_limits(timeout, memory_limit_bytes)
-    namespaces = require_isolation(allow_weak_isolation).strong
+    worker = {"source": solution, "name": "__main__", "end": "", "audit": True}
+    judge = {"setup": setup, "tests": tests}
+    return _judged(entry_point, worker, judge, timeout, memory_limit_bytes, allow_weak_isolation)
+
+
+def _judged(
+    entry_point: str,
+    worker: dict[str, Any],
+    judge: dict[str, Any],
+    timeout: float,
+    memory_bytes: int | None,
+    allow_weak: bool,
+) -> ExecutionResult:
+    """Let the judge's process test what the worker's process defines; only the judge reports."""
+    if not timeout > 0 or (memory_bytes is not None and memory_bytes <= 0):
+        raise ValueError(f"limits must be positive, got timeout {timeout} and memory {memory_bytes}")
+    namespaces = require_isolation(allow_weak).strong
+    # A lone surrogate can't be sent.
+    worker["source"] = worker["source"].encode("utf-8", errors="replace").decode("utf-8")
     with _Session(timeout) as session:
         calls_read, calls_write = session.pipe()
         answers_read, answers_write = session.pipe()
-        worker = {"source": _clean(solution), "entry_point": entry_point, "audit": True}
-        worker |= {"read_fd": calls_read, "write_fd": answers_write}
-        judge = {"tests": tests, "setup": setup, "entry_point": entry_point, "audit": False}
-        judge |= {"read_fd": answers_read, "write_fd": calls_write}
-        session.start("worker", worker, namespaces=namespaces, memory_bytes=memory_limit_bytes)
-        session.start("judge", judge, namespaces=namespaces, memory_bytes=memory_limit_bytes, reports=True)
+        worker |= {"entry_point": entry_point, "read_fd": calls_read, "write_fd": answers_write}
+        judge |= {"entry_point": entry_point, "read_fd": answers_read, "write_fd": calls_write}
+        session.start("worker", worker, namespaces=namespaces, memory_bytes=memory_bytes)
+        session.start("judge", judge, namespaces=namespaces, memory_bytes=memory_bytes, reports=True)
         session.collect()
-        return session.result("worker", "passed")
-
-
-def _check_limits(timeout: float, memory_bytes: int | None) -> None:
-    if not timeout > 0 or (memory_bytes is not None and memory_bytes <= 0):
-        raise ValueError(f"limits must be positive, got timeout {timeout} and memory {memory_bytes}")
-
-
-def _clean(source: str) -> str:
-    """`source` without lone surrogates, which can't be sent."""
-    return source.encode("utf-8", errors="replace").decode("utf-8")
+        return session.result()
 
 
 @dataclass
@@ -215,14 +217,6 @@ class _Session:
         ends = os.pipe()
         self._for_children += ends
         return ends
-
-    def feed(self, data: bytes) -> int:
-        """A descriptor from which a child reads `data` (of less than a pipe's buffer)."""
-        read_end, write_end = os.pipe()
-        self._for_children.append(read_end)
-        with os.fdopen(write_end, "wb") as f:
-            f.write(data)
-        return read_end
 
     def start(
         self,
@@ -304,10 +298,10 @@ class _Session:
         """What was read from a stream."""
         return self.output[name].decode("utf-8", errors="replace")
 
-    def result(self, part: str, passed: str) -> ExecutionResult:
-        """What `part` printed, and success when the deciding process reported `passed`."""
+    def result(self) -> ExecutionResult:
+        """What the worker printed, and success when the judge reported it in time."""
         report = self.text("report")
-        success = not self.timed_out and report == passed
+        success = not self.timed_out and report == "passed"
         memory_exceeded = report == "memory"
         error = None
         if self.timed_out:
@@ -315,11 +309,11 @@ class _Session:
         elif memory_exceeded:
             error = "MemoryError: the program needs more memory than it may have"
         elif not success:
-            code = self.processes[part].poll()
+            code = self.processes["worker"].poll()
             ended = f"the process ended before its end (exit code {code})"
             error = (report.removeprefix("error ") if report.startswith("error ") else "") or ended
         return ExecutionResult(
-            success, self.text(f"{part} stdout"), self.text(f"{part} stderr"), error, self.timed_out, memory_exceeded
+            success, self.text("worker stdout"), self.text("worker stderr"), error, self.timed_out, memory_exceeded
         )
 
 

@@ -1,8 +1,7 @@
-"""What runs inside the processes that `nanochat.execution` starts: shut itself off, then play one of four parts.
+"""What runs inside the processes that `nanochat.execution` starts: shut itself off, then play one of three parts.
 
 - probe: try the isolation and say "isolated".
-- program: run a program and report its end with a secret.
-- worker: define a function and call it with the arguments that the judge sends.
+- worker: run a program, then call the function it defines with the arguments that the judge sends.
 - judge: run tests against a function that only exists in the worker, and report "passed" as the last act. What is
   tested never enters the judge: values cross as JSON, which becomes plain numbers, texts and containers there.
 
@@ -14,14 +13,14 @@ from __future__ import annotations
 import builtins
 import collections
 import contextlib
-import gc
 import importlib.util
 import json
 import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from os import _exit, read, write  # so that a program which replaces them in `os` harms only itself
 from typing import Any
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -189,7 +188,7 @@ class Channel:
         if len(data) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a value is too large to be handed over: {len(data)} bytes")
         while data:
-            data = data[os.write(self.write_fd, data) :]
+            data = data[write(self.write_fd, data) :]
 
     def receive(self) -> dict[str, Any]:
         """Read one message.
@@ -199,7 +198,7 @@ class Channel:
             ValueError: what came is too large, or no message.
         """
         while b"\n" not in self.rest:
-            block = os.read(self.read_fd, 65536)
+            block = read(self.read_fd, 65536)
             if not block:
                 raise EOFError("the program ended")
             self.rest += block
@@ -215,62 +214,32 @@ class Channel:
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
-def describe(error: BaseException) -> bytes:
-    """One line about an error, for the parent; b"memory" when there was too little of it."""
+def error_line(error: BaseException) -> str:
+    """One line about an error, for the parent; "memory" when there was too little of it."""
     if isinstance(error, MemoryError):
-        return b"memory"
+        return "memory"
     if isinstance(error, SystemExit):
-        return f"error the program exited before its end ({error.code})"[:MAX_ERROR_CHARS].encode(errors="replace")
-    return f"error {type(error).__name__}: {error}"[:MAX_ERROR_CHARS].encode(errors="replace")
+        return f"error the program exited before its end ({error.code})"[:MAX_ERROR_CHARS]
+    text = ""
+    with contextlib.suppress(BaseException):  # a program's own error may raise another when it is printed
+        text = str(error)
+    return f"error {type(error).__name__}: {text}"[:MAX_ERROR_CHARS]
 
 
-def compile_program(source: str) -> tuple[types.CodeType, dict[str, Any]]:
-    """Compile a program and make the module it runs in, `__main__`."""
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
+def flush() -> None:
+    """Let the parent have what was printed; the program may have closed or replaced its streams."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()
+
+
+def compile_module(source: str, name: str) -> tuple[types.CodeType, dict[str, Any]]:
+    """Compile `source` and make the module it is to run in."""
+    module = types.ModuleType(name)
+    # Under its own name for pickle and dataclasses; as __main__ it hides the harness.
+    sys.modules[name] = sys.modules["__main__"] = module
     sys.argv = ["program.py"]
     return compile(source, "<program>", "exec"), module.__dict__
-
-
-def steps_of_program(source: str, secret_fd: int, report_fd: int) -> Iterator[Any]:
-    """Runs the program when iterated, then reports "passed" with the secret.
-
-    The secret lives in the namespace of the second step, and that in an iterator which no frame, variable or module
-    names; frozen objects don't show in the garbage collector's lists either.
-    """
-    secret = os.read(secret_fd, 64)
-    os.close(secret_fd)
-    code, namespace = compile_program(source)
-    flush = compile("try:\n  out.flush()\n  err.flush()\nexcept: pass", "<end>", "exec")
-    finish = compile("write(fd, text); leave(0)", "<end>", "exec")
-    end: dict[str, Any] = {"__builtins__": {}, "out": sys.stdout, "err": sys.stderr}
-    end |= {"write": os.write, "leave": os._exit, "fd": report_fd, "text": b"passed " + secret}
-    steps = map(exec, (code, flush, finish), (namespace, end, end))
-    gc.collect()
-    gc.freeze()
-    return steps
-
-
-def be_program(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
-    """Run settings["source"] as a program."""
-    report_fd, write, leave = settings["report_fd"], os.write, os._exit
-    format_error, err = traceback.format_exception, sys.stderr
-    tell, length = describe, MAX_ERROR_CHARS
-    restrict()
-    try:
-        collections.deque(steps_of_program(settings.pop("source"), settings.pop("secret_fd"), report_fd), 0)
-    except BaseException as error:
-        report = b"error "
-        with contextlib.suppress(BaseException):
-            report = tell(error)
-        if not isinstance(error, (SystemExit, MemoryError)):
-            with contextlib.suppress(BaseException):
-                err.write("".join(format_error(type(error), error, error.__traceback__))[-64 * length :])
-        for stream in (sys.stdout, err):
-            with contextlib.suppress(BaseException):
-                stream.flush()
-        write(report_fd, report)
-    leave(1)
 
 
 def be_worker(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
@@ -278,26 +247,30 @@ def be_worker(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
     channel = Channel(settings["read_fd"], settings["write_fd"])
     restrict()
     try:
-        code, namespace = compile_program(settings["source"])
-        exec(code, namespace)
+        code, namespace = compile_module(settings["source"], settings["name"])
+        # The code for the end is held by `map` alone: no frame, variable or module leads the program to it.
+        collections.deque(map(exec, (code, compile(settings.pop("end"), "<end>", "exec")), (namespace, namespace)), 0)
         function = namespace[settings["entry_point"]]
         channel.send({"ready": True})
     except BaseException as error:
-        with contextlib.suppress(BaseException):
-            traceback.print_exc()
-        channel.send({"error": describe(error).decode(), "kind": type(error).__name__})
-        os._exit(1)
+        if not isinstance(error, (SystemExit, MemoryError)):
+            with contextlib.suppress(BaseException):
+                traceback.print_exc()
+        flush()
+        channel.send({"error": error_line(error)})
+        _exit(1)
     while True:
         try:
             call = channel.receive()
         except EOFError:
-            os._exit(0)
+            _exit(0)
         try:
             value = function(*unpack(call["args"]), **unpack(call["kwargs"]))
-            sys.stdout.flush()  # the judge's end is this process's end, too
+            flush()  # the judge's end is this process's end, too
             channel.send({"value": pack(value)})
         except BaseException as error:
-            channel.send({"error": describe(error).decode(), "kind": type(error).__name__})
+            flush()
+            channel.send({"error": error_line(error), "kind": type(error).__name__})
 
 
 class WorkerError(Exception):
@@ -309,36 +282,32 @@ def be_judge(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
     channel = Channel(settings["read_fd"], settings["write_fd"])
     restrict()
 
-    def answer() -> Any:
-        message = channel.receive()
-        if "error" in message:
-            kind = getattr(builtins, str(message.get("kind")), None)
-            if str(message["error"]) == "memory":
-                raise MemoryError
-            ordinary = isinstance(kind, type) and issubclass(kind, Exception)
-            text = str(message["error"]).removeprefix("error ")
-            raise kind(text.partition(": ")[2]) if ordinary and kind is not None else WorkerError(text)
-        return unpack(message.get("value"))
-
     def candidate(*args: Any, **kwargs: Any) -> Any:
         channel.send({"args": pack(list(args)), "kwargs": pack(kwargs)})
-        return answer()
+        message = channel.receive()
+        if "error" not in message:
+            return unpack(message.get("value"))
+        kind, text = getattr(builtins, str(message.get("kind")), None), str(message["error"]).removeprefix("error ")
+        if text == "memory":
+            raise MemoryError
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            raise kind(text.partition(": ")[2])
+        raise WorkerError(text)
 
     try:
-        answer()  # the definition itself
-        code, namespace = compile_program(settings["tests"])
-        namespace[settings["entry_point"]] = candidate
-        setup, _ = compile_program(settings["setup"])
-        exec(setup, namespace)
-        namespace[settings["entry_point"]] = candidate  # the set-up may define it too, as a stub
-        exec(code, namespace)
-        report = b"passed"
+        report = str(channel.receive().get("error") or "passed")  # of the definition itself
+        if report == "passed":
+            tests, namespace = compile_module(settings["tests"], "__main__")
+            setup, _ = compile_module(settings["setup"], "__main__")
+            exec(setup, namespace)
+            namespace[settings["entry_point"]] = candidate  # the set-up may define it too, as a stub
+            exec(tests, namespace)
     except EOFError:
-        report = b"error the program exited before its end"
+        report = "error the program exited before its end"
     except BaseException as error:
-        report = describe(error)
-    os.write(settings["report_fd"], report)
-    os._exit(0)
+        report = error_line(error)
+    write(settings["report_fd"], report.encode(errors="replace"))
+    _exit(0)
 
 
 def load_isolation() -> types.ModuleType:
@@ -378,9 +347,9 @@ def main() -> None:
             forbid(roots)
 
     if part == "probe":
-        os.write(settings["report_fd"], b"isolated")
+        write(settings["report_fd"], b"isolated")
         return
-    {"program": be_program, "worker": be_worker, "judge": be_judge}[part](settings, restrict)
+    {"worker": be_worker, "judge": be_judge}[part](settings, restrict)
 
 
 if __name__ == "__main__":
