@@ -12,7 +12,7 @@ from typing import Any
 
 from nanochat.data.chat_loader import load_conversations
 from nanochat.env import get_base_dir
-from nanochat.train.finetune import Budget, Conversations
+from nanochat.train.finetune import Conversations, DataBudget
 from nanochat.train.rl import RLTasks
 from tasks.common import Task, TaskMixture
 
@@ -29,7 +29,7 @@ SMALL_DEPTH = 8
 SMALL_TASKS = ("smoltalk", "spelling")
 
 
-def conversations(stage: str, chat_data: str | None, budget: Budget) -> Conversations:
+def conversations(stage: str, chat_data: str | None, budget: DataBudget) -> Conversations:
     """What a stage, "mid" or "sft", learns from.
 
     Args:
@@ -64,7 +64,7 @@ def _demo(stage: str) -> Conversations:
     return Conversations(train, TaskMixture(list(demo_eval_tasks().values())), "demo")
 
 
-def mid_sizes(budget: Budget) -> dict[str, int]:
+def mid_sizes(budget: DataBudget) -> dict[str, int]:
     """Conversations of each task for mid-training: all shrink alike to what can be read once, and tasks that a small
     model can't learn are left out; identity keeps its size up to a tenth of the budget."""
     tasks = {name: n for name, n in MID_TASKS.items() if budget.depth >= SMALL_DEPTH or name in SMALL_TASKS}
@@ -87,7 +87,7 @@ def _identity(size: int) -> Task:
     return own if own is not None else DemoIdentity(size, "train")
 
 
-def _nanochat_mid(budget: Budget) -> Conversations:
+def _nanochat_mid(budget: DataBudget) -> Conversations:
     from tasks.gsm8k import GSM8K
     from tasks.mmlu import MMLU
     from tasks.smoltalk import SmolTalk
@@ -115,7 +115,7 @@ def _identities(size: int) -> list[Task]:
     return [_identity(min(IDENTITY_SIZE, size - done)) for done in range(0, size, IDENTITY_SIZE)]
 
 
-def _nanochat_sft(budget: Budget) -> Conversations:
+def _nanochat_sft(budget: DataBudget) -> Conversations:
     from tasks.arc import ARC
     from tasks.gsm8k import GSM8K
     from tasks.smoltalk import SmolTalk

@@ -11,7 +11,7 @@ from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, load
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, parse_config, run_script
 from nanochat.recipe import PRESETS
-from nanochat.train.finetune import MID, SFT, Budget, Conversations, FinetuneConfig, finetune, plan_budget
+from nanochat.train.finetune import MID, SFT, Conversations, DataBudget, FinetuneConfig, finetune, plan_budget
 from nanochat.train.stage import prepare_model
 from nanochat.train.trainer import METRICS_FILE, Trainer
 from scripts import chat_sft, mid_train
@@ -214,7 +214,7 @@ def test_sft_isolates_conversations_and_mid_training_by_a_switch():
 @pytest.mark.parametrize("tokens", [100_000, 3_000_000, 100_000_000])
 @pytest.mark.parametrize("depth", [4, 12])
 def test_a_mixture_fits_the_budget_in_the_same_proportions(tokens, depth):
-    sizes = mid_sizes(Budget(tokens, depth))
+    sizes = mid_sizes(DataBudget(tokens, depth))
     read = sum(n * TOKENS_EACH[name] for name, n in sizes.items())
     assert read == pytest.approx(tokens, rel=0.02)
     assert sizes["identity"] * TOKENS_EACH["identity"] <= tokens / 10
@@ -241,7 +241,7 @@ def test_of_few_conversations_a_middling_one_validates(tmp_path):
     ]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(messages) + "\n" for messages in turns))
-    own = conversations("mid", str(path), Budget(None, 4))
+    own = conversations("mid", str(path), DataBudget(None, 4))
     assert [len(c["messages"][1]["content"]) for c in own.val] == [20]
     assert len(own.train) == 4
 
@@ -262,12 +262,12 @@ def test_a_batch_that_is_many_times_the_data_is_said(saved_mid, capsys):
 
 
 def test_without_a_limit_the_mixture_is_whole():
-    assert mid_sizes(Budget(None, 12)) == {**MID_TASKS, "identity": 2000}
-    assert mid_sizes(Budget(10**12, 12)) == {**MID_TASKS, "identity": 2000}
+    assert mid_sizes(DataBudget(None, 12)) == {**MID_TASKS, "identity": 2000}
+    assert mid_sizes(DataBudget(10**12, 12)) == {**MID_TASKS, "identity": 2000}
 
 
 def test_the_demo_needs_no_network():
-    data = conversations("sft", "demo", Budget(None, 4))
+    data = conversations("sft", "demo", DataBudget(None, 4))
     assert len(data.train) > 1000
     assert data.name == "demo"
 

@@ -12,7 +12,7 @@ from nanochat.config import Runtime, parse_config
 from nanochat.data.loader import Batch
 from nanochat.engine import Engine
 from nanochat.train.rl import RLConfig, RLTasks, evaluate_pass_at_k, policy_loss, reinforce
-from nanochat.train.rollouts import Answer, RolloutLoader, RolloutSettings, answer_prompts, group_advantages, to_rows
+from nanochat.train.rollouts import Rollout, RolloutLoader, RolloutSettings, answer_prompts, group_advantages, to_rows
 from nanochat.train.trainer import METRICS_FILE, Trainer
 from scripts import chat_rl
 from tasks.demo.wordsums import WORDINGS, DemoWordSums
@@ -91,7 +91,7 @@ def test_advantages_are_rewards_without_the_group_mean():
 
 
 def test_the_gradient_is_that_of_reward_weighted_log_likelihood(tiny_model, tiny_tokenizer):
-    answers = [Answer([1, 2, 3, 4, 5], [0, 0, 1, 1, 1], 0.75), Answer([1, 2, 9, 8], [0, 0, 1, 0], -0.25)]
+    answers = [Rollout([1, 2, 3, 4, 5], [0, 0, 1, 1, 1], 0.75), Rollout([1, 2, 9, 8], [0, 0, 1, 0], -0.25)]
     x, y, advantage = to_rows(answers, torch.device("cpu"))
     batch = Batch(x, y, None, {"advantage": advantage})
     policy_loss(tiny_model(x, y, loss_reduction="none"), batch).backward()
@@ -106,7 +106,7 @@ def test_the_gradient_is_that_of_reward_weighted_log_likelihood(tiny_model, tiny
 
 
 def test_forced_tokens_and_padding_are_not_learned():
-    x, y, _ = to_rows([Answer([7, 8, 9, 10], [0, 1, 0, 1], 1.0), Answer([7, 8], [0, 1], 1.0)], torch.device("cpu"))
+    x, y, _ = to_rows([Rollout([7, 8, 9, 10], [0, 1, 0, 1], 1.0), Rollout([7, 8], [0, 1], 1.0)], torch.device("cpu"))
     assert x.tolist() == [[7, 8, 9], [7, 0, 0]]
     assert y.tolist() == [[8, -1, 10], [8, -1, -1]]
 

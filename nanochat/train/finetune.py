@@ -1,4 +1,4 @@
-"""Mid-training and SFT: the same loop as pretraining, on conversations. What differs is in `Stage`."""
+"""Mid-training and SFT: the same loop as pretraining, on conversations. What differs is in `FinetuneStage`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class FinetuneConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class Stage:
+class FinetuneStage:
     """What sets one stage apart."""
 
     name: Literal["mid", "sft"]
@@ -67,8 +67,8 @@ class Stage:
     section: str
 
 
-MID = Stage("mid", "base", "Midtraining")
-SFT = Stage("sft", "mid", "SFT")
+MID = FinetuneStage("mid", "base", "Midtraining")
+SFT = FinetuneStage("sft", "mid", "SFT")
 
 
 def make_loader(
@@ -115,7 +115,7 @@ def evaluate_loss(model: GPT, loader: ConversationLoader, batches: int, compute:
 # --- mid-training and SFT ---------------------------------------------------------------------------------------------
 
 
-class Budget(NamedTuple):
+class DataBudget(NamedTuple):
     """How much a run can read, so that a mixture can be cut to it."""
 
     tokens: int | None
@@ -125,7 +125,7 @@ class Budget(NamedTuple):
 
 def plan_budget(
     cfg: FinetuneConfig, model_config: GPTConfig, compute: Compute, before: dict[str, Any] | None = None
-) -> Budget:
+) -> DataBudget:
     """The tokens of the asked steps; those of the asked hours are estimated from the speed of matmuls here.
 
     A resumed run takes what it took `before` (its record): no two measurements are equal, and another budget would make
@@ -142,7 +142,7 @@ def plan_budget(
         with torch.device("meta"):
             flops = GPT(model_config).estimate_flops()
         tokens = int(cfg.hours * 3600 * speed * compute.world_size / flops)
-    return Budget(tokens, model_config.n_layer)
+    return DataBudget(tokens, model_config.n_layer)
 
 
 class Conversations(NamedTuple):
@@ -153,7 +153,7 @@ class Conversations(NamedTuple):
     name: str
 
 
-def finetune(stage: Stage, cfg: FinetuneConfig, load_data: Callable[[Budget], Conversations]) -> None:
+def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[DataBudget], Conversations]) -> None:
     """Train the previous stage's model on conversations and log to the report.
 
     Args:

@@ -41,7 +41,7 @@ from nanochat.tokenizer import get_tokenizer
 from nanochat.train.clock import Clock
 from nanochat.train.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
 from nanochat.train.samples import print_samples
-from nanochat.train.stage import Run, RunConfig, start_run, train
+from nanochat.train.stage import RunConfig, TrainingRun, start_run, train
 
 # What training makes of the measured matmul speed, to plan a horizon given in hours. A guess.
 SHARE_OF_MATMUL_SPEED = 0.5
@@ -385,7 +385,7 @@ def _vocab_size(cfg: PretrainConfig) -> int:
         return 65536
 
 
-def _pretrain(cfg: PretrainConfig, run: Run) -> None:
+def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
     compute, tokenizer = run.compute, get_tokenizer()
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir), cfg.skip_bad_shards)
     for split in ("train", "val"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from nanochat.checkpoint.format import DAMAGED, read_meta, saved_steps, step_folder, weights_hash
 from nanochat.checkpoint.writer import clean_leftovers
@@ -38,8 +39,6 @@ def run_lock(folder: Path, needed: bool = True) -> Iterator[None]:
             _barrier()
         yield
         return
-    from filelock import FileLock, Timeout
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         # Beside the folder, not in it: a fresh start moves the folder away.

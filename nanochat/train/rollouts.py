@@ -65,7 +65,7 @@ class RolloutSettings:
     seed: int = 42
 
 
-class Answer(NamedTuple):
+class Rollout(NamedTuple):
     """One answer to learn from."""
 
     ids: list[int]
@@ -87,7 +87,7 @@ def answer_prompts(
     return list(zip(sequences, masks, strict=True))
 
 
-def to_rows(answers: Sequence[Answer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def to_rows(answers: Sequence[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """x and y (B, T), padded behind with unsupervised places, and the advantages (B, 1)."""
     T = max(len(a.ids) for a in answers) - 1
     x = torch.zeros(len(answers), T, dtype=torch.long)
@@ -195,11 +195,11 @@ class RolloutLoader:
         random.Random(f"{self.settings.seed}/{epoch}").shuffle(order)
         return order
 
-    def _roll_out(self) -> list[Answer]:
+    def _roll_out(self) -> list[Rollout]:
         """This rank's answers for the next step; those without an advantage only if there are no others."""
         totals: dict[str, float] = {}
-        answers: list[Answer] = []
-        useful: list[Answer] = []
+        answers: list[Rollout] = []
+        useful: list[Rollout] = []
         for attempt in range(MAX_TRIES):
             answers = self._answer(attempt, totals)
             useful = [a for a in answers if abs(a.advantage) > 1e-9]
@@ -215,7 +215,7 @@ class RolloutLoader:
         return useful or answers
 
     @torch.inference_mode()
-    def _answer(self, attempt: int, totals: dict[str, float]) -> list[Answer]:
+    def _answer(self, attempt: int, totals: dict[str, float]) -> list[Rollout]:
         s = self.settings
         problems = [self.task[i] for i in self._problems(attempt)]
         prompts = [self.tokenizer.render_for_completion(problem) for problem in problems]
@@ -237,7 +237,7 @@ class RolloutLoader:
         }
         for name, value in count.items():
             totals[name] = totals.get(name, 0.0) + value
-        return [Answer(ids, mask, a) for (ids, mask), a in zip(sampled, advantages, strict=True)]
+        return [Rollout(ids, mask, a) for (ids, mask), a in zip(sampled, advantages, strict=True)]
 
     def _means(self, totals: dict[str, float]) -> dict[str, float]:
         values = torch.tensor(list(totals.values()), dtype=torch.float32, device=self.compute.device)
@@ -255,16 +255,16 @@ class RolloutLoader:
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
-    def _make_batches(self, answers: list[Answer]) -> list[tuple[Any, ...]]:
+    def _make_batches(self, answers: list[Rollout]) -> list[tuple[Any, ...]]:
         """Exactly `micro_batches` of them, answers of similar length together; one may hold nothing to learn."""
         answers = sorted(answers, key=lambda a: len(a.ids))
         n = self.settings.micro_batches
         borders = [round(i * len(answers) / n) for i in range(n + 1)]
         parts = [answers[a:b] for a, b in pairwise(borders)]
-        empty = Answer([0, 0], [0, 0], 0.0)
+        empty = Rollout([0, 0], [0, 0], 0.0)
         return [self._make_batch(part or [empty]) for part in parts]
 
-    def _make_batch(self, answers: list[Answer]) -> tuple[Any, ...]:
+    def _make_batch(self, answers: list[Rollout]) -> tuple[Any, ...]:
         x, y, advantage = to_rows(answers, self.compute.device)
         extras = {"advantage": advantage} | {name: score(x, y) for name, score in self.scorers.items()}
         return x, y, None, extras

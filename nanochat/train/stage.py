@@ -135,7 +135,7 @@ class StageConfig(RunConfig):
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A run on this machine: its settings, its device and ranks, and the folder that it alone trains in."""
 
     label: str
@@ -210,7 +210,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def start_run(label: str, cfg: RunConfig, tag: str, clock: Clock, previous_dtype: str | None = None) -> Iterator[Run]:
+def start_run(
+    label: str, cfg: RunConfig, tag: str, clock: Clock, previous_dtype: str | None = None
+) -> Iterator[TrainingRun]:
     """Set up device, ranks and dtype of a run and lock its folder; leaving it closes the process group.
 
     Args:
@@ -225,7 +227,7 @@ def start_run(label: str, cfg: RunConfig, tag: str, clock: Clock, previous_dtype
         setup_compute(cfg.runtime, saved_dtype(folder, cfg.resume), previous_dtype) as compute,
         run_lock(folder, needed=not cfg.dry_run),
     ):
-        yield Run(label, cfg, folder, compute, clock)
+        yield TrainingRun(label, cfg, folder, compute, clock)
 
 
 def train(trainer: Trainer, checkpoint: Checkpoint | None, answers_before: bool = False) -> None:

@@ -30,7 +30,7 @@ class TensorBoard:
     """Event files under the base dir: `tensorboard --logdir <base dir>/tensorboard`."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # lazy: an optional package
 
         self._writer = SummaryWriter(str(folder))
         self._writer.add_text("config", "\n".join(f"- {k}: {v}" for k, v in config.items()))
@@ -50,7 +50,7 @@ class Trackio:
     """trackio: wandb's interface, kept in a local database, with its own dashboard."""
 
     def __init__(self, project: str, run: str, config: dict[str, Any]) -> None:
-        import trackio
+        import trackio  # lazy: an optional package
 
         self._trackio = trackio
         trackio.init(project=project, name=run, config=config)
@@ -84,7 +84,7 @@ def init_tracker(tracker: TrackerName, run: str, project: str, config: dict[str,
             return TensorBoard(get_base_dir() / "tensorboard" / project / run, config)
         if tracker == "trackio":
             return Trackio(project, run, config)
-        import wandb
+        import wandb  # lazy: a second to start, and most runs do without
     except ImportError as error:
         raise RuntimeError(
             f"--tracker={tracker} needs a package that is missing ({error}): pip install {tracker}, or leave --run out"
