@@ -34,8 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nanochat.config import run_script  # noqa: E402
+from nanochat.stages import STAGES  # noqa: E402
 
-TRAINED = {"base_train": "base_checkpoints", "mid_train": "mid_checkpoints", "chat_sft": "chatsft_checkpoints"}
+TRAINED = {name: STAGES[name].folder for name in ("base_train", "mid_train", "chat_sft")}
 COMPARED = ("step", "tokens", "loss", "smooth_loss", "grad_norm", "lr_multiplier", "skipped", "scale", "val_bpb")
 COMPARED += ("val_loss",)
 SAVE_EVERY = 5

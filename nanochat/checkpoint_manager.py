@@ -19,7 +19,6 @@ from torch import Tensor
 
 from nanochat.checkpoint.format import (
     DAMAGED,
-    FOLDERS,
     META_FILE,
     MODEL_FILE,
     checkpoint_folder,
@@ -33,6 +32,7 @@ from nanochat.checkpoint.writer import Keep, Snapshot, host_copy, write_snapshot
 from nanochat.env import get_base_dir, get_dist_info, print0
 from nanochat.files import sha256_file
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.stages import TRAINED
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 
@@ -143,7 +143,7 @@ def find_tag(source: str, model_tag: str | None = None) -> Path:
 def choose_tag(source: str, model_tag: str | None = None) -> tuple[Path, str]:
     """`find_tag`'s folder, and why it was chosen."""
     root = checkpoint_folder(source, "x").parent
-    command = FOLDERS[source][1]
+    command = f"python -m scripts.{TRAINED[source].name}"
     if model_tag is not None:
         if not saved_steps(root / model_tag):
             raise FileNotFoundError(

@@ -19,14 +19,8 @@ from safetensors import SafetensorError
 
 from nanochat.env import get_base_dir
 from nanochat.files import sha256_file
+from nanochat.stages import TRAINED
 
-# Where each stage keeps its checkpoints, and the command that makes them.
-FOLDERS = {
-    "base": ("base_checkpoints", "python -m scripts.base_train"),
-    "mid": ("mid_checkpoints", "python -m scripts.mid_train"),
-    "sft": ("chatsft_checkpoints", "python -m scripts.chat_sft"),
-    "rl": ("chatrl_checkpoints", "python -m scripts.chat_rl"),
-}
 MODEL_FILE, META_FILE, SUMS_FILE = "model.safetensors", "meta.json", "SHA256SUMS"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 """What reading a damaged checkpoint may raise."""
@@ -37,9 +31,9 @@ _SUM = re.compile(r"([0-9a-f]{64})  ([\w.]+)\n")
 
 def checkpoint_folder(source: str, tag: str) -> Path:
     """The folder of a stage's checkpoints under `tag`."""
-    if source not in FOLDERS:
-        raise ValueError(f"unknown model source {source!r}: choose one of {', '.join(FOLDERS)}")
-    return get_base_dir() / FOLDERS[source][0] / tag
+    if source not in TRAINED:
+        raise ValueError(f"unknown model source {source!r}: choose one of {', '.join(TRAINED)}")
+    return get_base_dir() / TRAINED[source].folder / tag
 
 
 def step_folder(folder: Path, step: int) -> Path:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint.format import FOLDERS, checkpoint_folder, saved_steps
+from nanochat.checkpoint.format import checkpoint_folder, saved_steps
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.stages import TRAINED
 from nanochat.tokenizer import RustBPETokenizer
 
 _MODEL = re.compile(r"model_(\d+)\.pt")
@@ -98,6 +99,6 @@ def import_classic(
         "model_config": meta["model_config"],
         "tokenizer_hash": tokenizer.hash,
         "val_bpb": meta.get("val_bpb"),
-        "imported_from": f"{FOLDERS[source][0]} of nanochat, {folder.name}/model_{meta['step']:06d}.pt",
+        "imported_from": f"{TRAINED[source].folder} of nanochat, {folder.name}/model_{meta['step']:06d}.pt",
     }
     return save_checkpoint(target, meta["step"], weights, None, record, keep=None)

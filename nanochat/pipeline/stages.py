@@ -14,6 +14,7 @@ from nanochat.data.shards import MANIFEST, load_manifest
 from nanochat.data.text_files import COMPRESSIONS, KINDS
 from nanochat.files import sha256_file
 from nanochat.pipeline.profiles import MID_HOURS, SFT_HOURS, Profile, Settings
+from nanochat.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "Why is the sky blue?"
@@ -153,9 +154,9 @@ def horizon(profile: Profile, stage: str) -> tuple[str, ...]:
     return (f"--num_iterations={profile.steps[stage]}",) if stage in profile.steps else ()
 
 
-def checkpoint_glob(profile: Profile, folder: str) -> str:
+def checkpoint_glob(profile: Profile, stage: str) -> str:
     """What a finished training stage has left."""
-    return f"{folder}/{profile.tag}/step_*/meta.json"
+    return f"{STAGES[stage].folder}/{profile.tag}/step_*/{META_FILE}"
 
 
 def data_stage(profile: Profile, num_shards: int) -> Stage | None:
@@ -243,7 +244,7 @@ def base_stages(profile: Profile, settings: Settings, base_dir: Path) -> list[St
         unmarked_flags=(f"--run={settings.wandb_run}",),
         nproc=profile.nproc,
         needs=("tok_train",),
-        output=checkpoint_glob(profile, "base_checkpoints"),
+        output=checkpoint_glob(profile, "base_train"),
         trains=True,
     )
     loss = Stage(
@@ -273,7 +274,7 @@ def chat_stages(profile: Profile, settings: Settings) -> list[Stage]:
     if profile.chat_data is not None:
         inputs = demo_world() if profile.chat_data == "demo" else (fingerprint(Path(profile.chat_data)),)
 
-    def train(name: str, about: str, rows: int | str, tokens: int, needs: str, folder: str) -> Stage:
+    def train(name: str, about: str, rows: int | str, tokens: int, needs: str) -> Stage:
         return Stage(
             name=name,
             about=about,
@@ -290,7 +291,7 @@ def chat_stages(profile: Profile, settings: Settings) -> list[Stage]:
             nproc=profile.nproc,
             needs=(needs,),
             inputs=inputs,
-            output=checkpoint_glob(profile, folder),
+            output=checkpoint_glob(profile, name),
             trains=True,
         )
 
@@ -308,9 +309,9 @@ def chat_stages(profile: Profile, settings: Settings) -> list[Stage]:
     rows: int | str = "auto" if profile.needs_cards else profile.device_batch_size
     sft_rows: int | str = "auto" if profile.needs_cards else profile.sft_rows
     return [
-        train("mid_train", mid_about, rows, profile.mid_batch_size, "base_train", "mid_checkpoints"),
+        train("mid_train", mid_about, rows, profile.mid_batch_size, "base_train"),
         evaluate("chat_eval_mid", "mid", "mid_train"),
-        train("chat_sft", sft_about, sft_rows, profile.sft_batch_size, "mid_train", "chatsft_checkpoints"),
+        train("chat_sft", sft_about, sft_rows, profile.sft_batch_size, "mid_train"),
         evaluate("chat_eval_sft", "sft", "chat_sft"),
     ]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from nanochat.report.html import CURVES, template
 from nanochat.report.plots import Line, Plotter
-from nanochat.report.run_data import TRAINING, Run
+from nanochat.report.run_data import Run
 from nanochat.report.sections import missing_sections, summary_table
 from nanochat.report.text import format_value
+from nanochat.stages import TRAINED
 
 # Facts of where and when, not of what was chosen.
 IGNORED = ("wandb", "run", "resume", "force")
@@ -74,7 +75,7 @@ def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
 def curves(a: Run, b: Run) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """For each stage of training (title, plots), a plot being (title, "", SVG)."""
     plotter, found = Plotter(), []
-    for source, (_, _, title) in TRAINING.items():
+    for source, names in TRAINED.items():
         plots = []
         for curve in CURVES:
             lines = []
@@ -86,7 +87,7 @@ def curves(a: Run, b: Run) -> list[tuple[str, list[tuple[str, str, str]]]]:
                 svg = plotter.lines(curve.title, lines, unit=curve.unit, zero=curve.zero, log=curve.log)
                 plots.append((curve.title, "", svg))
         if plots:
-            found.append((title, plots))
+            found.append((names.title, plots))
     return found
 
 

@@ -18,24 +18,8 @@ from nanochat.card_readings import CardReading, read_cards
 from nanochat.report.metrics_log import read_metrics
 from nanochat.report.plots import thin
 from nanochat.report.run_data import METRICS_FILE, is_number, read_json
+from nanochat.stages import STAGES
 
-# Stages in their order, with the folder of checkpoints of those that train.
-STAGES: dict[str, str | None] = {
-    "report_reset": None,
-    "data": None,
-    "tok_train": None,
-    "tok_eval": None,
-    "base_train": "base_checkpoints",
-    "base_loss": None,
-    "base_eval": None,
-    "mid_train": "mid_checkpoints",
-    "chat_eval_mid": None,
-    "chat_sft": "chatsft_checkpoints",
-    "chat_eval_sft": None,
-    "chat_rl": "chatrl_checkpoints",
-    "report": None,
-    "answer": None,
-}
 LOG_LINES, LOG_BYTES = 4, 8192
 QUIET_SECONDS = 120.0  # after which a stage that writes nothing is worth a word
 CURVE_POINTS = 200
@@ -135,7 +119,7 @@ class Watcher:
         alive = written[newest] > 0
         finished = alive and marks[newest].get("state") == "done" and newest == "answer"
         current = newest if alive and not finished else None
-        training = self._training(current, marks[current]) if current and STAGES[current] else None
+        training = self._training(current, marks[current]) if current else None
         log = self._log_lines(current or newest)
         progress, eta = self._progress(training, log)
         return Frame(
@@ -157,8 +141,8 @@ class Watcher:
 
     def _metrics_path(self, stage: str, mark: Mapping[str, Any]) -> Path | None:
         """The loss log of a stage: that of the model the pipeline trains, else the newest."""
-        folder = STAGES[stage]
-        if folder is None:
+        folder = STAGES[stage].folder
+        if not folder:
             return None
         found = list((self.base_dir / folder).glob(f"*/{METRICS_FILE}"))
         tags = [flag.partition("=")[2] for flag in mark.get("flags", []) if str(flag).startswith("--model_tag=")]
@@ -238,7 +222,7 @@ def _states(marks: Mapping[str, Mapping[str, Any]], current: str | None) -> list
             states.append((name, "now"))
         elif marks[name].get("state") == "done":
             states.append((name, "done"))
-        elif name != "chat_rl" and (i > last or marks[name]):
+        elif not STAGES[name].optional and (i > last or marks[name]):
             states.append((name, "waiting"))
     return states
 

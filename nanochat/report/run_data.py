@@ -16,15 +16,9 @@ from typing import Any
 from nanochat.cards import find_card
 from nanochat.progress import format_seconds
 from nanochat.report.metrics_log import read_metrics
+from nanochat.stages import TRAINED
 
 METRICS_FILE, META_FILE = "metrics.jsonl", "meta.json"
-# Source of a model: (its section in the report, its folder of checkpoints, its name for people).
-TRAINING = {
-    "base": ("Base model training", "base_checkpoints", "Base training"),
-    "mid": ("Midtraining", "mid_checkpoints", "Mid-training"),
-    "sft": ("SFT", "chatsft_checkpoints", "Finetuning (SFT)"),
-    "rl": ("RL", "chatrl_checkpoints", "Reinforcement learning (RL)"),
-}
 ANSWERS_PER_TASK, MAX_ANSWERS = 2, 24
 PRICES = Path(__file__).with_name("prices.json")
 
@@ -116,8 +110,8 @@ def read_run(folder: Path, header: Mapping[str, Any], sections: Sequence[Mapping
     """Gather what the base dir `folder` holds; header and sections are the report's own."""
     stages = {}
     by_name = {record["section"]: record for record in sections}
-    for source, (section, checkpoints, title) in TRAINING.items():
-        stage = _read_stage(source, title, by_name.get(section, {}), folder / checkpoints)
+    for source, names in TRAINED.items():
+        stage = _read_stage(source, names.title, by_name.get(names.section, {}), folder / names.folder)
         if stage is not None:
             stages[source] = stage
     seconds = {}
@@ -154,7 +148,7 @@ def _read_stage(source: str, title: str, section: Mapping[str, Any], folder: Pat
 def read_answers(folder: Path) -> list[Answer]:
     """The first problems of each written task, as the newest model of each stage answered them."""
     said: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
-    for source in TRAINING:
+    for source in TRAINED:
         found = sorted(folder.glob(f"{source}_*"), key=lambda path: path.stat().st_mtime)
         for path in sorted(found[-1].glob("*.jsonl")) if found else []:
             for record in _first_records(path):

@@ -8,22 +8,11 @@ from typing import Any
 
 from nanochat.progress import format_seconds
 from nanochat.report.text import format_value, to_markdown
+from nanochat.stages import STAGES, TRAINED
 
-# The pipeline in order: section, and the column of the summary table that its metrics belong to.
-SECTIONS: dict[str, str | None] = {
-    "Tokenizer training": None,
-    "Tokenizer evaluation": None,
-    "Base model training": "BASE",
-    "Base model loss": "BASE",
-    "Base model evaluation": "BASE",
-    "Midtraining": "MID",
-    "Chat evaluation mid": "MID",
-    "SFT": "SFT",
-    "Chat evaluation sft": "SFT",
-    "RL": "RL",
-    "Chat evaluation rl": "RL",
-}
-COLUMNS = ("BASE", "MID", "SFT", "RL")
+# In order: section, and the column of the summary table that its metrics belong to.
+SECTIONS = {s.section: s.source.upper() if s.source else None for s in STAGES.values() if s.section}
+COLUMNS = [source.upper() for source in TRAINED]
 # Rows of the summary table that come first and last; the chat tasks stand between in the order they were logged.
 FIRST_ROWS = ("train bpb", "val bpb", "val loss", "CORE", "CORE (partial)")
 LAST_ROWS = ("ChatCORE", "ChatCORE (partial)")
