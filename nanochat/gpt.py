@@ -17,15 +17,12 @@ from typing import Any, Literal, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.ops.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
-from nanochat.ops.key_offset import offset_keys
 from nanochat.ops.linear import Linear, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
-from nanochat.ops.pointwise import rms_norm
-from nanochat.ops.rotary import apply_rotary, rotary_tables
+from nanochat.ops.pointwise import apply_rotary, offset_keys, relu_squared, rms_norm, rotary_tables
 from nanochat.precision import NARROW_RANGE
 
 LOGIT_SOFTCAP = 15.0
@@ -74,7 +71,7 @@ class GPTConfig:
     rope_base: float = ROPE_BASE
     """Base of the rotary frequencies."""
     key_offset: bool = False
-    """Half of each key's channels are those of the token before, see nanochat/ops/key_offset.py."""
+    """Half of each key's channels are those of the token before, see nanochat/ops/pointwise.py."""
     init: Literal["classic", "modern"] = "classic"
     """How the weights begin."""
     window_pattern: str = "L"
@@ -254,30 +251,6 @@ class Attention(nn.Module):
             k = offset_keys(k, context.first)
         y = attend(q, k, v, context.pieces[self.window], self.scale, self.product_dtype)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))
-
-
-class _ReLUSquared(torch.autograd.Function):
-    """relu(x)² with its gradient 2·relu(x)·g in one product: autograd's own way takes five passes over the memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        r = F.relu(x)
-        ctx.save_for_backward(r)
-        return r * r
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (r,) = ctx.saved_tensors
-        return (grads[0] * r).mul_(2)
-
-
-def relu_squared(x: Tensor) -> Tensor:
-    """relu(x)², see `_ReLUSquared`; a compiler finds the same by itself."""
-    if torch.compiler.is_compiling():
-        return F.relu(x).square()
-    y: Tensor = _ReLUSquared.apply(x)
-    return y
 
 
 class MLP(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanochat.ops import attention, cpu_attention
+from nanochat.ops import attention
 from nanochat.ops.attention import attend, plan_attention, plan_ragged, segment_starts
 from nanochat.precision import DTYPES
 
@@ -45,9 +45,9 @@ def causal(T, S):
 @pytest.mark.parametrize("window", [None, 5])
 def test_every_path_equals_plain_attention(monkeypatch, backend, H, K, T, S, window):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(cpu_attention, "CAUSAL_BLOCK", 16)
+    monkeypatch.setattr(attention, "CAUSAL_BLOCK", 16)
     if backend != "own":
-        monkeypatch.setattr(attention, "MAX_BYTES", 0)
+        monkeypatch.setattr(attention, "MAX_PROBABILITY_BYTES", 0)
     q, k, v = inputs(2, T, S, H, K)
     allowed = causal(T, S)
     if window is not None:
@@ -118,5 +118,5 @@ def test_training_on_a_cpu_in_bfloat16_is_as_exact_as_torchs_kernel(monkeypatch)
     y = reference(*exact, causal(200, 200))
     truth = [y.detach(), *torch.autograd.grad(y, exact, seed)]
     ours = errors()
-    monkeypatch.setattr(attention, "MAX_BYTES", 0)
+    monkeypatch.setattr(attention, "MAX_PROBABILITY_BYTES", 0)
     assert all(a < 2 * b for a, b in zip(ours, errors(), strict=True))

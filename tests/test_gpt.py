@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanochat.generate.kv_cache import KVCache
-from nanochat.gpt import GPT, LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, GPTConfig, relu_squared
+from nanochat.gpt import GPT, LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, GPTConfig
 
 
 def random_model(config, seed=0):
@@ -180,12 +180,6 @@ def test_segments_in_a_compiled_model_and_with_wrong_input():
     cache = KVCache(2, 2, 40, 16, 1)
     with pytest.raises(ValueError, match="kv_cache"):
         model(x, kv_cache=cache, segments=segments)
-
-
-def test_squared_relu_and_its_gradient():
-    x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    torch.testing.assert_close(relu_squared(x), torch.relu(x) ** 2)
-    assert torch.autograd.gradcheck(relu_squared, (x,))
 
 
 def test_greedy_decoding_equals_transformers():

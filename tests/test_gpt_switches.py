@@ -7,7 +7,7 @@ import torch
 
 from nanochat.generate.kv_cache import KVCache
 from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
-from nanochat.ops.key_offset import offset_keys
+from nanochat.ops.pointwise import offset_keys
 from nanochat.scoring import Span, score_groups
 
 SWITCHES = {

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nanochat.gpt import LOGIT_SOFTCAP
 from nanochat.hardware import synchronize
-from nanochat.ops.c_allocator import keep_freed_memory
+from nanochat.ops.cpu import keep_freed_memory
 from nanochat.ops.loss import linear_cross_entropy, softcap
 from nanochat.precision import DTYPES
 

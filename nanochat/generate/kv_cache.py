@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from nanochat.gpt import GPTConfig
-from nanochat.ops.key_offset import split_key
+from nanochat.ops.pointwise import split_key
 
 
 @dataclass(frozen=True)
 class Place:
     """Views of one layer of the cache, for a new token."""
 
-    new_key: tuple[Tensor, ...]  # (B, 1, H, D), or with an offset both parts of nanochat.ops.key_offset.split_key
+    new_key: tuple[Tensor, ...]  # (B, 1, H, D), or with an offset both parts of nanochat.ops.pointwise.split_key
     new_value: Tensor  # (B, 1, H, D)
     keys: Tensor  # (B, H, all, D), the new one included
     values: Tensor
@@ -55,7 +55,7 @@ class KVCache:
         num_layers: L.
         device: where the model is.
         dtype: what its attention computes in.
-        key_offset: the model's switch, see nanochat/ops/key_offset.py.
+        key_offset: the model's switch, see nanochat.ops.pointwise.py.
     """
 
     def __init__(

@@ -5,23 +5,31 @@ that continue a cache) is cut into blocks of queries: each sees only the keys it
 mask of T × T ever exists. The pieces are planned once per forward pass and serve every layer.
 
 Key/value heads are repeated by hand: on older cards `enable_gqa` falls back to a kernel that needs O(T²) memory.
-Training on a CPU has a way of its own, see nanochat/ops/cpu_attention.py.
+
+Training on a CPU has a way of its own: plain matrix products, a block of queries at a time, with the gradient written
+out. torch's kernel for CPUs keeps no probabilities and forms them again in the backward pass, in small tiles; for
+sequences of a few hundred tokens it is faster to keep them (see dev/LOG.md). Source of the gradient:
+softmax' = P ∘ (dP − rowsum(dP ∘ P)), where rowsum(dP ∘ P) = rowsum(dY ∘ Y), as in FlashAttention, arXiv 2205.14135.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from nanochat.ops.cpu_attention import MAX_BYTES, cpu_attention, probability_bytes
 from nanochat.ops.linear import training_product_dtype
 from nanochat.precision import NARROW_RANGE
 
 QUERY_BLOCK = 256
+# Of the probabilities that one layer keeps in training on a CPU; longer sequences are left to torch's kernel.
+MAX_PROBABILITY_BYTES = 96 << 20
+CAUSAL_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -123,9 +131,10 @@ def attend(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
     if q.device.type == "cpu" and q.requires_grad and not torch.compiler.is_compiling():
         dtype, heads = training_product_dtype(q, product_dtype), q.size(0) * q.size(1)
-        if dtype not in NARROW_RANGE and probability_bytes(heads, pieces, dtype.itemsize) <= MAX_BYTES:
+        if dtype not in NARROW_RANGE and probability_bytes(heads, pieces, dtype.itemsize) <= MAX_PROBABILITY_BYTES:
             scale = q.size(-1) ** -0.5 if scale is None else scale
-            y = cpu_attention(q.to(dtype), k.to(dtype), v.to(dtype), pieces, scale)
+            low = (x.to(dtype).flatten(0, 1) for x in (q, k, v))  # (B·H, T, D)
+            y = _CPUAttention.apply(*low, split_causal(pieces, q.device), scale).view(q.shape)
             return y.to(v.dtype).transpose(1, 2)
     parts = [
         F.scaled_dot_product_attention(
@@ -149,3 +158,65 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float | No
     grouped = q.view(B, H // repeats, repeats, D)
     k, v = _run(k.transpose(1, 2), piece.keys), _run(v.transpose(1, 2), piece.keys)  # (B, K, S, D)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=piece.mask, scale=scale).reshape(B, 1, H, D)
+
+
+# --- training on a CPU -----------------------------------------------------------------------------------------------
+
+
+def probability_bytes(batch_heads: int, pieces: Sequence[Piece], itemsize: int) -> int:
+    """Memory of the probabilities that are kept for the backward pass."""
+    return sum(batch_heads * _length(p.queries) * _length(p.keys) * itemsize for p in pieces)
+
+
+def split_causal(pieces: Sequence[Piece], device: torch.device) -> list[Piece]:
+    """The same pieces, with a causal one cut into blocks of queries under one mask for their last keys each."""
+    blocks = []
+    for piece in pieces:
+        if not piece.causal:
+            blocks.append(piece)
+            continue
+        offset = piece.queries.start - piece.keys.start
+        for first in range(piece.queries.start, piece.queries.stop, CAUSAL_BLOCK):
+            last = min(first + CAUSAL_BLOCK, piece.queries.stop)
+            n = last - first
+            mask = torch.ones(n, n, dtype=torch.bool, device=device).tril_()[None, None]
+            blocks.append(Piece(slice(first, last), slice(piece.keys.start, last - offset), mask))
+    return blocks
+
+
+class _CPUAttention(torch.autograd.Function):
+    """Heads of all rows side by side: q, k, v (N, T, D) with N = B·H."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], scale: float) -> Tensor:
+        y = torch.empty_like(q)
+        probabilities = []
+        for piece in pieces:
+            scores = torch.bmm(q[:, piece.queries], k[:, piece.keys].mT).mul_(scale)  # (N, queries, keys)
+            if piece.mask is not None:  # (1 or B, 1, queries, the last keys)
+                masked = scores[:, :, scores.size(2) - piece.mask.size(3) :].unflatten(0, (piece.mask.size(0), -1))
+                masked.masked_fill_(piece.mask.logical_not(), float("-inf"))
+            probabilities.append(torch.softmax(scores, dim=-1))
+            y[:, piece.queries] = torch.bmm(probabilities[-1], v[:, piece.keys])
+        ctx.save_for_backward(q, k, v, y, *probabilities)
+        ctx.pieces, ctx.scale = pieces, scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, *probabilities = ctx.saved_tensors
+        g = grads[0]
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        total = torch.linalg.vecdot(g, y).unsqueeze(-1)  # (N, T, 1)
+        for piece, p in zip(ctx.pieces, probabilities, strict=True):
+            dy = g[:, piece.queries]
+            dv[:, piece.keys] += torch.bmm(p.mT, dy)
+            ds = torch.bmm(dy, v[:, piece.keys].mT).sub_(total[:, piece.queries]).mul_(p).mul_(ctx.scale)
+            dq[:, piece.queries] = torch.bmm(ds, k[:, piece.keys])
+            dk[:, piece.keys] += torch.bmm(ds.mT, q[:, piece.queries])
+        return dq, dk, dv, None, None
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)

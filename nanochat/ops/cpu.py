@@ -1,8 +1,11 @@
-"""The threads that compute on a CPU: how many of them, and where their workers wait.
+"""A CPU's threads and memory: how many threads compute, where their workers wait, and what the allocator keeps.
 
 torch computes with OpenMP. Each thread of a program that calls torch gets workers of its own, which wait for the next
 operation by spinning, so that they start at once. As soon as there are more workers than cores, GNU's OpenMP lets all
 of them sleep instead, and each operation first has to wake them: 40 µs more, which a small decode step pays 20 times.
+
+A training step allocates the same large tensors again and again. glibc gives every freed block above some size back to
+the kernel at once, and then each step pays for zeroed pages (figures: dev/LOG.md, "results that stay in bfloat16").
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 
@@ -17,6 +21,8 @@ import torch
 
 # Steps between two comparisons of one thread and all, and how many steps each gets.
 TRIAL_EVERY, TRIAL_STEPS = 1024, 7
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGEST_KEPT = 1 << 30  # bytes
 
 
 def release_workers() -> None:
@@ -26,6 +32,16 @@ def release_workers() -> None:
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):
         ctypes.CDLL(None).omp_pause_resource_all(1)  # 1: what they have set up stays as it is
+
+
+def keep_freed_memory() -> None:
+    """Keep freed blocks up to 1 GiB for the next tensors of this process. Does nothing without glibc."""
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        libc.mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT)
 
 
 class ThreadChoice:

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.files import write_json
-from nanochat.gpt import LOGIT_SOFTCAP, norm, relu_squared
+from nanochat.gpt import LOGIT_SOFTCAP, norm
 from nanochat.hardware import speeds_key, synchronize
 from nanochat.ops.attention import attend, plan_attention
 from nanochat.ops.linear import linear, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy
-from nanochat.ops.rotary import apply_rotary, rotary_tables
+from nanochat.ops.pointwise import apply_rotary, relu_squared, rotary_tables
 from nanochat.optim import MuonAdamW
 from nanochat.plan.roofline import Operation
 from nanochat.precision import DTYPES, Precision

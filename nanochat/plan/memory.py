@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.ops.attention import plan_attention
-from nanochat.ops.cpu_attention import MAX_BYTES, probability_bytes, split_causal
+from nanochat.ops.attention import MAX_PROBABILITY_BYTES, plan_attention, probability_bytes, split_causal
 from nanochat.ops.loss import chunk_tokens
 from nanochat.optim import STACK_ELEMENTS
 from nanochat.precision import DTYPES, NARROW_RANGE
@@ -113,7 +112,7 @@ def layer_bytes_per_token(
 ) -> float:
     """What autograd saves of one layer, in bytes per token, without the probabilities of `own_attention`.
 
-    That is the way of nanochat/ops/cpu_attention.py, which lays q, k, v and its result out anew.
+    That is the way of nanochat/ops/attention.py there, which lays q, k, v and its result out anew.
     """
     a, s = _width(dtype)
     c, kv = config.n_embd, config.n_kv_head / config.n_head
@@ -171,7 +170,7 @@ def _probability_bytes(config: GPTConfig, rows: int, sequence_len: int, dtype: t
     device = torch.device("cpu")
     pieces = plan_attention(sequence_len, sequence_len, device, config.windows[layer])
     heads = rows * config.n_head
-    if dtype in NARROW_RANGE or probability_bytes(heads, pieces, dtype.itemsize) > MAX_BYTES:
+    if dtype in NARROW_RANGE or probability_bytes(heads, pieces, dtype.itemsize) > MAX_PROBABILITY_BYTES:
         return 0
     return probability_bytes(heads, split_causal(pieces, device), dtype.itemsize)
 

@@ -31,7 +31,7 @@ from nanochat.data.loader import Batch
 from nanochat.env import git_state, print0
 from nanochat.gpt import GPT
 from nanochat.hardware import ThrottleWatcher
-from nanochat.ops.c_allocator import keep_freed_memory
+from nanochat.ops.cpu import keep_freed_memory
 from nanochat.ops.fp16_gemm import choose_half_gemm, layer_shapes
 from nanochat.ops.linear import use_half_gemm
 from nanochat.optim import MuonAdamW
