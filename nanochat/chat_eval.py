@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from nanochat.engine import Engine
 from nanochat.env import get_dist_info
+from nanochat.generate.sampling import Sampling
 from nanochat.jsonl import ResumeLog
 from nanochat.progress import progress
 from nanochat.scoring import LanguageModel, batches_by_length, next_token_logits
+from nanochat.tokenizer import RustBPETokenizer
 
 # Problems rendered and sorted by length together, per row of a batch.
 BATCHES_PER_WINDOW = 16
+GREEDY = Sampling(temperature=0.0, max_tokens=512)
 Record = dict[str, Any]
 
 
@@ -40,48 +44,6 @@ class EvalTask(Protocol):
 
     def evaluate(self, problem: dict[str, Any], completion: str) -> int | bool:
         """Whether the completion is right."""
-
-
-class ChatTokenizer(Protocol):
-    """What evaluation needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-
-    def render_for_completion(self, conversation: dict[str, Any]) -> list[int]:
-        """Ids of a conversation up to where the assistant's last answer begins."""
-
-
-class Generator(Protocol):
-    """What evaluation needs of an engine."""
-
-    def generate_prompts(
-        self, prompts: list[list[int]], max_tokens: int | None, temperature: float, top_k: int | None, seed: int
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """(sequences, masks): each prompt with its continuation."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are generated."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int | None = 50
-    num_samples: int = 1
-    """Answers per problem; it counts as solved when any of them is right."""
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.num_samples < 1:
-            raise ValueError("max_new_tokens and num_samples must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {self.temperature}")
-        if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError("several samples at temperature 0 are all the same: set --temperature (-t) above 0")
 
 
 @dataclass(frozen=True)
@@ -142,12 +104,13 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def evaluate_chat_task(
     task: EvalTask,
     model: LanguageModel,
-    engine: Generator,
-    tokenizer: ChatTokenizer,
+    engine: Engine,
+    tokenizer: RustBPETokenizer,
     *,
     max_problems: int | None = None,
     batch_size: int = 32,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
+    num_samples: int = 1,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     finished: ResumeLog | None = None,
 ) -> TaskScore:
@@ -160,7 +123,8 @@ def evaluate_chat_task(
         tokenizer: the model's.
         max_problems: at least 1, or None.
         batch_size: rows computed together.
-        sampling: how to generate; greedy by default.
+        sampling: how to generate.
+        num_samples: answers per problem; it counts as solved when any of them is right.
         autocast: makes the context to run the model in.
         finished: records of an interrupted evaluation with the same settings, and where new ones are kept.
 
@@ -169,6 +133,7 @@ def evaluate_chat_task(
     """
     if batch_size < 1 or (max_problems is not None and max_problems < 1):
         raise ValueError("the batch size and the number of problems must be at least 1")
+    check_samples(num_samples, sampling)
     count = len(task) if max_problems is None else min(len(task), max_problems)
     if count == 0:
         raise ValueError(f"task {task.name} has no problems")
@@ -190,8 +155,8 @@ def evaluate_chat_task(
             with autocast():
                 _evaluate_categorical(task, model, tokenizer, todo, batch_size, keep)
         else:
-            sampling, limit = sampling or Sampling(), model.max_seq_len
-            _evaluate_generative(task, engine, tokenizer, todo, batch_size, sampling, limit, keep)
+            per_batch = max(1, batch_size // num_samples)
+            _evaluate_generative(task, engine, tokenizer, todo, per_batch, sampling, num_samples, keep)
     if world_size > 1 and dist.is_initialized():
         gathered: list[Any] = [None] * world_size
         dist.all_gather_object(gathered, records)
@@ -199,15 +164,18 @@ def evaluate_chat_task(
     return TaskScore(task.name, sorted(records, key=lambda record: record["index"]), task.baseline)
 
 
-def question_of(problem: Mapping[str, Any]) -> str:
-    """The user's last message."""
-    return str([message["content"] for message in problem["messages"] if message["role"] == "user"][-1])
+def check_samples(num_samples: int, sampling: Sampling) -> None:
+    """Refuse a number of answers per problem that makes no sense."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if num_samples > 1 and sampling.temperature == 0:
+        raise ValueError("several samples at temperature 0 are all the same: set --temperature (-t) above 0")
 
 
 def _evaluate_categorical(
     task: EvalTask,
     model: LanguageModel,
-    tokenizer: ChatTokenizer,
+    tokenizer: RustBPETokenizer,
     indices: Sequence[int],
     batch_size: int,
     keep: Callable[[list[Record]], None],
@@ -240,7 +208,7 @@ def _evaluate_categorical(
             keep(records)
 
 
-def _letter_id(tokenizer: ChatTokenizer, letter: str) -> int:
+def _letter_id(tokenizer: RustBPETokenizer, letter: str) -> int:
     ids = tokenizer.encode(letter)
     if len(ids) != 1:
         raise ValueError(f"the choice {letter!r} is {len(ids)} tokens, but must be one to be judged by its logit")
@@ -249,34 +217,26 @@ def _letter_id(tokenizer: ChatTokenizer, letter: str) -> int:
 
 def _evaluate_generative(
     task: EvalTask,
-    engine: Generator,
-    tokenizer: ChatTokenizer,
+    engine: Engine,
+    tokenizer: RustBPETokenizer,
     indices: Sequence[int],
-    batch_size: int,
+    per_batch: int,
     sampling: Sampling,
-    context: int,
+    n: int,
     keep: Callable[[list[Record]], None],
 ) -> None:
-    """Let the model write its answers, many problems at a time, and have the task judge them."""
+    """Let the model write n answers to each problem, `per_batch` problems at a time, and have the task judge them."""
     prompts = {i: tokenizer.render_for_completion(task[i]) for i in indices}
     by_length = sorted(indices, key=lambda i: (len(prompts[i]), i))
     # A prompt that fills the context leaves no room for an answer: the problem counts as failed.
-    fitting = [i for i in by_length if len(prompts[i]) < context]
-    per_batch = max(1, batch_size // sampling.num_samples)
+    fitting = [i for i in by_length if len(prompts[i]) < engine.context_length]
     for i in by_length[len(fitting) :]:
         keep([_judge(task, i, []) | {"note": f"the prompt of {len(prompts[i])} tokens fills the context"}])
     for offset in range(0, len(fitting), per_batch):
         batch = fitting[offset : offset + per_batch]
-        rows = [prompts[i] for i in batch for _ in range(sampling.num_samples)]
-        sequences, _ = engine.generate_prompts(
-            rows,
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            seed=sampling.seed + batch[0],
-        )
+        rows = [prompts[i] for i in batch for _ in range(n)]
+        sequences, _ = engine.generate_prompts(rows, **vars(replace(sampling, seed=sampling.seed + batch[0])))
         answers = [tokenizer.decode(sequence[len(row) :]) for sequence, row in zip(sequences, rows, strict=True)]
-        n = sampling.num_samples
         keep([_judge(task, i, answers[j * n : (j + 1) * n]) for j, i in enumerate(batch)])
 
 
@@ -293,5 +253,6 @@ def _judge(task: EvalTask, index: int, completions: list[str]) -> Record:
 
 def _about(problem: Mapping[str, Any], index: int) -> Record:
     """What a record says of its problem."""
-    record = {"index": index, "question": question_of(problem), "answer": problem["messages"][-1]["content"]}
+    question = [message["content"] for message in problem["messages"] if message["role"] == "user"][-1]
+    record = {"index": index, "question": str(question), "answer": problem["messages"][-1]["content"]}
     return record | ({"group": problem["group"]} if "group" in problem else {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 from nanochat.generate.fast_decode import Weights, make_decoder
 from nanochat.generate.kv_cache import KVCache
@@ -55,9 +56,7 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 42,
-        *,
-        top_p: float | None = None,
-        repetition_penalty: float = 1.0,
+        **more: Any,
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Stream `num_samples` continuations of one prompt, a column of tokens at a time.
 
@@ -68,8 +67,7 @@ class Engine:
             temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
             top_k: sample from the k likeliest only; None or 0: from all.
             seed: of the first row's random numbers; row i has `row_seed(seed, i)`.
-            top_p: sample from the likeliest that together reach this probability only; None: from all.
-            repetition_penalty: above 1 makes tokens that occurred already less likely.
+            more: what else `nanochat.generate.sampling.Sampling` knows: top_p, repetition_penalty.
 
         Returns:
             An iterator of (token_column, token_masks): a token per row, and 1 where the model chose it, 0 where it was
@@ -80,49 +78,47 @@ class Engine:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-        limit = self._limit(tokens, max_tokens)
-        rows = [Row(tokens, limit, sampling, row_seed(seed, i)) for i in range(num_samples)]
-        return self._columns(rows)
+        sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed, **more)
+        return self._columns(self._rows([tokens] * num_samples, max_tokens, sampling))
 
     def generate_batch(
-        self,
-        tokens: list[int],
-        num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 42,
-        *,
-        top_p: float | None = None,
-        repetition_penalty: float = 1.0,
+        self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, **settings: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
         """`generate` collected: (sequences, masks), each with the prompt (mask 0), without the token that ended it."""
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-        limit = self._limit(tokens, max_tokens)
-        return self._collect([Row(tokens, limit, sampling, row_seed(seed, i)) for i in range(num_samples)], num_samples)
+        return self._collect(self._rows([tokens] * num_samples, max_tokens, Sampling(**settings)), num_samples)
 
     def generate_prompts(
         self,
         prompts: list[list[int]],
-        max_tokens: int | None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int = 42,
+        max_tokens: int | None = None,
+        *,
         max_batch_tokens: int | None = None,
         keep_end: bool = False,
+        **settings: Any,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Continue many different prompts, batched: (sequences, masks) in their order, as from `generate_batch`.
 
-        Greedy results are those of one prompt at a time. `max_batch_tokens` bounds the memory: rows times the longest
-        prompt and answer; None: what suits the device. `keep_end` leaves the sampled token that ended an answer in it.
+        Greedy unless `settings` (those of `generate`) have a temperature; greedy results are those of one prompt at a
+        time. `max_batch_tokens` bounds the memory: rows times the longest prompt and answer; None: what suits the
+        device. `keep_end` leaves the sampled token that ended an answer in it.
         """
         if max_batch_tokens is None:
             max_batch_tokens = BATCH_TOKENS.get(self.model.get_device().type, BATCH_TOKENS["cuda"])
-        sampling = Sampling(temperature=temperature, top_k=top_k)
-        rows = [Row(p, self._limit(p, max_tokens), sampling, row_seed(seed, i)) for i, p in enumerate(prompts)]
+        rows = self._rows(prompts, max_tokens, Sampling(**{"temperature": 0.0, **settings}))
         longest = max((len(row.context) + row.limit for row in rows), default=1)
         return self._collect(rows, max(1, max_batch_tokens // longest), keep_end)
+
+    def _rows(self, prompts: list[list[int]], max_tokens: int | None, sampling: Sampling) -> list[Row]:
+        """A row for each prompt, checked, with a seed of its own."""
+        if max_tokens is not None and max_tokens < 0:
+            raise ValueError(f"max_tokens must not be negative, got {max_tokens}")
+        rows = []
+        for i, prompt in enumerate(prompts):
+            check_prompt(self.model, prompt)
+            room = self.context_length - len(prompt)
+            limit = room if max_tokens is None else min(room, max_tokens)
+            rows.append(Row(prompt, limit, sampling, row_seed(sampling.seed, i)))
+        return rows
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -167,14 +163,6 @@ class Engine:
                         sequences[i].append(token)
                         masks[i].append(mask)
         return sequences, masks
-
-    def _limit(self, prompt: list[int], max_tokens: int | None) -> int:
-        """Check what was asked; return how many tokens the prompt may get."""
-        if max_tokens is not None and max_tokens < 0:
-            raise ValueError(f"max_tokens must not be negative, got {max_tokens}")
-        check_prompt(self.model, prompt)
-        room = self.context_length - len(prompt)
-        return room if max_tokens is None else min(room, max_tokens)
 
 
 def row_seed(seed: int, row: int) -> int | str:

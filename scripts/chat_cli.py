@@ -24,7 +24,7 @@ from nanochat.config import Runtime, run_script, short
 from nanochat.generate.fast_decode import Weights
 from nanochat.generate.sampling import Sampling
 from nanochat.serve.batch_engine import BatchEngine
-from nanochat.serve.chat import AnswerSettings, Conversation
+from nanochat.serve.chat import Conversation
 from nanochat.serve.chat_commands import NAMES, Quit, is_command, run_command
 from nanochat.serve.choose_model import find_model, load_chosen
 from nanochat.serve.events import Event
@@ -63,16 +63,20 @@ class Config:
     """Talk to a nanochat in the format of transformers instead: a folder, or a hub repository (owner/name)."""
 
     def __post_init__(self) -> None:
-        Sampling(
+        self.sampling()  # checks itself
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("--prompt is empty: ask something, or leave it out for a conversation")
+
+    def sampling(self) -> Sampling:
+        """How answers are chosen."""
+        return Sampling(
             temperature=self.temperature,
             top_k=self.top_k,
+            max_tokens=self.max_tokens,
+            seed=self.runtime.seed,
             top_p=self.top_p,
             repetition_penalty=self.repetition_penalty,
         )
-        if self.max_tokens < 1:
-            raise ValueError(f"--max_tokens must be at least 1, got {self.max_tokens}")
-        if self.prompt is not None and not self.prompt.strip():
-            raise ValueError("--prompt is empty: ask something, or leave it out for a conversation")
 
 
 def say(text: str) -> None:
@@ -225,13 +229,10 @@ def main(cfg: Config) -> None:
         compute = setup_compute(cfg.runtime)
         model, tokenizer, meta = load_chosen(cfg.source, cfg.model_tag, cfg.step, cfg.hf_path, compute.device)
         print(f"{name}, step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters")
-    settings = AnswerSettings(
-        cfg.temperature, cfg.top_k, cfg.max_tokens, cfg.runtime.seed, cfg.top_p, cfg.repetition_penalty
-    )
     with BatchEngine(
         model, tokenizer, compute.precision, max_batch_size=1, prefill_chunk=PREFILL_CHUNK, weights=cfg.weights
     ) as engine:
-        conversation = Conversation(engine, tokenizer, settings, lambda text: say(f"({text})"))
+        conversation = Conversation(engine, tokenizer, cfg.sampling(), lambda text: say(f"({text})"))
         conversation.system = cfg.system
         try:
             with Interrupts(conversation) as interrupts:

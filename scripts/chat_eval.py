@@ -17,13 +17,14 @@ from typing import Annotated, Any, Literal
 
 import torch.distributed as dist
 
-from nanochat.chat_eval import Sampling, TaskScore, chat_core, evaluate_chat_task
+from nanochat.chat_eval import TaskScore, chat_core, check_samples, evaluate_chat_task
 from nanochat.checkpoint.format import step_folder, weights_hash
 from nanochat.checkpoint_manager import find_tag, load_model
 from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.engine import Engine
 from nanochat.execution import isolation
+from nanochat.generate.sampling import Sampling
 from nanochat.gpt import GPT
 from nanochat.jsonl import ResumeLog, write_jsonl
 from nanochat.report import get_report
@@ -66,17 +67,12 @@ class Config:
             raise ValueError(f"--batch_size (-b) must be at least 1, got {self.batch_size}")
         if self.max_problems is not None and self.max_problems < 1:
             raise ValueError(f"--max_problems (-x) must be at least 1, got {self.max_problems}")
-        self.sampling()
+        check_samples(self.num_samples, self.sampling())
 
     def sampling(self) -> Sampling:
         """How answers are generated."""
-        return Sampling(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k or None,
-            num_samples=self.num_samples,
-            seed=self.runtime.seed,
-        )
+        seed = self.runtime.seed
+        return Sampling(temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_new_tokens, seed=seed)
 
 
 def choose_tasks(
@@ -112,6 +108,7 @@ def evaluate(
             max_problems=cfg.max_problems,
             batch_size=cfg.batch_size,
             sampling=cfg.sampling(),
+            num_samples=cfg.num_samples,
             autocast=compute.precision.autocast,
             finished=finished,
         )
@@ -138,7 +135,7 @@ def fingerprint(cfg: Config, compute: Compute, folder: Path) -> str:
     checkpoint = find_tag(cfg.source, cfg.model_tag)
     version = weights_hash(step_folder(checkpoint, int(folder.name[-6:])))
     data = os.environ.get("NANOCHAT_TASK_DIR")
-    facts = [str(checkpoint), folder.name, version, cfg.sampling(), compute.precision.name, data]
+    facts = [str(checkpoint), folder.name, version, cfg.sampling(), cfg.num_samples, compute.precision.name, data]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

@@ -20,8 +20,8 @@ from nanochat.common import Compute, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.generate.fast_decode import Weights
 from nanochat.generate.kv_cache import fitting_slots
+from nanochat.generate.sampling import Sampling
 from nanochat.serve.batch_engine import BatchEngine
-from nanochat.serve.chat import AnswerSettings
 from nanochat.serve.choose_model import find_model, load_chosen
 
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
@@ -175,7 +175,7 @@ def main(cfg: Config) -> None:
 
         local = cfg.host in LOCAL_HOSTS
         access = Access(api_key=key, cors_origins=cfg.cors_origins, local_only=local and key is None)
-        defaults = AnswerSettings(cfg.temperature, cfg.top_k, cfg.max_tokens)
+        defaults = Sampling(temperature=cfg.temperature, top_k=cfg.top_k, max_tokens=cfg.max_tokens)
         app = create_app(engines, tokenizer, defaults, info, access, cfg.log_conversations)
         if not local and key is None:
             print(f"warning: everybody who can reach {cfg.host} can use this server; it asks for no key")

@@ -48,6 +48,7 @@ class PlainTokenizer:
 
 def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[str, Any]) -> Run:
     """This project: continuous batching."""
+    from nanochat.generate.sampling import Sampling
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.precision import DTYPES, Precision
     from nanochat.serve.batch_engine import BatchEngine, GenerationRequest
@@ -77,7 +78,7 @@ def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[
                 over.release()
 
         for i, prompt in enumerate(prompts):
-            request = GenerationRequest(tokens=prompt, max_tokens=count, temperature=0.0)
+            request = GenerationRequest(tokens=prompt, sampling=Sampling(max_tokens=count, temperature=0.0))
             engine.submit(request).add_listener(lambda event, i=i: hear(event, i))
         for _ in prompts:
             over.acquire()

@@ -56,6 +56,10 @@ def collect(generation):
     return tokens, text, last
 
 
+def ask_for(tokens, stop=(), slide=False, keep=1, **knobs):
+    return GenerationRequest(tokens=tokens, sampling=Sampling(**knobs), stop=stop, slide=slide, keep=keep)
+
+
 PROMPTS = random_prompts(10)
 
 
@@ -101,7 +105,7 @@ def test_many_threads_get_the_naive_answers(tool_model, tiny_tokenizer, naive):
 
         def ask(i):
             time.sleep(0.01 * (i % 5))
-            request = GenerationRequest(tokens=PROMPTS[i % len(PROMPTS)], max_tokens=40, temperature=0.0)
+            request = ask_for(tokens=PROMPTS[i % len(PROMPTS)], max_tokens=40, temperature=0.0)
             results[i] = collect(engine.submit(request))
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(20)]
@@ -125,11 +129,9 @@ def test_a_seed_says_the_same_in_any_company(tool_model, tiny_tokenizer):
     alone = []
     for i, prompt in enumerate(PROMPTS):
         with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine:
-            alone.append(collect(engine.submit(GenerationRequest(tokens=prompt, seed=i, **settings_)))[0])
+            alone.append(collect(engine.submit(ask_for(tokens=prompt, seed=i, **settings_)))[0])
     with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=3, prefill_chunk=5) as engine:
-        generations = [
-            engine.submit(GenerationRequest(tokens=prompt, seed=i, **settings_)) for i, prompt in enumerate(PROMPTS)
-        ]
+        generations = [engine.submit(ask_for(tokens=prompt, seed=i, **settings_)) for i, prompt in enumerate(PROMPTS)]
         assert [collect(g)[0] for g in generations] == alone
     columns = Engine(tool_model, tiny_tokenizer).generate(
         PROMPTS[0], 3, 30, 1.0, 40, 0, top_p=0.95, repetition_penalty=1.2
@@ -186,9 +188,9 @@ def raise_out_of_memory(*_):
 
 def test_cancel_frees_the_slot_at_once(tool_model, tiny_tokenizer):
     with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine:
-        first = engine.submit(GenerationRequest(tokens=[65], max_tokens=10**6, slide=True))
-        second = engine.submit(GenerationRequest(tokens=[66], max_tokens=3))
-        third = engine.submit(GenerationRequest(tokens=[67], max_tokens=3))
+        first = engine.submit(ask_for(tokens=[65], max_tokens=10**6, slide=True))
+        second = engine.submit(ask_for(tokens=[66], max_tokens=3))
+        third = engine.submit(ask_for(tokens=[67], max_tokens=3))
         next(first.events())
         third.cancel()  # while it waits
         assert collect(third)[2].finish_reason == "cancelled"
@@ -201,7 +203,7 @@ def test_cancel_frees_the_slot_at_once(tool_model, tiny_tokenizer):
 
 
 def test_the_queue_is_bounded(tool_model, tiny_tokenizer):
-    endless = GenerationRequest(tokens=[65], max_tokens=10**6, slide=True)
+    endless = ask_for(tokens=[65], max_tokens=10**6, slide=True)
     with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=2, max_queue=3) as engine:
         for _ in range(5):
             engine.submit(endless)
@@ -228,8 +230,8 @@ def test_the_error_of_one_request_is_its_own(tool_model, tiny_tokenizer, naive, 
     prompts = [p for p in PROMPTS if not {250, 251} & set(p) and not {250, 251} & set(naive(p, 20)[0])]
     with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=3) as engine:
         for prompt in prompts:
-            bad = [engine.submit(GenerationRequest(tokens=t, max_tokens=9)) for t in ([65, 250], [251], [66, 251, 3])]
-            good = engine.submit(GenerationRequest(tokens=prompt, max_tokens=20, temperature=0.0))
+            bad = [engine.submit(ask_for(tokens=t, max_tokens=9)) for t in ([65, 250], [251], [66, 251, 3])]
+            good = engine.submit(ask_for(tokens=prompt, max_tokens=20, temperature=0.0))
             assert collect(good)[0] == naive(prompt, 20)[0]
             events = [collect(g)[2] for g in bad]
             assert [e.kind for e in events] == ["error"] * 3
@@ -256,7 +258,7 @@ def test_bad_requests_are_refused_at_once(tool_model, tiny_tokenizer, values, me
         BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine,
         pytest.raises(ValueError, match=message),
     ):
-        engine.submit(GenerationRequest(**({"tokens": [65], "max_tokens": 5} | values)))
+        engine.submit(ask_for(**({"tokens": [65], "max_tokens": 5} | values)))
 
 
 def test_a_sliding_context_forgets_the_older_half(tool_model, tiny_tokenizer):
@@ -284,14 +286,14 @@ def test_a_sliding_context_forgets_the_older_half(tool_model, tiny_tokenizer):
 def test_the_context_ends_an_answer_that_may_not_slide(tool_model, tiny_tokenizer):
     with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine:
         engine._scheduler.tools.stop_tokens = set()
-        tokens, _, last = collect(engine.submit(GenerationRequest(tokens=[65] * 100, max_tokens=1000)))
+        tokens, _, last = collect(engine.submit(ask_for(tokens=[65] * 100, max_tokens=1000)))
         assert (len(tokens), last.finish_reason) == (28, "length")
 
 
 def test_every_token_is_in_one_event_and_text_is_whole(tool_model, tiny_tokenizer):
     with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=4) as engine:
         generations = [
-            engine.submit(GenerationRequest(tokens=[65 + i], max_tokens=60, temperature=3.0, seed=i)) for i in range(8)
+            engine.submit(ask_for(tokens=[65 + i], max_tokens=60, temperature=3.0, seed=i)) for i in range(8)
         ]
         for generation in generations:
             heard = []
@@ -322,13 +324,13 @@ def test_stop_texts_end_where_they_begin_however_the_text_is_cut(text, stops, da
 
 
 def test_a_stop_text_ends_the_answer(tool_model, tiny_tokenizer):
-    request = GenerationRequest(tokens=PROMPTS[3], max_tokens=60, temperature=0.0)
+    request = ask_for(tokens=PROMPTS[3], max_tokens=60, temperature=0.0)
     with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1) as engine:
         text = collect(engine.submit(request))[1]
         assert len(text) > 1
         stop = text[-1]
         _, shown, last = collect(
-            engine.submit(GenerationRequest(tokens=PROMPTS[3], max_tokens=60, temperature=0.0, stop=(stop,)))
+            engine.submit(ask_for(tokens=PROMPTS[3], max_tokens=60, temperature=0.0, stop=(stop,)))
         )
         assert shown == text[: text.index(stop)]
         assert last.finish_reason == "stop"
@@ -337,13 +339,13 @@ def test_a_stop_text_ends_the_answer(tool_model, tiny_tokenizer):
 
 def test_closing_finishes_what_runs_or_cancels_it(tool_model, tiny_tokenizer):
     engine = BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1)
-    generations = [engine.submit(GenerationRequest(tokens=[65], max_tokens=10, temperature=2.0)) for _ in range(3)]
+    generations = [engine.submit(ask_for(tokens=[65], max_tokens=10, temperature=2.0)) for _ in range(3)]
     engine.close()
     assert all(g.finished for g in generations)
     assert collect(generations[2])[2].finish_reason in ("stop", "length")
     with pytest.raises(EngineClosed, match="closed"):
-        engine.submit(GenerationRequest(tokens=[65], max_tokens=3))
-    endless = GenerationRequest(tokens=[65], max_tokens=10**7, slide=True, temperature=1.0)
+        engine.submit(ask_for(tokens=[65], max_tokens=3))
+    endless = ask_for(tokens=[65], max_tokens=10**7, slide=True, temperature=1.0)
     for close in ({"drain": False}, {"timeout": 0.05}):
         engine = BatchEngine(tool_model, tiny_tokenizer, max_batch_size=1)
         engine._scheduler.tools.stop_tokens = set()
@@ -358,11 +360,11 @@ def test_a_listener_that_fails_harms_nobody(tool_model, tiny_tokenizer):
         raise RuntimeError("the loop is closed")
 
     with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=2) as engine:
-        generation = engine.submit(GenerationRequest(tokens=[65], max_tokens=30))
+        generation = engine.submit(ask_for(tokens=[65], max_tokens=30))
         with contextlib.suppress(RuntimeError):
             generation.add_listener(broken)
         assert collect(generation)[2].kind == "done"
-        assert collect(engine.submit(GenerationRequest(tokens=[66], max_tokens=5)))[2].kind == "done"
+        assert collect(engine.submit(ask_for(tokens=[66], max_tokens=5)))[2].kind == "done"
 
 
 @pytest.mark.parametrize("window", ["L", "SL"])

@@ -15,8 +15,9 @@ import scripts.chat_cli as chat_cli
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import get_base_dir
 from nanochat.config import parse_config, run_script
+from nanochat.generate.sampling import Sampling
 from nanochat.serve.batch_engine import BatchEngine
-from nanochat.serve.chat import AnswerSettings, Conversation
+from nanochat.serve.chat import Conversation
 from nanochat.serve.chat_commands import HELP, Quit, is_command, run_command
 from nanochat.serve.events import Event
 
@@ -43,7 +44,7 @@ def endless(tiny_model, tiny_tokenizer, saved):
 
 @pytest.fixture
 def conversation(tiny_model, tiny_tokenizer):
-    settings = AnswerSettings(temperature=0.0, top_k=0, max_tokens=12)
+    settings = Sampling(temperature=0.0, top_k=0, max_tokens=12)
     with BatchEngine(tiny_model, tiny_tokenizer, max_batch_size=1) as engine:
         yield Conversation(engine, tiny_tokenizer, settings, chat_cli.say)
 
@@ -141,7 +142,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(conversation, monkeypat
             signal.raise_signal(signal.SIGINT)
         return part
 
-    conversation.settings = AnswerSettings(temperature=2.0, max_tokens=100_000)
+    conversation.settings = Sampling(temperature=2.0, max_tokens=100_000)
     conversation.engine._scheduler.tools.stop_tokens = set()
     monkeypatch.setattr(chat_cli, "printable", interrupted)
     before = signal.getsignal(signal.SIGINT)
@@ -155,7 +156,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(conversation, monkeypat
     assert "".join(p["text"] for p in conversation.messages[-1]["content"] if p["type"] == "text") == "".join(shown)
     assert conversation.engine.stats()["cancelled"] == 1
     monkeypatch.undo()
-    conversation.settings = AnswerSettings(temperature=0.0, max_tokens=5)
+    conversation.settings = Sampling(temperature=0.0, max_tokens=5)
     conversation.clear()
     conversation.stopped = False
     list(conversation.ask("and then?"))
@@ -170,14 +171,14 @@ def test_ctrl_c_while_a_message_is_read_interrupts_the_reading_only(conversation
             assert not conversation.stopped
         assert interrupts.read(lambda: "line") == "line"
         signal.raise_signal(signal.SIGINT)  # as early as possible: not lost
-        conversation.settings = AnswerSettings(temperature=2.0, max_tokens=100_000)
+        conversation.settings = Sampling(temperature=2.0, max_tokens=100_000)
         conversation.engine._scheduler.tools.stop_tokens = set()
         list(conversation.ask("why"))
         assert conversation.engine.stats()["generated_tokens"] < 1000
 
 
 def test_ctrl_c_ends_a_single_answer_and_the_program(conversation, monkeypatch):
-    conversation.settings = AnswerSettings(temperature=2.0, max_tokens=100_000)
+    conversation.settings = Sampling(temperature=2.0, max_tokens=100_000)
     conversation.engine._scheduler.tools.stop_tokens = set()
     monkeypatch.setattr(chat_cli, "show", lambda parts, terminal: [signal.raise_signal(signal.SIGINT) for _ in parts])
     with chat_cli.Interrupts(conversation), pytest.raises(KeyboardInterrupt):
@@ -277,7 +278,7 @@ def test_a_model_can_not_steer_the_terminal(capsys):
 
 
 def test_an_answer_may_be_longer_than_the_context(conversation):
-    conversation.settings = AnswerSettings(temperature=1.5, top_k=0, max_tokens=400)
+    conversation.settings = Sampling(temperature=1.5, top_k=0, max_tokens=400)
     conversation.engine._scheduler.tools.stop_tokens = set()
     conversation.system = "Be brief."
     list(conversation.ask("tell me a long story"))
@@ -307,7 +308,7 @@ class TestCommands:
     def test_settings_change(self, conversation):
         for line in ("/temperature 0.25", "/top_k 7", "/top_p 0.5", "/repetition_penalty 1.3", "/max_tokens 9"):
             self.run(conversation, line)
-        expected = AnswerSettings(0.25, 7, 9, 42, 0.5, 1.3)
+        expected = Sampling(temperature=0.25, top_k=7, max_tokens=9, top_p=0.5, repetition_penalty=1.3)
         assert conversation.settings == expected
         for line in ("/temperature -1", "/temperature", "/top_k x", "/top_p 0", "/max_tokens 0", "/nope", "/save"):
             with pytest.raises(ValueError, match=r"must|needs|no command"):

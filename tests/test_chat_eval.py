@@ -16,12 +16,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.chat_eval import Sampling, TaskScore, chat_core, evaluate_chat_task, pass_at_k
+from nanochat.chat_eval import TaskScore, chat_core, evaluate_chat_task, pass_at_k
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import compute_cleanup
 from nanochat.config import run_script
 from nanochat.core_eval import CoreTask, evaluate_task
 from nanochat.engine import Engine
+from nanochat.generate.sampling import Sampling
 from nanochat.jsonl import ResumeLog, read_jsonl
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import RustBPETokenizer
@@ -94,7 +95,7 @@ def test_letters_are_the_argmax_of_each_prompt_alone(evaluate, tiny_model, tiny_
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_written_answers_are_those_of_each_prompt_alone(evaluate, tiny_model, tiny_tokenizer, batch_size):
     task = Writing()
-    score = evaluate(task, batch_size=batch_size, sampling=Sampling(max_new_tokens=8))
+    score = evaluate(task, batch_size=batch_size, sampling=Sampling(temperature=0.0, max_tokens=8))
     engine = Engine(tiny_model, tiny_tokenizer)
     for i, record in enumerate(score.records):
         if i == 3:
@@ -106,21 +107,21 @@ def test_written_answers_are_those_of_each_prompt_alone(evaluate, tiny_model, ti
 
 
 def test_a_prompt_that_fills_the_context_counts_as_failed(evaluate):
-    record = evaluate(Writing(), sampling=Sampling(max_new_tokens=4)).records[3]
+    record = evaluate(Writing(), sampling=Sampling(temperature=0.0, max_tokens=4)).records[3]
     assert not record["passed"]
     assert "fills the context" in record["note"]
 
 
 def test_several_samples_pass_when_any_does(evaluate):
-    sampling = Sampling(max_new_tokens=6, temperature=1.0, top_k=None, num_samples=5)
-    score = evaluate(Writing(), sampling=sampling, batch_size=10)
+    sampling = Sampling(max_tokens=6)
+    score = evaluate(Writing(), sampling=sampling, num_samples=5, batch_size=10)
     for record in score.records:
         if "note" not in record:
             right = [len(completion) % 2 == 0 for completion in record["completions"]]
             assert len(right) == 5
             assert record["num_correct"] == sum(right)
             assert record["passed"] == any(right)
-    again = evaluate(Writing(), sampling=sampling, batch_size=10)
+    again = evaluate(Writing(), sampling=sampling, num_samples=5, batch_size=10)
     assert again.records == score.records
 
 
@@ -155,7 +156,7 @@ def test_limits(evaluate):
     with pytest.raises(ValueError, match="Letters has no problems"):
         evaluate(Letters(start=9))
     with pytest.raises(ValueError, match="all the same"):
-        Sampling(num_samples=2)
+        evaluate(Writing(), num_samples=2)
 
 
 def test_chat_core_and_standard_errors():
@@ -203,7 +204,7 @@ def everything(model, tokenizer, parts: int = 1, part: int = 0) -> dict:
     """The results of all three evaluations, for one rank."""
     engine = Engine(model, tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_lengths())
-    sampling = Sampling(max_new_tokens=4)
+    sampling = Sampling(temperature=0.0, max_tokens=4)
     return {
         "bpb": evaluate_bpb(model, text_batches(model.config.vocab_size, parts, part), 1, token_bytes),
         "core": evaluate_task(model, tokenizer, core_task(), core_problems()),

@@ -14,10 +14,10 @@ from web_server import HELLO, INFO, ScriptedEngine, SlowEngine, events_of, serve
 import scripts.chat_web as chat_web
 from nanochat.config import parse_config, run_script
 from nanochat.engine import Engine
+from nanochat.generate.sampling import Sampling
 from nanochat.jsonl import read_jsonl
 from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine
-from nanochat.serve.chat import AnswerSettings
 from nanochat.serve.guard import Access
 from nanochat.serve.schemas import MAX_BODY_BYTES
 
@@ -47,7 +47,7 @@ def locked(model, tiny_tokenizer):
 @pytest.fixture
 def slow(model, tiny_tokenizer):
     """A server with one place and room for one to wait."""
-    defaults = AnswerSettings(temperature=0.0, max_tokens=4096)
+    defaults = Sampling(temperature=0.0, max_tokens=4096)
     app, engine = tiny_app(model, tiny_tokenizer, SlowEngine, defaults, max_batch_size=1, max_queue=1)
     with serve(app) as client:
         yield client, engine
@@ -251,7 +251,8 @@ def test_a_client_that_leaves_without_streaming_frees_its_place_too(slow):
 
 def test_two_cards_share_the_work(model, tiny_tokenizer):
     engines = [SlowEngine(model, tiny_tokenizer, max_batch_size=1, max_queue=1) for _ in range(2)]
-    with serve(create_app(engines, tiny_tokenizer, AnswerSettings(0.0))) as client, contextlib.ExitStack() as stack:
+    app = create_app(engines, tiny_tokenizer, Sampling(temperature=0.0, max_tokens=512))
+    with serve(app) as client, contextlib.ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(client.stream("POST", "/chat/completions", json={"messages": HELLO}))
         wait_until(lambda: all(e.stats()["submitted"] == 2 for e in engines))
@@ -366,7 +367,7 @@ def test_slow_and_broken_requests_hold_up_nobody(client):
 
 
 def test_a_hundred_leaving_clients_leak_nothing(model, tiny_tokenizer):
-    app, engine = tiny_app(model, tiny_tokenizer, SlowEngine, AnswerSettings(temperature=0.0, max_tokens=100))
+    app, engine = tiny_app(model, tiny_tokenizer, SlowEngine, Sampling(temperature=0.0, max_tokens=100))
     with serve(app) as client:
 
         def leave(i):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from web_server import HELLO, serve, tiny_app, tiny_chat_model
 
-from nanochat.serve.chat import AnswerSettings
+from nanochat.generate.sampling import Sampling
 
 NUM_BODIES = int(os.environ.get("NANOCHAT_HOSTILE_BODIES", "200"))
 pytestmark = pytest.mark.timeout(max(300, NUM_BODIES))
@@ -30,9 +30,8 @@ GENEROUS = settings(
 
 @pytest.fixture(scope="module")
 def client(tiny_tokenizer):
-    app, _ = tiny_app(
-        tiny_chat_model(tiny_tokenizer), tiny_tokenizer, defaults=AnswerSettings(0.0, 0, 2), max_batch_size=16
-    )
+    defaults = Sampling(temperature=0.0, top_k=0, max_tokens=2)
+    app, _ = tiny_app(tiny_chat_model(tiny_tokenizer), tiny_tokenizer, defaults=defaults, max_batch_size=16)
     with serve(app) as client:
         yield client
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from web_server import HELLO, INFO, ScriptedEngine, SlowEngine, serve, tiny_app, tiny_chat_model, wait_until
 
+from nanochat.generate.sampling import Sampling
 from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine
-from nanochat.serve.chat import AnswerSettings
 from nanochat.serve.guard import Access
 
 openai = pytest.importorskip("openai")
@@ -70,7 +70,7 @@ def test_options_that_are_null_are_not_set(client):
 def test_a_model_named_like_its_hub_folder(model, tiny_tokenizer):
     info = INFO | {"id": "owner/name"}
     engine = BatchEngine(model, tiny_tokenizer, max_batch_size=1)
-    with serve(create_app([engine], tiny_tokenizer, AnswerSettings(), info)) as http, client_of(http) as client:
+    with serve(create_app([engine], tiny_tokenizer, Sampling(), info)) as http, client_of(http) as client:
         assert client.models.retrieve("owner/name").id == "owner/name"
 
 
@@ -151,7 +151,7 @@ def test_a_wrong_key(client):
 
 
 def test_a_full_server_and_a_closed_stream(model, tiny_tokenizer):
-    defaults = AnswerSettings(temperature=0.0, max_tokens=100)
+    defaults = Sampling(temperature=0.0, max_tokens=100)
     app, engine = tiny_app(model, tiny_tokenizer, SlowEngine, defaults, max_batch_size=1, max_queue=0)
     with serve(app) as http, client_of(http) as client:
         stream = chat(client, stream=True)

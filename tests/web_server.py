@@ -9,10 +9,10 @@ import httpx
 import torch
 import uvicorn
 
+from nanochat.generate.sampling import Sampling
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation
-from nanochat.serve.chat import AnswerSettings
 from nanochat.serve.events import Event, Usage
 
 HELLO = [{"role": "user", "content": "The sky"}]
@@ -88,7 +88,7 @@ def tiny_app(model, tokenizer, engine_class=BatchEngine, defaults=None, access=N
     """The application with one engine, and that engine."""
     settings = {"max_batch_size": 4, "max_queue": 16, **settings}
     engine = engine_class(model, tokenizer, **settings)
-    defaults = defaults or AnswerSettings(temperature=0.0, top_k=0, max_tokens=20)
+    defaults = defaults or Sampling(temperature=0.0, top_k=0, max_tokens=20)
     return create_app([engine], tokenizer, defaults, INFO, access, log_path), engine
 
 

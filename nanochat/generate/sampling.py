@@ -21,7 +21,7 @@ NOT_FINITE = -1  # stands for a token where the logits are not numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose a token. Checked when made.
+    """How to continue a text: the one set of knobs of engine, server, chat and evaluation. Checked when made.
 
     Raises:
         ValueError: a setting is out of range.
@@ -31,6 +31,10 @@ class Sampling:
     """0 takes the likeliest token; 1 samples from the model's distribution."""
     top_k: int | None = None
     """Only the k likeliest; None or 0: all."""
+    max_tokens: int | None = None
+    """The most new tokens, those of tool results included; None: as many as the context has room for."""
+    seed: int = 42
+    """Of the random numbers."""
     top_p: float | None = None
     """Only the likeliest that together reach this probability; None: all. Source: arXiv 1904.09751."""
     repetition_penalty: float = 1.0
@@ -41,6 +45,8 @@ class Sampling:
             raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {self.temperature}")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k must be 0 (all tokens) or more, got {self.top_k}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {self.top_p}")
         if not 0.0 < self.repetition_penalty < float("inf"):

@@ -12,6 +12,7 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
@@ -51,7 +52,7 @@ class Row:
     Args:
         tokens: the prompt.
         limit: the most new tokens.
-        sampling: how they are chosen.
+        sampling: how they are chosen; its seed and limit don't count here.
         seed: of this row's random numbers.
         keep: None: the row ends when the context is full. Otherwise it then forgets the older half of it, except this
             many tokens at the start.
@@ -61,8 +62,11 @@ class Row:
         self, tokens: list[int], limit: int, sampling: Sampling, seed: int | str, keep: int | None = None
     ) -> None:
         self.context = list(tokens)  # what the model sees, the new tokens included
-        self.limit, self.sampling, self.keep = limit, sampling, keep
+        self.limit, self.keep = limit, keep
+        # Its own generator: what a row draws must not depend on how many rows draw beside it.
         self.random = random.Random(seed)
+        # What rows must have in common to be sampled in one go; a seed and a limit are each row's own.
+        self.sampling = dataclasses.replace(sampling, seed=0, max_tokens=None)
         self.seen = set(tokens) if sampling.repetition_penalty != 1.0 else None
         self.count = 0  # new tokens
         self.reused: int | None = None  # prompt tokens found in the cache; None: nothing was read yet

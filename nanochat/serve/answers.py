@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -23,10 +24,11 @@ from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
+from nanochat.generate.sampling import Sampling
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation, GenerationRequest, QueueFull
-from nanochat.serve.chat import AnswerSettings, answer_room, fit_context
+from nanochat.serve.chat import answer_room, fit_context
 from nanochat.serve.events import Event, join_events
-from nanochat.serve.schemas import ChatMessage, RequestError, Sampling
+from nanochat.serve.schemas import ChatMessage, RequestError, SamplingFields
 from nanochat.tokenizer import RustBPETokenizer
 
 DRAIN_SECONDS = 30.0  # how long a stopping server lets answers finish
@@ -234,7 +236,7 @@ class Service:
         self,
         pool: EnginePool,
         tokenizer: RustBPETokenizer,
-        defaults: AnswerSettings,
+        defaults: Sampling,
         model_info: dict[str, Any],
         log: ConversationLog | None = None,
     ) -> None:
@@ -246,19 +248,11 @@ class Service:
         """What clients call the model."""
         return str(self.model_info.get("id", "nanochat"))
 
-    def generation(self, tokens: list[int], sampling: Sampling, max_tokens: int | None = None) -> GenerationRequest:
-        """What a client asks, with the server's defaults where it says nothing. Without a seed each gets its own."""
-        asked, defaults = sampling, self.defaults
-        return GenerationRequest(
-            tokens=tokens,
-            max_tokens=max_tokens or asked.max_tokens or defaults.max_tokens,
-            temperature=defaults.temperature if asked.temperature is None else asked.temperature,
-            top_k=defaults.top_k if asked.top_k is None else asked.top_k,
-            top_p=asked.top_p,
-            repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
-            seed=secrets.randbits(31) if asked.seed is None else asked.seed,
-            stop=asked.stop_texts,
-        )
+    def generations(self, tokens: list[int], asked: SamplingFields, n: int = 1) -> list[GenerationRequest]:
+        """`n` requests to go on with `tokens`; the server's defaults hold where a client says nothing."""
+        sampling = asked.over(dataclasses.replace(self.defaults, seed=secrets.randbits(31)))
+        each = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(n)]
+        return [GenerationRequest(tokens=tokens, sampling=s, stop=asked.stop_texts) for s in each]
 
     async def chat_prompt(
         self, messages: Sequence[ChatMessage], max_tokens: int | None, forget: bool

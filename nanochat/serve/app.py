@@ -26,9 +26,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from starlette.middleware.cors import CORSMiddleware
 
+from nanochat.generate.sampling import Sampling
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, ConversationLog, EnginePool, Service
 from nanochat.serve.batch_engine import BatchEngine
-from nanochat.serve.chat import AnswerSettings
 from nanochat.serve.guard import Access, Guard, add_error_handlers
 from nanochat.serve.openai_api import add_openai_routes
 from nanochat.serve.schemas import MAX_CONVERSATION_CHARS, MAX_MESSAGE_CHARS, MAX_MESSAGES, MAX_TOKENS, ChatRequest
@@ -52,7 +52,7 @@ LIMITS = {
 def create_app(
     engines: Sequence[BatchEngine],
     tokenizer: RustBPETokenizer,
-    defaults: AnswerSettings,
+    defaults: Sampling,
     model_info: dict[str, Any] | None = None,
     access: Access | None = None,
     log_path: Path | None = None,
@@ -102,7 +102,7 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
     @app.post("/chat/completions", response_model=None)
     async def chat_completions(request: ChatRequest) -> AnswerResponse:
         tokens, left_out = await service.chat_prompt(request.messages, request.max_tokens, forget=True)
-        answer = AnswerStream(pool, [service.generation(tokens, request)])
+        answer = AnswerStream(pool, service.generations(tokens, request))
         said = [[message.to_message() for message in request.messages]]
         return AnswerResponse(answer, _stream(service, answer, left_out, said))
 
@@ -122,11 +122,7 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
         available = sum(s["running"] < s["max_batch_size"] for s in workers)
         return {
             "model": service.model_info,
-            "defaults": {
-                "temperature": defaults.temperature,
-                "top_k": defaults.top_k,
-                "max_tokens": defaults.max_tokens,
-            },
+            "defaults": {name: getattr(defaults, name) for name in ("temperature", "top_k", "max_tokens")},
             "limits": LIMITS,
             "uptime_seconds": round(time.monotonic() - started, 1),
             "total_workers": len(workers),

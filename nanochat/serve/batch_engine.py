@@ -5,7 +5,7 @@ and then gives every running answer one token, so a long prompt never holds up t
 the order they came. What a request gets does not depend on which others run beside it.
 
     engine = BatchEngine(model, tokenizer, precision, max_batch_size=16)
-    generation = engine.submit(GenerationRequest(tokens=prompt, max_tokens=100))
+    generation = engine.submit(GenerationRequest(tokens=prompt, sampling=Sampling(max_tokens=100)))
     for event in generation.events():
         print(event.text, end="")
 """
@@ -44,23 +44,13 @@ class GenerationRequest:
 
     tokens: list[int]
     """The prompt, rendered: not empty, with room for an answer in the model's context."""
-    max_tokens: int
-    """The most new tokens, those of tool results included. More than the context has room for is cut to it."""
-    temperature: float = 1.0
-    """0 takes the likeliest token; 1 samples from the model's distribution."""
-    top_k: int | None = None
-    """Sample among the k likeliest only; None or 0: among all."""
-    top_p: float | None = None
-    """Sample among the likeliest that together reach this probability, in (0, 1]; None: among all."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens that occurred already less likely. Source: CTRL, arXiv 1909.05858."""
-    seed: int = 42
-    """Of this request's own random numbers."""
+    sampling: Sampling
+    """How the answer is chosen. More tokens than the context has room for are cut to it."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer where they would begin."""
     slide: bool = False
     """When the context is full: False ends the answer ("length"); True forgets the older half and goes on, so that
-    `max_tokens` may be more than the context has room for."""
+    the limit may be more than the context has room for."""
     keep: int = 1
     """With `slide`: tokens at the start that are never forgotten (bos, a system message)."""
 
@@ -292,21 +282,14 @@ class BatchEngine:
     def _row(self, request: GenerationRequest) -> Row:
         """The row of a request, checked."""
         check_prompt(self.model, request.tokens)
-        if request.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {request.max_tokens}")
         if not 0 <= request.keep <= self.context_length // 2:
             raise ValueError(f"keep must be 0 to half the context ({self.context_length // 2}), got {request.keep}")
         if any(not stop for stop in request.stop):
             raise ValueError("a stop text must not be empty")
-        sampling = Sampling(
-            temperature=request.temperature,
-            top_k=request.top_k or None,
-            top_p=request.top_p,
-            repetition_penalty=request.repetition_penalty,
-        )
-        room = self.context_length - len(request.tokens)
-        limit = request.max_tokens if request.slide else min(room, request.max_tokens)
-        return Row(request.tokens, limit, sampling, request.seed, request.keep if request.slide else None)
+        room, sampling = self.context_length - len(request.tokens), request.sampling
+        limit = sampling.max_tokens or room
+        keep = request.keep if request.slide else None
+        return Row(request.tokens, limit if request.slide else min(room, limit), sampling, sampling.seed, keep)
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 

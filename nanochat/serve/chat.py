@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
+from nanochat.generate.sampling import Sampling
 from nanochat.serve.batch_engine import BatchEngine, Generation, GenerationRequest
 from nanochat.serve.events import Event, join_events
 from nanochat.tokenizer import RustBPETokenizer
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": ...} as in RustBPETokenizer
-
-
-@dataclass(frozen=True)
-class AnswerSettings:
-    """How an answer is chosen."""
-
-    temperature: float = 0.6
-    top_k: int | None = 50
-    max_tokens: int = 512
-    seed: int = 42
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
 
 
 class Conversation:
@@ -39,7 +28,7 @@ class Conversation:
         self,
         engine: BatchEngine,
         tokenizer: RustBPETokenizer,
-        settings: AnswerSettings,
+        settings: Sampling,
         notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.engine, self.tokenizer, self.settings, self.notice = engine, tokenizer, settings, notice
@@ -86,12 +75,7 @@ class Conversation:
         kept = 2 + len(self.tokenizer.encode(self.system)) if system else 1  # bos, user_start, the system message
         request = GenerationRequest(
             tokens=prompt,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            repetition_penalty=settings.repetition_penalty,
-            seed=settings.seed + self._asked,  # asking the same again gives another answer
+            sampling=replace(settings, seed=settings.seed + self._asked),  # asking again gives another answer
             slide=True,
             keep=min(kept, context // 2),
         )
@@ -113,9 +97,9 @@ class Conversation:
             self.messages = [*messages[left_out:], {"role": "assistant", "content": join_events(said)}]
 
 
-def answer_room(context_length: int, max_tokens: int) -> int:
+def answer_room(context_length: int, max_tokens: int | None) -> int:
     """How much of the context is kept free for an answer: what was asked for, at most a quarter."""
-    return max(1, min(max_tokens, context_length // 4))
+    return max(1, min(max_tokens or context_length, context_length // 4))
 
 
 def fit_context(tokenizer: RustBPETokenizer, messages: list[Message], room: int) -> tuple[list[int], int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nanochat.files import write_text
 from nanochat.generate.sampling import Sampling
-from nanochat.serve.chat import AnswerSettings, Conversation
+from nanochat.serve.chat import Conversation
 
 HELP = {
     "/help": "this list",
@@ -84,23 +84,13 @@ def run_command(line: str, conversation: Conversation, say: Callable[[str], None
     return None
 
 
-def _change(settings: AnswerSettings, name: str, value: str) -> AnswerSettings:
-    """The settings with one changed and checked."""
+def _change(settings: Sampling, name: str, value: str) -> Sampling:
     try:
         number = int(value) if name in ("top_k", "max_tokens") else float(value)
     except ValueError:
         raise ValueError(f"/{name} needs a number, got {value!r}") from None
-    changed = dataclasses.replace(settings, **{name: number})  # type: ignore[arg-type]
-    if changed.max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {changed.max_tokens}")
-    Sampling(
-        temperature=changed.temperature,
-        top_k=changed.top_k,
-        top_p=changed.top_p,
-        repetition_penalty=changed.repetition_penalty,
-    )
-    return changed
+    return dataclasses.replace(settings, **{name: number})  # type: ignore[arg-type]
 
 
-def _show_settings(settings: AnswerSettings) -> str:
+def _show_settings(settings: Sampling) -> str:
     return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items() if value is not None)

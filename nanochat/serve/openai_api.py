@@ -6,7 +6,6 @@ says so: a message has `parts` beside its `content`, and a streamed delta has `p
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import secrets
 import time
@@ -40,10 +39,8 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: OpenAIChatRequest, request: Request) -> Response:
         _check_request(service, body)
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        forget = body.truncation == "auto"
-        tokens, _ = await service.chat_prompt(body.messages, max_tokens, forget)
-        asked = several(service.generation(tokens, body, max_tokens), body.n)
+        tokens, _ = await service.chat_prompt(body.messages, body.max_tokens, forget=body.truncation == "auto")
+        asked = service.generations(tokens, body, body.n)
         said = [[message.to_message() for message in body.messages]] * body.n
         return await _Completion(service, "chat.completion", len(tokens)).respond(body, request, asked, said)
 
@@ -51,7 +48,7 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         _check_request(service, body)
         prompts = await run_in_threadpool(_encode, service, body.prompts)
-        asked = [copy for tokens in prompts for copy in several(service.generation(tokens, body), body.n)]
+        asked = [request for tokens in prompts for request in service.generations(tokens, body, body.n)]
         completion = _Completion(service, "text_completion", sum(map(len, prompts)))
         texts = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in body.prompts]
         said = [text for text in texts for _ in range(body.n)]
@@ -179,11 +176,6 @@ class _Completion:
         choice = {"index": i, key: new, "logprobs": None, "finish_reason": finish_reason}
         usage = {"usage": None} if include_usage else {}
         return json.dumps({**self._stream_head(), "choices": [choice], **usage}, ensure_ascii=False)
-
-
-def several(request: GenerationRequest, n: int) -> list[GenerationRequest]:
-    """The request n times, each with a seed of its own."""
-    return [dataclasses.replace(request, seed=(request.seed + i) % 2**63) for i in range(n)]
 
 
 def joined_text(events: Sequence[Event]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from nanochat.generate.sampling import Sampling
 
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8000
@@ -49,7 +52,7 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class Part(BaseModel):
+class MessagePart(BaseModel):
     """A piece of a message: text, or (in an answer) what the calculator was asked and what it said."""
 
     type: Literal["text", "python", "python_output"]
@@ -60,7 +63,7 @@ class ChatMessage(BaseModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] | Annotated[list[Part], Field(max_length=200)]
+    content: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] | Annotated[list[MessagePart], Field(max_length=200)]
 
     @property
     def chars(self) -> int:
@@ -87,8 +90,8 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class Sampling(BaseModel):
-    """How tokens are chosen; what is left out is the server's default."""
+class SamplingFields(BaseModel):
+    """How tokens are chosen, within what a server allows; what is left out is the server's default."""
 
     temperature: float | None = Field(None, ge=0.0, le=2.0)
     top_k: int | None = Field(None, ge=0, le=200)
@@ -103,22 +106,23 @@ class Sampling(BaseModel):
         """The texts that end an answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    def over(self, defaults: Sampling) -> Sampling:
+        """The defaults with what this request says."""
+        knobs = {field.name for field in dataclasses.fields(Sampling)}
+        return dataclasses.replace(defaults, **self.model_dump(include=knobs, exclude_none=True))
 
-class Conversation(Sampling):
-    """A request with messages."""
+
+class ChatRequest(SamplingFields):
+    """POST /chat/completions: messages, always answered as a stream of events."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
 
     @model_validator(mode="after")
-    def _check_total(self) -> Conversation:
+    def _check_total(self) -> ChatRequest:
         total = sum(message.chars for message in self.messages)
         if total > MAX_CONVERSATION_CHARS:
             raise ValueError(f"the conversation has {total} characters, the limit is {MAX_CONVERSATION_CHARS}")
         return self
-
-
-class ChatRequest(Conversation):
-    """POST /chat/completions: always answered as a stream of events."""
 
 
 class StreamOptions(BaseModel):
@@ -127,7 +131,7 @@ class StreamOptions(BaseModel):
     include_usage: NullIsFalse = False
 
 
-class OpenAIRequest(Sampling):
+class OpenAIRequest(SamplingFields):
     """What both kinds of completions have in common. Fields that would change the answer and that no part of this
     server knows are refused unless they ask for nothing; others (`user`, `metadata`, ...) are ignored."""
 
@@ -146,7 +150,7 @@ class OpenAIRequest(Sampling):
         return next((name for name in asked if getattr(self, name)), None)
 
 
-class OpenAIChatRequest(OpenAIRequest, Conversation):
+class OpenAIChatRequest(OpenAIRequest, ChatRequest):
     """POST /v1/chat/completions."""
 
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
@@ -155,6 +159,11 @@ class OpenAIChatRequest(OpenAIRequest, Conversation):
     functions: list[Any] | None = None
     truncation: Literal["disabled", "auto"] = "disabled"
     """Of a conversation that is longer than the model's context: refuse it, or forget its oldest messages."""
+
+    @model_validator(mode="after")
+    def _take_new_name(self) -> OpenAIChatRequest:
+        self.max_tokens = self.max_completion_tokens or self.max_tokens
+        return self
 
     def unsupported(self) -> str | None:
         """The name of a field that asks for something this server can't do."""

@@ -83,7 +83,9 @@ def answer_prompts(
     engine: Engine, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int | None, seed: int
 ) -> list[tuple[list[int], list[int]]]:
     """(ids, mask) of an answer to each prompt; the token that ends an answer is part of it, chosen by the model."""
-    sequences, masks = engine.generate_prompts(prompts, max_new_tokens, temperature, top_k, seed, keep_end=True)
+    sequences, masks = engine.generate_prompts(
+        prompts, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, keep_end=True
+    )
     return list(zip(sequences, masks, strict=True))
 
 
