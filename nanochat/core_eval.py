@@ -16,6 +16,8 @@ from __future__ import annotations
 import csv
 import math
 import random
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -49,7 +51,7 @@ WINDOW = 512
 Item = Mapping[str, Any]
 
 
-class Tokenizer(Protocol):
+class TextEncoder(Protocol):
     """What CORE needs of a tokenizer."""
 
     def encode(self, text: list[str], prepend: int | None = None) -> list[list[int]]:
@@ -168,9 +170,6 @@ def get_bundle_folder(path: str | Path | None = None) -> Path:
 
 def _unpack(archive: Path, folder: Path) -> None:
     """Unpack a bundle's zip so that `folder` appears whole; a damaged zip is removed, to be downloaded again."""
-    import zipfile
-    import zlib
-
     try:
         with zipfile.ZipFile(archive) as bundle, atomic_folder(folder) as tmp:
             bundle.extractall(tmp)
@@ -310,7 +309,7 @@ def right_choice(kind: str, item: Item) -> int:
 
 def evaluate_task(
     model: LanguageModel,
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     task: CoreTask,
     items: Sequence[Item],
     everything: Sequence[Item] | None = None,
@@ -323,7 +322,7 @@ def evaluate_task(
 
     Args:
         model: see LanguageModel; prompts longer than its context lose their beginning.
-        tokenizer: see Tokenizer.
+        tokenizer: see TextEncoder.
         task: what `items` are.
         items: examples to answer, usually the first of `everything`.
         everything: all examples of the task, for few-shot prompts.
@@ -364,14 +363,14 @@ def evaluate_task(
     return [bool(c) for c in correct.tolist()]
 
 
-def _tokenize(tokenizer: Tokenizer, task: CoreTask, item: Item, shots: Sequence[Item], max_tokens: int) -> list[Span]:
+def _tokenize(tokenizer: TextEncoder, task: CoreTask, item: Item, shots: Sequence[Item], max_tokens: int) -> list[Span]:
     rows = tokenizer.encode(render_prompts(task, item, shots), prepend=tokenizer.get_bos_token_id())
     return [span.cropped(max_tokens) for span in find_spans(task.kind, rows)]
 
 
 def evaluate_core(
     model: LanguageModel,
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     bundle: Bundle,
     *,
     max_per_task: int | None = None,

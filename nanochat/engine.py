@@ -14,7 +14,7 @@ from typing import Any
 from nanochat.generate.fast_decode import Weights, make_decoder
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.sampling import Sampling
-from nanochat.generate.scheduler import Row, Scheduler, Tokenizer, ToolMachine
+from nanochat.generate.scheduler import RowState, Scheduler, Tokenizer, ToolMachine
 from nanochat.gpt import GPT
 from nanochat.precision import Precision
 
@@ -108,7 +108,7 @@ class Engine:
         longest = max((len(row.context) + row.limit for row in rows), default=1)
         return self._collect(rows, max(1, max_batch_tokens // longest), keep_end)
 
-    def _rows(self, prompts: list[list[int]], max_tokens: int | None, sampling: Sampling) -> list[Row]:
+    def _rows(self, prompts: list[list[int]], max_tokens: int | None, sampling: Sampling) -> list[RowState]:
         """A row for each prompt, checked, with a seed of its own."""
         if max_tokens is not None and max_tokens < 0:
             raise ValueError(f"max_tokens must not be negative, got {max_tokens}")
@@ -117,12 +117,12 @@ class Engine:
             check_prompt(self.model, prompt)
             room = self.context_length - len(prompt)
             limit = room if max_tokens is None else min(room, max_tokens)
-            rows.append(Row(prompt, limit, sampling, row_seed(sampling.seed, i)))
+            rows.append(RowState(prompt, limit, sampling, row_seed(sampling.seed, i)))
         return rows
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
-    def _run(self, rows: list[Row], slots: int) -> Iterator[list[tuple[int, list[tuple[int, int]]]]]:
+    def _run(self, rows: list[RowState], slots: int) -> Iterator[list[tuple[int, list[tuple[int, int]]]]]:
         """Yield what each step adds, (row, new tokens with masks), until every row has ended."""
         index = {id(row): i for i, row in enumerate(rows)}
         waiting = deque(row for row in rows if row.limit > 0)
@@ -142,7 +142,7 @@ class Engine:
                     raise row.error
             yield [(index[id(row)], new) for row, new in step]
 
-    def _columns(self, rows: list[Row]) -> Iterator[tuple[list[int], list[int]]]:
+    def _columns(self, rows: list[RowState]) -> Iterator[tuple[list[int], list[int]]]:
         """A column per step. A tool's result comes all at once; its tokens wait for the columns they belong to."""
         waiting: list[deque[tuple[int, int]]] = [deque() for _ in rows]
         for step in self._run(rows, len(rows)):
@@ -153,7 +153,9 @@ class Engine:
                 pairs = [w.popleft() if w else (self.assistant_end, 0) for w in waiting]
                 yield [token for token, _ in pairs], [mask for _, mask in pairs]
 
-    def _collect(self, rows: list[Row], slots: int, keep_end: bool = False) -> tuple[list[list[int]], list[list[int]]]:
+    def _collect(
+        self, rows: list[RowState], slots: int, keep_end: bool = False
+    ) -> tuple[list[list[int]], list[list[int]]]:
         sequences = [list(row.context) for row in rows]
         masks = [[0] * len(row.context) for row in rows]
         for step in self._run(rows, slots):

@@ -103,7 +103,7 @@ def printable(text: str) -> str:
 
 def prompt_reader(history: Path) -> Callable[[], str]:
     """Reads messages from a terminal: history, editing, several lines with Alt-Enter or by pasting."""
-    from prompt_toolkit import PromptSession
+    from prompt_toolkit import PromptSession  # lazy: only a terminal needs it
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory

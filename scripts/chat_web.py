@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import uvicorn
 
 from nanochat.common import Compute, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.generate.fast_decode import Weights
 from nanochat.generate.kv_cache import fitting_slots
 from nanochat.generate.sampling import Sampling
+from nanochat.serve.answers import DRAIN_SECONDS
+from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.choose_model import find_model, load_chosen
+from nanochat.serve.guard import LOCAL_HOSTS, Access
 
-LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "NANOCHAT_API_KEY"
 
 
@@ -167,12 +170,6 @@ def main(cfg: Config) -> None:
     find_model(cfg.source, cfg.model_tag, cfg.hf_path)
     with listen(cfg.host, cfg.port) as server_socket, setup_compute(cfg.runtime) as compute:
         engines, tokenizer, info = load_engines(cfg, compute)
-        import uvicorn
-
-        from nanochat.serve.answers import DRAIN_SECONDS
-        from nanochat.serve.app import create_app
-        from nanochat.serve.guard import Access
-
         local = cfg.host in LOCAL_HOSTS
         access = Access(api_key=key, cors_origins=cfg.cors_origins, local_only=local and key is None)
         defaults = Sampling(temperature=cfg.temperature, top_k=cfg.top_k, max_tokens=cfg.max_tokens)

@@ -8,6 +8,7 @@ argv: kind (ours, nanochat, transformers), folder with model.safetensors and con
 
 from __future__ import annotations
 
+import inspect
 import json
 import resource
 import sys
@@ -48,7 +49,7 @@ class PlainTokenizer:
 
 def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[str, Any]) -> Run:
     """This project: continuous batching."""
-    from nanochat.generate.sampling import Sampling
+    from nanochat.generate.sampling import Sampling  # lazy: which nanochat this is, PYTHONPATH says
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.precision import DTYPES, Precision
     from nanochat.serve.batch_engine import BatchEngine, GenerationRequest
@@ -89,9 +90,7 @@ def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[
 
 def nanochat(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[str, Any]) -> Run:
     """Another checkout's engine: one prompt, as many samples of it as there are requests."""
-    import inspect
-
-    from nanochat.engine import Engine
+    from nanochat.engine import Engine  # lazy: not this project's, another checkout's
     from nanochat.gpt import GPT, GPTConfig
 
     known = inspect.signature(GPTConfig).parameters

@@ -13,7 +13,7 @@ from reference_generation import ToolModel, make_model, naive_greedy
 
 from nanochat.engine import Engine
 from nanochat.generate.sampling import Sampling
-from nanochat.generate.scheduler import Row, Scheduler
+from nanochat.generate.scheduler import RowState, Scheduler
 from nanochat.gpt import NANOCHAT_2026
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, GenerationRequest, QueueFull
 from nanochat.serve.events import StopTexts
@@ -76,7 +76,7 @@ def test_random_arrivals_and_departures_equal_naive_recomputation(
     while waiting or scheduler.rows:
         while waiting and scheduler.free and generator.random() < 0.3:
             prompt, limit = waiting.pop()
-            row = Row(prompt, min(limit, 128 - len(prompt)), Sampling(temperature=0.0), 0)
+            row = RowState(prompt, min(limit, 128 - len(prompt)), Sampling(temperature=0.0), 0)
             expected[row], written[row] = naive(prompt, limit), []
             scheduler.add(row)
         for row, new in scheduler.step():
@@ -142,10 +142,10 @@ def test_a_seed_says_the_same_in_any_company(tool_model, tiny_tokenizer):
 def test_long_prompts_do_not_hold_up_the_running(tool_model, tiny_tokenizer):
     """While a long prompt is read in small chunks, a running answer gets a token with every chunk."""
     scheduler = Scheduler(tool_model, tiny_tokenizer, None, 2, 128, 10)
-    running = Row(PROMPTS[0][:5], 60, Sampling(temperature=1.0), 1)
+    running = RowState(PROMPTS[0][:5], 60, Sampling(temperature=1.0), 1)
     scheduler.add(running)
     scheduler.step()
-    late = Row([5] * 100, 5, Sampling(temperature=1.0), 2)
+    late = RowState([5] * 100, 5, Sampling(temperature=1.0), 2)
     scheduler.add(late)
     steps = 0
     while late.count == 0:
@@ -157,7 +157,7 @@ def test_long_prompts_do_not_hold_up_the_running(tool_model, tiny_tokenizer):
 def test_samples_of_a_long_prompt_read_it_once(tool_model, tiny_tokenizer):
     """Also where the prompt is longer than what is read in a step."""
     scheduler = Scheduler(tool_model, tiny_tokenizer, None, 4, 128, 16)
-    rows = [Row([5] * 100, 3, Sampling(temperature=1.0), seed) for seed in range(4)]
+    rows = [RowState([5] * 100, 3, Sampling(temperature=1.0), seed) for seed in range(4)]
     for row in rows:
         scheduler.add(row)
     while scheduler.rows:
@@ -168,7 +168,7 @@ def test_samples_of_a_long_prompt_read_it_once(tool_model, tiny_tokenizer):
 def test_after_a_failure_nothing_of_the_cache_is_used_again(tool_model, tiny_tokenizer, monkeypatch):
     """A failure between two copies leaves keys of one row beside values of another."""
     scheduler = Scheduler(tool_model, tiny_tokenizer, None, 2, 128, 64)
-    row = Row([5] * 40, 30, Sampling(temperature=0.0), 0)
+    row = RowState([5] * 40, 30, Sampling(temperature=0.0), 0)
     scheduler.add(row)
     scheduler.step()
     with monkeypatch.context() as broken:
@@ -176,7 +176,7 @@ def test_after_a_failure_nothing_of_the_cache_is_used_again(tool_model, tiny_tok
         with pytest.raises(MemoryError):
             scheduler.step()
     scheduler.remove(row)
-    again = Row([5] * 40, 30, Sampling(temperature=0.0), 0)
+    again = RowState([5] * 40, 30, Sampling(temperature=0.0), 0)
     scheduler.add(again)
     scheduler.step()
     assert again.reused == 0
@@ -263,7 +263,7 @@ def test_bad_requests_are_refused_at_once(tool_model, tiny_tokenizer, values, me
 
 def test_a_sliding_context_forgets_the_older_half(tool_model, tiny_tokenizer):
     """What is said after forgetting is what the model says to the tokens kept; the first ones are never forgotten."""
-    row = Row([1, 2, 3, *PROMPTS[0]], 400, Sampling(temperature=0.0), 0, keep=3)
+    row = RowState([1, 2, 3, *PROMPTS[0]], 400, Sampling(temperature=0.0), 0, keep=3)
     scheduler = Scheduler(tool_model, tiny_tokenizer, None, 1, 128, 16)
     scheduler.tools.stop_tokens = set()
     scheduler.add(row)
@@ -381,7 +381,7 @@ def test_modern_switches_batch_like_classic_models(tiny_tokenizer, window):
     while waiting or scheduler.rows:
         while waiting and scheduler.free:
             prompt = waiting.pop()
-            row = Row(prompt, 20, Sampling(temperature=0.0), 0)
+            row = RowState(prompt, 20, Sampling(temperature=0.0), 0)
             written[row], prompts[row] = [], prompt
             scheduler.add(row)
         for row, new in scheduler.step():

@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
         """The id that starts every document."""
 
 
-class Row:
+class RowState:
     """One sequence being written.
 
     Args:
@@ -85,7 +85,7 @@ class ToolMachine:
         self._python_start, self._python_end = special("<|python_start|>"), special("<|python_end|>")
         self._output_start, self._output_end = special("<|output_start|>"), special("<|output_end|>")
 
-    def accept(self, row: Row, token: int) -> list[tuple[int, int]]:
+    def accept(self, row: RowState, token: int) -> list[tuple[int, int]]:
         """The row's new (token, mask): the sampled one, mask 1, then what it forces, mask 0."""
         new = [(token, 1)]
         if token in self.stop_tokens:
@@ -114,7 +114,7 @@ class _Slot:
     """A row of the cache: whose it is, and the tokens whose keys it holds."""
 
     def __init__(self) -> None:
-        self.row: Row | None = None
+        self.row: RowState | None = None
         self.tokens: list[int] = []
         self.used_at = 0
 
@@ -162,7 +162,7 @@ class Scheduler:
         self._clock = 0
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[RowState]:
         """The rows that have a slot."""
         return [slot.row for slot in self._slots if slot.row is not None]
 
@@ -171,7 +171,7 @@ class Scheduler:
         """How many more rows can be added."""
         return sum(slot.row is None for slot in self._slots)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: RowState) -> None:
         """Give a row a slot: the one whose content helps it most, else the one that was left longest ago."""
         free = [slot for slot in self._slots if slot.row is None]
         if not free:
@@ -180,7 +180,7 @@ class Scheduler:
         self._clock += 1
         slot.row, slot.used_at = row, self._clock
 
-    def remove(self, row: Row) -> None:
+    def remove(self, row: RowState) -> None:
         """Free a row's slot; its content stays until somebody needs the place."""
         for slot in self._slots:
             if slot.row is row:
@@ -188,7 +188,7 @@ class Scheduler:
                 slot.row, slot.used_at = None, self._clock
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Row, list[tuple[int, int]]]]:
+    def step(self) -> list[tuple[RowState, list[tuple[int, int]]]]:
         """Read some, then give every ready row a token. Rows that end leave.
 
         Returns:
@@ -202,7 +202,7 @@ class Scheduler:
                 slot.tokens = []
             raise
 
-    def _step(self) -> list[tuple[Row, list[tuple[int, int]]]]:
+    def _step(self) -> list[tuple[RowState, list[tuple[int, int]]]]:
         logits: list[Tensor] = []
         rows = self._read(logits)
         rows += self._decode_ready(rows, logits)
@@ -219,7 +219,7 @@ class Scheduler:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def _read(self, logits: list[Tensor]) -> list[Row]:
+    def _read(self, logits: list[Tensor]) -> list[RowState]:
         """Let rows read, first come first served, within the budget; add the logits (1, V) of each that is through."""
         budget, through = self.prefill_chunk, []
         for index, slot in sorted(enumerate(self._slots), key=lambda item: item[1].used_at):
@@ -243,7 +243,7 @@ class Scheduler:
                 self._spoil(index, row, error)
         return through
 
-    def _make_room(self, index: int, row: Row) -> None:
+    def _make_room(self, index: int, row: RowState) -> None:
         """When the context is full: forget the older half of what comes after the tokens to keep."""
         if len(row.context) <= self.cache.max_seq_len or row.keep is None:
             return
@@ -251,7 +251,7 @@ class Scheduler:
         row.context = row.context[: row.keep] + row.context[-recent:]
         self._rewind(index, index, row.keep)
 
-    def _reuse(self, index: int, row: Row) -> None:
+    def _reuse(self, index: int, row: RowState) -> None:
         """Start from the slot whose content has the longest beginning in common with the row's."""
         shared, source = max(
             ((_common(slot.tokens, row.context), i) for i, slot in enumerate(self._slots)),
@@ -277,7 +277,7 @@ class Scheduler:
 
     # --- decoding -----------------------------------------------------------------------------------------------------
 
-    def _decode_ready(self, through: list[Row], logits: list[Tensor]) -> list[Row]:
+    def _decode_ready(self, through: list[RowState], logits: list[Tensor]) -> list[RowState]:
         """Run the last token of every ready row; add the logits (B, V)."""
         skip = {id(row) for row in through}
         ready = [slot.is_ready() and id(slot.row) not in skip for slot in self._slots]
@@ -306,7 +306,7 @@ class Scheduler:
             slot.tokens.append(token)
         return logits
 
-    def _rows_of(self, start: int, stop: int) -> list[Row]:
+    def _rows_of(self, start: int, stop: int) -> list[RowState]:
         return [slot.row for slot in self._slots[start:stop] if slot.row is not None]
 
     def _select(self, start: int, stop: int) -> None:
@@ -331,7 +331,7 @@ class Scheduler:
 
     # --- choosing -----------------------------------------------------------------------------------------------------
 
-    def _choose(self, rows: list[Row], logits: Tensor) -> list[int]:
+    def _choose(self, rows: list[RowState], logits: Tensor) -> list[int]:
         """A token for each row from its logits (B, V); rows with the same settings are sampled together."""
         groups: dict[Sampling, list[int]] = {}
         for i, row in enumerate(rows):
@@ -349,7 +349,7 @@ class Scheduler:
                 tokens[i] = token
         return tokens
 
-    def _accept(self, row: Row, token: int) -> list[tuple[int, int]]:
+    def _accept(self, row: RowState, token: int) -> list[tuple[int, int]]:
         """The row's new tokens with their masks; an error is the row's own."""
         try:
             if token == NOT_FINITE:
@@ -359,7 +359,7 @@ class Scheduler:
             self._spoil(next(i for i, slot in enumerate(self._slots) if slot.row is row), row, error)
             return []
 
-    def _spoil(self, index: int, row: Row, error: Exception) -> None:
+    def _spoil(self, index: int, row: RowState, error: Exception) -> None:
         """End a row with an error, and let nobody use what its slot holds."""
         row.finish_reason, row.error = "error", error
         self._slots[index].tokens = []

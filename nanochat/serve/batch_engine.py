@@ -26,7 +26,7 @@ from typing import Any
 from nanochat.engine import check_prompt
 from nanochat.generate.fast_decode import Weights, make_decoder
 from nanochat.generate.sampling import Sampling
-from nanochat.generate.scheduler import FinishReason, Row, Scheduler
+from nanochat.generate.scheduler import FinishReason, RowState, Scheduler
 from nanochat.gpt import GPT
 from nanochat.ops.cpu import release_workers
 from nanochat.precision import Precision
@@ -124,7 +124,7 @@ class Generation:
 class _Job:
     """A request with its row and its reader."""
 
-    def __init__(self, generation: Generation, row: Row, reader: AnswerReader) -> None:
+    def __init__(self, generation: Generation, row: RowState, reader: AnswerReader) -> None:
         self.generation, self.row, self.reader = generation, row, reader
         self.prompt_tokens = len(row.context)
         self.stop = StopTexts(generation.request.stop)
@@ -279,7 +279,7 @@ class BatchEngine:
     def __exit__(self, *error: object) -> None:
         self.close(drain=False)
 
-    def _row(self, request: GenerationRequest) -> Row:
+    def _row(self, request: GenerationRequest) -> RowState:
         """The row of a request, checked."""
         check_prompt(self.model, request.tokens)
         if not 0 <= request.keep <= self.context_length // 2:
@@ -289,7 +289,7 @@ class BatchEngine:
         room, sampling = self.context_length - len(request.tokens), request.sampling
         limit = sampling.max_tokens or room
         keep = request.keep if request.slide else None
-        return Row(request.tokens, limit if request.slide else min(room, limit), sampling, sampling.seed, keep)
+        return RowState(request.tokens, limit if request.slide else min(room, limit), sampling, sampling.seed, keep)
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
