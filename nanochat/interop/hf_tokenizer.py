@@ -9,49 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nanochat.tokenizer import RustBPETokenizer
 
-# What render_for_completion writes, as a Jinja template: bos, user and assistant in turn, a leading system message at
-# the head of the first user message, an assistant's parts (text, tool call, tool output) in their brackets.
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- if messages[0].role == 'system' -%}
-    {%- set system = messages[0].content + '\\n\\n' -%}
-    {%- set turns = messages[1:] -%}
-{%- else -%}
-    {%- set system = '' -%}
-    {%- set turns = messages -%}
-{%- endif -%}
-{%- for message in turns -%}
-    {%- if message.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
-        {{- raise_exception('user and assistant must take turns, after an optional system message') -}}
-    {%- endif -%}
-    {%- if message.role == 'user' -%}
-        {{- '<|user_start|>' + (system if loop.first else '') + message.content + '<|user_end|>' -}}
-    {%- else -%}
-        {{- '<|assistant_start|>' -}}
-        {%- if message.content is string -%}
-            {{- message.content -}}
-        {%- else -%}
-            {%- for part in message.content -%}
-                {%- if part.type == 'python' -%}
-                    {{- '<|python_start|>' + part.text + '<|python_end|>' -}}
-                {%- elif part.type == 'python_output' -%}
-                    {{- '<|output_start|>' + part.text + '<|output_end|>' -}}
-                {%- else -%}
-                    {{- part.text -}}
-                {%- endif -%}
-            {%- endfor -%}
-        {%- endif -%}
-        {{- '<|assistant_end|>' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|assistant_start|>' -}}
-{%- endif -%}
-"""
+# What render_for_completion writes: bos, user and assistant in turn, a leading system message at the head of the first
+# user message, an assistant's parts (text, tool call, tool output) in their brackets.
+CHAT_TEMPLATE = (Path(__file__).parent / "hf_code" / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def byte_characters() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nanochat.gpt import GPT
@@ -17,52 +18,7 @@ STAGES = {
     "sft": "pretrained, trained on conversations, then finetuned on answers",
     "rl": "pretrained, trained on conversations, finetuned, then trained by reinforcement on problems",
 }
-# `trust`: transformers has a class for the classic model only; the folder brings the code of any other along.
-CARD = """\
----
-license: mit
-library_name: transformers
-pipeline_tag: text-generation
-tags: [nanochat]
----
-
-# {name}
-
-A nanochat model of {parameters} parameters, {stage}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**inputs)[0][inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-## The model
-
-- layers {config.n_layer}, width {config.n_embd}, heads {config.n_head} (key/value {config.n_kv_head})
-- context {config.sequence_len} tokens, vocabulary {config.vocab_size}
-- weights stored in {dtype}
-
-## How it was trained
-
-{training}
-
-## Scores
-
-{scores}
-
-## Limits
-
-A small model: it states wrong things with confidence, knows only what its data held, and was not made safe for any
-use. Texts longer than its context are cut. Tools (the calculator between `<|python_start|>` and `<|python_end|>`) are
-run by nanochat's engine; elsewhere the caller must run them. A special token written in a message's text is read as
-that token by transformers; nanochat itself treats it as ordinary characters.
-
-Made with nanochat (MIT, after Andrej Karpathy's nanochat).
-"""
+CARD = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 
 
 def model_card(
@@ -90,6 +46,7 @@ def model_card(
     }
     return CARD.format(
         name=name,
+        # transformers has a class for the classic model only; the folder brings the code of any other along.
         trust="" if is_classic(model.config) else ", trust_remote_code=True",
         parameters=f"{model.num_params():,}",
         stage=STAGES[source],
