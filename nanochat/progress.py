@@ -1,15 +1,22 @@
-"""Progress with an ETA: a rich bar on a terminal, plain lines elsewhere (a log file, a pipe)."""
+"""Progress with an ETA: a rich bar on a terminal, plain lines elsewhere, and a small file for the monitor.
+
+The pipeline names the file of each stage by $NANOCHAT_PROGRESS_FILE; without it none is written.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from nanochat.env import get_dist_info
 
-SECONDS_BETWEEN_LINES = 10.0
+PROGRESS_FILE = "NANOCHAT_PROGRESS_FILE"
+SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_FILES = 10.0, 2.0
 
 
 def format_seconds(seconds: float) -> str:
@@ -29,10 +36,12 @@ class Bar:
         self.total, self.label = total, label
         self.done = 0.0
         self._start = self._last_line = time.monotonic()
+        self._last_file = -SECONDS_BETWEEN_FILES
         self._quiet = get_dist_info()[1] != 0
+        self._file = Path(os.environ[PROGRESS_FILE]) if os.environ.get(PROGRESS_FILE) and not self._quiet else None
         self._rich = None
         if not self._quiet and sys.stderr.isatty():
-            from rich.console import Console
+            from rich.console import Console  # lazy: only a terminal needs it
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -49,20 +58,30 @@ class Bar:
         self.done = done
         if self._quiet:
             return
+        now, share = time.monotonic(), done / max(self.total, 1e-9)
+        eta = (now - self._start) / max(done, 1e-9) * (self.total - done)
         if self._rich is not None:
             self._rich.update(self._task, completed=done, description=f"{self.label} {note}".rstrip())
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            print(f"{self.label}: {100 * done / max(self.total, 1e-9):.0f}% {note} {self._eta()}", flush=True)
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            print(f"{self.label}: {100 * share:.0f}% {note} ETA {format_seconds(eta)}", flush=True)
+        if self._file is not None and now - self._last_file >= SECONDS_BETWEEN_FILES:
+            self._last_file = now
+            self._write(self._file, {"share": share, "eta_seconds": eta})
 
-    def _eta(self) -> str:
-        used = time.monotonic() - self._start
-        return f"ETA {format_seconds(used / max(self.done, 1e-9) * (self.total - self.done))}"
+    def _write(self, path: Path, record: dict[str, float]) -> None:
+        # Whole or not at all, but not synced to the disk: after a power cut nobody asks for it.
+        part = path.with_suffix(".part")
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop
+            part.write_text(json.dumps(record), encoding="utf-8")
+            part.replace(path)
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Remove the bar and its file."""
         if self._rich is not None:
             self._rich.stop()
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

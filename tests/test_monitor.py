@@ -16,6 +16,7 @@ from nanochat.card_readings import parse_readings
 from nanochat.config import run_script
 from nanochat.pipeline.profiles import PROFILES, Settings
 from nanochat.pipeline.stages import make_stages
+from nanochat.progress import PROGRESS_FILE, progress
 from nanochat.report.metrics_log import MetricsLog
 from nanochat.report.monitor import QUIET_SECONDS, MetricsTail, Watcher
 from nanochat.report.monitor_terminal import machine_facts
@@ -102,9 +103,43 @@ def test_it_follows_what_is_appended_and_goes_on_to_the_next_stage(running):
     mark(running, "base_train", "done", 3, seconds=200.0)
     at(path, 3)
     mark(running, "base_loss", "started")
-    (running / "pipeline" / "base_loss.log").write_text("train: 40% step 2 ETA 12s\n")
+    (running / "pipeline" / "base_loss.progress.json").write_text('{"share": 0.4, "eta_seconds": 12.3}')
     frame = watcher.look()
     assert (frame.current, frame.training, frame.progress, frame.eta) == ("base_loss", None, 0.4, "12s")
+
+
+def test_a_bar_keeps_its_file_whole_and_takes_it_away(base_dir, monkeypatch):
+    """What is not worth a loss log (evaluations, downloads) is followed by the file of its bar."""
+    mark(base_dir, "base_eval", "started")
+    path = base_dir / "pipeline" / "base_eval.progress.json"
+    monkeypatch.setenv(PROGRESS_FILE, str(path))
+    monkeypatch.setattr("nanochat.progress.SECONDS_BETWEEN_FILES", 0.0)
+    with progress(8, "evaluating") as bar:
+        assert Watcher(base_dir).look().progress is None
+        bar.advance(2)
+        assert Watcher(base_dir).look().progress == 0.25
+        path.write_text("{torn")
+        assert Watcher(base_dir).look().progress is None
+        bar.advance(4)
+        frame = Watcher(base_dir).look()
+        assert (frame.progress, frame.eta, frame.current) == (0.75, "0s", "base_eval")
+        monkeypatch.setattr("nanochat.progress.SECONDS_BETWEEN_FILES", 60.0)
+        bar.advance(1)
+        assert Watcher(base_dir).look().progress == 0.75  # not at every count
+    assert list(path.parent.iterdir()) == [path.with_name("base_eval.json")]
+
+
+def test_a_bar_that_cannot_write_goes_on(base_dir, monkeypatch):
+    monkeypatch.setenv(PROGRESS_FILE, str(base_dir / "no such folder" / "a.progress.json"))
+    with progress(2, "x") as bar:
+        bar.advance()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(PROGRESS_FILE, str(base_dir / "b.progress.json"))
+    with progress(2, "x") as bar:
+        bar.advance()
+        assert not list(base_dir.rglob("*.progress.json"))  # only rank 0 says how far it is
 
 
 def test_figures_of_a_run_before_are_not_shown(running):

@@ -133,7 +133,7 @@ PASCAL, TURING = DeviceInfo("Tesla P100-PCIE-16GB", (6, 0), 16280), DeviceInfo("
 
 
 def modern(profile: Profile, **changes) -> Profile:
-    return replace(profile, flags={**profile.flags, "base_train": ("--recipe=modern",)}, **changes)
+    return replace(profile, recipe="modern", **changes)
 
 
 def test_a_night_on_a_p100_needs_a_few_shards_and_more_cards_or_hours_need_more():
@@ -244,6 +244,7 @@ if (base / f"fail-{name}").exists():
 if (base / f"stop-{name}").exists():
     sys.exit(75)
 (base / f"{name}.out").write_text("done")
+(base / f"{name}.progress").write_text(os.environ["NANOCHAT_PROGRESS_FILE"])
 """
 
 
@@ -292,6 +293,11 @@ def test_a_failed_stage_names_itself_its_log_and_how_to_go_on(runs, base_dir):
     (base_dir / "fail-base").unlink()
     # tok is not repeated, and base goes on with what it had.
     assert runs() == ["base --resume=auto", "eval", "mid"]
+
+
+def test_a_stage_is_told_where_its_progress_goes(runs, base_dir):
+    runs()
+    assert (base_dir / "eval.progress").read_text() == str(base_dir / "pipeline" / "eval.progress.json")
 
 
 def test_other_settings_repeat_the_stage_and_all_that_build_on_it(runs):

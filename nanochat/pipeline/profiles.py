@@ -45,6 +45,8 @@ class Profile:
     """Time of base training; mid-training and SFT get their shares on top."""
     steps: Mapping[str, int] = field(default_factory=dict)
     """Optimizer steps by stage, where no hours are set; a stage without them takes its script's default horizon."""
+    recipe: str = DEFAULT_RECIPE
+    """Of base training: model, optimizer and schedule."""
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """More flags by stage."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -56,12 +58,6 @@ class Profile:
     """Train in bfloat16 on a CPU that multiplies it in hardware: 1.4 times as fast as float32 (see dev/LOG.md)."""
     dtype: str = "auto"
     """The precision of base training; later stages take their model's."""
-
-    @property
-    def recipe(self) -> str:
-        """The recipe of base training."""
-        given = [flag.partition("=")[2] for flag in self.flags.get("base_train", ()) if flag.startswith("--recipe=")]
-        return given[-1] if given else DEFAULT_RECIPE
 
     @property
     def model_config(self) -> GPTConfig:
@@ -95,11 +91,11 @@ DEMO = Profile(
     dataset="demo",
     chat_data="demo",
     bfloat16_on_cpu=True,
+    recipe="classic",
     steps={"base_train": 390, "mid_train": 290, "chat_sft": 230},
     flags={
         "tok_eval": ("--no-compare",),
         "base_train": (
-            "--recipe=classic",
             "--eval_every=0",
             "--eval_tokens=32768",
             "--sample_every=0",
@@ -236,7 +232,7 @@ D20 = Profile(
     nproc=8,
     dataset="climbmix",
     chat_data=None,
-    flags={"base_train": ("--recipe=classic",)},
+    recipe="classic",
     needs_cards=True,
 )
 

@@ -38,7 +38,7 @@ from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, 
 from nanochat.pipeline.process import run_logged
 from nanochat.pipeline.profiles import Profile, Settings, profile_for
 from nanochat.pipeline.stages import Stage, expected_seconds, make_stages
-from nanochat.progress import format_seconds
+from nanochat.progress import PROGRESS_FILE, format_seconds
 from nanochat.signals import EXIT_STOPPED, Stopped
 
 # A stage that was asked to stop: after saving, or (−n and 128 + n: by signal n) before there was anything to save.
@@ -59,6 +59,10 @@ class Pipeline:
     def log_path(self, stage: Stage) -> Path:
         """Where the output of a stage is kept."""
         return self.folder / f"{stage.name}.log"
+
+    def progress_path(self, stage: Stage) -> Path:
+        """Where a stage says how far it is, for the monitor."""
+        return self.folder / f"{stage.name}.progress.json"
 
     def mark(self, stage: Stage) -> dict[str, Any]:
         """What is known of a stage: state ("started" or "done"), key, seconds; empty if nothing."""
@@ -116,7 +120,9 @@ class Pipeline:
         write_json(self.mark_path(stage), {"state": "started", **record})
         start = time.monotonic()
         try:
-            code = run_logged(stage.command(resume), self.log_path(stage), env)
+            progress = self.progress_path(stage)
+            progress.unlink(missing_ok=True)  # of a run that was killed
+            code = run_logged(stage.command(resume), self.log_path(stage), {**env, PROGRESS_FILE: str(progress)})
             if code in STOPPED_CODES:
                 raise Stopped
         except Stopped:

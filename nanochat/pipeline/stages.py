@@ -14,6 +14,7 @@ from nanochat.data.shards import MANIFEST, load_manifest
 from nanochat.data.text_files import COMPRESSIONS, KINDS
 from nanochat.files import sha256_file
 from nanochat.pipeline.profiles import MID_HOURS, SFT_HOURS, Profile, Settings
+from nanochat.recipe import DEFAULT_RECIPE
 from nanochat.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,6 +240,7 @@ def base_stages(profile: Profile, settings: Settings, base_dir: Path) -> list[St
             *horizon(profile, "base_train"),
             f"--dtype={profile.dtype}",
             tag,
+            *([] if profile.recipe == DEFAULT_RECIPE else [f"--recipe={profile.recipe}"]),
             *profile.flags.get("base_train", ()),
         ),
         unmarked_flags=(f"--run={settings.wandb_run}",),

@@ -7,14 +7,16 @@ without the pipeline (`python -m scripts.base_train`) is seen as well.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nanochat.card_readings import CardReading, read_cards
+from nanochat.progress import format_seconds
 from nanochat.report.metrics_log import read_metrics
 from nanochat.report.plots import thin
 from nanochat.report.run_data import METRICS_FILE, is_number, read_json
@@ -23,7 +25,6 @@ from nanochat.stages import STAGES
 LOG_LINES, LOG_BYTES = 4, 8192
 QUIET_SECONDS = 120.0  # after which a stage that writes nothing is worth a word
 CURVE_POINTS = 200
-_BAR_LINE = re.compile(r": (\d{1,3})% .*ETA (\S+)$")  # as nanochat.progress prints it
 
 
 class MetricsTail:
@@ -121,7 +122,7 @@ class Watcher:
         current = newest if alive and not finished else None
         training = self._training(current, marks[current]) if current else None
         log = self._log_lines(current or newest)
-        progress, eta = self._progress(training, log)
+        progress, eta = self._progress(training, current)
         return Frame(
             base_dir=self.base_dir,
             stages=_states(marks, current),
@@ -155,7 +156,7 @@ class Watcher:
         metrics = self._metrics_path(stage, mark)
         paths = [self._mark_path(stage), *([metrics] if metrics else [])]
         if mark.get("state") == "started":
-            paths.append(self.folder / f"{stage}.log")
+            paths += [self.folder / f"{stage}.log", self.folder / f"{stage}.progress.json"]
         return max(_modified(path) for path in paths)
 
     def _log_lines(self, stage: str) -> list[str]:
@@ -202,15 +203,14 @@ class Watcher:
             curve=thin([x for x, _ in smooth], [y for _, y in smooth], CURVE_POINTS),
         )
 
-    def _progress(self, training: Training | None, log: Sequence[str]) -> tuple[float | None, str | None]:
-        """How far the stage is and how long it still takes: by its loss log, else by what it printed."""
-        from nanochat.progress import format_seconds
-
+    def _progress(self, training: Training | None, stage: str | None) -> tuple[float | None, str | None]:
+        """(0 to 1, time left) of the running stage: by its loss log, else by the file of its progress bar."""
         if training is not None:
-            eta = training.eta_seconds
-            return training.progress, None if eta is None else format_seconds(eta)
-        found = _BAR_LINE.search(log[-1]) if log else None
-        return (min(int(found.group(1)) / 100, 1.0), found.group(2)) if found else (None, None)
+            share, eta = training.progress, training.eta_seconds
+        else:
+            record = read_json(self.folder / f"{stage}.progress.json")
+            share, eta = record.get("share"), record.get("eta_seconds")
+        return (min(share, 1.0) if is_number(share) else None), (format_seconds(eta) if is_number(eta) else None)
 
 
 def _states(marks: Mapping[str, Mapping[str, Any]], current: str | None) -> list[tuple[str, str]]:
@@ -236,8 +236,6 @@ def _modified(path: Path) -> float:
 
 def machine_load() -> str:
     """Such as "load 1.9 on 2 cores, memory 5.1 of 23.5 GiB"."""
-    import psutil
-
     memory = psutil.virtual_memory()
     used, total = (memory.total - memory.available) / 2**30, memory.total / 2**30
     return f"load {psutil.getloadavg()[0]:.1f} on {psutil.cpu_count()} cores, memory {used:.1f} of {total:.1f} GiB"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nanochat.cards import find_card
 from nanochat.progress import format_seconds
@@ -92,8 +92,8 @@ class Run:
         return (max(times) - min(times)).total_seconds() if times else 0.0
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
+def is_number(value: Any) -> TypeGuard[float]:
+    """True for finite numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
