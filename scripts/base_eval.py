@@ -29,7 +29,7 @@ from nanochat.core_eval import (
     Bundle,
     CoreResult,
     TaskResult,
-    Tokenizer,
+    TextEncoder,
     evaluate_core,
     get_bundle_folder,
     load_bundle,
@@ -164,7 +164,7 @@ class Subject:
     """What is evaluated."""
 
     model: LanguageModel
-    tokenizer: Tokenizer
+    tokenizer: TextEncoder
     name: str
     slug: str
     version: str
