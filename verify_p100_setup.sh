@@ -219,10 +219,10 @@ visible() {
     [[ -z "${CUDA_VISIBLE_DEVICES+set}" || "$CUDA_VISIBLE_DEVICES" == *-* || ",$CUDA_VISIBLE_DEVICES," == *",$1,"* ]]
 }
 
-# Which of several unequal cards train: nanochat.card_choice decides, here as in the run.
+# Which of several unequal cards train: nanochat.cards decides, here as in the run.
 check_choice() {
     local choice
-    choice="$(printf '%s' "$gpus" | PYTHONPATH="$ROOT" "${python:-python3}" -m nanochat.card_choice 2> /dev/null | sed -n 2p)"
+    choice="$(printf '%s' "$gpus" | PYTHONPATH="$ROOT" "${python:-python3}" -m nanochat.cards 2> /dev/null | sed -n 2p)"
     if [[ "$choice" == *"; idle:"* ]]; then
         report warn cards "cards of different kinds: the run takes $choice" \
             "nothing to do; other cards: CUDA_VISIBLE_DEVICES (with CUDA_DEVICE_ORDER=PCI_BUS_ID)"

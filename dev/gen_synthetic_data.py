@@ -20,8 +20,7 @@ from typing import Any
 
 from nanochat.common import get_base_dir, print0
 from nanochat.config import run_script
-from nanochat.files import write_text
-from nanochat.jsonl import read_jsonl
+from nanochat.files import read_jsonl, write_text
 from nanochat.messages import check_messages
 from nanochat.progress import progress
 from tasks.demo.world import load_world

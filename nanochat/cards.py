@@ -1,4 +1,4 @@
-"""What NVIDIA's data sheets say of each CUDA card: capability, memory, bandwidth and peak speed.
+"""CUDA cards: NVIDIA's data sheets, measured speeds, and which cards of a machine train together.
 
 Peaks are dense (no 2:4 sparsity), at boost clock. `float16` is the fastest way the card multiplies float16 matrices and
 accumulates in float32, as PyTorch asks for: tensor cores where it has them, at the rate with float32 accumulation
@@ -8,11 +8,17 @@ fast (P100, GTX 16xx); all other old cards gain memory from float16 but no speed
 Memory is what the card is sold with, in GB. A card sold under one name in several sizes is listed with the most common
 one: ask the device itself where it is present. Laptop chips and MIG slices run at other speeds than the card whose name
 they carry, so they are unknown here; `nanochat.hardware.measure_matmul` serves for every unknown card.
+
+Only the standard library is needed here: verify_p100_setup.sh asks before anything is installed,
+
+    printf 'Tesla T4,7.5,15360\\n' | python -m nanochat.cards      name, capability, MiB; prints the places taken
 """
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -197,6 +203,15 @@ _BLACKWELL = _generation(
 # fmt: on
 CARDS: tuple[Card, ...] = (*_MAXWELL, *_PASCAL, *_VOLTA, *_TURING, *_AMPERE, *_ADA, *_HOPPER, *_BLACKWELL)
 
+# Matmul TFLOP/s that were measured through PyTorch, by the row above. A P100's float16 is no faster than its float32:
+# PyTorch accumulates in float32. Source: zzc0721/torch-performance-test-data.
+MEASURED_MATMUL: dict[str, dict[str, float]] = {
+    "P100": {"float32": 8.6, "float16": 8.4, "bfloat16": 6.1},
+    "T4": {"float32": 4.3, "float16": 42.0, "bfloat16": 2.0},
+    "V100-SXM2": {"float32": 14.1, "float16": 94.8, "bfloat16": 10.3},
+    "A100": {"float32": 19.0, "float16": 258.0, "bfloat16": 264.0},
+    "H100": {"float32": 52.0, "float16": 760.0, "bfloat16": 797.0},
+}
 # Words that say: not the card whose name it carries.
 _OTHER_SPEED = {"LAPTOP", "MOBILE", "MAX", "MIG"}
 
@@ -225,3 +240,78 @@ def find_card(name: str) -> Card | None:
         return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
 
     return max(filter(fits, CARDS), key=lambda card: len(card.name), default=None)
+
+
+# --- which cards train together --------------------------------------------------------------------------------------
+# Ranks wait for each other at every step, so a card among slower ones is no faster than those; and a group of unequal
+# cards would train in the weakest one's precision. So the fastest group of equal cards trains.
+
+# No torch that this project supports has kernels for older cards.
+OLDEST = (6, 0)
+UNKNOWN_CARD_FLOPS_PER_SECOND = 130e12
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A card of this machine, as the driver or torch names it."""
+
+    name: str
+    capability: tuple[int, int] | None
+    """None where it can't be told."""
+    memory_mib: int
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """Cards of one kind are equal: the same name and, to a GiB, the same memory."""
+        return self.name, round(self.memory_mib / 1024)
+
+
+def training_speed(name: str) -> float:
+    """An upper bound of the FLOP/s that training reaches on the card of this name, so that no text is read twice.
+
+    Half the measured speed of matmuls on tensor cores. On a P100 95 % of it, and half as much again, should its matmuls
+    be summed in float16. Cards that nobody measured: by the data sheet.
+    """
+    for row, speeds in MEASURED_MATMUL.items():
+        if row.split("-")[0] in re.split("[ -]", name):
+            return 1e12 * max(speeds.values()) * (0.95 * 1.5 if row == "P100" else 0.5)
+    card = find_card(name)
+    if card is None:
+        return UNKNOWN_CARD_FLOPS_PER_SECOND
+    return 1e12 * (card.float16 / 2 if card.tensor_cores else card.float32)
+
+
+def choose_cards(cards: Sequence[DeviceInfo]) -> list[int]:
+    """Places in `cards` of those that train one model: the kind that is fastest together, then the larger memory.
+
+    Cards that no supported torch has kernels for are left out.
+    """
+    groups: dict[tuple[str, int], list[int]] = {}
+    for place, card in enumerate(cards):
+        if card.capability is None or card.capability >= OLDEST:
+            groups.setdefault(card.kind, []).append(place)
+    if not groups:
+        return []
+    best = max(groups, key=lambda kind: (len(groups[kind]) * training_speed(kind[0]), kind[1]))
+    return groups[best]
+
+
+def describe_choice(cards: Sequence[DeviceInfo], chosen: Sequence[int]) -> str:
+    """Which cards are taken and which stay idle, such as "2 × Tesla T4; idle: GeForce GTX 1050"."""
+    idle = [card.name for place, card in enumerate(cards) if place not in chosen]
+    taken = f"{len(chosen)} × {cards[chosen[0]].name}" if chosen else "no card"
+    return taken + (f"; idle: {', '.join(idle)}" if idle else "")
+
+
+def _parse(line: str) -> DeviceInfo:
+    name, capability, memory = (part.strip() for part in line.rsplit(",", 2))
+    major, _, minor = capability.partition(".")
+    known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+    return DeviceInfo(name, known, int(memory))
+
+
+if __name__ == "__main__":
+    devices = [_parse(line) for line in sys.stdin if line.strip()]
+    taken = choose_cards(devices)
+    print(" ".join(map(str, taken)))
+    print(describe_choice(devices, taken))

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from nanochat.engine import Engine
 from nanochat.env import get_dist_info
+from nanochat.files import ResumeLog
 from nanochat.generate.sampling import Sampling
-from nanochat.jsonl import ResumeLog
 from nanochat.progress import progress
 from nanochat.scoring import LanguageModel, batches_by_length, next_token_logits
 from nanochat.tokenizer import RustBPETokenizer

@@ -6,6 +6,7 @@ holds the autocast context and the loss scaler, so no script has precision code 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -19,11 +20,13 @@ import torch
 import torch.distributed as dist
 
 from nanochat.config import Runtime
-from nanochat.data.download import download_file_with_lock  # noqa: F401
 from nanochat.env import check_disk_space, get_base_dir, get_dist_info, print0  # noqa: F401
 from nanochat.hardware import measure_matmul, synchronize, wheel_runs
 from nanochat.ops.fp16_gemm import Mode
 from nanochat.precision import DTYPE_NAMES, DTYPES, Precision, candidate_dtypes, dtype_cost
+
+with contextlib.suppress(ModuleNotFoundError):  # httpx, say: dev/gpu_check.py needs only torch and numpy
+    from nanochat.data.download import download_file_with_lock  # noqa: F401
 
 
 def print_banner() -> None:

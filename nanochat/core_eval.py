@@ -31,8 +31,7 @@ from filelock import FileLock
 
 from nanochat.data.download import download_file_with_lock
 from nanochat.env import get_base_dir, get_dist_info
-from nanochat.files import atomic_folder, write_text
-from nanochat.jsonl import ResumeLog, read_jsonl
+from nanochat.files import ResumeLog, atomic_folder, read_jsonl, write_text
 from nanochat.progress import progress
 from nanochat.scoring import LanguageModel, Score, Span, batches_of_examples, score_groups
 

@@ -1,102 +1,100 @@
 """What this machine is and what it can do: cards, torch wheel, CPU, memory, disk, measured speeds, throttling.
 
 `inspect_machine` only asks (torch, nvidia-smi, the operating system); `measure_matmul` computes. A `ThrottleWatcher`
-asks nvidia-smi now and then during a run whether a card had to slow down. Speeds that nobody measured are in
-nanochat/cards.py.
+asks nvidia-smi now and then during a run whether a card had to slow down. What happens when memory runs out begins
+here too. Speeds that nobody measured on this machine are in nanochat/cards.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import gc
+import os
 import platform
 import shutil
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nanochat.cards import find_card
 from nanochat.env import get_base_dir
 
+T = TypeVar("T")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve")
 SMI_SECONDS = 10.0  # nvidia-smi answers in well under one; a hanging driver must not hang us
 
 
-@dataclass(frozen=True)
-class CardInfo:
-    """A CUDA card of this machine."""
-
-    index: int
-    name: str
-    capability: tuple[int, int]
-    total_bytes: int
-    free_bytes: int
-    """What other programs, a display among them, leave over."""
-    driver: str | None
-    usable: bool
-    """torch sees it, and the installed wheel has kernels for it."""
-    uuid: str | None = None
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """The installed torch."""
-
-    version: str
-    cuda: str | None
-    """The CUDA it was built with; None: a build without."""
-    arches: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class CPUInfo:
-    """The processor."""
-
-    name: str
-    cores: int
-    """Those this process may use."""
-    features: tuple[str, ...]
-    """Instructions that matter for matmuls, as the operating system calls them."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What `inspect_machine` found. Memory and disk in bytes."""
-
-    cards: tuple[CardInfo, ...]
-    wheel: Wheel
-    cpu: CPUInfo
-    ram_total_bytes: int
-    ram_free_bytes: int
-    disk_free_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-
-def inspect_machine(folder: str | Path | None = None) -> Machine:
-    """Ask what is here; computes nothing.
+def inspect_machine(folder: str | Path | None = None) -> dict[str, Any]:
+    """Cards, torch wheel, processor, memory and disk of this machine, ready for JSON. Computes nothing.
 
     Args:
         folder: whose disk is meant; default: the base dir.
     """
-    import psutil
+    import psutil  # lazy: dev/gpu_check.py needs only torch and numpy
 
-    memory = psutil.virtual_memory()
-    return Machine(
-        cards=_cards(),
-        wheel=Wheel(torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list())),
-        cpu=CPUInfo(cpu_name(), _usable_cores(), _cpu_features()),
-        ram_total_bytes=memory.total,
-        ram_free_bytes=memory.available,
-        disk_free_bytes=shutil.disk_usage(folder or get_base_dir()).free,
-    )
+    memory, process = psutil.virtual_memory(), psutil.Process()
+    cores = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count()  # macOS has none
+    flags = _cpuinfo("flags", "Features").split()
+    return {
+        "cards": _cards(),
+        "wheel": {"version": torch.__version__, "cuda": torch.version.cuda, "arches": torch.cuda.get_arch_list()},
+        "cpu": {"name": cpu_name(), "cores": cores, "features": [name for name in CPU_FEATURES if name in flags]},
+        "ram_total_bytes": memory.total,
+        "ram_free_bytes": memory.available,
+        "disk_free_bytes": shutil.disk_usage(folder or get_base_dir()).free,
+    }
+
+
+def _cards() -> list[dict[str, Any]]:
+    """The cards that torch sees; where it sees none, those of nvidia-smi."""
+    rows = query_nvidia_smi(("uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version"))
+    if not torch.cuda.is_available():
+        return [_card_of_smi(i, row) for i, row in enumerate(rows)]
+    driver, arches = rows[0]["driver_version"] if rows else None, torch.cuda.get_arch_list()
+    cards = []
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        capability = (card.major, card.minor)
+        # Other programs, a display among them, hold what is not free.
+        free, total = torch.cuda.mem_get_info(i)
+        cards.append(
+            {
+                "index": i,
+                "name": card.name,
+                "capability": capability,
+                "total_bytes": total,
+                "free_bytes": free,
+                "driver": driver,
+                "usable": wheel_runs(capability, arches),
+                "uuid": f"GPU-{card.uuid}",
+            }
+        )
+    return cards
+
+
+def _card_of_smi(index: int, row: dict[str, str]) -> dict[str, Any]:
+    known = find_card(row["name"])
+    try:
+        major, minor = (int(part) for part in row["compute_cap"].split("."))
+    except ValueError:  # an old driver doesn't tell
+        major, minor = known.capability if known else (0, 0)
+    total, free = (int(mib) << 20 if mib.isdigit() else 0 for mib in (row["memory.total"], row["memory.free"]))
+    return {
+        "index": index,
+        "name": row["name"],
+        "capability": (major, minor),
+        "total_bytes": total,
+        "free_bytes": free,
+        "driver": row["driver_version"],
+        "usable": False,
+        "uuid": row["uuid"] or None,
+    }
 
 
 def wheel_runs(capability: tuple[int, int], arches: Sequence[str]) -> bool:
@@ -113,33 +111,6 @@ def wheel_runs(capability: tuple[int, int], arches: Sequence[str]) -> bool:
     )
 
 
-def _cards() -> tuple[CardInfo, ...]:
-    """The cards torch sees; where it sees none, those of nvidia-smi."""
-    fields = ("uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
-    rows = query_nvidia_smi(fields)
-    if not torch.cuda.is_available():
-        return tuple(_card_of_smi(i, row) for i, row in enumerate(rows))
-    driver = rows[0]["driver_version"] if rows else None
-    arches, cards = torch.cuda.get_arch_list(), []
-    for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        capability = (card.major, card.minor)
-        free, total = torch.cuda.mem_get_info(i)
-        uuid = f"GPU-{card.uuid}"
-        cards.append(CardInfo(i, card.name, capability, total, free, driver, wheel_runs(capability, arches), uuid))
-    return tuple(cards)
-
-
-def _card_of_smi(index: int, row: dict[str, str]) -> CardInfo:
-    known = find_card(row["name"])
-    try:
-        major, minor = (int(part) for part in row["compute_cap"].split("."))
-    except ValueError:  # an old driver doesn't tell
-        major, minor = known.capability if known else (0, 0)
-    total, free = (int(mib) << 20 if mib.isdigit() else 0 for mib in (row["memory.total"], row["memory.free"]))
-    return CardInfo(index, row["name"], (major, minor), total, free, row["driver_version"], False, row["uuid"] or None)
-
-
 def query_nvidia_smi(fields: Sequence[str], device: str | None = None) -> list[dict[str, str]]:
     """nvidia-smi's answer for every card; a field it doesn't know is "". Empty without a working nvidia-smi.
 
@@ -147,62 +118,55 @@ def query_nvidia_smi(fields: Sequence[str], device: str | None = None) -> list[d
         fields: as in `nvidia-smi --help-query-gpu`.
         device: the UUID of the only card to ask about.
     """
-    command = _smi_command(fields, device)
-    if command is None:
-        return []
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    command += [] if device is None else ["-i", device]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=SMI_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     unknown = [name for name in fields if f'"{name}"' in done.stdout]
-    if done.returncode and 0 < len(unknown) < len(fields):
+    if done.returncode and 0 < len(unknown) < len(fields):  # an older driver: once more without those
         rows = query_nvidia_smi([name for name in fields if name not in unknown], device)
         return [dict.fromkeys(fields, "") | row for row in rows]
-    return [] if done.returncode else _parse_smi(fields, done.stdout)
+    lines = csv.reader([] if done.returncode else done.stdout.splitlines(), skipinitialspace=True)
+    return [dict(zip(fields, line, strict=True)) for line in lines if len(line) == len(fields)]
 
 
-def _smi_command(fields: Sequence[str], device: str | None) -> list[str] | None:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    return command if device is None else [*command, "-i", device]
+def describe_cards() -> list[str]:
+    """Each card as it is now, such as "Tesla P100: 61 °C, 8.0 of 16.0 GiB, 171 of 250 W, 98 % busy"."""
+
+    def show(cell: str, divisor: float = 1.0, digits: int = 0) -> str:
+        try:
+            return f"{float(cell) / divisor:.{digits}f}"
+        except ValueError:  # [N/A], [Not Supported], ERR!
+            return "?"
+
+    said = []
+    fields = ("name", "temperature.gpu", "memory.used", "memory.total", "power.draw", "power.limit", "utilization.gpu")
+    for row in query_nvidia_smi(fields):
+        name, heat, used, total, power, limit, load = row.values()
+        memory = f"{show(used, 1024, 1)} of {show(total, 1024, 1)} GiB"  # nvidia-smi counts in MiB
+        said.append(f"{name}: {show(heat)} °C, {memory}, {show(power)} of {show(limit)} W, {show(load)} % busy")
+    return said
 
 
-def _parse_smi(fields: Sequence[str], text: str) -> list[dict[str, str]]:
-    rows = csv.reader(text.splitlines(), skipinitialspace=True)
-    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+def _cpuinfo(*keys: str) -> str:
+    """The value of the first of these keys in /proc/cpuinfo; "" where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(keys):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def cpu_name() -> str:
     """The processor's name, as the operating system gives it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    return _cpuinfo("model name") or platform.processor() or "unknown"
 
 
-def _usable_cores() -> int:
-    import psutil
-
-    try:
-        return len(psutil.Process().cpu_affinity())
-    except AttributeError:  # macOS
-        return psutil.cpu_count() or 1
-
-
-def _cpu_features() -> tuple[str, ...]:
-    found: set[str] = set()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("flags", "Features")):
-                found |= set(line.partition(":")[2].split())
-                break
-    return tuple(name for name in CPU_FEATURES if name in found)
-
-
-# -- speeds -----------------------------------------------------------------------------------------------------------
+# --- speeds -----------------------------------------------------------------------------------------------------------
 
 
 def synchronize(device: torch.device) -> None:
@@ -249,7 +213,81 @@ def speeds_key(device: torch.device, product_dtype: torch.dtype) -> str:
     return f"{where}, {torch.get_num_threads()} threads, products in {products}, torch {torch.__version__}"
 
 
-# -- throttling -------------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+# CUDA libraries and the CPU's allocator raise plain RuntimeErrors with these words.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that this process can still have on `device`.
+
+    A card that drives a display has less than its size. What this process has cached there counts as free. On a CPU:
+    available memory, or what a container leaves of its limit.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+        return min(free + reserved - used, round(share * total) - used)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min(_available_ram(), _container_ram())
+
+
+def _available_ram() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import psutil  # lazy: dev/gpu_check.py needs only torch and numpy
+
+    return int(psutil.virtual_memory().available)
+
+
+def _container_ram() -> int:
+    """What the limit of a container (cgroup v2) leaves; no limit: very much."""
+    try:
+        folder = Path("/sys/fs/cgroup")
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        stat = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
+        # Pages of files count as used, but give way; `docker stats` leaves out the inactive ones too.
+        return int(limit) - used + stat.get("inactive_file", 0)
+    except (OSError, ValueError):
+        return 1 << 62
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that there was too little memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY)
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def with_more_memory(work: Callable[[], T]) -> T:
+    """`work()`, and once more if it runs out of memory; it must not have changed anything by then."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory()
+    return work()
+
+
+# --- throttling ------------------------------------------------------------------------------------------------------
 
 # Bits of clocks_event_reasons.active. Source: NVML, nvmlClocksEventReasons.
 SLOWDOWNS = {
@@ -279,58 +317,39 @@ class ThrottleWatcher:
         if self.active and uuid is None:
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         self.uuid = uuid
-        self._names = list(REASON_FIELDS)
-        self._process: subprocess.Popen[str] | None = None
+        self._fields: tuple[str, ...] = REASON_FIELDS
+        self._query: threading.Thread | None = None
+        self._answer: dict[str, str] = {}
         self._started = float("-inf")
         self._known = 0
 
     def poll(self) -> str | None:
         """A sentence when a reason to slow down has come up since the last one, else None."""
-        now = time.monotonic()
         if not self.active:
             return None
-        if self._process is None:
-            if now - self._started >= self.every_seconds:
-                self._start(now)
+        if self._query is None:
+            if time.monotonic() - self._started >= self.every_seconds:
+                self._started = time.monotonic()
+                self._query = threading.Thread(target=self._ask, daemon=True)
+                self._query.start()
             return None
-        if self._process.poll() is None:
-            if now - self._started > SMI_SECONDS:
-                self.close()
+        if self._query.is_alive():
             return None
-        text, code = self._process.communicate()[0], self._process.returncode
-        self._process = None
-        if code and self._names[0] in text and len(self._names) > 1:
-            del self._names[0]  # an older driver
-            self._start(now)
-            return None
-        rows = [] if code else _parse_smi(self._fields, text)
-        return self._judge(rows[0]) if rows else None
+        self._query = None
+        return self._judge(self._answer)
 
-    def close(self) -> None:
-        """End an nvidia-smi that is still running."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    @property
-    def _fields(self) -> list[str]:
-        return [self._names[0], *STATE_FIELDS]
-
-    def _start(self, now: float) -> None:
-        command = _smi_command(self._fields, self.uuid)
-        if command is None:
-            return
-        self._started = now
-        with contextlib.suppress(OSError):
-            self._process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True
-            )
+    def _ask(self) -> None:
+        self._answer = {}
+        for field in self._fields:
+            for row in query_nvidia_smi((field, *STATE_FIELDS), self.uuid):
+                if row[field]:
+                    self._fields, self._answer = (field,), {**row, "active": row[field]}
+                    return
 
     def _judge(self, row: dict[str, str]) -> str | None:
         try:
-            active = int(row[self._names[0]], 16)
-        except ValueError:  # "[N/A]"
+            active = int(row["active"], 16)
+        except (KeyError, ValueError):  # no answer, or "[N/A]"
             return None
         reasons = active & sum(SLOWDOWNS)
         new, self._known = reasons & ~self._known, reasons

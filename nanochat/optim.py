@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
+from nanochat.hardware import with_more_memory
 from nanochat.muon import MUON_DEFAULTS, MuonStack, newton_schulz_coefficients, state_dtype
 from nanochat.ops.collectives import Ranks
-from nanochat.out_of_memory import with_more_memory
 
 ADAMW_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 # Group keys that are no hyperparameters.

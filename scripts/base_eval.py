@@ -34,8 +34,8 @@ from nanochat.core_eval import (
     get_bundle_folder,
     load_bundle,
 )
+from nanochat.files import ResumeLog, write_jsonl
 from nanochat.interop.hf_model import load_hf_model
-from nanochat.jsonl import ResumeLog, write_jsonl
 from nanochat.progress import format_seconds
 from nanochat.report import get_report
 from nanochat.report.text import slugify

@@ -24,9 +24,9 @@ from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_c
 from nanochat.config import Runtime, run_script, short
 from nanochat.engine import Engine
 from nanochat.execution import isolation
+from nanochat.files import ResumeLog, write_jsonl
 from nanochat.generate.sampling import Sampling
 from nanochat.gpt import GPT
-from nanochat.jsonl import ResumeLog, write_jsonl
 from nanochat.report import get_report
 from nanochat.report.text import slugify
 from nanochat.tokenizer import RustBPETokenizer

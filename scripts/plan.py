@@ -19,9 +19,9 @@ import torch
 from nanochat.cards import CARDS, Card, find_card
 from nanochat.common import autodetect_device_type, get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script
-from nanochat.hardware import inspect_machine, speeds_key
+from nanochat.hardware import free_memory, inspect_machine, speeds_key
 from nanochat.plan.local_speed import OPERATIONS_FILE, LocalMachine
-from nanochat.plan.memory import MicroBatch, free_memory
+from nanochat.plan.memory import MicroBatch
 from nanochat.plan.planning import (
     DEPTHS,
     MEASURED_DEPTHS,
@@ -274,7 +274,7 @@ def main(cfg: Config) -> None:
     if cfg.json:
         result = {"target": target.name, "budget": asdict(budget), "rows": [asdict(row) for row in rows]}
         if cfg.card is None:
-            result["machine"] = inspect_machine().to_dict()
+            result["machine"] = inspect_machine()
         print(json.dumps(result))
         return
     cards = f"{cfg.num_cards} × " if cfg.num_cards > 1 else ""

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nanochat.jsonl import read_jsonl
+from nanochat.files import read_jsonl
 from tasks.common import shuffled_indices
 
 Row = Mapping[str, Any]

@@ -1,8 +1,11 @@
-"""The table of cards: names as torch prints them find the right row."""
+"""The table of cards: names as torch prints them find the right row. Of unequal cards the fastest group trains."""
+
+import subprocess
+import sys
 
 import pytest
 
-from nanochat.cards import CARDS, find_card
+from nanochat.cards import CARDS, MEASURED_MATMUL, DeviceInfo, choose_cards, describe_choice, find_card, training_speed
 
 
 @pytest.mark.parametrize(
@@ -90,3 +93,53 @@ def test_peaks_by_dtype():
     assert [p100.tensor_cores, t4.tensor_cores] == [False, True]
     with pytest.raises(ValueError, match="float64"):
         t4.peak_tflops("float64")
+
+
+# --- which cards train -----------------------------------------------------------------------------------------------
+
+
+def device(name: str, memory_mib: int = 16384, capability: tuple[int, int] | None = (7, 5)) -> DeviceInfo:
+    return DeviceInfo(name, capability, memory_mib)
+
+
+@pytest.mark.parametrize(
+    ("cards", "chosen"),
+    [
+        ([], []),
+        ([device("Tesla T4"), device("Tesla T4")], [0, 1]),
+        ([device("NVIDIA GeForce GTX 1050"), device("Tesla P100-PCIE-16GB")], [1]),
+        ([device("Tesla T4")] * 4 + [device("NVIDIA A100-SXM4-40GB")], [4]),
+        ([device("NVIDIA GeForce RTX 3060")] * 3 + [device("NVIDIA GeForce RTX 3090")], [0, 1, 2]),
+        ([device("V100", 16160), device("V100", 32510)], [1]),
+        ([device("Tesla K80", capability=(3, 7))], []),
+        ([device("Tesla K80", capability=(3, 7)), device("Tesla T4")], [1]),
+        ([device("a card of tomorrow", capability=None)], [0]),
+    ],
+)
+def test_the_fastest_group_of_equal_cards_trains(cards, chosen):
+    assert choose_cards(cards) == chosen
+
+
+def test_idle_cards_are_named():
+    cards = [device("Tesla T4"), device("GTX 1050"), device("Tesla T4")]
+    assert describe_choice(cards, choose_cards(cards)) == "2 × Tesla T4; idle: GTX 1050"
+
+
+def test_speeds_rank_cards_that_nobody_measured_by_their_data_sheet():
+    assert training_speed("NVIDIA GeForce GTX 1080") < training_speed("NVIDIA GeForce RTX 3060")
+    assert training_speed("Tesla T4") < training_speed("Tesla V100-SXM2-16GB") < training_speed("something new")
+
+
+def test_every_measured_card_has_a_row():
+    for name, speeds in MEASURED_MATMUL.items():
+        card = find_card(name)
+        assert card is not None
+        assert all(speeds[dtype] <= (card.peak_tflops(dtype) or card.float32) for dtype in speeds)
+
+
+def test_the_command_for_the_shell():
+    lines = "NVIDIA GeForce GTX 1050,6.1,2048\nTesla T4,,15360\nTesla T4,7.5,15360\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "nanochat.cards"], input=lines, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1 2\n2 × Tesla T4; idle: NVIDIA GeForce GTX 1050\n"

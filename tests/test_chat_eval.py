@@ -22,8 +22,8 @@ from nanochat.common import compute_cleanup
 from nanochat.config import run_script
 from nanochat.core_eval import CoreTask, evaluate_task
 from nanochat.engine import Engine
+from nanochat.files import ResumeLog, read_jsonl
 from nanochat.generate.sampling import Sampling
-from nanochat.jsonl import ResumeLog, read_jsonl
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval, base_loss, chat_eval

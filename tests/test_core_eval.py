@@ -29,8 +29,8 @@ from nanochat.core_eval import (
     pick_fewshot,
     render_prompts,
 )
+from nanochat.files import ResumeLog
 from nanochat.interop.hf_model import HuggingFaceModel, HuggingFaceTokenizer
-from nanochat.jsonl import ResumeLog
 from nanochat.scoring import (
     PASS_TOKENS,
     Span,

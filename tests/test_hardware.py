@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanochat import hardware
-from nanochat.hardware import ThrottleWatcher, query_nvidia_smi
+from nanochat.hardware import ThrottleWatcher, free_memory, query_nvidia_smi
 
 CARD = {
     "uuid": "GPU-1234",
@@ -49,7 +49,7 @@ def smi(tmp_path, monkeypatch):
 def answer(watcher: ThrottleWatcher) -> str | None:
     """Poll until an nvidia-smi that runs has answered (at most 20 s)."""
     message, end = watcher.poll(), time.monotonic() + 20
-    while message is None and watcher._process is not None and time.monotonic() < end:
+    while message is None and watcher._query is not None and time.monotonic() < end:
         time.sleep(0.01)
         message = watcher.poll()
     return message
@@ -58,27 +58,27 @@ def answer(watcher: ThrottleWatcher) -> str | None:
 def test_a_card_that_torch_can_not_see_is_still_reported(smi, monkeypatch, tmp_path):
     smi()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (card,) = hardware.inspect_machine(tmp_path).cards
-    assert (card.name, card.capability, card.driver) == ("Tesla P100-PCIE-16GB", (6, 0), "570.86.15")
-    assert (card.total_bytes, card.free_bytes) == (16280 << 20, 15900 << 20)
-    assert not card.usable
+    (card,) = hardware.inspect_machine(tmp_path)["cards"]
+    assert (card["name"], card["capability"], card["driver"]) == ("Tesla P100-PCIE-16GB", (6, 0), "570.86.15")
+    assert (card["total_bytes"], card["free_bytes"]) == (16280 << 20, 15900 << 20)
+    assert not card["usable"]
 
 
 def test_an_old_driver_that_does_not_tell_the_capability(smi, monkeypatch, tmp_path):
     smi(compute_cap=None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (card,) = hardware.inspect_machine(tmp_path).cards
-    assert card.capability == (6, 0)  # from the data sheet
+    (card,) = hardware.inspect_machine(tmp_path)["cards"]
+    assert card["capability"] == (6, 0)  # from the data sheet
 
 
 def test_this_machine_is_described_and_goes_into_json(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     machine = hardware.inspect_machine(tmp_path)
-    assert machine.wheel.version == torch.__version__
-    assert machine.cpu.cores >= 1
-    assert 0 < machine.ram_free_bytes <= machine.ram_total_bytes
-    assert machine.disk_free_bytes > 0
-    assert json.loads(json.dumps(machine.to_dict()))["cpu"]["name"] == machine.cpu.name
+    assert machine["wheel"]["version"] == torch.__version__
+    assert machine["cpu"]["cores"] >= 1
+    assert 0 < machine["ram_free_bytes"] <= machine["ram_total_bytes"]
+    assert machine["disk_free_bytes"] > 0
+    assert json.loads(json.dumps(machine)) == machine | {"cpu": machine["cpu"]}
 
 
 def test_a_broken_nvidia_smi_is_no_card(tmp_path, monkeypatch):
@@ -146,4 +146,9 @@ def test_polling_starts_nvidia_smi_only_once_in_a_while(smi):
     for _ in range(1000):
         assert watcher.poll() is None
     assert len(calls.read_text().splitlines()) == 1
-    watcher.close()
+
+
+def test_free_memory_is_below_what_the_machine_has():
+    import psutil
+
+    assert 0 < free_memory("cpu") <= psutil.virtual_memory().total

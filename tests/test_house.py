@@ -197,7 +197,8 @@ def missing_names() -> Iterator[str]:
             yield f"{module} is gone"
             continue
         bound = set()
-        for node in tree(sources()[module]).body:
+        body = tree(sources()[module]).body
+        for node in [*body, *(inner for outer in body if isinstance(outer, ast.With) for inner in outer.body)]:
             bound |= {getattr(node, "name", "")}
             if isinstance(node, ast.Import | ast.ImportFrom):
                 bound |= {alias.asname or alias.name for alias in node.names}

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from web_server import serve
 
-from nanochat.card_readings import parse_readings
 from nanochat.config import run_script
+from nanochat.hardware import describe_cards
 from nanochat.pipeline.profiles import PROFILES, Settings
 from nanochat.pipeline.stages import make_stages
 from nanochat.progress import PROGRESS_FILE, progress
@@ -238,15 +238,19 @@ def test_the_page_has_the_same_figures_and_escapes_the_log(running):
     assert "http" not in page.text.replace("http-equiv", "")
 
 
-def test_cards_as_nvidia_smi_prints_them():
-    text = (
-        "Tesla P100-PCIE-16GB, 61, 8192, 16384, 171.25, 250.00, 98\nTesla K80, [N/A], 1024, 11441, [N/A], ERR!, 3\ntorn"
-    )
-    first, second = parse_readings(text)
-    assert (first.temperature_c, first.memory_used_gib, first.power_w, first.load_percent) == (61, 8.0, 171.25, 98)
-    assert (second.temperature_c, second.memory_used_gib, second.power_limit_w) == (None, 1.0, None)
-    assert machine_facts([first], "load 1")[0] == (
-        "card 0",
-        "Tesla P100-PCIE-16GB: 61 °C, 8.0 of 16.0 GiB, 171 of 250 W, 98 % busy",
-    )
-    assert machine_facts([], "load 1")[0] == ("card", "no card")
+def test_cards_as_nvidia_smi_prints_them(tmp_path, monkeypatch):
+    lines = [
+        "Tesla P100-PCIE-16GB, 61, 8192, 16384, 171.25, 250.00, 98",
+        "Tesla K80, [N/A], 1024, 11441, [N/A], ERR!, 3",
+    ]
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '%s\\n' " + " ".join(f"'{line}'" for line in [*lines, "torn"]))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert machine_facts(describe_cards(), "load 1") == [
+        ("card 0", "Tesla P100-PCIE-16GB: 61 °C, 8.0 of 16.0 GiB, 171 of 250 W, 98 % busy"),
+        ("card 1", "Tesla K80: ? °C, 1.0 of 11.2 GiB, ? of ? W, 3 % busy"),
+        ("machine", "load 1"),
+    ]
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert machine_facts(describe_cards(), "load 1")[0] == ("card", "no card")

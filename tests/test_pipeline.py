@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.card_choice import DeviceInfo
+from nanochat.cards import DeviceInfo
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.data.shards import Entry, Manifest
 from nanochat.data.sources import count_shards

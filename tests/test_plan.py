@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from nanochat.card_choice import DeviceInfo
-from nanochat.cards import find_card
+from nanochat.cards import DeviceInfo, find_card
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.pipeline.profiles import Settings, choose_profile, profile_for
 from nanochat.plan.local_speed import LocalMachine

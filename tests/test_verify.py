@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanochat import common
-from nanochat.card_choice import DeviceInfo, choose_cards, describe_choice, training_speed
+from nanochat.cards import DeviceInfo
 from nanochat.pipeline import verify
 from nanochat.pipeline.profiles import DEMO, P100, Settings, profile_for
 
@@ -57,7 +57,7 @@ class Machine:
         old = self.python.startswith("3.8")
         python = f"""case "$*" in
             --version) echo Python {self.python}; exit ;;
-            *card_choice*) exec {sys.executable} "$@" ;;
+            *nanochat.cards*) exec {sys.executable} "$@" ;;
             *config*) exit 1 ;;
             *version_info*) {"exit 1" if old else ":"} ;;
         esac
@@ -434,38 +434,3 @@ def test_the_disk_must_hold_what_the_plan_makes(monkeypatch):
     check = verify.check_room(P100, [cards["p100"]])
     assert check.status == "fail"
     assert "NANOCHAT_BASE_DIR" in check.remedy
-
-
-# --- which cards train -----------------------------------------------------------------------------------------------
-
-
-def device(name: str, memory_mib: int = 16384, capability: tuple[int, int] | None = (7, 5)) -> DeviceInfo:
-    return DeviceInfo(name, capability, memory_mib)
-
-
-@pytest.mark.parametrize(
-    ("cards", "chosen"),
-    [
-        ([], []),
-        ([device("Tesla T4"), device("Tesla T4")], [0, 1]),
-        ([device("NVIDIA GeForce GTX 1050"), device("Tesla P100-PCIE-16GB")], [1]),
-        ([device("Tesla T4")] * 4 + [device("NVIDIA A100-SXM4-40GB")], [4]),
-        ([device("NVIDIA GeForce RTX 3060")] * 3 + [device("NVIDIA GeForce RTX 3090")], [0, 1, 2]),
-        ([device("V100", 16160), device("V100", 32510)], [1]),
-        ([device("Tesla K80", capability=(3, 7))], []),
-        ([device("Tesla K80", capability=(3, 7)), device("Tesla T4")], [1]),
-        ([device("a card of tomorrow", capability=None)], [0]),
-    ],
-)
-def test_the_fastest_group_of_equal_cards_trains(cards, chosen):
-    assert choose_cards(cards) == chosen
-
-
-def test_idle_cards_are_named():
-    cards = [device("Tesla T4"), device("GTX 1050"), device("Tesla T4")]
-    assert describe_choice(cards, choose_cards(cards)) == "2 × Tesla T4; idle: GTX 1050"
-
-
-def test_speeds_rank_cards_that_nobody_measured_by_their_data_sheet():
-    assert training_speed("NVIDIA GeForce GTX 1080") < training_speed("NVIDIA GeForce RTX 3060")
-    assert training_speed("Tesla T4") < training_speed("Tesla V100-SXM2-16GB") < training_speed("something new")

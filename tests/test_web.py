@@ -14,8 +14,8 @@ from web_server import HELLO, INFO, ScriptedEngine, SlowEngine, events_of, serve
 import scripts.chat_web as chat_web
 from nanochat.config import parse_config, run_script
 from nanochat.engine import Engine
+from nanochat.files import read_jsonl
 from nanochat.generate.sampling import Sampling
-from nanochat.jsonl import read_jsonl
 from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.guard import Access

@@ -31,9 +31,9 @@ from nanochat.core_eval import (
     pick_fewshot,
     render_prompts,
 )
+from nanochat.files import ResumeLog
 from nanochat.gpt import GPT
 from nanochat.interop.hf_model import HuggingFaceModel, HuggingFaceTokenizer, load_hf_model
-from nanochat.jsonl import ResumeLog
 
 
 @dataclass(frozen=True, kw_only=True)

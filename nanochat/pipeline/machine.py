@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from nanochat.card_choice import DeviceInfo, choose_cards, training_speed
+from nanochat.cards import DeviceInfo, choose_cards, training_speed
 from nanochat.data.sources import count_shards
 from nanochat.hardware import measure_matmul
 from nanochat.pipeline.profiles import Profile

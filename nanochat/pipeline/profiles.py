@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanochat.card_choice import DeviceInfo, training_speed
-from nanochat.cards import find_card
+from nanochat.cards import DeviceInfo, find_card, training_speed
 from nanochat.data.sources import SOURCES
 from nanochat.gpt import GPTConfig
 from nanochat.plan.planning import DEPTHS, card_speed, on_card, plan

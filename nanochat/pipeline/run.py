@@ -31,7 +31,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nanochat.card_choice import describe_choice
+from nanochat.cards import describe_choice
 from nanochat.env import get_base_dir
 from nanochat.files import write_json
 from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards

@@ -11,19 +11,18 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nanochat.card_choice import DeviceInfo, training_speed
-from nanochat.cards import find_card
+from nanochat.cards import DeviceInfo, find_card, training_speed
 from nanochat.common import Compute, check_wheel, reinstall_line, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.data.sources import SHARD_BYTES
 from nanochat.env import get_base_dir
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import query_nvidia_smi
 from nanochat.optim import MuonAdamW
 from nanochat.pipeline.machine import list_devices, shards_needed, take_cards, visible_cards
 from nanochat.pipeline.profiles import MID_HOURS, SFT_HOURS, Profile, Settings, profile_for
@@ -56,10 +55,8 @@ class Check:
 
 def cards_of_the_driver() -> int:
     """How many cards the driver shows; 0 where there is none, or CUDA_VISIBLE_DEVICES hides all."""
-    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return 0
-    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in answer.stdout.splitlines())
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return 0 if hidden else len(query_nvidia_smi(["name"]))
 
 
 def check_torch() -> Check:

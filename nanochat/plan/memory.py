@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -306,46 +305,3 @@ def depth_that_fits(
         if micro is not None:
             return depth
     return None
-
-
-def free_memory(device: torch.device | str) -> int:
-    """Bytes that this process can still have on `device`.
-
-    A card that drives a display has less than its size. What this process has cached there counts as free. On a CPU:
-    available memory, or what a container leaves of its limit.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
-        return min(free + reserved - used, round(share * total) - used)
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return min(_available_ram(), _container_ram())
-
-
-def _available_ram() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def _container_ram() -> int:
-    """What the limit of a container (cgroup v2) leaves; no limit: very much."""
-    try:
-        folder = Path("/sys/fs/cgroup")
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
-        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-        stat = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
-        # Pages of files count as used, but give way; `docker stats` leaves out the inactive ones too.
-        return int(limit) - used + stat.get("inactive_file", 0)
-    except (OSError, ValueError):
-        return 1 << 62

@@ -17,22 +17,13 @@ from typing import Protocol
 
 import torch
 
-from nanochat.cards import Card
+from nanochat.cards import MEASURED_MATMUL, Card
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.precision import DTYPE_NAMES, DTYPES, candidate_dtypes
 from nanochat.recipe import Preset
 
-# Matmul TFLOP/s that were measured through PyTorch, by the row of nanochat/cards.py. A P100's float16 is no faster
-# than its float32: PyTorch accumulates in float32. Source: zzc0721/torch-performance-test-data.
-MEASURED_MATMUL: dict[str, dict[str, float]] = {
-    "P100": {"float32": 8.6, "float16": 8.4, "bfloat16": 6.1},
-    "T4": {"float32": 4.3, "float16": 42.0, "bfloat16": 2.0},
-    "V100-SXM2": {"float32": 14.1, "float16": 94.8, "bfloat16": 10.3},
-    "A100": {"float32": 19.0, "float16": 258.0, "bfloat16": 264.0},
-    "H100": {"float32": 52.0, "float16": 760.0, "bfloat16": 797.0},
-}
-# Cards without a figure: shares of the data sheet. The first is the mean of the cards above (0.65 to 0.85 with tensor
-# cores); without tensor cores the P100's share in float32.
+# Cards that nobody measured: shares of the data sheet. The first is the mean of the cards in MEASURED_MATMUL (0.65 to
+# 0.85 with tensor cores); without tensor cores the P100's share in float32.
 TENSOR_CORE_SHARE, PLAIN_SHARE = 0.77, 0.92
 # What a training step makes of the measured matmul speed, for its matmuls alone: smaller matrices, transposed
 # operands. What an element-wise kernel makes of the bandwidth. Attention against matmuls. All three are guesses.
@@ -194,11 +185,10 @@ class CardRoofline:
 
     def matmul_tflops(self, dtype: str) -> float:
         """What matmuls reach through PyTorch: measured by others, else a share of the data sheet."""
-        if self.card.name in MEASURED_MATMUL:
-            return MEASURED_MATMUL[self.card.name][dtype]
         near = {"P100-PCIE-12GB": "P100", "P100-SXM2": "P100", "V100": "V100-SXM2", "V100-SXM2-32GB": "V100-SXM2"}
-        if self.card.name in near:
-            return MEASURED_MATMUL[near[self.card.name]][dtype]
+        measured = MEASURED_MATMUL.get(near.get(self.card.name, self.card.name))
+        if measured is not None:
+            return measured[dtype]
         peak = self.card.peak_tflops(dtype) or self.card.float32 / 2  # emulated
         if dtype == "float16" and self.card.capability < (7, 0):
             peak = self.card.float32  # PyTorch accumulates in float32

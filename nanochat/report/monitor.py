@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from nanochat.card_readings import CardReading, read_cards
+from nanochat.hardware import describe_cards
 from nanochat.progress import format_seconds
 from nanochat.report.metrics_log import read_metrics
 from nanochat.report.plots import thin
@@ -94,7 +94,7 @@ class Frame:
     """0 to 1."""
     eta: str | None
     log: Sequence[str]
-    cards: Sequence[CardReading]
+    cards: Sequence[str]
     load: str
     clock: str = field(default_factory=lambda: time.strftime("%H:%M:%S"))
 
@@ -133,7 +133,7 @@ class Watcher:
             progress=progress,
             eta=eta,
             log=log,
-            cards=read_cards(),
+            cards=describe_cards(),
             load=machine_load(),
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from nanochat.card_readings import CardReading
 from nanochat.progress import format_seconds
 from nanochat.report.monitor import Frame, Training
 
@@ -86,18 +85,9 @@ def training_facts(training: Training) -> list[tuple[str, str]]:
     return facts + [(name.replace("_", " "), f"{value:.4f}") for name, value in training.evaluations.items()]
 
 
-def machine_facts(cards: Iterable[CardReading], load: str) -> list[tuple[str, str]]:
+def machine_facts(cards: Iterable[str], load: str) -> list[tuple[str, str]]:
     """(name, value) of each card and of the machine."""
-
-    def show(value: float | None, unit: str, form: str = ".0f") -> str:
-        return "?" if value is None else f"{value:{form}} {unit}"
-
-    facts = []
-    for i, card in enumerate(cards):
-        memory = f"{show(card.memory_used_gib, '', '.1f').strip()} of {show(card.memory_total_gib, 'GiB', '.1f')}"
-        power = f"{show(card.power_w, '').strip()} of {show(card.power_limit_w, 'W')}"
-        warm, busy = show(card.temperature_c, "°C"), show(card.load_percent, "%")
-        facts.append((f"card {i}", f"{card.name}: {warm}, {memory}, {power}, {busy} busy"))
+    facts = [(f"card {i}", card) for i, card in enumerate(cards)]
     return [*(facts or [("card", "no card")]), ("machine", load)]
 
 

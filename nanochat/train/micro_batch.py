@@ -10,13 +10,12 @@ import torch
 from nanochat.common import Compute
 from nanochat.env import print0
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.out_of_memory import is_out_of_memory, release_memory
+from nanochat.hardware import free_memory, is_out_of_memory, release_memory
 from nanochat.plan.memory import (
     GB,
     MicroBatch,
     depth_that_fits,
     estimate_training_memory,
-    free_memory,
     largest_micro_batch,
 )
 

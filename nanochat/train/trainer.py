@@ -30,13 +30,12 @@ from nanochat.common import Compute, DummyWandb
 from nanochat.data.loader import Batch
 from nanochat.env import git_state, print0
 from nanochat.gpt import GPT
-from nanochat.hardware import ThrottleWatcher
+from nanochat.hardware import ThrottleWatcher, free_memory, is_out_of_memory, release_memory
 from nanochat.ops.cpu import keep_freed_memory
 from nanochat.ops.fp16_gemm import choose_half_gemm, layer_shapes
 from nanochat.ops.linear import use_half_gemm
 from nanochat.optim import MuonAdamW
-from nanochat.out_of_memory import is_out_of_memory, release_memory
-from nanochat.plan.memory import MicroBatch, free_memory
+from nanochat.plan.memory import MicroBatch
 from nanochat.precision import NonFiniteError, StepResult, first_nonfinite_module
 from nanochat.progress import Bar, format_seconds, progress
 from nanochat.recipe import Schedule
@@ -281,7 +280,6 @@ class Trainer:
                 self._report_time()
         finally:
             self.saver.close()
-            self._throttling.close()
         return self.state
 
     def _train(self, stop: StopRequest) -> None:
