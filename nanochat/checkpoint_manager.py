@@ -46,7 +46,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
 
     def release(self) -> None:
-        """Drop the tensors once they were copied: a merged optimizer alone is twice the model, for the whole run."""
+        """Drop the tensors once they are copied: a merged optimizer alone is twice the model, for the whole run."""
         self.model.clear()
         self.optimizer.clear()
 
@@ -70,6 +70,7 @@ def load_checkpoint(folder: Path, step: int | None = None, with_optimizer: bool 
     problems = []
     for candidate in [step] if step is not None else reversed(steps):
         path = step_folder(folder, candidate)
+        # A damaged one costs the steps since the one before it, not the run.
         try:
             return _read(path, with_optimizer)
         except DAMAGED as error:
@@ -84,6 +85,7 @@ def _read(path: Path, with_optimizer: bool) -> Checkpoint:
     for name, expected in read_sums(path).items():
         if name == META_FILE or (name.startswith("optim") and not with_optimizer):
             continue
+        # Checked at every load: a flipped bit in a weight raises no error, it only makes the model worse.
         if sha256_file(path / name) != expected:
             raise ValueError(f"{name} does not match its SHA-256")
         parts[name] = load_file(path / name)
@@ -95,13 +97,14 @@ def _read(path: Path, with_optimizer: bool) -> Checkpoint:
 def merge_shards(shards: list[dict[str, Tensor]], rank: int) -> dict[str, Tensor]:
     """The whole optimizer state from every rank's part, with the random generators of `rank` (if it was there).
 
-    What several ranks have are runs of one flat tensor; MuonAdamW.load_flat_state gives it its shape.
+    So a run resumes with any number of ranks: the optimizer divides the whole again.
     """
     merged: dict[str, list[Tensor]] = {}
     for number, shard in enumerate(shards):
         for name, value in shard.items():
             if not name.startswith("rng.") or number == rank:
                 merged.setdefault(name, []).append(value)
+    # In rank order, because each part is a run of one flat tensor; MuonAdamW.load_flat_state gives it its shape.
     return {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in merged.items()}
 
 
@@ -132,7 +135,7 @@ def save_checkpoint(
 
 
 def find_tag(source: str, model_tag: str | None = None) -> Path:
-    """The folder of `model_tag`, else of the deepest model, else of the one saved last.
+    """Return the folder of `model_tag`, else of the deepest model, else of the one saved last.
 
     Raises:
         FileNotFoundError: there is none; says which command makes one.
@@ -141,7 +144,7 @@ def find_tag(source: str, model_tag: str | None = None) -> Path:
 
 
 def choose_tag(source: str, model_tag: str | None = None) -> tuple[Path, str]:
-    """`find_tag`'s folder, and why it was chosen."""
+    """Return `find_tag`'s folder, and why it was chosen."""
     root = checkpoint_folder(source, "x").parent
     command = f"python -m scripts.{TRAINED[source].name}"
     if model_tag is not None:
@@ -150,7 +153,7 @@ def choose_tag(source: str, model_tag: str | None = None) -> tuple[Path, str]:
                 f"no {source} checkpoint with tag {model_tag!r} in {root}: train it with `{command}`"
             )
         return root / model_tag, "asked for"
-    # What a fresh start has moved aside is only taken when it is named.
+    # A run that a fresh start has moved aside is taken only when it is named.
     tags = [p for p in root.iterdir() if p.suffix != ".old" and saved_steps(p)] if root.is_dir() else []
     if not tags:
         raise FileNotFoundError(
@@ -196,7 +199,7 @@ def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
 
 
 def build_model(checkpoint: Checkpoint, device: torch.device, phase: str) -> GPT:
-    """The model of a checkpoint on `device`, in "train" or "eval" mode."""
+    """Build the model of a checkpoint on `device`, in "train" or "eval" mode."""
     model = GPT(GPTConfig.from_dict(checkpoint.meta["model_config"]))
     model.load_state_dict(checkpoint.model)
     model.to(device)
@@ -206,7 +209,7 @@ def build_model(checkpoint: Checkpoint, device: torch.device, phase: str) -> GPT
 def load_model(
     source: str, device: torch.device, phase: str = "eval", model_tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-    """(model, tokenizer, meta) of a stage: base, mid, sft or rl; says which checkpoint it took and why.
+    """Return (model, tokenizer, meta) of a stage: base, mid, sft or rl; prints which checkpoint it took and why.
 
     Raises:
         FileNotFoundError: no such checkpoint; the message names the command that makes it.
@@ -230,7 +233,7 @@ def load_model(
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of every random number generator, as tensors for a checkpoint."""
+    """Return the state of every random number generator, as tensors for a checkpoint."""
     _, keys, pos, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     state = {
@@ -249,7 +252,7 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what `rng_state` returned; a rank that has none (there were fewer ranks) keeps its seed."""
+    """Restore what `rng_state` returned; a rank without one (there were fewer ranks before) keeps its seed."""
     if "rng.torch" not in state:
         return
     torch.set_rng_state(state["rng.torch"])

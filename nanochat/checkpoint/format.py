@@ -1,4 +1,4 @@
-"""What a checkpoint is on the disk: names, checksums and the record. No tensors; the writer and the loader stand above.
+"""The files of a checkpoint: names, checksums and the record. No tensors; the writer and the loader stand above.
 
 <base dir>/<source>_checkpoints/<tag>/step_000123/
     model.safetensors        weights
@@ -23,7 +23,7 @@ from nanochat.stages import TRAINED
 
 MODEL_FILE, META_FILE, SUMS_FILE = "model.safetensors", "meta.json", "SHA256SUMS"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
-"""What reading a damaged checkpoint may raise."""
+"""The exceptions that reading a damaged checkpoint may raise."""
 # Six digits, or more without leading zeros: each step has one name, so no two folders can claim the same step.
 _STEP = re.compile(r"step_(\d{6}|[1-9]\d{6,})")
 _SUM = re.compile(r"([0-9a-f]{64})  ([\w.]+)\n")
@@ -37,12 +37,12 @@ def checkpoint_folder(source: str, tag: str) -> Path:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is."""
+    """Return the folder of the checkpoint of `step`."""
     return folder / f"step_{step:06d}"
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps saved in `folder`, ascending; strays and half-written folders are ignored."""
+    """Return the steps saved in `folder`, ascending; strays and half-written folders are ignored."""
     if not folder.is_dir():
         return []
     matches = ((_STEP.fullmatch(p.name), p) for p in folder.iterdir())
@@ -50,12 +50,12 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def optimizer_file(rank: int) -> str:
-    """The name of a rank's part of the optimizer state."""
+    """Return the name of a rank's part of the optimizer state."""
     return f"optim_rank{rank}.safetensors"
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The verified meta.json of the checkpoint in the folder `path`."""
+    """Read the meta.json of the checkpoint in the folder `path`, once its hash is checked."""
     if sha256_file(path / META_FILE) != read_sums(path).get(META_FILE):
         raise ValueError(f"{META_FILE} does not match its SHA-256")
     meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
@@ -65,12 +65,12 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def weights_hash(path: Path) -> str:
-    """The SHA-256 of the weights in the checkpoint folder `path`, which names a model wherever results are kept."""
+    """Return the SHA-256 of the weights in the folder `path`: it names the model wherever results are kept."""
     return read_sums(path)[MODEL_FILE]
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """SHA-256 by file name, as SHA256SUMS has them."""
+    """Read SHA256SUMS: hashes by file name."""
     text = (path / SUMS_FILE).read_text(encoding="ascii")
     sums = {name: digest for digest, name in _SUM.findall(text)}
     # Written again it must be the same text: the list of hashes has no hash of its own that would show damage.
@@ -80,5 +80,5 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def format_sums(sums: dict[str, str]) -> str:
-    """The text of SHA256SUMS."""
+    """Return the text of SHA256SUMS."""
     return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))

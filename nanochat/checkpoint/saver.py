@@ -1,4 +1,4 @@
-"""When a run saves, and what it does when the disk can't take it: the policy above nanochat/checkpoint/writer.py.
+"""Decides when a run saves, and what happens when the disk can't take it: the policy above checkpoint/writer.py.
 
 All ranks decide the same, by `Compute.any_rank`. A checkpoint that can't be written does not stop the training: it is
 tried again later, and a finished model waits for room.
@@ -26,7 +26,7 @@ SAVES_PER_RUN = 20  # a short run is saved at least this often: a kill must not 
 
 @dataclass(frozen=True, kw_only=True)
 class SaveSettings:
-    """How often a run is saved, and which checkpoints stay."""
+    """How often a run is saved, and which checkpoints are kept."""
 
     save_every: int | None = None
     """Steps."""
@@ -34,7 +34,7 @@ class SaveSettings:
     keep_last: int = 2
     keep_every: int | None = None
     final_retry_minutes: float = 30.0
-    """How long the finished model waits for a disk that can take it."""
+    """Time for which the finished model waits for room on the disk."""
 
 
 class Saver:
@@ -69,12 +69,13 @@ class Saver:
         self._saves = 0
 
     def after_step(self, step: int, stop_requested: bool) -> None:
-        """Save if it is time, stop if that was asked for, try again what has failed.
+        """Save if it is time, stop if that was asked for, retry a save that has failed.
 
         Raises:
             Stopped: it was asked for, and the run is saved (or the message says that it could not be).
         """
         now = time.monotonic()
+        # Clocks and disks differ between ranks; all must take the same branch, or one waits in a collective for ever.
         due = now - self._last_save >= self._between or (self._retry_at is not None and now >= self._retry_at)
         stopping, due, busy, failed = self.compute.any_rank(
             stop_requested, due and self.compute.rank == 0, self.writer.busy, self.writer.error is not None
@@ -85,7 +86,7 @@ class Saver:
         if stopping:
             saved = self.save(complete=False)
             print0(f"{self.label}: stopped at step {step}" + (", saved" if saved else ", NOT saved"))
-            print0("the same command goes on from here")
+            print0("the same command resumes from here")
             raise Stopped
         if due:
             self._owed = busy and not failed
@@ -97,7 +98,7 @@ class Saver:
 
         Args:
             complete: the run is over.
-            wait: until it is on the disk; else training goes on while it is written.
+            wait: until it is on the disk; else training continues while it is written.
 
         Returns:
             Whether it is there (with `wait`; else True).
@@ -117,16 +118,16 @@ class Saver:
         return not failed
 
     def before_the_end(self) -> None:
-        """Begin to save what the last evaluation, should it fail, would take along."""
+        """Begin to save before the last evaluation, so that its failure costs no training."""
         (due,) = self.compute.any_rank(time.monotonic() - self._last_save > WORTH_SAVING)
         if due:
             self.save(complete=False, wait=False)
 
     def save_finished(self) -> None:
-        """The last checkpoint: nothing is left to do but to wait for a disk that can take it.
+        """Save the last checkpoint, and wait for room on the disk if there is none.
 
         Raises:
-            RuntimeError: it did not come to that in `final_retry_minutes`.
+            RuntimeError: it could not be written within `final_retry_minutes`.
         """
         minutes = self.settings.final_retry_minutes
         give_up = time.monotonic() + 60 * minutes
@@ -135,16 +136,17 @@ class Saver:
             if over:
                 raise RuntimeError(
                     f"the finished model could not be written to {self.folder}: make room there and start the same "
-                    "command again, it goes on from the newest checkpoint"
+                    "command again, it resumes from the newest checkpoint"
                 )
             time.sleep(min(RETRY_SECONDS, 6 * minutes))
 
     def close(self) -> None:
-        """Let what is being written come to its end, unless it waits for a rank that is gone."""
+        """Wait for the checkpoint that is being written."""
+        # With several ranks not for ever: it may be waiting for the part of a rank that is gone.
         self.writer.wait(5.0 if self.compute.ddp else None)
 
     def _has_failed(self) -> None:
-        """Say loudly what is wrong, and plan another try."""
+        """Print what is wrong, and plan another try."""
         if self.writer.error is None:
             self.writer.abandon()  # another rank has failed
         error, self.writer.error = self.writer.error, None
@@ -153,11 +155,11 @@ class Saver:
             steps = saved_steps(self.folder)
             newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
             print(
-                f"\nWARNING: {self.label}: no checkpoint could be written to {self.folder} ({error}). Training goes on "
-                f"and will try again; until then {newest}",
+                f"\nWARNING: {self.label}: no checkpoint could be written to {self.folder} ({error}). Training "
+                f"continues and will try again; until then {newest}",
                 file=sys.stderr,
                 flush=True,
             )
-        self.compute.any_rank(False)  # nobody writes any more
+        self.compute.any_rank(False)  # a barrier: after it no rank writes any more, and the leftovers can be removed
         if self.compute.rank == 0:
             clean_leftovers(self.folder)

@@ -1,9 +1,9 @@
-"""Writing checkpoints: in a background thread, every rank its own part, and dropping those that are not kept.
+"""Write checkpoints in a background thread, each rank its own part, and remove those that are not kept.
 
 Training stands still only while the state is copied to host memory (`Snapshot`). Every rank then writes its part into
 one hidden folder; rank 0 waits for the others' parts, adds meta.json and SHA256SUMS, syncs and renames the folder. The
-ranks meet in the file system, not by collectives: those belong to the training thread. (So the ranks need one file
-system; several machines without a shared one are left out.)
+ranks meet in the file system, not by collectives: those belong to the training thread. So the ranks need a common file
+system; several machines without one are not supported.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `last` so many, the one of the lowest validation loss, and every `every` steps.
+    """The checkpoints to keep: the `last` so many, the one of the lowest validation loss, and every `every` steps.
 
-    None as `last` keeps all. What an unfinished checkpoint counts as its validation loss is the last one measured
-    before it.
+    None as `last` keeps all. The validation loss of an unfinished checkpoint is the last one measured before it.
     """
 
     last: int | None = 2
@@ -69,7 +68,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a rank has to write, in host memory and shared with nobody.
+    """The state a rank has to write, in host memory that nothing else uses.
 
     Attributes:
         step: optimizer steps done.
@@ -89,7 +88,7 @@ class Snapshot:
 
 
 def host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory that training can't change."""
+    """Copy tensors to host memory, where training can't change them while they are written."""
     return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
 
 
@@ -97,7 +96,7 @@ def host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def size_in_bytes(tensors: dict[str, Tensor]) -> int:
-    """What these tensors take on the disk, without the header."""
+    """Return the size of these tensors on the disk, without the header."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -118,7 +117,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> str:
         header[name] = {"dtype": SAFETENSORS_DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format wants the data to begin at a multiple of 8
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as f:
 
@@ -132,7 +131,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> str:
             data = t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(data), BLOCK_BYTES):  # large calls leave Python's lock to the training thread
                 write(data[start : start + BLOCK_BYTES])
-        os.fsync(f.fileno())
+        os.fsync(f.fileno())  # before the rename that publishes it, or a power cut leaves a name without its bytes
     return digest.hexdigest()
 
 
@@ -164,6 +163,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, keep: Keep, abandon: thread
                 sums |= _part_of(tmp / f"rank{rank}.json", abandon or threading.Event())
         write_json(tmp / META_FILE, {"step": snapshot.step, **snapshot.meta})
         sums[META_FILE] = sha256_file(tmp / META_FILE)
+        # The rename comes last: until then a hidden name keeps the half-written folder from being read as a checkpoint.
         write_text(tmp / SUMS_FILE, format_sums(sums))
         _publish(tmp, step_folder(folder, snapshot.step))
     except BaseException:
@@ -173,7 +173,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, keep: Keep, abandon: thread
 
 
 def _part_of(path: Path, abandon: threading.Event) -> dict[str, str]:
-    """Wait for another rank's part; its hashes."""
+    """Wait for another rank's part; returns its hashes."""
     deadline = time.monotonic() + PARTS_TIMEOUT_SECONDS
     while not path.exists():
         # A rank that fails takes the folder away.
@@ -185,13 +185,14 @@ def _part_of(path: Path, abandon: threading.Event) -> dict[str, str]:
 
 
 def _publish(tmp: Path, target: Path) -> None:
-    """Give a finished folder its name; the one that has it (the same step, saved before) is moved aside first."""
+    """Give a finished folder its name."""
+    # The files are synced already; a folder is a file too: unsynced, a power cut may lose the names in it.
     fsync_folder(tmp)
     old = tmp.with_suffix(".old")
-    if target.exists():
+    if target.exists():  # the same step, saved before: a folder can't be replaced in one operation
         os.replace(target, old)
     os.replace(tmp, target)
-    fsync_folder(target.parent)
+    fsync_folder(target.parent)  # now the rename itself survives a power cut
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -210,7 +211,7 @@ def clean_leftovers(folder: Path) -> None:
 
 
 def dropped_steps(folder: Path, keep: Keep) -> list[int]:
-    """The saved steps that `keep` does not keep, ascending. A finished run keeps the last of its last ones only."""
+    """Return the saved steps that `keep` does not keep, ascending. Of its last ones a finished run keeps one."""
     steps = saved_steps(folder)
     if keep.last is None or not steps:
         return []
@@ -231,7 +232,7 @@ def dropped_steps(folder: Path, keep: Keep) -> list[int]:
 
 
 def prune(folder: Path, keep: Keep) -> None:
-    """Drop the checkpoints that are not kept. Never raises: too many is better than none."""
+    """Remove the checkpoints that are not kept. Never raises: too many is better than none."""
     with contextlib.suppress(OSError):
         for step in dropped_steps(folder, keep):
             _remove(folder, step)
@@ -247,7 +248,7 @@ def _remove(folder: Path, step: int) -> None:
 
 
 def make_room(folder: Path, snapshot: Snapshot, keep: Keep) -> None:
-    """See that the snapshot will fit; if it would not, drop the kept ones but the newest already now.
+    """Check that the snapshot fits on the disk; if it does not, remove all but the newest checkpoint first.
 
     Raises:
         RuntimeError: it does not fit; says how much is missing.
@@ -269,7 +270,7 @@ class CheckpointWriter:
     folder: Path
     keep: Keep = field(default_factory=Keep)
     error: Exception | None = None
-    """Why the last one could not be written; None if it was, or is being."""
+    """The reason why the last one could not be written; None if it was, or is being."""
 
     def __post_init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -298,7 +299,7 @@ class CheckpointWriter:
             self._thread.join(timeout_seconds)
 
     def abandon(self) -> None:
-        """Wait no longer for other ranks' parts: one of them has failed."""
+        """Stop waiting for the other ranks' parts, because one of them has failed."""
         self._abandon.set()
         self.wait()
         self._abandon.clear()
