@@ -28,13 +28,13 @@ class Config:
     output: Annotated[str, short("-o")]
     """The folder to write; one that is there is replaced only if it holds an export and nothing else."""
     source: Annotated[Literal["base", "mid", "sft", "rl"], short("-i")] = "sft"
-    """Which stage's model."""
+    """The stage whose model to export."""
     model_tag: Annotated[str | None, short("-g")] = None
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
     """Step of the checkpoint; default: the last."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """What to store the weights in; float32 loses nothing."""
+    """The type to store the weights in; float32 loses nothing."""
     push: str | None = None
     """Also upload to this hub repository (owner/name), with the token of HF_TOKEN or `hf auth login`."""
     private: bool = True

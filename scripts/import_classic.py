@@ -16,18 +16,18 @@ from nanochat.tokenizer import get_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to import."""
+    """Settings of an import."""
 
     folder: Path
     """The folder with the .pt files."""
     source: Literal["base", "mid", "sft", "rl"] = "base"
-    """Which stage made it."""
+    """The stage that made it."""
     model_tag: str | None = None
     """The name it gets here; default: that of the folder."""
     step: int | None = None
     """Default: the last."""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
-    """What a later stage computes in if its card does so well; the original trains in bfloat16."""
+    """The type that a later stage computes in if its card does so well; the original trains in bfloat16."""
 
 
 def main(cfg: Config) -> None:

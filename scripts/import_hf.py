@@ -24,11 +24,11 @@ class Config:
     path: str
     """The folder, or a hub repository (owner/name)."""
     source: Annotated[Literal["base", "mid", "sft", "rl"], short("-i")] = "sft"
-    """Which stage's checkpoints it joins."""
+    """The stage whose checkpoints it joins."""
     model_tag: Annotated[str, short("-g")] = "imported"
     """Name of the checkpoint folder."""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
-    """What a later stage computes in if its card does so well; the weights stay float32."""
+    """The type that a later stage computes in if its card does so well; the weights stay float32."""
 
 
 def main(cfg: Config) -> None:

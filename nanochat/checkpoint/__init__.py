@@ -1,1 +1,1 @@
-"""How a checkpoint is written, named and proved whole; door: nanochat.checkpoint_manager."""
+"""Checkpoints on the disk: their files, and writing them in the background; door: nanochat.checkpoint_manager."""

@@ -197,7 +197,7 @@ def _publish(tmp: Path, target: Path) -> None:
 
 
 def clean_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half-written; call it while nobody writes. Never raises."""
+    """Remove what a killed run left half-written; call it while no rank writes. Never raises."""
     with contextlib.suppress(OSError):
         for path in folder.glob(".step_*.*.old"):  # killed between the two renames of `_publish`
             target = folder / path.name[1:].split(".")[0]
@@ -278,7 +278,7 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a snapshot is being written."""
+        """True while a snapshot is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, snapshot: Snapshot) -> None:

@@ -61,27 +61,27 @@ SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50}
 
 
 def hf_name(name: str) -> str:
-    """transformers' name of one of our parameters."""
+    """Return transformers' name of one of our parameters."""
     for ours, theirs in PARAMETER_NAMES.items():
         name = name.replace(ours, theirs)
     return name
 
 
 def own_name(name: str) -> str:
-    """Our name of one of transformers' parameters."""
+    """Return our name of one of transformers' parameters."""
     for ours, theirs in PARAMETER_NAMES.items():
         name = name.replace(theirs, ours)
     return name
 
 
 def is_classic(config: GPTConfig) -> bool:
-    """Whether every switch is off, so that transformers has a class for it."""
+    """Return true if every switch is off: then transformers has a class for the model."""
     plain = GPTConfig(**{name: getattr(config, name) for name in CLASSIC_FIELDS})
     return plain == config
 
 
 def has_a_row_per_token(name: str) -> bool:
-    """Whether this (our) parameter's rows are token ids, padded to a multiple of 64."""
+    """Return true if the rows of this parameter of ours are token ids, padded to a multiple of 64."""
     return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
 
 
@@ -143,7 +143,7 @@ def _modern_config(config: GPTConfig) -> dict[str, Any]:
 
 
 def special_ids(tokenizer: RustBPETokenizer) -> dict[str, Any]:
-    """bos, what ends an answer, and padding, as config.json and generation_config.json name them."""
+    """Return the ids of bos, of what ends an answer, and of padding, by their names in transformers' files."""
     bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
     return {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": bos}
 
@@ -192,6 +192,7 @@ def write_hf_folder(
         )
     weights = {}
     for name, value in state.items():
+        # (padded vocabulary, C) -> (vocabulary, C): the padding is ours, transformers' tokenizer knows nothing of it.
         rows = value[: config.vocab_size] if has_a_row_per_token(name) else value
         weights[hf_name(name) if is_classic(config) else name] = rows.detach().to("cpu", dtype).contiguous().clone()
     dtype_name = str(dtype).removeprefix("torch.")
@@ -211,7 +212,7 @@ def write_hf_folder(
 
 
 def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPETokenizer]:
-    """(weights, config, tokenizer) of a folder with a `NanoChatForCausalLM`, ours or somebody else's.
+    """Read (weights, config, tokenizer) from a folder with a `NanoChatForCausalLM`, whoever wrote it.
 
     Raises:
         FileNotFoundError: a file is missing; names it.
@@ -228,16 +229,18 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPET
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} ids, the model only {config.vocab_size}"
         )
+    # float32 whatever they were stored in: that is what checkpoints hold and training updates.
     state = {own_name(name): value.float() for name, value in _read_weights(folder).items()}
     for name in state:
         if has_a_row_per_token(name):
+            # (vocabulary, C) -> (padded vocabulary, C), cut first if another program padded further.
             missing = max(0, config.padded_vocab_size - len(state[name]))
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, missing))[: config.padded_vocab_size]
     return state, config, tokenizer
 
 
 def load_nanochat_folder(path_or_repo: str, device: torch.device) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-    """(model, tokenizer, meta) of such a folder, or of a hub repository "owner/name", ready to chat with.
+    """Load (model, tokenizer, meta) from such a folder, or a hub repository "owner/name", ready to chat with.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: see `read_hf_folder` and `model_folder`.
@@ -285,7 +288,7 @@ def own_config(stored: dict[str, Any]) -> GPTConfig:
 
 
 def bos_token(folder: Path) -> str:
-    """The token that starts a document, by tokenizer_config.json."""
+    """Return the token that starts a document, by tokenizer_config.json."""
     value = _read_json(folder / "tokenizer_config.json").get("bos_token")
     name = value["content"] if isinstance(value, dict) else value
     if not name:

@@ -27,6 +27,7 @@ class HFPrefixCache:
 
     def repeated(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> HFPrefixCache:
         """See scoring.PrefixCache; the keys grow by themselves, so there is no need of `room`."""
+        # Rows that share a prefix read it once: the cache's rows are copied for each continuation.
         self.cache.batch_select_indices(torch.tensor(rows, device=self.device))
         size = int(self.cache.get_seq_length())
         slots = torch.arange(size, device=self.device)
@@ -35,7 +36,7 @@ class HFPrefixCache:
 
     @property
     def device(self) -> torch.device:
-        """Where the keys are."""
+        """The device of the keys."""
         device: torch.device = self.cache.layers[0].keys.device
         return device
 
@@ -59,7 +60,7 @@ class HuggingFaceModel:
                 raise ValueError(f"{type(model).__name__}'s logits are not a linear head's: it can't be scored here")
 
     def get_device(self) -> torch.device:
-        """Where its parameters are."""
+        """Return the device of its parameters."""
         device: torch.device = self.model.get_output_embeddings().weight.device
         return device
 
@@ -79,6 +80,7 @@ class HuggingFaceModel:
             return output.last_hidden_state
         lengths = torch.tensor(kv_cache.lengths, device=idx.device).unsqueeze(1)  # (B, 1)
         new = torch.arange(idx.size(1), device=idx.device)
+        # The slots between a row's own prefix and the longest one are masked, and positions continue at its own end.
         mask = torch.cat((kv_cache.mask, torch.ones_like(idx, dtype=torch.bool)), dim=1).long()
         before = {self.cache_name: kv_cache.cache}
         return body(input_ids=idx, attention_mask=mask, position_ids=lengths + new, **before).last_hidden_state

@@ -32,6 +32,7 @@ def byte_characters() -> list[str]:
 def merge_pairs(ranks: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     """Every pair of tokens that together are a token, ordered by the rank of what they make."""
     rank_of = {token: i for i, token in enumerate(ranks)}
+    # (rank of the whole, of the left part, of the right part): sorted, the earliest merge comes first.
     pairs = [
         (i, rank_of[token[:cut]], rank_of[token[cut:]])
         for token, i in rank_of.items()
@@ -109,6 +110,7 @@ def from_hf_json(stored: dict[str, Any], bos_token: str) -> RustBPETokenizer:
         }
     except KeyError as error:
         raise ValueError(f"the vocabulary holds {error}, which stands for no byte: it is not byte-level BPE") from error
+    # A token's id is its rank, so a gap would shift the merges behind it.
     if sorted(tokens) != list(range(len(tokens))):
         raise ValueError("the ids of the vocabulary are not 0, 1, 2 …: it can't be imported")
     ranks = [tokens[i] for i in range(len(tokens))]

@@ -51,6 +51,7 @@ def read_classic(folder: Path, step: int | None = None) -> tuple[dict[str, Tenso
         config = GPTConfig.from_nanochat(meta["model_config"], weights)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint of nanochat ({type(error).__name__}: {error})") from None
+    # Shapes only: no memory is spent on a model before its file is known to fit it.
     with torch.device("meta"):
         expected = {name: value.shape for name, value in GPT(config).state_dict().items()}
     problems = [f"{name} is missing" for name in sorted(set(expected) - set(weights))]
