@@ -105,7 +105,7 @@ def test_an_epoch_supervises_every_kept_token_exactly_once(
                 assert any(target >= 0 for target in y)
                 found += split_row(x, y)
             assert found == expected
-            stats = loader.stats
+            stats = loader.counts
             assert stats.conversations == sum(expected.values()) * (epoch + 1)
             assert stats.rows * (T + 1) == stats.tokens + stats.padding
             assert stats.supervised == (epoch + 1) * sum(m for piece in expected.elements() for _, m in piece)
@@ -156,7 +156,7 @@ def test_resume_and_world_size_keep_the_order(
         got += rows_of(second, 3)
         reference = make_loaders(data, 1, len(got), T)
         assert got == rows_of(reference, 1)
-        assert second[0].stats == reference[0].stats
+        assert second[0].counts == reference[0].counts
 
 
 def conversation(question: str, *answers: str) -> dict[str, Any]:
@@ -174,11 +174,11 @@ def test_too_long_is_cut_at_a_turn_and_counted() -> None:
     assert (loader.forecast.conversations, loader.forecast.truncated, loader.forecast.dropped) == (2, 1, 2)
     assert loader.rows_per_epoch == 1
     _, y = next(loader)
-    assert loader.stats == loader.forecast
+    assert loader.counts == loader.forecast
     assert loader.epoch == 1
     learned = [i for i in y[0].tolist() if i >= 0]
     assert sorted(BYTES.decode(learned).split("<|assistant_end|>")) == ["", "fine", "short"]
-    assert "1 truncated, 2 dropped" in str(loader.stats)
+    assert "1 truncated, 2 dropped" in str(loader.counts)
 
 
 def test_supervise_all_includes_the_user_and_conversations_without_answer() -> None:
@@ -211,7 +211,7 @@ def test_forecast_scales_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> N
     loader = ConversationLoader(data, BYTES, 1, 64)
     while loader.epoch == 0:
         next(loader)
-    assert loader.rows_per_epoch == pytest.approx(loader.stats.rows, rel=0.1)
+    assert loader.rows_per_epoch == pytest.approx(loader.counts.rows, rel=0.1)
     assert loader.forecast.conversations == 200
 
 

@@ -12,12 +12,13 @@ import bisect
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from nanochat.data.loader import Counts, TrainingSequence
 from nanochat.messages import Conversation
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -111,7 +112,7 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 @dataclass
-class PackingStats:
+class PackingStats(Counts):
     """What packing did to the conversations, over all ranks."""
 
     rows: int = 0
@@ -128,11 +129,6 @@ class PackingStats:
     padding: int = 0
     """Places left empty."""
 
-    def add(self, other: PackingStats) -> None:
-        """Count `other` too."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
     @property
     def padding_share(self) -> float:
         """Padding as a share of all places."""
@@ -146,20 +142,16 @@ class PackingStats:
         )
 
 
-class Place(NamedTuple):
-    """Where the next row comes from."""
+class ChatCursor(NamedTuple):
+    """Where the next sequence comes from."""
 
     epoch: int = 0
     window: int = 0
     row: int = 0
+    """Sequences of the window that are done."""
 
 
-class Row(NamedTuple):
-    """One packed row: the conversations in it, what it adds to the statistics, and the place after it."""
-
-    conversations: list[Rendered]
-    stats: PackingStats
-    after: Place
+ChatSequence = TrainingSequence[PackingStats, ChatCursor]
 
 
 class Packer:
@@ -187,7 +179,7 @@ class Packer:
         return order
 
     def stats_of(self, row: list[Rendered]) -> PackingStats:
-        """The statistics of one row."""
+        """The statistics of one sequence."""
         tokens = sum(len(r.ids) for r in row)
         return PackingStats(
             rows=1,
@@ -198,29 +190,34 @@ class Packer:
             padding=self.renderer.capacity - tokens,
         )
 
-    def rows(self, start: Place) -> Iterator[Row]:
-        """All rows from `start` on, for ever.
+    def _join(self, row: list[Rendered], cursor: ChatCursor) -> ChatSequence:
+        ids, mask = (np.concatenate(parts) for parts in ([r.ids for r in row], [r.mask for r in row]))
+        return TrainingSequence(ids, self.stats_of(row), cursor, mask, [len(r.ids) for r in row])
+
+    def sequences(self, start: ChatCursor) -> Iterator[ChatSequence]:
+        """All sequences from `start` on, without end.
 
         Raises:
-            ValueError: a whole epoch has no row.
+            ValueError: a whole epoch has no sequence.
         """
         epoch, first_window, first_row = start
         while True:
             order = self.order(epoch)
-            pending: Row | None = None  # held back until the place of the next row is known
+            pending: ChatSequence | None = None  # held back until the cursor of the next sequence is known
             dropped = 0
             for number in range(first_window, self.num_windows):
                 rows, newly_dropped = self.window(epoch, number, order)
                 if pending is not None and not rows:
-                    pending.stats.dropped += newly_dropped  # a resume will begin behind this window
+                    pending.counts.dropped += newly_dropped  # a resume will begin behind this window
                 elif first_row == 0:
                     dropped += newly_dropped
                 for i in range(first_row, len(rows)):
-                    place = Place(epoch, number, i)
+                    cursor = ChatCursor(epoch, number, i)
                     if pending is not None:
-                        yield pending._replace(after=place)
-                    pending = Row(rows[i], self.stats_of(rows[i]), place)
-                    pending.stats.dropped, dropped = dropped, 0
+                        pending.after = cursor
+                        yield pending
+                    pending = self._join(rows[i], cursor)
+                    pending.counts.dropped, dropped = dropped, 0
                 first_row = 0
             if pending is None:
                 raise ValueError(
@@ -228,7 +225,8 @@ class Packer:
                     f"{self.renderer.capacity} tokens: raise --max_seq_len or use shorter ones"
                 )
             epoch, first_window = epoch + 1, 0
-            yield pending._replace(after=Place(epoch))
+            pending.after = ChatCursor(epoch)
+            yield pending
 
     def forecast(self) -> PackingStats:
         """The statistics of the first epoch, from its first windows."""
@@ -238,6 +236,6 @@ class Packer:
             rows, dropped = self.window(0, number, order)
             total.dropped += dropped
             for row in rows:
-                total.add(self.stats_of(row))
+                total += self.stats_of(row)
         scale = len(order) / min(len(order), seen * WINDOW)
         return PackingStats(**{name: round(value * scale) for name, value in asdict(total).items()})

@@ -15,30 +15,28 @@ import bisect
 import random
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nanochat.data.token_stream import Block, Position, Tokens, TokenStream
+from nanochat.data.loader import Counts, TrainingSequence
+from nanochat.data.token_stream import Block, TextCursor, Tokens, TokenStream
 
 WINDOW_ROWS = 128  # more pack tighter, fewer resume faster
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What has become of the tokens of the rows so far, over all ranks."""
+class TextCounts(Counts):
+    """What has become of the tokens of the sequences so far, over all ranks."""
 
     rows: int = 0
+    """Sequences."""
     tokens: int = 0
-    """In the rows (a token that ends one row and begins the next one is counted once)."""
+    """In the sequences (a token that ends one and begins the next one is counted once)."""
     cropped: int = 0
     """Thrown away with the ends of cropped documents."""
     padding: int = 0
-    """Places left empty."""
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    """Positions left empty."""
 
     @property
     def cropped_share(self) -> float:
@@ -46,45 +44,32 @@ class Counts:
         return self.cropped / max(1, self.tokens + self.cropped)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the next row comes from: a position, and how many rows of the window that begins there are done."""
-
-    position: Position = field(default_factory=Position)
-    rows: int = 0
+TextSequences = Iterator[TrainingSequence[TextCounts, TextCursor]]
 
 
-class Row(NamedTuple):
-    """At most T+1 tokens, what they add to the counts, and the place after them."""
-
-    tokens: Tokens
-    counts: Counts
-    after: Place
-
-
-def skipped(block: Block, start: Position) -> int:
+def skipped(block: Block, start: TextCursor) -> int:
     """How many tokens of the block lie before `start`."""
-    return start.token if block.position == replace(start, token=0) else 0
+    return start.token if block.cursor == replace(start, token=0, rows=0) else 0
 
 
 # --- stream -----------------------------------------------------------------------------------------------------------
 
 
-class Window:
+class TokenQueue:
     """A queue of tokens that remembers where in the stream each one came from."""
 
-    def __init__(self, blocks: Iterator[Block], start: Position) -> None:
+    def __init__(self, blocks: Iterator[Block], start: TextCursor) -> None:
         self._blocks = blocks
-        self._held = deque[tuple[Tokens, Position]]()
+        self._held = deque[tuple[Tokens, TextCursor]]()
         self._num_tokens = 0
-        self._start = self.position = start
+        self._start = self.cursor = start
 
     def fill(self, n: int) -> int:
         """Hold at least `n` tokens if the stream has them; returns how many are held."""
         while self._num_tokens < n and (block := next(self._blocks, None)) is not None:
             skip = skipped(block, self._start)
             if skip < len(block.tokens):
-                self._held.append((block.tokens[skip:], replace(block.position, token=skip)))
+                self._held.append((block.tokens[skip:], replace(block.cursor, token=skip)))
                 self._num_tokens += len(block.tokens) - skip
         return self._num_tokens
 
@@ -102,24 +87,24 @@ class Window:
         """Take `n` tokens off the front."""
         self._num_tokens -= n
         while n > 0:
-            tokens, position = self._held.popleft()
+            tokens, cursor = self._held.popleft()
             taken = min(n, len(tokens))
             n -= taken
-            self.position = replace(position, token=position.token + taken)
+            self.cursor = replace(cursor, token=cursor.token + taken)
             if taken < len(tokens):
-                self._held.appendleft((tokens[taken:], self.position))
+                self._held.appendleft((tokens[taken:], self.cursor))
         if self._held:
-            self.position = self._held[0][1]
+            self.cursor = self._held[0][1]
 
 
-def stream_rows(stream: TokenStream, start: Place, sequence_len: int) -> Iterator[Row]:
-    """The rows of the classic stream; at the end of validation a shorter one."""
-    window = Window(stream.blocks(start.position), start.position)
-    while (held := window.fill(sequence_len + 1)) >= 2:  # one more than T: the target of the last token
-        tokens = window.peek(min(held, sequence_len + 1))
+def stream_rows(stream: TokenStream, start: TextCursor, sequence_len: int) -> TextSequences:
+    """The sequences of the classic stream; at the end of validation a shorter one."""
+    queue = TokenQueue(stream.blocks(start), start)
+    while (held := queue.fill(sequence_len + 1)) >= 2:  # one more than T: the target of the last token
+        tokens = queue.peek(min(held, sequence_len + 1))
         learned = len(tokens) - 1
-        window.drop(min(held, sequence_len))
-        yield Row(tokens, Counts(1, learned, 0, sequence_len - learned), Place(window.position))
+        queue.drop(min(held, sequence_len))  # T, not T+1: the last target is the next sequence's first token
+        yield TrainingSequence(tokens, TextCounts(1, learned, 0, sequence_len - learned), queue.cursor)
 
 
 # --- bestfit ----------------------------------------------------------------------------------------------------------
@@ -147,9 +132,9 @@ def pack_window(lengths: list[int], capacity: int) -> list[list[tuple[int, int]]
 class _Documents:
     """The documents of a stream one by one, from a position on."""
 
-    def __init__(self, blocks: Iterator[Block], start: Position) -> None:
+    def __init__(self, blocks: Iterator[Block], start: TextCursor) -> None:
         self._blocks, self._block, self._next = blocks, next(blocks, None), 0
-        self.position = start
+        self.cursor = start
         if self._block is not None:
             self._next = int(np.searchsorted(self._block.bounds, skipped(self._block, start)))
 
@@ -161,35 +146,35 @@ class _Documents:
             if self._block is not None and self._next == len(self._block.bounds) - 1:
                 self._block, self._next = next(self._blocks, None), 0
             block = self._block
-            if block is None or (epoch is not None and block.position.epoch != epoch):
+            if block is None or (epoch is not None and block.cursor.epoch != epoch):
                 break
-            epoch = block.position.epoch
+            epoch = block.cursor.epoch
             first, last = block.bounds[self._next], block.bounds[self._next + 1]
             taken.append(block.tokens[first:last])
             num_tokens -= int(last - first)
             self._next += 1
-            self.position = replace(block.position, token=int(last))
-        if self._block is not None and epoch is not None and self._block.position.epoch != epoch:
-            self.position = self._block.position  # the next window begins with the next epoch
+            self.cursor = replace(block.cursor, token=int(last))
+        if self._block is not None and epoch is not None and self._block.cursor.epoch != epoch:
+            self.cursor = self._block.cursor  # the next window begins with the next epoch
         return taken
 
 
-def bestfit_rows(stream: TokenStream, start: Place, sequence_len: int) -> Iterator[Row]:
-    """Rows that begin at a document (see above); in `after`, rows count from where their window begins."""
+def bestfit_rows(stream: TokenStream, start: TextCursor, sequence_len: int) -> TextSequences:
+    """Sequences that begin at a document (see above); `rows` of their cursor counts from where the window begins."""
     capacity, skip = sequence_len + 1, start.rows
-    documents = _Documents(stream.blocks(start.position), start.position)
-    position = start.position
+    documents = _Documents(stream.blocks(start), start)
+    cursor = replace(start, rows=0)
     while window := documents.take(WINDOW_ROWS * capacity):
         packed = pack_window([len(tokens) for tokens in window], capacity)
-        random.Random(f"{position.epoch}/{position.index}/{position.row}/{position.token}").shuffle(packed)
-        after_window = Place(documents.position)
+        # The seed is the place: a resume in the middle of a window packs and shuffles it the same way again.
+        random.Random(f"{cursor.epoch}/{cursor.index}/{cursor.row}/{cursor.token}").shuffle(packed)
         for number, row in enumerate(packed, start=1):
             if number > skip:
                 tokens = np.concatenate([window[i][:taken] for i, taken in row])
                 cropped = sum(len(window[i]) - taken for i, taken in row)
-                after = after_window if number == len(packed) else Place(position, number)
-                yield Row(tokens, Counts(1, len(tokens), cropped, capacity - len(tokens)), after)
-        position, skip = documents.position, 0
+                after = documents.cursor if number == len(packed) else replace(cursor, rows=number)
+                yield TrainingSequence(tokens, TextCounts(1, len(tokens), cropped, capacity - len(tokens)), after)
+        cursor, skip = documents.cursor, 0
 
 
 ROWS = {"stream": stream_rows, "bestfit": bestfit_rows}

@@ -24,13 +24,17 @@ Bounds = npt.NDArray[np.int64]  # (documents + 1,)
 
 
 @dataclass(frozen=True)
-class Position:
-    """A place in the stream: `token` tokens after the beginning of the block at `row` of an epoch's chunk `index`."""
+class TextCursor:
+    """Where reading goes on: `token` tokens after the beginning of the block at `row` of an epoch's chunk `index`."""
 
     epoch: int = 0
     index: int = 0
+    """Of the chunk in this epoch's order of chunks."""
     row: int = 0
+    """Of the parquet row group: the first one of a block."""
     token: int = 0
+    rows: int = 0
+    """In `bestfit` only: the training sequences of the window that begins here that are done already."""
 
 
 class Block(NamedTuple):
@@ -38,7 +42,7 @@ class Block(NamedTuple):
 
     tokens: Tokens
     bounds: Bounds
-    position: Position
+    cursor: TextCursor
     """Where the block begins (its `token` is 0)."""
 
 
@@ -114,7 +118,7 @@ class TokenStream:
         self.skip_bad_shards, self.cache, self.stopped = skip_bad_shards, cache, stopped
         self.chunks: list[Chunk] = corpus.chunks(split)  # grows while shards arrive
 
-    def blocks(self, start: Position) -> Iterator[Block]:
+    def blocks(self, start: TextCursor) -> Iterator[Block]:
         """The blocks that have tokens, from the one that `start` is in.
 
         Raises:
@@ -125,7 +129,7 @@ class TokenStream:
             found = False
             for index, chunk in self._epoch(epoch, first_index):
                 first_row = start.row if (epoch, index) == (start.epoch, start.index) else None
-                for block in self._chunk_blocks(chunk, Position(epoch, index), first_row):
+                for block in self._chunk_blocks(chunk, TextCursor(epoch, index), first_row):
                     found = found or len(block.tokens) > 0
                     if len(block.tokens):
                         yield block
@@ -148,15 +152,15 @@ class TokenStream:
         for index in range(first, len(order)):
             yield index, self.chunks[order[index]]
 
-    def _chunk_blocks(self, chunk: Chunk, place: Position, first_row: int | None) -> Iterator[Block]:
+    def _chunk_blocks(self, chunk: Chunk, at: TextCursor, first_row: int | None) -> Iterator[Block]:
         try:
             for row, texts in chunk.read(first_row):
                 encoded = self.cache.get(chunk, row, len(texts)) if self.cache is not None else None
                 ids, offsets = encoded or self.tokenizer.encode_arrow(texts, self.num_threads)
                 tokens, bounds = insert_bos(ids, offsets, self.tokenizer.get_bos_token_id())
-                if place.epoch > 0:
-                    tokens, bounds = reorder(tokens, bounds, document_order(len(bounds) - 1, place.epoch, chunk, row))
-                yield Block(tokens, bounds, Position(place.epoch, place.index, row))
+                if at.epoch > 0:
+                    tokens, bounds = reorder(tokens, bounds, document_order(len(bounds) - 1, at.epoch, chunk, row))
+                yield Block(tokens, bounds, TextCursor(at.epoch, at.index, row))
         except BadShardError as error:
             if not self.skip_bad_shards:
                 raise

@@ -216,11 +216,11 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
 
         state = trainer.state
         passes = state.tokens / epoch_tokens
-        print0(f"{stage.name}: learned from {loader.stats}, each about {max(1, passes):.0f} times")
+        print0(f"{stage.name}: learned from {loader.counts}, each about {max(1, passes):.0f} times")
         facts = {
             "conversations": len(data.train),
             "data": data.name,
-            "packing": str(loader.stats),
+            "packing": str(loader.counts),
             "validation loss (nats per supervised token)": state.val,
         }
         run.report(stage.section, trainer, facts, {"val loss": state.val})
