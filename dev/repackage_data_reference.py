@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from nanochat.config import run_script
-from nanochat.data.shard_writer import ShardWriter, name_shards
+from nanochat.data.shards import ShardWriter, name_shards
 from nanochat.files import atomic_folder
 from nanochat.progress import progress
 

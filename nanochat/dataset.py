@@ -5,7 +5,7 @@
     python -m nanochat.dataset --source urls:list.txt
     python -m nanochat.dataset --import my_texts/
 
-What was downloaded lies in <base dir>/base_data/<source>, with a manifest (manifest.py) that pins the order of the
+What was downloaded lies in <base dir>/base_data/<source>, with a manifest (data/shards.py) that pins the order of the
 shards, their hashes, and the validation shard, which is fetched first. Scripts then read it with --dataset=<source>.
 With --ready=4 the command returns when the first four shards are there and goes on downloading in the background:
 training starts on them and waits for a later shard only if it is faster than the network.
@@ -26,9 +26,8 @@ import tyro
 from nanochat.config import run_script, short
 from nanochat.data.corpus import BLOCK_ROWS, Chunk, Corpus, list_shards, open_corpus, shard_chunks
 from nanochat.data.download import RemoteFile, download_all, failures_text, matches, probe
-from nanochat.data.hub import file_url, request_headers
 from nanochat.data.shards import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
-from nanochat.data.sources import SOURCES, is_remote, plan_source, source_folder, split_repo
+from nanochat.data.sources import SOURCES, file_url, is_remote, plan_source, request_headers, source_folder, split_repo
 from nanochat.env import get_base_dir, get_dist_info, print0
 
 __all__ = [

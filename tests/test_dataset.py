@@ -18,9 +18,8 @@ from nanochat import dataset
 from nanochat.config import run_script
 from nanochat.data.corpus import list_shards, open_corpus
 from nanochat.data.download import Download, RemoteFile, download_file_with_lock
-from nanochat.data.hub import choose_shards
 from nanochat.data.shards import LOCK, Entry, load_manifest
-from nanochat.data.sources import SOURCES, Source, source_folder
+from nanochat.data.sources import SOURCES, Source, choose_shards, source_folder
 from nanochat.dataset import download_shards, prepare_corpus
 
 ROOT = Path(__file__).resolve().parent.parent

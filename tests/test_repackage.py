@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.config import run_script
-from nanochat.data import shard_writer
+from nanochat.data import shards
 from nanochat.data.corpus import open_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +23,8 @@ def test_local_files_become_shards(
     tool = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "repackage", tool)
     spec.loader.exec_module(tool)
-    monkeypatch.setattr(shard_writer, "SHARD_CHARS", 300)
-    monkeypatch.setattr(shard_writer, "ROW_GROUP_DOCUMENTS", 4)
+    monkeypatch.setattr(shards, "SHARD_CHARS", 300)
+    monkeypatch.setattr(shards, "ROW_GROUP_DOCUMENTS", 4)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     texts = [f"document {i:03d}" for i in range(100)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nanochat import dataset
 from nanochat.config import run_script
-from nanochat.data import shard_writer, text_files, text_import
+from nanochat.data import shards, text_files, text_import
 from nanochat.data.corpus import open_corpus
 from nanochat.data.shards import load_manifest
 from nanochat.data.text_files import Repairs, find_texts, read_documents
@@ -82,8 +82,8 @@ def test_every_document_once_in_an_order_that_only_the_content_decides(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_import, "BUCKET_BYTES", max(1, sum(map(len, texts)) // buckets))
         patch.setattr(text_import, "PENDING_BYTES", 50)
-        patch.setattr(shard_writer, "SHARD_CHARS", 100)
-        patch.setattr(shard_writer, "ROW_GROUP_DOCUMENTS", 3)
+        patch.setattr(shards, "SHARD_CHARS", 100)
+        patch.setattr(shards, "ROW_GROUP_DOCUMENTS", 3)
         files = [write("a.jsonl", texts[:cut]), write("b.jsonl", texts[cut:])]
         if not expected:
             with pytest.raises(ValueError, match="no text in"):
@@ -116,8 +116,8 @@ def test_validation_is_a_twentieth_and_stays_when_documents_are_added(tmp_path: 
 
 
 def test_many_documents_make_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_writer, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(shard_writer, "ROW_GROUP_DOCUMENTS", 7)
+    monkeypatch.setattr(shards, "SHARD_CHARS", 1000)
+    monkeypatch.setattr(shards, "ROW_GROUP_DOCUMENTS", 7)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(f"document {i:04d}") for i in range(400)))
     folder = import_path(tmp_path / "a.jsonl", tmp_path / "out")
     corpus = open_corpus(folder)

@@ -10,11 +10,11 @@ from local_hub import write_shard
 
 from nanochat.config import run_script
 from nanochat.data import corpus as corpus_module
-from nanochat.data import token_cache
 from nanochat.data.corpus import open_corpus
 from nanochat.data.token_cache import TokenCache
 from nanochat.dataloader import Mode, PretrainLoader
 from nanochat.tokenizer import RustBPETokenizer
+from scripts import tok_cache
 
 BYTES = RustBPETokenizer.from_ranks([bytes([i]) for i in range(256)])
 TEXTS = [[f"text {i}" * (i % 5) for i in range(40)], [], [None, "x" * 300], ["é", ""]]
@@ -80,10 +80,10 @@ def test_empty_shards_and_large_vocabularies(tmp_path: Path) -> None:
 def test_command_builds_once(tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     BYTES.save(base_dir / "tokenizer")
     write_shard(tmp_path / "a.parquet", [["one", "two"]])
-    run_script(token_cache.main, token_cache.Config, [f"--data_dir={tmp_path}"])
+    run_script(tok_cache.main, tok_cache.Config, [f"--data_dir={tmp_path}"])
     assert "6 tokens" in capsys.readouterr().out
     ids = next((base_dir / "token_cache").rglob("ids.bin"))
     time = ids.stat().st_mtime_ns
-    run_script(token_cache.main, token_cache.Config, [f"--data_dir={tmp_path}"])
+    run_script(tok_cache.main, tok_cache.Config, [f"--data_dir={tmp_path}"])
     assert ids.stat().st_mtime_ns == time
     assert ids.read_bytes() == b"".join(bytes([b, 0]) for b in b"onetwo")

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from filelock import FileLock
 
-from nanochat.data.shard_writer import ShardWriter, name_shards
+from nanochat.data.shards import ShardWriter, name_shards
 from nanochat.data.text_files import COMPRESSIONS, Repairs, find_texts, read_documents
 from nanochat.env import check_disk_space, get_base_dir, print0
 from nanochat.files import atomic_folder

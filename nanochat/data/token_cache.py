@@ -1,6 +1,6 @@
 """Pre-tokenized shards, for many runs over the same text: the tokens on disk, memory-mapped, 2 or 4 bytes each.
 
-    python -m nanochat.data.token_cache --dataset=climbmix
+    python -m scripts.tok_cache --dataset=climbmix
 
 A cached shard is a folder `<base dir>/token_cache/<tokenizer>/<shard>-<key>` with ids.bin (the tokens of all documents
 one after the other, uint16 or uint32, without bos), offsets.bin (int64: where each document begins, and the end) and
@@ -13,7 +13,6 @@ A loader with a cache gives the very same batches in the same order, and its sta
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from nanochat.config import run_script
-from nanochat.data.corpus import Chunk, Corpus, open_corpus, shard_chunks
+from nanochat.data.corpus import Chunk, Corpus, shard_chunks
 from nanochat.data.token_stream import Bounds, Tokens
-from nanochat.dataset import prepare_corpus
-from nanochat.env import get_base_dir, print0
+from nanochat.env import get_base_dir
 from nanochat.files import atomic_folder, write_json
 from nanochat.progress import progress
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer import RustBPETokenizer
 
 FOOTER_BYTES = 1 << 16
 
@@ -113,28 +110,3 @@ class TokenCache:
             write_json(
                 tmp / "meta.json", {**meta, "dtype": str(self.tokenizer.dtype), "tokenizer": self.tokenizer.hash}
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Tokenize a corpus once, for many runs with --token_cache."""
-
-    data_dir: str | None = None
-    """Folder (or file) of parquet, txt, md, jsonl, csv or html text; default: what the dataset step prepared."""
-    dataset: str | None = None
-    """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
-    num_threads: int = 2
-    """Threads of the tokenizer."""
-
-
-def main(cfg: Config) -> None:
-    """Tokenize what is not cached yet."""
-    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
-    cache = TokenCache(get_tokenizer())
-    tokens = cache.build(corpus, cfg.num_threads)
-    size = tokens * cache.tokenizer.dtype.itemsize / 1e9
-    print0(f"{tokens:,} tokens of {corpus.name} ({size:.2f} GB) are cached in {cache.folder}")
-
-
-if __name__ == "__main__":
-    run_script(main, Config)

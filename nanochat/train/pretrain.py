@@ -108,7 +108,7 @@ class PretrainSettings:
     skip_bad_shards: bool = False
     """Pass over shards that can't be read, with a warning, instead of stopping."""
     token_cache: bool = False
-    """Use the shards that `python -m nanochat.data.token_cache` has tokenized before."""
+    """Use the shards that `python -m scripts.tok_cache` has tokenized before."""
     target_flops: float | None = None
     """Train for this many FLOPs."""
     target_param_data_ratio: float | None = None
