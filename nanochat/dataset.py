@@ -27,7 +27,8 @@ from nanochat.config import run_script, short
 from nanochat.data.corpus import BLOCK_ROWS, Chunk, Corpus, list_shards, open_corpus, shard_chunks
 from nanochat.data.download import RemoteFile, download_all, failures_text, matches, probe
 from nanochat.data.shards import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
-from nanochat.data.sources import SOURCES, file_url, is_remote, plan_source, request_headers, source_folder, split_repo
+from nanochat.data.sources import SOURCES, file_request, is_remote, plan_source, source_folder, split_repo
+from nanochat.data.text_import import find_texts, import_path, import_texts
 from nanochat.env import get_base_dir, get_dist_info, print0
 
 __all__ = [
@@ -168,8 +169,8 @@ def _remote_file(folder: Path, manifest: Manifest, entry: Entry) -> RemoteFile:
         size, etag = (entry.size, None) if entry.digest else probe(place)
         return RemoteFile(place, path, size, entry.digest, etag)
     repo = SOURCES[manifest.source].repo if manifest.source in SOURCES else split_repo(manifest.source)[0]
-    url = file_url(repo, place, manifest.revision or "main")
-    return RemoteFile(url, path, entry.size, entry.digest, headers=request_headers())
+    url, headers = file_request(repo, place, manifest.revision or "main")
+    return RemoteFile(url, path, entry.size, entry.digest, headers=headers)
 
 
 def missing_shards(folder: Path) -> list[str]:
@@ -275,8 +276,6 @@ def _prepare_own(path: Path, text_column: str | None = None) -> Path:
         raise FileNotFoundError(f"--data_dir={path}: there is no such file or folder")
     if list_shards(path):
         return path
-    from nanochat.data.text_import import find_texts, import_texts
-
     files = find_texts(path)
     if not files:
         raise FileNotFoundError(f"--data_dir={path}: no .parquet, .jsonl, .txt, .md, .csv or .html file there")
@@ -320,8 +319,6 @@ class Config:
 def main(cfg: Config) -> None:
     """Download or import, then say what is there."""
     if cfg.import_path is not None:
-        from nanochat.data.text_import import import_path
-
         folder = import_path(Path(cfg.import_path).expanduser(), cfg.out, cfg.text_column)
     elif cfg.source == "demo":
         if subprocess.run([sys.executable, "-m", "tasks.demo"], cwd=ROOT, check=False).returncode:

@@ -66,7 +66,7 @@ class TiktokenEncoder:
     """tiktoken behind the same methods: for its pretrained vocabularies, and as the oracle of the tests."""
 
     def __init__(self, pattern: str, ranks: dict[bytes, int]) -> None:
-        import tiktoken
+        import tiktoken  # lazy: only for its own vocabularies
 
         self._encoding = tiktoken.Encoding(name="nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
@@ -130,7 +130,7 @@ class RustBPETokenizer:
     def _make_encoder(self, encoder: str) -> Encoder:
         if encoder == "tiktoken":
             return TiktokenEncoder(self.pattern, {token: i for i, token in enumerate(self.ranks)})
-        import rustbpe
+        import rustbpe  # lazy: it is compiled; what only reads a model's shape runs without it
 
         return rustbpe.Tokenizer.from_ranks(self.pattern, [(token, i) for i, token in enumerate(self.ranks)])
 
@@ -156,7 +156,7 @@ class RustBPETokenizer:
         Raises:
             ValueError: `vocab_size` is below 265 (256 bytes and 9 special tokens).
         """
-        import rustbpe
+        import rustbpe  # lazy: it is compiled; what only reads a model's shape runs without it
 
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(iter(text_iterator), mergeable_size(vocab_size), pattern=SPLIT_PATTERN)
@@ -165,7 +165,7 @@ class RustBPETokenizer:
     @classmethod
     def from_pretrained(cls, tiktoken_name: str) -> RustBPETokenizer:
         """One of tiktoken's vocabularies ("gpt2", "cl100k_base"), downloaded or from its cache."""
-        import tiktoken
+        import tiktoken  # lazy: only for its own vocabularies
 
         encoding = tiktoken.get_encoding(tiktoken_name)
         ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])

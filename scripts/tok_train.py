@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+import rustbpe
 from nanochat.common import get_base_dir, print0
 from nanochat.config import Runtime, run_script
 from nanochat.dataset import open_corpus, prepare_corpus
@@ -68,8 +69,6 @@ def read(arrays: Iterator[pa.Array], cfg: Config, reading: Reading) -> Iterator[
 
 def main(cfg: Config) -> None:
     """Read, train, save, report."""
-    import rustbpe
-
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
     folder = get_base_dir() / TOKENIZER_FOLDER
     num_bytes = max(1, min(corpus.num_bytes("train"), cfg.max_chars))

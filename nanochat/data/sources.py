@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from nanochat.data.download import LONGEST_BACKOFF, RETRIED, setting
@@ -143,8 +144,6 @@ def _read_text(place: str) -> str:
         if not path.is_file():
             raise FileNotFoundError(f"--source=urls:{place}: there is no such file")
         return path.read_text(encoding="utf-8")
-    import httpx
-
     try:
         return httpx.get(place, follow_redirects=True, timeout=60).raise_for_status().text
     except httpx.HTTPError as error:
@@ -186,7 +185,7 @@ def list_parquet(repo: str, folder: str = "", revision: str | None = None) -> tu
 
 
 def _list(repo: str, folder: str, revision: str | None) -> tuple[str, list[Any]]:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi  # lazy: its import takes as long as all others of a start
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi(endpoint=endpoint())
@@ -240,15 +239,10 @@ def choose_shards(entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
     return train, validation
 
 
-def file_url(repo: str, path: str, revision: str) -> str:
-    """Where one file of a data set is."""
-    from huggingface_hub import hf_hub_url
-
-    return hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=endpoint())
-
-
-def request_headers() -> dict[str, str]:
-    """The headers of a request to the hub: the user's token, if there is one."""
+def file_request(repo: str, path: str, revision: str) -> tuple[str, dict[str, str]]:
+    """(URL, headers) that get one file of a data set; the headers hold the user's token, if there is one."""
+    from huggingface_hub import hf_hub_url  # lazy: as above
     from huggingface_hub.utils import build_hf_headers
 
-    return dict(build_hf_headers())
+    url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=endpoint())
+    return url, dict(build_hf_headers())

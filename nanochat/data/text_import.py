@@ -43,7 +43,7 @@ BUCKET_SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.string())])
 
 
 @dataclass
-class Counts:
+class ImportCounts:
     """What an import met."""
 
     files: int = 0
@@ -129,9 +129,9 @@ class _Import:
 
     def __init__(self, tmp: Path, files: Sequence[Path], sizes: list[int], text_column: str | None, key: str) -> None:
         self.tmp, self.files, self.sizes, self.column, self.key = tmp, files, sizes, text_column, key
-        self.counts, self.samples = Counts(files=len(files)), list[str]()
+        self.counts, self.samples = ImportCounts(files=len(files)), list[str]()
 
-    def run(self) -> tuple[Counts, list[str]]:
+    def run(self) -> tuple[ImportCounts, list[str]]:
         """Both passes; returns what was met, and some documents."""
         buckets = Buckets(self.tmp / "buckets", 1 + sum(self.sizes) // BUCKET_BYTES)
         with progress(2.0, "importing") as bar:
