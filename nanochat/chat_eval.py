@@ -6,10 +6,9 @@ the problems and exchange their records at the end, so the result does not depen
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -19,13 +18,12 @@ from nanochat.env import get_dist_info
 from nanochat.files import ResumeLog
 from nanochat.generate.sampling import Sampling
 from nanochat.progress import progress
-from nanochat.scoring import LanguageModel, batches_by_length, next_token_logits
+from nanochat.scoring import LanguageModel, Record, TaskScore, batches_by_length, next_token_logits
 from nanochat.tokenizer import RustBPETokenizer
 
 # Problems rendered and sorted by length together, per row of a batch.
 BATCHES_PER_WINDOW = 16
 GREEDY = Sampling(temperature=0.0, max_tokens=512)
-Record = dict[str, Any]
 
 
 class EvalTask(Protocol):
@@ -44,61 +42,6 @@ class EvalTask(Protocol):
 
     def evaluate(self, problem: dict[str, Any], completion: str) -> int | bool:
         """Whether the completion is right."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """The result of one task."""
-
-    name: str
-    records: list[Record]
-    """One per problem, in order: index, passed, and what was asked and answered."""
-    baseline: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of problems solved."""
-        return sum(record["passed"] for record in self.records) / len(self.records)
-
-    def groups(self) -> dict[str, TaskScore]:
-        """The score of each group of problems, where the task divides them (a problem's "group")."""
-        names = sorted({record["group"] for record in self.records if "group" in record})
-        return {
-            name: TaskScore(name, [record for record in self.records if record.get("group") == name], self.baseline)
-            for name in names
-        }
-
-    def pass_at(self, k: int) -> float:
-        """Unbiased pass@k of a generative task, from at least k samples per problem."""
-        counts = [(record["num_samples"], record["num_correct"]) for record in self.records]
-        return sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of the accuracy, as a mean of independent problems."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.records))
-
-    @property
-    def centered(self) -> float:
-        """0 for guessing, 1 for perfect."""
-        return (self.accuracy - self.baseline) / (1 - self.baseline)
-
-
-def chat_core(scores: Sequence[TaskScore]) -> tuple[float, float]:
-    """ChatCORE, the mean centered accuracy of the tasks, and its standard error."""
-    mean = sum(score.centered for score in scores) / len(scores)
-    variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in scores)
-    return mean, math.sqrt(variance) / len(scores)
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, given how many of more samples were.
-
-    1 - C(n-c, k) / C(n, k). Source: Chen et al. 2021, https://arxiv.org/abs/2107.03374, section 2.1.
-    """
-    if not 0 < k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(f"need 0 < k <= samples and 0 <= correct <= samples, got {k}, {num_samples}, {num_correct}")
-    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def evaluate_chat_task(

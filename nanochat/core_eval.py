@@ -14,7 +14,6 @@ Source: DCLM, https://arxiv.org/abs/2406.11794, section 3.5 and appendix G. Prom
 from __future__ import annotations
 
 import csv
-import math
 import random
 import zipfile
 import zlib
@@ -33,11 +32,10 @@ from nanochat.data.download import download_file_with_lock
 from nanochat.env import get_base_dir, get_dist_info
 from nanochat.files import ResumeLog, atomic_folder, read_jsonl, write_text
 from nanochat.progress import progress
-from nanochat.scoring import LanguageModel, Score, Span, batches_of_examples, score_groups
+from nanochat.scoring import LanguageModel, Score, Span, TaskScore, batches_of_examples, mean_centered, score_groups
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-KINDS = ("multiple_choice", "schema", "language_modeling")
-# Columns each kind of task needs in its data.
+# The kinds of tasks, and the columns each needs in its data.
 COLUMNS = {
     "multiple_choice": ("query", "choices", "gold"),
     "schema": ("context_options", "continuation", "gold"),
@@ -83,35 +81,10 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """Accuracy on one task. Standard errors are those of a mean of independent examples."""
-
-    label: str
-    correct: list[bool]
-    """One per example, in the shuffled order."""
-    baseline: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of examples answered right."""
-        return sum(self.correct) / len(self.correct)
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of the accuracy."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.correct))
-
-    @property
-    def centered(self) -> float:
-        """0 for guessing, 1 for perfect."""
-        return (self.accuracy - self.baseline) / (1 - self.baseline)
-
-
-@dataclass(frozen=True)
 class CoreResult:
     """Results of all tasks."""
 
-    tasks: list[TaskResult]
+    tasks: list[TaskScore]
     missing: list[str]
 
     @property
@@ -122,17 +95,17 @@ class CoreResult:
     @property
     def core(self) -> float:
         """Mean centered accuracy."""
-        return sum(task.centered for task in self.tasks) / len(self.tasks)
+        return mean_centered(self.tasks)[0]
 
     @property
     def stderr(self) -> float:
         """Standard error of `core`."""
-        return math.sqrt(sum((task.stderr / (1 - task.baseline)) ** 2 for task in self.tasks)) / len(self.tasks)
+        return mean_centered(self.tasks)[1]
 
     def csv(self) -> str:
         """The table in nanochat's form: Task, Accuracy, Centered."""
         lines = [f"{'Task':<35}, {'Accuracy':<10}, {'Centered':<10}"]
-        lines += [f"{task.label:<35}, {task.accuracy:<10.6f}, {task.centered:<10.6f}" for task in self.tasks]
+        lines += [f"{task.name:<35}, {task.accuracy:<10.6f}, {task.centered:<10.6f}" for task in self.tasks]
         lines.append(f"{'CORE (partial)' if self.partial else 'CORE':<35}, {'':<10}, {self.core:<10.6f}")
         return "\n".join(lines) + "\n"
 
@@ -209,8 +182,8 @@ def load_bundle(folder: Path, only: Sequence[str] | None = None) -> Bundle:
 
 def _read_task(folder: Path, entry: Mapping[str, Any], baselines: Mapping[str, float]) -> CoreTask:
     label, kind = entry["label"], entry["icl_task_type"]
-    if kind not in KINDS:
-        raise ValueError(f"{folder / 'core.yaml'}: task {label} is of the unknown kind {kind!r}; known: {KINDS}")
+    if kind not in COLUMNS:
+        raise ValueError(f"{folder / 'core.yaml'}: task {label} is of the unknown kind {kind!r}; known: {[*COLUMNS]}")
     if label not in baselines:
         raise ValueError(f"{folder / 'eval_meta_data.csv'} has no random baseline for task {label}")
     return CoreTask(
@@ -376,7 +349,7 @@ def evaluate_core(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     batch_tokens: int = 8192,
     finished: ResumeLog | None = None,
-    on_result: Callable[[TaskResult], None] = lambda result: None,
+    on_result: Callable[[TaskScore], None] = lambda result: None,
 ) -> CoreResult:
     """Evaluate every task of a bundle on its first `max_per_task` shuffled examples (all by default).
 
@@ -407,6 +380,6 @@ def evaluate_core(
                 finished=finished,
                 on_progress=bar.advance,
             )
-        results.append(TaskResult(task.label, correct, task.baseline))
+        results.append(TaskScore(task.label, [{"passed": c} for c in correct], task.baseline))
         on_result(results[-1])
     return CoreResult(results, bundle.missing)

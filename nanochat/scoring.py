@@ -8,6 +8,7 @@ rows continue from copies of its keys and values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +27,9 @@ MIN_SHARED = 8
 # What a forward pass costs besides its tokens (reading the weights, starting kernels), in tokens: padding a batch by
 # less than this is cheaper than one more batch.
 PASS_TOKENS = 32
+
+
+Record = dict[str, Any]  # a problem and its answer: "passed", and what else a log should hold
 
 
 class LanguageModel(Protocol):
@@ -249,3 +253,62 @@ def next_token_logits(model: LanguageModel, prompts: Sequence[Sequence[int]], ch
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
     logits = model.logits_at(hidden[torch.arange(len(prompts), device=device), last])  # (B, V)
     return logits[:, torch.tensor(choices, device=device)].float().cpu()
+
+
+# --- what the answers to a task amount to -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The result of one task. Standard errors are those of a mean of independent problems."""
+
+    name: str
+    records: list[Record]
+    """One per problem, in order: `passed`, and what else is known of it."""
+    baseline: float
+    """Accuracy of guessing, 0 to 1."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of problems solved."""
+        return sum(record["passed"] for record in self.records) / len(self.records)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.records))
+
+    @property
+    def centered(self) -> float:
+        """0 for guessing, 1 for perfect."""
+        return (self.accuracy - self.baseline) / (1 - self.baseline)
+
+    def groups(self) -> dict[str, TaskScore]:
+        """The score of each group of problems, where the task divides them (a problem's "group")."""
+        names = sorted({record["group"] for record in self.records if "group" in record})
+        return {
+            name: TaskScore(name, [record for record in self.records if record.get("group") == name], self.baseline)
+            for name in names
+        }
+
+    def pass_at(self, k: int) -> float:
+        """Unbiased pass@k of a generative task, from at least k samples per problem."""
+        counts = [(record["num_samples"], record["num_correct"]) for record in self.records]
+        return sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
+
+
+def mean_centered(scores: Sequence[TaskScore]) -> tuple[float, float]:
+    """CORE or ChatCORE: the mean centered accuracy of tasks, and its standard error."""
+    mean = sum(score.centered for score in scores) / len(scores)
+    variance = sum((score.stderr / (1 - score.baseline)) ** 2 for score in scores)
+    return mean, math.sqrt(variance) / len(scores)
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, given how many of more samples were.
+
+    1 - C(n-c, k) / C(n, k). Source: Chen et al. 2021, https://arxiv.org/abs/2107.03374, section 2.1.
+    """
+    if not 0 < k <= num_samples or not 0 <= num_correct <= num_samples:
+        raise ValueError(f"need 0 < k <= samples and 0 <= correct <= samples, got {k}, {num_samples}, {num_correct}")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)

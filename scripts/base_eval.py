@@ -28,7 +28,6 @@ from nanochat.config import Runtime, run_script, short
 from nanochat.core_eval import (
     Bundle,
     CoreResult,
-    TaskResult,
     TextEncoder,
     evaluate_core,
     get_bundle_folder,
@@ -39,7 +38,7 @@ from nanochat.interop.hf_model import load_hf_model
 from nanochat.progress import format_seconds
 from nanochat.report import get_report
 from nanochat.report.text import slugify
-from nanochat.scoring import LanguageModel
+from nanochat.scoring import LanguageModel, TaskScore
 
 SECTION = "Base model evaluation"
 
@@ -78,18 +77,18 @@ class Config:
             raise ValueError(f"--batch_tokens must be at least 1, got {self.batch_tokens}")
 
 
-def print_result(result: TaskResult) -> None:
+def print_result(result: TaskScore) -> None:
     """One line per task."""
     print0(
-        f"{result.label:<35} accuracy {result.accuracy:.4f} ± {result.stderr:.4f}  centered {result.centered:+.4f}  "
-        f"({len(result.correct)} examples)"
+        f"{result.name:<35} accuracy {result.accuracy:.4f} ± {result.stderr:.4f}  centered {result.centered:+.4f}  "
+        f"({len(result.records)} examples)"
     )
 
 
 def report_lines(result: CoreResult) -> dict[str, str]:
     """Each task's centered accuracy, for the report."""
     return {
-        task.label: f"accuracy {task.accuracy:.4f} ± {task.stderr:.4f}, centered {task.centered:.4f}"
+        task.name: f"accuracy {task.accuracy:.4f} ± {task.stderr:.4f}, centered {task.centered:.4f}"
         for task in result.tasks
     }
 
@@ -154,7 +153,7 @@ def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> Non
 
 def read_answers(folder: Path, result: CoreResult) -> list[dict[str, Any]]:
     """What the model chose in each example: those that all ranks kept in `folder`, in order."""
-    place = {task.label: i for i, task in enumerate(result.tasks)}
+    place = {task.name: i for i, task in enumerate(result.tasks)}
     answers = {(place[r["task"]], r["index"]): r for r in ResumeLog(folder).records if r["task"] in place}
     return [answers[key] for key in sorted(answers)]
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import torch.distributed as dist
 
-from nanochat.chat_eval import TaskScore, chat_core, check_samples, evaluate_chat_task
+from nanochat.chat_eval import check_samples, evaluate_chat_task
 from nanochat.checkpoint.format import step_folder, weights_hash
 from nanochat.checkpoint_manager import find_tag, load_model
 from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_compute
@@ -29,6 +29,7 @@ from nanochat.generate.sampling import Sampling
 from nanochat.gpt import GPT
 from nanochat.report import get_report
 from nanochat.report.text import slugify
+from nanochat.scoring import TaskScore, mean_centered
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.common import CodeTask, Task
 from tasks.registry import CLASSIC_TASKS, demo_tasks, get_task, load_available
@@ -143,7 +144,7 @@ def report(
     cfg: Config, meta: Mapping[str, Any], names: list[str], scores: list[TaskScore], missing: Mapping[str, str]
 ) -> None:
     """Print ChatCORE and log the section; a score over a part of the default tasks is called partial."""
-    core, stderr = chat_core(scores)
+    core, stderr = mean_centered(scores)
     partial = bool(missing) or cfg.task_name is not None
     core_name = "ChatCORE (partial)" if partial else "ChatCORE"
     print0(f"{core_name}: {core:.4f} ± {stderr:.4f} (mean centered accuracy of {len(scores)} tasks)")

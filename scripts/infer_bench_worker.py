@@ -120,41 +120,14 @@ def transformers(config: dict[str, Any], state: dict[str, torch.Tensor], setting
     """transformers' NanoChatForCausalLM.generate."""
     from transformers import NanoChatConfig, NanoChatForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-    theirs = NanoChatConfig(
-        vocab_size=state["lm_head.weight"].size(0),
-        hidden_size=config["n_embd"],
-        intermediate_size=4 * config["n_embd"],
-        num_hidden_layers=config["n_layer"],
-        num_attention_heads=config["n_head"],
-        num_key_value_heads=config["n_kv_head"],
-        max_position_embeddings=config["sequence_len"],
-        hidden_act="relu2",
-        final_logit_softcapping=15.0,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        attention_bias=False,
-        tie_word_embeddings=False,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    model = NanoChatForCausalLM(theirs).eval()
-    names = {
-        "transformer.wte": "model.embed_tokens",
-        "transformer.h": "model.layers",
-        "attn.c_q": "self_attn.q_proj",
-        "attn.c_k": "self_attn.k_proj",
-        "attn.c_v": "self_attn.v_proj",
-        "attn.c_proj": "self_attn.o_proj",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
-    renamed = {}
-    for key, value in state.items():
-        for name, other in names.items():
-            key = key.replace(name, other)
-        renamed[key] = value
-    model.load_state_dict(renamed, strict=False)
+    from nanochat.gpt import GPTConfig  # lazy: PYTHONPATH says which
+    from nanochat.interop.hf_format import hf_config, hf_name
+
+    # All rows of the matrices, those that pad the vocabulary too; and no token ends an answer.
+    plain = {"vocab_size": state["lm_head.weight"].size(0), "eos_token_id": None, "bos_token_id": None}
+    shape = hf_config(GPTConfig(**config), PlainTokenizer()) | plain | {"pad_token_id": 0}
+    model = NanoChatForCausalLM(NanoChatConfig.from_dict(shape)).eval()
+    model.load_state_dict({hf_name(name): value for name, value in state.items()}, strict=False)
     model.to(settings["device"], dtype=getattr(torch, settings["dtype"]))
 
     class Clock(StoppingCriteria):

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.chat_eval import TaskScore, chat_core, evaluate_chat_task, pass_at_k
+from nanochat.chat_eval import evaluate_chat_task
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import compute_cleanup
 from nanochat.config import run_script
@@ -25,6 +25,7 @@ from nanochat.engine import Engine
 from nanochat.files import ResumeLog, read_jsonl
 from nanochat.generate.sampling import Sampling
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.scoring import TaskScore, mean_centered, pass_at_k
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval, base_loss, chat_eval
 from tasks.common import Task, render_mc
@@ -167,7 +168,7 @@ def test_chat_core_and_standard_errors():
     assert one.accuracy == 0.5
     assert one.centered == pytest.approx(1 / 3)
     assert one.stderr == pytest.approx(0.05)
-    mean, stderr = chat_core([one, score(9, 10, 0.0)])
+    mean, stderr = mean_centered([one, score(9, 10, 0.0)])
     assert mean == pytest.approx((1 / 3 + 0.9) / 2)
     assert stderr == pytest.approx(math.hypot(0.05 / 0.75, math.sqrt(0.09 / 10)) / 2)
 

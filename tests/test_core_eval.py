@@ -18,7 +18,6 @@ from nanochat import core_eval
 from nanochat.core_eval import (
     CoreResult,
     CoreTask,
-    TaskResult,
     common_prefix_length,
     evaluate_core,
     evaluate_task,
@@ -34,6 +33,7 @@ from nanochat.interop.hf_model import HuggingFaceModel, HuggingFaceTokenizer
 from nanochat.scoring import (
     PASS_TOKENS,
     Span,
+    TaskScore,
     batches_by_length,
     batches_of_examples,
     next_token_logits,
@@ -314,7 +314,7 @@ def test_spans_cover_what_differs():
 rows_strategy = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=4)
 
 
-@given(st.sampled_from(core_eval.KINDS), rows_strategy, st.integers(2, 9))
+@given(st.sampled_from(list(core_eval.COLUMNS)), rows_strategy, st.integers(2, 9))
 def test_every_row_has_something_to_score_even_after_cropping(kind, rows, max_tokens):
     rows = [[9, *row] for row in rows]
     for span in (span.cropped(max_tokens) for span in find_spans(kind, rows)):
@@ -397,24 +397,28 @@ def test_core_is_the_mean_of_centered_and_partial_when_tasks_are_missing(bundle_
         tiny_model, tiny_tokenizer, load_bundle(bundle_folder), max_per_task=4, on_result=seen.append
     )
     assert seen == result.tasks
-    assert [task.label for task in result.tasks] == ["choice_zero", "choice_few", "schema", "lm"]
+    assert [task.name for task in result.tasks] == ["choice_zero", "choice_few", "schema", "lm"]
     assert result.missing == ["gone"]
     assert result.partial
     assert result.core == pytest.approx(sum(task.centered for task in result.tasks) / 4)
-    assert all(len(task.correct) == 4 for task in result.tasks)
+    assert all(len(task.records) == 4 for task in result.tasks)
+
+
+def score(name, passed, baseline):
+    return TaskScore(name, [{"passed": p} for p in passed], baseline)
 
 
 def test_centering_matches_published_numbers():
     # GPT-2: 10,042 HellaSwag items, .308504 -> .078006; 3,270 BoolQ items (guessing: 62 %), .552294 -> -.178175.
-    hellaswag = TaskResult("hellaswag_zeroshot", [True] * 3098 + [False] * 6944, 0.25)
-    boolq = TaskResult("boolq", [True] * 1806 + [False] * 1464, 0.62)
+    hellaswag = score("hellaswag_zeroshot", [True] * 3098 + [False] * 6944, 0.25)
+    boolq = score("boolq", [True] * 1806 + [False] * 1464, 0.62)
     assert hellaswag.centered == pytest.approx(0.078006, abs=1e-6)
     assert boolq.centered == pytest.approx(-0.178175, abs=1e-5)
     assert hellaswag.stderr == pytest.approx(math.sqrt(0.308504 * 0.691496 / 10042), rel=1e-5)
 
 
 def test_csv_has_nanochats_columns():
-    result = CoreResult([TaskResult("a", [True, False], 0.25), TaskResult("b", [True], 0.0)], [])
+    result = CoreResult([score("a", [True, False], 0.25), score("b", [True], 0.0)], [])
     rows = [[cell.strip() for cell in line.split(",")] for line in result.csv().splitlines()]
     assert rows == [
         ["Task", "Accuracy", "Centered"],

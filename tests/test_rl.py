@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from nanochat.chat_eval import pass_at_k
 from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, save_checkpoint
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, parse_config
 from nanochat.data.loader import Batch
 from nanochat.engine import Engine
+from nanochat.scoring import pass_at_k
 from nanochat.train.rl import RLConfig, RLTasks, evaluate_pass_at_k, policy_loss, reinforce
 from nanochat.train.rollouts import Rollout, RolloutLoader, RolloutSettings, answer_prompts, group_advantages, to_rows
 from nanochat.train.trainer import METRICS_FILE, Trainer

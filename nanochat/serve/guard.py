@@ -7,7 +7,7 @@ import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -84,7 +84,8 @@ class Guard:
         if refusal is None and announced.isdecimal() and len(announced) < 20 and int(announced) > MAX_BODY_BYTES:
             refusal = too_large
         if refusal is not None:
-            await respond(refusal)(scope, receive, send_with_headers)
+            response = JSONResponse(refusal.body, refusal.status_code, headers=refusal.headers)
+            await response(scope, receive, send_with_headers)
             return
         await self.app(scope, limited_receive, send_with_headers)
 
@@ -121,11 +122,6 @@ def host_name(host: str) -> str:
     return host.partition(":")[0].lower()
 
 
-def respond(error: RequestError) -> JSONResponse:
-    """The response that tells of an error."""
-    return JSONResponse(error.body, error.status_code, headers=error.headers)
-
-
 def explain_problems(problems: Iterable[dict[str, object]]) -> tuple[str, str | None]:
     """(what is wrong with a request, the first field that is), without repeating the request's content."""
     said: dict[str, None] = {}
@@ -140,25 +136,20 @@ def explain_problems(problems: Iterable[dict[str, object]]) -> tuple[str, str | 
 def add_error_handlers(app: FastAPI) -> None:
     """Every error has the one shape of nanochat.serve.schemas.error_body; a failure says nothing of the inside."""
 
-    async def refused(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestError)
-        return respond(error)
-
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         message, param = explain_problems(error.errors())
         return JSONResponse(error_body(message, param=param), 400)
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, StarletteHTTPException)
-        return JSONResponse(error_body(str(error.detail)), error.status_code, headers=error.headers)
+        assert isinstance(error, StarletteHTTPException)  # RequestError is one too
+        body = error.body if isinstance(error, RequestError) else error_body(str(error.detail))
+        return JSONResponse(body, error.status_code, headers=error.headers)
 
     async def failed(request: Request, error: Exception) -> JSONResponse:
         message = "the server failed; its log says why"
         return JSONResponse(error_body(message, kind="server_error"), 500, headers=SECURITY_HEADERS)
 
-    app.add_exception_handler(RequestError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(StarletteHTTPException, http_error)
-    app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, failed)

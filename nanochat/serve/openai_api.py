@@ -134,11 +134,11 @@ class _Completion:
 
     def _choice(self, i: int, events: Sequence[Event]) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": i, "logprobs": None, "finish_reason": events[-1].finish_reason}
-        text = joined_text(events)
+        parts = join_events(events)
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
         if not self.is_chat:
             return {**choice, "text": (self.echo[i] if self.echo else "") + text}
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        parts = join_events(events)
         if any(part["type"] != "text" for part in parts):
             message["parts"] = parts
         return {**choice, "message": message}
@@ -176,11 +176,6 @@ class _Completion:
         choice = {"index": i, key: new, "logprobs": None, "finish_reason": finish_reason}
         usage = {"usage": None} if include_usage else {}
         return json.dumps({**self._stream_head(), "choices": [choice], **usage}, ensure_ascii=False)
-
-
-def joined_text(events: Sequence[Event]) -> str:
-    """What an answer says, without its tool calls."""
-    return "".join(event.text for event in events if event.kind == "text")
 
 
 def count_usage(prompt_tokens: int, usages: Sequence[Usage | None]) -> dict[str, Any]:

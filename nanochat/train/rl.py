@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.chat_eval import pass_at_k
 from nanochat.checkpoint_manager import Checkpoint, build_model
 from nanochat.common import Compute, print0, print_banner
 from nanochat.data.loader import Batch
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.scoring import pass_at_k
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.clock import Clock
 from nanochat.train.rollouts import RewardTask, RolloutLoader, RolloutSettings, Scorer, answer_prompts
