@@ -25,7 +25,7 @@ import tyro
 
 from nanochat.config import run_script, short
 from nanochat.data.corpus import BLOCK_ROWS, Chunk, Corpus, list_shards, open_corpus, shard_chunks
-from nanochat.data.download import RemoteFile, download_all, failures_text, matches, probe
+from nanochat.data.download import RemoteFile, download_all, matches, probe
 from nanochat.data.shards import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
 from nanochat.data.sources import SOURCES, file_request, is_remote, plan_source, source_folder, split_repo
 from nanochat.data.text_import import find_texts, import_path, import_texts
@@ -157,9 +157,10 @@ def _fetch(folder: Path, manifest: Manifest, missing: list[Entry], workers: int)
     finally:
         manifest.with_rows(rows).save(folder)
     if failed:
+        first = min(failed)
         raise RuntimeError(
-            f"{len(failed)} of {len(missing)} shards failed: {failures_text(failed)} "
-            "(run the same command again: finished shards are kept)"
+            f"{len(failed)} of {len(missing)} shards failed: {', '.join(sorted(failed))}. First error ({first}): "
+            f"{failed[first] or type(failed[first]).__name__} (run the same command again: finished shards are kept)"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Everything else that the project depends on, and its own Rust extension.
 ABSENT = (
-    *("tyro", "rich", "yaml", "pyarrow", "tiktoken", "safetensors", "httpx", "tenacity", "psutil", "datasets"),
+    *("tyro", "rich", "yaml", "pyarrow", "tiktoken", "safetensors", "httpx", "psutil", "datasets"),
     *("fastapi", "uvicorn", "sse_starlette", "wandb", "transformers", "regex", "rustbpe"),
 )
 WITHOUT = f"""

@@ -5,6 +5,8 @@ content is pinned by a hash or an ETag) asks for the rest only. A finished file 
 its source states; only then it gets its name. Attempts that brought nothing new are counted and spaced by backoff with
 jitter; a server's Retry-After is respected.
 
+huggingface_hub's own download is not used: it compares sizes but no hashes, and not every source is the hub.
+
 Environment: NANOCHAT_DOWNLOAD_ATTEMPTS (in a row without a new byte), NANOCHAT_DOWNLOAD_TIMEOUT (seconds to wait for a
 connection or for the next bytes), NANOCHAT_DOWNLOAD_BACKOFF (seconds before the second attempt).
 """
@@ -25,19 +27,19 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from filelock import FileLock
-from tenacity import RetryCallState, Retrying, sleep_using_event
 
 from nanochat.env import check_disk_space, get_base_dir, print0
 from nanochat.files import fsync_folder
-from nanochat.progress import format_seconds, progress
+from nanochat.progress import Bar, format_seconds, progress
 
 RETRIED = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be different the next time
 LONGEST_BACKOFF, LONGEST_RETRY_AFTER = 30.0, 300.0  # seconds
 READ_BYTES = 1 << 20
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -60,26 +62,21 @@ class StoppedError(RuntimeError):
     """Another download failed for good or the user interrupted."""
 
 
-def file_digest(path: Path, kind: str) -> str:
-    """The "sha256" or the "git" digest of a file, in hex."""
-    if kind == "sha256":
-        digest = hashlib.sha256()
-    elif kind == "git":
-        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    else:
-        raise ValueError(f"unknown kind of digest {kind!r}")
-    with open(path, "rb") as f:
-        while block := f.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def matches(path: Path, size: int | None, digest: str | None) -> bool:
-    """Whether a file has the size and digest that are stated (None: anything)."""
+    """True if a file has the size and digest that are stated (None: anything)."""
     if size is not None and path.stat().st_size != size:
         return False
     kind, _, expected = (digest or "").partition(":")
-    return not digest or file_digest(path, kind) == expected
+    if kind == "git":  # what git hashes is the content behind a header
+        found = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    elif kind in ("sha256", ""):
+        found = hashlib.sha256()
+    else:
+        raise ValueError(f"unknown kind of digest {kind!r}")
+    with open(path, "rb") as f:
+        while digest and (block := f.read(READ_BYTES)):
+            found.update(block)
+    return not digest or found.hexdigest() == expected
 
 
 def setting(name: str, default: float) -> float:
@@ -92,6 +89,69 @@ def setting(name: str, default: float) -> float:
         return float(os.environ.get(name) or default)
     except ValueError:
         raise ValueError(f"{name}={os.environ[name]} is not a number") from None
+
+
+# --- trying again -----------------------------------------------------------------------------------------------------
+
+
+def retry(
+    attempt: Callable[[], Result],
+    is_temporary: Callable[[Exception], bool],
+    have: Callable[[], int] = lambda: 0,
+    stop: threading.Event | None = None,
+) -> Result:
+    """The result of `attempt`, called until it succeeds; its last error if it fails for good or too often in a row.
+
+    Args:
+        attempt: what to do.
+        is_temporary: says of an error whether another attempt may help.
+        have: how much is there already; a failure after which it is more than ever before does not count.
+        stop: ends a pause when set.
+    """
+    attempts, first = setting("NANOCHAT_DOWNLOAD_ATTEMPTS", 5), setting("NANOCHAT_DOWNLOAD_BACKOFF", 1)
+    failures, most = 0, have()
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            # A bad line that breaks every minute still brings a large file, as long as each attempt brings some of it.
+            failures = 0 if have() > most else failures + 1
+            most = max(most, have())
+            if failures >= attempts or not is_temporary(error):
+                raise
+            # With jitter, or many clients of a server that was down would all come back in the same second.
+            pause = min(LONGEST_BACKOFF, first * 2 ** max(0, failures - 1)) + random.uniform(0, first)
+            (stop or threading.Event()).wait(max(pause, retry_after(error)))
+
+
+def is_temporary(error: Exception) -> bool:
+    """True if another attempt may bring what this one did not."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in RETRIED
+    if isinstance(error, httpx.TransportError):
+        return not isinstance(error, httpx.UnsupportedProtocol)
+    # An OSError with a number is one of this machine's disk, unless it is a connection's.
+    return isinstance(error, (ConnectionError, TimeoutError)) or (isinstance(error, OSError) and error.errno is None)
+
+
+def retry_after(error: Exception) -> float:
+    """Seconds that the server asked to wait (0 if it did not say).
+
+    By `Retry-After`, in seconds or as a date (RFC 9110), or the hub's `RateLimit: "name";r=0;t=seconds`.
+    """
+    response = getattr(error, "response", None)
+    if response is None:
+        return 0.0
+    headers, seconds = response.headers, 0.0
+    value = headers.get("retry-after", "").strip()
+    if value.isdigit():
+        seconds = float(value)
+    elif value:
+        with contextlib.suppress(ValueError, TypeError):
+            seconds = (parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
+    elif response.status_code == 429 and (limit := re.search(r";\s*t=(\d+)", headers.get("ratelimit", ""))):
+        seconds = float(limit[1])
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
@@ -117,61 +177,44 @@ class Download:
         self.file, self.on_bytes, self.check = file, on_bytes, check
         self.stop = stop or threading.Event()
         self.etag = file.etag
-        self.pinned = bool(file.digest or file.etag)  # a later run may go on with the partial file
+        # The name of the partial file holds what it is a part of: bytes of two versions never meet in one file. Without
+        # a hash or an ETag nothing says that a later run would ask for the same content; then the name is random.
+        self.pinned = bool(file.digest or file.etag)
         version = f"{file.digest or file.url} {file.etag}" if self.pinned else os.urandom(8).hex()
         key = hashlib.sha256(version.encode()).hexdigest()[:8]
         self.part = file.path.with_name(f".{file.path.name}.{key}.part")
-        self.most = self._have()
-        self.failures = 0  # attempts in a row after which not more was there than ever before
 
     def run(self) -> Path:
         """Download, check, give the file its name.
 
         Raises:
-            httpx.HTTPError, OSError, ValueError: it could not be had or is not what it should be.
+            httpx.HTTPError, OSError, ValueError: it can't be downloaded or is not what it should be.
             StoppedError: `stop` was set.
         """
         self.file.path.parent.mkdir(parents=True, exist_ok=True)
-        attempts = setting("NANOCHAT_DOWNLOAD_ATTEMPTS", 5)
-        retrying = Retrying(
-            stop=lambda _: self.failures >= attempts,
-            wait=self._pause,
-            retry=lambda state: state.outcome is not None and is_temporary(state.outcome.exception()),
-            sleep=sleep_using_event(self.stop),
-            reraise=True,
-        )
         try:
-            retrying(self._attempt)
+            retry(self._attempt, is_temporary, self.have, self.stop)
         finally:
             if not self.pinned:
                 self.part.unlink(missing_ok=True)
         return self.file.path
 
-    def _have(self) -> int:
+    def have(self) -> int:
+        """Bytes that are there already."""
         return self.part.stat().st_size if self.part.exists() else 0
 
-    def _pause(self, state: RetryCallState) -> float:
-        first = setting("NANOCHAT_DOWNLOAD_BACKOFF", 1)
-        backoff = min(LONGEST_BACKOFF, first * 2 ** max(0, self.failures - 1)) + random.uniform(0, first)
-        return max(backoff, retry_after(state.outcome.exception() if state.outcome else None))
-
     def _attempt(self) -> None:
-        try:
-            if self.file.size is None or self._have() != self.file.size:
-                self._transfer()
-            if not matches(self.part, self.file.size, self.file.digest):
-                self._throw_away()
-                raise OSError("the bytes that came are not those of the source (size or hash differ)")
-        except BaseException:
-            self.failures = 0 if self._have() > self.most else self.failures + 1
-            self.most = max(self.most, self._have())
-            raise
+        if self.file.size is None or self.have() != self.file.size:
+            self._transfer()
+        if not matches(self.part, self.file.size, self.file.digest):
+            self._throw_away()
+            raise OSError("the bytes that came are not those of the source (size or hash differ)")
         try:
             self.check(self.part)
         except ValueError:
             self._throw_away()
             raise
-        with open(self.part, "rb+") as f:
+        with open(self.part, "rb+") as f:  # on the disk before it has its name, or a power cut could leave a hole
             os.fsync(f.fileno())
         os.replace(self.part, self.file.path)
         fsync_folder(self.file.path.parent)
@@ -179,21 +222,21 @@ class Download:
             other.unlink(missing_ok=True)  # parts of other versions
 
     def _throw_away(self) -> None:
-        self.on_bytes(-self._have())
+        self.on_bytes(-self.have())
         self.part.unlink(missing_ok=True)
 
     def _transfer(self) -> None:
         """Get the bytes that are missing."""
         if self.stop.is_set():
             raise StoppedError("stopped")
-        have = self._have()
+        have = self.have()
         if (have and not (self.file.digest or self.etag)) or have > (self.file.size or have):
             self._throw_away()  # nothing says that the rest would belong to the same content
             have = 0
-        headers = {**self.file.headers, "Accept-Encoding": "identity"}
+        headers = {**self.file.headers, "Accept-Encoding": "identity"}  # packed bytes could not be continued
         if have:
             headers["Range"] = f"bytes={have}-"
-            if self.etag and not self.file.digest:
+            if self.etag and not self.file.digest:  # the whole file comes if it is another one by now
                 headers["If-Range"] = self.etag
         timeout = setting("NANOCHAT_DOWNLOAD_TIMEOUT", 60)
         with httpx.stream("GET", self.file.url, headers=headers, follow_redirects=True, timeout=timeout) as response:
@@ -201,13 +244,13 @@ class Download:
                 self._throw_away()
                 raise OSError("the partial file does not fit the server's")
             response.raise_for_status()
-            if have and (response.status_code != 206 or not _continues(response, have)):
+            continues = response.headers.get("content-range", "").startswith(f"bytes {have}-")
+            if have and (response.status_code != 206 or not continues):
                 self._throw_away()
                 have = 0
                 if response.status_code == 206:
                     raise OSError("the server sent another range than was asked for")
-            etag = response.headers.get("etag", "")
-            self.etag = etag if etag and not etag.startswith("W/") else None
+            self.etag = _strong_etag(response)
             self._write(response, have)
 
     def _write(self, response: httpx.Response, have: int) -> None:
@@ -228,42 +271,21 @@ class Download:
             raise OSError(f"got {have} of {total} bytes")
 
 
-def _continues(response: httpx.Response, have: int) -> bool:
-    return bool(response.headers.get("content-range", "").startswith(f"bytes {have}-"))
+def _strong_etag(response: httpx.Response) -> str | None:
+    etag = response.headers.get("etag", "")
+    return etag if etag and not etag.startswith("W/") else None  # a weak one allows other bytes of the same meaning
 
 
-def is_temporary(error: BaseException | None) -> bool:
-    """Whether another attempt may bring what this one did not."""
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code in RETRIED
-    if (
-        isinstance(error, OSError)
-        and error.errno is not None
-        and not isinstance(error, (ConnectionError, TimeoutError))
-    ):
-        return False  # of this machine's disk
-    if isinstance(error, httpx.UnsupportedProtocol):
-        return False
-    return isinstance(error, (httpx.TransportError, OSError))
-
-
-def retry_after(error: BaseException | None) -> float:
-    """Seconds that the server asked to wait (0 if it did not say).
-
-    By `Retry-After`, in seconds or as a date (RFC 9110), or the hub's `RateLimit: "name";r=0;t=seconds`.
-    """
-    if not isinstance(error, httpx.HTTPStatusError):
-        return 0.0
-    headers, seconds = error.response.headers, 0.0
-    value = headers.get("retry-after", "").strip()
-    if value.isdigit():
-        seconds = float(value)
-    elif value:
-        with contextlib.suppress(ValueError, TypeError):
-            seconds = (parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
-    elif error.response.status_code == 429 and (limit := re.search(r";\s*t=(\d+)", headers.get("ratelimit", ""))):
-        seconds = float(limit[1])
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+def probe(url: str) -> tuple[int | None, str | None]:
+    """(size, strong ETag) of what is behind a URL, None where the server does not say."""
+    try:
+        timeout = setting("NANOCHAT_DOWNLOAD_TIMEOUT", 60)
+        response = httpx.head(url, headers={"Accept-Encoding": "identity"}, follow_redirects=True, timeout=timeout)
+        response.raise_for_status()
+    except httpx.HTTPError:
+        return None, None  # the download itself will say what is wrong
+    length = response.headers.get("content-length")
+    return int(length) if length else None, _strong_etag(response)
 
 
 # --- many files, or one by several processes --------------------------------------------------------------------------
@@ -283,16 +305,18 @@ def download_all(
     """
     if not files:
         return {}
-    total = sum(file.size or 0 for file in files)
-    partial = sum(download.part.stat().st_size for download in map(Download, files) if download.part.exists())
+    stop = threading.Event()
+    downloads = [Download(file, check=check, stop=stop) for file in files]
+    total, partial = sum(file.size or 0 for file in files), sum(download.have() for download in downloads)
     folder = files[0].path.parent
     folder.mkdir(parents=True, exist_ok=True)
     check_disk_space(folder, total - partial, f"downloading {len(files)} files")
     failed: dict[str, Exception] = {}
-    stop, lock = threading.Event(), threading.Lock()
     with progress(total or len(files), label) as bar, ThreadPoolExecutor(workers) as pool:
-        meter = _Meter(bar.set, len(files), partial, counts_bytes=total > 0, lock=lock)
-        jobs = {pool.submit(Download(file, meter.add, check, stop).run): file for file in files}
+        meter = _Meter(bar, len(files), partial, counts_bytes=total > 0)
+        for download in downloads:
+            download.on_bytes = meter.add
+        jobs = {pool.submit(download.run): download.file for download in downloads}
         try:
             for job in as_completed(jobs):
                 error = job.exception()
@@ -300,8 +324,8 @@ def download_all(
                     arrived(jobs[job])
                 elif isinstance(error, Exception):
                     failed[jobs[job].path.name] = error
-                meter.finish()
-        except BaseException:
+                meter.add(num_files=1)
+        except BaseException:  # Ctrl-C too: the threads end at their next block, and keep what they have
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -311,52 +335,19 @@ def download_all(
 class _Meter:
     """Adds up what all threads bring and shows it, with speed."""
 
-    def __init__(
-        self,
-        show: Callable[[float, str], None],
-        num_files: int,
-        num_bytes: int,
-        counts_bytes: bool,
-        lock: threading.Lock,
-    ) -> None:
-        self.show, self.num_files, self.counts_bytes, self.lock = show, num_files, counts_bytes, lock
-        self.num_bytes, self.finished, self.came = num_bytes, 0, 0
-        self.start = time.monotonic()
+    def __init__(self, bar: Bar, total_files: int, num_bytes: int, counts_bytes: bool) -> None:
+        self.bar, self.total_files, self.counts_bytes = bar, total_files, counts_bytes
+        self.num_bytes, self.num_files, self.came = num_bytes, 0, 0
+        self.start, self.lock = time.monotonic(), threading.Lock()
 
-    def add(self, num_bytes: int) -> None:
+    def add(self, num_bytes: int = 0, num_files: int = 0) -> None:
         with self.lock:
             self.num_bytes += num_bytes
+            self.num_files += num_files
             self.came += max(0, num_bytes)
-            self._show()
-
-    def finish(self) -> None:
-        with self.lock:
-            self.finished += 1
-            self._show()
-
-    def _show(self) -> None:
-        speed = self.came / max(time.monotonic() - self.start, 1e-9) / 1e6
-        note = f"{self.finished}/{self.num_files} files, {self.num_bytes / 1e6:,.0f} MB, {speed:,.1f} MB/s"
-        self.show(self.num_bytes if self.counts_bytes else self.finished, note)
-
-
-def failures_text(failed: Mapping[str, Exception]) -> str:
-    """ "a.parquet, b.parquet. First error: ..." """
-    first = min(failed)
-    return f"{', '.join(sorted(failed))}. First error ({first}): {failed[first] or type(failed[first]).__name__}"
-
-
-def probe(url: str, headers: Mapping[str, str] | None = None) -> tuple[int | None, str | None]:
-    """(size, strong ETag) of what is behind a URL, None where the server does not say."""
-    try:
-        asked = {**(headers or {}), "Accept-Encoding": "identity"}
-        timeout = setting("NANOCHAT_DOWNLOAD_TIMEOUT", 60)
-        response = httpx.head(url, headers=asked, follow_redirects=True, timeout=timeout)
-        response.raise_for_status()
-    except httpx.HTTPError:
-        return None, None  # the download itself will say what is wrong
-    length, etag = response.headers.get("content-length"), response.headers.get("etag", "")
-    return int(length) if length else None, etag if etag and not etag.startswith("W/") else None
+            speed = self.came / max(time.monotonic() - self.start, 1e-9) / 1e6
+            note = f"{self.num_files}/{self.total_files} files, {self.num_bytes / 1e6:,.0f} MB, {speed:,.1f} MB/s"
+            self.bar.set(self.num_bytes if self.counts_bytes else self.num_files, note)
 
 
 def download_file_with_lock(
@@ -371,7 +362,7 @@ def download_file_with_lock(
         digest: "sha256:<hex>" that the content must have.
 
     Raises:
-        RuntimeError: the file could not be had; the message names the URL and where to put the file by hand.
+        RuntimeError: it can't be downloaded; names the URL and where to put the file by hand.
     """
     path = get_base_dir() / filename
     if path.exists():

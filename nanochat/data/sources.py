@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from nanochat.data.download import LONGEST_BACKOFF, RETRIED, setting
+from nanochat.data.download import RETRIED, retry, setting
 from nanochat.data.shards import SHARD_CHARS, Entry, Manifest
 from nanochat.env import get_base_dir
 
@@ -170,12 +169,11 @@ def list_parquet(repo: str, folder: str = "", revision: str | None = None) -> tu
         RuntimeError: it can't be listed; says what to check.
     """
     try:
-        commit, files = _retrying()(_list, repo, folder, revision)
+        commit, files = retry(lambda: _list(repo, folder, revision), _is_temporary)
     except Exception as error:  # the client raises many kinds: no network, offline mode, no such repo, gated
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        status = getattr(getattr(error, "response", None), "status_code", None)
         hint = "check the network, or set HF_ENDPOINT to a mirror"
-        if status in (401, 403, 404):
+        if _status(error) in (401, 403, 404):
             hint = "check its name; for a private or gated data set log in with HF_TOKEN"
         elif os.environ.get("HF_HUB_OFFLINE"):
             hint = "HF_HUB_OFFLINE is set"
@@ -195,18 +193,12 @@ def _list(repo: str, folder: str, revision: str | None) -> tuple[str, list[Any]]
     return commit, [item for item in tree if isinstance(item, RepoFile)]
 
 
-def _retrying() -> Retrying:
-    def temporary(error: BaseException) -> bool:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        return status in RETRIED or (status is None and "Offline" not in type(error).__name__)
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
 
-    first = setting("NANOCHAT_DOWNLOAD_BACKOFF", 1)
-    return Retrying(
-        stop=stop_after_attempt(int(setting("NANOCHAT_DOWNLOAD_ATTEMPTS", 5))),
-        wait=wait_exponential(multiplier=first, max=LONGEST_BACKOFF) + wait_random(0, first),
-        retry=retry_if_exception(temporary),
-        reraise=True,
-    )
+
+def _is_temporary(error: Exception) -> bool:
+    return _status(error) in RETRIED or (_status(error) is None and "Offline" not in type(error).__name__)
 
 
 def _digest(file: Any) -> str:
