@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import scripts.infer_bench as infer_bench
+import dev.bench.infer_bench as infer_bench
 from nanochat.config import parse_config, run_script
 
 

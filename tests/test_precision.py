@@ -383,13 +383,12 @@ NAMES_DTYPES = {
     "gpu_check.py",
     "fast_decode.py",
     "decode_linear.py",
-    "infer_bench.py",
     "import_hf.py",
     "import_classic.py",
 }
 
 
-COMPUTES_NOTHING = ("__init__", "infer_bench_worker", "monitor")
+COMPUTES_NOTHING = ("__init__", "monitor", "tok_cache")
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem not in COMPUTES_NOTHING)
 
 
@@ -415,7 +414,7 @@ def test_no_script_that_computes_is_without_a_precision():
     for path in sorted((ROOT / "scripts").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         # An export computes nothing; the worker of a bench is told its device and dtype.
-        exempt = path.name in ("export_hf.py", "infer_bench_worker.py")
+        exempt = path.name == "export_hf.py"
         if not exempt and ("load_model" in text or "GPT(" in text):
             assert "setup_compute(" in text, path.name
             assert "autocast(dtype" not in text.replace("torch.", ""), path.name
