@@ -1,13 +1,13 @@
-"""Which setting learns more? Trains a matrix of settings at equal compute on real text and compares bits per byte.
+"""Train a matrix of settings with equal compute on real text, and compare their bits per byte.
 
     python dev/ablate.py --data FOLDER --experiment switches --seconds 300 --seeds 0
     python dev/ablate.py --data FOLDER --experiment vocabulary --flops 2e14 --seeds 0 1 2
     python dev/ablate.py --data FOLDER --experiment recipes --seconds 1200 --seeds 0 1 2 --dtype bfloat16
 
 Every run is `scripts.base_train` in a process of its own, with a base folder for each vocabulary (its tokenizer is
-trained on first use). A finished run is one line of the results file; what is there already is not run again, so that a
-killed matrix goes on. The validation text is the same for every vocabulary: the number of tokens is set by the
-tokenizer's bytes per token. Times are equal only on a machine that does nothing else: prefer --flops on a busy one.
+trained on first use). A finished run is one line in the results file and is not repeated, so a matrix that was killed
+resumes. The validation text is the same for every vocabulary: the tokenizer's bytes per token determine the number of
+tokens. Times are comparable only on a machine that does nothing else; on a busy one use --flops.
 """
 
 from __future__ import annotations
@@ -105,19 +105,19 @@ class Config:
     flops: float | None = None
     """Training FLOPs of each run, instead of a time."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One run of every setting for each."""
+    """Every setting is run once with each."""
     base: str = "--recipe=classic --depth=4 --max_seq_len=512 --device_batch_size=8 --total_batch_size=16384"
     """Flags of base_train for all runs, as --base="--depth=4 ..."; a setting's own flags come after them."""
     vocab_size: int = 8192
-    """Vocabulary, where a setting names none."""
+    """Vocabulary, unless a setting names another."""
     dtype: str = "float32"
     """Precision of training."""
     only: tuple[str, ...] = ()
-    """Labels to run, when not all."""
+    """Labels of the settings to run; default: all."""
     eval_bytes: int = 2_000_000
     """How much of the validation text is evaluated."""
     results: str = "ablate.jsonl"
-    """Finished runs, one a line; appended to."""
+    """File for finished runs, one per line; new ones are appended."""
     work: str = "ablate"
     """Folder for tokenizers and the runs' logs."""
 
@@ -140,7 +140,7 @@ def merged_flags(cfg: Config, flags: str, seed: int) -> dict[str, str]:
 
 
 def run_module(module: str, flags: dict[str, str], base_dir: Path, log: Path) -> None:
-    """Run a script; its output goes to the log, and its end into the error if it fails."""
+    """Run a script. Its output goes to the log; if it fails, the end of it goes into the error."""
     command = [sys.executable, "-m", module, *(f"--{name}={value}" for name, value in flags.items())]
     with open(log, "w", encoding="utf-8") as out:
         code = subprocess.call(
@@ -171,7 +171,7 @@ def prepare(cfg: Config, vocab_size: int) -> tuple[Path, float]:
 
 
 def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, float]:
-    """Train once; what is compared, and what it cost."""
+    """Train once; returns the figures that are compared, and the cost."""
     flags = dict(flags)
     base_dir, bytes_per_token = prepare(cfg, int(flags.pop("vocab_size")))
     flags |= {"data_dir": cfg.data, "eval_tokens": str(int(cfg.eval_bytes / bytes_per_token)), "eval_every": "0"}
@@ -199,7 +199,7 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main(cfg: Config) -> None:
-    """Run what is missing, one seed of every setting after the other; print the table after each seed."""
+    """Run whatever is missing, all settings seed by seed; print the table after each seed."""
     path = Path(cfg.results)
     done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     settings = {k: v for k, v in EXPERIMENTS[cfg.experiment].items() if not cfg.only or k in cfg.only}

@@ -1,15 +1,15 @@
-"""Kill a small base -> mid -> SFT pipeline at random moments, go on each time, compare with an undisturbed run.
+"""Kill a small base -> mid -> SFT pipeline at random moments, resume it each time, compare with an undisturbed run.
 
-    python dev/chaos.py                          20 × SIGKILL, 5 × SIGTERM on the pipeline, 6 torn disks
-    python dev/chaos.py --ranks 2 --kills 6      two gloo ranks, of which one is killed
+    python dev/chaos.py                          20 × SIGKILL, 5 × SIGTERM on the pipeline, 6 failing disks
+    python dev/chaos.py --ranks 2 --kills 6      two gloo ranks, one of which is killed
 
-Final weights, position in the data, loss scale, counters and the loss log (loss, gradient norm, learning rate of every
-step) must be the same bit for bit; a SIGTERM must lose no step and exit with 75; a dead rank must end the other.
+Final weights, position in the data, loss scale, counters and the loss log (loss, gradient norm and learning rate of
+every step) must be the same bit for bit; a SIGTERM must lose no step and exit with 75; a dead rank must end the other.
 
-A torn disk: while a run writes checkpoints every few steps, the largest file it may write is limited to a random
-number of bytes (RLIMIT_FSIZE, from outside), so that a write stops in the middle of a file; as root also a tmpfs that
-fills up.
-The newest checkpoint that loads must be at most one interval old, and the run must end with the same weights.
+A failing disk: while a run writes checkpoints every few steps, the size of the files it may write is limited to a
+random number of bytes (RLIMIT_FSIZE, from outside), so that a write stops in the middle of a file; as root, a tmpfs
+fills up as well. The newest checkpoint that loads must be at most one interval old, and the run must end with the same
+weights.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Config:
     """What to do to the pipeline."""
 
     kills: int = 20
-    """SIGKILLs, spread over the stages."""
+    """Number of SIGKILLs, spread over the stages."""
     terms: int = 5
-    """SIGTERMs."""
+    """Number of SIGTERMs."""
     tears: int = 6
-    """Torn disks, in base training (and one tmpfs, as root)."""
+    """Number of failing disks, in base training (and one tmpfs, as root)."""
     ranks: int = 1
     """Processes of torchrun; with more than one, each SIGKILL hits one of them."""
     steps: int = 120
@@ -60,11 +60,11 @@ class Config:
     only: str | None = None
     """Only the stages up to this one: base_train, mid_train or chat_sft."""
     seed: int = 1
-    """Of the random moments."""
+    """Seed of the random moments."""
     folder: str | None = None
     """Where to work; default: a temporary folder, removed at the end."""
     child: bool = False
-    """(Used by itself: run the pipeline in $NANOCHAT_BASE_DIR.)"""
+    """(For internal use: run the pipeline in $NANOCHAT_BASE_DIR.)"""
 
     @property
     def stages(self) -> list[str]:
@@ -184,11 +184,11 @@ def newest_step(base_dir: Path, stage: str) -> int | None:
         return None
 
 
-# --- what is done to it ----------------------------------------------------------------------------------------------
+# --- disturbing it ---------------------------------------------------------------------------------------------------
 
 
 def kill_at_random(cfg: Config, base_dir: Path, rng: random.Random) -> float:
-    """All kills, then to the end; returns the longest time that a rank outlived a killed one."""
+    """Kill and resume, then run to the end; returns the longest time that a rank outlived a killed one."""
     kinds = ["KILL"] * cfg.kills + ["TERM"] * cfg.terms
     rng.shuffle(kinds)
     # A moment: when this stage has come to this step, and a little later.
@@ -197,7 +197,7 @@ def kill_at_random(cfg: Config, base_dir: Path, rng: random.Random) -> float:
     for number, (kind, (at, step)) in enumerate(zip(kinds, moments, strict=True), 1):
         stage = cfg.stages[at]
         run = Run(cfg, base_dir)
-        # What was reached before the last kill counts: then this one comes while the run starts.
+        # If an earlier launch has got this far already, the kill comes while the run starts.
         if run.wait_for(lambda run=run, stage=stage, step=step: run.step(stage) >= step):  # type: ignore[misc]
             time.sleep(rng.uniform(0, 0.3) if rng.random() < 0.7 else rng.uniform(0, 4))
         reached = run.step(stage)
@@ -222,7 +222,7 @@ def kill_at_random(cfg: Config, base_dir: Path, rng: random.Random) -> float:
 
 
 def tear(cfg: Config, base_dir: Path, rng: random.Random) -> int:
-    """Let the disk fail in base training, kill the run, mend the disk; returns how old the newest checkpoint was."""
+    """Let the disk fail in base training, kill the run, repair the disk; returns the age of the newest checkpoint."""
     import psutil
 
     run = Run(cfg, base_dir)
@@ -255,7 +255,7 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[None]:
 
 
 def fill_disk(cfg: Config, base_dir: Path) -> int:
-    """Base training on a disk that is full for a while; returns how old the newest checkpoint was when it got full."""
+    """Train on a disk that is full for a while; returns the age of the newest checkpoint when it became full."""
     folder = base_dir / TRAINED["base_train"]
     folder.mkdir(parents=True, exist_ok=True)
     with small_disk(folder, 64 << 20):
@@ -276,7 +276,7 @@ def fill_disk(cfg: Config, base_dir: Path) -> int:
 
 
 def outcome(cfg: Config, base_dir: Path) -> dict[str, Any]:
-    """All that must not depend on interruptions."""
+    """Everything that must not depend on interruptions."""
     from nanochat.checkpoint.format import weights_hash
     from nanochat.checkpoint_manager import load_checkpoint
 
@@ -320,7 +320,7 @@ def main(cfg: Config) -> None:
             (work / "killed").mkdir()
             slowest = kill_at_random(cfg, work / "killed", rng)
             compare(cfg, wanted, work / "killed")
-            print(f"{cfg.kills} × SIGKILL, {cfg.terms} × SIGTERM: the same bit for bit", flush=True)
+            print(f"{cfg.kills} × SIGKILL, {cfg.terms} × SIGTERM: the same result bit for bit", flush=True)
             if cfg.ranks > 1:
                 print(f"a killed rank ended the others within {slowest:.1f} s")
                 result["seconds_to_end"] = round(slowest, 1)
@@ -331,7 +331,7 @@ def main(cfg: Config) -> None:
 
 
 def torn_disks(cfg: Config, work: Path, wanted: dict[str, Any], rng: random.Random) -> int:
-    """The disks that fail; returns the greatest age of the newest good checkpoint, in steps."""
+    """Let disks fail; returns the greatest age of the newest good checkpoint, in steps."""
     base = replace(cfg, only="base_train")
     wanted = {name: value for name, value in wanted.items() if name.startswith("base_train")}
     ages = []
@@ -348,7 +348,7 @@ def torn_disks(cfg: Config, work: Path, wanted: dict[str, Any], rng: random.Rand
     if max(ages) > 2 * SAVE_EVERY:
         raise RuntimeError(f"the newest good checkpoint was {max(ages)} steps old, saved every {SAVE_EVERY}")
     print(
-        f"{len(ages)} torn or full disks: the newest good checkpoint was at most {max(ages)} steps old, then the same"
+        f"{len(ages)} failing or full disks: the newest good checkpoint was at most {max(ages)} steps old; same result"
     )
     return max(ages)
 

@@ -1,4 +1,4 @@
-"""GSM8K's own answers must all score 1, and none may when its number is another.
+"""Check that GSM8K's own answers all score 1, and that none scores when its number is changed.
 
 NANOCHAT_TASK_DIR=... python -m dev.check_gsm8k
 """
@@ -6,14 +6,24 @@ NANOCHAT_TASK_DIR=... python -m dev.check_gsm8k
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
+from nanochat.config import run_script
 from tasks.gsm8k import GSM8K
 
 
-def main() -> int:
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to check."""
+
+    splits: tuple[str, ...] = ("test", "train")
+    """Splits of the data set."""
+
+
+def main(cfg: Config) -> None:
     """Count; exit 1 if anything is wrong."""
     failed = False
-    for split in ("test", "train"):
+    for split in cfg.splits:
         task = GSM8K(split)
         right = wrong = 0
         for problem in task:
@@ -22,8 +32,9 @@ def main() -> int:
             wrong += task.evaluate(problem, f"{answer}1")
         print(f"GSM8K {split}: reference answers right {right}/{len(task)}; with one more digit {wrong}")
         failed = failed or right != len(task) or wrong > 0
-    return int(failed)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, Config)

@@ -1,11 +1,12 @@
-"""Does `base_train --hours` keep its promise? Trains three depths on a small corpus of the demo world, one after the
-other, kills one of them with SIGKILL half-way and resumes it, and says pass or fail.
+"""Check that `base_train --hours` takes as long as it says: trains three depths on a small corpus of the demo world,
+one after the other, kills one of them with SIGKILL halfway and resumes it, and says pass or fail.
 
     python dev/check_hours.py                    six minutes for each of depths 1, 2 and 4
     python dev/check_hours.py --hours 0.03
 
-The time is measured from outside, from the start of the process to its end, without what Python needs to start and to
-import; of the killed run both parts count. Passed: within 3 % of --hours, and the last step's learning rate is zero.
+The time is measured from outside, from the start of the process to its end, without the time Python needs to start
+and import; both parts of the killed run count. A run passes if it is within 3 % of --hours and its last learning rate
+is zero.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Config:
     """What to check."""
 
     hours: float = 0.1
-    """The promise."""
+    """The time that is asked for."""
     depths: tuple[int, ...] = (1, 2, 4)
-    """Of the models; the middle one is killed and resumed."""
+    """Depths of the models; the middle one is killed and resumed."""
     folder: str | None = None
     """Where to work; default: a temporary folder, removed at the end."""
 
@@ -48,12 +49,12 @@ class Config:
 
 
 def command(*arguments: str) -> list[str]:
-    """A module of this project in this Python."""
+    """The command that runs a module of this project with this Python."""
     return [sys.executable, "-m", *arguments]
 
 
 def prepare(environment: dict[str, str]) -> None:
-    """Text and tokenizer."""
+    """Make text and tokenizer."""
     for arguments in (
         ("tasks.demo", f"--chars={CHARS}"),
         ("scripts.tok_train", "--dataset=demo", f"--vocab_size={VOCAB}"),
@@ -62,7 +63,7 @@ def prepare(environment: dict[str, str]) -> None:
 
 
 def train(cfg: Config, depth: int, environment: dict[str, str], log: Path, kill_at: float | None) -> float | None:
-    """One launch; returns its seconds from the first line of output to its end, None if it was killed as asked."""
+    """Launch once; returns the seconds from the first line of output to the end, or to the kill."""
     flags = (f"--depth={depth}", f"--hours={cfg.hours}", *FLAGS)
     with (
         open(log, "ab") as f,

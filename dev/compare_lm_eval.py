@@ -1,12 +1,13 @@
-"""CORE's choices against those of lm-evaluation-harness, on the same prompts, example by example.
+"""Compare CORE's choices with those of lm-evaluation-harness, on the same prompts, example by example.
 
 pip install lm_eval, then
 python -m dev.compare_lm_eval --hf_path FOLDER --eval_bundle FOLDER [--n 20] [--tasks "copa|piqa|..."]
 
-Writes each task as a local YAML with its rendered prompts (few-shot examples included) and lets the harness score it.
-It reports the log-likelihood of each whole continuation; ours leaves out tokens that all choices share at their start,
-so the choices are compared by totals, from which a shared constant falls out, and by the mean per scored token. Where
-two contexts (schema) end alike, CORE scores that end too: it is then a part of the continuation that the harness gets.
+Writes each task as a local YAML file with its rendered prompts (few-shot examples included) and lets the harness
+score it. The harness reports the log-likelihood of each whole continuation; ours leaves out the tokens that all
+choices share at their start. The choices are therefore compared by totals, where a shared constant cancels, and by
+the mean per scored token. If two contexts (of a schema task) end with the same text, CORE scores that text too: it is
+then part of the continuation that the harness gets.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def as_pairs(task: CoreTask, item: Item, shots: list[Item], tokenizer: HuggingFa
 
 
 def write_task(folder: Path, name: str, rows: list[tuple[str, str]]) -> None:
-    """A local harness task with one document a row."""
+    """Write a local harness task with one document per row."""
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"ctx": context, "end": ending}) + "\n" for context, ending in rows)
     config = {

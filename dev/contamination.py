@@ -1,17 +1,16 @@
-"""How much of the evaluation is in the training text: shared word n-grams, counted.
+"""Count how much of the evaluation data occurs in the training text, by shared n-grams of words.
 
     python dev/contamination.py --dataset=climbmix
     python dev/contamination.py --data_dir=FOLDER --eval_bundle=FOLDER --tasks GSM8K HumanEval --json=found.json
 
 Reads all training shards and compares them with the validation documents, the CORE tasks and the chat tasks. Words are
-runs of letters and digits without regard to case (a to z; other letters as they are) and punctuation. An item counts as
-touched if one of its n-grams (13 words by default, as in GPT-3's report, arXiv:2005.14165, appendix C) occurs in a
-training document, as covered if at least half of them do. Items of fewer words than n can't be judged and are counted
-too.
+runs of letters and digits; case (of a to z) and punctuation are ignored. An item counts as touched if at least one of
+its n-grams (13 words by default, as in GPT-3's report, arXiv:2005.14165, appendix C) occurs in a training document, and
+as covered if at least half of them do. Items with fewer than n words can't be judged; they are counted separately.
 
-Every n-gram is a 64-bit hash, computed for millions of words at once with NumPy: of each byte string the polynomial
-hash, from differences of a running sum; of n words the same once more. Equal n-grams have equal hashes, so none is
-missed; that two different ones share a hash is as good as excluded (1 in 2^64 if hashes were random).
+Every n-gram becomes a 64-bit hash, computed for millions of words at once with NumPy: each word gets a polynomial hash,
+from differences of a running sum, and n words are hashed the same way once more. Equal n-grams have equal hashes, so
+none is missed; two different ones practically never share a hash (1 in 2^64 if hashes were random).
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def hash_ngrams(texts: pa.Array, n: int) -> tuple[U64, npt.NDArray[np.int64]]:
 
 @dataclass
 class EvalSet:
-    """Items whose n-grams are looked for."""
+    """Items whose n-grams are searched for."""
 
     name: str
     items: list[str]
@@ -99,7 +98,7 @@ class EvalSet:
 
 @dataclass
 class Found:
-    """What was found of one evaluation set."""
+    """The counts of one evaluation set."""
 
     name: str
     items: int
@@ -109,7 +108,7 @@ class Found:
     covered: int
     """Items with at least half of their n-grams in it."""
     ngrams: int
-    """Different n-grams of the set."""
+    """Distinct n-grams of the set."""
     ngrams_found: int
     training_documents: int
     """Training documents with at least one n-gram of the set."""
@@ -117,12 +116,12 @@ class Found:
 
 
 def scan(train: Iterator[pa.Array], sets: list[EvalSet], n: int, total_bytes: int, num_examples: int) -> list[Found]:
-    """Look for the n-grams of all sets in the training texts."""
+    """Search the training texts for the n-grams of all sets."""
     for s in sets:
         s.hashes, s.owners = hash_ngrams(pa.array(s.items, pa.string()), n)
     keys = np.unique(np.concatenate([s.hashes for s in sets]))  # sorted
     belongs = [np.isin(keys, s.hashes) for s in sets]
-    maybe = np.zeros(1 << FILTER_BITS, dtype=bool)  # most training n-grams are sorted out here
+    maybe = np.zeros(1 << FILTER_BITS, dtype=bool)  # most training n-grams are discarded here
     maybe[keys >> np.uint64(64 - FILTER_BITS)] = True
     found = np.zeros(len(keys), dtype=bool)
     documents = [0] * len(sets)
@@ -169,7 +168,7 @@ def summary(s: EvalSet, keys: U64, found: npt.NDArray[np.bool_], documents: int,
     )
 
 
-# --- what is evaluated ------------------------------------------------------------------------------------------------
+# --- evaluation sets --------------------------------------------------------------------------------------------------
 
 
 def core_sets(folder: Path) -> tuple[list[EvalSet], list[str]]:
@@ -186,7 +185,7 @@ def core_sets(folder: Path) -> tuple[list[EvalSet], list[str]]:
 
 
 def conversation_text(conversation: dict[str, Any]) -> str:
-    """All that is said in it."""
+    """The text of all messages."""
     contents = [message["content"] for message in conversation["messages"]]
     return " ".join(c if isinstance(c, str) else " ".join(part["text"] for part in c) for c in contents)
 
@@ -205,17 +204,17 @@ class Config:
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     n: int = 13
-    """Words of an n-gram."""
+    """Words per n-gram."""
     validation: bool = True
-    """Look for the validation documents."""
+    """Search for the validation documents."""
     core: bool = True
-    """Look for the CORE tasks."""
+    """Search for the CORE tasks."""
     eval_bundle: str | None = None
     """Folder of the CORE bundle; default: the one in the base folder, downloaded when missing."""
     tasks: tuple[str, ...] = tuple(CLASSIC_TASKS)
-    """Chat tasks to look for."""
+    """Chat tasks to search for."""
     examples: int = 1
-    """Items to print of each set, those with the largest share found."""
+    """How many items of each set to print, those with the largest share found."""
     json: str | None = None
     """File for all counts."""
 
@@ -225,7 +224,7 @@ class Config:
 
 
 def eval_sets(cfg: Config, corpus: Corpus) -> tuple[list[EvalSet], list[str]]:
-    """What is to be looked for, and what could not be had."""
+    """(The sets to search for, one line for each that is unavailable)."""
     sets = [EvalSet("validation", list(corpus.documents("val")))] if cfg.validation else []
     absent: list[str] = []
     if cfg.core:
@@ -243,7 +242,7 @@ def main(cfg: Config) -> None:
     for line in absent:
         print(f"left out: {line}")
     if not sets:
-        raise ValueError("nothing to look for: every evaluation set is switched off or missing")
+        raise ValueError("nothing to search for: every evaluation set is switched off or missing")
     found = scan(corpus.arrays("train"), sets, cfg.n, corpus.num_bytes("train"), cfg.examples)
     print(f"{cfg.n}-grams of words shared with the training documents of {corpus.name}")
     print(f"{'':36} {'items':>7} {'short':>7} {'touched':>8} {'%':>6} {'covered':>8} {'n-grams':>9} {'train docs':>10}")

@@ -1,11 +1,11 @@
-"""The documents as data: code blocks, generated tables, links, figures and anchors, for tests/test_docs.py.
+"""Read the documents as data: code blocks, generated tables, links, figures and anchors, for tests/test_docs.py.
 
-    python -m dev.docs              write the generated blocks anew
-    python -m dev.docs --anchors    where the places that docs/tour.md names stand now, with their lines
+    python -m dev.docs              regenerate the generated blocks
+    python -m dev.docs --anchors    print the current lines of the places that docs/tour.md names
 
-A generated block stands between `<!-- generated: COMMAND -->` and `<!-- end -->`; it is what COMMAND prints. A code
-block that not every machine can run has a comment in the line above it: `<!-- needs a GPU -->`, `<!-- needs internet
--->`, `<!-- needs Docker -->` or `<!-- takes long -->`, with more behind a colon if it isn't plain.
+A generated block is everything between `<!-- generated: COMMAND -->` and `<!-- end -->`, and is what COMMAND prints. A
+code block that not every machine can run has a comment in the line above it: `<!-- needs a GPU -->`, `<!-- needs
+internet -->`, `<!-- needs Docker -->` or `<!-- takes long -->`, with an explanation after a colon if needed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from nanochat.files import atomic_path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = ROOT / "dev" / "LOG.md"
-# report.md is what a run has left there.
+# report.md is the result of a run.
 DOCUMENTS = [p for folder in (ROOT, ROOT / "docs") for p in sorted(folder.glob("*.md")) if p.name != "report.md"]
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 GENERATED = re.compile(r"<!-- generated: (.+?) -->\n(.*?)<!-- end -->", re.DOTALL)
 MARK = re.compile(r"<!-- (needs a GPU|needs internet|needs Docker|takes long)\b[^\n]*-->\n *$")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-# A figure of speed, time, memory or ratio; settings and shapes are in code spans, which are not looked at.
+# A figure of speed, time, memory or ratio. Settings and shapes are in code spans, which are ignored.
 FIGURE = re.compile(
     r"\d[\d.,]*[ -]?(?:thousand |million |billion )?"
     r"(?:tok(?:ens)?/s|tokens per second|[TG]FLOP/s|[GM]B/s|[GM]i?B\b|hours?\b|minutes?\b|min\b|ms\b|s\b|%|×|times\b)"
@@ -47,7 +47,7 @@ class Config:
     """Settings of this tool."""
 
     anchors: bool = False
-    """Only print where the places that the tour names are."""
+    """Only print the lines of the places that the tour names."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Block:
 
     @property
     def name(self) -> str:
-        """Where it stands."""
+        """Its document and line."""
         return f"{self.document}:{self.line}"
 
     @property
     def commands(self) -> list[str]:
-        """Its shell commands, continued lines joined, comments left out."""
+        """Its shell commands, with continued lines joined, without comments."""
         lines = self.text.replace("\\\n", " ").splitlines()
         commands = [" ".join(shlex.split(line, comments=True)) and line.strip() for line in lines]
         return [command for command in commands if command]
@@ -91,10 +91,10 @@ def blocks(path: Path) -> list[Block]:
 
 
 def generate(command: str) -> str:
-    """What a command of a generated block prints; a module of this project, run in this process."""
+    """The output of a generated block's command: a module of this project, run in this process."""
     words = shlex.split(command)
     if words[:2] != ["python", "-m"]:
-        raise ValueError(f"`{command}`: a generated block is made by `python -m MODULE`")
+        raise ValueError(f"`{command}`: the command of a generated block must be `python -m MODULE`")
     module = importlib.import_module(words[2])
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -108,7 +108,7 @@ def generated(path: Path) -> list[tuple[str, str]]:
 
 
 def write_generated(path: Path) -> bool:
-    """Make a document's generated blocks anew; True if it changed."""
+    """Regenerate the blocks of a document; True if it changed."""
     before = path.read_text(encoding="utf-8")
 
     def block(match: re.Match[str]) -> str:
@@ -136,12 +136,12 @@ def slugs(path: Path) -> set[str]:
 
 
 def links(path: Path) -> list[str]:
-    """Where a document's links lead."""
+    """The targets of a document's links."""
     return LINK.findall(FENCE.sub("", path.read_text(encoding="utf-8")))
 
 
 def broken_links(path: Path) -> list[str]:
-    """Links to files or headings that are not there, and external ones that are no https address."""
+    """Links to missing files or headings, and external ones that are not https addresses."""
     problems = []
     for link in links(path):
         if re.match(r"[a-z]+:", link):
@@ -156,8 +156,8 @@ def broken_links(path: Path) -> list[str]:
 
 
 def paragraphs(path: Path) -> list[tuple[int, str]]:
-    """Line and text of each paragraph or list item, and each table with the paragraph before it; without code blocks,
-    generated blocks and headings.
+    """Line and text of each paragraph or list item, and of each table row with the paragraph before the table; without
+    code blocks, generated blocks and headings.
     """
     text = path.read_text(encoding="utf-8")
     for pattern in (FENCE, GENERATED):
@@ -180,7 +180,7 @@ def paragraphs(path: Path) -> list[tuple[int, str]]:
 
 
 def unsourced(path: Path) -> list[str]:
-    """Paragraphs and rows of tables with a figure and without its source."""
+    """Paragraphs and rows of tables that have a figure but no source for it."""
     problems = []
     for line, text in paragraphs(path):
         prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
@@ -191,7 +191,7 @@ def unsourced(path: Path) -> list[str]:
 
 
 def sums(path: Path) -> list[tuple[str, float, float]]:
-    """The arithmetic that a document shows, with its value and what is written after the equals sign."""
+    """The arithmetic in a document: expression, its value, and the number after the equals sign."""
     text = FENCE.sub("", GENERATED.sub("", path.read_text(encoding="utf-8")))
     number = r"\d+(?:\.\d+)?(?:e\d+)?"
     term = rf"(?:{number}|\({number}(?:\s*[×/+]\s*{number})*\))"
@@ -219,7 +219,7 @@ def symbol_line(anchor: str) -> int:
 
 
 def _names(node: ast.AST) -> list[str]:
-    """What a statement defines."""
+    """The names that a statement defines."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -232,7 +232,7 @@ def anchors(path: Path) -> list[str]:
 
 
 def main(cfg: Config) -> None:
-    """Write the generated blocks, or show the anchors."""
+    """Regenerate the blocks, or print the anchors."""
     if cfg.anchors:
         for anchor in dict.fromkeys(anchors(ROOT / "docs" / "tour.md")):
             file, _, name = anchor.partition(":")

@@ -1,12 +1,13 @@
-"""Does a model learn as well with products accumulated in float16 (--fp16_gemm, for a P100)? Emulated on a CPU.
+"""Emulate on a CPU how a model learns with products that are accumulated in float16 (--fp16_gemm, for a P100).
 
     python dev/emulate_fp16_gemm.py --data FOLDER --steps 1000
 
-Trains the same model on the same batches twice, factors and results of the blocks' products rounded to float16: once
-accumulated in float32, as PyTorch does it, and once with every multiply-add of y and dx rounded to float16, one term
-after the other, as a P100's fused half multiply-add does, in the parts of nanochat/ops/fp16_gemm.py. Everything else is
-float32 (a CPU takes minutes for a step in float16). Prints both losses and how far they are apart, and the error of one
-product. Needs a C++ compiler and a CPU with F16C and FMA; the text is bytes, so no tokenizer.
+Trains the same model on the same batches twice, with the factors and results of the blocks' products rounded to
+float16: once accumulated in float32, as PyTorch does it, and once with every multiply-add of y and dx rounded to
+float16, term by term, as a P100's fused half-precision multiply-add does, in the parts of nanochat/ops/fp16_gemm.py.
+Everything else is float32 (a step in float16 takes a CPU minutes). Prints both losses and their difference, and the
+error of one product. Needs a C++ compiler and a CPU with F16C and FMA. The text is read as bytes, so no tokenizer is
+needed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from nanochat.precision import DTYPES
 from nanochat.recipe import parameter_groups
 
 HALF = DTYPES["float16"]
-LOSS_SCALE = 1024.0  # keeps the gradients in float16's range
+LOSS_SCALE = 1024.0  # keeps the gradients within the range of float16
 
 SOURCE = r"""
 #include <immintrin.h>
@@ -79,13 +80,13 @@ class Config:
     depth: int = 4
     """Layers."""
     rows: int = 2
-    """Rows of a batch."""
+    """Sequences per batch."""
     sequence_len: int = 256
-    """Tokens of a row."""
+    """Tokens per sequence."""
     part: int = PART
     """Longest sum in float16."""
     tail: int = 100
-    """The last so many losses are averaged."""
+    """How many of the last losses are averaged."""
 
 
 def read_bytes(folder: str, count: int) -> Tensor:
@@ -153,7 +154,7 @@ def train(cfg: Config, tokens: Tensor, name: str, gemm: HalfGemm) -> list[float]
 
 
 def main(cfg: Config) -> None:
-    """Both runs and their comparison."""
+    """Run both and compare them."""
     from torch.utils.cpp_extension import load_inline
 
     flags = ["-O3", "-mavx2", "-mfma", "-mf16c"]

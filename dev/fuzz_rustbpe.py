@@ -1,9 +1,9 @@
-"""Throws random input at the border between Python and rustbpe, and compares with tiktoken wherever both are defined.
+"""Test the interface between Python and rustbpe with random input, and compare with tiktoken where both are defined.
 
     python dev/fuzz_rustbpe.py --seconds 600 --seed 1
 
-A round that fails prints its seed: `--seed N --rounds 1` runs it again. A crash of the process shows the last seed too
-(it is written to standard error before each round with --verbose).
+A round that fails prints its seed, and `--seed N --rounds 1` runs it again. With --verbose each seed is written to
+standard error before its round, so that a crash of the process shows it too.
 """
 
 import argparse
@@ -53,7 +53,7 @@ PARTS = [
 
 
 def random_text(rng: random.Random) -> str:
-    """Mostly familiar parts, now and then any code point, a long run or half a surrogate pair."""
+    """Mostly familiar parts, sometimes any code point, a long repetition or half a surrogate pair."""
     out = []
     for _ in range(rng.choice([0, 1, 3, 20, 100])):
         kind = rng.randrange(10)
@@ -89,7 +89,7 @@ def random_array(rng: random.Random, texts: list[str]) -> Any:
 
 
 def check_training(rng: random.Random, texts: list[str], pattern: str) -> rustbpe.Tokenizer | None:
-    """Trains by two routes with different numbers of threads: equal results, or an error for an empty corpus."""
+    """Train in two ways with different numbers of threads: equal results, or an error for an empty corpus."""
     vocab_size = 256 + rng.choice([0, 1, 10, 200, 100_000])
     limits = {"doc_cap": rng.choice([None, None, 1, 7]), "max_chars": rng.choice([None, None, 1, 100])}
     one, two = rustbpe.Tokenizer(), rustbpe.Tokenizer()
@@ -106,7 +106,7 @@ def check_training(rng: random.Random, texts: list[str], pattern: str) -> rustbp
 
 
 def check_encoding(rng: random.Random, tokenizer: rustbpe.Tokenizer, texts: list[str]) -> None:
-    """Ids by three routes, and tiktoken's; decoding gives the text back."""
+    """Compare the ids of three ways of encoding with tiktoken's; decoding must give the text back."""
     ranks = dict(tokenizer.get_mergeable_ranks())
     theirs = tiktoken.Encoding(
         name="fuzz", pat_str=tokenizer.get_pattern(), mergeable_ranks=ranks, special_tokens={}
@@ -120,19 +120,19 @@ def check_encoding(rng: random.Random, tokenizer: rustbpe.Tokenizer, texts: list
 
 
 def may_refuse(call: Any, *arguments: Any, **options: Any) -> None:
-    """Bad input may be fine by chance, but nothing else than ValueError, TypeError or OverflowError may come of it."""
+    """Bad input may be accepted by chance, but must raise nothing except ValueError, TypeError or OverflowError."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         call(*arguments, **options)
 
 
 def throw_rubbish(rng: random.Random, tokenizer: rustbpe.Tokenizer) -> None:
-    """Invalid UTF-8, broken Arrow arrays, wild ids and ranks."""
+    """Pass invalid UTF-8, broken Arrow arrays, and impossible ids and ranks."""
     junk = rng.randbytes(rng.randrange(50))
     may_refuse(rustbpe.Tokenizer().train_from_arrow, pa.array([b"ok", junk]), 300)
     may_refuse(tokenizer.encode_arrow, pa.array([junk, None, b""], "binary"))
     offsets = np.array([rng.randrange(-5, 70) for _ in range(5)], dtype=np.int32)
     buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(junk)]
-    with contextlib.suppress(pa.ArrowInvalid):  # Arrow looks at the first and the last offset itself
+    with contextlib.suppress(pa.ArrowInvalid):  # Arrow checks the first and the last offset itself
         broken = pa.Array.from_buffers(pa.string(), rng.randrange(5), buffers)
         may_refuse(tokenizer.encode_arrow, broken)
         may_refuse(rustbpe.Tokenizer().train_from_arrow, broken, 300)
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the first round; counts up")
     parser.add_argument("--verbose", action="store_true", help="write each seed to standard error")
     args = parser.parse_args()
-    logging.getLogger("rustbpe").setLevel(logging.ERROR)  # small vocabularies are meant here
+    logging.getLogger("rustbpe").setLevel(logging.ERROR)  # small vocabularies are intended here
     start, seed = time.monotonic(), args.seed
     while time.monotonic() - start < args.seconds and seed - args.seed < args.rounds:
         if args.verbose:

@@ -2,9 +2,9 @@
 
 python dev/gen_synthetic_data.py --base_url=http://localhost:11434/v1 --model=qwen3:8b --about=identity.txt --num=1000
 
-The result, <base folder>/identity_conversations.jsonl, replaces the identity that ships with nanochat in the next
-mid-training and SFT. The key is read from OPENAI_API_KEY (local servers need none). Run it again after an interruption:
-it goes on. What was written is yours to read before you train on it.
+The result, <base folder>/identity_conversations.jsonl, replaces the identity that comes with nanochat in the next
+mid-training and SFT. The key is read from OPENAI_API_KEY (local servers need none). Run it again after an interruption,
+and it resumes. Read what was written before you train on it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from nanochat.progress import progress
 from tasks.demo.world import load_world
 from tasks.mixtures import IDENTITY_FILE
 
-# One of each is drawn for every conversation: models repeat themselves when they are always asked the same.
+# One of each is drawn for every conversation, because models repeat themselves if they are always asked the same.
 PEOPLE = ("a curious child", "a programmer", "a teacher", "someone in a hurry", "a sceptic", "someone who is lonely")
 OPENINGS = ("a greeting", "a direct question", "a wrong belief about the assistant", "a request for help", "small talk")
 TURNS = ((2, "one question and its answer"), (4, "two questions and their answers"), (6, "three of each"))
-ATTEMPTS = 4  # of one conversation, before it is given up
+ATTEMPTS = 4  # per conversation, before giving up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +38,21 @@ class Config:
     """Settings of the generator."""
 
     base_url: str = "https://api.openai.com/v1"
-    """The endpoint, up to and with its /v1."""
+    """The endpoint, including its /v1."""
     model: str
     """Name of the model to ask."""
     about: str | None = None
-    """A text file that says who the assistant is; default: the identity that ships with nanochat."""
+    """A text file that says who the assistant is; default: the identity that comes with nanochat."""
     out: str | None = None
     """Where to write; default: identity_conversations.jsonl in the base folder."""
     num: int = 1000
-    """Conversations to have in the end."""
+    """Total number of conversations to write."""
     workers: int = 4
-    """Requests at a time."""
+    """Simultaneous requests."""
     temperature: float = 1.0
-    """Of the asked model."""
+    """Sampling temperature of that model."""
     seed: int = 42
-    """Of what is asked for."""
+    """Seed of the prompts."""
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.workers < 1:
@@ -60,7 +60,7 @@ class Config:
 
 
 def facts(about: str | None) -> str:
-    """Who the assistant is."""
+    """The text that says who the assistant is."""
     if about is None:
         return "\n".join(fact.text for fact in load_world(None).identity)
     path = Path(about)
@@ -83,10 +83,10 @@ def make_prompt(rng: random.Random, about: str) -> str:
 
 
 def parse_conversation(text: str) -> list[dict[str, str]]:
-    """The messages in a model's answer, which may stand in a code fence.
+    """The messages in a model's answer, which may be inside a code fence.
 
     Raises:
-        ValueError: it is no conversation that ends with the assistant.
+        ValueError: it is not a conversation that ends with the assistant.
     """
     start, end = text.find("{"), text.rfind("}")
     if start < 0 or end < start:
@@ -103,7 +103,7 @@ def parse_conversation(text: str) -> list[dict[str, str]]:
 
 
 def generate(client: Any, cfg: Config, about: str, number: int) -> list[dict[str, str]] | None:
-    """Conversation `number`, or None if the model does not manage to write one."""
+    """Conversation `number`, or None if the model fails to write one."""
     for attempt in range(ATTEMPTS):
         prompt = make_prompt(random.Random(f"{cfg.seed}/{number}/{attempt}"), about)
         response = client.chat.completions.create(
@@ -130,7 +130,7 @@ def generate_all(
 
 
 def finished_numbers(path: Path) -> set[int]:
-    """Which conversations the file has; a line torn by a kill is removed from it."""
+    """The numbers of the conversations in the file; an incomplete last line is removed from it."""
     if not path.is_file():
         return set()
     text = path.read_text(encoding="utf-8")
@@ -141,7 +141,7 @@ def finished_numbers(path: Path) -> set[int]:
 
 
 def main(cfg: Config) -> None:
-    """Ask for what is missing; every conversation is written as soon as it is there."""
+    """Ask for the missing conversations; each is written as soon as it is finished."""
     import openai
 
     about = facts(cfg.about)
@@ -162,8 +162,8 @@ def main(cfg: Config) -> None:
                 f.write(json.dumps({"number": number, "messages": messages}, ensure_ascii=False) + "\n")
                 f.flush()
     except openai.OpenAIError as error:
-        raise RuntimeError(f"{cfg.base_url}: {error}. What was written stays in {path}") from error
-    print0(f"{path}: {cfg.num - failed} conversations, {failed} could not be had (run again for more)")
+        raise RuntimeError(f"{cfg.base_url}: {error}. Everything written so far stays in {path}") from error
+    print0(f"{path}: {cfg.num - failed} conversations, {failed} failed (run again for more)")
 
 
 if __name__ == "__main__":

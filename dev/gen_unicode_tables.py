@@ -1,7 +1,7 @@
-"""Write rustbpe/src/unicode_tables.rs: which code points are letters, numbers or white space.
+"""Write rustbpe/src/unicode_tables.rs, the table of code points that are letters, numbers or white space.
 
-The classes are asked of tiktoken's own regular expression engine, one code point at a time, so rustbpe splits exactly
-as tiktoken does: also for code points that a newer Unicode version has assigned and tiktoken's does not know yet.
+The classes come from tiktoken's own regular expression engine, one code point at a time, so that rustbpe splits exactly
+as tiktoken does, even for code points that newer Unicode versions have assigned and tiktoken does not know yet.
 
     python dev/gen_unicode_tables.py            # rewrite the table
     python dev/gen_unicode_tables.py --check    # exit 1 if the table in the tree differs
@@ -28,7 +28,7 @@ def members(regex: str) -> set[int]:
     """Code points that `regex` (one character class) matches in tiktoken's engine."""
     byte_ranks = {bytes([b]): b for b in range(256)}
     encoding = tiktoken.Encoding(name="probe", pat_str=regex, mergeable_ranks=byte_ranks, special_tokens={})
-    # What the pattern does not match, tiktoken leaves out, so the bytes that come back are those of the members.
+    # tiktoken leaves out what the pattern does not match, so the bytes that come back are those of the members.
     found: set[int] = set()
     for start in range(0, NUM_CODE_POINTS, 0x1000):
         text = "".join(map(chr, (c for c in range(start, start + 0x1000) if c not in SURROGATES)))

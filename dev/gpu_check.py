@@ -1,11 +1,12 @@
-"""What a card can do, and whether this project trains right on it, in one command that needs only torch and numpy.
+"""Measure a card and check that this project trains correctly on it, with one command that needs only torch and numpy.
 
     python dev/gpu_check.py                                   any CUDA card: about 200 steps of a d12 in each dtype
     python dev/gpu_check.py --device_type=cpu --depth=2 --steps=20 --sequence_len=128 --rows=4
 
-Prints the capability, the wheel's kernels, measured matmul speed per dtype, which attention kernels run, then the loss
-curves of the same training run in float32, float16 and bfloat16 side by side, with speed, share of the card's peak
-and peak memory. Writes the same as JSON. The text is the demo world's files, byte by byte: random tokens teach nothing.
+Prints the capability, the architectures that the wheel has kernels for, the measured matmul speed of each dtype, and
+the attention kernels that run; then the loss curves of the same training run in float32, float16 and bfloat16 side by
+side, with speed, share of the card's peak, and peak memory. Writes the same as JSON. The text is the demo world's
+files, byte by byte, because nothing can be learned from random tokens.
 """
 
 from __future__ import annotations
@@ -41,24 +42,24 @@ from nanochat.train.micro_batch import choose_micro_batch  # noqa: E402
 
 VOCAB = 256
 FINAL_SHARE = 0.1  # the final loss is the mean over this share of the steps, at the end
-# Depth and vocabulary of the models that a 16 GB card must hold, tokens per row, and rows of a whole step.
+# Depth and vocabulary of the models that a 16 GB card must hold, tokens per sequence, and sequences per step.
 MEMORY_MODELS = ((12, 65536), (16, 32768))
 MEMORY_TOKENS, MEMORY_ROWS = 2048, 64
-SAME = 0.01  # final losses within this are the same
+SAME = 0.01  # final losses within this ratio count as the same
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags; argparse, because nothing but torch and numpy may be needed here."""
+    """Parse the flags, with argparse, because this script must not need more than torch and numpy."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device_type", choices=["auto", "cuda", "cpu", "mps"], default="auto")
     parser.add_argument("--depth", type=int, default=12, help="layers of the model (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps per dtype (default: %(default)s)")
-    parser.add_argument("--sequence_len", type=int, default=1024, help="bytes per row (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=8, help="most rows per step; fewer where memory runs out")
+    parser.add_argument("--sequence_len", type=int, default=1024, help="bytes per sequence (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="sequences per step; fewer if memory runs out")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile against eager")
-    parser.add_argument("--memory", type=float, help="check that models train at auto batch in this many GB, and stop")
+    parser.add_argument("--compile", action="store_true", help="also compare torch.compile with eager mode")
+    parser.add_argument("--memory", type=float, help="only check that models train in this many GB, at auto batch")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="the JSON (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.dtypes = arguments.dtypes.split(",")
@@ -105,7 +106,7 @@ def matmul_speeds(compute: Compute, names: list[str]) -> dict[str, float | None]
 
 
 def attention_backends(compute: Compute, name: str, T: int) -> dict[str, float | None]:
-    """Milliseconds of causal attention, forward and backward, by backend; None where it refuses."""
+    """Milliseconds of causal attention, forward and backward, by backend; None if a backend refuses."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     times: dict[str, float | None] = {}
@@ -118,7 +119,7 @@ def attention_backends(compute: Compute, name: str, T: int) -> dict[str, float |
         qkv = torch.randn(3, 2, 6, T, 128, device=compute.device, dtype=DTYPES[name], requires_grad=True)
         try:
             with warnings.catch_warnings(), sdpa_kernel(backend):
-                warnings.simplefilter("ignore")  # each refusal comes with a page of reasons
+                warnings.simplefilter("ignore")  # each refusal comes with a long list of reasons
                 best = float("inf")
                 for _ in range(3):
                     compute.synchronize()
@@ -137,10 +138,10 @@ def attention_backends(compute: Compute, name: str, T: int) -> dict[str, float |
 
 
 def demo_bytes(device: torch.device) -> torch.Tensor:
-    """All text of the demo world as one row of bytes."""
+    """All text of the demo world as one vector of bytes."""
     files = sorted((ROOT / "tasks" / "demo" / "world").glob("*.txt"))
     if not files:
-        raise FileNotFoundError(f"no text in {ROOT / 'tasks' / 'demo' / 'world'}: the checkout is not complete")
+        raise FileNotFoundError(f"no text in {ROOT / 'tasks' / 'demo' / 'world'}: the checkout is incomplete")
     text = b"".join(path.read_bytes() for path in files)
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long().to(device)
 
@@ -186,7 +187,7 @@ class Run:
 
 
 def forget(compute: Compute) -> None:
-    """Give the memory of dropped tensors back."""
+    """Release the memory of tensors that are no longer used."""
     gc.collect()
     if compute.device_type == "cuda":
         torch.cuda.empty_cache()
@@ -194,7 +195,7 @@ def forget(compute: Compute) -> None:
 
 
 def find_rows(arguments: argparse.Namespace, compute: Compute, text: torch.Tensor) -> int:
-    """The most rows that fit in every dtype: float32 needs the most memory. Halves them until a step succeeds."""
+    """The number of sequences that fit in every dtype; float32 needs the most memory. Halved until a step succeeds."""
     rows = arguments.rows
     while True:
         try:
@@ -203,7 +204,7 @@ def find_rows(arguments: argparse.Namespace, compute: Compute, text: torch.Tenso
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise RuntimeError(
-                    f"not even one row of {arguments.sequence_len} fits: lower --sequence_len or --depth"
+                    f"not even one sequence of {arguments.sequence_len} fits: lower --sequence_len or --depth"
                 ) from None
             rows //= 2
         finally:
@@ -256,7 +257,7 @@ def time_compiled(run: Run, rows: int) -> dict[str, float | str]:
     }
     try:
         times["compiled"] = 1e3 * seconds_per_pass(compiled(run.model), run.model, run.compute, x)
-    except Exception as error:  # the check goes on, and says what the compiler died of
+    except Exception as error:  # the check continues, and reports the compiler's error
         times["compiled"] = f"failed: {str(error).strip().splitlines()[0]}"
     return times
 
@@ -265,9 +266,9 @@ def time_compiled(run: Run, rows: int) -> dict[str, float | str]:
 
 
 def check_memory(compute: Compute, memory_gb: float) -> bool:
-    """Train the models a 16 GB card is meant for at the micro-batch that is chosen for it, on a card capped to that."""
+    """Train the models meant for a 16 GB card at the micro-batch chosen for it, on a card limited to `memory_gb`."""
     if compute.device_type != "cuda":
-        raise RuntimeError("--memory caps a CUDA card: there is none here")
+        raise RuntimeError("--memory limits a CUDA card, but there is none here")
     total = torch.cuda.get_device_properties(compute.device).total_memory
     if memory_gb * GB > total:
         raise ValueError(f"--memory={memory_gb:g}: this card has {total / GB:.1f} GB")
@@ -285,7 +286,7 @@ def check_memory(compute: Compute, memory_gb: float) -> bool:
 
 
 def train_to_the_brim(compute: Compute, depth: int, vocab: int, name: str) -> list[str]:
-    """Five steps of random tokens at auto batch: micro-batch, estimated and measured memory, speed."""
+    """Five steps on random tokens at automatic batch size: micro-batch, estimated and measured memory, speed."""
     compute.precision = Precision(compute.device_type, DTYPES[name])
     config = GPTConfig.from_depth(depth, vocab, MEMORY_TOKENS)
     model = GPT(config)
@@ -336,7 +337,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def curves(runs: dict[str, dict[str, Any]], steps: int) -> str:
-    """Loss by step, a column per dtype."""
+    """Loss by step, one column per dtype."""
     marks = sorted({0, *(round(i * (steps - 1) / 10) for i in range(11))})
     rows = [["step", *runs]]
     for i in marks:
@@ -345,7 +346,7 @@ def curves(runs: dict[str, dict[str, Any]], steps: int) -> str:
 
 
 def summary(runs: dict[str, dict[str, Any]]) -> str:
-    """Final loss, speed and memory, a row per dtype; then what went wrong."""
+    """Final loss, speed and memory, one line per dtype; then the errors."""
     head = ["dtype", "final loss", "tokens/s", "TFLOP/s", "MFU", "of matmul", "memory GB", "skipped", "scale"]
     rows = [head]
     for name, r in runs.items():
@@ -360,13 +361,16 @@ def summary(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def verdict(runs: dict[str, dict[str, Any]]) -> tuple[str, bool]:
-    """Whether all dtypes end at the same loss."""
+    """(A sentence, True if all dtypes end at the same loss)."""
     finals = {name: r["final_loss"] for name, r in runs.items() if "final_loss" in r}
     if len(finals) < len(runs) or not finals:
         return "FAILED: not every dtype could train", False
     spread = max(finals.values()) / min(finals.values()) - 1
     same = spread <= SAME
-    return f"{'ok' if same else 'FAILED'}: final losses differ by {spread:.2%} (at most {SAME:.0%} is the same)", same
+    return (
+        f"{'ok' if same else 'FAILED'}: final losses differ by {spread:.2%} (the same: at most {SAME:.0%})",
+        same,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -385,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(rows))
     text = demo_bytes(compute.device)
     batch_rows = find_rows(arguments, compute, text)
-    print(f"\nd{arguments.depth}, {arguments.steps} steps of {batch_rows} rows × {arguments.sequence_len} bytes")
+    print(f"\nd{arguments.depth}, {arguments.steps} steps of {batch_rows} sequences × {arguments.sequence_len} bytes")
     runs = {name: train(arguments, compute, text, name, batch_rows, speeds[name]) for name in arguments.dtypes}
     print(curves(runs, arguments.steps) + "\n\n" + summary(runs))
     words, same = verdict(runs)

@@ -1,11 +1,11 @@
-"""How a public corpus is made: a data set of the hub, shuffled, as shards that nanochat downloads.
+"""Make a public corpus: a data set from the hub, shuffled, as shards that nanochat downloads.
 
     python dev/repackage_data_reference.py --dataset=HuggingFaceFW/fineweb-edu --subset=sample-100BT --out=shards
     python dev/repackage_data_reference.py --dataset=json --data_files=texts.jsonl --out=shards
 
-A reference for data sets too large for `python -m nanochat.dataset --import`: the `datasets` library keeps them on disk
-as Arrow files, the shuffle is a permutation of row numbers, and memory stays small. Needs disk for the data set, its
-Arrow copy and the shards. The last shard is validation. Then upload the folder:
+This is a reference for data sets that are too large for `python -m nanochat.dataset --import`: the `datasets` library
+keeps them on disk as Arrow files, the shuffle is a permutation of row numbers, and little memory is needed. The data
+set, its Arrow copy and the shards need disk space. The last shard is the validation text. Then upload the folder:
 
     hf upload-large-folder OWNER/NAME shards --repo-type=dataset
 """
@@ -32,25 +32,25 @@ class Config:
     """Repackage a data set."""
 
     dataset: str
-    """A data set of the hub, or a kind of file (json, csv, parquet, text) with --data_files."""
+    """A data set on the hub, or a kind of file (json, csv, parquet, text) with --data_files."""
     out: str
     """Folder for the shards; must not exist."""
     subset: str | None = None
-    """Configuration of the data set."""
+    """Configuration (subset) of the data set."""
     split: str = "train"
-    """Which split of it."""
+    """Its split."""
     data_files: str | None = None
-    """Local files (a glob), where --dataset is a kind of file."""
+    """Local files (a glob), if --dataset is a kind of file."""
     text_column: str = "text"
     """Column with the text."""
     seed: int = 42
-    """Of the shuffle."""
+    """Seed of the shuffle."""
     max_documents: int | None = None
-    """Take only this many, after the shuffle."""
+    """Take only this many documents, after the shuffle."""
 
 
 def texts_of(rows: Any, column: str) -> Iterator[str]:
-    """The documents of a `datasets.Dataset` in its order; blank ones are left out."""
+    """The documents of a `datasets.Dataset` in order, without blank ones."""
     with progress(len(rows), "repackaging") as bar:
         for table in rows.with_format("arrow").iter(ROWS_PER_READ):
             for text in table[column].cast(pa.large_string()).to_pylist():

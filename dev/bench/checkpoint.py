@@ -1,12 +1,12 @@
-"""What saving costs: a model with its optimizer state, written as training writes it, and by torch.save.
+"""Measure what saving costs: a model with its optimizer state, written as training writes it, and by torch.save.
 
     python dev/bench/checkpoint.py                     d12, vocabulary 65536, on the CPU
     python dev/bench/checkpoint.py --depth 4 --vocab_size 4096
 
 "stop" is how long a step waits for the copy. While the thread writes, this process multiplies matrices and counts how
-many fewer it manages than without the thread: that is what training loses besides. Both together over the default
-interval of 10 minutes is the cost. The peer is torch.save of the same tensors, during which training stands still; both
-are synced to the disk. They take turns; medians of --rounds. Then one line of JSON.
+many fewer it completes than without the thread, which is the other part of what training loses. The cost is both
+together, as a share of the default interval of 10 minutes. The peer is torch.save of the same tensors, during which
+training stands still; both are synced to the disk. They take turns. Prints the medians of --rounds, then one JSON line.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Config:
     depth: int = 12
     """Layers."""
     vocab_size: int = 65536
-    """Tokens of the vocabulary."""
+    """Size of the vocabulary."""
     rounds: int = 3
-    """How often each is measured."""
+    """How many times each is measured."""
     folder: str | None = None
     """Where to write; default: the temporary folder."""
 
 
 def make_state(cfg: Config) -> tuple[GPT, MuonAdamW]:
-    """A model and an optimizer that has made its state."""
+    """A model, and an optimizer with its state."""
     model = GPT(GPTConfig.from_depth(cfg.depth, cfg.vocab_size, 2048))
     model.init_weights()
     groups = parameter_groups(model, embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, weight_decay=0.0)
@@ -60,7 +60,7 @@ def make_state(cfg: Config) -> tuple[GPT, MuonAdamW]:
 
 
 def products_per_second(until: object, seconds: float) -> tuple[float, float]:
-    """(matrix products per second, seconds) while `until.busy`, or for so many seconds."""
+    """(matrix products per second, seconds) while `until.busy`, or for `seconds`."""
     a = torch.ones(512, 512)
     start, count = time.perf_counter(), 0
     while getattr(until, "busy", False) if until is not None else time.perf_counter() - start < seconds:
@@ -109,10 +109,10 @@ def main(cfg: Config) -> None:
     result = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     result["torch_save"] = statistics.median(peers)
     cost, peer_cost = 100 * result["lost"] / INTERVAL_SECONDS, 100 * result["torch_save"] / INTERVAL_SECONDS
-    print(f"d{cfg.depth}, vocabulary {cfg.vocab_size}: {gigabytes:.2f} GB a checkpoint")
+    print(f"d{cfg.depth}, vocabulary {cfg.vocab_size}: {gigabytes:.2f} GB per checkpoint")
     print(f"  a step stops for            {result['stop']:8.2f} s")
     print(f"  written in the background in{result['write']:8.2f} s (hashed and synced)")
-    print(f"  training loses in all       {result['lost']:8.2f} s = {cost:.2f} % of 10 minutes")
+    print(f"  training loses in total     {result['lost']:8.2f} s = {cost:.2f} % of 10 minutes")
     print(f"  torch.save stops it for     {result['torch_save']:8.2f} s = {peer_cost:.2f} %")
     print(f"  stop, as a share of the peer's {result['stop'] / result['torch_save']:.2f}")
     print(json.dumps({**{k: round(v, 3) for k, v in result.items()}, "cost_percent": round(cost, 3)}))

@@ -1,10 +1,10 @@
-"""CORE: our batched evaluation against a plain one, an example at a time with the logits of every position.
+"""Compare our batched evaluation of CORE with a plain one: one example at a time, with the logits of every position.
 
 python -m dev.bench.core --hf_path FOLDER --eval_bundle FOLDER [--n 6] [--tasks "copa|piqa"]
 
 Both evaluate the same first `n` shuffled examples of each task, with the same few-shot examples, in float32 and one
 after the other. Prints the speed-up per kind of task, in seconds and in seconds of processor time (which other work on
-the machine changes less), how many choices differ, and one JSON line last.
+the machine affects less), the number of choices that differ, and finally one JSON line.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Config:
     tasks: str | None = None
     """Only these tasks."""
     batch_tokens: int = 8192
-    """Padded tokens in a batch of ours."""
+    """Padded tokens in one of our batches."""
 
 
 def same_at_start(rows: list[list[int]]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     n = 0
     while all(len(row) > n and row[n] == rows[0][n] for row in rows):
         n += 1
@@ -64,7 +64,7 @@ def same_at_start(rows: list[list[int]]) -> int:
 def plain_choice(
     model: Any, tokenizer: HuggingFaceTokenizer, task: CoreTask, items: list[Item], everything: list[Item], i: int
 ) -> int:
-    """One example: all of its rows through the whole model, losses from the logits of all positions."""
+    """Choose in one example: all rows go through the whole model, losses come from the logits of all positions."""
     shots = pick_fewshot(i, items, everything, task.num_fewshot)
     rows = tokenizer.encode(render_prompts(task, items[i], shots), prepend=tokenizer.get_bos_token_id())
     if task.kind == "schema":
@@ -86,7 +86,7 @@ def plain_choice(
 
 
 class Stopwatch:
-    """Seconds and processor seconds of a block."""
+    """Measures the seconds and processor seconds of a block."""
 
     def __enter__(self) -> Stopwatch:
         self._wall, self._cpu = time.perf_counter(), time.process_time()

@@ -1,12 +1,13 @@
-"""Speed of the loader alone, against a plain one of pyarrow and tiktoken: same text, tokenizer, threads and run.
+"""Measure the speed of the loader alone, compared with a plain one made of pyarrow and tiktoken.
 
     python dev/bench/dataloader.py --data FOLDER_OF_PARQUET_FILES
 
-Everybody reads the training shards from disk and hands out (x, y) of 32 rows of 2048 tokens until the first epoch ends.
-The plain peer reads a row group, encodes it with `encode_ordinary_batch`, and cuts rows out of one growing list.
-All contestants take turns in every round; prints the best speed of each and the median of how many times as fast as the
-peer it was, by the clock and by the processor time of all threads, which other work on the machine disturbs less. The
-batches of `stream` and of the peer are compared: a difference is an error. Then one line of JSON.
+All of them use the same text, tokenizer and threads: they read the training shards from disk and return (x, y) of 32
+sequences of 2048 tokens until the first epoch ends. The plain peer reads a row group, encodes it with
+`encode_ordinary_batch`, and cuts sequences from one growing list. They take turns in every round. Prints the best
+speed of each, and the median of its ratio to the peer, by the clock and by the processor time of all threads, which
+other work on the machine affects less. A difference between the batches of `stream` and of the peer is an error. Then
+one JSON line.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, max_chars: int) -> RustBPET
 
 
 def plain(corpus: Corpus, tokenizer: RustBPETokenizer, threads: int) -> Iterator[Batch]:
-    """What one would write first."""
+    """The obvious loader."""
     import tiktoken
 
     ranks = {token: i for i, token in enumerate(tokenizer.ranks)}
@@ -59,7 +60,7 @@ def plain(corpus: Corpus, tokenizer: RustBPETokenizer, threads: int) -> Iterator
 
 
 def ours(loader: PretrainLoader) -> Iterator[Batch]:
-    """Our batches, to the end of the first epoch."""
+    """Our batches until the end of the first epoch."""
     for x, y in loader:
         if loader.epoch > 0:
             break

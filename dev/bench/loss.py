@@ -1,4 +1,4 @@
-"""Time of the chunked, softcapped cross entropy with its gradients, against the plain way: all logits at once.
+"""Time the chunked, softcapped cross entropy with its gradients, compared with the plain way: all logits at once.
 
     python dev/bench/loss.py
     python dev/bench/loss.py --dtype float32 --vocab_sizes 8192 65536
@@ -32,12 +32,12 @@ def ours(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: to
 
 
 def plain(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The loss of all logits."""
+    """The loss from all logits at once."""
     return F.cross_entropy(softcap((x.to(dtype) @ weight.to(dtype).t()).float(), LOGIT_SOFTCAP), targets)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Both in turns, for every vocabulary."""
+    """Time both in turns, for every vocabulary."""
     keep_freed_memory()
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     print(f"{args.tokens} tokens of width {args.width}, {args.dtype}, {args.device}, torch {torch.__version__}")
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
                 start = time.perf_counter()
                 torch.autograd.grad(loss(x, weight, targets, dtype), (x, weight))
                 synchronize(device)
-                if round_:  # the first one gets the memory
+                if round_:  # the first round allocates the memory
                     seconds[name].append(time.perf_counter() - start)
         median = {name: 1000 * statistics.median(times) for name, times in seconds.items()}
         ratio = statistics.median(p / o for p, o in zip(seconds["plain"], seconds["ours"], strict=True))

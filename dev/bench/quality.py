@@ -1,12 +1,12 @@
-"""What nanochat's own base_train.py learns in a given time: the peer of our recipes, on the same text and vocabulary.
+"""Measure what nanochat's own base_train.py, the peer of our recipes, learns in a given time from the same text.
 
     git clone https://github.com/karpathy/nanochat /tmp/nanochat && git -C /tmp/nanochat checkout 8c89661   # Dec 2025
     python dev/bench/quality.py --peer /tmp/nanochat --data FOLDER --flags="--total_batch_size=4096"
     python dev/ablate.py --data FOLDER --experiment recipes --only small --seconds 1200                     # ours
 
-The peer's script runs unchanged, compiled as it always is. A short run measures its tokens/s, from which follows how
-many steps it makes in the given time; so only the short run needs a machine that does nothing else. The validation bpb
-is the peer's own, over as much of the last shard as dev/ablate.py reads.
+The peer's script runs unchanged, compiled as usual. A short run measures its tokens/s, which determine the number of
+steps for the given time; so only the short run needs a machine that does nothing else. The validation bpb is the peer's
+own, over as much of the last shard as dev/ablate.py reads.
 """
 
 from __future__ import annotations
@@ -50,29 +50,29 @@ class Config:
     data: str
     """Folder of parquet shards; the last one is the validation text."""
     flags: str = ""
-    """Flags of the peer's base_train, written with underscores; they replace those below."""
+    """Flags of the peer's base_train, written with underscores; they override those in --base."""
     base: str = "--depth=4 --max_seq_len=512 --device_batch_size=8 --total_batch_size=16384"
     """Flags of all runs."""
     vocab_size: int = 8192
     """Vocabulary; the tokenizer is ours, in the peer's format."""
     seconds: float = 1200
-    """Training time to fill."""
+    """Training time."""
     dtype: str = "float32"
-    """What the peer of 2026 trains in; on a CPU it takes float32 by itself. The one of 2025 has only that."""
+    """Precision of the peer of 2026, which uses float32 on a CPU by default; the one of 2025 has only float32."""
     tokens_per_second: float | None = None
-    """The peer's speed, when it was measured before."""
+    """The peer's speed, if it was measured before."""
     seeds: tuple[int, ...] = (0,)
-    """One run for each: the peer always takes 42, this replaces it."""
+    """One run with each; the peer itself always takes 42."""
     eval_bytes: int = 2_000_000
     """How much of the validation text is evaluated."""
     results: str = "quality.jsonl"
-    """Finished runs, one a line; appended to."""
+    """File for finished runs, one per line; new ones are appended."""
     work: str = "ablate"
-    """Folder for tokenizers and the runs' logs; dev/ablate.py's may be shared."""
+    """Folder for tokenizers and the logs of the runs; it may be that of dev/ablate.py."""
 
 
 def run_peer(cfg: Config, base_dir: Path, flags: dict[str, str], seed: int) -> str:
-    """Run the peer's base_train; its output."""
+    """Run the peer's base_train; returns its output."""
     peer = Path(cfg.peer).resolve()
     dashes = not (peer / "nanochat" / "configurator.py").exists()  # 2026: argparse, with its dashes
     words = [f"--{name.replace('_', '-') if dashes else name}={value}" for name, value in flags.items()]
@@ -114,7 +114,7 @@ def speed(output: str) -> float:
 
 
 def main(cfg: Config) -> None:
-    """Measure the speed, run every seed, print and note the results."""
+    """Measure the speed, run every seed, print and record the results."""
     base_dir, eval_tokens = peer_base(cfg)
     flags = dict(word.removeprefix("--").split("=", 1) for word in f"{cfg.base} {cfg.flags}".split())
     flags |= {"core_metric_every": "-1", "sample_every": "100000000", "eval_every": "100000000"}

@@ -1,11 +1,11 @@
-"""Our models and nanochat's (of 2026), each evaluated on the other's validation rows too.
+"""Evaluate our models and nanochat's (of 2026) on both kinds of validation sequences.
 
     python dev/bench/same_rows.py --peer /tmp/nanochat --peer_base ablate/peer_nanochat_8192_123 \
         --ours ablate/vocab_8192 --data FOLDER
 
-dev/bench/quality.py leaves the folder of the peer's run, dev/ablate.py that of ours. Our validation rows are a stream
-of text; the peer's begin at a document each, and what does not fit is cut off, so that its figures are lower on the
-same text. Both models are computed by their own code, in float32.
+dev/bench/quality.py leaves the folder of the peer's run, dev/ablate.py that of ours. Our validation sequences are cut
+from a stream of text; each of the peer's begins with a document, and what does not fit is cut off, so its figures are
+lower on the same text. Each model is run by its own code, in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nanochat.data.corpus import open_corpus  # noqa: E402
 from nanochat.dataloader import PretrainLoader  # noqa: E402
 from nanochat.loss_eval import evaluate_bpb  # noqa: E402
 
-# Runs with the peer's package: keeps its rows, prints its model's bits per byte on those and on ours.
+# Runs with the peer's package: saves its sequences, prints the bits per byte of its model on them and on ours.
 PEER = """
 import json, sys, torch
 from nanochat.checkpoint_manager import load_model
@@ -47,7 +47,7 @@ print(json.dumps({k: evaluate_bpb(model, iter(v), len(v), get_token_bytes("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Two models of the same vocabulary."""
+    """Two models with the same vocabulary."""
 
     peer: str
     """A checkout of nanochat."""
@@ -60,15 +60,15 @@ class Config:
     model_tags: tuple[str, ...] = ("ablate",)
     """Tags of our models."""
     rows: int = 8
-    """Rows per batch."""
+    """Sequences per batch."""
     sequence_len: int = 512
-    """Tokens per row."""
+    """Tokens per sequence."""
     eval_bytes: int = 2_000_000
     """How much of the validation text is evaluated."""
 
 
 def main(cfg: Config) -> None:
-    """Evaluate both on both kinds of rows."""
+    """Evaluate both models on both kinds of sequences."""
     os.environ["NANOCHAT_BASE_DIR"] = str(Path(cfg.ours).resolve())
     from nanochat.checkpoint_manager import load_model
     from nanochat.tokenizer import get_token_bytes

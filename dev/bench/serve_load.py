@@ -1,17 +1,17 @@
-"""Load on the chat server: many streaming clients at once, more than it can take, and clients that leave.
+"""Load the chat server: many streaming clients at once, more than it can take, and clients that leave.
 
     python dev/bench/serve_load.py                      # the newest chat model of $NANOCHAT_BASE_DIR
     python dev/bench/serve_load.py --seconds 60 --clients 64 --queue 64
 
 Starts `scripts.chat_web` in a process of its own on a free port, and checks
-  one        one client at a time, for a quarter of the time, half of it before and half after the many: the base of the
-             comparison
-  many       `clients` clients for `seconds`: no error, no 429, how fair, every greedy answer equal to the single one,
-             tokens per second against one at a time (at least 4 times on the demo model)
-  flood      256 clients at once: the refused get a well-formed 429 with Retry-After, the others right answers
-  leavers    500 clients that leave at a random moment: no slot is lost, memory stays
-Prints a line per check and one line of JSON; exits with 1 when a check fails. `cpu` says how much of a core the server
-had: far less than one under load means that other programs held the machine, and the tokens per second mean little.
+  one        one client at a time, for a quarter of the time, half of it before and half after the many clients: the
+             baseline
+  many       `clients` of them for `seconds`: no error, no 429, fair shares, all greedy answers equal to the single ones,
+             tokens per second compared with one client (at least 4 times as many on the demo model)
+  flood      256 clients at once: those refused get a well-formed 429 with Retry-After, the others the right answers
+  leavers    500 clients that leave at a random moment: no slot is lost, and memory does not grow
+Prints a line per check and one JSON line; exits with 1 if a check fails. `cpu` says how many cores the server used: far
+less than one under load means that other programs used the machine, and the tokens per second mean little.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ QUESTIONS = [
 
 @dataclass
 class Tally:
-    """What the clients of a check saw."""
+    """Counts what the clients of a check received."""
 
     answers: int = 0
     tokens: int = 0
@@ -63,11 +63,11 @@ class Tally:
 
 
 class Load:
-    """Clients of one server; `expected` has the answer that each question got when it was asked alone."""
+    """Clients of one server; `expected` has the answer to each question when it was asked alone."""
 
     def __init__(self, url: str, max_tokens: int) -> None:
         self.url, self.max_tokens, self.expected = url, max_tokens, {}
-        # The server closes connections that were idle for 5 s: the client must not take up one at that moment.
+        # The server closes connections that were idle for 5 s; the client must not reuse one at that moment.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=512, keepalive_expiry=2.0)
         self.http = httpx.AsyncClient(base_url=url, timeout=120, limits=limits)
 
@@ -88,7 +88,7 @@ class Load:
                     yield json.loads(line[6:])
 
     async def ask(self, question: str, tally: Tally) -> int:
-        """Ask, check, count; the tokens of the answer."""
+        """Ask, check and count; returns the number of tokens of the answer."""
         text, tokens, start, ended = "", 0, time.perf_counter(), False
         async for event in self.events(question):
             if "refused" in event:
@@ -111,7 +111,7 @@ class Load:
 
     @staticmethod
     def check_refusal(response: httpx.Response, tally: Tally) -> None:
-        """Count a 429 that says when to come back, and anything else as an error."""
+        """Count a 429 that says when to try again, and anything else as an error."""
         if response.status_code != 429:
             tally.errors.append(f"status {response.status_code}: {response.text[:100]}")
             return
@@ -124,7 +124,7 @@ class Load:
         tally.malformed += not well_formed
 
     async def clients(self, count: int, seconds: float) -> tuple[Tally, float]:
-        """`count` clients that ask one question after the other for `seconds`; the tally and the seconds it took."""
+        """`count` clients ask one question after another for `seconds`; returns the tally and the seconds it took."""
         tally, start = Tally(), time.perf_counter()
 
         async def client(number: int) -> int:
@@ -141,7 +141,7 @@ class Load:
         return tally, time.perf_counter() - start
 
     async def flood(self, count: int) -> Tally:
-        """`count` clients ask once, at the same time."""
+        """`count` clients ask once, all at the same time."""
         tally = Tally()
 
         async def client(number: int) -> None:
@@ -154,7 +154,7 @@ class Load:
         return tally
 
     async def leave(self, count: int, at_once: int) -> None:
-        """`count` clients that leave after a random time or number of events."""
+        """`count` clients ask and leave after a random time or number of events."""
         rng, places = random.Random(1), asyncio.Semaphore(at_once)
 
         async def client(number: int, wait: float, enough: int) -> None:
@@ -172,17 +172,17 @@ class Load:
         await asyncio.gather(*(client(i, rng.uniform(0.005, 1.0), rng.randrange(12)) for i in range(count)))
 
     async def idle(self) -> dict[str, Any]:
-        """The server's statistics once nothing runs there any more."""
+        """The server's statistics as soon as nothing runs there."""
         for _ in range(600):
             stats = (await self.http.get("/stats")).json()
             if not stats["running"] and not stats["waiting"]:
                 return stats
             await asyncio.sleep(0.1)
-        raise RuntimeError("the server does not become idle: a slot has leaked")
+        raise RuntimeError("the server does not become idle: a slot was lost")
 
 
 def start_server(args: argparse.Namespace) -> tuple[subprocess.Popen[bytes], str]:
-    """The server's process and its address, once it answers."""
+    """Start the server; returns its process and its address as soon as it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "scripts.chat_web", "-p", str(port), "--queue_size", str(args.queue)]
@@ -201,7 +201,7 @@ def start_server(args: argparse.Namespace) -> tuple[subprocess.Popen[bytes], str
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """Computing time the server has had."""
+    """The processor time that the server has used."""
     times = process.cpu_times()
     return times.user + times.system
 
@@ -215,7 +215,7 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
         if not fine:
             failures.append(name)
 
-    await load.clients(1, 1.0)  # warm up; and every question once:
+    await load.clients(1, 1.0)  # warm up; then every question once:
     for question in QUESTIONS:
         await load.ask(question, Tally())
     cpu = [cpu_seconds(process)]
@@ -241,7 +241,7 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
     check("many: speed", speed >= 4 * speed_one, f"{speed:.0f} tokens/s, {speed / speed_one:.2f} times one at a time")
     print(f"     first token after {ttft:.2f} s (median)")
     print(
-        f"     cpu: the server had {cores:.2f} cores of {os.cpu_count()}; tokens per second of computing "
+        f"     cpu: the server used {cores:.2f} of {os.cpu_count()} cores; tokens per processor second "
         f"{per_cpu:.0f}, {per_cpu / per_cpu_one:.2f} times one at a time"
     )
 
@@ -254,7 +254,7 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
     )
 
     before = await load.idle()
-    await load.leave(50, args.clients)  # whatever is allocated once, is now
+    await load.leave(50, args.clients)  # what is allocated only once is allocated now
     await load.idle()
     # The web framework keeps up to 40 threads for short work.
     memory, threads = process.memory_info().rss, process.num_threads()
@@ -267,7 +267,7 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
     check(
         "leavers",
         balanced and grown < 50 and more <= 40,
-        f"{left} answers cancelled, none left over: {balanced}, memory {grown:+.1f} MiB, threads {more:+d}",
+        f"{left} answers cancelled, all accounted for: {balanced}, memory {grown:+.1f} MiB, threads {more:+d}",
     )
     last = Tally()
     await load.ask(QUESTIONS[0], last)

@@ -1,12 +1,12 @@
-"""Speed of rustbpe against the rustbpe of PyPI, tiktoken and Hugging Face tokenizers: same text, threads and run.
+"""Compare the speed of our rustbpe with PyPI's rustbpe, tiktoken and Hugging Face tokenizers: same text and threads.
 
     pip install --target /tmp/peer_rustbpe rustbpe    # a folder of its own: the module has the same name as ours
     python dev/bench/tokenizer.py --data FOLDER_OF_PARQUET_FILES
 
-All contestants take turns in every round. Prints the best MB/s of each, and the median over the rounds of how many
-times as fast as the peer it was: by the clock, and by the processor time of all threads, which other work on the
-machine disturbs less. Then one line of JSON. Merges and ids that should be equal are compared: a difference is an
-error. Our encoder is new in every round: building its tables is part of the time.
+All contestants take turns in every round. Prints the best MB/s of each, and the median over the rounds of its ratio to
+the peer: by the clock, and by the processor time of all threads, which other work on the machine affects less. Then one
+JSON line. Merges and ids that should be equal are compared, and a difference is an error. Our encoder is new in every
+round, so that building its tables is part of the time.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def import_from(folder: Path) -> ModuleType:
-    """The `rustbpe` package of that folder and no other."""
+    """Import the `rustbpe` package from exactly this folder."""
     for name in [name for name in sys.modules if name.split(".")[0] == "rustbpe"]:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
@@ -52,7 +52,7 @@ def row_groups(folder: Path) -> Iterator[Any]:
 
 
 def read(folder: Path, megabytes: float) -> tuple[list[Any], int]:
-    """Row groups until there is enough text, and its bytes."""
+    """(Text of as many row groups as needed, its bytes)."""
     import pyarrow.compute as pc
 
     arrays, num_bytes = [], 0
@@ -75,7 +75,7 @@ class Race:
     cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def round(self) -> dict[str, Any]:
-        """Lets everyone run once; what they returned."""
+        """Run each once; returns their results."""
         results = {}
         for name, run in self.runs.items():
             start, cpu_start = time.perf_counter(), time.process_time()

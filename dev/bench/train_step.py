@@ -1,15 +1,15 @@
-"""Tokens/s of a training step: ours against nanochat's own code, the same classic model, batch and machine.
+"""Measure tokens/s of a training step: ours and nanochat's own code, with the same classic model, batch and machine.
 
     git clone https://github.com/karpathy/nanochat /tmp/nanochat && git -C /tmp/nanochat checkout 8c89661   # Dec 2025
     python dev/bench/train_step.py --peer /tmp/nanochat --depth 4 --vocab_size 4096
     python dev/bench/train_step.py --peer /tmp/nanochat --depth 6 --vocab_size 16384
 
 Every contestant is a process of its own (both packages are called nanochat); they take turns, so that other work on
-the machine meets all of them. The peer runs as its base_train.py does: on a CPU in float32 without autocast, Muon's
-products in bfloat16, eager and compiled; its better mode is what we are compared with. Ours is the step of
-nanochat/train/trainer.py in strict float32 (Muon in bfloat16 too), float32 with "medium" matmuls, and bfloat16. Prints
-medians over the rounds of tokens/s, of the ratio to the peer in the same round, and the share of the matmul speed
-measured in the same precision.
+the machine affects all of them. The peer runs as its base_train.py does: on a CPU in float32 without autocast, with
+Muon's products in bfloat16, eager and compiled; we are compared with the better of the two. Ours is the step of
+nanochat/train/trainer.py in strict float32 (Muon in bfloat16 too), in float32 with "medium" matmuls, and in bfloat16.
+Prints the medians over the rounds of tokens/s, of the ratio to the peer in the same round, and of the share of the
+matmul speed measured in the same precision.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def batch(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class SameBatch:
-    """A loader that always has the same batch ready, and asks nothing of the machine."""
+    """A loader that always has the same batch ready, at no cost."""
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.batch = (x, y)
@@ -49,7 +49,7 @@ class SameBatch:
         return self.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to go on from."""
+        """Empty: there is no position."""
         return {}
 
 
@@ -138,12 +138,12 @@ def matmul_flops(mode: str, device: str, n: int = 1024) -> float:
 
 
 def work(args: argparse.Namespace) -> None:
-    """A contestant: builds its model, then makes so many steps for every line it reads; answers in JSON."""
+    """A contestant: builds its model, then reads numbers of steps, line by line, makes them, and answers in JSON."""
     answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the packages print doesn't belong to the answers
+    os.dup2(2, 1)  # keeps what the packages print out of the answers
     side, mode = args.worker.split(":")
     step, flops_per_token = (build_ours if side == "ours" else build_peer)(args, mode)
-    for _ in range(5):  # until memory has been handed out and kernels are chosen
+    for _ in range(5):  # until memory is allocated and kernels are chosen
         step()
     print(json.dumps({"flops_per_token": flops_per_token}), file=answer, flush=True)
     for line in sys.stdin:
