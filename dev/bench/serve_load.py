@@ -6,7 +6,7 @@
 Starts `scripts.chat_web` in a process of its own on a free port, and checks
   one        one client at a time, for a quarter of the time, half of it before and half after the many clients: the
              baseline
-  many       `clients` of them for `seconds`: no error, no 429, fair shares, all greedy answers equal to the single ones,
+  many       `clients` clients for `seconds`: no error, no 429, fair shares, greedy answers equal to the single ones,
              tokens per second compared with one client (at least 4 times as many on the demo model)
   flood      256 clients at once: those refused get a well-formed 429 with Retry-After, the others the right answers
   leavers    500 clients that leave at a random moment: no slot is lost, and memory does not grow
