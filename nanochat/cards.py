@@ -62,21 +62,17 @@ class Card:
         return peaks[dtype]
 
 
-def _generation(*rows: tuple[str, tuple[int, int], float, float, float, float]) -> tuple[Card, ...]:
-    return tuple(Card(*row) for row in rows)
-
-
 # name, capability, memory GB, bandwidth GB/s, float32 TFLOP/s, float16 TFLOP/s (see the top of this file)
 # fmt: off
-_MAXWELL = _generation(
+CARDS: tuple[Card, ...] = tuple(Card(*row) for row in (
+    # Maxwell
     ("GTX 970",                 (5, 2),   4,  224,   3.5,   3.5),
     ("GTX 980",                 (5, 2),   4,  224,   4.6,   4.6),
     ("GTX 980 Ti",              (5, 2),   6,  336,   5.6,   5.6),
     ("GTX TITAN X",             (5, 2),  12,  336,   6.1,   6.1),
     ("Tesla M40",               (5, 2),  12,  288,   6.8,   6.8),
     ("Tesla M40 24GB",          (5, 2),  24,  288,   6.8,   6.8),
-)
-_PASCAL = _generation(
+    # Pascal
     ("P100",                    (6, 0),  16,  732,   9.3,  18.7),
     ("P100-PCIE-12GB",          (6, 0),  12,  549,   9.3,  18.7),
     ("P100-SXM2",               (6, 0),  16,  732,  10.6,  21.2),
@@ -98,8 +94,7 @@ _PASCAL = _generation(
     ("Quadro P4000",            (6, 1),   8,  243,   5.3,   5.3),
     ("Quadro P5000",            (6, 1),  16,  288,   8.9,   8.9),
     ("Quadro P6000",            (6, 1),  24,  432,  12.6,  12.6),
-)
-_VOLTA = _generation(
+    # Volta
     ("V100",                    (7, 0),  16,  900,  14.0, 112.0),
     ("V100-PCIE-32GB",          (7, 0),  32,  900,  14.0, 112.0),
     ("V100-SXM2",               (7, 0),  16,  900,  15.7, 125.0),
@@ -108,8 +103,7 @@ _VOLTA = _generation(
     ("V100S",                   (7, 0),  32, 1134,  16.4, 130.0),
     ("TITAN V",                 (7, 0),  12,  653,  14.9, 110.0),
     ("Quadro GV100",            (7, 0),  32,  870,  14.8, 118.5),
-)
-_TURING = _generation(
+    # Turing
     ("GTX 1650",                (7, 5),   4,  128,   3.0,   6.0),
     ("GTX 1650 SUPER",          (7, 5),   4,  192,   4.4,   8.9),
     ("GTX 1660",                (7, 5),   6,  192,   5.0,  10.0),
@@ -128,8 +122,7 @@ _TURING = _generation(
     ("Quadro RTX 5000",         (7, 5),  16,  448,  11.2,  89.2),
     ("Quadro RTX 6000",         (7, 5),  24,  672,  16.3, 130.5),
     ("Quadro RTX 8000",         (7, 5),  48,  672,  16.3, 130.5),
-)
-_AMPERE = _generation(
+    # Ampere
     ("A100",                    (8, 0),  40, 1555,  19.5, 312.0),
     ("A100 80GB PCIe",          (8, 0),  80, 1935,  19.5, 312.0),
     ("A100-SXM4-80GB",          (8, 0),  80, 2039,  19.5, 312.0),
@@ -156,8 +149,7 @@ _AMPERE = _generation(
     ("RTX 3080 Ti",             (8, 6),  12,  912,  34.1,  68.2),
     ("RTX 3090",                (8, 6),  24,  936,  35.6,  71.0),
     ("RTX 3090 Ti",             (8, 6),  24, 1008,  40.0,  80.0),
-)
-_ADA = _generation(
+    # Ada
     ("L4",                      (8, 9),  24,  300,  30.3, 121.0),
     ("L40",                     (8, 9),  48,  864,  90.5, 181.0),
     ("L40S",                    (8, 9),  48,  864,  91.6, 362.0),
@@ -176,8 +168,7 @@ _ADA = _generation(
     ("RTX 4080 SUPER",          (8, 9),  16,  736,  52.2, 104.4),
     ("RTX 4090",                (8, 9),  24, 1008,  82.6, 165.2),
     ("RTX 4090 D",              (8, 9),  24, 1008,  73.5, 147.1),
-)
-_HOPPER = _generation(
+    # Hopper
     ("H20",                     (9, 0),  96, 4000,  44.0, 148.0),
     ("H100",                    (9, 0),  80, 3352,  66.9, 989.4),
     ("H100 PCIe",               (9, 0),  80, 2039,  51.2, 756.0),
@@ -186,8 +177,7 @@ _HOPPER = _generation(
     ("H200",                    (9, 0), 141, 4800,  66.9, 989.4),
     ("H200 NVL",                (9, 0), 141, 4800,  60.0, 835.5),
     ("GH200",                   (9, 0),  96, 4022,  66.9, 989.4),
-)
-_BLACKWELL = _generation(
+    # Blackwell
     ("B100",                   (10, 0), 192, 8000,  60.0, 1750.0),
     ("B200",                   (10, 0), 180, 8000,  75.0, 2250.0),
     ("GB200",                  (10, 0), 186, 8000,  80.0, 2500.0),
@@ -199,9 +189,8 @@ _BLACKWELL = _generation(
     ("RTX 5080",               (12, 0),  16,  960,  56.3, 112.6),
     ("RTX 5090",               (12, 0),  32, 1792, 104.8, 209.5),
     ("RTX PRO 6000 Blackwell Workstation Edition", (12, 0), 96, 1792, 125.0, 503.8),
-)
+))
 # fmt: on
-CARDS: tuple[Card, ...] = (*_MAXWELL, *_PASCAL, *_VOLTA, *_TURING, *_AMPERE, *_ADA, *_HOPPER, *_BLACKWELL)
 
 # Matmul TFLOP/s that were measured through PyTorch, by the row above. A P100's float16 is no faster than its float32:
 # PyTorch accumulates in float32. Source: zzc0721/torch-performance-test-data.

@@ -12,6 +12,7 @@ import csv
 import gc
 import os
 import platform
+import re
 import shutil
 import subprocess
 import threading
@@ -52,49 +53,27 @@ def inspect_machine(folder: str | Path | None = None) -> dict[str, Any]:
 
 
 def _cards() -> list[dict[str, Any]]:
-    """The cards that torch sees; where it sees none, those of nvidia-smi."""
+    """The cards that torch sees; where it sees none, those of nvidia-smi, which no run can use."""
     rows = query_nvidia_smi(("uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version"))
-    if not torch.cuda.is_available():
-        return [_card_of_smi(i, row) for i, row in enumerate(rows)]
-    driver, arches = rows[0]["driver_version"] if rows else None, torch.cuda.get_arch_list()
-    cards = []
-    for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        capability = (card.major, card.minor)
-        # Other programs, a display among them, hold what is not free.
-        free, total = torch.cuda.mem_get_info(i)
-        cards.append(
-            {
-                "index": i,
-                "name": card.name,
-                "capability": capability,
-                "total_bytes": total,
-                "free_bytes": free,
-                "driver": driver,
-                "usable": wheel_runs(capability, arches),
-                "uuid": f"GPU-{card.uuid}",
-            }
-        )
-    return cards
-
-
-def _card_of_smi(index: int, row: dict[str, str]) -> dict[str, Any]:
-    known = find_card(row["name"])
-    try:
-        major, minor = (int(part) for part in row["compute_cap"].split("."))
-    except ValueError:  # an old driver doesn't tell
-        major, minor = known.capability if known else (0, 0)
-    total, free = (int(mib) << 20 if mib.isdigit() else 0 for mib in (row["memory.total"], row["memory.free"]))
-    return {
-        "index": index,
-        "name": row["name"],
-        "capability": (major, minor),
-        "total_bytes": total,
-        "free_bytes": free,
-        "driver": row["driver_version"],
-        "usable": False,
-        "uuid": row["uuid"] or None,
-    }
+    keys = ("index", "name", "capability", "total_bytes", "free_bytes", "driver", "usable", "uuid")
+    cards: list[tuple[Any, ...]] = []
+    if torch.cuda.is_available():
+        driver, arches = rows[0]["driver_version"] if rows else None, torch.cuda.get_arch_list()
+        for i in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(i)
+            capability = (card.major, card.minor)
+            free, total = torch.cuda.mem_get_info(i)  # other programs, a display among them, hold the rest
+            usable = wheel_runs(capability, arches)
+            cards.append((i, card.name, capability, total, free, driver, usable, f"GPU-{card.uuid}"))
+    else:
+        for i, row in enumerate(rows):
+            known = find_card(row["name"])
+            capability = known.capability if known else (0, 0)
+            if told := re.fullmatch(r"(\d+)\.(\d+)", row["compute_cap"]):  # an old driver doesn't tell
+                capability = (int(told[1]), int(told[2]))
+            total, free = (int(row[k]) << 20 if row[k].isdigit() else 0 for k in ("memory.total", "memory.free"))
+            cards.append((i, row["name"], capability, total, free, row["driver_version"], False, row["uuid"] or None))
+    return [dict(zip(keys, card, strict=True)) for card in cards]
 
 
 def wheel_runs(capability: tuple[int, int], arches: Sequence[str]) -> bool:

@@ -35,45 +35,34 @@ def training_product_dtype(x: Tensor, wanted: torch.dtype | None = None) -> torc
 
 
 class _LowProducts(torch.autograd.Function):
-    """x @ weight.T in `dtype` and the two products of its gradient, all factors rounded to `dtype`; each once."""
+    """x @ weight.T in `dtype` and the two products of its gradient, all factors rounded to `dtype`; each once.
+
+    With a `gemm` (nanochat/ops/fp16_gemm.py) y and dx are its products; dw, a sum over all tokens, stays with torch.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, gemm: HalfGemm | None) -> Tensor:
         low_x, low_weight = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(low_x, low_weight)
-        ctx.dtypes = x.dtype, weight.dtype
-        return F.linear(low_x, low_weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        x_dtype, weight_dtype = ctx.dtypes
-        grad = grads[0].to(x.dtype)
-        dx = (grad @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight_dtype)
-        return dx, dw, None
-
-
-class _HalfProducts(torch.autograd.Function):
-    """The same in float16 with a product of our own for y and dx (nanochat/ops/fp16_gemm.py); dw is torch's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gemm: HalfGemm, dtype: torch.dtype) -> Tensor:
-        low_x, low_weight = x.to(dtype), weight.to(dtype)
+        # The rounded factors serve the backward pass too: kept in half the bytes, and not rounded again.
         ctx.save_for_backward(low_x, low_weight)
         ctx.gemm, ctx.dtypes = gemm, (x.dtype, weight.dtype)
+        if gemm is None:
+            return F.linear(low_x, low_weight)
         return gemm(low_x.flatten(0, -2), low_weight).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        grad = grads[0].to(x.dtype).flatten(0, -2).contiguous()
-        dx = ctx.gemm(grad, weight.t()).view(x.shape).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        dw = (grad.t() @ x.flatten(0, -2)).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        x_dtype, weight_dtype = ctx.dtypes
+        grad = grads[0].to(x.dtype)  # (…, out)
+        dx = dw = None
+        if ctx.gemm is not None:
+            grad = grad.flatten(0, -2).contiguous()  # (N, out)
+        if ctx.needs_input_grad[0]:
+            dx = (grad @ weight if ctx.gemm is None else ctx.gemm(grad, weight.t()).view(x.shape)).to(x_dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight_dtype)
         return dx, dw, None, None
 
 
@@ -91,12 +80,10 @@ def linear(x: Tensor, weight: Tensor, wanted: torch.dtype | None = None) -> Tens
     dtype = training_product_dtype(x, wanted)
     autocast = torch.is_autocast_enabled(x.device.type)
     training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if autocast and _half_gemm is not None and dtype in NARROW_RANGE and training:
-        half: Tensor = _HalfProducts.apply(x, weight, _half_gemm, dtype)
-        return half
-    if autocast or dtype == weight.dtype:
+    gemm = _half_gemm if autocast and dtype in NARROW_RANGE and training else None
+    if gemm is None and (autocast or dtype == weight.dtype):
         return F.linear(x, weight)
-    y: Tensor = _LowProducts.apply(x, weight, dtype)
+    y: Tensor = _LowProducts.apply(x, weight, dtype, gemm)
     return y
 
 
