@@ -1,15 +1,16 @@
 """Attention through torch's scaled_dot_product_attention, which picks the fastest kernel the device has.
 
-Plain causal attention is one call. What a kernel doesn't know (sliding windows, several documents in one row, queries
-that continue a cache) is cut into blocks of queries: each sees only the keys it can reach, under a small mask, and no
-mask of T × T ever exists. The pieces are planned once per forward pass and serve every layer.
+Plain causal attention is one call. What a kernel doesn't know (sliding windows, several documents in one sequence,
+queries that continue a cache) is cut into blocks of queries: each block reads only the keys it can reach, under a small
+mask, so that no mask of T × T ever exists. The pieces are planned once per forward pass and serve every layer.
 
-Key/value heads are repeated by hand: on older cards `enable_gqa` falls back to a kernel that needs O(T²) memory.
+Key/value heads are repeated explicitly: on older cards `enable_gqa` falls back to a kernel that needs O(T²) memory.
 
-Training on a CPU has a way of its own: plain matrix products, a block of queries at a time, with the gradient written
-out. torch's kernel for CPUs keeps no probabilities and forms them again in the backward pass, in small tiles; for
-sequences of a few hundred tokens it is faster to keep them (see dev/LOG.md). Source of the gradient:
-softmax' = P ∘ (dP − rowsum(dP ∘ P)), where rowsum(dP ∘ P) = rowsum(dY ∘ Y), as in FlashAttention, arXiv 2205.14135.
+Training on a CPU has an implementation of its own: plain matrix products, one block of queries at a time, with the
+gradient written out. torch's kernel for CPUs doesn't keep the probabilities but recomputes them in the backward pass,
+in small tiles; for sequences of a few hundred tokens it is faster to keep them (see dev/LOG.md).
+
+Shapes: B batch, T queries, S keys, H query heads, K key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from torch.autograd.function import once_differentiable
 from nanochat.ops.linear import training_product_dtype
 from nanochat.precision import NARROW_RANGE
 
+# Queries of a masked piece: a mask is at most this long, while a piece is still a large matrix product.
 QUERY_BLOCK = 256
-# Of the probabilities that one layer keeps in training on a CPU; longer sequences are left to torch's kernel.
+# The most probabilities that a layer keeps in training on a CPU; longer sequences are left to torch's kernel.
 MAX_PROBABILITY_BYTES = 96 << 20
+# Queries of a piece there. Smaller pieces skip more of the half above the diagonal, in smaller products.
 CAUSAL_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of queries, the run of keys they may reach, and how."""
+    """A range of queries and the range of keys they may reach."""
 
     queries: slice
     keys: slice
@@ -44,28 +47,29 @@ class Piece:
 
 
 def segment_starts(segments: Tensor) -> Tensor:
-    """Where each token's segment begins in its row: (B, T) ids, different between neighbours, -> (B, T) positions."""
+    """The position at which each token's segment begins: (B, T) ids that differ between neighbours -> (B, T)."""
     border = torch.ones_like(segments, dtype=torch.bool)
     border[:, 1:] = segments[:, 1:] != segments[:, :-1]
     position = torch.arange(segments.size(1), device=segments.device)
+    # Only borders keep their position; the running maximum carries it to the rest of the segment.
     return torch.where(border, position, 0).cummax(dim=1).values
 
 
 def plan_attention(
     T: int, S: int, device: torch.device, window: int | None = None, starts: Tensor | None = None
 ) -> list[Piece]:
-    """How T queries, the last of S positions in every row, attend to the keys up to their own.
+    """The pieces in which T queries, the last of S positions, attend to the keys up to their own.
 
     Args:
-        T: queries.
-        S: keys, at least T.
+        T: number of queries.
+        S: number of keys, at least T.
         device: where masks are made.
         window: how many keys before its own a query sees; None: all.
         starts: (B, T) the first key each query may see (needs S == T); None: key 0.
     """
     if window is not None and window >= S - 1:
-        window = None
-    if starts is None and T == 1:
+        window = None  # it reaches everything
+    if starts is None and T == 1:  # one new token: nothing lies after it, so no mask
         return [Piece(slice(0, 1), slice(0 if window is None else S - 1 - window, S))]
     if starts is None and window is None and T == S:
         return [Piece(slice(0, T), slice(0, T), causal=True)]
@@ -73,12 +77,13 @@ def plan_attention(
     pieces = []
     for q0 in range(0, T, block):
         q1 = min(q0 + block, T)
-        first, last = S - T + q0, S - T + q1  # as positions
-        low = 0 if window is None else max(0, first - window)
+        first, last = S - T + q0, S - T + q1  # the block's queries as positions among the keys
+        low = 0 if window is None else max(0, first - window)  # the first key that any of them sees
         if starts is not None and device.type == "cpu" and not torch.compiler.is_compiling():
-            low = max(low, int(starts[:, q0].min()))  # elsewhere reading the number would wait for the device
-        query = torch.arange(first, last, device=device)[:, None]
-        key = torch.arange(low, last, device=device)
+            # Starts only grow, so the first query reaches furthest back. On a card, reading it would stall the queue.
+            low = max(low, int(starts[:, q0].min()))
+        query = torch.arange(first, last, device=device)[:, None]  # (q, 1)
+        key = torch.arange(low, last, device=device)  # (k,)
         mask = (key <= query)[None]  # (1, q, k)
         if window is not None:
             mask = mask & (key >= query - window)
@@ -89,11 +94,11 @@ def plan_attention(
 
 
 def plan_ragged(mask: Tensor, positions: Tensor, window: int | None = None) -> list[Piece]:
-    """The same where the rows of a cache have different lengths.
+    """The same for a cache whose sequences have different lengths: one piece under one mask.
 
     Args:
         mask: (B, 1, T, S) bool, true for the keys up to a query's own.
-        positions: (B, T) of the queries.
+        positions: (B, T) positions of the queries.
         window: as in `plan_attention`.
     """
     if window is not None and window < mask.size(-1) - 1:
@@ -118,7 +123,7 @@ def attend(
         v: (B, S, K, D).
         pieces: from `plan_attention` or `plan_ragged`; they cover the queries in their order.
         scale: factor on the products of queries and keys; None: 1/√D.
-        product_dtype: what float32 is rounded to in training on a CPU (see nanochat/ops/linear.py); None: nothing.
+        product_dtype: what float32 is rounded to in training on a CPU (see nanochat/ops/linear.py); None: not at all.
 
     Returns:
         (B, T, H, D).
@@ -126,10 +131,11 @@ def attend(
     repeats = q.size(2) // k.size(2)
     if repeats > 1 and q.size(1) == 1:
         return _attend_one(q, k, v, pieces[0], scale)
-    if repeats > 1:
+    if repeats > 1:  # query heads h·repeats … (h+1)·repeats − 1 share key/value head h
         k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
     if q.device.type == "cpu" and q.requires_grad and not torch.compiler.is_compiling():
+        # float16 is for tests there, and stays with torch's kernel.
         dtype, heads = training_product_dtype(q, product_dtype), q.size(0) * q.size(1)
         if dtype not in NARROW_RANGE and probability_bytes(heads, pieces, dtype.itemsize) <= MAX_PROBABILITY_BYTES:
             scale = q.size(-1) ** -0.5 if scale is None else scale
@@ -147,15 +153,15 @@ def attend(
 
 
 def _run(x: Tensor, part: slice) -> Tensor:
-    """x (B, H, n, D) from part.start to part.stop; all of it is x itself, whose gradient needs no copy."""
+    """x (B, H, n, D) from part.start to part.stop. If that is all of x, then x itself: its gradient needs no copy."""
     return x if part == slice(0, x.size(2)) else x[:, :, part]
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float | None) -> Tensor:
-    """One query per row: the heads that share keys become queries of one head, so that no key is copied."""
+    """One query per sequence: the heads that share keys become queries of one head, so that no key is copied."""
     B, _, H, D = q.shape
     repeats = H // k.size(2)
-    grouped = q.view(B, H // repeats, repeats, D)
+    grouped = q.view(B, H // repeats, repeats, D)  # (B, K, repeats, D)
     k, v = _run(k.transpose(1, 2), piece.keys), _run(v.transpose(1, 2), piece.keys)  # (B, K, S, D)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=piece.mask, scale=scale).reshape(B, 1, H, D)
 
@@ -164,17 +170,18 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float | No
 
 
 def probability_bytes(batch_heads: int, pieces: Sequence[Piece], itemsize: int) -> int:
-    """Memory of the probabilities that are kept for the backward pass."""
+    """Memory of the probabilities kept for the backward pass; `batch_heads` is B·H."""
     return sum(batch_heads * _length(p.queries) * _length(p.keys) * itemsize for p in pieces)
 
 
 def split_causal(pieces: Sequence[Piece], device: torch.device) -> list[Piece]:
-    """The same pieces, with a causal one cut into blocks of queries under one mask for their last keys each."""
+    """The same pieces, with a causal one cut into blocks of queries, each with a mask for its last keys only."""
     blocks = []
     for piece in pieces:
         if not piece.causal:
             blocks.append(piece)
             continue
+        # Before the block's own positions every key is visible. Within them, in the last n keys, the lower triangle is.
         offset = piece.queries.start - piece.keys.start
         for first in range(piece.queries.start, piece.queries.stop, CAUSAL_BLOCK):
             last = min(first + CAUSAL_BLOCK, piece.queries.stop)
@@ -185,7 +192,11 @@ def split_causal(pieces: Sequence[Piece], device: torch.device) -> list[Piece]:
 
 
 class _CPUAttention(torch.autograd.Function):
-    """Heads of all rows side by side: q, k, v (N, T, D) with N = B·H."""
+    """Y = P·V with P = softmax(scale·Q·Kᵀ); q, k, v (N, T, D) with N = B·H.
+
+    With S the scores: dV = Pᵀ·dY, dP = dY·Vᵀ, dS = P ∘ (dP − rowsum(dP ∘ P)), dQ = scale·dS·K, dK = scale·dSᵀ·Q. And
+    rowsum(dP ∘ P) = rowsum(dY ∘ Y), which costs T·D instead of T² (FlashAttention, arXiv 2205.14135).
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], scale: float) -> Tensor:
@@ -195,6 +206,7 @@ class _CPUAttention(torch.autograd.Function):
             scores = torch.bmm(q[:, piece.queries], k[:, piece.keys].mT).mul_(scale)  # (N, queries, keys)
             if piece.mask is not None:  # (1 or B, 1, queries, the last keys)
                 masked = scores[:, :, scores.size(2) - piece.mask.size(3) :].unflatten(0, (piece.mask.size(0), -1))
+                # A view: this writes into the scores.
                 masked.masked_fill_(piece.mask.logical_not(), float("-inf"))
             probabilities.append(torch.softmax(scores, dim=-1))
             y[:, piece.queries] = torch.bmm(probabilities[-1], v[:, piece.keys])
@@ -207,13 +219,14 @@ class _CPUAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, *probabilities = ctx.saved_tensors
         g = grads[0]
+        # Each query is in one piece, but keys are in several: their gradients add up.
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         total = torch.linalg.vecdot(g, y).unsqueeze(-1)  # (N, T, 1)
         for piece, p in zip(ctx.pieces, probabilities, strict=True):
             dy = g[:, piece.queries]
             dv[:, piece.keys] += torch.bmm(p.mT, dy)
             ds = torch.bmm(dy, v[:, piece.keys].mT).sub_(total[:, piece.queries]).mul_(p).mul_(ctx.scale)
-            dq[:, piece.queries] = torch.bmm(ds, k[:, piece.keys])
+            dq[:, piece.queries] = torch.bmm(ds, k[:, piece.keys])  # ds (N, queries, keys)
             dk[:, piece.keys] += torch.bmm(ds.mT, q[:, piece.queries])
         return dq, dk, dv, None, None
 

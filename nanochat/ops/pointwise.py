@@ -1,8 +1,8 @@
-"""What stands between the matrix products: RMSNorm, rotary positions, squared ReLU, keys that know the token before.
+"""Operations between the matrix products: RMSNorm, squared ReLU, rotary positions, keys that include the token before.
 
-torch's own RMSNorm is fused on a GPU; on a CPU it is put together from many passes over the memory, and so are the
-others' gradients. There value and gradient are written out by hand in as few passes as possible (the norm 4.3 to 1.5 ms
-in one case, see dev/LOG.md). A compiler fuses the plain form by itself.
+They are limited by memory, so what counts is how often they pass over it. On a GPU torch's RMSNorm is one kernel; on a
+CPU it is many passes, as are the gradients that autograd puts together. So values and gradients are written out here in
+as few passes as possible (the norm from 4.3 to 1.5 ms in one case, see dev/LOG.md). A compiler fuses the plain form.
 
 Shapes: B batch, T tokens, H heads, D head size, C channels.
 """
@@ -18,13 +18,15 @@ from torch.autograd.function import once_differentiable
 
 
 class _RMSNormCPU(torch.autograd.Function):
+    """y = x·scale with scale = 1/√(mean(x²) + ε), over the last dimension. Source: arXiv 1910.07467."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        high = torch.promote_types(x.dtype, torch.float32)
+        high = torch.promote_types(x.dtype, torch.float32)  # 300² overflows float16
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=high)  # (…, 1)
         scale = length.square_().div_(x.size(-1)).add_(eps).rsqrt_()
         y = (x * scale).to(x.dtype)
-        ctx.save_for_backward(y, scale)
+        ctx.save_for_backward(y, scale)  # y, not x: the next matrix product may keep it anyway
         return y
 
     @staticmethod
@@ -32,13 +34,13 @@ class _RMSNormCPU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
         g = grads[0]
-        # dx = scale·(g − y·mean(g·y))
+        # dx = scale·(g − y·mean(g·y)): without the part along y, since the norm of x doesn't change y.
         mean = torch.linalg.vecdot(g, y).unsqueeze(-1).div_(-y.size(-1))
         return torch.addcmul(g, y, mean).mul_(scale.to(g.dtype)), None
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm of `x` (…, C) in its own dtype."""
+    """RMSNorm without parameters of `x` (…, C), in its own dtype."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         normalized: Tensor = _RMSNormCPU.apply(x, eps)
         return normalized
@@ -46,7 +48,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class _ReLUSquared(torch.autograd.Function):
-    """relu(x)² with its gradient 2·relu(x)·g in one product: autograd's own way takes five passes over the memory."""
+    """relu(x)² (Primer, arXiv 2109.08668) and its gradient 2·relu(x)·g, for which autograd would take five passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class _ReLUSquared(torch.autograd.Function):
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """relu(x)², see `_ReLUSquared`; a compiler finds the same by itself."""
+    """relu(x)² of any shape."""
     if torch.compiler.is_compiling():
         return F.relu(x).square()
     y: Tensor = _ReLUSquared.apply(x)
@@ -74,9 +76,9 @@ def relu_squared(x: Tensor) -> Tensor:
 
 def rotary_tables(n_positions: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and ±sin of position × frequency for both halves of a head, each (n_positions, head_dim), float32."""
-    channel = torch.arange(0, head_dim, 2, dtype=torch.float32)
-    frequency = base ** (-channel / head_dim)
-    angle = torch.outer(torch.arange(n_positions, dtype=torch.float32), frequency)
+    channel = torch.arange(0, head_dim, 2, dtype=torch.float32)  # (D/2,): a frequency for each pair of channels
+    frequency = base ** (-channel / head_dim)  # from 1 down to almost 1/base radians per position
+    angle = torch.outer(torch.arange(n_positions, dtype=torch.float32), frequency)  # (T, D/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=1), torch.cat((sin, -sin), dim=1)
 
@@ -84,38 +86,38 @@ def rotary_tables(n_positions: int, head_dim: int, base: float) -> tuple[Tensor,
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of each head in float32: y1 = x1·cos + x2·sin, y2 = x2·cos − x1·sin.
 
-    x is (B, T, H, D), the tables are (1 or B, T, 1, D). Swapping the halves and adding two products passes over the
-    memory less often than working on each half.
+    x is (B, T, H, D), the tables are (1 or B, T, 1, D).
     """
+    # Channel i is paired with i + D/2. Swapping the halves and adding two products passes over memory less often than
+    # working on each half. In float32: in bfloat16 the slow channels of neighbouring positions would look alike.
     x = x.to(torch.promote_types(x.dtype, cos.dtype))
     swapped = x.roll(x.size(-1) // 2, dims=-1)
     return torch.addcmul(x * cos, swapped, sin)
 
 
-# --- keys that know the token before ---------------------------------------------------------------------------------
+# --- keys that include the token before ------------------------------------------------------------------------------
 # Half of a key's channels are those of the previous token's key. A query that looks for its own token there finds the
-# places right behind earlier occurrences, and so what followed them: one layer copies what else takes two (Olsson et
-# al. 2022, arXiv 2209.11895, "smeared keys"; half of the channels, the slowly rotating ones: modded-nanogpt).
+# positions right after earlier occurrences, and so what followed them: one layer copies what otherwise takes two.
+# Source: Olsson et al. 2022, arXiv 2209.11895, "smeared keys"; only the slowly rotating channels: modded-nanogpt.
 
 
 def split_key(k: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of k (…, D), each (…, 2, D/4): the channels that stay with their token, and those the next token gets.
-
-    Rotary positions turn channel i together with i + D/2, the faster the lower i is: from each half the second half.
-    """
+    """Views of k (…, D), each (…, 2, D/4): the channels that stay with their token, and those the next token gets."""
+    # Rotary positions turn channel i together with i + D/2, slower as i grows. The next token gets the slow ones, for
+    # which a shift by one position hardly matters: of each half the second half.
     own, lent = k.unflatten(-1, (2, 2, -1)).unbind(-2)
     return own, lent
 
 
 def offset_keys(k: Tensor, first: Tensor | None = None) -> Tensor:
-    """Give every key of k (B, T, H, D) the lent channels of the token before; zeros where there is none.
+    """Give every key of k (B, T, H, D) half of its channels from the token before; zeros where there is none.
 
     Args:
         k: rotated and normalised keys.
         first: (B, T) bool, true where a segment begins; None: at position 0 only.
     """
     own, lent = split_key(k)
-    before = F.pad(lent, (0, 0, 0, 0, 0, 0, 1, -1))  # (B, T, H, 2, D/4)
+    before = F.pad(lent, (0, 0, 0, 0, 0, 0, 1, -1))  # (B, T, H, 2, D/4), one position later
     if first is not None:
-        before = before.masked_fill(first[:, :, None, None, None], 0.0)
+        before = before.masked_fill(first[:, :, None, None, None], 0.0)  # nothing leaks from the document before
     return torch.stack((own, before), dim=-2).flatten(-3)
