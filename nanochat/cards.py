@@ -1,17 +1,18 @@
 """CUDA cards: NVIDIA's data sheets, measured speeds, and which cards of a machine train together.
 
-Peaks are dense (no 2:4 sparsity), at boost clock. `float16` is the fastest way the card multiplies float16 matrices and
-accumulates in float32, as PyTorch asks for: tensor cores where it has them, at the rate with float32 accumulation
-(half of the advertised one on GeForce cards from RTX 20xx on). Without tensor cores it is half arithmetic where that is
-fast (P100, GTX 16xx); all other old cards gain memory from float16 but no speed, so it is the float32 rate.
+Peaks are dense (no 2:4 sparsity), at boost clock. `float16` is the fastest way in which the card multiplies float16
+matrices and accumulates in float32, as PyTorch asks for: tensor cores where it has them, at the rate with float32
+accumulation (half of the advertised one on GeForce cards from RTX 20xx on). Without tensor cores it is half-precision
+arithmetic where that is fast (P100, GTX 16xx). All other old cards save memory with float16 but no time, so there it is
+the float32 rate.
 
-Memory is what the card is sold with, in GB. A card sold under one name in several sizes is listed with the most common
-one: ask the device itself where it is present. Laptop chips and MIG slices run at other speeds than the card whose name
-they carry, so they are unknown here; `nanochat.hardware.measure_matmul` serves for every unknown card.
+Memory is in GB, as sold. A card sold under one name in several sizes is listed with the most common one; where it is
+present, ask the device itself. Laptop chips and MIG slices run at other speeds than the card whose name they carry, so
+they are unknown here. `nanochat.hardware.measure_matmul` serves for every unknown card.
 
-Only the standard library is needed here: verify_p100_setup.sh asks before anything is installed,
+Imports the standard library only: verify_p100_setup.sh asks, before anything is installed,
 
-    printf 'Tesla T4,7.5,15360\\n' | python -m nanochat.cards      name, capability, MiB; prints the places taken
+    printf 'Tesla T4,7.5,15360\\n' | python -m nanochat.cards      name, capability, MiB; prints the indices taken
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ class Card:
 
     @property
     def tensor_cores(self) -> bool:
-        """Whether it has matrix units: Volta and newer, but not the GTX 16xx."""
+        """True if it has matrix units: Volta and newer, but not the GTX 16xx."""
         return self.capability >= (7, 0) and not self.name.startswith("GTX")
 
     @property
     def bfloat16(self) -> float | None:
-        """Peak in bfloat16: that of float16 from Ampere on, None where bfloat16 is only emulated."""
+        """Peak in bfloat16: that of float16 from Ampere on; None where bfloat16 is only emulated."""
         return self.float16 if self.capability >= (8, 0) else None
 
     @property
     def tf32(self) -> float | None:
-        """Peak of float32 matmuls with inputs rounded to TF32: half that of float16 from Ampere on, else None."""
+        """Peak of float32 matmuls with inputs rounded to TF32: half that of float16 from Ampere on; else None."""
         return self.float16 / 2 if self.capability >= (8, 0) else None
 
     def peak_tflops(self, dtype: str) -> float | None:
@@ -192,7 +193,7 @@ CARDS: tuple[Card, ...] = tuple(Card(*row) for row in (
 ))
 # fmt: on
 
-# Matmul TFLOP/s that were measured through PyTorch, by the row above. A P100's float16 is no faster than its float32:
+# TFLOP/s of matmuls measured through PyTorch, by the row above. A P100's float16 is no faster than its float32:
 # PyTorch accumulates in float32. Source: zzc0721/torch-performance-test-data.
 MEASURED_MATMUL: dict[str, dict[str, float]] = {
     "P100": {"float32": 8.6, "float16": 8.4, "bfloat16": 6.1},
@@ -201,7 +202,7 @@ MEASURED_MATMUL: dict[str, dict[str, float]] = {
     "A100": {"float32": 19.0, "float16": 258.0, "bfloat16": 264.0},
     "H100": {"float32": 52.0, "float16": 760.0, "bfloat16": 797.0},
 }
-# Words that say: not the card whose name it carries.
+# Words in the name of a device that is slower than the card whose name it carries.
 _OTHER_SPEED = {"LAPTOP", "MOBILE", "MAX", "MIG"}
 
 
@@ -212,7 +213,7 @@ def _words(name: str) -> list[str]:
 def find_card(name: str) -> Card | None:
     """The card that torch calls `name` (`torch.cuda.get_device_name()`), or None if it is not in the table.
 
-    A row fits when its words occur in `name` one after the other; the row with the most characters wins, so that
+    A row fits if its words occur in `name` one after the other. The row with the most characters wins, so that
     "NVIDIA GeForce RTX 3080 Ti" is not taken for an RTX 3080.
 
     >>> find_card("Tesla P100-PCIE-16GB").name
@@ -232,12 +233,12 @@ def find_card(name: str) -> Card | None:
 
 
 # --- which cards train together --------------------------------------------------------------------------------------
-# Ranks wait for each other at every step, so a card among slower ones is no faster than those; and a group of unequal
-# cards would train in the weakest one's precision. So the fastest group of equal cards trains.
+# Ranks wait for each other at every step, so a card among slower ones is no faster than they are, and a mixed group
+# would train in the precision of its weakest card. So the fastest group of equal cards trains.
 
 # No torch that this project supports has kernels for older cards.
 OLDEST = (6, 0)
-UNKNOWN_CARD_FLOPS_PER_SECOND = 130e12
+UNKNOWN_CARD_FLOPS_PER_SECOND = 130e12  # about an A100's: for an upper bound, too much is the safe side
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class DeviceInfo:
 
     name: str
     capability: tuple[int, int] | None
-    """None where it can't be told."""
+    """None if unknown."""
     memory_mib: int
 
     @property
@@ -256,11 +257,12 @@ class DeviceInfo:
 
 
 def training_speed(name: str) -> float:
-    """An upper bound of the FLOP/s that training reaches on the card of this name, so that no text is read twice.
+    """An upper bound of the FLOP/s that training reaches on the card of this name.
 
-    Half the measured speed of matmuls on tensor cores. On a P100 95 % of it, and half as much again, should its matmuls
-    be summed in float16. Cards that nobody measured: by the data sheet.
+    The number of shards to download follows from it: too few, and text would be read twice.
     """
+    # Training reaches at most half the measured speed of matmuls on tensor cores; on a P100 95 % of it, and half as
+    # much again if its products are accumulated in float16. Cards that nobody measured go by the data sheet.
     for row, speeds in MEASURED_MATMUL.items():
         if row.split("-")[0] in re.split("[ -]", name):
             return 1e12 * max(speeds.values()) * (0.95 * 1.5 if row == "P100" else 0.5)
@@ -271,14 +273,14 @@ def training_speed(name: str) -> float:
 
 
 def choose_cards(cards: Sequence[DeviceInfo]) -> list[int]:
-    """Places in `cards` of those that train one model: the kind that is fastest together, then the larger memory.
+    """Indices in `cards` of those that train one model: the kind that is fastest together, then has most memory.
 
-    Cards that no supported torch has kernels for are left out.
+    Cards for which no supported torch has kernels are left out.
     """
     groups: dict[tuple[str, int], list[int]] = {}
-    for place, card in enumerate(cards):
+    for index, card in enumerate(cards):
         if card.capability is None or card.capability >= OLDEST:
-            groups.setdefault(card.kind, []).append(place)
+            groups.setdefault(card.kind, []).append(index)
     if not groups:
         return []
     best = max(groups, key=lambda kind: (len(groups[kind]) * training_speed(kind[0]), kind[1]))
@@ -286,8 +288,8 @@ def choose_cards(cards: Sequence[DeviceInfo]) -> list[int]:
 
 
 def describe_choice(cards: Sequence[DeviceInfo], chosen: Sequence[int]) -> str:
-    """Which cards are taken and which stay idle, such as "2 × Tesla T4; idle: GeForce GTX 1050"."""
-    idle = [card.name for place, card in enumerate(cards) if place not in chosen]
+    """Names the cards that train and those that stay idle, such as "2 × Tesla T4; idle: GeForce GTX 1050"."""
+    idle = [card.name for index, card in enumerate(cards) if index not in chosen]
     taken = f"{len(chosen)} × {cards[chosen[0]].name}" if chosen else "no card"
     return taken + (f"; idle: {', '.join(idle)}" if idle else "")
 

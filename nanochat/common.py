@@ -1,7 +1,7 @@
-"""What every script shares: device, ranks and dtype; folders, printing and downloads come from below (env, data).
+"""The start of every script: device, ranks, dtype, seeds. Folders and printing (env) and downloads are re-exported.
 
-`setup_compute` turns a script's `Runtime` flags into a `Compute`: device, ranks and the one `Precision` object that
-holds the autocast context and the loss scaler, so no script has precision code of its own.
+`setup_compute` turns a script's `Runtime` flags into a `Compute`: device, ranks and the one `Precision` object with the
+autocast context and the loss scaler, so that no script has precision code of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nanochat.hardware import measure_matmul, synchronize, wheel_runs
 from nanochat.ops.fp16_gemm import Mode
 from nanochat.precision import DTYPE_NAMES, DTYPES, Precision, candidate_dtypes, dtype_cost
 
-with contextlib.suppress(ModuleNotFoundError):  # httpx, say: dev/gpu_check.py needs only torch and numpy
+with contextlib.suppress(ModuleNotFoundError):  # of httpx, say: dev/gpu_check.py needs only torch and numpy
     from nanochat.data.download import download_file_with_lock  # noqa: F401
 
 
@@ -52,7 +52,7 @@ def autodetect_device_type() -> str:
 
 
 def autodetect_dtype(device_type: str) -> torch.dtype:
-    """The precision this machine computes best in: the one rule every script follows.
+    """The dtype in which this machine computes best: the one rule that every script follows.
 
     CPU and MPS: float32. CUDA by the weakest card's capability: 8.0 and newer bfloat16, below 7.0 (P100) float16;
     7.x (V100, T4, RTX 20xx) by measurement. See `nanochat.precision.candidate_dtypes`.
@@ -62,14 +62,14 @@ def autodetect_dtype(device_type: str) -> torch.dtype:
     weakest = min(range(torch.cuda.device_count()), key=torch.cuda.get_device_capability)
     here = torch.cuda.current_device()
     if torch.cuda.get_device_capability(here) == torch.cuda.get_device_capability(weakest):
-        weakest = here  # each rank measures its own card, and needs no memory of another
+        weakest = here  # each rank measures its own card and needs no memory on another
     candidates = candidate_dtypes("cuda", torch.cuda.get_device_capability(weakest))
     return candidates[0] if len(candidates) == 1 else _fastest_dtype(candidates, f"cuda:{weakest}")
 
 
 @functools.cache
 def _fastest_dtype(candidates: tuple[torch.dtype, ...], device: str) -> torch.dtype:
-    """The candidate with the fastest matmuls, measured once per process in about 0.2 s; the last if none can run."""
+    """The candidate with the fastest matmuls, measured once per process in about 0.2 s; the last if that fails."""
     try:
         speed = {dtype: measure_matmul(dtype, device) for dtype in candidates}
     except RuntimeError as error:
@@ -85,10 +85,10 @@ def _fastest_dtype(candidates: tuple[torch.dtype, ...], device: str) -> torch.dt
 
 
 def check_wheel() -> None:
-    """Refuse a torch wheel that holds no kernel for a card here; the first operation would fail obscurely.
+    """Refuse a torch wheel without kernels for a card here, with which the first operation would fail obscurely.
 
     Raises:
-        RuntimeError: naming the card and the wheel that runs on it. Source: PyTorch's release compatibility matrix.
+        RuntimeError: names the card and a wheel that runs on it. Source: PyTorch's release compatibility matrix.
     """
     arches = [a for a in torch.cuda.get_arch_list() if a.startswith(("sm_", "compute_"))]
     for i in range(torch.cuda.device_count()):
@@ -113,7 +113,7 @@ def reinstall_line(capability: tuple[int, int]) -> str:
 
 @dataclass
 class Compute:
-    """Where and how a script computes. A context manager: leaving it closes the process group."""
+    """The device, ranks and precision of a script. A context manager: leaving it closes the process group."""
 
     device: torch.device
     ddp: bool
@@ -143,7 +143,7 @@ class Compute:
         synchronize(self.device)
 
     def peak_memory_bytes(self) -> int:
-        """Most memory held at once: on the card, or this process's resident memory on a CPU."""
+        """The most memory held at once: on the card, or on a CPU this process's resident memory."""
         if self.device_type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         import resource
@@ -151,12 +151,12 @@ class Compute:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def matmul_tflops(self, n: int = 1024, seconds: float = 0.1) -> float:
-        """Measured speed of matmuls as training makes them, in TFLOP/s: (n, n) times (n, n)."""
+        """Measure the speed of n×n matmuls in TFLOP/s, in the dtype and mode of training."""
         with self.precision.training():
             return measure_matmul(self.precision.product_dtype, self.device, n, seconds)
 
     def broadcast(self, value: float) -> float:
-        """Rank 0's `value` on every rank, so that decisions by time are the same everywhere."""
+        """Rank 0's `value` on every rank, so that all ranks decide the same by it."""
         if not self.ddp:
             return value
         tensor = torch.tensor(value, dtype=torch.float64 if self.device_type != "mps" else torch.float32)
@@ -165,7 +165,7 @@ class Compute:
         return float(tensor)
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Each flag, true if it is true on some rank."""
+        """For each flag: True if it is true on at least one rank."""
         if not self.ddp:
             return list(flags)
         tensor = torch.tensor(flags, dtype=torch.int32, device=self.device)
@@ -176,20 +176,20 @@ class Compute:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        compute_cleanup(meet=kind is None)  # a rank that failed must not wait for the others
+        compute_cleanup(barrier=kind is None)  # a rank that failed must not wait for the others
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators (all cards)."""
+    """Seed the generators of Python, NumPy and torch, on all cards."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def set_deterministic(on: bool) -> None:
-    """Let torch use only algorithms that give the same bits every time (with as many threads and cards)."""
+    """Restrict torch to algorithms that give the same bits every time (with the same number of threads and cards)."""
     torch.use_deterministic_algorithms(on)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # only costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # NaN there only costs time
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.backends.cudnn.benchmark = False
@@ -224,21 +224,20 @@ def _why_no_cuda() -> str:
     return "torch sees no CUDA card: check `nvidia-smi` and run `bash verify_p100_setup.sh`"
 
 
-def compute_cleanup(meet: bool = False) -> None:
+def compute_cleanup(barrier: bool = False) -> None:
     """Close the process group if there is one.
 
     Args:
-        meet: wait for the other ranks first: with torch 2.7.1 a rank was seen to hang in closing gloo when another was
-            gone.
+        barrier: wait for the other ranks first.
     """
     if dist.is_available() and dist.is_initialized():
-        if meet:
+        if barrier:  # with torch 2.7.1 a rank was seen to hang while closing gloo when another was gone
             dist.barrier()
         dist.destroy_process_group()
 
 
 def _compile_allowed(wish: str, device: torch.device) -> bool:
-    """Triton refuses cards below capability 7.0; on a CPU compiling costs more than a short run gains."""
+    # Triton refuses cards below capability 7.0; on a CPU compiling costs more than a short run gains.
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
     if wish == "on" and device.type == "cuda" and not capable:
         raise ValueError("--compile=on needs a card of capability 7.0 or newer (Triton refuses older ones); use auto")
@@ -246,7 +245,8 @@ def _compile_allowed(wish: str, device: torch.device) -> bool:
 
 
 def _agree_on_dtype(chosen: torch.dtype, device: torch.device) -> torch.dtype:
-    """The choice of the rank with the weakest card, on all ranks: measurements and machines may differ."""
+    """The choice of the rank with the weakest card, on all ranks."""
+    # Measurements differ, and so may the machines. The rank number decides between equal cards.
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     proposals: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(proposals, (capability, dist.get_rank(), DTYPE_NAMES[chosen]))
@@ -254,7 +254,7 @@ def _agree_on_dtype(chosen: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _choose_dtype(wish: str, device: torch.device, ddp: bool) -> torch.dtype:
-    """The dtype that `wish` (a name of DTYPES, or auto) means; says what an unfavourable one costs.
+    """The dtype that `wish` (a name of DTYPES, or auto) stands for. Warns about one that is slow or risky here.
 
     Raises:
         RuntimeError: the device can't compute in it.
@@ -263,7 +263,7 @@ def _choose_dtype(wish: str, device: torch.device, ddp: bool) -> torch.dtype:
     if ddp:
         chosen = _agree_on_dtype(chosen, device)
     name = DTYPE_NAMES[chosen]
-    try:
+    try:  # now, with the remedy, rather than in the middle of the first step
         a = torch.ones(8, 8, device=device).to(chosen)
         a @ a
     except (RuntimeError, TypeError) as error:
@@ -281,15 +281,15 @@ def _dtype_cost_on(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | None = None) -> Compute:
-    """Device, ranks and precision for these flags; seeds every generator.
+    """Set up device, ranks and precision for these flags, and seed every generator.
 
     Args:
-        runtime: the script's flags; what they name goes before what follows here.
-        dtype: the dtype of the run that is resumed, so that a resume can't flip it.
-        previous: the dtype of the stage before, taken if this device computes well in it.
+        runtime: the script's flags. A dtype named there takes precedence over the following two.
+        dtype: the dtype of the run that is resumed, so that resuming on another card doesn't change it.
+        previous: the dtype of the previous stage, taken if this device computes well in it.
     """
     device_type = autodetect_device_type() if runtime.device_type == "auto" else runtime.device_type
-    set_deterministic(runtime.deterministic or device_type == "cpu")
+    set_deterministic(runtime.deterministic or device_type == "cpu")  # a CPU run is always reproducible
     ddp, rank, local_rank, world_size, device = compute_init(device_type)
     if runtime.device_type == "auto" and device_type == "cpu" and shutil.which("nvidia-smi"):
         print0(f"warning: this machine has NVIDIA's driver, but the run takes the CPU: {_why_no_cuda()}")

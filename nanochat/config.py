@@ -1,4 +1,4 @@
-"""The command line: a typed dataclass per script, parsed by tyro, and one way to run a script's `main`.
+"""The command line: one typed dataclass per script, parsed by tyro, and one way to run a script's `main`.
 
 `--depth=8`, `--device_batch_size 16` and `--device-batch-size=16` all work. Nested configs carry no prefix
 (`--dtype`, not `--runtime.dtype`). A bad flag or value names itself and exits with 2; an error of the run exits with 1.
@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-# tyro is imported where it is used, so that what computes (dev/gpu_check.py) runs where it isn't installed.
-
 T = TypeVar("T")
 # Flags of nanochat's base_train that no script has here.
 INSTEAD = {
@@ -27,20 +25,20 @@ INSTEAD = {
 
 
 def short(*names: str) -> Any:
-    """Annotation for a field with a short flag: `prompt: Annotated[str, short("-p")] = ""`."""
-    import tyro
+    """Annotate a field with a short flag: `prompt: Annotated[str, short("-p")] = ""`."""
+    import tyro  # lazy: dev/gpu_check.py needs only torch and numpy
 
     return tyro.conf.arg(aliases=list(names))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where and in which precision a script computes. Every script has these flags."""
+    """The flags that every script has: device, precision, seed."""
 
     device_type: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     """The device: auto takes cuda, then mps, then cpu."""
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], short("-d")] = "auto"
-    """The precision: auto asks the card (P100 float16, A100 and newer bfloat16, CPU float32)."""
+    """The precision: auto follows the card (P100 float16, A100 and newer bfloat16, CPU float32)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: auto measures whether it pays (CUDA capability 7.0 or newer, long training runs)."""
     fp16_gemm: Literal["auto", "on", "off"] = "auto"
@@ -54,12 +52,12 @@ class Runtime:
 
 def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
     """Build `config` from the command line (`sys.argv` by default); exits with 2 on a bad flag or value."""
-    import tyro
+    import tyro  # lazy: dev/gpu_check.py needs only torch and numpy
 
     if not dataclasses.is_dataclass(config):
         raise TypeError(f"{config} is not a dataclass")
     args = list(sys.argv[1:] if argv is None else argv)
-    # nanochat's own scripts take an empty device type for "choose yourself".
+    # nanochat's own scripts take an empty device type for "auto".
     args = [a for a in args if a not in ("--device_type=", "--device-type=")]
     said = io.StringIO()
     try:
@@ -75,15 +73,15 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
 
 
 def _instead_of_nanochats(args: Sequence[str]) -> str:
-    """What does here what nanochat's flags among `args` do there."""
+    """Names what replaces those of nanochat's flags among `args` that do not exist here."""
     names = dict.fromkeys(arg.partition("=")[0].lstrip("-").replace("-", "_") for arg in args if arg.startswith("--"))
     return "".join(f"; instead of nanochat's --{name}: {INSTEAD[name]}" for name in names if name in INSTEAD)
 
 
 def _one_line(box: str) -> str:
-    """The message inside tyro's drawn box of several lines."""
+    """The message of the box that tyro draws, in one line."""
     lines = [line.strip("╭╮╰╯│─ \n") for line in box.splitlines()]
-    start = 1 if lines and lines[0] else 0  # the title
+    start = 1 if lines and lines[0] else 0  # after the title
     kept = []
     for line in lines[start:]:
         if line.startswith(("For full helptext", "Argument helptext")):
@@ -93,14 +91,14 @@ def _one_line(box: str) -> str:
 
 
 def positive(value: float | None) -> Any:
-    """`value`, or None where it is 0 or below: nanochat's users switch things off by 0 and by -1."""
+    """`value`, or None if it is 0 or below: nanochat's users switch things off with 0 and with -1."""
     return value if value is not None and value > 0 else None
 
 
 def run_script(main: Callable[[Any], Any], config: type[Any], argv: Sequence[str] | None = None) -> None:
     """Parse `config` and call `main` with it.
 
-    Errors a user can cause are printed as one sentence, without a traceback, and exit with 1
+    Errors that a user can cause are printed as one sentence without a traceback, and exit with 1
     (set NANOCHAT_TRACEBACK=1 to see where they came from).
     """
     cfg = parse_config(config, argv)
@@ -119,9 +117,9 @@ def run_script(main: Callable[[Any], Any], config: type[Any], argv: Sequence[str
 
 
 def _record(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`main`; under torchrun its error is also handed to torchrun, which names the rank that failed first."""
+    """`main`; under torchrun its error also goes to torchrun, which names the rank that failed first."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return main
-    from torch.distributed.elastic.multiprocessing.errors import record
+    from torch.distributed.elastic.multiprocessing.errors import record  # lazy: torch, for a command line
 
     return record(main)

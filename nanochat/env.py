@@ -1,4 +1,4 @@
-"""The ground everything stands on: base folder, ranks, printing on rank 0, disk space, this code's commit.
+"""For every module: base folder, ranks, printing on rank 0, disk space, the commit of this code.
 
 Imports neither torch nor anything of the project, so that any module may import it.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def get_base_dir() -> Path:
-    """The folder of everything a run makes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created when missing."""
+    """The folder of everything that a run writes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created if missing."""
     folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -33,7 +33,7 @@ def print0(text: str = "", **kwargs: Any) -> None:
 
 
 def check_disk_space(folder: str | Path, needed_bytes: int, what: str) -> None:
-    """Raise RuntimeError before work is lost when `folder`'s disk has less than `needed_bytes` free for `what`."""
+    """Raise RuntimeError, before any work is lost, if the disk of `folder` has too little space for `what`."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise RuntimeError(
@@ -43,7 +43,7 @@ def check_disk_space(folder: str | Path, needed_bytes: int, what: str) -> None:
 
 
 def git_state() -> str:
-    """Branch and commit of this code, and whether files were changed since; "unknown" outside git."""
+    """Commit and branch of this code, and a note if files were changed since; "unknown" outside git."""
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).resolve().parent

@@ -17,7 +17,7 @@ from nanochat.env import get_dist_info
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut (a no-op where folders can't be opened, as on Windows)."""
+    """Make a rename inside `folder` survive a power cut. Does nothing where folders can't be opened, as on Windows."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -33,13 +33,13 @@ def _fsync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on a clean exit it becomes `path`, on an error it is removed."""
+    """Yield a temporary path in the same folder. On a clean exit it becomes `path`; on an error it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield tmp
-        _fsync_file(tmp)
+        _fsync_file(tmp)  # the content first: after a power cut the name must not point to an empty file
         os.replace(tmp, path)
         fsync_folder(path.parent)
     finally:
@@ -48,9 +48,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; on a clean exit its files are synced and it takes that name.
+    """Yield a temporary folder beside `folder`. On a clean exit its files are synced and it takes that name.
 
-    A folder that already has the name is replaced (it is moved aside first, so one of the two always exists).
+    An existing folder of the name is replaced: it is moved aside first, so that one of the two always exists.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl or .jsonl.gz file; blank lines are skipped. Raises ValueError naming file and line."""
+    """The objects of a .jsonl or .jsonl.gz file without blank lines. A ValueError names file and line."""
     path = Path(path)
     rows: list[dict[str, Any]] = []
     open_text = gzip.open if path.suffix == ".gz" else open
@@ -117,29 +117,29 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one object a line; the file appears whole."""
+    """Write one object per line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class ResumeLog:
-    """What an interrupted run has already worked out, in a folder.
+    """A folder with the results that an interrupted run has already computed.
 
     Every rank appends to a file of its own and reads those of all, so the number of ranks may change in between.
     """
 
     def __init__(self, folder: Path) -> None:
-        """`folder` must belong to one set of settings: its records are taken for this run's."""
+        """`folder` must belong to these settings: its records are taken for results of this run."""
         folder.mkdir(parents=True, exist_ok=True)
         self.records: list[dict[str, Any]] = []
-        """Of earlier runs."""
+        """Results of earlier runs."""
         for path in sorted(folder.glob("rank*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):  # a line may be torn
+                with contextlib.suppress(ValueError):  # a kill may have cut a line short
                     self.records.append(json.loads(line))
         self.path = folder / f"rank{get_dist_info()[1]}.jsonl"
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Keep more records."""
+        """Append results."""
         with open(self.path, "a", encoding="utf-8") as f:
-            # The newline comes first: it ends a line that a kill has torn. ASCII, so that no letter can be torn.
+            # The newline comes first: it ends a line that a kill has cut short. ASCII, so that no letter can be cut.
             f.write("".join("\n" + json.dumps(record) for record in records))

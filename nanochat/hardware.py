@@ -1,8 +1,8 @@
-"""What this machine is and what it can do: cards, torch wheel, CPU, memory, disk, measured speeds, throttling.
+"""This machine: cards, torch wheel, CPU, memory, disk, measured speeds, and what to do when memory or power runs out.
 
-`inspect_machine` only asks (torch, nvidia-smi, the operating system); `measure_matmul` computes. A `ThrottleWatcher`
-asks nvidia-smi now and then during a run whether a card had to slow down. What happens when memory runs out begins
-here too. Speeds that nobody measured on this machine are in nanochat/cards.py.
+`inspect_machine` only asks torch, nvidia-smi and the operating system; `measure_matmul` computes. A `ThrottleWatcher`
+asks nvidia-smi from time to time during a run whether a card has had to slow down. Speeds of cards that are not here
+are in nanochat/cards.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMI_SECONDS = 10.0  # nvidia-smi answers in well under one; a hanging driver mus
 
 
 def inspect_machine(folder: str | Path | None = None) -> dict[str, Any]:
-    """Cards, torch wheel, processor, memory and disk of this machine, ready for JSON. Computes nothing.
+    """Describe cards, torch wheel, CPU, memory and disk of this machine, ready for JSON. Computes nothing.
 
     Args:
         folder: whose disk is meant; default: the base dir.
@@ -53,7 +53,7 @@ def inspect_machine(folder: str | Path | None = None) -> dict[str, Any]:
 
 
 def _cards() -> list[dict[str, Any]]:
-    """The cards that torch sees; where it sees none, those of nvidia-smi, which no run can use."""
+    """The cards that torch sees. If it sees none, those of nvidia-smi, which no run can use then."""
     rows = query_nvidia_smi(("uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version"))
     keys = ("index", "name", "capability", "total_bytes", "free_bytes", "driver", "usable", "uuid")
     cards: list[tuple[Any, ...]] = []
@@ -77,10 +77,8 @@ def _cards() -> list[dict[str, Any]]:
 
 
 def wheel_runs(capability: tuple[int, int], arches: Sequence[str]) -> bool:
-    """Whether a wheel with these arches (`torch.cuda.get_arch_list()`) has kernels for a card; True if it lists none.
-
-    A cubin runs on its own major version and an equal or newer minor one; PTX (compute_) runs on all newer cards.
-    """
+    """True if a wheel with these arches (`torch.cuda.get_arch_list()`) has kernels for a card, or lists no arches."""
+    # A cubin (sm_) runs on its own major version and an equal or newer minor one; PTX (compute_) on all newer cards.
     major, minor = capability
     known = [a.split("_") for a in arches if a.startswith(("sm_", "compute_"))]
     numbers = [(kind, int("".join(c for c in number if c.isdigit()))) for kind, number in known]
@@ -91,7 +89,7 @@ def wheel_runs(capability: tuple[int, int], arches: Sequence[str]) -> bool:
 
 
 def query_nvidia_smi(fields: Sequence[str], device: str | None = None) -> list[dict[str, str]]:
-    """nvidia-smi's answer for every card; a field it doesn't know is "". Empty without a working nvidia-smi.
+    """nvidia-smi's answer for each card; a field it doesn't know is "". Empty without a working nvidia-smi.
 
     Args:
         fields: as in `nvidia-smi --help-query-gpu`.
@@ -114,7 +112,7 @@ def query_nvidia_smi(fields: Sequence[str], device: str | None = None) -> list[d
 
 
 def describe_cards() -> list[str]:
-    """Each card as it is now, such as "Tesla P100: 61 °C, 8.0 of 16.0 GiB, 171 of 250 W, 98 % busy"."""
+    """The state of each card now, such as "Tesla P100: 61 °C, 8.0 of 16.0 GiB, 171 of 250 W, 98 % busy"."""
 
     def show(cell: str, divisor: float = 1.0, digits: int = 0) -> str:
         try:
@@ -149,7 +147,7 @@ def cpu_name() -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has finished."""
+    """Wait until `device` has finished its work (a CPU always has)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -157,9 +155,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure_matmul(dtype: torch.dtype, device: torch.device | str, n: int = 2048, seconds: float = 0.1) -> float:
-    """Measured speed of an n×n matmul in TFLOP/s (2n³ operations each), for at most about `seconds` after warm-up.
+    """Measure the speed of n×n matmuls in TFLOP/s (2n³ operations each) for about `seconds` after a warm-up.
 
-    Where one such matmul would take longer than that (emulated dtypes), n is halved until it doesn't.
+    If a single matmul would take longer than that (emulated dtypes), n is halved until it doesn't.
     """
     device = torch.device(device)
 
@@ -169,7 +167,7 @@ def measure_matmul(dtype: torch.dtype, device: torch.device | str, n: int = 2048
         start, count = time.perf_counter(), 0
         while count == 0 or time.perf_counter() - start < limit:
             a @ a
-            synchronize(device)
+            synchronize(device)  # a card is only told what to do: without this its queue would be timed
             count += 1
         return count, time.perf_counter() - start
 
@@ -184,7 +182,7 @@ def measure_matmul(dtype: torch.dtype, device: torch.device | str, n: int = 2048
 
 
 def speeds_key(device: torch.device, product_dtype: torch.dtype) -> str:
-    """What measured speeds depend on: the device, torch, and on a CPU its threads and the dtype of its products."""
+    """Name everything that measured speeds depend on: device, torch, and on a CPU threads and dtype of products."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     where = cpu_name() if device.type == "cpu" else device.type
@@ -199,10 +197,10 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that this process can still have on `device`.
+    """Bytes that this process can still allocate on `device`.
 
-    A card that drives a display has less than its size. What this process has cached there counts as free. On a CPU:
-    available memory, or what a container leaves of its limit.
+    A card that drives a display has less than its size. What this process has cached there counts as free. On a CPU it
+    is the available memory, or what is left of a container's limit.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -228,40 +226,41 @@ def _available_ram() -> int:
 
 
 def _container_ram() -> int:
-    """What the limit of a container (cgroup v2) leaves; no limit: very much."""
+    """Bytes left of a container's limit (cgroup v2); without a limit a very large number."""
     try:
         folder = Path("/sys/fs/cgroup")
         limit = (folder / "memory.max").read_text(encoding="ascii").strip()
         used = int((folder / "memory.current").read_text(encoding="ascii"))
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
         stat = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
-        # Pages of files count as used, but give way; `docker stats` leaves out the inactive ones too.
+        # Cached pages of files count as used, but give way; `docker stats` leaves out the inactive ones too.
         return int(limit) - used + stat.get("inactive_file", 0)
     except (OSError, ValueError):
         return 1 << 62
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that there was too little memory."""
+    """True if `error` says that there was too little memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY)
 
 
 def release_memory() -> None:
-    """Give back what nothing refers to any more."""
-    gc.collect()
+    """Free what nothing refers to any more, on the device too."""
+    gc.collect()  # tensors in reference cycles, such as those of a traceback, first
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def with_more_memory(work: Callable[[], T]) -> T:
-    """`work()`, and once more if it runs out of memory; it must not have changed anything by then."""
+    """`work()`, called a second time if it runs out of memory; it must not have changed anything by then."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+    # Outside `except`: in there the error's traceback still holds the tensors of the failed call.
     release_memory()
     return work()
 
@@ -277,16 +276,16 @@ SLOWDOWNS = {
     0x80: "the power supply, in hardware",
 }
 HOT = 0x20 | 0x40
-# The name drivers of 2023 and later use, and the one before.
+# The name since the drivers of 2023, and the one before.
 REASON_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 STATE_FIELDS = ("temperature.gpu", "power.draw", "clocks.sm", "clocks.max.sm")
 
 
 class ThrottleWatcher:
-    """Tells when a card starts to run slower than it could, because of heat or power.
+    """Reports when a card begins to run slower than it could, because of heat or power.
 
-    `poll` never waits: once in `every_seconds` it starts nvidia-smi, and a later call reads the answer. Nothing happens
-    on a device without nvidia-smi.
+    `poll` never waits: every `every_seconds` it starts nvidia-smi in a thread, and a later call reads the answer. It
+    does nothing on a device without nvidia-smi.
     """
 
     def __init__(self, device: torch.device | str, every_seconds: float = 60.0, uuid: str | None = None) -> None:
@@ -303,7 +302,7 @@ class ThrottleWatcher:
         self._known = 0
 
     def poll(self) -> str | None:
-        """A sentence when a reason to slow down has come up since the last one, else None."""
+        """A sentence if a new reason to slow down has appeared since the last call, else None."""
         if not self.active:
             return None
         if self._query is None:

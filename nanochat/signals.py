@@ -1,7 +1,7 @@
-"""A run that is asked to stop finishes its step and saves; the second time it leaves at once.
+"""A run that is asked to stop finishes its step and saves; asked a second time it exits at once.
 
 SIGTERM (a scheduler, `kill`), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning before a time limit) all ask. The process
-then exits with EXIT_STOPPED, which tells "stopped as you wished, the same command goes on" from an error.
+then exits with EXIT_STOPPED, which distinguishes "stopped on request, the same command resumes" from an error.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 # sysexits.h: EX_TEMPFAIL, "the user is invited to retry".
 EXIT_STOPPED = 75
-# torchrun passes a Ctrl-C on to its workers, which have had it from the terminal already: that is one wish, not two.
-SAME_WISH_SECONDS = 1.0
+# torchrun passes a Ctrl-C on to its workers, which have had it from the terminal already: one request, not two.
+SAME_REQUEST_SECONDS = 1.0
 
 
 class Stopped(SystemExit):
@@ -30,7 +30,7 @@ class Stopped(SystemExit):
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within `with`, the signals that ask to stop go to `handler` (in the main thread; Python allows no other)."""
+    """Within `with`, the signals that ask to stop go to `handler`; only in the main thread, as Python requires."""
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
@@ -44,7 +44,7 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 class StopRequest:
-    """Within `with`, signals only set `requested`; the second one ends the process with 128 + its number."""
+    """Within `with`, a signal only sets `requested`; a second one ends the process with 128 + its number."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -54,14 +54,14 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came, or torchrun is gone: nobody would look after its ranks any more."""
+        """True after a signal, or when torchrun has died, since nothing would supervise the ranks any more."""
         return self._asked or ("RANK" in os.environ and os.getppid() != self._parent)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._asked:
             self._asked, self._since = True, time.monotonic()
             self._say(f"{signal.Signals(number).name}: finishing the step and saving; once more leaves at once")
-        elif time.monotonic() - self._since > SAME_WISH_SECONDS:
+        elif time.monotonic() - self._since > SAME_REQUEST_SECONDS:
             self._say("leaving at once; the checkpoints that are there stay good")
             os._exit(128 + number)
 

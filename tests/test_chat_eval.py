@@ -222,7 +222,7 @@ def rank_main(rank: int, world_size: int, port: int, model, folder: str) -> None
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     result = everything(model, RustBPETokenizer.from_directory(folder), world_size, rank)
-    compute_cleanup(meet=True)
+    compute_cleanup(barrier=True)
     with open(f"{folder}/{rank}.json", "w", encoding="utf-8") as f:
         json.dump(result, f)
 

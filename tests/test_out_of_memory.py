@@ -208,7 +208,7 @@ if os.environ["RANK"] == "1":
 trainer = make(folder)
 trainer.run()
 print("rank", trainer.compute.rank, trainer.micro, flush=True)
-compute_cleanup(meet=True)
+compute_cleanup(barrier=True)
 """
 
 

@@ -1,14 +1,14 @@
 """The P100's missing factor of two: float16 matrix products that are also accumulated in float16.
 
 A P100 (capability 6.0) is twice as fast at float16 arithmetic as at float32, but PyTorch asks cuBLAS to accumulate in
-float32, and on that card such a product runs at float32's speed. `torch.backends.cuda.matmul.allow_fp16_accumulation`
-is no way out: PyTorch looks at it from capability 7.0 on. So cuBLAS is called directly here, through the handle PyTorch
-uses itself.
+float32, and on that card such a product runs at the speed of float32. PyTorch ignores
+`torch.backends.cuda.matmul.allow_fp16_accumulation` below capability 7.0. So cuBLAS is called directly here, through
+PyTorch's own handle.
 
-A sum of K terms in float16 loses about √(K/2)·2·10⁻⁴ of its size, so K is split: every part is accumulated in float16,
-and the parts are added in float32. Weight gradients are sums over thousands of tokens and stay with PyTorch.
+A sum of K terms in float16 has a relative error of about √(K/2)·2·10⁻⁴, so K is split: each part is accumulated in
+float16, and the parts are added in float32. Weight gradients are sums over thousands of tokens and stay with PyTorch.
 
-Whether it is used is decided on the card itself, see `choose_half_gemm`: never untested.
+It is used only after a check on the card itself, see `choose_half_gemm`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nanochat.precision import NARROW_RANGE
 
 Mode = Literal["auto", "on", "off"]
 HalfGemm = Callable[[Tensor, Tensor], Tensor]
-"""a (M, K), b (N, K) in float16 -> a @ b.T (M, N) in float16. Rows or columns of both lie together in memory."""
+"""a (M, K), b (N, K) in float16 -> a @ b.T (M, N) in float16. The rows or the columns of each are contiguous."""
 
 PART = 256  # longest sum in float16
 MAX_ERROR = 5e-3
@@ -39,7 +39,7 @@ _OP_N, _OP_T, _POINTER_MODE_HOST = 0, 1, 0
 
 
 def parts_of(k: int, longest: int = PART) -> int | None:
-    """Into how many equal parts of at most `longest` a sum over `k` terms is split; None: not in parts of 8 or more."""
+    """Number of equal parts of at most `longest` for a sum over `k` terms; None if they can't be multiples of 8."""
     for parts in range(-(-k // longest), k // 8 + 1):
         if k % parts == 0 and k // parts % 8 == 0:
             return parts
@@ -55,7 +55,7 @@ class CublasHalfGemm:
     """`HalfGemm` by cublasGemmStridedBatchedEx with CUBLAS_COMPUTE_16F, a batch entry for each part of K.
 
     Raises:
-        RuntimeError: at once if the library isn't found; at a call if cuBLAS reports an error.
+        RuntimeError: the library isn't found, or (in a call) cuBLAS reports an error.
     """
 
     def __init__(self) -> None:
@@ -84,6 +84,7 @@ class CublasHalfGemm:
         op_b, lead_b, step_b = _layout(b, length, transposed=True)
         op_a, lead_a, step_a = _layout(a, length, transposed=False)
         handle = torch.cuda.current_blas_handle()  # on the current stream
+        # alpha and beta lie in host memory. PyTorch shares the handle, so its mode is put back afterwards.
         mode = ctypes.c_int()
         self._check(self.library.cublasGetPointerMode_v2(handle, ctypes.byref(mode)))
         self._check(self.library.cublasSetPointerMode_v2(handle, _POINTER_MODE_HOST))
@@ -104,16 +105,16 @@ class CublasHalfGemm:
 
 
 def _layout(x: Tensor, length: int, transposed: bool) -> tuple[int, int, int]:
-    """How cuBLAS finds x (rows, K): operation, leading dimension, and elements from one part of K to the next."""
+    """(operation, leading dimension, elements from one part of K to the next) by which cuBLAS reads x (rows, K)."""
     if x.stride(1) == 1:  # (rows, K) in memory, to cuBLAS (K, rows)
         return (_OP_T if transposed else _OP_N), x.stride(0), length
     if x.stride(0) == 1:
         return (_OP_N if transposed else _OP_T), x.stride(1), length * x.stride(1)
-    raise ValueError("a float16 product needs matrices whose rows or columns lie together in memory")
+    raise ValueError("a float16 product needs matrices whose rows or columns are contiguous")
 
 
 def _load_cublas() -> Any:
-    """The cuBLAS that PyTorch has loaded already."""
+    """The cuBLAS that PyTorch has already loaded."""
     torch.cuda.current_blas_handle()  # loads it
     major = (torch.version.cuda or "12").split(".")[0]
     try:
@@ -124,14 +125,14 @@ def _load_cublas() -> Any:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check on the card found, worst shape each."""
+    """The result of a check on the card: the worst error and the worst speedup over all shapes."""
 
     error: float
     speedup: float
 
     @property
     def good(self) -> bool:
-        """Whether it is exact enough and worth it."""
+        """True if it is accurate enough and worth it."""
         return self.error <= MAX_ERROR and self.speedup >= MIN_SPEEDUP
 
     def __str__(self) -> str:
@@ -141,7 +142,7 @@ class Verdict:
 def check_half_gemm(
     gemm: HalfGemm, shapes: Iterable[tuple[int, int, int]], device: torch.device, calls: int = 10
 ) -> Verdict:
-    """Error and speed of `gemm` against PyTorch's product, over shapes (M, N, K) of real layers."""
+    """Compare error and speed of `gemm` with PyTorch's product, over shapes (M, N, K) of real layers."""
     (half,) = NARROW_RANGE
     generator = torch.Generator(device).manual_seed(0)
     errors, speedups = [], []
@@ -159,10 +160,10 @@ def check_half_gemm(
 def choose_half_gemm(
     mode: Mode, device: torch.device, dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]]
 ) -> tuple[HalfGemm | None, str]:
-    """The product to train with, None for PyTorch's own, and a sentence that says why.
+    """The product to train with (None: PyTorch's own), and a sentence that says why.
 
-    "auto" takes it on a card of capability 6.0 computing in float16, if the check on this card is good; "on" takes it
-    on any card, and says what the check found.
+    "auto" takes it on a card of capability 6.0 that computes in float16, if the check on this card is good. "on" takes
+    it on any card, and says what the check found.
 
     Raises:
         ValueError: "on" without a CUDA card or in another dtype than float16.

@@ -93,7 +93,7 @@ class Linear(nn.Linear):
     """A linear layer without bias."""
 
     product_dtype: torch.dtype | None = None
-    """What float32 is rounded to for products in training, see `GPT.set_product_dtype`; None: not at all."""
+    """float32 is rounded to this dtype for products in training, see `GPT.set_product_dtype`; None: not at all."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
