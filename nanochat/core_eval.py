@@ -30,9 +30,18 @@ from filelock import FileLock
 
 from nanochat.data.download import download_file_with_lock
 from nanochat.env import get_base_dir, get_dist_info
-from nanochat.files import ResumeLog, atomic_folder, read_jsonl, write_text
+from nanochat.files import ResumeLog, atomic_folder, read_jsonl
 from nanochat.progress import progress
-from nanochat.scoring import LanguageModel, Score, Span, TaskScore, batches_of_examples, mean_centered, score_groups
+from nanochat.scoring import (
+    LanguageModel,
+    Score,
+    Span,
+    TaskScore,
+    batches_of_examples,
+    common_prefix_length,
+    mean_centered,
+    score_groups,
+)
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # The kinds of tasks, and the columns each needs in its data.
@@ -108,10 +117,6 @@ class CoreResult:
         lines += [f"{task.name:<35}, {task.accuracy:<10.6f}, {task.centered:<10.6f}" for task in self.tasks]
         lines.append(f"{'CORE (partial)' if self.partial else 'CORE':<35}, {'':<10}, {self.core:<10.6f}")
         return "\n".join(lines) + "\n"
-
-    def save_csv(self, path: Path) -> None:
-        """Write `csv` to a file that appears whole."""
-        write_text(path, self.csv())
 
 
 # --- the bundle ------------------------------------------------------------------------------------------------------
@@ -241,12 +246,6 @@ def render_prompts(task: CoreTask, item: Item, shots: Sequence[Item]) -> list[st
     return prompts
 
 
-def common_prefix_length(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows share at the start."""
-    first, shortest = rows[0], min(len(row) for row in rows)
-    return next((i for i in range(shortest) if any(row[i] != first[i] for row in rows)), shortest)
-
-
 def find_spans(kind: str, rows: Sequence[Sequence[int]]) -> list[Span]:
     """Which tokens of an example's tokenized prompts are scored.
 
@@ -255,12 +254,11 @@ def find_spans(kind: str, rows: Sequence[Sequence[int]]) -> list[Span]:
     if kind == "schema":
         suffix = common_prefix_length([row[::-1] for row in rows])
         return [Span(row, max(1, min(len(row) - suffix, len(row) - 1)), len(row)) for row in rows]
-    start = max(1, min(common_prefix_length(rows), *(len(row) - 1 for row in rows)))
-    if kind == "multiple_choice":
-        return [Span(row, start, len(row)) for row in rows]
-    with_continuation = rows[1]
-    start = max(1, min(common_prefix_length(rows), len(with_continuation) - 1))
-    return [Span(with_continuation, start, len(with_continuation))]
+    same = common_prefix_length(rows)
+    if kind == "language_modeling":
+        rows = rows[1:]  # the prompt alone has only shown where the continuation begins
+    start = max(1, min(same, *(len(row) - 1 for row in rows)))
+    return [Span(row, start, len(row)) for row in rows]
 
 
 def choose(kind: str, scores: Sequence[Score]) -> int:

@@ -134,11 +134,14 @@ def shared_length(spans: Sequence[Span]) -> int:
     """How many tokens at their start the rows of one example share and do not score; 0 where it does not pay."""
     if len(spans) < 2:
         return 0
-    most = min(span.start for span in spans)
-    first = spans[0].tokens
-    for span in spans[1:]:
-        most = next((i for i in range(most) if span.tokens[i] != first[i]), most)
-    return most if most >= MIN_SHARED else 0
+    shared = min(common_prefix_length([span.tokens for span in spans]), *(span.start for span in spans))
+    return shared if shared >= MIN_SHARED else 0
+
+
+def common_prefix_length(rows: Sequence[Sequence[int]]) -> int:
+    """The number of tokens that all rows share at the start."""
+    first, shortest = rows[0], min(len(row) for row in rows)
+    return next((i for i in range(shortest) if any(row[i] != first[i] for row in rows)), shortest)
 
 
 def batches_of_examples(examples: Sequence[Sequence[Span]], max_tokens: int, context: int) -> list[list[int]]:

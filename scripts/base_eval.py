@@ -33,7 +33,7 @@ from nanochat.core_eval import (
     get_bundle_folder,
     load_bundle,
 )
-from nanochat.files import ResumeLog, write_jsonl
+from nanochat.files import ResumeLog, write_jsonl, write_text
 from nanochat.interop.hf_model import load_hf_model
 from nanochat.progress import format_seconds
 from nanochat.report import get_report
@@ -135,7 +135,7 @@ def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> Non
     name = "CORE (partial)" if result.partial else "CORE"
     print0(f"{name} {result.core:.4f} ± {result.stderr:.4f} in {format_seconds(time.monotonic() - start)}")
     if compute.rank == 0:
-        result.save_csv(csv_path)
+        write_text(csv_path, result.csv())
         write_jsonl(csv_path.with_suffix(".jsonl"), read_answers(finished.path.parent, result))
         shutil.rmtree(csv_path.with_suffix(".unfinished"), ignore_errors=True)
         print0(f"wrote {csv_path}")

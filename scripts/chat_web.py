@@ -131,9 +131,8 @@ def choose_key(cfg: Config) -> str | None:
     return key
 
 
-def load_engines(cfg: Config, compute: Compute) -> tuple[list[BatchEngine], Any, dict[str, Any]]:
+def load_engines(cfg: Config, name: str, compute: Compute) -> tuple[list[BatchEngine], Any, dict[str, Any]]:
     """(an engine on every device, the tokenizer, what the page shows about the model)."""
-    name = find_model(cfg.source, cfg.model_tag, cfg.hf_path)
     engines = []
     for device in choose_devices(compute.device, cfg.num_gpus):
         model, tokenizer, meta = load_chosen(cfg.source, cfg.model_tag, cfg.step, cfg.hf_path, device)
@@ -167,9 +166,9 @@ def load_engines(cfg: Config, compute: Compute) -> tuple[list[BatchEngine], Any,
 def main(cfg: Config) -> None:
     """Load the model on every device and serve it."""
     key = choose_key(cfg)
-    find_model(cfg.source, cfg.model_tag, cfg.hf_path)
+    name = find_model(cfg.source, cfg.model_tag, cfg.hf_path)
     with listen(cfg.host, cfg.port) as server_socket, setup_compute(cfg.runtime) as compute:
-        engines, tokenizer, info = load_engines(cfg, compute)
+        engines, tokenizer, info = load_engines(cfg, name, compute)
         local = cfg.host in LOCAL_HOSTS
         access = Access(api_key=key, cors_origins=cfg.cors_origins, local_only=local and key is None)
         defaults = Sampling(temperature=cfg.temperature, top_k=cfg.top_k, max_tokens=cfg.max_tokens)

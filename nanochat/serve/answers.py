@@ -54,15 +54,11 @@ class EnginePool:
             QueueFull: too many wait, at every engine.
             EngineClosed: the server is stopping.
         """
-        loads = [stats["running"] + stats["waiting"] for stats in self.stats()] if len(self.engines) > 1 else [0]
-        full: QueueFull | None = None
-        for _, engine in sorted(zip(loads, self.engines, strict=True), key=lambda pair: pair[0]):
-            try:
+        *others, busiest = sorted(self.engines, key=lambda engine: engine.load)
+        for engine in others:
+            with contextlib.suppress(QueueFull):
                 return engine.submit(request)
-            except QueueFull as error:
-                full = error
-        assert full is not None
-        raise full
+        return busiest.submit(request)
 
     def stats(self) -> list[dict[str, Any]]:
         """Of every engine."""

@@ -221,6 +221,11 @@ class BatchEngine:
         """The most tokens a sequence may have, prompt and answer together."""
         return self.model.config.sequence_len
 
+    @property
+    def load(self) -> int:
+        """Requests that run or wait."""
+        return len(self._running) + len(self._waiting)
+
     def submit(self, request: GenerationRequest) -> Generation:
         """Put a request in the queue; returns at once.
 
