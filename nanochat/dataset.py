@@ -24,22 +24,14 @@ from typing import Annotated
 import tyro
 
 from nanochat.config import run_script, short
-from nanochat.data.corpus import BLOCK_ROWS, Chunk, Corpus, list_shards, open_corpus, shard_chunks
+from nanochat.data.corpus import Corpus, list_shards, open_corpus, shard_chunks
 from nanochat.data.download import RemoteFile, download_all, matches, probe
 from nanochat.data.shards import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
 from nanochat.data.sources import SOURCES, file_request, is_remote, plan_source, source_folder, split_repo
-from nanochat.data.text_import import find_texts, import_path, import_texts
+from nanochat.data.text_import import import_path
 from nanochat.env import get_base_dir, get_dist_info, print0
 
-__all__ = [
-    "BLOCK_ROWS",
-    "Chunk",
-    "Corpus",
-    "download_shards",
-    "list_shards",
-    "open_corpus",
-    "prepare_corpus",
-]
+__all__ = ["Corpus", "download_shards", "open_corpus", "prepare_corpus"]
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_BETWEEN_SAVES = 5.0  # of the manifest while shards arrive
@@ -54,7 +46,6 @@ def download_shards(
     source: str,
     num_shards: int | None,
     workers: int = 4,
-    folder: Path | None = None,
     *,
     text_column: str = "text",
     revision: str | None = None,
@@ -67,21 +58,20 @@ def download_shards(
         source: "climbmix", "fineweb_edu", "hf:owner/name[/folder]", "urls:LIST" or the URL of a parquet file.
         num_shards: how many training shards the folder shall have.
         workers: parallel downloads.
-        folder: where they go; default `source_folder(source)`.
         text_column: the column with the text.
         revision: commit, tag or branch of a data set on the hub.
         ready: download only this many training shards now; the others stay listed in the manifest.
         verify: compare the hashes of all files that are there already, not only their sizes.
 
     Returns:
-        The folder.
+        The folder, `source_folder(source)`.
 
     Raises:
-        RuntimeError: some shards could not be had; names them all.
+        RuntimeError: some shards can't be downloaded; names them all.
     """
     if num_shards is not None and num_shards < 1:
         raise ValueError(f"number of shards is {num_shards}, but must be at least 1")
-    folder = folder or source_folder(source)
+    folder = source_folder(source)
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder):
         old = load_manifest(folder)
@@ -134,7 +124,7 @@ def _fetch(folder: Path, manifest: Manifest, missing: list[Entry], workers: int)
     """Download these shards; their row counts go into the manifest.
 
     Raises:
-        RuntimeError: some could not be had; names them all.
+        RuntimeError: some can't be downloaded; names them all.
     """
     files = [_remote_file(folder, manifest, entry) for entry in missing]
     where = f"{manifest.source} (commit {manifest.revision[:12]})" if manifest.revision else manifest.source
@@ -214,15 +204,12 @@ def download_in_background(folder: Path) -> None:
 # --- what the scripts read --------------------------------------------------------------------------------------------
 
 
-def prepare_corpus(
-    dataset: str | None = None, data_dir: str | Path | None = None, num_shards: int | None = None
-) -> Path:
+def prepare_corpus(dataset: str | None = None, data_dir: str | Path | None = None) -> Path:
     """Make sure the data is there as parquet shards; returns their folder (or the one parquet file) for `open_corpus`.
 
     Args:
         dataset: a source that was downloaded ("climbmix", "hf:owner/name", ...), or "demo" (`python -m tasks.demo`).
         data_dir: a folder with .parquet (used in place) or texts (imported once), or one such file.
-        num_shards: how many training shards of a public dataset to download; None takes what is there.
 
     Raises:
         ValueError: both were given, or the dataset is unknown.
@@ -238,7 +225,7 @@ def prepare_corpus(
             raise FileNotFoundError(f"no demo corpus in {base_data / 'demo'}: write it with `python -m tasks.demo`")
         return base_data / "demo"
     if dataset and is_remote(dataset):
-        return _prepare_remote(dataset, num_shards)
+        return _prepare_remote(dataset)
     if dataset:
         raise ValueError(
             f"unknown dataset {dataset!r}: choose {', '.join([*SOURCES, 'demo'])}, hf:owner/name, or use --data_dir"
@@ -250,9 +237,7 @@ def prepare_corpus(
     )
 
 
-def _prepare_remote(dataset: str, num_shards: int | None) -> Path:
-    if num_shards is not None:
-        return download_shards(dataset, num_shards)
+def _prepare_remote(dataset: str) -> Path:
     folder = source_folder(dataset)
     if load_manifest(folder) is None:
         shards = [shard.name for shard in list_shards(folder)]  # of a version that wrote no manifest
@@ -273,14 +258,7 @@ def _prepare_remote(dataset: str, num_shards: int | None) -> Path:
 
 
 def _prepare_own(path: Path, text_column: str | None = None) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(f"--data_dir={path}: there is no such file or folder")
-    if list_shards(path):
-        return path
-    files = find_texts(path)
-    if not files:
-        raise FileNotFoundError(f"--data_dir={path}: no .parquet, .jsonl, .txt, .md, .csv or .html file there")
-    return import_texts(files, get_base_dir() / "base_data", text_column)
+    return path if list_shards(path) else import_path(path, text_column=text_column)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

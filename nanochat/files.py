@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import hashlib
@@ -97,22 +98,33 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl or .jsonl.gz file without blank lines. A ValueError names file and line."""
+def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line of a .jsonl or .jsonl.gz file that is not blank.
+
+    Raises:
+        ValueError: a line is not JSON, or not UTF-8; names file and line.
+    """
     path = Path(path)
-    rows: list[dict[str, Any]] = []
-    open_text = gzip.open if path.suffix == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8") as lines:
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-            rows.append(row)
+                value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 ({error}): save the file as UTF-8") from None
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+            yield number, value
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl or .jsonl.gz file; ValueError names file and line of what is none."""
+    rows: list[dict[str, Any]] = []
+    for number, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+        rows.append(row)
     return rows
 
 

@@ -23,6 +23,21 @@ CALCULATOR_NAMES = ("python", "calculator", "calculate")
 Conversation = dict[str, Any]  # {"messages": [{"role": ..., "content": ...}, ...]}
 
 
+def to_conversation(record: Any, other_tools: Counter[str] | None = None) -> Conversation:
+    """The conversation in a record of a file: {"messages": [...]}, or the list of messages itself.
+
+    Args:
+        record: a value of JSON; other keys than "messages" are ignored.
+        other_tools: counts the calls of tools that are not the calculator.
+
+    Raises:
+        ValueError: it is none; names the message and what is wrong with it.
+    """
+    messages = from_openai(record.get("messages") if isinstance(record, dict) else record, other_tools)
+    check_messages(messages)
+    return {"messages": messages}
+
+
 def from_openai(messages: Any, other_tools: Counter[str] | None = None) -> Any:
     """Messages in OpenAI's form as ours; those that are ours already, or malformed, come back as they are.
 

@@ -274,7 +274,7 @@ def test_bad_files_name_the_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"a\.jsonl"):
         load_conversations(path)
     for line, complaint in [
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ('{"text": "a"}', "a non-empty list of messages"),
         (json.dumps(PAIR[1:]), "message 0 has role 'assistant'"),
     ]:

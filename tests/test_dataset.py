@@ -58,9 +58,9 @@ def test_download_gets_validation_and_first_shards_once(hub: Hub, base_dir: Path
     assert corpus.num_documents("train") == 100
     done = len(hub.requests)
     assert prepare_corpus("climbmix") == folder
-    assert prepare_corpus("climbmix", num_shards=1) == folder
+    assert download_shards("climbmix", 1) == folder
     assert len(hub.requests) == done
-    prepare_corpus("climbmix", num_shards=3)
+    download_shards("climbmix", 3)
     assert files_asked_for(hub, done) == ["shard_00002.parquet"]
     assert {text[:6] for text in open_corpus(folder).documents("val")} == {"text 9"}  # pinned while shards arrive
 
@@ -288,7 +288,7 @@ def test_what_prepare_corpus_refuses(tmp_path: Path, base_dir: Path) -> None:
         prepare_corpus(data_dir=tmp_path / "nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no \.parquet, \.jsonl, \.txt"):
+    with pytest.raises(FileNotFoundError, match=r"empty holds no \.parquet, \.jsonl, \.txt"):
         prepare_corpus(data_dir=empty)
     (empty / "a.txt").write_text(" \n")
     with pytest.raises(ValueError, match="no text in"):

@@ -6,9 +6,7 @@ Padding and everything unsupervised is -1 in y, and every sequence supervises so
 
 from __future__ import annotations
 
-import codecs
 import functools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -22,7 +20,8 @@ import torch
 from nanochat.data.chat_rows import ChatCursor, Packer, PackingStats, Renderer, Supervise
 from nanochat.data.loader import BatchLoader
 from nanochat.env import print0
-from nanochat.messages import Conversation, check_messages, from_openai
+from nanochat.files import json_lines
+from nanochat.messages import Conversation, to_conversation
 from nanochat.tokenizer import RustBPETokenizer
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -43,35 +42,23 @@ def load_conversations(path: str | Path) -> list[Conversation]:
         raise FileNotFoundError(
             f"no conversations at {path}: give a .jsonl file, or a .parquet with a column 'messages'"
         )
-    read = _read_parquet if path.suffix == ".parquet" else _read_jsonl
+    if path.suffix == ".parquet":
+        records = _read_parquet(path)
+    else:
+        records = ((f"line {number}", value) for number, value in json_lines(path))
     conversations = []
     other_tools: Counter[str] = Counter()
-    for place, record in read(path):
-        messages = record.get("messages") if isinstance(record, dict) else record
+    for place, record in records:
         try:
-            messages = from_openai(messages, other_tools)
-            check_messages(messages)
+            conversations.append(to_conversation(record, other_tools))
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from None
-        conversations.append({"messages": messages})
     if not conversations:
         raise ValueError(f"{path} holds no conversations")
     if other_tools:
         names = ", ".join(f"{name} ({count}×)" for name, count in other_tools.most_common(5))
         print0(f"warning: {path} calls tools that nothing will answer, as the engine has a calculator only: {names}")
     return conversations
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, start=1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not UTF-8 ({error}): save the file as UTF-8") from None
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -29,8 +29,6 @@ from nanochat.env import check_disk_space, get_base_dir, print0
 from nanochat.files import atomic_folder
 from nanochat.progress import Bar, progress
 
-__all__ = ["find_texts", "import_path", "import_texts"]
-
 VERSION = 2  # part of the folder's name: raise it when the same files would give other shards
 VAL_SHARE = 1 / 20
 VAL_SHARE_IF_LARGE = 1 / 200
@@ -80,10 +78,10 @@ def import_path(path: Path, out: str | Path | None = None, text_column: str | No
         ValueError: `out` holds something else, or a file is malformed.
     """
     if not path.exists():
-        raise FileNotFoundError(f"--import={path}: there is no such file or folder")
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
     files = find_texts(path)
     if not files:
-        raise FileNotFoundError(f"--import={path}: no txt, md, html, jsonl, csv or parquet file there")
+        raise FileNotFoundError(f"{path} holds no .parquet, .jsonl, .txt, .md, .csv or .html file")
     return import_texts(files, get_base_dir() / "base_data", text_column, Path(out).expanduser() if out else None)
 
 
