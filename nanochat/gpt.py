@@ -23,7 +23,7 @@ from nanochat.ops.attention import Piece, attend, plan_attention, plan_ragged, s
 from nanochat.ops.linear import Linear, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
 from nanochat.ops.pointwise import apply_rotary, offset_keys, relu_squared, rms_norm, rotary_tables
-from nanochat.precision import NARROW_RANGE
+from nanochat.precision import NARROW_RANGE, autocast_dtype
 
 LOGIT_SOFTCAP = 15.0
 # One fixed epsilon for every dtype, so that a model gives the same results in each of them.
@@ -470,7 +470,7 @@ class GPT(nn.Module):
     def _normed_wte(self, idx: Tensor) -> Tensor:
         x = self.wte(idx)  # (B, T, C)
         # bfloat16 has float32's range, so the residual stream may be narrow; float16 has not, so it stays float32.
-        compute_dtype = _autocast_dtype(x)
+        compute_dtype = autocast_dtype(x)
         return norm(x if compute_dtype in NARROW_RANGE else x.to(compute_dtype))
 
     def hidden(self, idx: Tensor, kv_cache: Cache | None = None, segments: Tensor | None = None) -> Tensor:
@@ -533,9 +533,3 @@ class GPT(nn.Module):
         """Softcapped float32 logits of chosen hidden states (…, C) -> (…, V): for when few positions matter."""
         logits = self.lm_head(x)[..., : self.config.vocab_size]
         return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)), LOGIT_SOFTCAP)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype matmuls run in right now for tensors like `x`."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

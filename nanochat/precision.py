@@ -55,6 +55,12 @@ def candidate_dtypes(device_type: str, capability: tuple[int, int] = (0, 0)) -> 
     return DTYPES["float16"], DTYPES["bfloat16"]
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype matmuls of tensors like `x` run in right now."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     """In which dtype a training in `dtype` multiplies matrices: bfloat16 for float32 on a CPU that is fast at it."""
     return MEDIUM if device_type == "cpu" and dtype == DTYPES["float32"] and cpu_has_bf16() else dtype

@@ -99,34 +99,10 @@ class PrefixCache(Protocol):
         """A cache whose row i continues the first lengths[i] tokens of this one's row rows[i], by up to `room`."""
 
 
-class GPTPrefixCache(KVCache):
-    """The cache of our own model."""
-
-    @classmethod
-    def for_model(cls, model: GPT, rows: int, n_tokens: int) -> GPTPrefixCache:
-        """An empty cache for (rows, n_tokens), in the dtype the model computes in right now."""
-        c, weight = model.config, model.lm_head.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return cls(rows, c.n_kv_head, n_tokens, c.head_dim, c.n_layer, weight.device, dtype, c.key_offset)
-
-    def repeated(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> GPTPrefixCache:
-        layers, _, _, heads, head_dim = self.k_cache.shape
-        used, device, dtype = max(lengths), self.k_cache.device, self.k_cache.dtype
-        wide = GPTPrefixCache(len(rows), heads, used + room, head_dim, layers, device, dtype, self.key_offset)
-        index = torch.tensor(rows, device=device)
-        keys = used + self.key_offset
-        wide.k_cache[:, :, :keys] = self.k_cache[:, index, :keys]
-        wide.v_cache[:, :, :used] = self.v_cache[:, index, :used]
-        wide.tokens[:, :used] = self.tokens[index, :used]
-        wide.set_lengths(list(lengths))
-        return wide
-
-
 def new_prefix_cache(model: LanguageModel, rows: int, n_tokens: int) -> PrefixCache:
     """An empty cache for the shared starts of a batch; models other than ours make their own."""
     if isinstance(model, GPT):
-        return GPTPrefixCache.for_model(model, rows, n_tokens)
+        return KVCache.for_model(model, rows, n_tokens)
     return model.new_prefix_cache(rows, n_tokens)  # type: ignore[attr-defined]
 
 

@@ -24,10 +24,9 @@ SHAPES = [
 
 def caches(model, lengths, dtype):
     """Two equal caches filled by the model, with rows of these lengths."""
-    c = model.config
     made = []
     for _ in range(2):
-        cache = KVCache(len(lengths), c.n_kv_head, 40, c.head_dim, c.n_layer, dtype=dtype, key_offset=c.key_offset)
+        cache = KVCache.for_model(model, len(lengths), 40, dtype)
         generator = torch.Generator().manual_seed(0)
         for row, n in enumerate(lengths):
             cache.select(row, row + 1)

@@ -41,11 +41,6 @@ def switched(switch, seed=0, **shape):
     return model.eval()
 
 
-def cache_of(model, rows, room=CONTEXT):
-    c = model.config
-    return KVCache(rows, c.n_kv_head, room, c.head_dim, c.n_layer, key_offset=c.key_offset)
-
-
 def tokens(rows, n, seed=1):
     return torch.randint(0, 90, (rows, n), generator=torch.Generator().manual_seed(seed))
 
@@ -55,7 +50,7 @@ def tokens(rows, n, seed=1):
 def test_a_cache_changes_nothing_whether_in_chunks_or_token_by_token(switch):
     model, x = switched(switch), tokens(2, 300)
     whole = model(x)
-    cache = cache_of(model, 2)
+    cache = KVCache.for_model(model, 2, CONTEXT, torch.float32)
     parts = [model(part, kv_cache=cache) for part in x.split([1, 150, 2, 140, 1, 1, 5], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-4)
 
@@ -66,7 +61,7 @@ def test_rows_of_different_lengths_in_one_cache(switch):
     model = switched(switch)
     lengths = [3, 290, 150]
     x = tokens(3, 310)
-    cache = cache_of(model, 3)
+    cache = KVCache.for_model(model, 3, CONTEXT, torch.float32)
     model(x[:, : max(lengths)], kv_cache=cache)  # padded on the right
     cache.set_lengths(lengths)
     rows = torch.arange(3)[:, None]
@@ -81,7 +76,7 @@ def test_rows_of_different_lengths_in_one_cache(switch):
     cache.select(0, 2)
     after = model(x[[2, 1], [157, 297]][:, None], kv_cache=cache)
     torch.testing.assert_close(after[1:], model(x[1:2, :298])[:, -1:], atol=2e-5, rtol=1e-4)
-    copy = cache_of(model, 3)
+    copy = KVCache.for_model(model, 3, CONTEXT, torch.float32)
     copy.prefill(cache)
     copy.select(0, 2)
     again = model(x[[2, 1], [158, 298]][:, None], kv_cache=copy)
@@ -134,7 +129,7 @@ def test_half_precision_stays_close(switch, dtype):
         exact = model(x)
         with torch.autocast("cpu", dtype=dtype):
             half = model(x)
-            cache = cache_of(model, 2)
+            cache = KVCache.for_model(model, 2, CONTEXT, torch.float32)
             cached = torch.cat([model(part, kv_cache=cache) for part in x.split([290, 10], dim=1)], dim=1)
     error = 0.06 if dtype == torch.bfloat16 else 0.01
     assert (half - exact).norm() / exact.norm() < error

@@ -149,7 +149,7 @@ class FastDecoder:
         c, dtype = self.model.config, self.dtype
         B, H, K, D = idx.size(0), c.n_head, c.n_kv_head, c.head_dim
         cos, sin = self._rotation(cache)  # (1 or B, 1, 1, D)
-        places = cache.open_places()
+        places = cache.decode_views()
         mask = _additive_mask(cache.attention_mask(), cache.k_cache.dtype)  # (B, 1, 1, all) or None
         x = x0 = self._embed(idx[:, 0], cache)  # (B, C)
         middle: Tensor | None = None

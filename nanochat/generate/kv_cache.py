@@ -8,18 +8,20 @@ Shapes: L layers, B rows, T positions, H key/value heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.ops.pointwise import split_key
+from nanochat.precision import autocast_dtype
 
 
 @dataclass(frozen=True)
-class Place:
-    """Views of one layer of the cache, for a new token."""
+class DecodeViews:
+    """Views of one layer of the cache, for one new token per sequence."""
 
     new_key: tuple[Tensor, ...]  # (B, 1, H, D), or with an offset both parts of nanochat.ops.pointwise.split_key
     new_value: Tensor  # (B, 1, H, D)
@@ -79,6 +81,13 @@ class KVCache:
         self._lengths = [0] * batch_size
         self.select(0, batch_size)
 
+    @classmethod
+    def for_model(cls, model: GPT, rows: int, seq_len: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache of the shape a model needs; `dtype`: by default what it computes in right now (autocast)."""
+        c, weight = model.config, model.lm_head.weight
+        dtype = dtype or autocast_dtype(weight)
+        return cls(rows, c.n_kv_head, seq_len, c.head_dim, c.n_layer, weight.device, dtype, c.key_offset)
+
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -122,21 +131,31 @@ class KVCache:
         used = max(other._lengths)
         self._check_room(used)
         self.reset()
-        keys = used + self.key_offset
-        self.k_cache[:, :, :keys] = other.k_cache[:, :, :keys]
-        self.v_cache[:, :, :used] = other.v_cache[:, :, :used]
-        self.tokens[:, :used] = other.tokens[:, :used]
+        self._take(other, slice(None), slice(None), used)
         self.set_lengths(other._lengths * (self.batch_size // other.batch_size))
+
+    def repeated(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> KVCache:
+        """A new cache whose row i continues the first lengths[i] tokens of this one's row rows[i], by up to `room`."""
+        layers, _, _, heads, head_dim = self.k_cache.shape
+        used, device, dtype = max(lengths), self.k_cache.device, self.k_cache.dtype
+        wide = KVCache(len(rows), heads, used + room, head_dim, layers, device, dtype, self.key_offset)
+        wide._take(self, torch.tensor(rows, device=device), slice(None), used)
+        wide.set_lengths(list(lengths))
+        return wide
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let row `target` begin with the first `length` positions of row `source`, and end there."""
         if source != target:
-            keys = length + self.key_offset
-            self.k_cache[:, target, :keys] = self.k_cache[:, source, :keys]
-            self.v_cache[:, target, :length] = self.v_cache[:, source, :length]
-            self.tokens[target, :length] = self.tokens[source, :length]
+            self._take(self, source, target, length)
         self._lengths[target] = length
         self._planned = None
+
+    def _take(self, other: KVCache, source: int | slice | Tensor, target: int | slice, used: int) -> None:
+        """Copy the first `used` positions of rows `source` of a cache into rows `target` of this one."""
+        keys = used + self.key_offset  # with an offset the last token has lent channels to position `used`
+        self.k_cache[:, target, :keys] = other.k_cache[:, source, :keys]
+        self.v_cache[:, target, :used] = other.v_cache[:, source, :used]
+        self.tokens[target, :used] = other.tokens[source, :used]
 
     def swap(self, a: int, b: int) -> None:
         """Exchange two rows, with what lies behind their lengths up to the longer of both."""
@@ -192,7 +211,7 @@ class KVCache:
         else:
             cached[self._rows, self._positions + ahead] = new.to(cached.dtype)
 
-    def open_places(self) -> list[Place] | None:
+    def decode_views(self) -> list[DecodeViews] | None:
         """Where the next token of equally long rows goes, in every layer; None where the rows' lengths differ."""
         self._plan(1)
         if self._mask is not None:
@@ -205,7 +224,7 @@ class KVCache:
             own, lent = split_key(self.k_cache[:, rows])
             new_keys = own[:, :, end - 1 : end], lent[:, :, end : end + 1]
         by_layer = zip(*(key.unbind() for key in new_keys), strict=True)
-        return [Place(*views) for views in zip(by_layer, v[:, :, -1:].unbind(), all_k, all_v, strict=True)]
+        return [DecodeViews(*views) for views in zip(by_layer, v[:, :, -1:].unbind(), all_k, all_v, strict=True)]
 
     def previous_tokens(self, idx: Tensor) -> Tensor:
         """Remember the next tokens (B, n); return the token before each, −1 where there is none: (B, n)."""

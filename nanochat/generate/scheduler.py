@@ -155,9 +155,8 @@ class Scheduler:
         self.model, self.precision, self.prefill_chunk = model, precision, prefill_chunk
         self.tools = ToolMachine(tokenizer)
         self.decode = decode or self._decode_by_model
-        c, weight = model.config, model.lm_head.weight
-        dtype = precision.cache_dtype if precision is not None else weight.dtype
-        self.cache = KVCache(slots, c.n_kv_head, seq_len, c.head_dim, c.n_layer, weight.device, dtype, c.key_offset)
+        dtype = precision.cache_dtype if precision is not None else model.lm_head.weight.dtype
+        self.cache = KVCache.for_model(model, slots, seq_len, dtype)
         self._slots = [_Slot() for _ in range(slots)]
         self._clock = 0
 
