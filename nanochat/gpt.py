@@ -10,8 +10,10 @@ Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D head 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -48,6 +50,11 @@ NANOCHAT_2026: dict[str, Any] = {
 }
 
 
+def flag(default: Any, help: str) -> Any:
+    """A field of `GPTConfig` that is a flag of pretraining too, with the text of its --help."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """Everything that defines the model. Stored in every checkpoint; a field that an old one lacks is off."""
@@ -56,28 +63,24 @@ class GPTConfig:
     vocab_size: int = 65536
     n_layer: int = 12
     n_head: int = 6
-    n_kv_head: int = 6
+    n_kv_head: int = flag(6, "Key/value heads, a divisor of the heads; default: as many as heads.")
     n_embd: int = 768
-    residual_scalars: bool = False
-    """Before layer i: x = λ[i]·x + μ[i]·x0, with x0 the embedding."""
-    value_embeddings: bool = False
-    """Every second layer, the last included, adds a gated embedding of the token to its values."""
-    smear: bool = False
-    """Mix a gated share of the previous token's embedding into each token's."""
-    backout: bool = False
-    """Subtract a share of the middle layer's output before the final norm."""
-    qk_scale: float = 1.0
-    """Factor on the normalised queries and keys each: more than 1 is a sharper attention."""
-    rope_base: float = ROPE_BASE
-    """Base of the rotary frequencies."""
-    key_offset: bool = False
-    """Half of each key's channels are those of the token before, see nanochat/ops/pointwise.py."""
-    init: Literal["classic", "modern"] = "classic"
-    """How the weights begin."""
-    window_pattern: str = "L"
-    """Repeated over the layers: L sees the whole context, S the last quarter of it; the last layer is always L."""
-    bigram_buckets: int = 0
-    """Size of an embedding of hashed pairs of tokens, added to the token's; 0: none."""
+    residual_scalars: bool = flag(
+        False, "Before layer i: x = λ[i]·x + μ[i]·x0 with learned λ and μ; x is the residual stream, x0 the embedding."
+    )
+    value_embeddings: bool = flag(
+        False, "Every second layer, the last included, adds a gated embedding of the token to its values."
+    )
+    smear: bool = flag(False, "Mix a gated share of the previous token's embedding into each token's.")
+    backout: bool = flag(False, "Subtract a share of the middle layer's output before the final norm.")
+    qk_scale: float = flag(1.0, "Factor on the normalised queries and on the keys: above 1 attention is sharper.")
+    rope_base: float = flag(ROPE_BASE, "Base of the rotary frequencies.")
+    key_offset: bool = flag(False, "Take half of each key's channels from the token before.")
+    init: Literal["classic", "modern"] = flag("classic", "How weights begin, see `GPT.init_weights`.")
+    window_pattern: str = flag(
+        "L", "Repeated over the layers: L sees the whole context, S the last quarter of it; the last layer is always L."
+    )
+    bigram_buckets: int = flag(0, "Size of an embedding of hashed pairs of tokens, added to the token's; 0: none.")
 
     def __post_init__(self) -> None:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
@@ -195,6 +198,11 @@ class Cache(Protocol):
 
     def advance(self, n: int) -> None:
         """Called once after the last layer."""
+
+
+def unnumbered(name: str) -> str:
+    """A parameter's name without the number of its layer."""
+    return re.sub(r"\.\d+", "", name)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -347,6 +355,11 @@ class GPT(nn.Module):
         """The layers."""
         return cast(nn.ModuleList, self.transformer["h"])
 
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        """The layers' matrices, which Muon optimizes; AdamW has everything else."""
+        return [p for p in self.blocks.parameters() if p.dim() == 2]
+
     def value_embed(self, layer: int) -> Tensor:
         """The table of value embeddings (V, K·D) of a layer that has one."""
         return cast(nn.Embedding, self.value_embeds[str(layer)]).weight
@@ -358,44 +371,62 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw new weights, by name.
+        """Draw new weights.
 
         Classic: embedding N(0, 1); matrices N(0, min(1, √(out/in)) / √in); outputs of a block and lm_head zero.
         Modern: embedding N(0, 0.8); lm_head N(0, 0.001); matrices uniform with deviation 1/√in, 0.4/√in for c_fc;
-        outputs of a block zero.
-        """
-        modern = self.config.init == "modern"
-        for name, p in self.named_parameters():
-            if p.dim() == 1 or "gate" in name or "value_embeds" in name or name == "bigram.weight":
-                self._init_switched(name, p, generator)
-            elif name.endswith("c_proj.weight") or (name == "lm_head.weight" and not modern):
-                p.zero_()
-            elif name in ("transformer.wte.weight", "lm_head.weight"):
-                std = 0.001 if name == "lm_head.weight" else 0.8 if modern else 1.0
-                p.normal_(0.0, std, generator=generator)
-            elif modern:
-                bound = math.sqrt(3 / p.size(1)) * (0.4 if name.endswith("c_fc.weight") else 1.0)
-                p.uniform_(-bound, bound, generator=generator)
-            else:
-                fan_out, fan_in = p.shape
-                p.normal_(0.0, fan_in**-0.5 * min(1.0, math.sqrt(fan_out / fan_in)), generator=generator)
+        outputs of a block zero. The switches' parameters: close to what the model would be without them.
 
-    def _init_switched(self, name: str, p: Tensor, generator: torch.Generator | None) -> None:
-        """The switches' parameters: close to what the model would be without them. Source: nanochat."""
-        depth = torch.linspace(0.0, 1.0, p.size(0), device=p.device) if p.dim() == 1 else None
-        if name == "resid_lambdas" and depth is not None:
-            p.copy_(1.15 - 0.10 * depth)
-        elif name == "x0_lambdas" and depth is not None:
-            p.copy_(0.20 - 0.15 * depth)
-        elif name == "backout_lambda":
-            p.fill_(0.2)
-        elif "gate" in name:
-            p.uniform_(0.0, 0.02, generator=generator)
-        elif "value_embeds" in name:
-            bound = math.sqrt(3 / self.config.n_embd)
-            p.uniform_(-bound, bound, generator=generator)
-        else:  # smear_lambda, bigram
-            p.zero_()
+        Raises:
+            ValueError: there is no rule for a parameter.
+        """
+        rules = self._init_rules(generator)
+        for name, p in self.named_parameters():
+            if unnumbered(name) not in rules:
+                raise ValueError(f"no rule says how parameter {name} begins: add one to GPT._init_rules")
+            rules[unnumbered(name)](p)
+
+    def _init_rules(self, generator: torch.Generator | None) -> dict[str, Callable[[Tensor], object]]:
+        """How each parameter begins, by its name without numbers. Source: nanochat."""
+        modern = self.config.init == "modern"
+
+        def normal(std: float) -> Callable[[Tensor], object]:
+            return lambda p: p.normal_(0.0, std, generator=generator)
+
+        def uniform(low: float, high: float) -> Callable[[Tensor], object]:
+            return lambda p: p.uniform_(low, high, generator=generator)
+
+        def falling(start: float, by: float) -> Callable[[Tensor], object]:
+            return lambda p: p.copy_(start - by * torch.linspace(0.0, 1.0, p.size(0), device=p.device))
+
+        def matrix(p: Tensor, share: float = 1.0) -> object:
+            fan_out, fan_in = p.shape
+            if not modern:
+                return normal(fan_in**-0.5 * min(1.0, math.sqrt(fan_out / fan_in)))(p)
+            bound = math.sqrt(3 / fan_in) * share  # √3 times the deviation
+            return uniform(-bound, bound)(p)
+
+        table_bound = math.sqrt(3 / self.config.n_embd)
+        return {
+            "transformer.wte.weight": normal(0.8 if modern else 1.0),
+            "transformer.h.attn.c_q.weight": matrix,
+            "transformer.h.attn.c_k.weight": matrix,
+            "transformer.h.attn.c_v.weight": matrix,
+            # A block's outputs are zero: at the start every layer passes the residual stream on unchanged.
+            "transformer.h.attn.c_proj.weight": Tensor.zero_,
+            "transformer.h.attn.ve_gate.weight": uniform(0.0, 0.02),
+            "transformer.h.mlp.c_fc.weight": partial(matrix, share=0.4),
+            "transformer.h.mlp.c_proj.weight": Tensor.zero_,
+            # Logits of (nearly) zero: the first loss is that of guessing evenly, ln V.
+            "lm_head.weight": normal(0.001) if modern else Tensor.zero_,
+            "resid_lambdas": falling(1.15, by=0.10),
+            "x0_lambdas": falling(0.20, by=0.15),
+            "value_embeds.weight": uniform(-table_bound, table_bound),
+            "smear_gate.weight": uniform(0.0, 0.02),
+            "smear_lambda": Tensor.zero_,
+            "backout_lambda": lambda p: p.fill_(0.2),
+            "bigram.weight": Tensor.zero_,
+        }
 
     def get_device(self) -> torch.device:
         """The device the parameters are on."""
@@ -446,23 +477,25 @@ class GPT(nn.Module):
         cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
         return Context(cos, sin, pieces, first=positions == 0)
 
-    def _embed(self, idx: Tensor, context: Context) -> Tensor:
+    def embed(self, idx: Tensor, kv_cache: Cache | None = None, first: Tensor | None = None) -> Tensor:
         """The normalised embedding of tokens (B, T), with what the switches take from the token before: (B, T, C)."""
         x = self._normed_wte(idx)
         if not (self.config.smear or self.config.bigram_buckets):
             return x
-        if context.kv_cache is not None:
-            before = context.kv_cache.previous_tokens(idx)  # (B, T)
+        # Token ids one place to the left, (B, T); −1 where a row or a segment begins.
+        if kv_cache is not None:
+            before = kv_cache.previous_tokens(idx)
         else:
             before = F.pad(idx, (1, -1), value=-1)
-            if context.first is not None:
-                before = before.masked_fill(context.first, -1)
+            if first is not None:
+                before = before.masked_fill(first, -1)
         plain = x
         if self.config.bigram_buckets:
+            # Pairs that share a bucket share an embedding: the hash only has to spread them.
             bucket = (BIGRAM_HASH[0] * idx + BIGRAM_HASH[1] * (before + 1)) % self.config.bigram_buckets
             x = x + self.bigram(bucket).to(x.dtype)
         if self.config.smear:
-            shifted = F.pad(plain, (0, 0, 1, -1)) if context.kv_cache is None else self._normed_wte(before.clamp(min=0))
+            shifted = F.pad(plain, (0, 0, 1, -1)) if kv_cache is None else self._normed_wte(before.clamp(min=0))
             gate = self.smear_lambda * torch.sigmoid(self.smear_gate(plain[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
             x = x + gate.masked_fill(before.unsqueeze(-1) < 0, 0.0).to(x.dtype) * shifted
         return x
@@ -477,7 +510,7 @@ class GPT(nn.Module):
         """The final normalised hidden states of tokens `idx` (B, T): (B, T, C). `segments`: see `forward`."""
         c = self.config
         context = self._context(idx, kv_cache, segments)
-        x = x0 = self._embed(idx, context)
+        x = x0 = self.embed(idx, kv_cache, context.first)
         middle = None
         for i, block in enumerate(self.blocks):
             if c.residual_scalars:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 
@@ -63,8 +64,7 @@ class Preset:
         """The parameters that `tokens_per_parameter` counts: classic all, else matrices and lm_head."""
         if not self.scales:
             return model.num_params()
-        blocks = sum(p.numel() for p in model.blocks.parameters())
-        return blocks + model.lm_head.weight.numel()
+        return sum(p.numel() for p in model.matrices) + model.lm_head.weight.numel()
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ def parameter_groups(
     }
     members: dict[str, list[tuple[str, Any]]] = {kind: [] for kind in rates}
     for name, p in model.named_parameters():
-        members[_group_of(name)].append((name, p))
+        members[_group_of(name, p)].append((name, p))
     groups = []
     for kind, named in members.items():
         muon = kind == "matrices"
@@ -386,10 +386,10 @@ def parameter_groups(
     return groups
 
 
-def _group_of(name: str) -> str:
-    """The parameter group of a parameter, by its name."""
+def _group_of(name: str, p: Tensor) -> str:
+    """The parameter group of a parameter, by its name; of those in a layer the matrices are Muon's."""
     if name.startswith("transformer.h."):
-        return "matrices"
+        return "matrices" if p.dim() == 2 else "gates"
     for prefix, kind in {
         "transformer.wte.": "wte",
         "lm_head.": "lm_head",

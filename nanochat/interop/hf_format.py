@@ -127,17 +127,11 @@ def _modern_config(config: GPTConfig) -> dict[str, Any]:
             "AutoConfig": f"{configuration}.NanoChatModernConfig",
             "AutoModelForCausalLM": f"{modeling}.NanoChatModernForCausalLM",
         },
-        "rope_base": config.rope_base,
-        "qk_scale": config.qk_scale,
-        "key_offset": config.key_offset,
+        **{name: value for name, value in config.to_dict().items() if name not in CLASSIC_FIELDS},  # every switch
         "windows": config.windows,
-        "residual_scalars": config.residual_scalars,
         "value_embedding_layers": [i for i in range(config.n_layer) if config.has_value_embedding(i)],
         "value_gate_channels": VALUE_GATE_CHANNELS,
-        "smear": config.smear,
         "smear_gate_channels": SMEAR_GATE_CHANNELS,
-        "backout": config.backout,
-        "bigram_buckets": config.bigram_buckets,
         "bigram_hash": list(BIGRAM_HASH),
     }
 

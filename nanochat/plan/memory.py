@@ -91,9 +91,8 @@ class _Counts:
 def _counts(config: GPTConfig) -> _Counts:
     with torch.device("meta"):
         model = GPT(config)
-    matrices = list(model.blocks.parameters())
     sizes: dict[torch.Size, int] = {}
-    for p in matrices:
+    for p in model.matrices:
         sizes[p.shape] = sizes.get(p.shape, 0) + p.numel()
     muon = sum(sizes.values())
     stacks = [min(size, max(STACK_ELEMENTS, shape.numel())) for shape, size in sizes.items()]

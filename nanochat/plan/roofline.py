@@ -151,7 +151,7 @@ def _update_operations(config: GPTConfig, preset: Preset) -> list[Operation]:
     """Muon on the blocks' matrices, AdamW on everything else, and the norm of the gradients."""
     with torch.device("meta"):
         model = GPT(config)
-    matrices = Counter(tuple(p.shape) for p in model.blocks.parameters())
+    matrices = Counter(tuple(p.shape) for p in model.matrices)
     operations = []
     for (rows, cols), count in matrices.items():
         small, large = min(rows, cols), max(rows, cols)

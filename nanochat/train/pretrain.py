@@ -7,9 +7,9 @@ through it at a time, the learning rates. All that comes after carries the plan 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 
@@ -50,32 +50,17 @@ DEFAULT_ROWS = 32  # to plan with, where no device is asked what fits
 EVAL_SHARE, STEP_SHARE = 0.02, 0.9
 
 
-@dataclass(frozen=True, kw_only=True)
+def _with_flags_of_the_model(cls: type) -> type:
+    """Give a class every switch of `GPTConfig` as an optional field, with its type and help text."""
+    types, switches = get_type_hints(GPTConfig), [f for f in fields(GPTConfig) if f.metadata]
+    optional = [(f.name, types[f.name] | None, field(default=None, metadata=f.metadata)) for f in switches]
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    return make_dataclass(cls.__name__, optional, bases=(cls,), namespace=names, frozen=True, kw_only=True)
+
+
+@_with_flags_of_the_model
 class Architecture:
     """The model's switches; each is the recipe's unless it is given."""
-
-    n_kv_head: int | None = None
-    """Key/value heads, a divisor of the heads; default: as many as heads."""
-    residual_scalars: bool | None = None
-    """Learned scalars on the residual stream and on the embedding, per layer."""
-    value_embeddings: bool | None = None
-    """Gated embeddings added to the values of every second layer."""
-    smear: bool | None = None
-    """Mix the previous token's embedding into each token's."""
-    backout: bool | None = None
-    """Subtract a share of the middle layer before the output."""
-    qk_scale: float | None = None
-    """Factor on normalised queries and keys."""
-    rope_base: float | None = None
-    """Base of the rotary frequencies."""
-    key_offset: bool | None = None
-    """Take half of each key's channels from the token before."""
-    init: Literal["classic", "modern"] | None = None
-    """How weights begin."""
-    window_pattern: str | None = None
-    """Repeated over the layers, the last is always L. L: whole context, S: a quarter of it."""
-    bigram_buckets: int | None = None
-    """Size of a hashed embedding of token pairs; 0: none."""
 
     def given(self) -> dict[str, Any]:
         """The settings that are not left to the recipe."""
