@@ -10,7 +10,7 @@ from nanochat.precision import StepResult
 from nanochat.recipe import Schedule
 from nanochat.train.clock import Clock
 from nanochat.train.resume import find_resume
-from nanochat.train.trainer import METRICS_FILE
+from nanochat.train.tracking import METRICS_FILE
 
 
 class World:
@@ -27,7 +27,7 @@ def timed(folder, seconds, speed, evaluation=2.0, sampling=0.5, n=0):
     """A trainer in a world where a step takes `speed(step)` seconds."""
     world = World()
     trainer = make(folder, n=n, schedule=Schedule(seconds=seconds))
-    trainer.clock = Clock(now=world)
+    trainer.clock = Clock(now=world, seconds=seconds)
     trainer._attempt = lambda batches: (StepResult(False, 1.0), 1.0)  # what is learned doesn't matter here
     real = trainer.train_step
 
@@ -43,12 +43,6 @@ def timed(folder, seconds, speed, evaluation=2.0, sampling=0.5, n=0):
         world.time += sampling
 
     trainer.train_step, trainer.evaluate, trainer.sample, trainer.world = train_step, evaluate, sample, world
-    real_account = trainer._account
-
-    def account(metrics, seconds, tokens, peak):
-        real_account(metrics, speed(trainer.state.step), tokens, peak)
-
-    trainer._account = account
     return trainer
 
 

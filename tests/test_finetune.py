@@ -13,7 +13,8 @@ from nanochat.config import Runtime, parse_config, run_script
 from nanochat.recipe import PRESETS
 from nanochat.train.finetune import MID, SFT, Conversations, DataBudget, FinetuneConfig, finetune, plan_budget
 from nanochat.train.stage import prepare_model
-from nanochat.train.trainer import METRICS_FILE, Trainer
+from nanochat.train.tracking import METRICS_FILE
+from nanochat.train.trainer import Trainer
 from scripts import chat_sft, mid_train
 from tasks.mixtures import MID_TASKS, TOKENS_EACH, conversations, mid_sizes
 

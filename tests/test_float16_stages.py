@@ -9,7 +9,7 @@ import torch
 from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint
 from nanochat.common import get_base_dir
 from nanochat.config import parse_config
-from nanochat.train.trainer import METRICS_FILE
+from nanochat.train.tracking import METRICS_FILE
 
 SIZE = ["--dtype=float16", "--device_type=cpu", "--device_batch_size=4", "--total_batch_size=256", "--eval_every=0"]
 TEXTS = [

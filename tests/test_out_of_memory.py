@@ -18,7 +18,8 @@ from nanochat.optim import MuonAdamW
 from nanochat.plan.memory import SMALL_CHUNKS, MicroBatch
 from nanochat.recipe import MODERN, Schedule, parameter_groups
 from nanochat.train.resume import find_resume
-from nanochat.train.trainer import METRICS_FILE, Trainer, TrainSettings
+from nanochat.train.tracking import METRICS_FILE
+from nanochat.train.trainer import Trainer, TrainSettings
 
 VOCAB, T, ROWS, ACCUM, STEPS = 60, 16, 4, 2, 4
 

@@ -13,7 +13,8 @@ from nanochat.engine import Engine
 from nanochat.scoring import pass_at_k
 from nanochat.train.rl import RLConfig, RLTasks, evaluate_pass_at_k, policy_loss, reinforce
 from nanochat.train.rollouts import Rollout, RolloutLoader, RolloutSettings, answer_prompts, group_advantages, to_rows
-from nanochat.train.trainer import METRICS_FILE, Trainer
+from nanochat.train.tracking import METRICS_FILE
+from nanochat.train.trainer import Trainer
 from scripts import chat_rl
 from tasks.demo.wordsums import WORDINGS, DemoWordSums
 from tasks.mixtures import rl_tasks

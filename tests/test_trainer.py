@@ -25,7 +25,8 @@ from nanochat.recipe import Schedule, parameter_groups
 from nanochat.signals import EXIT_STOPPED
 from nanochat.train import compiling
 from nanochat.train.resume import find_resume, saved_dtype
-from nanochat.train.trainer import METRICS_FILE, Trainer, TrainSettings
+from nanochat.train.tracking import METRICS_FILE
+from nanochat.train.trainer import Trainer, TrainSettings
 
 VOCAB, T = 60, 16
 
@@ -193,9 +194,9 @@ def test_a_skipped_float16_step_is_made_again_with_the_same_batch(base_dir, caps
     capsys.readouterr()
     trainer = make(base_dir / "t", steps=6, dtype="float16")
     trainer.loader = _Poisoned(4, trainer.model, at=3)
-    trainer.tracker = _Tracker()
+    trainer.log.tracker = _Tracker()
     trainer.run()
-    assert [(r["skipped"], r["scale"]) for r in trainer.tracker.logged[1:4]] == [
+    assert [(r["skipped"], r["scale"]) for r in trainer.log.tracker.logged[1:4]] == [
         (0, 2.0**16),
         (1, 2.0**15),
         (1, 2.0**15),

@@ -1,22 +1,27 @@
-"""The time budget of a run (`--hours`): how far it is, which step is the last, and what the end will take.
+"""The time budget of a run (`--hours`): how far it is, which step is the last, and how long the end will take.
 
 Everything counts from the moment the clock is made to the finished model on the disk: compiling, steps, waiting for
-data, evaluations, samples, checkpoints; and what an interrupted run had used before, but not the time between. After a
-few steps the end is rehearsed once (an evaluation, samples, a checkpoint), so that its time is measured and not
+data, evaluations, samples, checkpoints; and the time an interrupted run had used before, but not the time between.
+After a few steps the end is rehearsed once (an evaluation, samples, a checkpoint), so that its time is measured and not
 guessed. The learning rate follows the clock, and the step that is taken for the last one always ends the schedule:
 it is fully decayed however the speed changes.
+
+Without a budget (`seconds` is None) the clock only counts: steps end the run, and there is always time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
+from nanochat.progress import format_seconds
+
 REHEARSE_AFTER = 3  # steps: the first ones may compile and warm up
-WINDOW = 9  # steps whose median foretells the next
+WINDOW = 9  # steps whose median predicts the next
 # A finished model is saved without the optimizer's state, at most half of a checkpoint.
 FINAL_CHECKPOINT = 0.5
 COARSE = 0.06  # a step longer than this share of the run makes the end miss its time by more than 3 %
@@ -24,25 +29,53 @@ COARSE = 0.06  # a step longer than this share of the run makes the end miss its
 
 @dataclass
 class Clock:
-    """Counts the seconds of a run. Over several ranks only rank 0's count; feed all ranks the same numbers."""
+    """Counts the seconds of a run. Every decision is made from the last `tick`, which is the same on all ranks."""
 
     used: float = 0.0
     """Seconds before this process."""
     now: Callable[[], float] = time.monotonic
     costs: dict[str, float] = field(default_factory=dict)
     """Seconds that evaluation, samples and checkpoint have taken."""
+    seconds: float | None = None
+    """The run's budget."""
+    agree: Callable[[float], float] = float
+    """Rank 0's number on every rank (`Compute.broadcast`)."""
+    ticked: float = 0.0
+    """Seconds used at the last tick."""
 
     def __post_init__(self) -> None:
         self.start = self.now()
         self.steps: deque[float] = deque(maxlen=WINDOW)
 
+    # --- reading it ---------------------------------------------------------------------------------------------------
+
     def elapsed(self) -> float:
-        """Seconds the run has used so far."""
+        """Seconds the run has used so far, on this rank."""
         return self.used + self.now() - self.start
+
+    def tick(self) -> float:
+        """Read the clock: rank 0's, so that every rank decides the same."""
+        self.ticked = self.agree(self.elapsed())
+        return self.ticked
+
+    def count_step(self, seconds: float) -> float:
+        """Remember a step that has taken so long on this rank; returns rank 0's number."""
+        self.steps.append(self.agree(seconds))
+        self.tick()
+        return self.steps[-1]
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Remember how long this takes: the end of a run is made of such things."""
+        start = self.tick()
+        yield
+        self.costs[what] = self.tick() - start
+
+    # --- deciding by it -----------------------------------------------------------------------------------------------
 
     @property
     def step_seconds(self) -> float | None:
-        """What the next step will take; None before the first."""
+        """The time of the next step by those before it; None before the first."""
         return median(self.steps) if self.steps else None
 
     @property
@@ -51,22 +84,47 @@ class Clock:
         share = {"checkpoint": FINAL_CHECKPOINT}
         return sum(seconds * share.get(name, 1.0) for name, seconds in self.costs.items())
 
-    def steps_left(self, seconds: float, elapsed: float) -> float:
-        """Steps that still fit when `elapsed` of `seconds` are over; endless before the first step."""
+    def steps_left(self, extra: float = 0.0) -> float:
+        """Steps that still fit after another `extra` seconds; endless without a budget and before the first step."""
         step = self.step_seconds
-        return (seconds - self.ending - elapsed) / step if step else float("inf")
+        return (self.seconds - self.ending - self.ticked - extra) / step if self.seconds and step else float("inf")
 
-    def is_last(self, seconds: float, elapsed: float) -> bool:
-        """Whether the step that begins now is the last: another would end further from the time than this one."""
-        return self.steps_left(seconds, elapsed) < 1.5
+    def is_last(self) -> bool:
+        """True if the step that begins now is the last: another would end further from the time than this one."""
+        return self.steps_left() < 1.5
 
-    def progress(self, seconds: float, elapsed: float) -> float:
-        """Share of the schedule at the step that begins now: 1 at the last one."""
-        if self.is_last(seconds, elapsed):
-            return 1.0
-        end = seconds - self.ending - (self.step_seconds or 0.0)  # where the last step begins
-        return min(1.0, elapsed / max(end, 1e-9))
+    def schedule_seconds(self) -> float:
+        """Where the schedule is at the step that begins now: all of its seconds at the last one, 0 without a budget."""
+        if self.seconds is None:
+            return 0.0
+        if self.is_last():
+            return self.seconds
+        end = self.seconds - self.ending - (self.step_seconds or 0.0)  # where the last step begins
+        return self.seconds * min(1.0, self.ticked / max(end, 1e-9))
 
-    def has_time_for(self, what: str, seconds: float, elapsed: float) -> bool:
-        """Whether this can be done once more on the way without making the run late."""
-        return self.steps_left(seconds, elapsed + self.costs.get(what, 0.0)) >= 2
+    def has_time_for(self, what: str) -> bool:
+        """True if this can be done once more on the way without making the run late."""
+        return self.steps_left(self.costs.get(what, 0.0)) >= 2
+
+    def wants_rehearsal(self) -> bool:
+        """True once, early in a run with a budget: the end is to be done now, to measure it."""
+        return self.seconds is not None and len(self.steps) == REHEARSE_AFTER and "checkpoint" not in self.costs
+
+    # --- for people ---------------------------------------------------------------------------------------------------
+
+    def left(self, steps_done: int, steps: int | None) -> float:
+        """Seconds to the end of the run after `steps_done` of `steps`, as far as is known."""
+        if self.seconds is not None:
+            return self.seconds - self.ticked
+        return self.ticked / steps_done * ((steps or 0) - steps_done) + self.ending
+
+    def forecast(self) -> list[str]:
+        """After the rehearsal: how many steps the budget has room for, and a warning if they are too long for it."""
+        budget, step = self.seconds or 0.0, self.step_seconds or 0.0
+        lines = [
+            f"{step:.2f} s per step: about {max(0.0, self.steps_left()):,.0f} more in {format_seconds(budget)}, with "
+            f"{format_seconds(self.ending)} for the last evaluation, samples and checkpoint"
+        ]
+        if step > COARSE * budget or self.ending > 0.5 * budget:
+            lines.append("warning: the time is short for such steps or evaluations, the end may miss it")
+        return lines

@@ -11,6 +11,7 @@ from nanochat.common import Compute
 from nanochat.env import print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import free_memory, is_out_of_memory, release_memory
+from nanochat.optim import MuonAdamW
 from nanochat.plan.memory import (
     GB,
     MicroBatch,
@@ -56,6 +57,28 @@ def use_micro_batch(model: GPT, micro: MicroBatch) -> None:
     model.loss_chunk_bytes = micro.loss_chunk_bytes
     if micro.activation_checkpointing:
         model.activation_checkpointing = True
+
+
+def smaller_micro_batch(
+    model: GPT, optimizer: MuonAdamW, compute: Compute, micro: MicroBatch | None, rows: int
+) -> MicroBatch:
+    """The next measure after a step ran out of memory with `micro` (None: `rows` at a time), the same on all ranks.
+
+    Raises:
+        RuntimeError: there is none; names the depth that fits.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    release_memory()
+    rows = int(compute.broadcast(rows))  # the answers of RL may not be as many on every rank
+    before = micro or MicroBatch(rows, None, model.activation_checkpointing)
+    after = before.smaller()
+    if after is None:
+        own = [*model.parameters(), *optimizer.own_flat_state().values()]  # a model of another size has it too
+        budget = free_memory(compute.device) + sum(x.numel() * x.element_size() for x in own)
+        raise too_large(model.config, compute, budget)
+    use_micro_batch(model, after)
+    print0(f"out of memory with {before}; the step is made again with {after}, nothing is lost")
+    return after
 
 
 def seconds_of(model: GPT, compute: Compute, rows: int, sequence_len: int, reserve_bytes: int) -> float | None:

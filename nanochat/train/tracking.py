@@ -1,23 +1,32 @@
-"""Where a run's metrics go besides its own metrics.jsonl: wandb, TensorBoard or trackio, or nowhere (the default).
+"""Where a run's numbers go: metrics.jsonl always, a progress bar for people, a tracker (wandb, TensorBoard, trackio)
+where one is asked for.
 
-All three take the same record: numbers by name, "step" among them.
+All of them take the same record: numbers by name, "step" among them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from nanochat.common import DummyWandb
-from nanochat.env import get_base_dir, get_dist_info
+from nanochat.common import Compute, DummyWandb
+from nanochat.env import get_base_dir, get_dist_info, print0
+from nanochat.hardware import ThrottleWatcher
+from nanochat.progress import Bar, format_seconds
+from nanochat.report.metrics_log import MetricsLog
+from nanochat.train.clock import Clock
 
 TrackerName = Literal["wandb", "tensorboard", "trackio"]
 NO_RUN = "dummy"
+LOSS_SMOOTHING = 0.9
+METRICS_FILE = "metrics.jsonl"
+WORTH_SAYING = 0.01  # share of a step spent waiting for data
 
 
 class Tracker(Protocol):
-    """What the training loop asks of a tracker."""
+    """What the training loop needs of a tracker."""
 
     def log(self, record: dict[str, Any]) -> None:
         """Take one record of metrics."""
@@ -90,3 +99,97 @@ def init_tracker(tracker: TrackerName, run: str, project: str, config: dict[str,
             f"--tracker={tracker} needs a package that is missing ({error}): pip install {tracker}, or leave --run out"
         ) from error
     return wandb.init(project=project, name=run, config=config)
+
+
+@dataclass
+class TrainState:
+    """Counters and averages of a run; a checkpoint holds them."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Spent in steps."""
+    smooth_loss: float = 0.0
+    tokens: int = 0
+    val: float | None = None
+    min_val: float | None = None
+
+    def count_step(self, seconds: float, loss: float) -> None:
+        """An update was made."""
+        self.step += 1
+        self.seconds += seconds
+        self.smooth_loss = LOSS_SMOOTHING * self.smooth_loss + (1 - LOSS_SMOOTHING) * loss
+
+    @property
+    def average_loss(self) -> float:
+        """The smoothed loss without the bias of its start at 0, as Adam takes it out (arXiv 1412.6980)."""
+        return self.smooth_loss / (1 - LOSS_SMOOTHING**self.step)
+
+
+class RunLog:
+    """Takes what a run says of itself: records for metrics.jsonl and the tracker, a note behind the progress bar."""
+
+    def __init__(self, label: str, folder: Path, compute: Compute, tracker: Tracker, flops_per_token: int) -> None:
+        self.label, self.compute, self.tracker, self.flops_per_token = label, compute, tracker, flops_per_token
+        self.metrics = MetricsLog(folder / METRICS_FILE)
+        self._throttling = ThrottleWatcher(compute.device)
+        self._peak_tflops = 1.0
+        self._kept: tuple[int, int] | None = (0, 0)  # bytes and steps of metrics.jsonl; None: it is cut already
+
+    def resume(self, metrics_bytes: int, step: int) -> None:
+        """Keep what a checkpoint of `step` knows of metrics.jsonl: the rest will be made again."""
+        self._kept = metrics_bytes, step
+
+    def begin(self) -> None:
+        """Measure what speeds are compared with, and forget what an earlier run has logged after its checkpoint."""
+        self._peak_tflops = self.compute.matmul_tflops()
+        self._cut()
+
+    def _cut(self) -> None:
+        # Not before something is written: a run that is complete already keeps its file.
+        if self._kept is not None and self.compute.rank == 0:
+            self.metrics.cut(*self._kept)
+        self._kept = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Send a record out; only rank 0 has a file and a tracker."""
+        self._cut()
+        if self.compute.rank == 0:
+            self.metrics.append(record)
+        self.tracker.log(record)
+
+    def speed(self, tokens: int, seconds: float, data_seconds: float) -> dict[str, float]:
+        """How fast a step of so many tokens was, over all ranks."""
+        tflops = tokens * self.flops_per_token / seconds / 1e12 / self.compute.world_size
+        return {
+            "tokens_per_second": tokens / seconds,
+            "data_wait_share": data_seconds / seconds,
+            "share_of_matmul_speed": tflops / self._peak_tflops,
+            "peak_memory_gb": self.compute.peak_memory_bytes() / 1e9,
+        }
+
+    def write_step(
+        self, bar: Bar, state: TrainState, clock: Clock, steps: int | None, metrics: dict[str, float]
+    ) -> None:
+        """Log a step and move the bar; `steps` are those of the run, None where it follows the clock."""
+        done = clock.ticked if steps is None else state.step
+        metrics["smooth_loss"] = state.average_loss
+        note = (
+            f"step {state.step} loss {state.average_loss:.4f} lr ×{metrics['lr_multiplier']:.2f} "
+            f"{metrics['tokens_per_second']:,.0f} tok/s ({metrics['share_of_matmul_speed']:.0%} of matmul speed) "
+            f"left {format_seconds(clock.left(state.step, steps))}"
+        )
+        if metrics["data_wait_share"] > WORTH_SAYING:
+            note += f" waiting for data {metrics['data_wait_share']:.0%}"
+        if metrics["skipped"]:
+            note += f" skipped {metrics['skipped']:.0f} scale {metrics['scale']:g}"
+        bar.set(done, note)
+        if (slower := self._throttling.poll()) is not None:
+            print0(f"{self.label}: {slower}")
+        record = {
+            "step": state.step,
+            "seconds": round(state.seconds, 3),
+            "tokens": state.tokens,
+            "progress": round(min(done / bar.total, 1.0), 6),
+            "clock": round(clock.ticked, 3),
+        }
+        self.write(record | {name: float(f"{value:.9g}") for name, value in metrics.items()})

@@ -1,16 +1,16 @@
 """The training loop of every stage: base, mid-training, SFT and RL differ in data, loss and schedule, not here.
 
-One optimizer step: gather the micro-batches, count the tokens that are supervised on all ranks, add up the gradients of
-the summed loss divided by that count (so that any split into micro-batches or ranks is the same mathematics), then
-`Precision.step`. A skipped step doesn't count: the step number, the schedule and the token count stay until an update
-is made, with the same batches if a smaller loss scale can mend it, else with the next ones. A checkpoint holds
-everything the next step depends on, the position in the data included; nanochat/checkpoint/saver.py says when it is
-written.
+One optimizer step (`Trainer.train_step`): gather the micro-batches, count the tokens that are supervised on all ranks,
+add up the gradients of the summed loss divided by that count, then `Precision.step`. A skipped step doesn't count: the
+step number, the schedule and the token count stay until an update is made. A checkpoint holds everything the next step
+depends on, the position in the data included; nanochat/checkpoint/saver.py says when it is written, nanochat/train/
+clock.py when the run ends, nanochat/train/tracking.py where its numbers go.
+
+Letters for shapes: B sequences in a micro-batch, T tokens in a sequence, C channels.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
@@ -30,26 +30,23 @@ from nanochat.common import Compute, DummyWandb
 from nanochat.data.loader import Batch
 from nanochat.env import git_state, print0
 from nanochat.gpt import GPT
-from nanochat.hardware import ThrottleWatcher, free_memory, is_out_of_memory, release_memory
+from nanochat.hardware import is_out_of_memory
 from nanochat.ops.cpu import keep_freed_memory
 from nanochat.ops.fp16_gemm import choose_half_gemm, layer_shapes
 from nanochat.ops.linear import use_half_gemm
 from nanochat.optim import MuonAdamW
 from nanochat.plan.memory import MicroBatch
 from nanochat.precision import NonFiniteError, StepResult, first_nonfinite_module
-from nanochat.progress import Bar, format_seconds, progress
+from nanochat.progress import progress
 from nanochat.recipe import Schedule
-from nanochat.report.metrics_log import MetricsLog, last_value
+from nanochat.report.metrics_log import last_value
 from nanochat.signals import StopRequest
-from nanochat.train.clock import COARSE, REHEARSE_AFTER, Clock
+from nanochat.train.clock import Clock
 from nanochat.train.compiling import compiled, should_compile
-from nanochat.train.micro_batch import too_large, use_micro_batch
-from nanochat.train.tracking import Tracker
+from nanochat.train.micro_batch import smaller_micro_batch, use_micro_batch
+from nanochat.train.tracking import RunLog, Tracker, TrainState
 
-METRICS_FILE = "metrics.jsonl"
-LOSS_SMOOTHING = 0.9
-WORTH_SAYING = 0.01  # share of a step spent waiting for data
-EXTRA_STATE = "more."  # how tensors of `extra_state` are called in a checkpoint
+EXTRA_STATE = "more."  # prefix of the tensors of `extra_state` in a checkpoint
 
 
 class Loader(Protocol):
@@ -71,22 +68,6 @@ class TrainSettings(SaveSettings):
     grad_clip: float | None = None
     eval_every: int | None = None
     sample_every: int | None = None
-
-
-@dataclass
-class TrainState:
-    """What a step depends on besides model, optimizer, data and generators."""
-
-    step: int = 0
-    seconds: float = 0.0
-    """Spent in steps."""
-    clock: float = 0.0
-    """Spent in all, see nanochat/train/clock.py."""
-    smooth_loss: float = 0.0
-    tokens: int = 0
-    val: float | None = None
-    min_val: float | None = None
-    metrics_bytes: int = 0
 
 
 @dataclass(kw_only=True)
@@ -120,81 +101,89 @@ class Trainer:
     """Into which pieces batches are cut; None: they go through the model whole, until memory runs out."""
 
     def __post_init__(self) -> None:
-        self.flops_per_token = self.model.estimate_flops(self.model.config.sequence_len)
-        self.model.set_product_dtype(self.compute.precision.product_dtype)
-        self.optimizer.set_product_dtype(self.compute.precision.muon_dtype)
-        # None: to be measured before the first step.
-        self._compile: bool | None = None if self.compute.measure_compile else self.compute.compile
-        self._hidden = compiled(self.model) if self._compile else self.model.hidden
-        self.compute.precision.plan_steps(self.settings.schedule.num_iterations)
-        seconds = self.settings.schedule.seconds
-        self.saver = Saver(self.label, self.folder, self.compute, self.settings, self._snapshot, seconds)
-        self.metrics_log = MetricsLog(self.folder / METRICS_FILE)
+        compute, schedule = self.compute, self.settings.schedule
+        self.model.set_product_dtype(compute.precision.product_dtype)
+        self.optimizer.set_product_dtype(compute.precision.muon_dtype)
+        self._use_compiled(None if compute.measure_compile else compute.compile)
+        compute.precision.plan_steps(schedule.num_iterations)
+        self.clock.seconds, self.clock.agree = schedule.seconds, compute.broadcast
+        self.saver = Saver(self.label, self.folder, compute, self.settings, self._snapshot, schedule.seconds)
+        flops = self.model.estimate_flops(self.model.config.sequence_len)
+        self.log = RunLog(self.label, self.folder, compute, self.tracker, flops)
         self.complete = False
         self.last_evaluation: dict[str, float] = {}
-        self._last_step_done = False
         self._row_split = 1
-        self._throttling = ThrottleWatcher(self.compute.device)
-        if self.compute.device.type == "cpu":
-            keep_freed_memory()
-        compute, channels = self.compute, self.model.config.n_embd
-        gemm, why = choose_half_gemm(compute.fp16_gemm, compute.device, compute.dtype, layer_shapes(channels, 4096))
+        self._data_seconds = 0.0
+        if compute.device.type == "cpu":
+            keep_freed_memory()  # every step allocates the same tensors: without page faults a step is faster
+        shapes = layer_shapes(self.model.config.n_embd, 4096)
+        gemm, why = choose_half_gemm(compute.fp16_gemm, compute.device, compute.dtype, shapes)
         use_half_gemm(gemm)
         if why:
             print0(f"{self.label}: {why}")
 
-    # -- one step -------------------------------------------------------------------------------------------------
+    def _use_compiled(self, on: bool | None) -> None:
+        """Run the layers compiled or eager; None: eager, until it can be measured which is faster."""
+        self._compile = on
+        self._hidden = compiled(self.model) if on else self.model.hidden
+
+    # --- one step -----------------------------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next `grad_accum_steps` batches; returns its metrics."""
-        multiplier = self.settings.schedule.apply(self.optimizer.param_groups, self.state.step, self._place())
+        precision, schedule = self.compute.precision, self.settings.schedule
+        # Rates, momentum and decay first: they belong to this step, and a skipped attempt does not move them on.
+        multiplier = schedule.apply(self.optimizer.param_groups, self.state.step, self.clock.schedule_seconds())
         self._data_seconds = 0.0
         batches = self._next_batches()
-        with self.compute.precision.training():
+        with precision.training():
             result, loss = self._attempt(batches)
             while result.skipped:
+                # float16 gradients that overflowed can succeed at the halved scale: the same text again, none is lost.
+                # A loss that is not finite comes back whatever the scale: only other text can help.
                 self._report_skip(result, loss)
                 if not result.retry:
                     batches = self._next_batches()
                 result, loss = self._attempt(batches)
-        if self._compile is None:  # now that it is known how many rows fit
-            self._decide_compile(next(self._pieces(batches[0])).x)
+        if self._compile is None:  # only now is it known how many rows fit, and so which shape is compiled
+            self._measure_compile(next(self._pieces(batches[0])).x)
         self.state.tokens += sum(batch.x.numel() for batch in batches) * self.compute.world_size
         metrics = {
             "loss": loss,
             "lr_multiplier": multiplier,
             "grad_norm": result.grad_norm,
-            "skipped": self.compute.precision.skipped,
-            "scale": self.compute.precision.scaler.scale,
+            "skipped": precision.skipped,
+            "scale": precision.scaler.scale,
         }
         return metrics if self.extra_metrics is None else metrics | self.extra_metrics()
 
     def _next_batches(self) -> list[Batch]:
+        """The micro-batches of a step, each (B, T); early in the run they may be cut into shorter sequences."""
         start = time.perf_counter()
         batches = [Batch(*next(self.loader)) for _ in range(self.settings.grad_accum_steps)]
         self._data_seconds += time.perf_counter() - start
         schedule = self.settings.schedule
-        self._row_split = schedule.row_split(schedule.progress(self.state.step, self._place()))
+        self._row_split = schedule.row_split(schedule.progress(self.state.step, self.clock.schedule_seconds()))
         return [b.shorter_rows(self._row_split) for b in batches] if self._row_split > 1 else batches
-
-    def _place(self) -> float:
-        """Where the schedule is, in its seconds; meaningless where steps are counted."""
-        seconds = self.settings.schedule.seconds
-        return 0.0 if seconds is None else seconds * self.clock.progress(seconds, self.state.clock)
 
     def _attempt(self, batches: list[Batch]) -> tuple[StepResult, float]:
         """Try an update with these micro-batches; returns what became of it and the mean loss."""
-        self._batches = batches
+        self._batches = batches  # should the run end here, `_explain` passes them through the model again
+        # The loss is a sum over tokens, divided by the supervised tokens of all micro-batches and ranks. A mean per
+        # micro-batch would weigh a token more where fewer are supervised, and the result would depend on the split.
         count = torch.stack([(batch.y >= 0).sum() for batch in batches]).sum()
         if self.compute.ddp:
             dist.all_reduce(count)
         # reduce_gradients averages over ranks, hence the factor world_size.
         weight = self.compute.world_size / count
         while (total := self._backward(batches, weight)) is None:
-            self._take_smaller_pieces(batches)
+            rows = max(len(batch.x) // self._row_split for batch in batches)
+            self.micro = smaller_micro_batch(self.model, self.optimizer, self.compute, self.micro, rows)
         if self.compute.ddp:
             dist.all_reduce(total, op=dist.ReduceOp.SUM)
             total /= self.compute.world_size
+        # Until here nothing has waited for the device. Precision.step reads norm and loss in one go: the only host
+        # sync of a step.
         result = self.compute.precision.step([self.optimizer], self.settings.grad_clip, total)
         self.optimizer.zero_grad(set_to_none=True)
         return result, float(total)
@@ -213,6 +202,7 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             fits = False
+        # A rank that ran out must not leave the others alone in the next collective: all of them try again, or none.
         (failed,) = self.compute.any_rank(not fits)
         return None if failed else total
 
@@ -220,20 +210,18 @@ class Trainer:
         """The parts of a micro-batch that fit into memory at a time."""
         return batch.pieces(len(batch.x) if self.micro is None else self.micro.rows * self._row_split)
 
-    def _take_smaller_pieces(self, batches: list[Batch]) -> None:
-        """Forget the gradients of a step that ran out of memory and take the next measure, on all ranks."""
-        self.optimizer.zero_grad(set_to_none=True)
-        release_memory()
-        rows = max(len(batch.x) // self._row_split for batch in batches)
-        rows = int(self.compute.broadcast(rows))  # the answers of RL may not be as many on every rank
-        before = self.micro or MicroBatch(rows, None, self.model.activation_checkpointing)
-        self.micro = before.smaller()
-        if self.micro is None:
-            own = [*self.model.parameters(), *self.optimizer.own_flat_state().values()]  # another size has it too
-            budget = free_memory(self.compute.device) + sum(x.numel() * x.element_size() for x in own)
-            raise too_large(self.model.config, self.compute, budget)
-        use_micro_batch(self.model, self.micro)
-        print0(f"{self.label}: out of memory with {before}; the step is made again with {self.micro}, nothing is lost")
+    def summed_loss(self, batch: Batch) -> Tensor:
+        """The loss of a micro-batch, summed over its supervised tokens; compute it under autocast."""
+        x = self._hidden(batch.x, segments=batch.segments)  # (B, T, C)
+        if self.objective is not None:
+            return self.objective(self.model, x, batch)
+        return self.model.loss(x, batch.y, "sum")
+
+    def _measure_compile(self, idx: Tensor) -> None:
+        steps = self.settings.schedule.num_iterations
+        passes = None if steps is None else (steps - self.state.step) * self.settings.grad_accum_steps
+        seconds = (self.clock.seconds or 0.0) - self.clock.ticked
+        self._use_compiled(should_compile(self.model, self.compute, idx, passes, seconds))
 
     def _report_skip(self, result: StepResult, loss: float) -> None:
         precision = self.compute.precision
@@ -242,29 +230,13 @@ class Trainer:
         step = self.state.step + 1
         print0(f"{self.label}: step {step} skipped ({reason}), {how}; {precision.skipped} skipped so far")
 
-    def _decide_compile(self, idx: Tensor) -> None:
-        schedule = self.settings.schedule
-        steps = schedule.num_iterations
-        passes = None if steps is None else (steps - self.state.step) * self.settings.grad_accum_steps
-        seconds = (schedule.seconds or 0.0) - self.state.clock
-        self._compile = should_compile(self.model, self.compute, idx, passes, seconds)
-        if self._compile:
-            self._hidden = compiled(self.model)
-
-    def summed_loss(self, batch: Batch) -> Tensor:
-        """The loss of a micro-batch, summed over its supervised tokens; compute it under autocast."""
-        x = self._hidden(batch.x, segments=batch.segments)
-        if self.objective is not None:
-            return self.objective(self.model, x, batch)
-        return self.model.loss(x, batch.y, "sum")
-
-    # -- the loop -------------------------------------------------------------------------------------------------
+    # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> TrainState:
         """Train to the end of the schedule; the last checkpoint is marked complete.
 
         Raises:
-            NonFiniteError: the run can't go on; names the first layer that is not finite. The last checkpoint stays.
+            NonFiniteError: the run can't continue; names the first layer that is not finite. The last checkpoint stays.
             Stopped: a signal asked to stop; the run is saved.
         """
         if self.complete:
@@ -273,144 +245,70 @@ class Trainer:
         try:
             with StopRequest() as stop:
                 self._train(stop)
-                self.saver.before_the_end()
-                self._final_evaluation()
+                self.saver.before_the_end()  # a last evaluation that fails must not take the training along
+                self.run_evaluation()
+                if self.sample is not None:
+                    print0(f"{self.label}: samples after {self.state.step} steps")
+                    self.run_sample()
                 self.saver.save_finished()
                 self.complete = True
-                self._report_time()
+                used, seconds = self.clock.tick(), self.clock.seconds
+                if seconds is not None:
+                    print0(f"{self.label}: used {used:.1f} s of {seconds:.1f} s ({used / seconds - 1:+.1%})")
         finally:
             self.saver.close()
         return self.state
 
     def _train(self, stop: StopRequest) -> None:
-        schedule = self.settings.schedule
-        peak = self.compute.matmul_tflops()
-        total = schedule.num_iterations or schedule.seconds or 1.0
-        if self.compute.rank == 0:
-            self.metrics_log.cut(self.state.metrics_bytes, self.state.step)
+        state, schedule, clock = self.state, self.settings.schedule, self.clock
+        self.log.begin()
         if self.micro is not None:
             use_micro_batch(self.model, self.micro)
-        self._tick()
-        with progress(total, self.label) as bar:
-            while not self._finished():
-                self._maybe_evaluate()
-                self._last_step_done = self._is_last_step()
-                start = time.perf_counter()
-                tokens_before = self.state.tokens
+        clock.tick()
+        last = False
+        with progress(schedule.num_iterations or schedule.seconds or 1.0, self.label) as bar:
+            while not (last or schedule.finished(state.step, 0.0)):
+                self._evaluate_on_the_way()
+                last = clock.is_last()  # decided before the step, which then ends the schedule
+                start, tokens = clock.now(), state.tokens
                 try:
                     metrics = self.train_step()
                 except NonFiniteError as error:
                     raise self._explain(error) from error
                 self.compute.synchronize()
-                seconds = time.perf_counter() - start
-                self._account(metrics, seconds, self.state.tokens - tokens_before, peak)
-                self._report(bar, metrics)
-                self.saver.after_step(self.state.step, stop.requested)
-                self._maybe_rehearse()
+                seconds = clock.count_step(clock.now() - start)
+                state.count_step(seconds, metrics["loss"])
+                metrics |= self.log.speed(state.tokens - tokens, seconds, self._data_seconds)
+                self.log.write_step(bar, state, clock, schedule.num_iterations, metrics)
+                self.saver.after_step(state.step, stop.requested)
+                if clock.wants_rehearsal():
+                    self._rehearse()
 
-    def _finished(self) -> bool:
-        schedule = self.settings.schedule
-        return self._last_step_done if schedule.seconds else schedule.finished(self.state.step, 0.0)
+    # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def _is_last_step(self) -> bool:
-        seconds = self.settings.schedule.seconds
-        return seconds is not None and self.clock.is_last(seconds, self.state.clock)
-
-    def _tick(self) -> float:
-        """Read the clock: rank 0's, so that every rank decides the same."""
-        self.state.clock = self.compute.broadcast(self.clock.elapsed())
-        return self.state.clock
-
-    @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        """Remember how long this takes: the end of a run is made of such things."""
-        start = self._tick()
-        yield
-        self.clock.costs[what] = self._tick() - start
-
-    def _maybe_rehearse(self) -> None:
-        """Once, early in a run of a given time, do what its end will do, to measure it."""
-        seconds = self.settings.schedule.seconds
-        if seconds is None or len(self.clock.steps) != REHEARSE_AFTER or "checkpoint" in self.clock.costs:
-            return
-        if self.evaluate is not None and "evaluation" not in self.clock.costs:
-            self.run_evaluation()
-        if self.sample is not None and "samples" not in self.clock.costs:
-            self.run_sample()
-        with self._timed("checkpoint"):
-            self.saver.save(complete=False)
-        step, left = self.clock.step_seconds or 0.0, self.clock.steps_left(seconds, self.state.clock)
-        print0(
-            f"{self.label}: {step:.2f} s per step: about {max(0.0, left):,.0f} more in {format_seconds(seconds)}, with "
-            f"{format_seconds(self.clock.ending)} for the last evaluation, samples and checkpoint"
-        )
-        if step > COARSE * seconds or self.clock.ending > 0.5 * seconds:
-            print0(f"warning: {self.label}: the time is short for such steps or evaluations, the end may miss it")
-
-    def _account(self, metrics: dict[str, float], seconds: float, tokens: int, peak_tflops: float) -> None:
-        state = self.state
-        seconds = self.compute.broadcast(seconds)
-        state.seconds += seconds
-        self.clock.steps.append(seconds)
-        self._tick()
-        state.step += 1
-        state.smooth_loss = LOSS_SMOOTHING * state.smooth_loss + (1 - LOSS_SMOOTHING) * metrics["loss"]
-        metrics["smooth_loss"] = state.smooth_loss / (1 - LOSS_SMOOTHING**state.step)
-        metrics["tokens_per_second"] = tokens / seconds
-        metrics["data_wait_share"] = self._data_seconds / seconds
-        tflops = tokens * self.flops_per_token / seconds / 1e12 / self.compute.world_size
-        metrics["share_of_matmul_speed"] = tflops / peak_tflops
-        metrics["peak_memory_gb"] = self.compute.peak_memory_bytes() / 1e9
-
-    def _report(self, bar: Bar, metrics: dict[str, float]) -> None:
-        state, schedule = self.state, self.settings.schedule
-        done: float = state.step if schedule.num_iterations is not None else state.clock
-        if schedule.seconds is not None:
-            left = schedule.seconds - state.clock
-        else:
-            left = state.clock / state.step * ((schedule.num_iterations or 0) - state.step) + self.clock.ending
-        note = (
-            f"step {state.step} loss {metrics['smooth_loss']:.4f} lr ×{metrics['lr_multiplier']:.2f} "
-            f"{metrics['tokens_per_second']:,.0f} tok/s ({metrics['share_of_matmul_speed']:.0%} of matmul speed) "
-            f"left {format_seconds(left)}"
-        )
-        if metrics["data_wait_share"] > WORTH_SAYING:
-            note += f" waiting for data {metrics['data_wait_share']:.0%}"
-        if metrics["skipped"]:
-            note += f" skipped {metrics['skipped']:.0f} scale {metrics['scale']:g}"
-        bar.set(done, note)
-        if (slower := self._throttling.poll()) is not None:
-            print0(f"{self.label}: {slower}")
-        record = {"step": state.step, "seconds": round(state.seconds, 3), "tokens": state.tokens}
-        record["progress"] = round(min(done / (schedule.num_iterations or schedule.seconds or 1.0), 1.0), 6)
-        record["clock"] = round(state.clock, 3)
-        record |= {k: float(f"{v:.9g}") for k, v in metrics.items()}
-        self._append_metrics(record)
-        self.tracker.log(record)
-
-    def _append_metrics(self, record: dict[str, Any]) -> None:
-        if self.compute.rank == 0:
-            self.metrics_log.append(record)
-            self.state.metrics_bytes = self.metrics_log.position
-
-    # -- evaluation and checkpoints -------------------------------------------------------------------------------
-
-    def _maybe_evaluate(self) -> None:
+    def _evaluate_on_the_way(self) -> None:
         s, step = self.settings, self.state.step
-        if step and s.eval_every and step % s.eval_every == 0 and self._time_for("evaluation"):
+        if step and s.eval_every and step % s.eval_every == 0 and self.clock.has_time_for("evaluation"):
             self.run_evaluation()
-        if step and s.sample_every and step % s.sample_every == 0 and self._time_for("samples"):
+        if step and s.sample_every and step % s.sample_every == 0 and self.clock.has_time_for("samples"):
             self.run_sample()
 
-    def _time_for(self, what: str) -> bool:
-        seconds = self.settings.schedule.seconds
-        return seconds is None or self.clock.has_time_for(what, seconds, self.state.clock)
+    def _rehearse(self) -> None:
+        """Do once, early in a run of a given time, what its end will do: then that time is measured."""
+        if "evaluation" not in self.clock.costs:
+            self.run_evaluation()
+        if "samples" not in self.clock.costs:
+            self.run_sample()
+        with self.clock.timed("checkpoint"):
+            self.saver.save(complete=False)
+        for line in self.clock.forecast():
+            print0(f"{self.label}: {line}")
 
     def run_sample(self) -> None:
         """Print samples."""
         if self.sample is not None:
             self.model.eval()
-            with self._timed("samples"):
+            with self.clock.timed("samples"):
                 self.sample()
             self.model.train()
 
@@ -419,36 +317,32 @@ class Trainer:
         if self.evaluate is None:
             return
         self.model.eval()
-        with self._timed("evaluation"):
+        with self.clock.timed("evaluation"):
             result = self.evaluate()
         self.model.train()
-        values = result if isinstance(result, dict) else {self.val_name: result}
-        value = values[self.val_name]
-        self.last_evaluation = values
-        self.state.val = value
-        self.state.min_val = value if self.state.min_val is None else min(value, self.state.min_val)
-        print0(f"{self.label}: step {self.state.step} " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        record = {"step": self.state.step, "seconds": round(self.state.seconds, 3), **values}
-        self._append_metrics(record)
-        self.tracker.log(record)
+        state = self.state
+        self.last_evaluation = result if isinstance(result, dict) else {self.val_name: result}
+        state.val = self.last_evaluation[self.val_name]
+        state.min_val = state.val if state.min_val is None else min(state.val, state.min_val)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.last_evaluation.items())
+        print0(f"{self.label}: step {state.step} {shown}")
+        self.log.write({"step": state.step, "seconds": round(state.seconds, 3), **self.last_evaluation})
 
-    def _final_evaluation(self) -> None:
-        self.run_evaluation()
-        if self.sample is not None:
-            print0(f"{self.label}: samples after {self.state.step} steps")
-            self.run_sample()
+    # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _snapshot(self, complete: bool, attempt: int) -> Snapshot:
-        """A copy of all that the next step depends on."""
+        """A copy of all that the next step depends on; training continues while it is written."""
         first = self.compute.rank == 0
         optimizer = None
         if not complete:
+            # Every rank saves its own share of the moments; the generators too, dropout or not: RL samples from them.
             optimizer = host_copy(self.optimizer.own_flat_state()) | rng_state(self.compute.device)
             if first and self.extra_state is not None:
                 optimizer |= host_copy({EXTRA_STATE + name: value for name, value in self.extra_state().items()})
+        counted = {"clock": self.clock.ticked, "metrics_bytes": self.log.metrics.position}
         meta = self.meta | {
             "complete": complete,
-            "state": vars(self.state),
+            "state": vars(self.state) | counted,
             "loader": self.loader.state_dict(),
             "precision": self.compute.precision.state_dict(),
             "dtype": self.compute.precision.name,
@@ -471,18 +365,16 @@ class Trainer:
             attempt,
         )
 
-    def _report_time(self) -> None:
-        used, seconds = self._tick(), self.settings.schedule.seconds
-        if seconds is not None:
-            print0(f"{self.label}: used {used:.1f} s of {seconds:.1f} s ({used / seconds - 1:+.1%})")
-
     def resume(self, checkpoint_meta: dict[str, Any], optimizer: dict[str, Tensor]) -> None:
         """Continue from a checkpoint's meta and optimizer tensors (the model and loader are built from it already).
 
         Raises:
             RuntimeError: the ranks have found different checkpoints.
         """
-        self.state = TrainState(**checkpoint_meta["state"])
+        saved = dict(checkpoint_meta["state"])
+        clock, metrics_bytes = saved.pop("clock", 0.0), saved.pop("metrics_bytes", 0)
+        self.state = TrainState(**saved)
+        self.log.resume(metrics_bytes, self.state.step)
         if self.compute.broadcast(self.state.step) != self.state.step:
             raise RuntimeError(
                 f"rank 0 and rank {self.compute.rank} found different checkpoints in {self.folder}: can all of them "
@@ -492,20 +384,23 @@ class Trainer:
         if self.complete:
             return
         # What was done after the checkpoint is lost, but its time is used.
-        clock = max(self.state.clock, self.state.seconds, last_value(self.metrics_log.path, "clock"))
-        self.clock.used = self.state.clock = self.compute.broadcast(clock)
+        clock = max(clock, self.state.seconds, last_value(self.log.metrics.path, "clock"))
+        self.clock.used = self.clock.ticked = self.compute.broadcast(clock)
         self.clock.costs |= checkpoint_meta.get("costs", {})
         if checkpoint_meta.get("micro_batch") is not None and self.micro is None:
             self.micro = MicroBatch(**checkpoint_meta["micro_batch"])
         self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(("rng.", EXTRA_STATE))})
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
-        if self._compile is None:
-            self._compile = checkpoint_meta.get("compile")
-            self._hidden = compiled(self.model) if self._compile else self.model.hidden
-        restore_rng_state(optimizer, self.compute.device)
-        print0(f"{self.label}: goes on at step {self.state.step}")
+        if self._compile is None:  # the measurement of the start, so that a resumed run computes the same bits
+            self._use_compiled(checkpoint_meta.get("compile"))
+        restore_rng_state(optimizer, self.compute.device)  # last: what was built above has drawn from the generators
+        print0(f"{self.label}: resumes at step {self.state.step}")
+
+    # --- when nothing helps -------------------------------------------------------------------------------------------
 
     def _explain(self, error: NonFiniteError) -> NonFiniteError:
+        """The error with the first layer that is not finite and what to do; passes the last batches through again."""
+
         def forward() -> None:
             with self.compute.precision.autocast():
                 for batch in self._batches:
@@ -514,8 +409,8 @@ class Trainer:
 
         found = [first_nonfinite_module(self.model, forward)]
         if self.compute.ddp:  # all ranks stopped at this step, but only one may have met the batch
-            found = [None] * self.compute.world_size
-            dist.all_gather_object(found, first_nonfinite_module(self.model, forward))
+            mine, found = found[0], [None] * self.compute.world_size
+            dist.all_gather_object(found, mine)
         where = next((name for name in found if name), None)
         layer = f"the first layer with non-finite activations is {where}" if where else "all activations are finite"
         doubt = " or --dtype=float32" if self.compute.precision.scaler.enabled else ""
