@@ -12,13 +12,13 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates cargo gcc git python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
-# The image of Ubuntu has a user `ubuntu` with id 1000. /data holds what a run makes.
+# The Ubuntu image has a user `ubuntu` with id 1000. /data holds the results of runs.
 RUN mkdir -p /nanochat /data && chown 1000:1000 /nanochat /data
 USER 1000:1000
 WORKDIR /nanochat
 COPY --chown=1000:1000 . .
 
-# No card is visible while the image is built, so torch is named instead of chosen.
+# No card is visible while the image is built, so the torch build is named instead of chosen.
 ENV NANOCHAT_TORCH="torch==2.14.* --index-url https://download.pytorch.org/whl/cu126" \
     NANOCHAT_BASE_DIR=/data
 RUN bash setup_env.sh

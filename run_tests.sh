@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold before a commit: style, types, Rust, tests. Arguments go to pytest:
+# Check everything that must hold before a commit: style, types, Rust, tests. Arguments go to pytest:
 #   bash run_tests.sh -k tokenizer
 set -euo pipefail
 
@@ -19,7 +19,7 @@ check() {
     fi
 }
 
-# The tools that a distribution's cargo may come without are checked where they are there.
+# A distribution's cargo may come without these tools; they are used if they are installed.
 check_rust() {
     local manifest=(--manifest-path rustbpe/Cargo.toml)
     if cargo fmt --version > /dev/null 2>&1; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests on the oldest and the newest torch that the project promises, on the CPU.
+# Runs the tests with the oldest and the newest torch that the project supports, on the CPU.
 #
 #   bash dev/compat.sh                  torch 2.7.1 and 2.14.1
 #   bash dev/compat.sh 2.9.1            another one
@@ -17,7 +17,7 @@ folder=$(mktemp -d -t nanochat-compat-XXXXXX)
 trap 'rm -rf "$folder"' EXIT
 read -ra pytest_flags <<<"${PYTEST:-}"
 
-# Install in a folder and test there; a chain of &&, because `set -e` does not work in a function that is tested by ||.
+# Install in a folder and test there, as a chain of &&: `set -e` has no effect in a function that is followed by ||.
 check() {
     local torch=$1 work=$folder/$1
     local python=$work/env/bin/python
