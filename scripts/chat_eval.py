@@ -113,7 +113,7 @@ def evaluate(
             autocast=compute.precision.autocast,
             finished=finished,
         )
-        print_score(cfg, name, score)
+        print_score(cfg, score)
         if compute.rank == 0:
             write_jsonl(log_path, score.records)
             shutil.rmtree(log_path.with_suffix(".unfinished"), ignore_errors=True)
@@ -121,9 +121,9 @@ def evaluate(
     return scores
 
 
-def print_score(cfg: Config, name: str, score: TaskScore) -> None:
+def print_score(cfg: Config, score: TaskScore) -> None:
     """One line for the task, one for each group of its problems, one for pass@k."""
-    for label, part in {name: score, **score.groups()}.items():
+    for label, part in {score.name: score, **score.groups()}.items():
         indent = "" if part is score else "  "
         print0(f"{indent}{label}: {100 * part.accuracy:.2f}% ± {100 * part.stderr:.2f} ({len(part.records)} problems)")
     if cfg.num_samples > 1 and all(record.get("num_samples") == cfg.num_samples for record in score.records):
@@ -140,9 +140,7 @@ def fingerprint(cfg: Config, compute: Compute, folder: Path) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def report(
-    cfg: Config, meta: Mapping[str, Any], names: list[str], scores: list[TaskScore], missing: Mapping[str, str]
-) -> None:
+def report(cfg: Config, meta: Mapping[str, Any], scores: list[TaskScore], missing: Mapping[str, str]) -> None:
     """Print ChatCORE and log the section; a score over a part of the default tasks is called partial."""
     core, stderr = mean_centered(scores)
     partial = bool(missing) or cfg.task_name is not None
@@ -154,16 +152,13 @@ def report(
         "temperature": cfg.temperature,
         "samples per problem": cfg.num_samples,
     }
-    lines: dict[str, Any] = {
-        name: f"{100 * score.accuracy:.2f}% ± {100 * score.stderr:.2f}"
-        for name, score in zip(names, scores, strict=True)
-    }
+    lines: dict[str, Any] = {s.name: f"{100 * s.accuracy:.2f}% ± {100 * s.stderr:.2f}" for s in scores}
     lines[core_name] = f"{core:.4f} ± {stderr:.4f}"
-    metrics = {name: score.accuracy for name, score in zip(names, scores, strict=True)} | {core_name: core}
+    metrics = {s.name: s.accuracy for s in scores} | {core_name: core}
     notes = {f"{name} not evaluated": reason for name, reason in missing.items()}
     section = f"Chat evaluation {cfg.source}"
     if cfg.task_name is not None:
-        section = get_report().section_for(section, ", ".join(names), metrics)
+        section = get_report().section_for(section, ", ".join(s.name for s in scores), metrics)
     get_report().log(section, [settings, lines, notes], metrics=metrics)
 
 
@@ -183,7 +178,7 @@ def main(cfg: Config) -> None:
         tag = find_tag(cfg.source, cfg.model_tag).name
         folder = get_base_dir() / "chat_eval" / f"{cfg.source}_{tag}_{meta['step']:06d}"
         scores = evaluate(cfg, tasks, model, tokenizer, compute, folder)
-        report(cfg, meta, list(tasks), scores, missing)
+        report(cfg, meta, scores, missing)
         print0(f"every question and answer: {folder}")
 
 

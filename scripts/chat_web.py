@@ -27,6 +27,7 @@ from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.choose_model import find_model, load_chosen
 from nanochat.serve.guard import LOCAL_HOSTS, Access
+from nanochat.serve.schemas import MAX_TOKENS
 
 KEY_VARIABLE = "NANOCHAT_API_KEY"
 
@@ -74,20 +75,14 @@ class Config:
     """Append what is asked and answered to this file; default: conversations are not kept."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 2.0:
-            raise ValueError(f"--temperature must be between 0 and 2, got {self.temperature}")
-        if not 0 <= self.top_k <= 200:
-            raise ValueError(f"--top_k must be between 0 (all tokens) and 200, got {self.top_k}")
-        if not 1 <= self.max_tokens <= 4096:
-            raise ValueError(f"--max_tokens must be between 1 and 4096, got {self.max_tokens}")
-        if self.num_gpus < 1:
-            raise ValueError(f"--num_gpus must be at least 1, got {self.num_gpus}")
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"--port must be between 0 (any free one) and 65535, got {self.port}")
-        if self.queue_size < 0:
-            raise ValueError(f"--queue_size must not be negative, got {self.queue_size}")
-        if self.max_batch_size is not None and self.max_batch_size < 1:
-            raise ValueError(f"--max_batch_size must be at least 1, got {self.max_batch_size}")
+        ranges = {"temperature": (0, 2), "top_k": (0, 200), "max_tokens": (1, MAX_TOKENS), "port": (0, 65535)}
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"--{name} must be between {least} and {most}, got {getattr(self, name)}")
+        for name, least in {"num_gpus": 1, "queue_size": 0, "max_batch_size": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
         for origin in self.cors_origins:
             if not origin.startswith(("http://", "https://")) or origin.endswith("/"):
                 raise ValueError(f"--cors_origins takes origins such as https://example.org, got {origin}")

@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,140 +70,6 @@ class EnginePool:
             engine.close(drain=False)
 
 
-class AnswerFailed(Exception):
-    """Something went wrong inside the engine, or it was stopped; the log says what."""
-
-    def __init__(self) -> None:
-        super().__init__("the answer failed; the server's log says why")
-
-
-class AnswerStream:
-    """One or several generations that belong to one request of a client, started together.
-
-    Raises (when made):
-        RequestError: 429 when too many wait, 503 when the server stops, 400 when the model can't do it.
-    """
-
-    def __init__(self, pool: EnginePool, requests: Sequence[GenerationRequest]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()
-        self._box: deque[tuple[int, Event]] = deque()
-        self._filled = asyncio.Event()
-        self._generations: list[Generation] = []
-        try:
-            for request in requests:
-                self._generations.append(pool.submit(request))
-        except (QueueFull, EngineClosed, ValueError) as error:
-            self.cancel()
-            raise _refusal(error) from error
-        for i, generation in enumerate(self._generations):
-            generation.add_listener(lambda event, i=i: self._put(i, event))  # type: ignore[misc]
-
-    def cancel(self) -> None:
-        """Stop what still runs."""
-        for generation in self._generations:
-            generation.cancel()
-
-    def _put(self, i: int, event: Event) -> None:
-        with self._lock:
-            self._box.append((i, event))
-            first = len(self._box) == 1
-        if first:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is waiting any more
-                self._loop.call_soon_threadsafe(self._filled.set)
-
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """(index of the generation, event) up to the last event of each. Pieces of text that arrived meanwhile come
-        as one: a busy loop then has less to do.
-
-        Raises:
-            AnswerFailed: a generation failed or was cut short; the others are cancelled.
-        """
-        unfinished = len(self._generations)
-        while unfinished:
-            await self._filled.wait()
-            with self._lock:
-                arrived = list(self._box)
-                self._box.clear()
-                self._filled.clear()
-            for i, event in _join_texts(arrived):
-                if event.kind == "error" or event.finish_reason == "cancelled":
-                    self.cancel()
-                    logger.error("an answer failed: %s", event.text or "cancelled")
-                    raise AnswerFailed
-                unfinished -= event.kind == "done"
-                yield i, event
-
-    async def collect(self) -> list[list[Event]]:
-        """All events of every generation."""
-        collected: list[list[Event]] = [[] for _ in self._generations]
-        async for i, event in self.events():
-            collected[i].append(event)
-        return collected
-
-    async def collect_for(self, request: Request) -> list[list[Event]] | None:
-        """`collect`, or None when the client has gone away; then the generations are cancelled."""
-        work = asyncio.ensure_future(self.collect())
-        gone = asyncio.ensure_future(_disconnect(request))
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            return work.result() if work.done() else None
-        finally:
-            self.cancel()
-            work.cancel()
-            gone.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _join_texts(arrived: list[tuple[int, Event]]) -> Iterator[tuple[int, Event]]:
-    texts: dict[int, list[str]] = {}
-    for i, event in arrived:
-        if event.kind == "text":
-            texts.setdefault(i, []).append(event.text)
-            continue
-        if i in texts:
-            yield i, Event("text", "".join(texts.pop(i)))
-        yield i, event
-    for i, pieces in texts.items():
-        yield i, Event("text", "".join(pieces))
-
-
-def _refusal(error: Exception) -> RequestError:
-    if isinstance(error, QueueFull):
-        wait = str(error.retry_after_seconds)
-        return RequestError(429, str(error), kind="rate_limit_error", code="queue_full", headers={"Retry-After": wait})
-    if isinstance(error, EngineClosed):
-        return RequestError(503, "the server is stopping", kind="server_error", headers={"Retry-After": "30"})
-    return RequestError(400, str(error))
-
-
-class AnswerResponse(EventSourceResponse):
-    """Server-sent events of an answer; whichever way the response ends, the answer ends with it.
-
-    When the server stops, answers that are being written have DRAIN_SECONDS to finish.
-    """
-
-    def __init__(self, answer: AnswerStream, data: AsyncIterator[str]) -> None:
-        self._answer = answer
-        super().__init__(_events(data), sep="\n", shutdown_grace_period=DRAIN_SECONDS)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answer.cancel()
-
-
-async def _events(data: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
-    async for item in data:
-        yield {"data": item}
-
-
 class ConversationLog:
     """Appends one line of JSON per answer to a file that only its owner can read."""
 
@@ -215,7 +81,7 @@ class ConversationLog:
     def write(self, prompt: Any, events: Sequence[Event]) -> None:
         """Add a question and its answer."""
         answer = join_events(events)
-        reason = events[-1].finish_reason if events else None
+        reason = events[-1].finish_reason
         row = {"time": round(time.time(), 3), "prompt": prompt, "answer": answer, "finish_reason": reason}
         with self._lock:
             os.write(self._file, (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
@@ -280,19 +146,145 @@ class Service:
             )
         return tokens, left_out
 
-    def written(self, prompts: Sequence[Any], answers: Mapping[int, Sequence[Event]]) -> None:
-        """Log answers and the prompt of each, if that was asked for."""
-        if self.log is not None:
-            for i, events in answers.items():
-                self.log.write(prompts[i], events)
 
-    async def events(self, answer: AnswerStream, prompts: Sequence[Any]) -> AsyncIterator[tuple[int, Event]]:
-        """The events of an answer, logged if that was asked for; `prompts` has one for each of its generations."""
-        collected: dict[int, list[Event]] = {}
+class AnswerFailed(Exception):
+    """Something went wrong inside the engine, or it was stopped; the log says what."""
+
+    def __init__(self) -> None:
+        super().__init__("the answer failed; the server's log says why")
+
+
+class AnswerStream:
+    """One or several generations that belong to one request of a client, started together.
+
+    Args:
+        service: whose engines write it, and whose log keeps it if there is one.
+        requests: what to generate.
+        prompts: what the log says was asked, for each request.
+
+    Raises:
+        RequestError: 429 when too many wait, 503 when the server stops, 400 when the model can't do it.
+    """
+
+    def __init__(self, service: Service, requests: Sequence[GenerationRequest], prompts: Sequence[Any]) -> None:
+        self._log, self._prompts = service.log, prompts
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._box: deque[tuple[int, Event]] = deque()
+        self._filled = asyncio.Event()
+        self._generations: list[Generation] = []
         try:
-            async for i, event in answer.events():
-                if self.log is not None:
-                    collected.setdefault(i, []).append(event)
-                yield i, event
+            for request in requests:
+                self._generations.append(service.pool.submit(request))
+        except (QueueFull, EngineClosed, ValueError) as error:
+            self.cancel()
+            raise _refusal(error) from error
+        for i, generation in enumerate(self._generations):
+            generation.add_listener(lambda event, i=i: self._put(i, event))  # type: ignore[misc]
+
+    def cancel(self) -> None:
+        """Stop what still runs."""
+        for generation in self._generations:
+            generation.cancel()
+
+    def _put(self, i: int, event: Event) -> None:
+        with self._lock:
+            self._box.append((i, event))
+            first = len(self._box) == 1
+        if first:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is waiting any more
+                self._loop.call_soon_threadsafe(self._filled.set)
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """(index of the generation, event) up to the last event of each. Pieces of text that arrived meanwhile come
+        as one: a busy loop then has less to do.
+
+        Raises:
+            AnswerFailed: a generation failed or was cut short; the others are cancelled.
+        """
+        unfinished = len(self._generations)
+        said: list[list[Event]] = [[] for _ in self._generations]
+        try:
+            while unfinished:
+                await self._filled.wait()
+                with self._lock:
+                    arrived = list(self._box)
+                    self._box.clear()
+                    self._filled.clear()
+                for i, event in _join_texts(arrived):
+                    if event.kind == "error" or event.finish_reason == "cancelled":
+                        self.cancel()
+                        logger.error("an answer failed: %s", event.text or "cancelled")
+                        raise AnswerFailed
+                    unfinished -= event.kind == "done"
+                    if self._log is not None:
+                        said[i].append(event)
+                    yield i, event
+        finally:  # also when the client has gone: then with what was said until then
+            for prompt, events in zip(self._prompts, said, strict=True):
+                if self._log is not None and events:
+                    self._log.write(prompt, events)
+
+    async def collect(self) -> list[list[Event]]:
+        """All events of every generation."""
+        collected: list[list[Event]] = [[] for _ in self._generations]
+        async for i, event in self.events():
+            collected[i].append(event)
+        return collected
+
+    async def collect_for(self, request: Request) -> list[list[Event]] | None:
+        """`collect`, or None when the client has gone away; then the generations are cancelled."""
+        work = asyncio.ensure_future(self.collect())
+        gone = asyncio.ensure_future(_disconnect(request))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            return work.result() if work.done() else None
         finally:
-            self.written(prompts, collected)
+            self.cancel()
+            work.cancel()
+            gone.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _join_texts(arrived: list[tuple[int, Event]]) -> Iterator[tuple[int, Event]]:
+    texts: dict[int, list[str]] = {}
+    for i, event in arrived:
+        if event.kind == "text":
+            texts.setdefault(i, []).append(event.text)
+            continue
+        if i in texts:
+            yield i, Event("text", "".join(texts.pop(i)))
+        yield i, event
+    for i, pieces in texts.items():
+        yield i, Event("text", "".join(pieces))
+
+
+def _refusal(error: Exception) -> RequestError:
+    if isinstance(error, QueueFull):
+        wait = str(error.retry_after_seconds)
+        return RequestError(429, str(error), kind="rate_limit_error", code="queue_full", headers={"Retry-After": wait})
+    if isinstance(error, EngineClosed):
+        return RequestError(503, "the server is stopping", kind="server_error", headers={"Retry-After": "30"})
+    return RequestError(400, str(error))
+
+
+class AnswerResponse(EventSourceResponse):
+    """Server-sent events of an answer; whichever way the response ends, the answer ends with it.
+
+    When the server stops, answers that are being written have DRAIN_SECONDS to finish.
+    """
+
+    def __init__(self, answer: AnswerStream, data: AsyncIterator[str]) -> None:
+        self._answer = answer
+        super().__init__(data, sep="\n", shutdown_grace_period=DRAIN_SECONDS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()

@@ -102,9 +102,9 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
     @app.post("/chat/completions", response_model=None)
     async def chat_completions(request: ChatRequest) -> AnswerResponse:
         tokens, left_out = await service.chat_prompt(request.messages, request.max_tokens, forget=True)
-        answer = AnswerStream(pool, service.generations(tokens, request))
         said = [[message.to_message() for message in request.messages]]
-        return AnswerResponse(answer, _stream(service, answer, left_out, said))
+        answer = AnswerStream(service, service.generations(tokens, request), said)
+        return AnswerResponse(answer, _stream(answer, left_out))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -134,12 +134,12 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
         }
 
 
-async def _stream(service: Service, answer: AnswerStream, left_out: int, prompts: list[Any]) -> AsyncIterator[str]:
+async def _stream(answer: AnswerStream, left_out: int) -> AsyncIterator[str]:
     if left_out:
         yield json.dumps({"left_out": left_out})
     began: float | None = None
     try:
-        async for _, event in service.events(answer, prompts):
+        async for _, event in answer.events():
             began = began or time.monotonic()
             if event.kind == "done":
                 usage = event.usage

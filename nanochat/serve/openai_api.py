@@ -117,17 +117,16 @@ class _Completion:
         self, body: OpenAIRequest, request: Request, asked: Sequence[GenerationRequest], prompts: Sequence[Any]
     ) -> Response:
         """Start the generations and answer with what they write."""
-        answer = AnswerStream(self.service.pool, asked)
+        answer = AnswerStream(self.service, asked, prompts)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return AnswerResponse(answer, self._stream(answer, len(asked), usage, prompts))
+            return AnswerResponse(answer, self._stream(answer, len(asked), usage))
         try:
             collected = await answer.collect_for(request)
         except AnswerFailed as error:
             raise RequestError(500, str(error), kind="server_error") from error
         if collected is None:
             return Response(status_code=CLIENT_GONE)
-        self.service.written(prompts, dict(enumerate(collected)))
         choices = [self._choice(i, events) for i, events in enumerate(collected)]
         usages = [events[-1].usage for events in collected]
         return JSONResponse({**self.head, "choices": choices, "usage": count_usage(self.prompt_tokens, usages)})
@@ -143,15 +142,13 @@ class _Completion:
             message["parts"] = parts
         return {**choice, "message": message}
 
-    async def _stream(
-        self, answer: AnswerStream, n: int, include_usage: bool, prompts: Sequence[Any]
-    ) -> AsyncIterator[str]:
+    async def _stream(self, answer: AnswerStream, n: int, include_usage: bool) -> AsyncIterator[str]:
         for i in range(n if self.is_chat else len(self.echo)):
             first = {"role": "assistant", "content": ""} if self.is_chat else self.echo[i]
             yield self._chunk(i, first, None, include_usage)
         usages: list[Usage | None] = []
         try:
-            async for i, event in self.service.events(answer, prompts):
+            async for i, event in answer.events():
                 if event.kind == "done":
                     usages.append(event.usage)
                     yield self._chunk(i, {} if self.is_chat else "", event.finish_reason, include_usage)
