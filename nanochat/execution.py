@@ -4,19 +4,26 @@ The tested code runs in one process, the worker; the tests and their verdict liv
 values (numbers, texts, containers of them) cross between the two. No exit code, printed word, patched built-in or
 clever `__eq__` on the tested side can pass a test; it can only give the right answers.
 
-Every program gets a fresh isolated interpreter in its own session, an empty environment, a temporary folder, no
-standard input, no further processes or threads, limits on time, memory, files and output, and no privileges. Where the
-kernel allows (`isolation()` tries it once), also namespaces of its own: no network, none of the user's files, no sight
-of other processes (nanochat/sandbox/isolation.py). Where it does not, Python's audit hooks still refuse files outside
-its folder, sockets, signals and native code; that stops programs, not attackers, and is called weak: HumanEval asks.
+Every program gets a fresh isolated interpreter in its own session, an empty environment and keyring, a temporary
+folder, no standard input, limits on time, memory, files and output, and no privileges. What holds it:
 
-What remains: the kernel itself can be attacked (no system call filter), the interpreter and the system's libraries can
-be read, and a program that corrupts its own interpreter could find what `execute_code` waits to hear.
+- Namespaces (nanochat/sandbox/isolation.py): no network, none of the user's files, no sight of other processes.
+- Landlock and a system call filter (nanochat/sandbox/fence.py), which need no privileges: no file but its folder and
+  the interpreter's, no sockets, no new processes, no signals, no keys. A tested function may start threads.
+- Python's audit hooks: a fence for where the kernel offers less, and between a program and its harness.
+
+With the first two isolation is called strong; else it is weak, and a model's code runs only if that is allowed.
+`isolation()` tries them once and tells which ones hold.
+
+What remains: the kernel itself can be attacked through the system calls that are left, the interpreter and the system's
+libraries can be read, without namespaces also names, sizes and times of files. A program that corrupts its own
+interpreter could find what `execute_code` waits to hear; what `check_function` waits for it would have to compute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -28,9 +35,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from nanochat.sandbox.isolation import FOLDER_BYTES, FOLDER_ENTRIES
 
 CHILD = Path(__file__).with_name("sandbox") / "child.py"
 MAX_OUTPUT_BYTES = 64 << 10  # of each stream; what follows is read and thrown away
@@ -40,7 +49,7 @@ MEMORY_BYTES = 256 << 20
 
 
 class IsolationError(RuntimeError):
-    """Programs can't be shut off from this machine, and nobody has agreed to run them nevertheless."""
+    """Programs can't be shut off from this machine, and it was not agreed to run them nevertheless."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +57,27 @@ class Isolation:
     """What shuts programs off on this machine."""
 
     strong: bool
-    """Namespaces: the kernel hides files, processes and the network."""
+    """Namespaces and a system call filter: the kernel hides files, processes and the network."""
     reason: str = ""
     """Why it is not strong."""
+    fences: tuple[str, ...] = ()
+    """Of nanochat/sandbox/fence.py those that were tried and hold: "files" (Landlock) and "calls" (seccomp)."""
+    user: str = ""
+    """The user that programs run as."""
 
     def __str__(self) -> str:
-        common = "own interpreter and session, no privileges, limited time, memory, files, output, no new processes"
-        if self.strong:
-            return f"strong: own user, process, network and mount namespaces (no network, no files of yours); {common}"
-        return (
-            f"weak: no namespaces ({self.reason}), so only Python's audit hooks keep programs from your files and the "
-            f"network; {common}"
-        )
+        walls = "process, network and mount namespaces of its own (no network, no files of yours)"
+        files = "Landlock opens only the program's own folder and the interpreter's files"
+        calls = "a system call filter refuses sockets, processes, signals, keys and shared memory"
+        else_ = "" if self.strong else ", where only Python's audit hooks hold programs back"
+        parts = [
+            f"strong: {walls}" if self.strong else f"weak: no namespaces ({self.reason})",
+            files if "files" in self.fences else f"no Landlock for files{else_}",
+            calls if "calls" in self.fences else f"no filter for network and processes{else_}",
+            f"programs run as {self.user or 'the same user'} without privileges",
+            "time, memory, files and output are limited",
+        ]
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -79,15 +97,31 @@ class ExecutionResult:
 @functools.cache
 def isolation() -> Isolation:
     """Try out what this machine's kernel allows (once per process)."""
-    if sys.platform != "linux":
-        return Isolation(False, f"{sys.platform} has none")
-    with _Session(PROBE_SECONDS) as session:
-        session.start("probe", {}, namespaces=True, memory_bytes=None, reports=True)
-        session.collect()
-        if session.text("report") == "isolated":
-            return Isolation(True)
-        lines = session.text("probe stderr").strip().splitlines()
-        return Isolation(False, lines[-1] if lines else "the kernel gave no answer")
+    reason = f"{sys.platform} has none"
+    for namespaces in (True, False) if sys.platform == "linux" else (False,):
+        with _Session(PROBE_SECONDS, namespaces) as session:
+            session.start("probe", {})
+            session.collect("probe")
+            if report := session.text("probe report"):
+                facts = json.loads(report)
+                fences, user = tuple(facts["fences"]), facts["user"]
+                if not namespaces or "calls" in fences:
+                    return Isolation(namespaces, "" if namespaces else reason, fences, _user_name(user))
+                reason = "the kernel has no system call filter"
+            else:
+                lines = session.text("probe stderr").strip().splitlines()
+                reason = lines[-1] if lines else "the kernel gave no answer"
+    return Isolation(False, reason)
+
+
+def _user_name(user: int) -> str:
+    try:
+        import pwd  # lazy: Unix only
+
+        name = pwd.getpwuid(user).pw_name
+    except (ImportError, KeyError):
+        name = f"user {user}"
+    return f"{name} of this machine, since no other user could read this Python," if user == 0 else name
 
 
 def require_isolation(allow_weak: bool) -> Isolation:
@@ -126,7 +160,8 @@ def execute_code(
         IsolationError: isolation is weak and that is not allowed.
     """
     name, answer = "reached_the_end", secrets.token_hex(16)
-    worker = {"source": code, "name": "__main__", "end": f"def {name}(): return {answer!r}", "audit": audit}
+    end = f"def {name}(): return {answer!r}"
+    worker = {"source": code, "name": "__main__", "end": end, "is_function": False, "audit": audit}
     judge = {"setup": "", "tests": f"assert {name}() == {answer!r}"}
     return _judged(name, worker, judge, timeout, memory_limit_bytes, allow_weak_isolation)
 
@@ -156,7 +191,8 @@ def check_function(
         ValueError: a limit is not positive.
         IsolationError: isolation is weak and that is not allowed.
     """
-    worker = {"source": solution, "name": "__main__", "end": "", "audit": True}
+    # Not __main__: what a solution does when it is run as a script is not what is asked for.
+    worker = {"source": solution, "name": "solution", "end": "", "is_function": True, "audit": True}
     judge = {"setup": setup, "tests": tests}
     return _judged(entry_point, worker, judge, timeout, memory_limit_bytes, allow_weak_isolation)
 
@@ -172,34 +208,31 @@ def _judged(
     """Let the judge's process test what the worker's process defines; only the judge reports."""
     if not timeout > 0 or (memory_bytes is not None and memory_bytes <= 0):
         raise ValueError(f"limits must be positive, got timeout {timeout} and memory {memory_bytes}")
-    namespaces = require_isolation(allow_weak).strong
     # A lone surrogate can't be sent.
     worker["source"] = worker["source"].encode("utf-8", errors="replace").decode("utf-8")
-    with _Session(timeout) as session:
+    with _Session(timeout, require_isolation(allow_weak).strong, memory_bytes) as session:
         calls_read, calls_write = session.pipe()
         answers_read, answers_write = session.pipe()
-        worker |= {"entry_point": entry_point, "read_fd": calls_read, "write_fd": answers_write}
-        judge |= {"entry_point": entry_point, "read_fd": answers_read, "write_fd": calls_write}
-        session.start("worker", worker, namespaces=namespaces, memory_bytes=memory_bytes)
-        session.start("judge", judge, namespaces=namespaces, memory_bytes=memory_bytes, reports=True)
-        session.collect()
+        session.start("worker", worker | {"entry_point": entry_point, "read_fd": calls_read, "write_fd": answers_write})
+        session.start("judge", judge | {"entry_point": entry_point, "read_fd": answers_read, "write_fd": calls_write})
+        session.collect("judge")
         return session.result()
 
 
-@dataclass
 class _Session:
-    """The processes of one run: started, read from, and killed together. The last one started decides the end."""
+    """The processes of one run: started, read from, and killed together."""
 
-    timeout: float
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    output: dict[str, bytearray] = field(default_factory=dict)
-    timed_out: bool = False
+    def __init__(self, timeout: float, namespaces: bool, memory_bytes: int | None = None) -> None:
+        self.timeout, self.namespaces, self.memory_bytes = timeout, namespaces, memory_bytes
+        self.deadline = time.monotonic() + timeout
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.output: dict[str, bytearray] = {}
+        self.timed_out = self.overfull = False
+        self._readable: dict[str, int] = {}  # descriptors by the name of what they say
+        self._for_children: list[int] = []
+        self._homes: list[str] = []
 
     def __enter__(self) -> _Session:
-        self.deadline = time.monotonic() + self.timeout
-        self._cleanup = contextlib.ExitStack()
-        self._own: dict[str, int] = {}  # descriptors to read, by the name of what they say
-        self._for_children: list[int] = []
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -208,37 +241,29 @@ class _Session:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        for fd in [*self._own.values(), *self._for_children]:
+        for fd in [*self._readable.values(), *self._for_children]:
             os.close(fd)
-        self._cleanup.close()
+        for home in self._homes:
+            _remove_tree(home)
 
     def pipe(self) -> tuple[int, int]:
-        """(read end, write end) of a pipe between children."""
+        """Return (read end, write end) of a pipe between children."""
         ends = os.pipe()
         self._for_children += ends
         return ends
 
-    def start(
-        self,
-        part: str,
-        settings: dict[str, Any],
-        *,
-        namespaces: bool,
-        memory_bytes: int | None,
-        reports: bool = False,
-    ) -> None:
+    def start(self, part: str, settings: dict[str, Any]) -> None:
         """Start a process that plays `part`, with only the descriptors it is told of."""
-        folder = tempfile.TemporaryDirectory(prefix="nanochat-run-", ignore_cleanup_errors=True)
-        home = self._cleanup.enter_context(folder)
-        if not namespaces:
+        home = tempfile.mkdtemp(prefix="nanochat-run-")
+        self._homes.append(home)
+        if not self.namespaces:
             os.chmod(home, 0o777)  # the process may not be of this user
-        limits = [memory_bytes or -1, math.ceil(self.timeout) + 1]
-        settings = {"audit": False} | settings | {"part": part, "namespaces": namespaces, "limits": limits}
+        settings = settings | {"part": part, "namespaces": self.namespaces}
+        settings["limits"] = [self.memory_bytes or -1, math.ceil(self.timeout) + 1]
+        if part != "worker":  # what is tested has no word in the verdict
+            self._readable[f"{part} report"], settings["report_fd"] = self.pipe()
+            self._for_children.remove(self._readable[f"{part} report"])
         given = [value for name, value in settings.items() if name.endswith("_fd")]
-        if reports:
-            settings["report_fd"], read_end = self._output("report")
-            self._own["report"] = read_end
-            given.append(settings["report_fd"])
         with tempfile.TemporaryFile() as f:
             f.write(json.dumps(settings).encode())
             f.seek(0)
@@ -256,23 +281,17 @@ class _Session:
         assert process.stdout is not None
         assert process.stderr is not None
         for name, stream in (("stdout", process.stdout), ("stderr", process.stderr)):
-            self._own[f"{part} {name}"] = os.dup(stream.fileno())
+            self._readable[f"{part} {name}"] = os.dup(stream.fileno())
             stream.close()
         for fd in given:  # else the end of a process would not end its pipes
             os.close(fd)
             self._for_children.remove(fd)
 
-    def _output(self, name: str) -> tuple[int, int]:
-        read_end, write_end = os.pipe()
-        self._for_children.append(write_end)
-        return write_end, read_end
-
-    def collect(self) -> None:
-        """Read until the deciding process ends or the time is up; keep the first MAX_OUTPUT_BYTES of each stream."""
-        decides = list(self.processes.values())[-1]
-        self.output = {name: bytearray() for name in self._own}
+    def collect(self, part: str) -> None:
+        """Read until `part` ends or a limit is reached; keep the first MAX_OUTPUT_BYTES of each stream."""
+        self.output = {name: bytearray() for name in self._readable}
         with selectors.DefaultSelector() as selector:
-            for name, fd in self._own.items():
+            for name, fd in self._readable.items():
                 os.set_blocking(fd, False)
                 selector.register(fd, selectors.EVENT_READ, name)
             ended = False
@@ -287,34 +306,75 @@ class _Session:
                         selector.unregister(key.fd)
                     kept = self.output[key.data]
                     kept += block[: MAX_OUTPUT_BYTES - len(kept)]
-                if time.monotonic() > self.deadline:
-                    self.timed_out = not ended
+                self.timed_out = not ended and time.monotonic() > self.deadline
+                # In namespaces the kernel limits a folder's size.
+                self.overfull = not self.namespaces and any(map(_is_overfull, self._homes))
+                if self.timed_out or self.overfull or (ended and not events):
                     return
-                if ended and not events:
-                    return
-                ended = ended or decides.poll() is not None
+                ended = ended or self.processes[part].poll() is not None
 
     def text(self, name: str) -> str:
-        """What was read from a stream."""
+        """Return what was read from a stream."""
         return self.output[name].decode("utf-8", errors="replace")
 
     def result(self) -> ExecutionResult:
-        """What the worker printed, and success when the judge reported it in time."""
-        report = self.text("report")
-        success = not self.timed_out and report == "passed"
-        memory_exceeded = report == "memory"
-        error = None
+        """Return what the worker printed, and success when the judge reported it in time."""
+        report, error = self.text("judge report"), None
         if self.timed_out:
             error = f"not finished after {self.timeout:g} seconds"
-        elif memory_exceeded:
+        elif self.overfull:
+            error = f"the program wrote more than {FOLDER_BYTES >> 20} MB or {FOLDER_ENTRIES} files"
+        elif report == "memory":
             error = "MemoryError: the program needs more memory than it may have"
-        elif not success:
-            code = self.processes["worker"].poll()
-            ended = f"the process ended before its end (exit code {code})"
+        elif report != "passed":
+            ended = f"the process ended before its end (exit code {self.processes['worker'].poll()})"
             error = (report.removeprefix("error ") if report.startswith("error ") else "") or ended
         return ExecutionResult(
-            success, self.text("worker stdout"), self.text("worker stderr"), error, self.timed_out, memory_exceeded
+            error is None,
+            self.text("worker stdout"),
+            self.text("worker stderr"),
+            error,
+            self.timed_out,
+            report == "memory" and not self.timed_out,
         )
+
+
+def _is_overfull(home: str) -> bool:
+    """Tell if a folder holds more than a program may write, or is nested too deeply to look."""
+    size, entries, waiting = 0, 0, [home]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as found:
+                for entry in found:
+                    entries += 1
+                    size += 512 * entry.stat(follow_symlinks=False).st_blocks
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    if size > FOLDER_BYTES or entries > FOLDER_ENTRIES:
+                        return True
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # gone in the meantime; else it can't be looked into
+                return True
+    return False
+
+
+def _remove_tree(home: str) -> None:
+    """Remove a folder however deep it is: no recursion, and no path that grows too long. Never raises."""
+    moved = 0
+    with contextlib.suppress(OSError):
+        while entries := list(os.scandir(home)):
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                    continue
+                os.chmod(entry.path, 0o700)
+                for inner in list(os.scandir(entry.path)):  # one level up, where the next round finds it
+                    if inner.is_dir(follow_symlinks=False):
+                        os.chmod(inner.path, 0o700)  # a folder that is moved must be writable
+                    moved += 1
+                    os.rename(inner.path, f"{home}/.{os.path.basename(home)}.{moved}")
+                os.rmdir(entry.path)
+        os.rmdir(home)
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -324,6 +384,5 @@ def _environment(folder: str) -> dict[str, str]:
         "HOME": folder,
         "TMPDIR": folder,
         "LANG": "C.UTF-8",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",  # each thread's own would take 64 MB of address space
     }

@@ -7,6 +7,7 @@ Data set: openai/openai_humaneval on the hub, or humaneval/HumanEval.jsonl under
 from __future__ import annotations
 
 import re
+import textwrap
 
 from nanochat.execution import check_function
 from tasks.common import CodeTask, Conversation
@@ -14,30 +15,69 @@ from tasks.sources import load_rows
 
 # Whatever stands behind the opening fence: models write python3, Python or a title there.
 _CODE_BLOCK = re.compile(r"(```|~~~)[^\n`]*\n(.*?)(?:\n[ \t]*\1|\Z)", re.DOTALL)
+# How a line of code begins, in an answer that mixes it with sentences.
+_CODE_LINE = re.compile(
+    r"\s|$|[@#)\]}'\"]|(?:async +)?(?:def|class|with|for) |import [\w.]+|from [\w.]+ import |(?:if|elif|while) .*:|"
+    r"(?:else|try|finally):|except\b.*:|(?:return|assert|raise|print)\b|\w[\w.]*(?:\[.*\])? *(?:[(=]|[-+*/|&]=|: )"
+)
 
 
-def extract_code(completion: str) -> str:
-    """The first fenced code block of an answer, or the whole answer when it has none."""
+def defines(entry_point: str) -> re.Pattern[str]:
+    """Return what finds a function's definition at the top of a source."""
+    name = re.escape(entry_point)
+    return re.compile(rf"^(?:(?:async +)?def +{name}\b|class +{name}\b|{name} *(?::[^=\n]+)?=(?!=))", re.MULTILINE)
+
+
+def extract_code(completion: str, entry_point: str = "") -> str:
+    """Return the code of an answer: its first fenced block, or the first that defines `entry_point` if one does.
+
+    An answer without a block is code as a whole, but for the sentences around a definition.
+    """
     completion = completion.replace("\r\n", "\n")
-    block = _CODE_BLOCK.search(completion)
-    if block is None:
+    definition = defines(entry_point)
+    blocks = []
+    for block in _CODE_BLOCK.finditer(completion):
+        before = completion[: block.start()].rpartition("\n")[2]
+        indent = before if before.isspace() else ""  # a block inside a list stands further right
+        blocks.append("\n".join(line.removeprefix(indent) for line in block[2].split("\n")))
+    if blocks:
+        return next((block for block in blocks if definition.search(block)), blocks[0])
+    if not entry_point or not definition.search(completion):
         return completion
-    before = completion[: block.start()].rpartition("\n")[2]
-    indent = before if before.isspace() else ""  # a block inside a list stands further right
-    return "\n".join(line.removeprefix(indent) for line in block[2].split("\n"))
+    lines = completion.split("\n")
+    start = stop = next(i for i, line in enumerate(lines) if definition.match(line))
+    while start > 0 and _CODE_LINE.match(lines[start - 1]):
+        start -= 1
+    open_quotes = False  # a text of several lines may hold sentences
+    while stop < len(lines) and (open_quotes or _CODE_LINE.match(lines[stop])):
+        open_quotes ^= (lines[stop].count('"""') + lines[stop].count("'''")) % 2 == 1
+        stop += 1
+    return "\n".join(lines[start:stop])
 
 
 def build_solution(prompt: str, entry_point: str, completion: str) -> str:
-    """The source that defines the answer's function: the answer's code behind the prompt's imports and helpers.
+    """Return the source that defines the answer's function: the answer's code behind the prompt's imports and helpers.
 
     An answer that does not define the function itself continues the prompt: its body alone.
     """
-    code = extract_code(completion)
-    definition = re.compile(rf"^def {re.escape(entry_point)}\b", re.MULTILINE)
+    code = extract_code(completion, entry_point)
+    definition = defines(entry_point)
     if not definition.search(code):
-        return prompt + "\n" + code + "\n"
+        return prompt + "\n" + _indented(code) + "\n"
     start = definition.search(prompt)
     return prompt[: start.start() if start else 0] + "\n" + code + "\n"
+
+
+def _indented(body: str) -> str:
+    """A function's body with the indentation that a model may have left out, of its first line or of all."""
+    first, newline, rest = body.lstrip("\n").partition("\n")
+    if not first.strip() or first[0].isspace():
+        return body
+    depths = [len(line) - len(line.lstrip()) for line in rest.split("\n") if line.strip()]
+    deeper = 8 if first.rstrip().endswith(":") else 4
+    if depths and min(depths) >= 4 and depths[0] >= deeper:
+        return "    " + first + newline + rest  # the others have it
+    return textwrap.indent(first + newline + rest, "    ")
 
 
 class HumanEval(CodeTask):

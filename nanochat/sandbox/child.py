@@ -1,6 +1,6 @@
-"""What runs inside the processes that `nanochat.execution` starts: shut itself off, then play one of three parts.
+"""Runs inside the processes that `nanochat.execution` starts: shut itself off, then play one of three parts.
 
-- probe: try the isolation and say "isolated".
+- probe: try the isolation and tell what holds.
 - worker: run a program, then call the function it defines with the arguments that the judge sends.
 - judge: run tests against a function that only exists in the worker, and report "passed" as the last act. What is
   tested never enters the judge: values cross as JSON, which becomes plain numbers, texts and containers there.
@@ -10,21 +10,26 @@ Started as `python -I -S child.py SETTINGS_FD`. Imports the standard library onl
 
 from __future__ import annotations
 
+import _thread
 import builtins
 import collections
 import contextlib
-import importlib.util
+import itertools
 import json
 import os
 import sys
 import traceback
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from os import _exit, read, write  # so that a program which replaces them in `os` harms only itself
 from typing import Any
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_ERROR_CHARS = 1000
+MAX_ITEMS = 100_000  # of an iterator that a function returns
+THREAD_STACK_BYTES = 2 << 20  # not 8 MB, of which few fit into the memory that a program may have
+AF_UNIX = 1
 
 # Beginnings of the audit events (docs.python.org/3/library/audit_events.html) that no tested program has an honest use
 # for: other processes and signals, the network, raw memory, and the means to read or move the harness's own frames.
@@ -32,8 +37,15 @@ FORBIDDEN_EVENTS = (
     *("os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "os.setpgid", "subprocess.", "pty."),
     *("signal.pthread_kill", "socket.__new__", "socket.connect", "socket.bind", "socket.get", "resource.", "syslog."),
     *("ftplib.", "http.client.", "smtplib.", "urllib.", "ctypes.", "code.__new__", "gc.get_", "sys.addaudithook"),
-    *("sys.settrace", "sys.setprofile", "sys.monitoring.register_callback", "sys._current_"),
+    "sys._current_",
 )
+TRACING_EVENTS = ("sys.settrace", "sys.setprofile", "sys.monitoring.register_callback")  # could jump to a program's end
+# Modules that run native code of the program's choice, open files or sockets without an event, or start interpreters
+# in which no hook is set.
+FORBIDDEN_MODULES = {
+    *("ctypes", "_ctypes", "_xxsubinterpreters", "_interpreters", "_testcapi", "_testinternalcapi", "_testlimitedcapi"),
+    *("_ssl", "_sqlite3", "_dbm", "_gdbm", "readline", "_curses", "_tkinter", "nis", "_posixshmem", "_multiprocessing"),
+}
 READING_EVENTS = {"open", "os.listdir", "os.scandir", "os.chdir", "glob.glob", "os.getxattr"}
 WRITING_EVENTS = {
     *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate"),
@@ -42,36 +54,59 @@ WRITING_EVENTS = {
 }
 
 
-def forbid(path_roots: tuple[str, ...] | None) -> None:
-    """Make forbidden audit events raise PermissionError in this interpreter, for good.
+def forbid(folder: str, readable: tuple[str, ...] | None, tracing: bool) -> None:
+    """Make forbidden audit events raise an error in this interpreter, for good.
 
     Not a wall (native code raises no events), but it holds where the kernel's isolation is missing, and it keeps a
     program from the harness in its own process.
 
     Args:
-        path_roots: the only folders that may be touched, the first of them the only one to write in; None: any.
+        folder: the only one to write in.
+        readable: files and folders that may be read besides; None: the kernel sees to files.
+        tracing: allow debuggers and profilers.
     """
     # Everything the hook needs is bound here: a program can replace what modules hold, but not a closure's variables.
-    forbidden, reading, paths = FORBIDDEN_EVENTS, frozenset(READING_EVENTS), READING_EVENTS | WRITING_EVENTS
+    forbidden = FORBIDDEN_EVENTS if tracing else FORBIDDEN_EVENTS + TRACING_EVENTS
+    reading, paths = frozenset(READING_EVENTS), READING_EVENTS | WRITING_EVENTS
+    forbidden_modules, caller, coroutine = frozenset(FORBIDDEN_MODULES), sys._getframe, types.coroutine.__code__
     real_path, decode, write_flags = os.path.realpath, os.fsdecode, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
     text_like = (str, bytes, os.PathLike)
 
-    def check_path(event: str, args: tuple[Any, ...], roots: tuple[str, ...]) -> None:
+    def check_path(event: str, args: tuple[Any, ...]) -> None:
         opened_to_write = event == "open" and len(args) > 2 and isinstance(args[2], int) and args[2] & write_flags
         writes = event not in reading or opened_to_write
         for value in args[: 2 if writes else 1]:
             if isinstance(value, text_like):
                 path = real_path(decode(value))
-                allowed = roots[:1] if writes else roots
-                if path != "/dev/null" and not any(path == root or path.startswith(root + "/") for root in allowed):
+                roots = (folder,) if writes else (folder, *(readable or ()))
+                if path != "/dev/null" and not any(path == root or path.startswith(root + "/") for root in roots):
                     raise PermissionError(f"{event} of {path!r} is not allowed here")
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event.startswith(forbidden):
+        if event == "import":
+            # (name, file of native code or None, …); such a file starts with the function PyInit_<name>.
+            name, file = args[:2]
+            if name.rpartition(".")[2] in forbidden_modules or (file and real_path(file).startswith(folder + "/")):
+                raise ImportError(f"{name} is not available here")
+        elif event == "socket.__new__" and args[1] == AF_UNIX:
+            return  # half of a pair, which asyncio wakes itself with; to connect it is refused below
+        elif event == "code.__new__" and caller(1).f_code is coroutine:
+            return  # it sets a flag, as asyncio needs it
+        elif event.startswith(forbidden):
             raise PermissionError(f"{event} is not allowed here")
-        if path_roots is not None and event in paths:
-            check_path(event, args, path_roots)
+        elif readable is not None and event in paths:
+            check_path(event, args)
 
+    def create_builtin(spec: Any) -> types.ModuleType:
+        raise ImportError(f"{spec.name} is not available here")
+
+    # Modules inside the interpreter's own file come without an event: now, or never.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some are deprecated
+        for name in sys.builtin_module_names:
+            if name not in forbidden_modules:
+                __import__(name)
+    sys.modules["_imp"].create_builtin = create_builtin  # type: ignore[attr-defined]
     sys.addaudithook(hook)
 
 
@@ -82,45 +117,50 @@ class Opaque:
     """Stands in the judge for a result that is no plain value: equal to nothing but itself."""
 
 
+# What JSON lacks crosses as an object of one key, its kind. By kind: the type or the module that has it, how a value is
+# taken apart, how it is put together again. The pieces are packed in turn.
+KINDS: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "tuple": (tuple, list, tuple),
+    "set": (set, list, set),
+    "frozenset": (frozenset, list, frozenset),
+    "dict": (dict, lambda v: [*map(list, v.items())], dict),
+    "complex": (complex, lambda v: [v.real, v.imag], lambda parts: complex(*parts)),
+    "bytes": ((bytes, bytearray), lambda v: bytes(v).hex(), bytes.fromhex),
+    "range": (range, lambda v: [v.start, v.stop, v.step], lambda parts: range(*parts)),
+    "deque": (collections.deque, list, collections.deque),
+    "keys": (type({}.keys()), list, lambda parts: dict.fromkeys(parts).keys()),
+    "values": (type({}.values()), list, lambda parts: dict(enumerate(parts)).values()),
+    "items": (type({}.items()), lambda v: [*map(list, v)], lambda parts: dict(parts).items()),
+    "Fraction": ("fractions", lambda v: [v.numerator, v.denominator], lambda c: __import__("fractions").Fraction(*c)),
+    "Decimal": ("decimal", str, lambda text: __import__("decimal").Decimal(text)),
+    "iterator": (Iterator, lambda v: list(itertools.islice(v, MAX_ITEMS)), iter),
+}
+
+
 def pack(value: Any) -> Any:
-    """A value as JSON: what JSON lacks is an object of one key, its kind."""
+    """Return a value as JSON."""
     if value is None or isinstance(value, (bool, str)):
         return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value)
+    if isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, list):
         return [pack(item) for item in value]
-    if isinstance(value, (tuple, set, frozenset)):
-        kind = "tuple" if isinstance(value, tuple) else "set" if isinstance(value, set) else "frozenset"
-        return {kind: [pack(item) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, (bytes, bytearray)):
-        return {"bytes": bytes(value).hex()}
+    for kind, (place, take, _) in KINDS.items():
+        # A module that was never imported has no values here.
+        types_ = getattr(sys.modules.get(place), kind, ()) if isinstance(place, str) else place
+        if isinstance(value, types_):
+            return {kind: pack(take(value))}
     return {"opaque": type(value).__name__}
 
 
 def unpack(value: Any) -> Any:
-    """The value that `pack` made JSON of, in plain types."""
+    """Return the value that `pack` made JSON of, in plain types: no method or operator of the sender comes along."""
     if isinstance(value, list):
         return [unpack(item) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
-    makers: dict[str, Callable[[Any], Any]] = {
-        "tuple": lambda c: tuple(map(unpack, c)),
-        "set": lambda c: set(map(unpack, c)),
-        "frozenset": lambda c: frozenset(map(unpack, c)),
-        "dict": lambda c: {unpack(key): unpack(item) for key, item in c},
-        "complex": lambda c: complex(float(c[0]), float(c[1])),
-        "bytes": bytes.fromhex,
-        "opaque": lambda c: Opaque(),
-    }
-    return makers[kind](content)
+    return Opaque() if kind == "opaque" else KINDS[kind][2](unpack(content))
 
 
 class Channel:
@@ -196,6 +236,7 @@ def compile_module(source: str, name: str) -> tuple[types.CodeType, dict[str, An
 def be_worker(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
     """Define the function and answer calls until the judge is done."""
     channel = Channel(settings["read_fd"], settings["write_fd"])
+    _thread.stack_size(THREAD_STACK_BYTES)
     restrict()
     try:
         code, namespace = compile_module(settings["source"], settings["name"])
@@ -261,46 +302,65 @@ def be_judge(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
     _exit(0)
 
 
-def load_isolation() -> types.ModuleType:
-    """The module beside this one; -I and -S keep everything else out of sys.path."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "isolation.py")
-    spec = importlib.util.spec_from_file_location("isolation", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def be_probe(settings: dict[str, Any], restrict: Callable[[], None]) -> None:
+    """Report the user and the fences that were tried and hold."""
+    import _socket  # lazy: only the probe needs it
+
+    restrict()
+    held = []
+    for name, attempt in (("files", lambda: os.listdir("/dev")), ("calls", _socket.socket)):
+        try:
+            attempt()
+        except PermissionError:
+            held.append(name)
+    write(settings["report_fd"], json.dumps({"user": os.getuid(), "fences": held}).encode())
+
+
+def load(name: str) -> types.ModuleType:
+    """Return a module from beside this one, which -I keeps off sys.path; a program shall not find it in sys.modules."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    try:
+        return __import__(name)
+    finally:
+        del sys.path[0], sys.modules[name]
 
 
 def main() -> None:
     """Read the settings, go into isolation, play the part."""
     with os.fdopen(int(sys.argv[1]), "rb") as f:
         settings: dict[str, Any] = json.load(f)
-    isolation = load_isolation()
+    part, namespaces = settings["part"], settings["namespaces"]
+    isolation, fence = load("isolation"), load("fence")
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)
     isolation.die_with_parent()
-    if settings["namespaces"]:
+    threads = isolation.count_tasks() + isolation.MAX_THREADS if settings.get("is_function") else 0
+    fence.leave_keyring()
+    if namespaces:
         isolation.enter_namespaces(os.getcwd())
-        roots = None
         os.environ["HOME"] = os.environ["TMPDIR"] = isolation.INSIDE
     else:
-        isolation.limit_only()
-        library = os.path.dirname(os.path.realpath(os.__file__))
-        roots = (os.path.realpath(os.getcwd()), library, "/usr/lib", "/usr/share/zoneinfo", "/etc/localtime")
-    part, limits, audit = settings["part"], settings["limits"], settings["audit"]
+        isolation.drop_privileges()
     if part == "judge":
         isolation.hide_memory()
+    folder, readable = os.path.realpath(os.getcwd()), isolation.readable_paths()
 
     def restrict() -> None:
-        isolation.set_limits(*limits)
-        if audit:
-            forbid(roots)
+        isolation.set_limits(*settings["limits"], threads)
+        fence.close_files(readable, folder)
+        if not fence.filter_calls(threads=bool(threads), change_files=namespaces):
+            isolation.set_limits(*settings["limits"], 0)  # without a filter a thread can't be told from a process
+        if settings.get("audit"):
+            forbid(
+                folder,
+                readable=None if namespaces else tuple(map(os.path.realpath, readable)),
+                tracing=settings["is_function"],
+            )
+            # Native code raises no audit events, so nothing that could call it stays within reach.
+            for module in (isolation, fence, *(sys.modules.pop(n) for n in list(sys.modules) if "ctypes" in n)):
+                vars(module).clear()
 
-    if part == "probe":
-        write(settings["report_fd"], b"isolated")
-        return
-    {"worker": be_worker, "judge": be_judge}[part](settings, restrict)
+    {"probe": be_probe, "worker": be_worker, "judge": be_judge}[part](settings, restrict)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Shuts the calling process off from the machine: what runs first inside a process that `nanochat.execution` starts.
+"""Shuts the calling process off from the machine: runs first inside a process that `nanochat.execution` starts.
 
 Two levels, of which the parent tries the first once and takes the second where the kernel refuses:
 
-- `enter_namespaces`: own user, process, network, mount and System V namespaces. The process sees a root folder in
-  memory with the interpreter and the system's libraries (read-only) and an empty /tmp, no /proc, no network interface.
-- `limit_only`: none of that; root becomes `nobody` where nobody can read the interpreter.
+- `enter_namespaces`: process, network, mount, System V and (unless root starts it) user namespaces of its own. The
+  process sees a root folder in memory with the interpreter and the system's libraries (read-only) and an empty /tmp,
+  no /proc, no network interface.
+- `drop_privileges`: none of that. Root becomes the user `nobody` if that user can read the interpreter; else it stays
+  root, without capabilities.
 
-Both end in `set_limits` without privileges: no new processes or threads, bounded memory, time and file size. Linux
-only; elsewhere a limit that the system doesn't have is left out. Imports only the standard library.
+Both are followed by the kernel's unprivileged fences (fence.py) and by `set_limits`: no new processes, bounded memory,
+time and file size. Linux only; elsewhere a limit that the system doesn't have is left out. Standard library only.
 Sources: man pages namespaces(7), user_namespaces(7), pivot_root(2), capabilities(7).
 """
 
@@ -29,12 +31,14 @@ DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 LAST_CAPABILITY = 63
 CAPABILITY_VERSION_3 = 0x20080522
-PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41}
 
 NOBODY = 65534
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin")
 DEVICES = ("null", "zero", "full", "random", "urandom")
-FOLDER_BYTES = 32 << 20  # all files of a program together; they are memory
+# All files of a program together; in namespaces they are memory.
+FOLDER_BYTES, FOLDER_ENTRIES = 32 << 20, 4096
+MAX_THREADS = 64
 MAX_FILE_BYTES = 16 << 20
 MAX_OPEN_FILES = 64
 INSIDE = "/tmp"
@@ -55,7 +59,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def hide_memory() -> None:
-    """No process without privileges may read this one's memory, trace it or open its descriptors."""
+    """Keep other processes of this user from reading this one's memory, tracing it or opening its descriptors."""
     with contextlib.suppress(OSError, AttributeError):
         _prctl(PR_SET_DUMPABLE, 0)
 
@@ -81,6 +85,7 @@ def enter_namespaces(folder: str) -> None:
         OSError: the kernel or its configuration refuses; this process is then of no further use.
     """
     libc = _libc()
+    # Root needs no user namespace, and in one of `nobody` could not show an interpreter that lies under /root.
     as_root = os.getuid() == 0 and libc.unshare(ALL_BUT_USER) == 0
     if not as_root:
         if os.getuid() == 0:
@@ -93,6 +98,7 @@ def enter_namespaces(folder: str) -> None:
                 f.write(value)
         with contextlib.suppress(OSError), open("/proc/sys/user/max_user_namespaces", "w", encoding="ascii") as f:
             f.write("0")  # no further user namespaces, which would widen what the kernel lets the program try
+    libc.sethostname(b"sandbox", ctypes.c_size_t(7))  # its own copy of the name, which may tell who the user is
     _build_root(libc, folder)
     _fork_and_wait()  # the child is process 1 of the new namespace
     die_with_parent()
@@ -128,8 +134,9 @@ def _build_root(libc: ctypes.CDLL, root: str) -> None:
                 pass
             _mount(libc, f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND)
     os.makedirs(f"{root}{INSIDE}", exist_ok=True)
-    options = f"size={FOLDER_BYTES},nr_inodes=4096,mode=1777"
+    options = f"size={FOLDER_BYTES},nr_inodes={FOLDER_ENTRIES},mode=1777"
     _mount(libc, "tmpfs", f"{root}{INSIDE}", "tmpfs", MS_NOSUID | MS_NODEV, options)
+    # Read-only comes last: until here mount points had to be made in it.
     _mount(libc, None, root, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chdir(root)
     number = PIVOT_ROOT.get(os.uname().machine)
@@ -143,9 +150,7 @@ def _build_root(libc: ctypes.CDLL, root: str) -> None:
 def _interpreter_folders() -> set[str]:
     """Folders of the interpreter and its standard library, links resolved and not."""
     folders = {f"{prefix}/{name}" for prefix in (sys.base_prefix, sys.base_exec_prefix) for name in ("lib", "lib64")}
-    folders |= {os.path.realpath(folder) for folder in folders}
-    inside = tuple(f"{folder}/" for folder in SYSTEM_FOLDERS)
-    return {folder for folder in folders if not folder.startswith(inside)}
+    return folders | {os.path.realpath(folder) for folder in folders}
 
 
 def _show(libc: ctypes.CDLL, source: str, root: str) -> None:
@@ -188,28 +193,27 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
         libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), *[ctypes.c_ulong(0)] * 3)
     header, none = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
     _check(libc.capset(header, none), "drop capabilities")
-    _prctl(PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(PR_SET_NO_NEW_PRIVS, 1)  # no set-user-ID program gives one back; also what the fences ask for
 
 
 # --- without namespaces ----------------------------------------------------------------------------------------------
 
 
-def limit_only() -> None:
-    """What can be done without namespaces: no privileges. Root becomes nobody if nobody can read the interpreter."""
+def drop_privileges() -> None:
+    """Become the user `nobody` if this is root and that user can read the interpreter; give up all capabilities."""
     if os.name != "posix":
         return
     if os.getuid() == 0 and _nobody_can_read():
         with contextlib.suppress(OSError):
             _become_nobody()
     with contextlib.suppress(OSError, AttributeError):
-        _prctl(PR_SET_NO_NEW_PRIVS, 1)
-    die_with_parent()
+        _drop_capabilities(_libc())
+    die_with_parent()  # changing the user has undone it
 
 
 def _nobody_can_read() -> bool:
-    """Whether every folder on the way to the standard library and its files are open to everybody."""
     path, bits = os.path.realpath(os.__file__), stat.S_IROTH
-    while True:
+    while True:  # the standard library must be readable, every folder on the way to it passable
         if not os.stat(path).st_mode & bits:
             return False
         parent = os.path.dirname(path)
@@ -218,8 +222,34 @@ def _nobody_can_read() -> bool:
         path, bits = parent, stat.S_IXOTH
 
 
-def set_limits(memory_bytes: int, cpu_seconds: int) -> None:
-    """Limit this process. A limit this system doesn't have is left out; memory_bytes −1 is none."""
+# --- in both cases ---------------------------------------------------------------------------------------------------
+
+
+def readable_paths() -> list[str]:
+    """Return what a running interpreter may have to read: its library, the system's, time zones, devices."""
+    system = [f"{top}/{name}" for top in ("", "/usr") for name in ("lib", "lib32", "lib64")]
+    files = ["/usr/share/zoneinfo", "/etc/localtime", "/etc/ld.so.cache", *(f"/dev/{name}" for name in DEVICES)]
+    return [*system, *_interpreter_folders(), *files]
+
+
+def count_tasks() -> int:
+    """Return how many processes and threads there are of the user that a program will run as."""
+    user, tasks = os.getuid() or NOBODY, 0
+    for process in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        with contextlib.suppress(OSError):  # no process, or it is gone
+            if process.isdigit() and os.stat(f"/proc/{process}").st_uid == user:
+                tasks += len(os.listdir(f"/proc/{process}/task"))
+    return tasks
+
+
+def set_limits(memory_bytes: int, cpu_seconds: int, tasks: int) -> None:
+    """Limit this process. A limit this system doesn't have is left out; memory_bytes −1 is none.
+
+    Args:
+        memory_bytes: of address space.
+        cpu_seconds: of computing.
+        tasks: processes and threads that its user may have, all together.
+    """
     try:
         import resource
     except ImportError:  # not a POSIX system
@@ -229,7 +259,7 @@ def set_limits(memory_bytes: int, cpu_seconds: int) -> None:
         "RLIMIT_CPU": cpu_seconds,
         "RLIMIT_FSIZE": MAX_FILE_BYTES,
         "RLIMIT_NOFILE": MAX_OPEN_FILES,
-        "RLIMIT_NPROC": 0,  # no new processes or threads (root is exempt)
+        "RLIMIT_NPROC": tasks,  # root is exempt
         "RLIMIT_CORE": 0,
     }
     for name, value in wanted.items():
