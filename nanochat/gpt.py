@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.ops.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
 from nanochat.ops.linear import Linear, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
-from nanochat.ops.pointwise import apply_rotary, offset_keys, relu_squared, rms_norm, rotary_tables
+from nanochat.ops.pointwise import apply_rotary, offset_keys, relu_squared, rms_norm, rotary_tables, scaled_square
 from nanochat.precision import NARROW_RANGE, autocast_dtype
 
 LOGIT_SOFTCAP = 15.0
@@ -273,15 +273,8 @@ class MLP(nn.Module):
         h = self.c_fc(x)  # (B, T, 4C)
         if h.dtype not in NARROW_RANGE:
             return self.c_proj(relu_squared(h))
-        h = F.relu(h)
-        # relu² of anything above 255 overflows float16. Divide each token's row by a power of two (exact) that brings
-        # its largest entry to at most 128, and multiply the square of it back in float32. Rows below 128 are untouched.
-        # The factor cancels, so no gradient runs through it.
-        peak = h.detach().amax(dim=-1, keepdim=True).float()  # (B, T, 1)
-        exponent = torch.ceil(torch.log2(peak.clamp(min=1.0) / 128)).clamp(min=0)
-        shrink = torch.exp2(-exponent)
-        h = h * shrink.to(h.dtype)
-        return self.c_proj(h * h).float() * torch.exp2(2 * exponent)
+        square, factor = scaled_square(F.relu(h))
+        return self.c_proj(square).float() * factor
 
 
 class Block(nn.Module):

@@ -1,15 +1,16 @@
 """The plan of a pretraining run: what the recipes derive, what flags override, and a run of each."""
 
 import json
+from dataclasses import asdict, fields
 
 import pytest
 import torch
 
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.config import parse_config
-from nanochat.gpt import NANOCHAT_2026
+from nanochat.gpt import NANOCHAT_2026, GPTConfig
 from nanochat.recipe import MODERN, PRESETS
-from nanochat.train.pretrain import make_plan
+from nanochat.train.pretrain import Architecture, make_plan
 from scripts.base_train import Config, main
 
 
@@ -62,6 +63,23 @@ def test_flags_go_before_the_recipe():
     assert plan.rates.embedding_lr == pytest.approx(MODERN.embedding_lr * 0.125**0.5)
     with pytest.raises(ValueError, match="n_kv_head"):
         plan_of("--depth=4", "--n_kv_head=3")
+
+
+def test_every_switch_of_the_model_is_a_flag_with_a_help_text(capsys):
+    switches = {f.name: f.metadata["help"] for f in fields(GPTConfig) if f.metadata}
+    assert list(switches) == list(asdict(Architecture()))
+    assert {f.name for f in fields(GPTConfig)} - set(switches) == {
+        *("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd")
+    }
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(text in said for text in switches.values())
+    assert Architecture().given() == {}
+    given = parse_config(Config, ["--init=modern", "--qk-scale=2", "--smear=False", "--n_kv_head=1"])
+    assert given.architecture.given() == {"init": "modern", "qk_scale": 2.0, "smear": False, "n_kv_head": 1}
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--init=lucky"])
 
 
 @pytest.fixture

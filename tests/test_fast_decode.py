@@ -6,7 +6,7 @@ from reference_generation import ToolModel, make_model, naive_greedy
 
 from nanochat.engine import Engine
 from nanochat.generate.decode_linear import Int8Linear
-from nanochat.generate.fast_decode import is_supported, make_decoder
+from nanochat.generate.fast_decode import make_decoder, unknown_parts
 from nanochat.generate.kv_cache import KVCache
 from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 from nanochat.precision import Precision
@@ -128,7 +128,6 @@ def test_an_adapter_is_not_forgotten_while_decoding(tiny_tokenizer):
 
 def test_models_with_other_arithmetic_run_by_themselves(tiny_tokenizer):
     other = make_model(tiny_tokenizer, ToolModel)
-    assert not is_supported(other)
     assert make_decoder(other, None) is None
     assert make_decoder(make_model(tiny_tokenizer), None, "model") is None
     windows = GPT(GPTConfig(512, 320, 2, 2, 1, 64, window_pattern="SL"))
@@ -137,3 +136,20 @@ def test_models_with_other_arithmetic_run_by_themselves(tiny_tokenizer):
         make_decoder(windows, None, "int8")
     with pytest.raises(ValueError, match="weights must be one of"):
         make_decoder(other, None, "int4")
+
+
+def test_what_it_does_not_know_is_left_to_the_model_and_said_once(tiny_tokenizer, caplog):
+    model = make_model(tiny_tokenizer)
+    assert unknown_parts(model) == []
+    model.blocks[1].attn.gain = torch.nn.Parameter(torch.ones(2))
+    assert make_decoder(model, None) is None
+    assert make_decoder(model, None) is None
+    (record,) = caplog.records
+    assert "slower: transformer.h.attn.gain is unknown to fast_decode.py" in record.getMessage()
+    with pytest.raises(ValueError, match=r"weights=int8 does not work for models with transformer\.h\.attn\.gain"):
+        make_decoder(model, None, "int8")
+
+
+def test_every_switch_is_known(tiny_tokenizer):
+    switches = NANOCHAT_2026 | {"key_offset": True, "bigram_buckets": 64, "n_kv_head": 1, "window_pattern": "SL"}
+    assert unknown_parts(make_model(tiny_tokenizer, **switches)) == []

@@ -121,6 +121,13 @@ def test_a_fresh_model_guesses_evenly():
     assert model(x, x).item() == pytest.approx(torch.tensor(100.0).log().item(), abs=1e-5)
 
 
+def test_a_parameter_without_a_rule_is_not_left_as_it_is():
+    model = GPT(GPTConfig(32, 100, 1, 2, 2, 64))
+    model.blocks[0].attn.gain = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.attn\.gain"):
+        model.init_weights()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

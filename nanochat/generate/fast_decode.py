@@ -14,7 +14,10 @@ Shapes: B rows, C channels, H query heads, K key/value heads, D head size, V voc
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Literal, cast, get_args
 
 import torch
@@ -23,18 +26,9 @@ from torch import Tensor
 
 from nanochat.generate.decode_linear import Int8Linear, Linear, best_form
 from nanochat.generate.kv_cache import KVCache
-from nanochat.gpt import (
-    BIGRAM_HASH,
-    GPT,
-    LOGIT_SOFTCAP,
-    MLP,
-    NORM_EPS,
-    SMEAR_GATE_CHANNELS,
-    VALUE_GATE_CHANNELS,
-    Attention,
-)
+from nanochat.gpt import GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, GPTConfig, unnumbered
 from nanochat.ops.cpu import ThreadChoice
-from nanochat.ops.linear import Linear as ModelLinear
+from nanochat.ops.pointwise import scaled_square
 from nanochat.precision import DTYPES, NARROW_RANGE, Precision
 
 Weights = Literal["auto", "model", "bfloat16", "int8"]
@@ -43,15 +37,28 @@ Weights = Literal["auto", "model", "bfloat16", "int8"]
 # Per layer (C -> query, key, value), (C -> C), (C -> 4C), (4C -> C); and the lm_head.
 _Matrices = tuple[list[tuple[Linear, Linear, Linear, Linear]], Linear]
 
+# The parameters (without the numbers of layers) and the settings whose arithmetic is below. A model that has another
+# one is run by its own forward pass: what this module does not know must never be left out silently.
+KNOWN_PARAMETERS = {
+    "transformer.wte.weight",
+    *(f"transformer.h.attn.{name}.weight" for name in ("c_q", "c_k", "c_v", "c_proj", "ve_gate")),
+    *(f"transformer.h.mlp.{name}.weight" for name in ("c_fc", "c_proj")),
+    "lm_head.weight",
+    *("resid_lambdas", "x0_lambdas", "value_embeds.weight", "backout_lambda"),
+    *("smear_gate.weight", "smear_lambda", "bigram.weight"),  # in GPT.embed
+}
+KNOWN_SETTINGS = {
+    *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init"),
+    *("residual_scalars", "value_embeddings", "smear", "backout", "bigram_buckets"),
+    *("qk_scale", "rope_base", "key_offset", "window_pattern"),
+}
 
-def is_supported(model: GPT) -> bool:
-    """Whether this module knows the model's arithmetic: every switch but windows, and nothing overridden.
 
-    Nor a LoRA, whose matrices can't be kept in another form: a fused AdamW step leaves no trace that `refresh` sees.
-    """
-    named = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    plain = all(type(block.get_submodule(name)) is ModelLinear for block in model.blocks for name in named)
-    return type(model) is GPT and plain and all(window is None for window in model.config.windows)
+def unknown_parts(model: GPT) -> list[str]:
+    """The names of a model's parameters, and of its settings that are not at their default, that are not known here."""
+    parameters = {unnumbered(name) for name, _ in model.named_parameters()}
+    settings = {f.name for f in fields(GPTConfig) if getattr(model.config, f.name) != f.default}
+    return sorted((parameters - KNOWN_PARAMETERS) | (settings - KNOWN_SETTINGS))
 
 
 def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "auto") -> FastDecoder | None:
@@ -62,15 +69,28 @@ def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "au
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
-    if weights in ("auto", "model") and (weights == "model" or not is_supported(model)):
+    if weights == "model":
         return None
-    if not is_supported(model):
-        raise ValueError(f"weights={weights} does not work for models with windows or a LoRA: leave it at auto")
+    # A LoRA's matrices can't be kept in another form: a fused AdamW step leaves no trace that `refresh` sees.
+    unknown = unknown_parts(model)
+    new = ", ".join(name for name in unknown if ".lora_" not in name)
+    windows = any(window is not None for window in model.config.windows)
+    if type(model) is not GPT or unknown or windows:
+        if weights != "auto":
+            raise ValueError(f"weights={weights} does not work for models with {new or 'windows or a LoRA'}: use auto")
+        if new:
+            _say_once(f"decoding by the model's own forward pass, which is slower: {new} is unknown to fast_decode.py")
+        return None
     device = model.get_device().type
     if weights == "int8" and (device != "cpu" or not hasattr(torch, "_weight_int8pack_mm")):
         raise ValueError(f"weights=int8 works on a CPU only (here: {device}): use auto or bfloat16")
     dtype = model.lm_head.weight.dtype if precision is None else precision.dtype
     return FastDecoder(model, DTYPES["bfloat16"] if weights in ("bfloat16", "int8") else dtype, weights == "int8")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
 
 
 class FastDecoder:
@@ -98,7 +118,6 @@ class FastDecoder:
             self._seen = now
             # The rotation mixes a head's halves: x·cos + (halves swapped)·sin.
             self._cos, self._sin = model.cos[:, None, None], model.sin[:, None, None]  # (T, 1, 1, D)
-            self._wte = model.wte.weight.detach()
             self._take_switches()
         return self
 
@@ -116,8 +135,6 @@ class FastDecoder:
             None if gate is None else (model.value_embed(i).detach(), gate.weight.to(dtype))
             for i, gate in enumerate(a.ve_gate for a in attention)
         ]
-        self._smear_gate = model.smear_gate.weight.to(dtype) if c.smear else None
-        self._smear = float(model.smear_lambda) if c.smear else 0.0
         self._backout = float(model.backout_lambda) if c.backout else 0.0
 
     def _matrices(self, rows: int) -> _Matrices:
@@ -151,7 +168,8 @@ class FastDecoder:
         cos, sin = self._rotation(cache)  # (1 or B, 1, 1, D)
         places = cache.decode_views()
         mask = _additive_mask(cache.attention_mask(), cache.k_cache.dtype)  # (B, 1, 1, all) or None
-        x = x0 = self._embed(idx[:, 0], cache)  # (B, C)
+        with torch.autocast(self.device, dtype=dtype, enabled=dtype != torch.float32):
+            x = x0 = self.model.embed(idx, cache)[:, 0]  # (B, C)
         middle: Tensor | None = None
         heads, attend_in = H + K, cache.k_cache.dtype
         layers, lm_head = self._matrices(B)
@@ -188,27 +206,6 @@ class FastDecoder:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)
 
-    def _embed(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """The normalised embedding of tokens (B,), with what the switches take from the token before: (B, C)."""
-        c = self.model.config
-        x = self._normed_wte(idx)
-        if not (c.smear or c.bigram_buckets):
-            return x
-        before = cache.previous_tokens(idx.unsqueeze(1))[:, 0]  # (B,)
-        plain = x
-        if c.bigram_buckets:
-            bucket = (BIGRAM_HASH[0] * idx + BIGRAM_HASH[1] * (before + 1)) % c.bigram_buckets
-            x = x + F.embedding(bucket, self.model.bigram.weight).to(x.dtype)
-        if self._smear_gate is not None:
-            gate = torch.sigmoid(F.linear(plain[:, :SMEAR_GATE_CHANNELS].to(self.dtype), self._smear_gate))
-            gate = (gate * self._smear).masked_fill((before < 0).unsqueeze(1), 0.0)  # (B, 1)
-            x = x + gate.to(x.dtype) * self._normed_wte(before.clamp(min=0))
-        return x
-
-    def _normed_wte(self, idx: Tensor) -> Tensor:
-        x = F.embedding(idx, self._wte)  # (B, C)
-        return self._norm(x if self.dtype in NARROW_RANGE else x.to(self.dtype))
-
     @staticmethod
     def _gated_value(idx: Tensor, x: Tensor, table: Tensor, gate: Tensor) -> Tensor:
         """What the tokens' value embeddings add to the values, (B, K, D)."""
@@ -228,10 +225,8 @@ class FastDecoder:
         """x + relu² · weightᵀ; in float16 with the row scaled so that the square can't overflow, as in gpt.MLP."""
         if h.dtype not in NARROW_RANGE:
             return linear.add(h.mul_(h), x)
-        peak = h.amax(dim=-1, keepdim=True).float()
-        exponent = torch.ceil(torch.log2(peak.clamp(min=1.0) / 128)).clamp(min=0)
-        h = h * torch.exp2(-exponent).to(h.dtype)
-        return x + linear(h * h).float() * torch.exp2(2 * exponent)
+        square, factor = scaled_square(h)
+        return x + linear(square).float() * factor
 
     @staticmethod
     def _norm(x: Tensor) -> Tensor:

@@ -71,6 +71,18 @@ def relu_squared(x: Tensor) -> Tensor:
     return y
 
 
+def scaled_square(h: Tensor) -> tuple[Tensor, Tensor]:
+    """h² of h (…, C) ≥ 0 where it would overflow float16: a smaller square, and the float32 factor (…, 1) it lacks.
+
+    The square of anything above 255 is too large. Each row is divided by a power of two (exact) that brings its largest
+    entry to at most 128; rows below 128 are untouched. The factor cancels, so no gradient runs through it.
+    """
+    peak = h.detach().amax(dim=-1, keepdim=True).float()  # (…, 1)
+    exponent = torch.ceil(torch.log2(peak.clamp(min=1.0) / 128)).clamp(min=0)
+    h = h * torch.exp2(-exponent).to(h.dtype)
+    return h * h, torch.exp2(2 * exponent)
+
+
 # --- rotary positions: RoFormer, arXiv 2104.09864 ---------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -77,26 +78,45 @@ class MicroBatch:
         return None if self.activation_checkpointing else replace(self, activation_checkpointing=True)
 
 
-@dataclass(frozen=True)
-class _Counts:
+class SwitchCost(NamedTuple):
+    """What a switch costs in training, in passes over the residual stream (tokens × C)."""
+
+    kept: int = 0  # numbers that autograd keeps, once
+    kept_per_layer: int = 0
+    operations_per_layer: int = 0  # element-wise ones, for nanochat/plan/roofline.py
+
+
+# Switches that are not here cost nothing worth counting, or by the layer: see `layer_bytes_per_token`.
+SWITCH_COSTS = {
+    "residual_scalars": SwitchCost(kept=1, kept_per_layer=1, operations_per_layer=2),
+    "smear": SwitchCost(kept=3),
+    "backout": SwitchCost(kept=2),
+}
+
+
+def switch_cost(config: GPTConfig) -> SwitchCost:
+    """The cost of all switches of a model that are on."""
+    costs = [cost for name, cost in SWITCH_COSTS.items() if getattr(config, name)]
+    return SwitchCost(*(sum(column) for column in zip(SwitchCost(), *costs, strict=True)))
+
+
+class _Counts(NamedTuple):
     """Parameters of a model by what their memory depends on."""
 
     total: int
-    muon: int
-    linear: int  # of the layers: cast to the compute dtype once per micro-batch
+    matrices: int  # Muon's; cast to the compute dtype once per micro-batch
     largest_stack: int
 
 
 @functools.lru_cache(maxsize=256)
 def _counts(config: GPTConfig) -> _Counts:
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory
         model = GPT(config)
     sizes: dict[torch.Size, int] = {}
     for p in model.matrices:
         sizes[p.shape] = sizes.get(p.shape, 0) + p.numel()
-    muon = sum(sizes.values())
     stacks = [min(size, max(STACK_ELEMENTS, shape.numel())) for shape, size in sizes.items()]
-    return _Counts(model.num_params(), muon, muon, max(stacks))
+    return _Counts(model.num_params(), sum(sizes.values()), max(stacks))
 
 
 def _width(dtype: torch.dtype) -> tuple[int, int]:
@@ -126,9 +146,7 @@ def layer_bytes_per_token(
     if kv < 1 and cpu and a == 4 and not laid_out:
         attention += 4 * kv  # k before it is repeated
     mlp = (12 if dtype in NARROW_RANGE else 8) * a
-    more = 0.0
-    if config.residual_scalars:
-        more += s
+    more: float = s * switch_cost(config).kept_per_layer
     if config.has_value_embedding(layer):
         more += kv * a + (kv * 4 if a != 4 else 0)
     if config.windows[layer] is not None and not own_attention:
@@ -147,11 +165,8 @@ def saved_bytes(
     """What autograd saves between forward and backward pass of `GPT.hidden`, in bytes."""
     a, s = _width(dtype)
     tokens, c = rows * sequence_len, config.n_embd
-    fixed = (2 if device_type == "cpu" else 4) * s * c  # the first and the last norm
-    switches = (
-        3 * s * config.smear + 2 * s * config.backout + s * (config.residual_scalars or config.bigram_buckets > 0)
-    )
-    per_token: float = fixed + switches * c
+    norms = 2 if device_type == "cpu" else 4  # the first and the last one
+    per_token: float = (norms + switch_cost(config).kept) * s * c
     if activation_checkpointing:
         # On a CPU the first norm's output, which it keeps, is the first layer's input.
         per_token += s * c * (config.n_layer - (device_type == "cpu"))
@@ -159,7 +174,7 @@ def saved_bytes(
         for layer in range(config.n_layer):
             own = _probability_bytes(config, rows, sequence_len, dtype, layer) if device_type == "cpu" else 0
             per_token += layer_bytes_per_token(config, dtype, layer, device_type, own > 0) + own / tokens
-    weights = 0 if a == 4 or activation_checkpointing else a * _counts(config).linear
+    weights = 0 if a == 4 or activation_checkpointing else a * _counts(config).matrices
     return round(tokens * per_token) + weights
 
 
@@ -220,7 +235,7 @@ def estimate_training_memory(
     activations = saved + round(moment * (2 if activation_checkpointing else 1))
     loss = _loss_bytes(config, tokens, dtype, loss_chunk_bytes, device_type)
     # Muon keeps one moment, AdamW two; each rank keeps its share.
-    optimizer = 4 * (counts.muon + 2 * (counts.total - counts.muon)) // world_size
+    optimizer = 4 * (counts.matrices + 2 * (counts.total - counts.matrices)) // world_size
     # Muon works when the activations are gone; over several ranks a stack of gradients is reduced there too.
     muon = MUON_COPIES * 4 * counts.largest_stack
     overhead = round(FRAGMENTATION * activations) + max(0, muon - activations - loss)
@@ -238,7 +253,7 @@ def divisors(n: int, most: int) -> list[int]:
     return [d for d in range(min(n, most), 0, -1) if n % d == 0]
 
 
-def _measures(rows: list[int], checkpointing: bool) -> Iterator[MicroBatch]:
+def _candidates(rows: list[int], checkpointing: bool) -> Iterator[MicroBatch]:
     """What is tried, in this order: fewer rows, smaller chunks of the loss, activation checkpointing."""
     if checkpointing:
         yield from (MicroBatch(n, None, True) for n in rows)
@@ -275,7 +290,7 @@ def largest_micro_batch(
         device_type: cuda, cpu or mps.
     """
     rows = divisors(max_rows, most_rows(sequence_len, device_type))
-    for micro in _measures(rows, activation_checkpointing):
+    for micro in _candidates(rows, activation_checkpointing):
         estimate = estimate_training_memory(
             config,
             micro.rows,

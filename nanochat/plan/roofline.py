@@ -19,6 +19,7 @@ import torch
 
 from nanochat.cards import MEASURED_MATMUL, Card
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.plan.memory import switch_cost
 from nanochat.precision import DTYPE_NAMES, DTYPES, candidate_dtypes
 from nanochat.recipe import Preset
 
@@ -101,7 +102,7 @@ def _linear(n: int, inputs: int, outputs: int, count: int, dtype: str) -> Operat
 
 def _layer_operations(config: GPTConfig, rows: int, T: int, dtype: str) -> list[Operation]:
     n, C, L = rows * T, config.n_embd, config.n_layer
-    kv = config.n_kv_head * config.head_dim
+    kv, adds = config.n_kv_head * config.head_dim, L * (2 + switch_cost(config).operations_per_layer)
     r, e = _sizes(dtype)
     operations = [
         _linear(n, C, C, 2 * L, dtype),
@@ -118,9 +119,7 @@ def _layer_operations(config: GPTConfig, rows: int, T: int, dtype: str) -> list[
         ),
         # relu, square, and the gradient of both; float16 also finds each row's peak, scales and scales back.
         Operation("relu2", (n, 4 * C), L, 20.0 * n * C, (36.0 if dtype != "float16" else 60.0) * e * n * C, dtype, 4),
-        Operation(
-            "add", (n, C), 2 * L + (2 * L if config.residual_scalars else 0), n * C, (4.0 * r + 2 * e) * n * C, dtype, 3
-        ),
+        Operation("add", (n, C), adds, n * C, (4.0 * r + 2 * e) * n * C, dtype, 3),
     ]
     if config.key_offset:
         operations.append(Operation("add", (n, kv), L, n * kv, (4.0 * r + 2 * e) * n * kv, dtype, 3))
