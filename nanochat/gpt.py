@@ -81,7 +81,6 @@ class GPTConfig:
         "L", "Repeated over the layers: L sees the whole context, S the last quarter of it; the last layer is always L."
     )
     bigram_buckets: int = flag(0, "Size of an embedding of hashed pairs of tokens, added to the token's; 0: none.")
-    q_gain: bool = flag(False, "Multiply each head's normalised queries by a learned number that begins at 1.")
 
     def __post_init__(self) -> None:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
@@ -236,7 +235,6 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         gated = config.has_value_embedding(layer)
         self.ve_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head) if gated else None
-        self.q_gain = nn.Parameter(torch.ones(self.n_head)) if config.q_gain else None
         self.window = config.windows[layer]
         self.product_dtype: torch.dtype | None = None
         self.key_offset = config.key_offset
@@ -253,10 +251,7 @@ class Attention(nn.Module):
             # Source: value residuals, arXiv 2410.17897; gated and as an embedding: modded-nanogpt, nanochat.
             gate = 3.0 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.to(v.dtype).unsqueeze(-1) * value.to(v.dtype).view(v.shape)
-        q = norm(apply_rotary(q, context.cos, context.sin))
-        if self.q_gain is not None:
-            q = q * self.q_gain.unsqueeze(-1)
-        q = q.to(v.dtype)
+        q = norm(apply_rotary(q, context.cos, context.sin)).to(v.dtype)
         k = norm(apply_rotary(k, context.cos, context.sin)).to(v.dtype)
         if context.kv_cache is not None:
             k, v = context.kv_cache.update(self.layer, k, v)  # (B, all, K, D)
@@ -413,7 +408,6 @@ class GPT(nn.Module):
             # A block's outputs are zero: at the start every layer passes the residual stream on unchanged.
             "transformer.h.attn.c_proj.weight": Tensor.zero_,
             "transformer.h.attn.ve_gate.weight": uniform(0.0, 0.02),
-            "transformer.h.attn.q_gain": nn.init.ones_,
             "transformer.h.mlp.c_fc.weight": partial(matrix, share=0.4),
             "transformer.h.mlp.c_proj.weight": Tensor.zero_,
             # Logits of (nearly) zero: the first loss is that of guessing evenly, ln V.

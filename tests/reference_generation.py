@@ -66,6 +66,6 @@ def make_model(tokenizer, kind=GPT, seed=22, **shape):
     model.init_weights()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.count_nonzero() == 0 or "gain" in name:
+            if p.count_nonzero() == 0:
                 p.normal_(0.0, 1.2 if "attn" in name else 0.3)
     return model.eval()

@@ -19,7 +19,6 @@ SHAPES = [
     {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026, "bigram_buckets": 64},
     {"n_head": 2, "n_kv_head": 2, "n_layer": 2, "smear": True, "backout": True},
     {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026, "key_offset": True},
-    {"n_head": 4, "n_kv_head": 2, "n_layer": 3, "q_gain": True},
 ]
 
 

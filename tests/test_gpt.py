@@ -104,13 +104,6 @@ def test_flops_by_hand():
     assert model.estimate_flops() == 6 * (matrices + 768 * 65536) + 12 * 12 * 768 * 2048
 
 
-def test_a_gain_of_queries_costs_parameters_but_no_matmul():
-    with torch.device("meta"):
-        plain, gained = GPT(GPTConfig(n_layer=3)), GPT(GPTConfig(n_layer=3, q_gain=True))
-    assert gained.num_params() - plain.num_params() == 3 * plain.config.n_head
-    assert gained.estimate_flops() == plain.estimate_flops()
-
-
 def test_future_tokens_change_nothing_before_them():
     model = random_model(GPTConfig(32, 90, 2, 2, 1, 64))
     x = torch.randint(0, 90, (1, 32))

@@ -21,7 +21,6 @@ SWITCHES = {
     "init": {"init": "modern"},
     "window": {"window_pattern": "SSSL"},
     "bigram": {"bigram_buckets": 500},
-    "q_gain": {"q_gain": True},
     "modern": NANOCHAT_2026 | {"window_pattern": "SL", "bigram_buckets": 500, "key_offset": True},
 }
 each_switch = pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
@@ -37,7 +36,7 @@ def switched(switch, seed=0, **shape):
     model.init_weights()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.count_nonzero() == 0 or "gate" in name or "gain" in name:
+            if p.count_nonzero() == 0 or "gate" in name:
                 p.normal_(0.0, 0.5)
     return model.eval()
 

@@ -42,7 +42,6 @@ _Matrices = tuple[list[tuple[Linear, Linear, Linear, Linear]], Linear]
 KNOWN_PARAMETERS = {
     "transformer.wte.weight",
     *(f"transformer.h.attn.{name}.weight" for name in ("c_q", "c_k", "c_v", "c_proj", "ve_gate")),
-    "transformer.h.attn.q_gain",
     *(f"transformer.h.mlp.{name}.weight" for name in ("c_fc", "c_proj")),
     "lm_head.weight",
     *("resid_lambdas", "x0_lambdas", "value_embeds.weight", "backout_lambda"),
@@ -51,7 +50,7 @@ KNOWN_PARAMETERS = {
 KNOWN_SETTINGS = {
     *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init"),
     *("residual_scalars", "value_embeddings", "smear", "backout", "bigram_buckets"),
-    *("qk_scale", "rope_base", "key_offset", "window_pattern", "q_gain"),
+    *("qk_scale", "rope_base", "key_offset", "window_pattern"),
 }
 
 
@@ -131,8 +130,6 @@ class FastDecoder:
             self._scalars = list(zip(model.resid_lambdas.tolist(), model.x0_lambdas.tolist(), strict=True))
         attention = [cast(Attention, block.attn) for block in model.blocks]
         self._scales = [a.scale for a in attention]
-        keys = torch.ones(c.n_kv_head, device=self.device)
-        self._gains = [None if a.q_gain is None else torch.cat((a.q_gain, keys)).unsqueeze(-1) for a in attention]
         # By layer: the value embeddings (V, K·D) and their gate (K, channels), or None.
         self._values: list[tuple[Tensor, Tensor] | None] = [
             None if gate is None else (model.value_embed(i).detach(), gate.weight.to(dtype))
@@ -186,10 +183,7 @@ class FastDecoder:
             if (embedded := self._values[layer]) is not None:
                 v = v + self._gated_value(idx[:, 0], inputs, *embedded).view(B, 1, K, D)
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, dims=-1), sin)
-            qk = torch.rms_norm(qk, (D,), eps=NORM_EPS)  # (B, 1, H + K, D)
-            if (gain := self._gains[layer]) is not None:
-                qk = qk * gain
-            qk = qk.to(dtype)
+            qk = torch.rms_norm(qk, (D,), eps=NORM_EPS).to(dtype)  # (B, 1, H + K, D)
             if places is not None:
                 place = places[layer]
                 place.put(qk[:, :, H:], v)

@@ -91,7 +91,6 @@ SWITCH_COSTS = {
     "residual_scalars": SwitchCost(kept=1, kept_per_layer=1, operations_per_layer=2),
     "smear": SwitchCost(kept=3),
     "backout": SwitchCost(kept=2),
-    "q_gain": SwitchCost(operations_per_layer=1),
 }
 
 

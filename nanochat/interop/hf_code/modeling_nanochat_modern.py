@@ -49,7 +49,6 @@ class Attention(nn.Module):
         self.scale = config.qk_scale**2 * self.head_dim**-0.5
         self.key_offset = config.key_offset
         self.channels = config.value_gate_channels
-        self.q_gain = nn.Parameter(torch.ones(self.n_head)) if config.q_gain else None
         if layer in config.value_embedding_layers:
             self.ve_gate = nn.Linear(self.channels, self.n_kv_head, bias=False)
 
@@ -61,10 +60,7 @@ class Attention(nn.Module):
         if value is not None:
             gate = 3.0 * torch.sigmoid(self.ve_gate(x[..., : self.channels]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value.to(v.dtype).view(v.shape)
-        q, k = (F.rms_norm(rotate(t, cos, sin), (self.head_dim,), eps=self.eps) for t in (q, k))
-        if self.q_gain is not None:
-            q = q * self.q_gain.unsqueeze(-1)
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k = (F.rms_norm(rotate(t, cos, sin), (self.head_dim,), eps=self.eps).to(v.dtype) for t in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)  # (B, K, S, D)
