@@ -41,7 +41,7 @@ class ARC(Task):
     def get_example(self, index: int) -> Conversation:
         row = self.rows[index]
         choices, labels = list(row["choices"]["text"]), list(row["choices"]["label"])
-        letters = letters_for(choices)  # a few questions label their choices 1, 2, 3, 4; here all have letters
+        letters = letters_for(choices)  # a few questions label their choices 1, 2, 3, 4
         answer = letters[labels.index(row["answerKey"])]
         return {
             "messages": [

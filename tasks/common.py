@@ -1,10 +1,10 @@
-"""What a task is: a deterministic list of conversations, and a judge for the answers to them.
+"""Tasks: deterministic lists of conversations, with a judge for answers to them.
 
 A conversation is a dict with "messages": [{"role": "user" | "assistant", "content": str | list of parts}, ...], the
-form that the tokenizer renders. Training reads tasks through `len(task)` and `task[i]`; evaluation also calls
+form that the tokenizer renders. Training reads a task through `len(task)` and `task[i]`; evaluation also calls
 `task.evaluate`. The same arguments give the same examples in the same order on every machine.
 
-Two kinds of judging (`eval_type`):
+There are two ways to judge (`eval_type`):
 - "categorical": a choice between letters. The conversation also has "letters"; the model's letter is the argmax over
   their logits, and that letter is what `evaluate` gets.
 - "generative": the model writes an answer, and `evaluate` gets its whole text.
@@ -24,13 +24,13 @@ EvalType = Literal["categorical", "generative"]
 
 
 class Task:
-    """A list of conversations, or every `step`-th of those in [start, stop). Subclasses say what is in it."""
+    """A list of conversations, or every `step`-th of those in [start, stop). Subclasses define its content."""
 
     name: str = ""
-    """What people call the task, on the command line and in the report; the class name when a subclass sets none."""
+    """The name of the task on the command line and in the report; by default the class name."""
     eval_type: EvalType = "generative"
     baseline: float = 0.0
-    """Accuracy of blind guessing, subtracted when scores are centered."""
+    """Accuracy of random guessing, subtracted when scores are centered."""
 
     def __init__(self, *, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         """Raises ValueError for a slice that is not 0 <= start <= stop, step >= 1."""
@@ -50,8 +50,8 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, problem: Conversation, completion: str) -> int | bool:
-        """Whether `completion` (a letter, or a whole answer: see eval_type) solves `problem`."""
-        raise NotImplementedError(f"{self.name} is a training task: it has no judge")
+        """Returns True (or 1) if `completion` (a letter or a whole answer, see eval_type) solves `problem`."""
+        raise NotImplementedError(f"{self.name} is a training task: it can't be evaluated")
 
     def __len__(self) -> int:
         total = self.num_examples()
@@ -68,10 +68,10 @@ class Task:
 
 
 class CodeTask(Task):
-    """A task whose `evaluate` runs what the model wrote (nanochat/execution.py)."""
+    """A task whose `evaluate` runs the code that a model wrote (nanochat/execution.py)."""
 
     allow_weak_isolation: bool = False
-    """Whether to run it also where it can't be shut off well; else `evaluate` raises IsolationError there."""
+    """Run the code even on a machine that can't isolate it well; otherwise `evaluate` raises IsolationError there."""
 
 
 class _Joined(Task):
@@ -86,7 +86,7 @@ class _Joined(Task):
         return self.ends[-1] if self.ends else 0
 
     def _locate(self, position: int) -> tuple[int, int]:
-        """(which task, which of its examples) stands at `position` of the tasks laid end to end."""
+        """(number of the task, number of its example) at `position` of the concatenated tasks."""
         k = bisect_right(self.ends, position)
         return k, position - (self.ends[k - 1] if k else 0)
 
@@ -99,11 +99,11 @@ class _Joined(Task):
 
 
 class TaskSequence(_Joined):
-    """Tasks one after the other, for a curriculum: all of the first, then all of the second, ..."""
+    """Tasks one after another, for a curriculum: all of the first, then all of the second, ..."""
 
 
 class TaskMixture(_Joined):
-    """Tasks shuffled together, each weighted by its size. To weigh a task double, list it twice."""
+    """Tasks shuffled together, each weighted by its size. To give a task double weight, list it twice."""
 
     def __init__(
         self, tasks: Sequence[Task], *, seed: int = 42, start: int = 0, stop: int | None = None, step: int = 1
@@ -116,7 +116,7 @@ class TaskMixture(_Joined):
 
 
 def shuffled_indices(count: int, seed: int = 42) -> array[int]:
-    """0 .. count-1 in the order that `seed` gives on every machine and Python version."""
+    """0 .. count-1, shuffled by `seed` into the same order on every machine and Python version."""
     order = array("q", range(count))
     random.Random(seed).shuffle(order)
     return order
@@ -130,11 +130,11 @@ def letters_for(choices: Sequence[str]) -> tuple[str, ...]:
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """The text of a multiple choice question, ready to be a user message.
 
-    Each letter stands after its choice, glued to "=": so it has no space before it and is the same token as the answer,
-    and the model has read the choice by the time it reads the letter that names it.
+    Each letter follows its choice, directly after "=". So it has no space before it and is the same token as in the
+    answer, and the model has read the choice before it reads the letter that names it.
 
     Raises:
-        ValueError: as many letters as choices are needed.
+        ValueError: the numbers of letters and choices differ.
     """
     if len(letters) != len(choices):
         raise ValueError(f"{len(choices)} choices need {len(choices)} letters, got {len(letters)}: {list(letters)}")

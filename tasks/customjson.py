@@ -1,6 +1,6 @@
-"""Your own conversations from a file: one JSON list of messages, or one {"messages": [...]}, a line.
+"""Your own conversations from a file with one JSON list of messages, or one {"messages": [...]}, per line.
 
-The file is read whole and checked at once, so that a mistake in line 900 stops the run before it starts.
+The whole file is read and checked first, so that a mistake in line 900 stops the run before it starts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from tasks.common import Conversation, Task
 
 
 class CustomJSON(Task):
-    """Conversations of a .jsonl (or .parquet) file, in file order; nothing to judge."""
+    """Conversations of a .jsonl (or .parquet) file, in file order; for training only."""
 
     def __init__(self, filepath: str | Path, *, start: int = 0, stop: int | None = None, step: int = 1) -> None:
-        """Raises FileNotFoundError or ValueError naming the file, and the line where one is bad."""
+        """Raises FileNotFoundError or ValueError, naming the file and a bad line."""
         self.name = Path(filepath).stem
         super().__init__(start=start, stop=stop, step=step)
         self.conversations = load_conversations(Path(filepath))

@@ -2,7 +2,7 @@
 
 Source: Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems", https://arxiv.org/abs/2110.14168
 Data set: openai/gsm8k on the hub, or gsm8k/<split>.jsonl under NANOCHAT_TASK_DIR.
-The reference answers carry calculator notes, <<48/2=24>>; they become calls of the calculator tool.
+The calculator annotations of the reference answers, <<48/2=24>>, become calls of the calculator tool.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
 def extract_answer(text: str) -> Decimal | None:
-    """The number after the last "####" of `text` that something follows, or None when there is none.
+    """The number after the last "####" of `text` that is followed by anything; None if there is none.
 
     >>> extract_answer("5 + 5 = 10 #### $10."), extract_answer("#### 1,000"), extract_answer("ten")
     (Decimal('10'), Decimal('1000'), None)
@@ -52,7 +52,7 @@ def split_tool_calls(answer: str) -> list[dict[str, str]]:
 
 
 class GSM8K(Task):
-    """Word problems; the answer is right when the number after its last "####" equals the reference."""
+    """Word problems; an answer is right if the number after its last "####" equals the reference."""
 
     name = "GSM8K"
     eval_type = "generative"
@@ -89,5 +89,5 @@ class GSM8K(Task):
         return reference is not None and extract_answer(completion) == reference
 
     def reward(self, problem: Conversation, completion: str) -> float:
-        """1.0 for a right answer, else 0.0: what reinforcement learning maximises."""
+        """1.0 for a right answer, else 0.0; reinforcement learning maximises it."""
         return float(self.evaluate(problem, completion))

@@ -13,7 +13,7 @@ from nanochat.execution import check_function
 from tasks.common import CodeTask, Conversation
 from tasks.sources import load_rows
 
-# Whatever stands behind the opening fence: models write python3, Python or a title there.
+# Anything may follow the opening fence: models write python3, Python or a title there.
 _CODE_BLOCK = re.compile(r"(```|~~~)[^\n`]*\n(.*?)(?:\n[ \t]*\1|\Z)", re.DOTALL)
 # How a line of code begins, in an answer that mixes it with sentences.
 _CODE_LINE = re.compile(
@@ -23,7 +23,7 @@ _CODE_LINE = re.compile(
 
 
 def defines(entry_point: str) -> re.Pattern[str]:
-    """Return what finds a function's definition at the top of a source."""
+    """Return a pattern that finds the definition of a function at the top level of a source."""
     name = re.escape(entry_point)
     return re.compile(rf"^(?:(?:async +)?def +{name}\b|class +{name}\b|{name} *(?::[^=\n]+)?=(?!=))", re.MULTILINE)
 
@@ -31,14 +31,14 @@ def defines(entry_point: str) -> re.Pattern[str]:
 def extract_code(completion: str, entry_point: str = "") -> str:
     """Return the code of an answer: its first fenced block, or the first that defines `entry_point` if one does.
 
-    An answer without a block is code as a whole, but for the sentences around a definition.
+    An answer without a block is code as a whole, except for sentences around a definition.
     """
     completion = completion.replace("\r\n", "\n")
     definition = defines(entry_point)
     blocks = []
     for block in _CODE_BLOCK.finditer(completion):
         before = completion[: block.start()].rpartition("\n")[2]
-        indent = before if before.isspace() else ""  # a block inside a list stands further right
+        indent = before if before.isspace() else ""  # a block inside a list is indented
         blocks.append("\n".join(line.removeprefix(indent) for line in block[2].split("\n")))
     if blocks:
         return next((block for block in blocks if definition.search(block)), blocks[0])
@@ -48,7 +48,7 @@ def extract_code(completion: str, entry_point: str = "") -> str:
     start = stop = next(i for i, line in enumerate(lines) if definition.match(line))
     while start > 0 and _CODE_LINE.match(lines[start - 1]):
         start -= 1
-    open_quotes = False  # a text of several lines may hold sentences
+    open_quotes = False  # a string of several lines may hold sentences
     while stop < len(lines) and (open_quotes or _CODE_LINE.match(lines[stop])):
         open_quotes ^= (lines[stop].count('"""') + lines[stop].count("'''")) % 2 == 1
         stop += 1
@@ -56,9 +56,9 @@ def extract_code(completion: str, entry_point: str = "") -> str:
 
 
 def build_solution(prompt: str, entry_point: str, completion: str) -> str:
-    """Return the source that defines the answer's function: the answer's code behind the prompt's imports and helpers.
+    """Return the source that defines the function: the answer's code after the imports and helpers of the prompt.
 
-    An answer that does not define the function itself continues the prompt: its body alone.
+    An answer that does not define the function itself is taken as its body, which continues the prompt.
     """
     code = extract_code(completion, entry_point)
     definition = defines(entry_point)
@@ -69,7 +69,7 @@ def build_solution(prompt: str, entry_point: str, completion: str) -> str:
 
 
 def _indented(body: str) -> str:
-    """A function's body with the indentation that a model may have left out, of its first line or of all."""
+    """A function's body with the indentation that a model may have left out, in its first line or in all."""
     first, newline, rest = body.lstrip("\n").partition("\n")
     if not first.strip() or first[0].isspace():
         return body
@@ -81,9 +81,9 @@ def _indented(body: str) -> str:
 
 
 class HumanEval(CodeTask):
-    """Python functions to write. Runs the model's code: see nanochat/execution.py for what contains it.
+    """Python functions to write. Runs the model's code in the sandbox of nanochat/execution.py.
 
-    Where that is weak, `evaluate` raises IsolationError unless `allow_weak_isolation` is true.
+    If the isolation is weak, `evaluate` raises IsolationError unless `allow_weak_isolation` is true.
     """
 
     name = "HumanEval"

@@ -1,84 +1,44 @@
-"""The tasks that `chat_eval -a` knows by name, built only when asked for."""
+"""The evaluation tasks that `chat_eval -a` knows by name; each is built, and its data loaded, only when asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 from nanochat.execution import IsolationError, require_isolation
+from tasks.arc import ARC
 from tasks.common import CodeTask, Task
+from tasks.demo.chat import demo_eval_tasks
+from tasks.demo.wordsums import DemoWordSums
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.mmlu import MMLU
+from tasks.spellingbee import SpellingBee
 
-
-def _arc_easy() -> Task:
-    from tasks.arc import ARC
-
-    return ARC("ARC-Easy", "test")
-
-
-def _arc_challenge() -> Task:
-    from tasks.arc import ARC
-
-    return ARC("ARC-Challenge", "test")
-
-
-def _mmlu() -> Task:
-    from tasks.mmlu import MMLU
-
-    return MMLU("all", "test")
-
-
-def _gsm8k() -> Task:
-    from tasks.gsm8k import GSM8K
-
-    return GSM8K("test")
-
-
-def _humaneval() -> Task:
-    from tasks.humaneval import HumanEval
-
-    return HumanEval()
-
-
-def _spellingbee() -> Task:
-    from tasks.spellingbee import SpellingBee
-
-    return SpellingBee(size=256, split="test")
-
-
-# The order is the order of the report.
+# In the order of the report.
 CLASSIC_TASKS: Mapping[str, Callable[[], Task]] = {
-    "ARC-Easy": _arc_easy,
-    "ARC-Challenge": _arc_challenge,
-    "MMLU": _mmlu,
-    "GSM8K": _gsm8k,
-    "HumanEval": _humaneval,
-    "SpellingBee": _spellingbee,
+    "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
+    "ARC-Challenge": lambda: ARC("ARC-Challenge", "test"),
+    "MMLU": lambda: MMLU("all", "test"),
+    "GSM8K": lambda: GSM8K("test"),
+    "HumanEval": HumanEval,
+    "SpellingBee": lambda: SpellingBee(size=256, split="test"),
 }
+# Evaluated only on request: the task that chat_rl trains on in the demo world.
+TASKS_ON_REQUEST: Mapping[str, Callable[[], Task]] = {"DemoWordSums": lambda: DemoWordSums(400, "test")}
 
 
 def demo_tasks() -> dict[str, Task]:
     """The evaluation tasks of the demo world."""
-    from tasks.demo.chat import demo_eval_tasks
-
     return demo_eval_tasks()
-
-
-def _demo_word_sums() -> Task:
-    from tasks.demo.wordsums import DemoWordSums
-
-    return DemoWordSums(400, "test")
-
-
-# Evaluated only when asked for: what chat_rl learns from in the demo world.
-TASKS_ON_REQUEST: Mapping[str, Callable[[], Task]] = {"DemoWordSums": _demo_word_sums}
 
 
 def get_task(name: str, *, allow_weak_isolation: bool = False) -> Task:
     """The evaluation task called `name` (any case): a classic one, else one of the demo world.
 
     Raises:
-        ValueError: no such task; lists those there are.
-        FileNotFoundError: its data can't be had.
-        IsolationError: it runs code, which this machine can't shut off well, and that is not allowed.
+        ValueError: there is no such task; lists all of them.
+        FileNotFoundError: its data is unavailable.
+        IsolationError: it runs code, this machine can't isolate that well, and weak isolation is not allowed.
     """
     for known, build in [*CLASSIC_TASKS.items(), *TASKS_ON_REQUEST.items()]:
         if known.lower() == name.lower():
@@ -95,7 +55,7 @@ def get_task(name: str, *, allow_weak_isolation: bool = False) -> Task:
 
 
 def load_available(names: list[str], *, allow_weak_isolation: bool = False) -> tuple[dict[str, Task], dict[str, str]]:
-    """(tasks that could be loaded by name, why each of the others could not)."""
+    """(loaded tasks by name, the reason for each that is unavailable)."""
     tasks: dict[str, Task] = {}
     unavailable: dict[str, str] = {}
     for name in names:

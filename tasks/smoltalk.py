@@ -1,7 +1,7 @@
-"""SmolTalk: general conversations written by larger models, the smaller mix made for models under 1 B parameters.
+"""SmolTalk: general conversations written by larger models, in the smaller mix for models under 1 B parameters.
 
 Data set: HuggingFaceTB/smol-smoltalk on the hub (460K train, 24K test), or smoltalk/<split>.jsonl under
-NANOCHAT_TASK_DIR, one {"messages": [...]} a line.
+NANOCHAT_TASK_DIR with one {"messages": [...]} per line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tasks.sources import load_rows
 
 
 class SmolTalk(Task):
-    """Conversations to learn from; nothing to judge."""
+    """Conversations for training only."""
 
     name = "SmolTalk"
 

@@ -1,8 +1,8 @@
-"""Where the rows of a public data set come from: files on this machine, or the Hugging Face hub.
+"""Load the rows of public data sets, from files on this machine or from the Hugging Face hub.
 
-With NANOCHAT_TASK_DIR set, rows are read from files in that folder, one JSON object a line, in file order, with the
-columns of the hub's data set. Without it the `datasets` library gets them: from its cache when they are there, else
-from the hub. Either way `load_rows` then shuffles by the same seed, so the same rows come in one fixed order.
+If NANOCHAT_TASK_DIR is set, rows are read from files in that folder, with one JSON object per line and the columns of
+the hub's data set. Otherwise the `datasets` library gets them from its cache or from the hub. Either way `load_rows`
+shuffles with the same seed, so the same rows come in one fixed order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rows:
 
 
 def task_dir() -> Path | None:
-    """The folder with local task files (NANOCHAT_TASK_DIR), or None when the hub is to be used."""
+    """The folder with local task files (NANOCHAT_TASK_DIR), or None to use the hub."""
     folder = os.environ.get("NANOCHAT_TASK_DIR")
     return Path(folder).expanduser() if folder else None
 
@@ -46,7 +46,7 @@ def load_rows(
     """All rows of one split of data set `repo` on the hub, or of `local_file` under NANOCHAT_TASK_DIR.
 
     Raises:
-        FileNotFoundError: neither can be had; says which data set and what to do.
+        FileNotFoundError: neither is available; says which data set and what to do.
         ValueError: a row lacks one of `columns`.
     """
     folder = task_dir()
@@ -64,15 +64,15 @@ def _load_local(folder: Path, local_file: str, repo: str) -> Sequence[Row]:
         if path.is_file():
             return read_jsonl(path)
     raise FileNotFoundError(
-        f"data set {repo}: no file {folder / local_file}. Put it there (one JSON object a line, with the hub's "
+        f"data set {repo}: no file {folder / local_file}. Put it there (one JSON object per line, with the hub's "
         f"columns), or unset NANOCHAT_TASK_DIR to load it from the Hugging Face hub."
     )
 
 
 @cache
 def _work_offline_if_unreachable() -> None:
-    """Ask the hub once. When it can't be reached, tell its client, which else retries half a minute per data set."""
-    import httpx
+    """Contact the hub once. If it is unreachable, tell its client, which would retry for half a minute per data set."""
+    import httpx  # lazy: not needed with local files
 
     try:
         httpx.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=10)
@@ -83,7 +83,7 @@ def _work_offline_if_unreachable() -> None:
 def _load_hub(repo: str, subset: str | None, split: str, local_file: str) -> Sequence[Row]:
     _work_offline_if_unreachable()
     try:
-        import datasets  # slow to import, and not needed with local files
+        import datasets  # lazy: slow to import, and not needed with local files
     except ImportError as error:
         raise FileNotFoundError(
             f"data set {repo} comes from the Hugging Face hub through the `datasets` package, which is not installed: "

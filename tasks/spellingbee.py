@@ -1,11 +1,11 @@
-"""Spelling and letter counting, for models that see tokens and not letters.
+"""Spelling and letter counting, for models that see tokens instead of letters.
 
 SimpleSpelling: "Spell the word: apple" -> "apple:a,p,p,l,e". Short, so that many words fit in training.
 SpellingBee: "How many p are in apple?" -> spell the word, count along, check with the calculator tool, "#### 2".
 
-Both are made on the fly from a list of English words, from the split and the index alone: any number of examples, the
-same on every machine. Train and test draw from the same words with different seeds: what a test example shows is mostly
-new pairs of word and letter, not new words.
+Both are made on the fly from a list of English words, and depend only on the split and the index: any number of
+examples, the same on every machine. Train and test draw from the same words with different seeds: test examples are
+mostly new pairs of word and letter, not new words.
 
 Words: words_alpha.txt of https://github.com/dwyl/english-words (370 K words, Unlicense): words/words_alpha.txt under
 NANOCHAT_TASK_DIR, else downloaded once.
@@ -26,7 +26,7 @@ WORD_LIST_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 Split = Literal["train", "test"]
 
-# {w} is the word and {l} the letter. People rarely type tidy questions: see SpellingBee.get_example for the noise.
+# {w} is the word and {l} the letter. SpellingBee.get_example adds noise, because people rarely type tidy questions.
 QUESTIONS = (
     "How many {l} are in {w}",
     "How many {l} are in the word {w}",
@@ -78,12 +78,12 @@ def load_words() -> tuple[str, ...]:
             raise FileNotFoundError(f"no word list: {error}") from error
     words = tuple(path.read_text(encoding="utf-8").split())
     if not words:
-        raise ValueError(f"word list {path} is empty: remove it, it will be downloaded again")
+        raise ValueError(f"word list {path} is empty: remove it, and it will be downloaded again")
     return words
 
 
 def spell(word: str) -> str:
-    """The letters of a word with commas between: "apple" -> "a,p,p,l,e"."""
+    """The letters of a word, separated by commas: "apple" -> "a,p,p,l,e"."""
     return ",".join(word)
 
 
@@ -121,7 +121,7 @@ class _WordTask(Task):
         return self.size
 
     def _random(self, index: int) -> random.Random:
-        return random.Random(f"{self.name} {self.split} {index}")  # text seeds hash the same everywhere
+        return random.Random(f"{self.name} {self.split} {index}")  # a text seed gives the same numbers everywhere
 
 
 class SimpleSpelling(_WordTask):
@@ -144,7 +144,7 @@ class SimpleSpelling(_WordTask):
 
 
 class SpellingBee(_WordTask):
-    """Count a letter in a word; right when the number after the last "####" is."""
+    """Count a letter in a word; the number after the last "####" must be right."""
 
     name = "SpellingBee"
     eval_type = "generative"
@@ -152,7 +152,7 @@ class SpellingBee(_WordTask):
     def get_example(self, index: int) -> Conversation:
         rng = self._random(index)
         word = rng.choice(self.words)
-        # Mostly letters that are in the word: for the others the answer is always 0.
+        # Mostly letters of the word, because the answer for any other is always 0.
         letter = rng.choice(word if rng.random() < 0.9 else ALPHABET)
         question = rng.choice(QUESTIONS)
         if rng.random() < 0.3:
@@ -173,5 +173,5 @@ class SpellingBee(_WordTask):
         return reference is not None and extract_answer(completion) == reference
 
     def reward(self, problem: Conversation, completion: str) -> float:
-        """1.0 for a right answer, else 0.0: what reinforcement learning maximises."""
+        """1.0 for a right answer, else 0.0; reinforcement learning maximises it."""
         return float(self.evaluate(problem, completion))

@@ -1,7 +1,7 @@
-"""The documents: every command runs, every link leads somewhere, every figure has a source, tables are what they say.
+"""The documents: every command runs, every link leads somewhere, every figure has a source, tables are up to date.
 
-Commands run at a tiny size in one folder: `SIZES` says with which flags, `DRY` which are run some other way. A command
-that is in neither fails, so that no document can name one that nobody runs.
+Commands run at a tiny size in one folder: `SIZES` has their flags, `DRY` those that are tested in another way. A
+command that is in neither fails, so that no document can name one that is never run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ names = pytest.mark.parametrize("path", docs.DOCUMENTS, ids=docs.name_of)
 TRAIN = {"device_type": "cpu", "num_iterations": 1, "hours": None, "eval_every": 0, "resume": "never"}
 FINETUNE = {"device_batch_size": 2, "total_batch_size": 128, "eval_batches": 1, "chat_data": "demo"}
 CHAT = {"device_type": "cpu"}
-# The flags with which a module's command is run here; None takes a flag away.
+# The flags with which a module's command is run here; None removes a flag.
 SIZES: dict[str, dict[str, object]] = {
     "tasks.demo": {"chars": 100_000},
     "scripts.tok_train": {"vocab_size": 600},
@@ -66,13 +66,13 @@ SIZES: dict[str, dict[str, object]] = {
     "nanochat.report": {},
     "dev.house": {},
 }
-# Commands that are run some other way, and which.
+# Commands that are tested in another way, and how.
 DRY = {
     "scripts.chat_web": "its flags are parsed; tests/test_web*.py serve the page and ask it",
-    "dev.docs": "`main` runs with --anchors; what it would write is compared below",
+    "dev.docs": "`main` runs with --anchors; its output is compared below",
     "pydoc": "rendered below",
     "ruff": "run_tests.sh runs it",
-    "pytest": "this is it; the file is looked for",
+    "pytest": "this is it; the file must exist",
 }
 
 
@@ -86,7 +86,7 @@ def split(command: str) -> tuple[dict[str, str], list[str]]:
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]] | None:
-    """Module and flags of a Python command; of one behind torchrun the script's."""
+    """Module and flags of a Python command; for torchrun those of the script."""
     if not words or words[0] not in ("python", ".venv/bin/python") or words[1] != "-m":
         return None
     if words[2] == "torch.distributed.run":
@@ -96,14 +96,14 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 def resized(flags: list[str], sizes: dict[str, object]) -> list[str]:
-    """The documented flags; those of `sizes` replace the same ones, and the demo's text the web's."""
+    """The documented flags; `sizes` overrides them, and the demo's text replaces the web's."""
     flags = [flag.replace("--dataset=climbmix", "--dataset=demo") for flag in flags]
     kept = [flag for flag in flags if flag.lstrip("-").partition("=")[0] not in sizes]
     return kept + [f"--{name}={value}" for name, value in sizes.items() if value is not None]
 
 
 def run_module(name: str, flags: list[str]) -> None:
-    """A script of this project, in this process."""
+    """Run a script of this project in this process."""
     package = (docs.ROOT / name.replace(".", "/")).is_dir()
     module = importlib.import_module(f"{name}.__main__" if package else name)
     module.main(parse_config(module.Config, flags))
@@ -123,7 +123,7 @@ INLINE = sorted(
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder in which a first tiny run was made, as after `bash speedrun_p100.sh`; models of all stages are there."""
+    """A folder with the result of a tiny run, as after `bash speedrun_p100.sh`: models of all stages."""
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder / "run-a"))
@@ -145,13 +145,13 @@ def workshop(tmp_path_factory):
 
 
 def bash(script: Path, flags: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a script; an error is one of the test."""
+    """Run a script that must succeed."""
     command = ["bash", str(script), *flags]
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=True)
 
 
 def verify(checkout: Path, flags: list[str]) -> str:
-    """What the look at this machine says, in a checkout that is not set up yet; whether it is ready doesn't matter."""
+    """The output of the verification in a checkout that is not set up yet; the machine need not be ready."""
     (checkout / "bin").mkdir(parents=True, exist_ok=True)
     (checkout / "bin" / "curl").write_text("#!/bin/sh\nexit 0\n")  # the network answers
     (checkout / "bin" / "curl").chmod(0o755)
@@ -167,7 +167,7 @@ def verify(checkout: Path, flags: list[str]) -> str:
 
 
 def shell_command(words: list[str], env: dict[str, str], folder: Path, monkeypatch, capsys) -> None:
-    """One of the project's shell scripts: that which it starts is looked at, and dry-run."""
+    """One of the project's shell scripts: check what it starts, and run that dry."""
     script, *flags = words[1:]
     if script == "setup_env.sh":
         done = bash(ROOT / script, [*flags, "--print-torch"] if "--print-torch" not in flags else flags, env)
@@ -240,7 +240,7 @@ def test_the_flags_of_a_command_that_is_not_run_are_known(command):
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif("NANOCHAT_FULL_DEMO" not in os.environ, reason="ten minutes or more: set NANOCHAT_FULL_DEMO=1")
 def test_the_demo_answers_as_the_documents_say(tmp_path, base_dir):
-    """What `bash speedrun_p100.sh` does after the set-up where there is no card."""
+    """Do what `bash speedrun_p100.sh` does after the set-up if there is no card."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PROFILE": "demo"}
     subprocess.run([sys.executable, "-m", "nanochat.pipeline"], cwd=tmp_path, env=env, check=True)
     assert "scatters blue light" in (base_dir / "pipeline" / "answer.log").read_text()
@@ -302,7 +302,7 @@ def test_a_figure_without_a_source_is_found(tmp_path, monkeypatch):
 
 
 def test_sums_in_documents_are_right():
-    """To the digits they are written with, two at least."""
+    """To the digits that are written, at least two."""
     shown = [(path.name, *found) for path in docs.DOCUMENTS for found in docs.sums(path)]
     assert len(shown) >= 10
     for document, left, value, written in shown:
@@ -338,7 +338,7 @@ def test_a_place_that_is_not_there_is_named():
 
 
 def modules(package) -> list[str]:
-    """All modules of a package; those that are copied into exported folders are written like transformers' own."""
+    """All modules of a package, except those that are copied into exported folders and follow transformers' style."""
     found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     return [info.name for info in found if ".hf_code" not in info.name and not info.name.endswith("__main__")]
 

@@ -150,7 +150,8 @@ def required_packages() -> set[str]:
 def hidden_imports() -> Iterator[str]:
     """Imports in a function that are neither optional nor in a block of imports that begins with `# lazy: why`."""
     required = required_packages()
-    for path in [*sources().values(), *sorted((ROOT / "scripts").glob("*.py"))]:
+    above = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "tasks").rglob("*.py")]
+    for path in [*sources().values(), *sorted(above)]:
         lines = path.read_text(encoding="utf-8").splitlines()
         functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
         inside = {id(n): n for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)}

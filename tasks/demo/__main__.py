@@ -20,18 +20,18 @@ class Config:
     check: bool = False
     """Only check the world: print its counts and every mistake."""
     world: str | None = None
-    """Folder of the world's tables; default $NANOCHAT_WORLD_DIR, else the world that ships with nanochat."""
+    """Folder of the world's tables; default: $NANOCHAT_WORLD_DIR, else the world that comes with nanochat."""
     out: str | None = None
-    """Where the shards go; default base_data/demo in the base folder."""
+    """Folder for the shards; default: base_data/demo in the base folder."""
     chars: int = DEFAULT_CHARS
-    """Characters of training text."""
+    """Number of characters of training text."""
 
 
 def check(folder: str | None) -> None:
-    """Print what a world holds.
+    """Print the content of a world.
 
     Raises:
-        ValueError: it has mistakes (each printed first).
+        ValueError: it has mistakes; each is printed first.
     """
     world, problems = read_world(world_folder(folder))
     facts = (*world.facts, *world.identity)

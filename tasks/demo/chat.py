@@ -1,9 +1,9 @@
 """The demo world as conversations: training mixtures, and evaluation in phrasings that training never used.
 
-Every task draws example `i` from its split, seed and `i` alone. `split="train"` and `split="test"` share the facts, the
-words and the tools, but no wording: test examples ask held-out questions, in held-out wrappers, about held-out pairs of
-numbers. All are judged on the text the model generates, tool calls included: calls stand there between the
-tokenizer's special tokens, as in `<|python_start|>12+34<|python_end|>`.
+Example `i` of a task depends only on its split, its seed and `i`. `split="train"` and `split="test"` share facts, words
+and tools, but no wording: test examples ask held-out questions, in held-out wrappers, about held-out pairs of numbers.
+The text that the model generates is judged, including tool calls between the tokenizer's special tokens, as in
+`<|python_start|>12+34<|python_end|>`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Content = str | list[dict[str, str]]
 
 
 def conversation(*turns: tuple[str, Content], **extra: Any) -> Conversation:
-    """A conversation of (question, answer) turns; `extra` is what the judge needs."""
+    """A conversation of (question, answer) turns; `extra` holds what the judge needs."""
     messages: list[dict[str, Any]] = []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -34,7 +34,7 @@ def conversation(*turns: tuple[str, Content], **extra: Any) -> Conversation:
 
 
 def final_text(completion: str) -> str:
-    """What the assistant says after its last tool result, without special tokens."""
+    """The assistant's text after its last tool result, without special tokens."""
     text = completion.split("<|output_end|>")[-1]
     return re.sub(r"<\|[a-z_]+\|>", " ", text.split("<|assistant_end|>")[0]).strip()
 
@@ -45,7 +45,7 @@ def tool_calls(completion: str) -> list[str]:
 
 
 class DemoTask(Task):
-    """`size` examples over a world; see the module for what the splits mean."""
+    """`size` examples from a world; the module's docstring explains the splits."""
 
     eval_type = "generative"
 
@@ -70,20 +70,20 @@ class DemoTask(Task):
 
     @property
     def held_out(self) -> bool:
-        """Whether examples use what training never shows."""
+        """True if examples use what training never shows."""
         return self.split == "test"
 
     def num_examples(self) -> int:
         return self.size
 
     def random(self, index: int) -> random.Random:
-        """The generator of example `index`; text seeds give the same numbers everywhere."""
+        """The random generator of example `index`; text seeds give the same numbers everywhere."""
         return random.Random(f"{type(self).__name__} {self.split} {self.seed} {index}")
 
 
 class DemoFacts(DemoTask):
-    """Questions about the world. In the test split even examples ask a trained question in a held-out wrapper, odd ones
-    a held-out rewording; `kind` takes only one of the two."""
+    """Questions about the world. In the test split, even examples ask a trained question in a held-out wrapper, and odd
+    ones a held-out rewording; `kind` selects one of the two."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class DemoFacts(DemoTask):
         return conversation((question, fact.text), keys=fact.keys, group="rewording" if reworded else "wrapper")
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 when the answer has the key words of the fact."""
+        """1 if the answer has the key words of the fact."""
         return int(has_keys(final_text(completion), problem["keys"]))
 
 
@@ -141,13 +141,13 @@ class DemoArithmetic(DemoTask):
         return conversation((question, skills.sum_answer(problem)), expected=problem.result)
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 when the calculator was used and the last number of the answer is the right one."""
+        """1 if the calculator was used and the last number of the answer is right."""
         numbers = re.findall(r"-?\d+", final_text(completion).replace(",", ""))
         return int(bool(tool_calls(completion)) and bool(numbers) and int(numbers[-1]) == problem["expected"])
 
 
 class WordTask(DemoTask):
-    """A task about words; `unseen` takes the words that training never spells."""
+    """A task about words; `unseen` selects the words that training never spells."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class DemoSpelling(WordTask):
         return conversation((question, skills.spelling_answer(word)), word=word)
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 when the last run of single letters spells the word ("r i v e r", "r-i-v-e-r", "r, i, v, e, r")."""
+        """1 if the last run of single letters spells the word ("r i v e r", "r-i-v-e-r", "r, i, v, e, r")."""
         runs: list[list[str]] = [[]]
         for word in words_of(final_text(completion)):
             if len(word) == 1:
@@ -203,12 +203,12 @@ class DemoCounting(WordTask):
         return conversation((question, skills.count_answer(word, letter)), expected=word.count(letter))
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 when the number after the last "####" is right."""
+        """1 if the number after the last "####" is right."""
         return int(extract_answer(completion) == problem["expected"])
 
 
 class DemoSmallTalk(DemoTask):
-    """Greetings, thanks, goodbyes, and the honest "I do not know" for things nobody has heard of."""
+    """Greetings, thanks, goodbyes, and an honest "I do not know" for made-up things."""
 
     def get_example(self, index: int) -> Conversation:
         rng = self.random(index)
@@ -219,12 +219,12 @@ class DemoSmallTalk(DemoTask):
         return conversation((question if self.held_out else typed(rng, question), answer), keys=keys)
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 when the reply has the words that fit."""
+        """1 if the reply has the right words."""
         return int(has_keys(final_text(completion), problem["keys"]))
 
 
 class DemoChat(DemoTask):
-    """Conversations of two or three turns: small talk around questions, or one question after another.
+    """Conversations of two or three turns: small talk around questions, or several questions.
 
     The second question is mostly about the topic of the first. In the test split only the last question is held out,
     and only its answer is judged.
@@ -270,12 +270,12 @@ class DemoChat(DemoTask):
         return ask_fact(rng, fact, rng.randrange(len(fact.asks)), self.world.held_out), fact.text
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 when the last answer has the key words of its fact."""
+        """1 if the last answer has the key words of its fact."""
         return int(has_keys(final_text(completion), problem["keys"]))
 
 
 def _maybe_wrapped(rng: random.Random, request: str) -> str:
-    """A training request: plain, wrapped or without its small words, and as people type it."""
+    """A training request: plain, wrapped or without its function words, and typed as people do."""
     kind = rng.random()
     if kind < 0.25:
         request = wrap_request(rng, request, held_out=False)
@@ -296,7 +296,7 @@ def demo_mid_mixture(
     seed: int = 1,
     world: World | str | Path | None = None,
 ) -> TaskMixture:
-    """What midtraining reads: all tasks together, about 0.57 M tokens at a vocabulary of 4096."""
+    """The mixture for mid-training: all tasks together, about 0.57 M tokens at a vocabulary of 4096."""
     loaded = world if isinstance(world, World) else load_world(world)
     return TaskMixture(
         [
@@ -323,7 +323,7 @@ def demo_sft_mixture(
     seed: int = 2,
     world: World | str | Path | None = None,
 ) -> TaskMixture:
-    """What SFT reads: the tasks of midtraining in other draws, with more of the facts."""
+    """The mixture for SFT: the tasks of mid-training with other random draws and more of the facts."""
     return demo_mid_mixture(
         facts=facts,
         identity=identity,
@@ -349,7 +349,7 @@ def demo_eval_tasks(
     unseen: int = 40,
     world: World | str | Path | None = None,
 ) -> dict[str, Task]:
-    """Name -> evaluation task, all in held-out phrasings; `facts` is shared half and half by its two kinds."""
+    """Evaluation tasks by name, all in held-out phrasings; half of `facts` goes to each of its two kinds."""
     loaded = world if isinstance(world, World) else load_world(world)
     tasks: dict[str, Task] = {
         "DemoFacts": DemoFacts(facts, "test", loaded),

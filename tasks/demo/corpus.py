@@ -1,8 +1,8 @@
-"""The demo world as plain text for pretraining: parquet shards that any corpus reader takes.
+"""The demo world as plain text for pretraining, in parquet shards that any corpus reader accepts.
 
-Every document is drawn from (seed, split, number) alone, so the same world gives the same text on every machine. The
-validation shard holds other draws of the same facts: it measures how well the world is known, not how well unknown
-things are guessed.
+A document depends only on (seed, split, number), so the same world gives the same text on every machine. The validation
+shard has other random draws of the same facts: it measures how well the world is known, not how well unknown things are
+guessed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nanochat.env import get_base_dir
 from nanochat.files import atomic_folder, sha256_file, write_json
@@ -39,7 +42,7 @@ STAMP = "corpus.json"
 
 
 def article(rng: random.Random, world: World, number: int) -> str:
-    """The facts of one topic, in any order and either wording."""
+    """The facts of one topic, in random order, each in one of its two wordings."""
     topic = world.topics[number % len(world.topics)]
     facts = rng.sample(topic.facts, len(topic.facts))
     return " ".join(fact.text if rng.random() < 0.5 else fact.also for fact in facts)
@@ -63,7 +66,7 @@ def questions(rng: random.Random, world: World, number: int) -> str:
 
 
 def about_nanochat(rng: random.Random, world: World, number: int) -> str:
-    """The assistant about itself, as a short text or as questions with answers."""
+    """Facts about the assistant, as a short text or as questions with answers."""
     chosen = rng.sample(world.identity, min(3, len(world.identity)))
     if number % 2:
         return " ".join(fact.text if rng.random() < 0.5 else fact.also for fact in chosen)
@@ -82,7 +85,7 @@ def spelling(rng: random.Random, world: World, number: int) -> str:
 
 
 def counting(rng: random.Random, world: World, number: int) -> str:
-    """Letters counted along words."""
+    """Letters of words with a running count."""
     lines = []
     for i in range(3):
         word = world.words[(number * 3 + i) % len(world.words)]
@@ -95,7 +98,7 @@ def counting(rng: random.Random, world: World, number: int) -> str:
 
 
 def sums(rng: random.Random, world: World, number: int) -> str:
-    """Small sums with their results, and how larger ones are written for the calculator."""
+    """Small sums with their results, and larger ones as they are written for the calculator."""
     lines = []
     for i in range(6):
         problem = random_sum(rng, held_out=False)
@@ -110,11 +113,11 @@ def sums(rng: random.Random, world: World, number: int) -> str:
 
 
 def _question(rng: random.Random, world: World, fact: Fact) -> str:
-    """A question and its answer, each at the start of a line: so they are cut into the same tokens as in a chat."""
+    """A question and its answer, each at the start of a line, so that they become the same tokens as in a chat."""
     return f"{ask_fact(rng, fact, rng.randrange(3), world.held_out)}\n{fact.text}"
 
 
-# Of 100 documents, how many are of each kind.
+# How many of 100 documents are of each kind.
 KINDS: tuple[tuple[Callable[[random.Random, World, int], str], int], ...] = (
     (questions, 60),
     (article, 16),
@@ -144,7 +147,7 @@ def documents(world: World, split: Split, max_chars: int, seed: int = SEED) -> I
 
 
 def fingerprint(folder: Path, chars: int, seed: int) -> str:
-    """Hash of all that decides the text: the tables, the code that reads them, the size and the seed."""
+    """Hash of everything that determines the text: the tables, the code that reads them, the size and the seed."""
     tables, identity, words = world_files(folder)
     digest = hashlib.sha256(f"{chars} {seed}".encode())
     for path in [*tables, identity, words, *sorted(Path(__file__).parent.glob("*.py"))]:
@@ -158,7 +161,7 @@ def shard_names() -> list[str]:
 
 
 def is_up_to_date(out: Path, wanted: str) -> bool:
-    """Whether `out` holds the finished corpus with fingerprint `wanted`, unharmed."""
+    """True if `out` holds the complete, undamaged corpus with fingerprint `wanted`."""
     try:
         stamp = json.loads((out / STAMP).read_text(encoding="utf-8"))
         return stamp["fingerprint"] == wanted and all(
@@ -174,7 +177,7 @@ def write_corpus(
     """Write the corpus as shards into `out` (default: base_data/demo in the base folder).
 
     Returns:
-        (the folder, whether anything was written): nothing is when it is up to date already.
+        (the folder, True if anything was written; an up-to-date corpus is left as it is).
 
     Raises:
         ValueError: the world has a mistake, `chars` is too small, or `out` holds files of something else.
@@ -205,8 +208,5 @@ def write_corpus(
 
 
 def _write_shard(path: Path, texts: list[str]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = pa.table({"text": pa.array(texts, type=pa.string())})
     pq.write_table(table, path, row_group_size=ROW_GROUP_DOCS, compression="zstd", compression_level=3)

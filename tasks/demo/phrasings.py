@@ -1,7 +1,7 @@
-"""The many ways of asking: wrappers around a question, rewordings by rule, and the way people type.
+"""Ways of asking: wrappers around a question, rewordings by rule, and the way people type.
 
-`{Q}` stands for the question as written, `{q}` for the same inside a sentence, `{tell}` for the embedded clause.
-The HELD_OUT_ lists are for evaluation alone: their fixed words occur nowhere in training (a test reads all of it).
+`{Q}` stands for the question as written, `{q}` for the question inside a sentence, `{tell}` for the embedded clause.
+The HELD_OUT_ lists are only for evaluation: their fixed words occur nowhere in training (a test reads all of it).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ HELD_OUT_GREETING_WRAPPERS = (
     "{Q} A short answer is fine.",
 )
 
-# Words that open a question and are no names, so that they lose their capital inside a sentence.
+# Words that begin a question and are not names, so that they lose their capital inside a sentence.
 _OPENERS = frozenset(
     words_of(
         "what which who whose whom when where why how is are was were do does did can could may must should will would "
@@ -142,7 +142,7 @@ _REWORDINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"In what (.+)\?", ("In which {0}?",)),
     (r"What (color|country|animal|season|part|bird|fruit|city|sport|food|tool) (.+)\?", ("Which {0} {1}?",)),
 )
-# Words that may stand for each other in a question.
+# Words that can replace each other in a question.
 _SYNONYMS: tuple[tuple[str, str], ...] = (
     ("a group of", "many"),
     ("biggest", "largest"),
@@ -180,13 +180,13 @@ _CLAUSES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def lower_first(question: str) -> str:
-    """The question as it stands inside a sentence: "What is rain?" -> "what is rain?", but "Paris is where?" stays."""
+    """The question as written inside a sentence: "What is rain?" -> "what is rain?"; "Paris is where?" stays."""
     first = question.split(" ", 1)[0]
     return question[0].lower() + question[1:] if first.lower() in _OPENERS else question
 
 
 def upper_first(text: str) -> str:
-    """`text` with a capital letter at its start."""
+    """`text` with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
@@ -200,7 +200,7 @@ def wrap(wrapper: str, question: str = "", tell: str = "") -> str:
 
 
 def wrap_fact(rng: random.Random, question: str, tell: str, *, held_out: bool) -> str:
-    """The question of a fact in a random wrapper, of training or held out."""
+    """The question of a fact in a random wrapper, from training or held out."""
     tells = HELD_OUT_TELL_WRAPPERS if held_out else TELL_WRAPPERS
     around = (
         HELD_OUT_QUESTION_WRAPPERS + HELD_OUT_GREETING_WRAPPERS if held_out else QUESTION_WRAPPERS + GREETING_WRAPPERS
@@ -214,7 +214,7 @@ def wrap_request(rng: random.Random, request: str, *, held_out: bool) -> str:
 
 
 def reword(rng: random.Random, question: str, tell: str) -> str:
-    """The question with another opening or with a synonym, by rule; the question itself where no rule fits."""
+    """The question with another opening or a synonym, by rule; the question itself if no rule fits."""
     candidates = []
     for pattern, templates in _REWORDINGS:
         if match := re.fullmatch(pattern, question):
@@ -232,7 +232,7 @@ def reword(rng: random.Random, question: str, tell: str) -> str:
 
 
 def drop_words(rng: random.Random, question: str) -> str:
-    """The question without one or two of its small words, as a hurried person types it."""
+    """The question without one or two of its function words, as typed by people in a hurry."""
     words = question.split(" ")
     small = [i for i, word in enumerate(words) if i and word.lower() in _FUNCTION_WORDS]
     dropped = set(rng.sample(small, min(len(small), rng.randint(1, 2))))
@@ -240,7 +240,7 @@ def drop_words(rng: random.Random, question: str) -> str:
 
 
 def keywords(rng: random.Random, fact: Fact, question: str) -> str:
-    """A search-box query: the question word and the content words, at times in another order or with a word more."""
+    """A search query: the question word and the content words, sometimes reordered or with an extra word."""
     answer_words = {word for group in fact.keys for phrase in group for word in words_of(phrase)}
     content = [word for word in words_of(question) if word not in _FUNCTION_WORDS]
     if len(content) < 2:
@@ -255,7 +255,7 @@ def keywords(rng: random.Random, fact: Fact, question: str) -> str:
 
 
 def gap(rng: random.Random, fact: Fact) -> str:
-    """The fact with "what" where the answer stood: "Cows give us what to drink?"."""
+    """The fact with "what" in place of the answer: "Cows give us what to drink?"."""
     sentence = rng.choice((fact.text, fact.also))
     for phrase in fact.keys[0]:
         for text in (sentence, fact.text):
@@ -266,16 +266,16 @@ def gap(rng: random.Random, fact: Fact) -> str:
 
 
 def typed(rng: random.Random, text: str) -> str:
-    """The text as people type it: mostly tidy, at times in lower case or without the mark at its end."""
+    """The text as people type it: mostly tidy, sometimes in lower case or without the final punctuation."""
     if rng.random() < 0.12:
         text = text.lower()
     return text.rstrip("?.") if rng.random() < 0.15 else text
 
 
 def ask_fact(rng: random.Random, fact: Fact, round_number: int, held_out: HeldOutQuestions) -> str:
-    """A training question for `fact`; `round_number` walks through its questions so that each gets its turn.
+    """A training question for `fact`; `round_number` cycles through its questions.
 
-    Rewording by rule can hit upon a held-out question: then the plain question is asked.
+    If rewording by rule gives a held-out question, the plain question is asked instead.
     """
     question = fact.asks[round_number % len(fact.asks)]
     kind = rng.random()

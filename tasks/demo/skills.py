@@ -1,8 +1,8 @@
 """Arithmetic, spelling and letter counting: the questions, and answers in a form that a tiny model can copy.
 
-The forms follow the tokenizer. It cuts numbers into pairs of digits from the left, so numbers to 99 are one token each
-and sums are copied token by token. It glues one leading space to a word, so in "r i v e r" after a space each letter is
-one token, the same one wherever the letter stands.
+The forms follow the tokenizer. It cuts numbers into pairs of digits from the left, so numbers up to 99 are one token
+each, and sums are copied token by token. It attaches one leading space to a word, so in "r i v e r" after a space each
+letter is one token, the same one at every position.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Sum:
 
     @property
     def expression(self) -> str:
-        """What the calculator gets."""
+        """The expression for the calculator."""
         return f"{self.a}{self.op}{self.b}"
 
     @property
@@ -164,17 +164,17 @@ class Sum:
 
 
 def is_held_out_pair(a: int, b: int) -> bool:
-    """Whether sums of these two numbers, in either order and with any operator, are kept for evaluation (1 in 10)."""
+    """True if sums of these numbers, in either order and with any operator, are held out for evaluation (1 in 10)."""
     return zlib.crc32(f"{min(a, b)} {max(a, b)}".encode()) % 10 == 0
 
 
 def random_sum(rng: random.Random, *, held_out: bool) -> Sum:
-    """A sum of numbers with one to three digits, mostly two, whose pair is held out or is not."""
+    """A sum of numbers with one to three digits, mostly two; `held_out` selects the pairs for evaluation."""
     while True:
         op = rng.choice("+-*")
         top_a, top_b = rng.choice(((99, 99), (99, 99), (99, 99), (99, 20), (9, 9), (999, 99), (999, 999)))
         a, b = rng.randint(1, top_a), rng.randint(1, top_b)
-        if op == "-" and a < b and rng.random() < 0.9:  # few results below zero
+        if op == "-" and a < b and rng.random() < 0.9:  # few negative results
             a, b = b, a
         if is_held_out_pair(a, b) == held_out:
             return Sum(a, op, b)
@@ -226,5 +226,5 @@ def count_answer(word: str, letter: str) -> Parts:
 
 
 def random_letter(rng: random.Random, word: str) -> str:
-    """A letter to count in `word`: mostly one that it has, as the count of any other is always 0."""
+    """A letter to count in `word`: mostly one of its own, because the count of any other is always 0."""
     return rng.choice(word if rng.random() < 0.85 else "abcdefghijklmnopqrstuvwxyz")

@@ -1,4 +1,4 @@
-"""Greetings, thanks, goodbyes and made-up things: what people say that asks for no fact."""
+"""Greetings, thanks, goodbyes and made-up things: requests that do not ask for a fact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GOOD = "I am glad to hear that."
 SORRY = "I am sorry. Please ask me in other words."
 UNKNOWN_ANSWER = "I am sorry, I do not know that."
 
-# (what people say, the reply, the words that a right reply has)
+# (messages, the reply, the words that a right reply has)
 SMALL_TALK: tuple[tuple[tuple[str, ...], str, Keys], ...] = (
     (("Hi!", "Hello!", "Hi", "Hello.", "Hey!", "Hi there!", "Hello there!", "Good morning!", "Good evening!",
       "Good day!", "Hi nanochat!", "Hello nanochat!", "Hey nanochat!"), HELLO, (("hello",),)),
@@ -53,7 +53,7 @@ _HELD_OUT_UNKNOWABLE = ("What is the time now?", "Do you know my name?", "What w
 
 
 def made_up_word(rng: random.Random, *, held_out: bool) -> str:
-    """A word that names nothing; the ones for evaluation end in syllables that training's never have."""
+    """A made-up word; those for evaluation end in syllables that never occur in training."""
     syllables = [rng.choice("bcdfgklmnpqrtvz") + rng.choice(("a", "e", "i", "o", "u", "oo", "ee")) for _ in range(2)]
     return "".join(syllables) + rng.choice(
         ("zix", "quon", "vark") if held_out else ("x", "zz", "bin", "gle", "wub", "nk", "zo")
@@ -61,7 +61,7 @@ def made_up_word(rng: random.Random, *, held_out: bool) -> str:
 
 
 def unknown_question(rng: random.Random, *, held_out: bool) -> str:
-    """A question that has no answer here: about a made-up thing, or about what the model can't see."""
+    """A question without an answer: about a made-up thing, or about something the model can't see."""
     if rng.random() < 0.3:
         return rng.choice(_HELD_OUT_UNKNOWABLE if held_out else _UNKNOWABLE)
     word = made_up_word(rng, held_out=held_out)

@@ -1,8 +1,8 @@
-"""Sums in words: which operation is meant must be understood from the wording, the calculator does the rest.
+"""Sums in words: the operation must be understood from the wording, and the calculator does the rest.
 
-Harder than DemoArithmetic, whose requests name the operation by its sign or name: of these wordings SFT has seen none,
-so its model uses the calculator but often asks it for the wrong operation. That leaves something that reinforcement
-learning can find by trying. In the test split the pairs of numbers are those that no training ever uses.
+This is harder than DemoArithmetic, whose requests name the operation by its sign or name. SFT has seen none of these
+wordings, so its model uses the calculator but often asks for the wrong operation. Reinforcement learning can discover
+the right one by trial and error. The test split uses only pairs of numbers that never occur in training.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WORDINGS = {
 
 
 class DemoWordSums(DemoTask):
-    """Sums of two numbers below 100, asked in words that don't name the operation."""
+    """Sums of two numbers below 100, asked in words that do not name the operation."""
 
     def get_example(self, index: int) -> Conversation:
         rng = self.random(index)
@@ -60,10 +60,10 @@ class DemoWordSums(DemoTask):
         return conversation((question, sum_answer(problem)), expected=problem.result)
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 when the calculator was used and the last number of the answer is the right one."""
+        """1 if the calculator was used and the last number of the answer is right."""
         numbers = re.findall(r"-?\d+", final_text(completion).replace(",", ""))
         return int(bool(tool_calls(completion)) and bool(numbers) and int(numbers[-1]) == problem["expected"])
 
     def reward(self, problem: Conversation, completion: str) -> float:
-        """1.0 for a right answer, else 0.0: what reinforcement learning maximises."""
+        """1.0 for a right answer, else 0.0; reinforcement learning maximises it."""
         return float(self.evaluate(problem, completion))

@@ -1,8 +1,8 @@
 """Read the tables of a world: topics with facts, the assistant's identity, words to spell.
 
-A world is a folder of text files. Every `*.txt` is a table of facts, but for two names: `identity.txt` (same form,
-about the assistant itself) and `words.txt` (sections [trained] and [unseen]); where those are missing, the ones that
-ship with nanochat are taken. In a table, blank lines and lines that open with `#` don't count. A topic:
+A world is a folder of text files. Every `*.txt` is a table of facts, except for two names: `identity.txt` (in the same
+form, about the assistant itself) and `words.txt` (sections [trained] and [unseen]); if one of these is missing, the one
+that comes with nanochat is used. Blank lines and lines that begin with `#` are ignored. A topic:
 
     [sky]
     fact: The sky is blue because air scatters blue light more than red light.
@@ -11,10 +11,11 @@ ship with nanochat are taken. In a table, blank lines and lines that open with `
     tell: why the sky is blue
     key: scatters
 
-`fact` is the answer that is taught, `also` the same in other words. One `ask` is never trained on: evaluation asks it.
-It is never the first one, and a hash of the fact chooses which; always the last would hold out the forms of question
-that authors think of last, everywhere at once. `tell` is the question as it stands after "Can you tell me". `key` says
-which words make an answer right: a comma between words that are all needed, a slash between words that will each do.
+`fact` is the answer that is taught, `also` the same in other words. One `ask` is never trained on, only evaluated. It
+is never the first one, and a hash of the fact chooses it; if it were always the last, then those forms of question that
+authors think of last would be held out everywhere. `tell` is the question in the form that follows "Can you tell me".
+`key` lists the words that make an answer right: a comma between words that are all needed, a slash between
+alternatives.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class Fact:
     """The question that training never uses."""
     tell: str
     keys: tuple[tuple[str, ...], ...]
-    """All groups must be met; a group is met by any one of its words (or short phrases)."""
+    """A right answer has at least one word (or short phrase) of each group."""
     place: str
-    """`file:line` of the fact, for messages."""
+    """`file:line` of the fact, for error messages."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Topic:
 
 @dataclass(frozen=True)
 class World:
-    """All that the demo teaches."""
+    """Everything that the demo teaches."""
 
     topics: tuple[Topic, ...]
     identity: tuple[Fact, ...]
@@ -86,11 +87,11 @@ class World:
 
 
 class HeldOutQuestions:
-    """Finds questions in running text, whatever the case and punctuation."""
+    """Finds questions in running text, ignoring case and punctuation."""
 
     def __init__(self, questions: Iterable[str]) -> None:
         self.questions = {tuple(words_of(question)) for question in questions} - {()}
-        # Few windows of a text open with the first two words of a question, and a look-up of those is cheap.
+        # Few positions of a text begin with the first two words of a question, and looking those up is cheap.
         self.lengths: dict[tuple[str, ...], set[int]] = {}
         for question in self.questions:
             self.lengths.setdefault(question[:2], set()).add(len(question))
@@ -111,17 +112,17 @@ def words_of(text: str) -> list[str]:
 
 
 def contains_words(text: str, phrase: str) -> bool:
-    """Whether the words of `phrase` stand together in `text`: "sea" is not in "season"."""
+    """True if `text` has the words of `phrase` in a row: "sea" is not in "season"."""
     return f" {' '.join(words_of(phrase))} " in f" {' '.join(words_of(text))} "
 
 
 def has_keys(text: str, keys: tuple[tuple[str, ...], ...]) -> bool:
-    """Whether `text` has one phrase of each group."""
+    """True if `text` has a phrase of each group."""
     return all(any(contains_words(text, phrase) for phrase in group) for group in keys)
 
 
 def load_world(folder: str | Path | None = None) -> World:
-    """The world in `folder`, else in $NANOCHAT_WORLD_DIR, else the one that ships with nanochat.
+    """The world in `folder`, else in $NANOCHAT_WORLD_DIR, else the one that comes with nanochat.
 
     Raises:
         FileNotFoundError: no such folder, or no table in it.
@@ -134,13 +135,13 @@ def load_world(folder: str | Path | None = None) -> World:
 
 
 def world_folder(folder: str | Path | None = None) -> Path:
-    """Where `load_world(folder)` reads."""
+    """The folder that `load_world(folder)` reads."""
     return Path(folder or os.environ.get("NANOCHAT_WORLD_DIR") or SHIPPED_WORLD)
 
 
 @functools.lru_cache(maxsize=4)
 def _load_world(folder: str, versions: tuple[tuple[str, int, int], ...]) -> World:
-    """`versions` makes the cache forget a world whose files have changed."""
+    """Load a world; `versions` invalidates the cache when its files have changed."""
     world, problems = read_world(folder)
     if problems:
         more = f" (and {len(problems) - 1} more: python -m tasks.demo --check)" if len(problems) > 1 else ""
@@ -185,7 +186,7 @@ def read_world(folder: str | Path) -> tuple[World, list[str]]:
 
 @dataclass
 class _Draft:
-    """A fact under way: field -> text, and where it began."""
+    """A fact that is being read: text by field, and where it began."""
 
     place: str
     fields: dict[str, str] = field(default_factory=dict)
@@ -199,7 +200,7 @@ class _TopicDraft:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(`file:line`, text) of each line that counts."""
+    """(`file:line`, text) of each line that is not ignored."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -241,7 +242,7 @@ def _read_table(path: Path, problems: list[str], *, identity: bool) -> list[Topi
 
 
 def held_out_index(fact: str, num_asks: int) -> int:
-    """Which of a fact's questions is held out: the same on every machine, never the first if there are more."""
+    """The number of the held-out question of a fact: the same on every machine, and not the first if there are more."""
     return 1 + zlib.crc32(fact.encode()) % (num_asks - 1) if num_asks > 1 else 0
 
 
@@ -261,7 +262,7 @@ def _finish_fact(topic: str, draft: _Draft, problems: list[str], *, identity: bo
 
 
 def _fact_problems(fact: Fact, *, identity: bool) -> Iterator[str]:
-    """What is wrong with one fact, as `what: remedy`."""
+    """The problems of one fact, as `what: remedy`."""
     asks = (*fact.asks, fact.held_out)
     if identity and len(asks) < MIN_IDENTITY_ASKS:
         yield f"{len(asks)} questions: an identity fact needs {MIN_IDENTITY_ASKS} or more, with | between them"
@@ -291,7 +292,7 @@ def _show_keys(keys: tuple[tuple[str, ...], ...]) -> str:
 
 
 def _clashes(world: World) -> list[str]:
-    """Questions asked twice anywhere, held-out questions inside trained text, topics opened twice."""
+    """Report questions asked twice, held-out questions inside trained text, and repeated topics."""
     problems: list[str] = []
     seen_topics: dict[str, str] = {}
     for topic in world.topics:
