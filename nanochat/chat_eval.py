@@ -1,4 +1,4 @@
-"""How well an assistant answers tasks: letters by their logits, anything else by letting it write.
+"""Evaluation of an assistant on tasks: letters by their logits, anything else by letting it write.
 
 The functions behind scripts/chat_eval. They know of a task only what `EvalTask` says (see tasks/common.py). Ranks share
 the problems and exchange their records at the end, so the result does not depend on how many there are.
@@ -35,13 +35,13 @@ class EvalTask(Protocol):
     baseline: float
 
     def __len__(self) -> int:
-        """Number of problems."""
+        """The number of problems."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The conversation of a problem; its last message is the reference answer."""
 
     def evaluate(self, problem: dict[str, Any], completion: str) -> int | bool:
-        """Whether the completion is right."""
+        """True if the completion is right."""
 
 
 def evaluate_chat_task(
@@ -108,7 +108,7 @@ def evaluate_chat_task(
 
 
 def check_samples(num_samples: int, sampling: Sampling) -> None:
-    """Refuse a number of answers per problem that makes no sense."""
+    """Raise ValueError for a number of answers per problem that makes no sense."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if num_samples > 1 and sampling.temperature == 0:
@@ -195,7 +195,6 @@ def _judge(task: EvalTask, index: int, completions: list[str]) -> Record:
 
 
 def _about(problem: Mapping[str, Any], index: int) -> Record:
-    """What a record says of its problem."""
     question = [message["content"] for message in problem["messages"] if message["role"] == "user"][-1]
     record = {"index": index, "question": str(question), "answer": problem["messages"][-1]["content"]}
     return record | ({"group": problem["group"]} if "group" in problem else {})

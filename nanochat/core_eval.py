@@ -1,4 +1,4 @@
-"""CORE: how good a base model is, as the mean over in-context learning tasks of an evaluation bundle.
+"""CORE, a benchmark of base models: the mean over in-context learning tasks of an evaluation bundle.
 
 A bundle is a folder with core.yaml (the tasks), eval_meta_data.csv (the accuracy of guessing) and eval_data/**.jsonl.
 Three kinds of tasks, none of which needs the model to generate:
@@ -58,7 +58,7 @@ Item = Mapping[str, Any]
 
 
 class TextEncoder(Protocol):
-    """What CORE needs of a tokenizer."""
+    """The part of a tokenizer that CORE uses."""
 
     def encode(self, text: list[str], prepend: int | None = None) -> list[list[int]]:
         """Ids of each text, `prepend` first."""
@@ -76,7 +76,7 @@ class CoreTask:
     path: Path
     num_fewshot: int
     delimiter: str
-    """What stands between a context and its continuation."""
+    """The text between a context and its continuation."""
     baseline: float
     """Accuracy of guessing, 0 to 1."""
 
@@ -98,17 +98,17 @@ class CoreResult:
 
     @property
     def partial(self) -> bool:
-        """Whether tasks are missing, so that the score can't be compared with that of the whole bundle."""
+        """True if tasks are missing: then the score can't be compared with that of the whole bundle."""
         return bool(self.missing)
 
     @property
     def core(self) -> float:
-        """Mean centered accuracy."""
+        """The mean centered accuracy."""
         return mean_centered(self.tasks)[0]
 
     @property
     def stderr(self) -> float:
-        """Standard error of `core`."""
+        """The standard error of `core`."""
         return mean_centered(self.tasks)[1]
 
     def csv(self) -> str:
@@ -137,7 +137,7 @@ def get_bundle_folder(path: str | Path | None = None) -> Path:
         archive = download_file_with_lock(BUNDLE_URL, "eval_bundle.zip")
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"the CORE evaluation bundle can't be had: {error}. Or name a folder with it: --eval_bundle PATH"
+            f"the CORE evaluation bundle is unavailable: {error}. Or name a folder with it: --eval_bundle PATH"
         ) from error
     with FileLock(f"{folder}.lock"):
         if not (folder / "core.yaml").is_file():
@@ -222,6 +222,9 @@ def pick_fewshot(index: int, items: Sequence[Item], everything: Sequence[Item], 
 
     They come from the evaluated examples, as in nanochat; when those are too few, from the whole task.
     """
+    # nanochat draws from the examples it evaluates, so --max_per_task changes the prompts too; the seed is the
+    # example's number. Drawn from one less than there are, then shifted past `index`: every other example is equally
+    # likely.
     pool = items if len(items) > count else everything
     others = random.Random(FEWSHOT_SEED + index).sample(range(len(pool) - 1), min(count, len(pool) - 1))
     return [pool[i + (i >= index)] for i in others]
@@ -247,11 +250,11 @@ def render_prompts(task: CoreTask, item: Item, shots: Sequence[Item]) -> list[st
 
 
 def find_spans(kind: str, rows: Sequence[Sequence[int]]) -> list[Span]:
-    """Which tokens of an example's tokenized prompts are scored.
+    """The spans of an example's tokenized prompts that are scored.
 
-    At least one token per row is, also where one choice is the beginning of another and nothing else would be left.
+    At least one token of each is, also where one choice is the beginning of another and nothing else would be left.
     """
-    if kind == "schema":
+    if kind == "schema":  # the contexts differ, the continuation is the same: it is the common end
         suffix = common_prefix_length([row[::-1] for row in rows])
         return [Span(row, max(1, min(len(row) - suffix, len(row) - 1)), len(row)) for row in rows]
     same = common_prefix_length(rows)
@@ -262,15 +265,15 @@ def find_spans(kind: str, rows: Sequence[Sequence[int]]) -> list[Span]:
 
 
 def choose(kind: str, scores: Sequence[Score]) -> int:
-    """Index of the row that the model prefers; for language modeling 1 when it would write the continuation, else 0."""
+    """The index of the preferred span; for language modeling 1 if the model would write the continuation, else 0."""
     if kind == "language_modeling":
         return int(scores[0].greedy)
-    losses = [score.mean_nats for score in scores]
+    losses = [score.mean_nats for score in scores]  # means, not sums: longer choices are not punished
     return losses.index(min(losses))
 
 
 def right_choice(kind: str, item: Item) -> int:
-    """What `choose` must give."""
+    """The result of `choose` that counts as correct."""
     return 1 if kind == "language_modeling" else int(item["gold"])
 
 
@@ -288,7 +291,7 @@ def evaluate_task(
     finished: ResumeLog | None = None,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> list[bool]:
-    """Which of `items` the model answers right; the ranks share the work and all get the whole list.
+    """Tell for each of `items` if the model answers it right; ranks share the work, and all get the whole list.
 
     Args:
         model: see LanguageModel; prompts longer than its context lose their beginning.
@@ -297,7 +300,7 @@ def evaluate_task(
         items: examples to answer, usually the first of `everything`.
         everything: all examples of the task, for few-shot prompts.
         batch_tokens: padded tokens in a batch.
-        finished: answers from before, which are not worked out again, and where new ones are kept with their choices.
+        finished: answers of an interrupted run, which are not computed again, and where new ones are kept.
         on_progress: called with the number of examples finished.
     """
     _, rank, _, world_size = get_dist_info()
@@ -305,7 +308,7 @@ def evaluate_task(
     correct = torch.zeros(len(items), dtype=torch.int32, device=model.get_device())
     before = [record for record in finished.records if record["task"] == task.label] if finished else []
     known = {record["index"]: bool(record["correct"]) for record in before if record["index"] < len(items)}
-    mine = range(rank, len(items), world_size)
+    mine = range(rank, len(items), world_size)  # every rank fills in its own; the sum at the end has them all
     todo = [i for i in mine if i not in known]
     for i in mine:
         correct[i] = known.get(i, False)
@@ -359,7 +362,7 @@ def evaluate_core(
         autocast: makes the context to run the model in.
         batch_tokens: padded tokens in a batch.
         finished: answers of an interrupted evaluation.
-        on_result: called with each task's result as it comes.
+        on_result: called with each task's result when it is known.
     """
     if max_per_task is not None and max_per_task < 1:
         raise ValueError(f"max_per_task must be at least 1, got {max_per_task}")

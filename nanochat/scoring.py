@@ -1,9 +1,9 @@
-"""How likely a model finds given tokens, many rows at a time: the engine room of CORE and of multiple choice.
+"""The likelihood of given tokens under a model, many sequences at a time: what CORE and multiple choice are scored by.
 
-Rows are padded on the right, which a causal model never looks at, so every row gets the scores it would get alone.
+Sequences are padded on the right, where a causal model never looks, so each gets the scores it would get alone.
 Only the positions that matter go through lm_head: logits of a whole batch would not fit into a small card.
-What the rows of one example share at their start, such as a question with its solved examples, is computed once; the
-rows continue from copies of its keys and values.
+What the sequences of one example share at their start, such as a question with its solved examples, is computed once;
+each continues from a copy of its keys and values.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from nanochat.generate.kv_cache import KVCache
 from nanochat.gpt import GPT
 
-# Rows of float32 logits held at once: 512 of a vocabulary of 65536 are 128 MiB.
+# Positions whose float32 logits are held at once: 512 of a vocabulary of 65536 are 128 MiB.
 LOGIT_ROWS = 512
-# A shared start shorter than this is cheaper to compute in every row than to keep apart.
+# A shared start shorter than this is cheaper to compute in every sequence than to keep apart.
 MIN_SHARED = 8
 # What a forward pass costs besides its tokens (reading the weights, starting kernels), in tokens: padding a batch by
 # less than this is cheaper than one more batch.
@@ -33,17 +33,17 @@ Record = dict[str, Any]  # a problem and its answer: "passed", and what else a l
 
 
 class LanguageModel(Protocol):
-    """What scoring needs of a model."""
+    """The part of a model that scoring uses."""
 
     @property
     def max_seq_len(self) -> int:
-        """Most tokens it can read at once."""
+        """The most tokens it can read at once."""
 
     def get_device(self) -> torch.device:
-        """Where its parameters are."""
+        """The device of its parameters."""
 
     def hidden(self, idx: Tensor, kv_cache: Any = None) -> Tensor:
-        """Last hidden states: (B, T) ids -> (B, T, C). With a cache, of what follows on its content."""
+        """Last hidden states: (B, T) ids -> (B, T, C). With a cache, those of tokens that follow its content."""
 
     def logits_at(self, x: Tensor) -> Tensor:
         """float32 logits of hidden states: (N, C) -> (N, V)."""
@@ -51,7 +51,7 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """A row of tokens, of which tokens[start:end] are scored. 1 <= start < end <= len(tokens)."""
+    """A sequence of which tokens[start:end] are scored. 1 <= start < end <= len(tokens)."""
 
     tokens: Sequence[int]
     start: int
@@ -66,16 +66,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Score:
-    """What the model makes of a span."""
+    """The model's judgement of a span."""
 
     mean_nats: float
     """Mean loss per scored token."""
     greedy: bool
-    """Whether each scored token is the one the model finds most likely."""
+    """True if each scored token is the one the model finds most likely."""
 
 
 def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, padded size at most `max_tokens` (or one row)."""
+    """Indices in batches of similar length, longest first, padded size at most `max_tokens` (or one sequence)."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
@@ -87,7 +87,7 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[
 
 
 def pad_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Rows of ids as one (B, longest) tensor, padded on the right."""
+    """Sequences of ids as one (B, longest) tensor, padded on the right."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.long, device=device)
 
@@ -96,7 +96,7 @@ class PrefixCache(Protocol):
     """Keys and values of shared starts."""
 
     def repeated(self, rows: Sequence[int], lengths: Sequence[int], room: int) -> PrefixCache:
-        """A cache whose row i continues the first lengths[i] tokens of this one's row rows[i], by up to `room`."""
+        """A cache in which sequence i continues the first lengths[i] tokens of this one's rows[i], by up to `room`."""
 
 
 def new_prefix_cache(model: LanguageModel, rows: int, n_tokens: int) -> PrefixCache:
@@ -107,7 +107,7 @@ def new_prefix_cache(model: LanguageModel, rows: int, n_tokens: int) -> PrefixCa
 
 
 def shared_length(spans: Sequence[Span]) -> int:
-    """How many tokens at their start the rows of one example share and do not score; 0 where it does not pay."""
+    """The number of tokens at their start that an example's spans share and do not score; 0 where it does not pay."""
     if len(spans) < 2:
         return 0
     shared = min(common_prefix_length([span.tokens for span in spans]), *(span.start for span in spans))
@@ -115,7 +115,7 @@ def shared_length(spans: Sequence[Span]) -> int:
 
 
 def common_prefix_length(rows: Sequence[Sequence[int]]) -> int:
-    """The number of tokens that all rows share at the start."""
+    """The number of tokens that all sequences have in common at the start."""
     first, shortest = rows[0], min(len(row) for row in rows)
     return next((i for i in range(shortest) if any(row[i] != first[i] for row in rows)), shortest)
 
@@ -132,10 +132,13 @@ def batches_of_examples(examples: Sequence[Sequence[Span]], max_tokens: int, con
         context: tokens the model can read at once.
     """
     shared = [shared_length(spans) for spans in examples]
+    # Behind its shared start, an example has as many tails as spans, each padded to the longest.
     tails = [max(len(span.tokens) for span in spans) - n for spans, n in zip(examples, shared, strict=True)]
     order = sorted(range(len(examples)), key=lambda i: (-shared[i], -tails[i], i))
-    cost = [0.0] + [float("inf")] * len(order)  # of the first so many examples
-    cut = [0] * len(cost)  # where their last batch begins
+    # Batches are runs of this order. cost[n] is the least that the first n examples can cost, in tokens; cut[n] is
+    # where their last batch begins. Each batch that begins at `start` is tried, as long as it fits the bounds.
+    cost = [0.0] + [float("inf")] * len(order)
+    cut = [0] * len(cost)
     for start, first in enumerate(order):
         rows = tail = 0
         for stop, i in enumerate(order[start:], start + 1):
@@ -143,11 +146,11 @@ def batches_of_examples(examples: Sequence[Sequence[Span]], max_tokens: int, con
             size, longest = shared[first] * (stop - start) + tail * rows, shared[first] + tail
             if stop > start + 1 and (size > max_tokens or longest * rows > 2 * max_tokens or longest > context):
                 break
-            total = cost[start] + size + PASS_TOKENS * (2 if shared[first] else 1)
+            total = cost[start] + size + PASS_TOKENS * (2 if shared[first] else 1)  # one pass for starts, one for tails
             if total < cost[stop]:
                 cost[stop], cut[stop] = total, start
     batches, stop = [], len(order)
-    while stop:
+    while stop:  # walk the cuts back from the end
         batches.append(order[cut[stop] : stop])
         stop = cut[stop]
     return batches[::-1]
@@ -176,7 +179,7 @@ def score_groups(model: LanguageModel, groups: Sequence[Sequence[Span]]) -> list
 
 
 def _fits(model: LanguageModel, spans: Sequence[Span], starts: Sequence[int]) -> bool:
-    """Whether the padded tails behind the longest start stay within the context."""
+    """True if the padded tails behind the longest start stay within the context."""
     return max(starts) + max(len(span.tokens) - n for span, n in zip(spans, starts, strict=True)) <= model.max_seq_len
 
 
@@ -194,9 +197,10 @@ def _hidden_of_tails(
     idx = pad_rows(prefixes, device)  # (examples, T)
     cache = new_prefix_cache(model, len(prefixes), idx.size(1))
     x = model.hidden(idx, kv_cache=cache)
+    # Every span gets a copy of its example's keys and values, and its tail runs behind them.
     owner = [g for g, group in enumerate(groups) for _ in group]
     last = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)
-    before_tail = x[torch.arange(len(prefixes), device=device), last][torch.tensor(owner, device=device)]
+    before_tail = x[torch.arange(len(prefixes), device=device), last][torch.tensor(owner, device=device)]  # (rows, C)
     tails = pad_rows([span.tokens[n:] for span, n in zip(spans, starts, strict=True)], device)  # (rows, tail)
     return model.hidden(tails, kv_cache=cache.repeated(owner, starts, tails.size(1))), before_tail
 
@@ -214,6 +218,7 @@ def _score_hidden(
     selected = hidden[rows, columns.clamp(min=0)]  # (N, C)
     if before_tail is not None:
         selected = torch.where((columns < 0).unsqueeze(1), before_tail[rows], selected)
+    # lm_head in slices: the logits of all scored positions of a batch at once would be gigabytes.
     nats, hits = [], []
     for i in range(0, len(wanted), LOGIT_ROWS):
         logits, target = model.logits_at(selected[i : i + LOGIT_ROWS]), wanted[i : i + LOGIT_ROWS]  # (n, V)
@@ -226,7 +231,7 @@ def _score_hidden(
 
 @torch.no_grad()
 def next_token_logits(model: LanguageModel, prompts: Sequence[Sequence[int]], choices: Sequence[int]) -> Tensor:
-    """float32 logits on the CPU of the tokens `choices` after each prompt, one batch: (prompts, choices)."""
+    """float32 logits (prompts, choices) on the CPU: of the tokens `choices` after each prompt, in one batch."""
     device = model.get_device()
     hidden = model.hidden(pad_rows(prompts, device))  # (B, T, C)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
@@ -249,12 +254,12 @@ class TaskScore:
 
     @property
     def accuracy(self) -> float:
-        """Share of problems solved."""
+        """The share of problems solved."""
         return sum(record["passed"] for record in self.records) / len(self.records)
 
     @property
     def stderr(self) -> float:
-        """Standard error of the accuracy."""
+        """The standard error of the accuracy."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.records))
 
     @property

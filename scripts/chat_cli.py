@@ -68,7 +68,7 @@ class Config:
             raise ValueError("--prompt is empty: ask something, or leave it out for a conversation")
 
     def sampling(self) -> Sampling:
-        """How answers are chosen."""
+        """The settings of answers, checked."""
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -85,7 +85,7 @@ def say(text: str) -> None:
 
 
 def show(parts: Iterable[Event], terminal: bool) -> None:
-    """Print an answer as it comes; on a terminal also, dimmed, what the calculator was asked."""
+    """Print an answer as it comes; on a terminal also the calculator's work, dimmed."""
     for part in parts:
         text = printable(part.text) if terminal else part.text
         if part.kind == "text":
@@ -102,7 +102,7 @@ def printable(text: str) -> str:
 
 
 def prompt_reader(history: Path) -> Callable[[], str]:
-    """Reads messages from a terminal: history, editing, several lines with Alt-Enter or by pasting."""
+    """A function that reads messages from a terminal: history, editing, several lines with Alt-Enter or by pasting."""
     from prompt_toolkit import PromptSession  # lazy: only a terminal needs it
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
     from prompt_toolkit.completion import WordCompleter
@@ -134,7 +134,7 @@ def prompt_reader(history: Path) -> Callable[[], str]:
 
 
 class Interrupts:
-    """What Ctrl-C does while this is entered: it interrupts reading, and stops an answer.
+    """Inside this context Ctrl-C interrupts reading, and stops an answer.
 
     Python's own KeyboardInterrupt may come between any two instructions, also while this thread holds a lock that the
     engine's thread waits for, or between two messages. So only reading is interrupted; an answer is asked to stop.
@@ -151,7 +151,7 @@ class Interrupts:
         signal.signal(signal.SIGINT, self._previous)
 
     def read(self, read: Callable[[], str]) -> str:
-        """What `read` returns. From then on Ctrl-C stops the answer to it.
+        """Return what `read` returns. From then on Ctrl-C stops the answer to it.
 
         Raises:
             KeyboardInterrupt: Ctrl-C came meanwhile.

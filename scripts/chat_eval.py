@@ -1,4 +1,4 @@
-"""How well an assistant answers: multiple choice by letter, everything else by writing and being judged.
+"""Evaluate an assistant: multiple choice by letter, everything else by writing an answer that the task judges.
 
 python -m scripts.chat_eval -i sft
 python -m scripts.chat_eval -i sft -a "GSM8K|ARC-Easy" -x 50
@@ -71,7 +71,7 @@ class Config:
         check_samples(self.num_samples, self.sampling())
 
     def sampling(self) -> Sampling:
-        """How answers are generated."""
+        """The settings of answers, checked."""
         seed = self.runtime.seed
         return Sampling(temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_new_tokens, seed=seed)
 
@@ -132,7 +132,7 @@ def print_score(cfg: Config, score: TaskScore) -> None:
 
 
 def fingerprint(cfg: Config, compute: Compute, folder: Path) -> str:
-    """Short name of all that answers depend on: those of another fingerprint are not taken over."""
+    """A hash of all that answers depend on: those of another fingerprint are not taken over."""
     checkpoint = find_tag(cfg.source, cfg.model_tag)
     version = weights_hash(step_folder(checkpoint, int(folder.name[-6:])))
     data = os.environ.get("NANOCHAT_TASK_DIR")

@@ -89,7 +89,7 @@ class Config:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The listening socket, opened before the model is loaded so that a taken port shows at once."""
+    """Open the listening socket, before the model is loaded: so a port that is taken shows at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -108,7 +108,7 @@ def choose_devices(device: torch.device, num_gpus: int) -> list[torch.device]:
 
 
 def choose_key(cfg: Config) -> str | None:
-    """The key clients must send.
+    """Return the key that clients must send, None for none.
 
     Raises:
         ValueError: the server would be open to others without one, or the key can't be sent in a header.
@@ -127,7 +127,7 @@ def choose_key(cfg: Config) -> str | None:
 
 
 def load_engines(cfg: Config, name: str, compute: Compute) -> tuple[list[BatchEngine], Any, dict[str, Any]]:
-    """(an engine on every device, the tokenizer, what the page shows about the model)."""
+    """Load the model on every device: (engines, tokenizer, what the page shows about the model)."""
     engines = []
     for device in choose_devices(compute.device, cfg.num_gpus):
         model, tokenizer, meta = load_chosen(cfg.source, cfg.model_tag, cfg.step, cfg.hf_path, device)

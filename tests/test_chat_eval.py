@@ -398,11 +398,11 @@ def test_base_eval_with_fewer_examples_than_shots(trained, bundle, base_dir, cap
 
 def test_base_eval_without_a_bundle(trained, base_dir, monkeypatch, capsys):
     def offline(path):
-        raise FileNotFoundError("the CORE evaluation bundle can't be had")
+        raise FileNotFoundError("the CORE evaluation bundle is unavailable")
 
     monkeypatch.setattr(base_eval, "get_bundle_folder", offline)
     run_script(base_eval.main, base_eval.Config, ["--skip_if_missing"])
-    assert "CORE is skipped: the CORE evaluation bundle can't be had" in capsys.readouterr().out
+    assert "CORE is skipped: the CORE evaluation bundle is unavailable" in capsys.readouterr().out
     assert section(base_dir, "base-model-evaluation")["metrics"] == {}
     with pytest.raises(SystemExit) as error:
         run_script(base_eval.main, base_eval.Config, [])

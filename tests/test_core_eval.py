@@ -494,7 +494,7 @@ def test_no_network_says_how_to_go_on(base_dir, monkeypatch):
         raise RuntimeError("could not download")
 
     monkeypatch.setattr(core_eval, "download_file_with_lock", fail)
-    with pytest.raises(FileNotFoundError, match=r"can't be had.*--eval_bundle PATH"):
+    with pytest.raises(FileNotFoundError, match=r"is unavailable.*--eval_bundle PATH"):
         get_bundle_folder()
 
 

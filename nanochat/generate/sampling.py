@@ -1,9 +1,9 @@
 """Choosing the next token from a model's logits: greedy, temperature, top-k, top-p, repetition penalty.
 
-A row's choice depends on its logits, its settings and one random number that the row draws from a generator of its own,
-so a seed gives the same text whichever other rows run beside it.
+A sequence's next token depends on its logits, its settings and one random number, drawn from a generator of its own: so
+a seed gives the same text whichever other sequences run beside it.
 
-Shapes: B rows, V vocabulary.
+Shapes: B sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NOT_FINITE = -1  # stands for a token where the logits are not numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to continue a text: the one set of knobs of engine, server, chat and evaluation. Checked when made.
+    """The knobs of generation, for engine, server, chat and evaluation. Checked when made.
 
     Raises:
         ValueError: a setting is out of range.
@@ -54,31 +54,32 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken, without a random number."""
+        """True if the likeliest token is taken, without a random number."""
         return self.temperature < MIN_TEMPERATURE
 
 
 def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) -> Tensor:
-    """One token per row.
+    """Choose one token per sequence.
 
     Args:
         logits: (B, V) float32, after any repetition penalty.
-        settings: the same for all rows.
-        uniform: (B,) random numbers in [0, 1), one per row; not needed when greedy.
+        settings: the same for all.
+        uniform: (B,) random numbers in [0, 1), one per sequence; not needed when greedy.
 
     Returns:
-        (B,) int64; NOT_FINITE in rows whose logits hold NaN or infinity where it matters.
+        (B,) int64; NOT_FINITE where the logits hold NaN or infinity that matters.
     """
     if settings.greedy:
         best, choice = logits.max(dim=-1)
         return choice.masked_fill_(best.sub_(best) != 0, NOT_FINITE)  # NaN less itself is NaN, and so is infinity
     if uniform is None:
-        raise ValueError("sampling above temperature 0 needs a random number per row")
+        raise ValueError("sampling above temperature 0 needs a random number per sequence")
     ids = None
     all_tokens = logits.size(-1)
     top_k = min(settings.top_k or all_tokens, all_tokens)
     top_p = 1.0 if settings.top_p is None else settings.top_p
     if top_k < all_tokens or top_p < 1.0:
+        # top_p needs them sorted as well: its share is filled from the likeliest down.
         logits, ids = logits.topk(top_k, dim=-1)  # (B, k), the likeliest first
     p = (logits / settings.temperature).softmax(dim=-1)
     total = _running_total(p)
@@ -86,6 +87,7 @@ def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) ->
         p = p.where(total - p < top_p, 0.0)  # those whose betters don't reach it yet
         total = _running_total(p)
     # The inverse of the distribution function: the first token whose running total exceeds a random share of it all.
+    # Not torch.multinomial, which draws from one generator for the whole batch.
     share = uniform.clamp(max=BELOW_ONE).unsqueeze(1) * total[:, -1:]
     choice = torch.searchsorted(total, share, right=True).clamp_(max=total.size(-1) - 1)  # (B, 1)
     if ids is not None:
@@ -94,14 +96,14 @@ def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) ->
 
 
 def _running_total(p: Tensor) -> Tensor:
-    """Sums along the rows; a CUDA card has no deterministic form of it, and torch refuses it where one is asked for."""
+    # A CUDA card has no deterministic cumsum, and torch raises where deterministic algorithms are asked for.
     if p.is_cuda and torch.are_deterministic_algorithms_enabled():
         return p.cpu().cumsum(dim=-1).to(p.device)
     return p.cumsum(dim=-1)
 
 
 def penalize(logits: Tensor, seen: Sequence[Iterable[int]], penalty: float) -> Tensor:
-    """Logits (B, V) with those of each row's `seen` tokens made less likely; the given tensor stays as it is."""
+    """Logits (B, V) in which each sequence's `seen` tokens are less likely; the given tensor stays as it is."""
     logits = logits.clone()
     for row, tokens in zip(logits, seen, strict=True):
         index = torch.tensor(list(tokens), dtype=torch.long, device=logits.device)

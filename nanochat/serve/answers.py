@@ -1,4 +1,4 @@
-"""From a request to its answer: prompts and settings, engines to choose from, events as they arrive, a log if wanted.
+"""From a request to its answer: prompt and settings, the engines, events as they arrive, and a log if wanted.
 
 An engine's thread puts its events into a box and wakes the server's event loop, which so never waits for an engine.
 """
@@ -61,7 +61,7 @@ class EnginePool:
         return busiest.submit(request)
 
     def stats(self) -> list[dict[str, Any]]:
-        """Of every engine."""
+        """The counters of every engine."""
         return [engine.stats() for engine in self.engines]
 
     def close(self) -> None:
@@ -107,11 +107,12 @@ class Service:
 
     @property
     def model_id(self) -> str:
-        """What clients call the model."""
+        """The name by which clients know the model."""
         return str(self.model_info.get("id", "nanochat"))
 
     def generations(self, tokens: list[int], asked: SamplingFields, n: int = 1) -> list[GenerationRequest]:
-        """`n` requests to go on with `tokens`; the server's defaults hold where a client says nothing."""
+        """`n` requests that continue `tokens`, with the server's defaults where a client says nothing."""
+        # Without a seed each request gets a random one: the server's own would answer everybody alike.
         sampling = asked.over(dataclasses.replace(self.defaults, seed=secrets.randbits(31)))
         each = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(n)]
         return [GenerationRequest(tokens=tokens, sampling=s, stop=asked.stop_texts) for s in each]
@@ -121,8 +122,8 @@ class Service:
     ) -> tuple[list[int], int]:
         """(tokens of a conversation, messages left out because they don't fit).
 
-        With `forget`, the oldest messages are left out as needed, and room for an answer is kept; without, everything
-        must fit.
+        With `forget`, the oldest messages are left out as needed, and room for an answer is reserved; without it,
+        everything must fit.
 
         Raises:
             RequestError: 400, the messages make no conversation, or they don't fit.
@@ -148,7 +149,7 @@ class Service:
 
 
 class AnswerFailed(Exception):
-    """Something went wrong inside the engine, or it was stopped; the log says what."""
+    """An answer that failed inside the engine, or was stopped. Clients are told no more; the log says what happened."""
 
     def __init__(self) -> None:
         super().__init__("the answer failed; the server's log says why")
@@ -158,9 +159,9 @@ class AnswerStream:
     """One or several generations that belong to one request of a client, started together.
 
     Args:
-        service: whose engines write it, and whose log keeps it if there is one.
-        requests: what to generate.
-        prompts: what the log says was asked, for each request.
+        service: its engines write the answer; its log, if there is one, keeps it.
+        requests: one for each generation.
+        prompts: the question of each request, for the log.
 
     Raises:
         RequestError: 429 when too many wait, 503 when the server stops, 400 when the model can't do it.
@@ -190,14 +191,15 @@ class AnswerStream:
     def _put(self, i: int, event: Event) -> None:
         with self._lock:
             self._box.append((i, event))
-            first = len(self._box) == 1
+            first = len(self._box) == 1  # the loop was woken already for what lies there, and takes all of it
         if first:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is waiting any more
                 self._loop.call_soon_threadsafe(self._filled.set)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """(index of the generation, event) up to the last event of each. Pieces of text that arrived meanwhile come
-        as one: a busy loop then has less to do.
+        """Yield (index of the generation, event) up to the last event of each.
+
+        Pieces of text that arrived meanwhile come as one, so that a busy loop has less to do.
 
         Raises:
             AnswerFailed: a generation failed or was cut short; the others are cancelled.
@@ -226,14 +228,14 @@ class AnswerStream:
                     self._log.write(prompt, events)
 
     async def collect(self) -> list[list[Event]]:
-        """All events of every generation."""
+        """Wait for the end; return all events of every generation."""
         collected: list[list[Event]] = [[] for _ in self._generations]
         async for i, event in self.events():
             collected[i].append(event)
         return collected
 
     async def collect_for(self, request: Request) -> list[list[Event]] | None:
-        """`collect`, or None when the client has gone away; then the generations are cancelled."""
+        """Like `collect`, but None as soon as the client has gone away; then the generations are cancelled."""
         work = asyncio.ensure_future(self.collect())
         gone = asyncio.ensure_future(_disconnect(request))
         try:

@@ -8,7 +8,7 @@
     GET  /health, /stats     is it ready; the model, and what it has done
 
 Every card has an engine with a thread of its own (nanochat.serve.batch_engine); the event loop never waits for it.
-Requests wait in a bounded queue, and a client that goes away frees its place. Conversations are stored or logged only
+Requests wait in a bounded queue, and the place of a client that goes away becomes free. Conversations are logged only
 on request.
 """
 
@@ -57,7 +57,7 @@ def create_app(
     access: Access | None = None,
     log_path: Path | None = None,
 ) -> FastAPI:
-    """The application that serves these engines; it closes them when it ends.
+    """Build the application that serves these engines; it closes them when it ends.
 
     Args:
         engines: one per device, all with the same model.

@@ -1,8 +1,8 @@
-"""Continuous batching: many requests share one model, each joins and leaves the running batch when it likes.
+"""Continuous batching: many requests share one model; each joins and leaves the running batch at any step.
 
 A thread per `BatchEngine` runs the model. Each of its rounds reads at most `prefill_chunk` tokens of waiting prompts
-and then gives every running answer one token, so a long prompt never holds up the others for long. Requests wait in
-the order they came. What a request gets does not depend on which others run beside it.
+and then gives every running answer one token, so a long prompt never delays the others for long. Requests wait in the
+order of arrival. An answer does not depend on which others are written beside it.
 
     engine = BatchEngine(model, tokenizer, precision, max_batch_size=16)
     generation = engine.submit(GenerationRequest(tokens=prompt, sampling=Sampling(max_tokens=100)))
@@ -40,7 +40,7 @@ RATE_WINDOW_SECONDS = 30.0  # how far back stats() looks for the speed
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What to write and how."""
+    """A prompt and how to continue it."""
 
     tokens: list[int]
     """The prompt, rendered: not empty, with room for an answer in the model's context."""
@@ -56,7 +56,7 @@ class GenerationRequest:
 
 
 class QueueFull(RuntimeError):
-    """Too many requests wait already."""
+    """Raised when too many requests wait already."""
 
     def __init__(self, waiting: int, retry_after_seconds: int) -> None:
         super().__init__(f"{waiting} requests are waiting already: try again in {retry_after_seconds} s")
@@ -64,7 +64,7 @@ class QueueFull(RuntimeError):
 
 
 class EngineClosed(RuntimeError):
-    """The engine takes no more requests (it is closing or closed)."""
+    """Raised when the engine takes no more requests: it is closing or closed."""
 
 
 class Generation:
@@ -79,7 +79,7 @@ class Generation:
         self._cancelled = False
 
     def events(self) -> Iterator[Event]:
-        """Every event from the first on, waiting for the next, up to the last ("done" or "error"); for threads."""
+        """Yield every event from the first to the last ("done" or "error"), blocking until the next arrives."""
         arrived: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.add_listener(arrived.put)
         while True:
@@ -100,7 +100,7 @@ class Generation:
             self._listeners.append(callback)
 
     def cancel(self) -> None:
-        """Stop it; its slot is free for the next request after the round in progress. Harmless when it is over.
+        """Stop it: after the round in progress its slot is free for the next request. Does nothing when it has ended.
 
         The last event is "done" with finish_reason "cancelled". Takes no lock, so that signal handlers and event loops
         may call it: the engine is awake as long as anything runs or waits, and looks before every round.
@@ -109,7 +109,7 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Whether the last event has happened."""
+        """True when the last event has happened."""
         return bool(self._events) and self._events[-1].finish_reason is not None
 
     def _emit(self, event: Event) -> None:
@@ -122,7 +122,7 @@ class Generation:
 
 
 class _Job:
-    """A request with its row and its reader."""
+    """A request on its way: its sequence in the scheduler, and the reader of what that says."""
 
     def __init__(self, generation: Generation, row: RowState, reader: AnswerReader) -> None:
         self.generation, self.row, self.reader = generation, row, reader
@@ -133,6 +133,7 @@ class _Job:
     def take(self, new: list[tuple[int, int]]) -> None:
         """Turn new tokens into events, up to a stop text."""
         for token, _ in new:
+            # A token may make no text yet (half a character, or the beginning of a stop text): the next event has it.
             self.held.append(token)
             part = self.reader.read(token)
             if part is None:
@@ -147,7 +148,6 @@ class _Job:
                 return
 
     def end(self, reason: FinishReason) -> None:
-        """The last event."""
         if reason != "error":
             self._flush()
         text = "" if self.row.error is None else str(self.row.error) or type(self.row.error).__name__
@@ -212,7 +212,8 @@ class BatchEngine:
             ("submitted", "finished", "cancelled", "failed", "generated_tokens", "prompt_tokens", "cached_tokens"), 0
         )
         self._rate: deque[tuple[float, float, int]] = deque()  # (when, seconds, tokens) of the last rounds
-        release_workers()  # from here on the model runs in the thread below
+        # OpenMP's idle threads belong to the thread that started them; from here on the model runs in another.
+        release_workers()
         self._thread = threading.Thread(target=self._work, name="batch-engine", daemon=True)
         self._thread.start()
 
@@ -223,7 +224,7 @@ class BatchEngine:
 
     @property
     def load(self) -> int:
-        """Requests that run or wait."""
+        """The number of requests that run or wait."""
         return len(self._running) + len(self._waiting)
 
     def submit(self, request: GenerationRequest) -> Generation:
@@ -285,7 +286,6 @@ class BatchEngine:
         self.close(drain=False)
 
     def _row(self, request: GenerationRequest) -> RowState:
-        """The row of a request, checked."""
         check_prompt(self.model, request.tokens)
         if not 0 <= request.keep <= self.context_length // 2:
             raise ValueError(f"keep must be 0 to half the context ({self.context_length // 2}), got {request.keep}")
@@ -299,7 +299,7 @@ class BatchEngine:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        """Rounds, as long as there is work."""
+        """The thread: rounds, as long as there is work."""
         while True:
             cancelled, running = self._prepare()
             for job in cancelled:
@@ -332,11 +332,11 @@ class BatchEngine:
                 self._changed.wait()
 
     def _round(self, start: float) -> None:
-        """One step of the running answers, begun at `start`; counted before anybody hears of it."""
+        """Take one step of all running answers; it began at `start`. Counted before its events are sent."""
         jobs = {id(job.row): job for job in self._running}
         try:
             step = self._scheduler.step()
-        except Exception as error:  # not of one row: nothing can be saved, but those who wait may fare better
+        except Exception as error:  # not of one sequence: all that run have failed, but those that wait may succeed
             step = [(job.row, []) for job in self._running]
             for row, _ in step:
                 row.finish_reason, row.error = "error", error
@@ -366,7 +366,6 @@ class BatchEngine:
     # --- estimates ----------------------------------------------------------------------------------------------------
 
     def _measure(self, seconds: float, tokens: int) -> None:
-        """Remember how fast a round was."""
         now = time.perf_counter()
         with self._lock:
             self._counts["generated_tokens"] += tokens

@@ -15,13 +15,13 @@ Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content":
 
 
 class Conversation:
-    """The messages so far, and how the next one is answered.
+    """A conversation: the messages so far, and the settings for the next answer.
 
     Args:
         engine: runs the model.
         tokenizer: the model's.
-        settings: how answers are chosen; may be replaced between two questions.
-        notice: told when old messages no longer fit into the context.
+        settings: how answers are generated; may be replaced between two questions.
+        notice: called with a sentence when old messages no longer fit into the context.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Conversation:
         self.engine, self.tokenizer, self.settings, self.notice = engine, tokenizer, settings, notice
         self.system = ""
         self.messages: list[Message] = []
-        self.stopped = False  # by `stop`; stays so until it is set back before the next question
+        self.stopped = False  # set by `stop`, cleared by the caller before the next question
         self._answering: Generation | None = None
         self._asked = 0
 
@@ -43,7 +43,7 @@ class Conversation:
         self.messages = []
 
     def undo(self) -> str | None:
-        """Take back the last question and its answer; returns the question, None if there is none."""
+        """Remove the last question and its answer; return the question, or None if there is none."""
         if not self.messages:
             return None
         question: str = self.messages[-2]["content"]
@@ -81,7 +81,7 @@ class Conversation:
         )
         self._asked += 1
         generation = self._answering = self.engine.submit(request)
-        if self.stopped:
+        if self.stopped:  # Ctrl-C came before there was anything to cancel
             generation.cancel()
         said: list[Event] = []
         try:
@@ -98,12 +98,12 @@ class Conversation:
 
 
 def answer_room(context_length: int, max_tokens: int | None) -> int:
-    """How much of the context is kept free for an answer: what was asked for, at most a quarter."""
+    """The part of the context that is reserved for an answer: what was asked for, at most a quarter."""
     return max(1, min(max_tokens or context_length, context_length // 4))
 
 
 def fit_context(tokenizer: RustBPETokenizer, messages: list[Message], room: int) -> tuple[list[int], int]:
-    """The prompt of a conversation that ends with the user, in at most `room` tokens.
+    """Render the prompt of a conversation that ends with the user, in at most `room` tokens.
 
     The oldest exchanges are left out as needed; a system message stays.
 

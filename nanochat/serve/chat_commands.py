@@ -32,16 +32,16 @@ ALIASES = {"/exit": "/quit", "/new": "/clear", "/topk": "/top_k", "/topp": "/top
 
 
 class Quit(Exception):
-    """The user wants to end."""
+    """Raised when the user wants to end."""
 
 
 def is_command(line: str) -> bool:
-    """Whether a line is for the program, not for the model."""
+    """True if a line is for the program, not for the model."""
     return line.startswith("/") or line.lower() in PLAIN
 
 
 def run_command(line: str, conversation: Conversation, say: Callable[[str], None]) -> str | None:
-    """Carry out a command; returns a question that must be asked now, if any.
+    """Carry out a command; return the question that must be asked now, if any.
 
     Raises:
         ValueError: there is no such command, or its value is not possible.

@@ -1,4 +1,4 @@
-"""Which model a chat script talks to: a checkpoint of ours, or a folder in the format of transformers."""
+"""The choice of a chat script's model: a checkpoint of ours, or a folder in the format of transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nanochat.tokenizer import RustBPETokenizer
 
 
 def find_model(source: str, model_tag: str | None, hf_path: str | None) -> str:
-    """The name of the model, once it is sure that there is one; `hf_path` goes before the checkpoints.
+    """Return the name of the model, after checking that there is one; `hf_path` comes before the checkpoints.
 
     Raises:
         FileNotFoundError: there is none; says how to get one.
@@ -30,7 +30,7 @@ def find_model(source: str, model_tag: str | None, hf_path: str | None) -> str:
 def load_chosen(
     source: str, model_tag: str | None, step: int | None, hf_path: str | None, device: torch.device
 ) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
-    """(model, tokenizer, meta) of what `find_model` has named, in eval mode on `device`."""
+    """Load the model that `find_model` has named: (model, tokenizer, meta), in eval mode on `device`."""
     if hf_path is not None:
         return load_nanochat_folder(hf_path, device)
     return load_model(source, device, "eval", model_tag, step)

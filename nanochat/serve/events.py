@@ -15,7 +15,7 @@ PartKind = Literal["text", "python", "python_output"]
 
 @dataclass(frozen=True)
 class Usage:
-    """What a generation cost so far."""
+    """The tokens that a generation has cost so far."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -54,7 +54,7 @@ def join_events(events: Sequence[Event]) -> list[dict[str, str]]:
 
 
 class AnswerReader:
-    """Turns the tokens of one answer into events. Special tokens never show; nor do bytes that form no character."""
+    """Turns the tokens of one answer into events. Neither special tokens nor bytes that form no character are text."""
 
     def __init__(self, tokenizer: RustBPETokenizer) -> None:
         self._tokenizer = tokenizer
@@ -93,7 +93,7 @@ class StopTexts:
         self.stops, self.found, self._held = stops, False, ""
 
     def feed(self, text: str) -> str:
-        """The text that may be shown now."""
+        """Take in new text; return what may be shown now."""
         if not self.stops or self.found:
             return "" if self.found else text
         held = self._held + text
@@ -101,6 +101,7 @@ class StopTexts:
         if places:
             self.found, self._held = True, ""
             return held[: min(places)]
+        # The longest end of the text with which a stop text begins must wait for what follows.
         begun = max(
             (n for stop in self.stops for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])),
             default=0,
@@ -109,6 +110,6 @@ class StopTexts:
         return held[: len(held) - begun]
 
     def flush(self) -> str:
-        """What was held back, when no more can come."""
+        """Return what was held back, when no more can come."""
         held, self._held = self._held, ""
         return held

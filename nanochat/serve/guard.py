@@ -1,4 +1,4 @@
-"""What stands before every route of the chat server: the key, the origin, the size of a body, the security headers."""
+"""Checks before every route of the chat server: the key, the origin, the size of a body; and the security headers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ SECURITY_HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """Who may use the server."""
+    """The rules of access to the server."""
 
     api_key: str | None = None
-    """What a client must send as `Authorization: Bearer ...`; None: nothing is asked."""
+    """The key that a client must send as `Authorization: Bearer ...`; None: no key is needed."""
     open_paths: frozenset[str] = frozenset({"/health"})
     """Paths that need no key (the page's files are added)."""
     cors_origins: tuple[str, ...] = ()
@@ -45,12 +45,12 @@ class Access:
     of its own at 127.0.0.1 (DNS rebinding) and then read what the server answers."""
 
     def opened(self, paths: Iterable[str]) -> Access:
-        """The same, with more paths that need no key."""
+        """A copy with more paths that need no key."""
         return dataclasses.replace(self, open_paths=self.open_paths | frozenset(paths))
 
 
 class Guard:
-    """Refuses what has no business here, and adds the security headers to every response."""
+    """Middleware that refuses requests against the rules, and adds the security headers to every response."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self.app, self.access = app, access
@@ -123,7 +123,7 @@ def host_name(host: str) -> str:
 
 
 def explain_problems(problems: Iterable[dict[str, object]]) -> tuple[str, str | None]:
-    """(what is wrong with a request, the first field that is), without repeating the request's content."""
+    """Summarize validation errors as (message, first wrong field), without repeating the request's content."""
     said: dict[str, None] = {}
     fields: list[str] = []
     for problem in problems:
@@ -134,7 +134,7 @@ def explain_problems(problems: Iterable[dict[str, object]]) -> tuple[str, str | 
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error has the one shape of nanochat.serve.schemas.error_body; a failure says nothing of the inside."""
+    """Give every error the shape of nanochat.serve.schemas.error_body; a failure of the server reveals no details."""
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

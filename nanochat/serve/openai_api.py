@@ -21,7 +21,7 @@ from nanochat.serve.batch_engine import GenerationRequest
 from nanochat.serve.events import Event, Usage, join_events
 from nanochat.serve.schemas import CompletionRequest, OpenAIChatRequest, OpenAIRequest, RequestError, error_body
 
-CLIENT_GONE = 499  # nobody reads this; the number is nginx's
+CLIENT_GONE = 499  # nobody reads this; the number is the one nginx logs
 
 
 def add_openai_routes(app: FastAPI, service: Service) -> None:
@@ -82,7 +82,7 @@ def _check_request(service: Service, body: OpenAIRequest) -> None:
 
 
 def _encode(service: Service, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Token ids of every prompt; texts begin with bos."""
+    """The token ids of every prompt; texts begin with bos."""
     bos, context = service.tokenizer.get_bos_token_id(), service.pool.context_length
     encoded = [[bos, *service.tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
     longest = max(map(len, encoded))
@@ -176,7 +176,7 @@ class _Completion:
 
 
 def count_usage(prompt_tokens: int, usages: Sequence[Usage | None]) -> dict[str, Any]:
-    """Usage as OpenAI's API reports it."""
+    """The `usage` object of OpenAI's API."""
     written = sum(usage.completion_tokens for usage in usages if usage is not None)
     cached = max((usage.cached_tokens for usage in usages if usage is not None), default=0)
     return {

@@ -1,4 +1,4 @@
-"""What clients may ask of the chat server: the bodies of its requests, their limits, and the shape of its errors."""
+"""The bodies of requests to the chat server, their limits, and the shape of its errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8000
 MAX_CONVERSATION_CHARS = 32000
 MAX_TOKENS = 4096
-MAX_CHOICES = 8  # answers or prompts of one request: each takes a place in the batch
+MAX_CHOICES = 8  # answers or prompts of one request: each takes a slot in the batch
 # The longest allowed conversation with every character written as \uXXXX\uXXXX, and its braces.
 MAX_BODY_BYTES = 12 * MAX_CONVERSATION_CHARS + 100 * MAX_MESSAGES
 
@@ -29,7 +29,7 @@ PromptText = Annotated[str, Field(max_length=MAX_CONVERSATION_CHARS)]
 
 
 class RequestError(HTTPException):
-    """A request that can't be served, in the words and the shape of OpenAI's API."""
+    """A request that can't be served: an error in the shape of OpenAI's API."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ def error_body(
 
 
 class MessagePart(BaseModel):
-    """A piece of a message: text, or (in an answer) what the calculator was asked and what it said."""
+    """A piece of a message: text, or (in an answer) an expression for the calculator or its result."""
 
     type: Literal["text", "python", "python_output"]
     text: str = Field(max_length=MAX_MESSAGE_CHARS)
@@ -67,7 +67,7 @@ class ChatMessage(BaseModel):
 
     @property
     def chars(self) -> int:
-        """How long it is."""
+        """The number of characters."""
         return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
 
     @model_validator(mode="after")
@@ -80,7 +80,7 @@ class ChatMessage(BaseModel):
         return self
 
     def to_message(self) -> dict[str, Any]:
-        """As nanochat.messages knows it."""
+        """The message in the form of nanochat.messages."""
         if isinstance(self.content, str):
             content: Any = self.content
         elif self.role == "assistant":
@@ -91,7 +91,7 @@ class ChatMessage(BaseModel):
 
 
 class SamplingFields(BaseModel):
-    """How tokens are chosen, within what a server allows; what is left out is the server's default."""
+    """How tokens are chosen, within what a server allows; fields left out take the server's defaults."""
 
     temperature: float | None = Field(None, ge=0.0, le=2.0)
     top_k: int | None = Field(None, ge=0, le=200)
@@ -107,7 +107,7 @@ class SamplingFields(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def over(self, defaults: Sampling) -> Sampling:
-        """The defaults with what this request says."""
+        """The defaults, overridden by what this request says."""
         knobs = {field.name for field in dataclasses.fields(Sampling)}
         return dataclasses.replace(defaults, **self.model_dump(include=knobs, exclude_none=True))
 
@@ -126,14 +126,17 @@ class ChatRequest(SamplingFields):
 
 
 class StreamOptions(BaseModel):
-    """What a stream holds besides the text."""
+    """Extras of a stream."""
 
     include_usage: NullIsFalse = False
 
 
 class OpenAIRequest(SamplingFields):
-    """What both kinds of completions have in common. Fields that would change the answer and that no part of this
-    server knows are refused unless they ask for nothing; others (`user`, `metadata`, ...) are ignored."""
+    """The fields that both kinds of completions share.
+
+    Fields that would change the answer and that this server does not know are refused unless they ask for nothing;
+    others (`user`, `metadata`, ...) are ignored.
+    """
 
     model: str | None = Field(None, max_length=200)
     stream: NullIsFalse = False
@@ -187,7 +190,7 @@ class CompletionRequest(OpenAIRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Every prompt by itself."""
+        """The prompts as a list."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
