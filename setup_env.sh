@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Make .venv: Python, the torch that runs on this machine, cargo if it is missing, and the project itself (editable).
-# When nothing has changed since the last time it returns at once.
+# Returns at once if nothing has changed since the last time.
 #
-#   bash setup_env.sh                 what a run needs
-#   bash setup_env.sh --dev           and what the tests need
+#   bash setup_env.sh                 everything that a run needs
+#   bash setup_env.sh --dev           everything that the tests need too
 #   bash setup_env.sh --print-torch   only print which torch it would install, best candidate first
 #
 # NANOCHAT_TORCH="torch==2.14.* --index-url https://download.pytorch.org/whl/cu126" overrides the choice.
@@ -29,10 +29,10 @@ die() {
     exit 1
 }
 
-# --- what this machine is ---------------------------------------------------------------------------------------------
+# --- this machine -----------------------------------------------------------------------------------------------------
 
 # Lines "capability driver" (such as "6.0 535.104.05"), one per NVIDIA card; nothing without a card. The capability is
-# "unknown" where nvidia-smi is too old to tell: then its driver is old as well, which decides the same way.
+# "unknown" if nvidia-smi is too old to report it; its driver is then old as well, which leads to the same choice.
 cards() {
     local answer driver
     command -v nvidia-smi > /dev/null || return 0
@@ -84,12 +84,12 @@ hash_stdin() {
     if command -v sha256sum > /dev/null; then sha256sum; else shasum -a 256; fi | cut -d ' ' -f 1
 }
 
-# Changes with everything that the environment is made from.
+# A hash of everything that the environment is made from.
 wanted_stamp() {
     {
         torch_candidates
         cd "$ROOT"
-        pwd # an environment that was moved points to the old place
+        pwd # an environment that was moved points to its old folder
         cat pyproject.toml setup_env.sh
         find rustbpe -path rustbpe/target -prune -o -type f \( -name '*.rs' -o -name 'Cargo.*' \) -print |
             LC_ALL=C sort | while read -r file; do printf '%s\n' "$file" && cat "$file"; done
@@ -119,7 +119,7 @@ install_torch() {
     "$PYTHON" -m pip install --no-input --upgrade "${words[@]}"
 }
 
-# Some systems (Colab, plain Debian) have venv, but not what puts pip into it; a pip outside can do that, or uv.
+# Some systems (Colab, plain Debian) have venv without ensurepip; then a pip outside installs pip, or uv does.
 make_venv() {
     local python="$1"
     rm -rf "$VENV"
@@ -134,13 +134,13 @@ venv_works() {
     "$PYTHON" -c 'import sys, pip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2> /dev/null
 }
 
-# A quick look whether what was installed is still there; importing it all would take seconds.
+# A quick check that the packages are still installed; importing them would take seconds.
 is_complete() {
     venv_works && compgen -G "$ROOT/rustbpe/_rustbpe*" > /dev/null &&
         "$PYTHON" -c 'import importlib.util as u; assert all(map(u.find_spec, ("torch", "pyarrow", "tyro")))' 2> /dev/null
 }
 
-# Whether rustc is there and new enough for rustbpe.
+# True if rustc is installed and new enough for rustbpe.
 rust_works() {
     local wanted have
     command -v cargo > /dev/null || return 1
@@ -157,7 +157,7 @@ as_root() {
     if [[ "$(id -u)" == 0 ]]; then "$@"; else sudo -n "$@"; fi
 }
 
-# By the package manager if root (or sudo without a password), else by rustup into the home folder.
+# With the package manager if root (or sudo without a password), else with rustup in the home folder.
 install_rust() {
     if can_be_root; then
         if command -v apt-get > /dev/null; then
@@ -182,7 +182,7 @@ install_rust() {
     rust_works
 }
 
-# Import torch, compare its kernels with the cards, compute something. $1: how many cards nvidia-smi sees.
+# Import torch, compare its kernels with the cards, compute something. $1: number of cards that nvidia-smi sees.
 prove_torch() {
     (cd "$ROOT" && "$PYTHON" - "$1") << 'PROOF'
 import os
@@ -196,7 +196,7 @@ hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 cards = 0 if hidden else int(sys.argv[1])
 print("torch", torch.__version__, "CUDA", torch.version.cuda)
 if cards and torch.version.cuda and not torch.cuda.is_available():
-    sys.exit(f"{cards} cards here, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees none: the driver is too old or too new")
+    sys.exit(f"{cards} cards here, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds none: the driver is too old or too new")
 if cards and not torch.version.cuda:
     sys.exit(f"{cards} cards here, but torch {torch.__version__} is a build for CPUs")
 check_wheel()
@@ -208,7 +208,7 @@ for device in [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 PROOF
 }
 
-# Try one torch after the other until one is proved to run here.
+# Try one torch after another until one is shown to run here.
 install_and_prove() {
     local extras="$1" num_cards="$2" candidate
     while read -r -u 3 candidate; do
@@ -263,7 +263,7 @@ main() {
         step "making .venv with $python" make_venv "$python" || die "$NO_VENV"
     fi
     if ! install_and_prove "$extras" "$((num_cards))"; then
-        # What an earlier, interrupted set-up left behind may be in the way.
+        # Leftovers of an earlier, interrupted set-up may be in the way.
         [[ "$fresh" == no ]] || give_up "$((num_cards))"
         step "making .venv again with $python" make_venv "$python" || die "$NO_VENV"
         install_and_prove "$extras" "$((num_cards))" || give_up "$((num_cards))"

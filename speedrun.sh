@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # nanochat's own speedrun: the pipeline of speedrun_p100.sh at depth 20, on large cards through torchrun.
-# Every setting of speedrun_p100.sh works here too (bash speedrun.sh -h); NPROC: fewer than all cards.
+# All settings of speedrun_p100.sh work here too (bash speedrun.sh -h); NPROC takes fewer than all cards.
 set -euo pipefail
 
 export PROFILE="${PROFILE:-d20}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model that answers: set-up, tokenizer, base, mid, SFT, report, one question.
+# From scratch to a model that answers: set-up, tokenizer, base, mid, SFT, report, one question.
 # Help: bash speedrun_p100.sh -h
 set -euo pipefail
 
@@ -9,27 +9,27 @@ usage() {
     cat << 'HELP'
 bash speedrun_p100.sh [--dry_run]      (bash speedrun.sh: the same for 8 large cards)
 
-Trains an assistant from nothing and asks it one question. Run it again to go on where it stopped: finished stages are
-skipped, and what has changed is made again. Ctrl-C or `kill` save first; the exit code is then 75 (1: an error).
-Settings come from the environment:
+Trains an assistant from scratch and asks it one question. Run it again to resume where it stopped: finished stages are
+skipped, and stages whose settings have changed run again. Ctrl-C and `kill` save first; the exit code is then 75 (an
+error: 1). Settings come from the environment:
 
-  PROFILE            auto (default): p100 with a CUDA card; without one cpu for your own data, else demo
+  PROFILE            auto (default): p100 with a CUDA card; without one, cpu for your own data, else demo
                      demo (a small world, minutes on a CPU), cpu, p100, d20 (8 cards), tiny (a test)
-  DEPTH              layers of the model; the width follows (default with a card: what learns most on it in HOURS)
-  VOCAB_SIZE         tokens of the vocabulary (at least 265)
-  HOURS              time of base training; mid-training gets a third and SFT a sixth of it on top
+  DEPTH              layers of the model; the width follows (default with a card: the depth that learns most in HOURS)
+  VOCAB_SIZE         size of the vocabulary (at least 265)
+  HOURS              time for base training; mid-training takes another third of it, SFT a sixth
   DATASET            climbmix, fineweb_edu (both downloaded) or demo
   DATA_DIR           your own text instead: a folder (or file) of txt, md, html, jsonl, csv or parquet
   CHAT_DATA          your own conversations (.jsonl or .parquet), "demo", or "nanochat" for its mixture from the hub
-  NPROC              processes, one per card (default: all equal cards; of unequal ones the faster group)
+  NPROC              processes, one per card (default: all cards of one kind; of several kinds the fastest group)
   WANDB_RUN          name of a Weights & Biases run (default: none)
-  NANOCHAT_BASE_DIR  where everything goes (default ~/.cache/nanochat)
+  NANOCHAT_BASE_DIR  folder for everything (default ~/.cache/nanochat)
 
   DATA_DIR=~/texts CHAT_DATA=~/chats.jsonl HOURS=2 bash speedrun_p100.sh
 HELP
 }
 
-# Paths are meant from where the user stands, but the stages run in the project's folder.
+# Paths are relative to the user's folder, but the stages run in the project's.
 make_absolute() {
     local name="$1" value="${!1:-}"
     if [[ -n "$value" && "$value" != /* && "$value" != "~"* ]]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Will a run work on this machine? Looks, changes nothing. Needs bash; after `bash setup_env.sh` it also asks torch.
+# Check whether a run will work on this machine; changes nothing. Needs bash; after `bash setup_env.sh` it tests torch too.
 #   bash verify_p100_setup.sh           ✓ good, ⚠ works, but …, ✗ will not work; → what to do
 #   bash verify_p100_setup.sh --json    the same for programs
 # Exit 0: a run will work; 1: it won't, and the ✗ lines say why; 2: an unknown option.
@@ -16,7 +16,7 @@ JSON=no
 STATUSES=() NAMES=() TEXTS=() REMEDIES=()
 problems=0 plan="" python="" gpus=""
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 # report ok|warn|fail NAME TEXT [REMEDY]
 report() {
@@ -29,7 +29,7 @@ report() {
     [[ -z "$remedy" ]] || printf '    → %s\n' "$remedy"
 }
 
-# A JSON string. Control characters become spaces, bytes that are no UTF-8 are dropped.
+# A JSON string. Control characters become spaces, bytes that are not UTF-8 are dropped.
 json_string() {
     local text="$1"
     text="${text//\\/\\\\}"
@@ -89,7 +89,7 @@ check_python() {
     fi
 }
 
-# Whether a server answers at all; an HTTP error is an answer too.
+# True if a server answers at all; an HTTP error is an answer too.
 reachable() {
     if command -v curl > /dev/null; then
         curl --silent --head --location --max-time 10 --output /dev/null "$1"
@@ -109,7 +109,7 @@ ASK
     fi
 }
 
-# Where pip looks for packages: its settings, else its default.
+# The package index of pip: from its settings, else the default.
 package_index() {
     local index="${PIP_INDEX_URL:-}"
     [[ -n "$index" || -z "$python" ]] || index="$("$python" -m pip config get global.index-url 2> /dev/null || true)"
@@ -123,7 +123,7 @@ check_packages() {
         report ok packages "from ${PIP_FIND_LINKS:-a folder} (PIP_NO_INDEX)"
     else
         index="$(package_index)"
-        # An address may hold a password.
+        # An address may contain a password.
         if reachable "$index"; then
             report ok packages "${index##*@} answers"
         else
@@ -144,7 +144,7 @@ check_rust() {
             report fail rust "cargo is here, but no linker (cc)" "Debian, Ubuntu: apt install gcc"
         fi
     elif [[ "$(id -u)" == 0 ]] && command -v apt-get > /dev/null || reachable https://sh.rustup.rs; then
-        report warn rust "no cargo here" "nothing to do: setup_env.sh installs it (package manager or rustup)"
+        report warn rust "no cargo found" "nothing to do: setup_env.sh installs it (package manager or rustup)"
     else
         report fail rust "no cargo here, and https://sh.rustup.rs does not answer" "install cargo (apt install cargo, or https://rustup.rs)"
     fi
@@ -163,7 +163,7 @@ list_cards() {
         ask_smi name,memory.total,driver_version || true
 }
 
-# By name, for an nvidia-smi that can't tell; "" if unknown.
+# By name, for an nvidia-smi that does not report it; "" if unknown.
 guess_capability() {
     case "$1" in
         *P100*) echo 6.0 ;;
@@ -179,7 +179,7 @@ guess_capability() {
 check_driver() {
     local name="$1" driver="$2" capability="$3" branch="${2%%.*}"
     if [[ ! "$branch" =~ ^[0-9]+$ ]]; then
-        report warn driver "nvidia-smi tells no driver version ($driver)" "any from 525.60 to 580 runs every card from Pascal on"
+        report warn driver "nvidia-smi reports no driver version ($driver)" "any from 525.60 to 580 runs every card from Pascal on"
     elif [[ "$branch" -lt 525 ]]; then
         report fail driver "$driver is older than 525.60, which CUDA 12.6 needs" \
             "install driver 580 (the last one for P100 and V100; Debian, Ubuntu: apt install nvidia-driver-580) and reboot"
@@ -214,12 +214,12 @@ check_card() {
     check_memory_of_card "$name" "$memory_mib"
 }
 
-# Whether a card is among those in CUDA_VISIBLE_DEVICES, counted as nvidia-smi does.
+# True if a card is among those in CUDA_VISIBLE_DEVICES, counted as nvidia-smi does.
 visible() {
     [[ -z "${CUDA_VISIBLE_DEVICES+set}" || "$CUDA_VISIBLE_DEVICES" == *-* || ",$CUDA_VISIBLE_DEVICES," == *",$1,"* ]]
 }
 
-# Which of several unequal cards train: nanochat.cards decides, here as in the run.
+# Which cards train if they differ: nanochat.cards decides, here as in the run.
 check_choice() {
     local choice
     choice="$(printf '%s' "$gpus" | PYTHONPATH="$ROOT" "${python:-python3}" -m nanochat.cards 2> /dev/null | sed -n 2p)"
@@ -265,10 +265,10 @@ no_card() {
                 "install a driver that knows it (P100, V100: 525.60 to 580; apt install nvidia-driver-580) and reboot; or run the demo on the CPU: CUDA_VISIBLE_DEVICES= bash speedrun_p100.sh"
             return
         fi
-        report warn cards "nvidia-smi is there but shows no card: $said" \
+        report warn cards "nvidia-smi is installed but shows no card: $said" \
             "if this machine has one, install driver 580 and reboot; without one nothing is to do"
     elif [[ -n "$on_bus" ]]; then
-        report warn driver "$on_bus is built in, but its driver is not here" \
+        report warn driver "$on_bus is in this machine, but its driver is not installed" \
             "install driver 580 (in a container: docker run --gpus all); else the CPU is used"
     fi
     report ok cards "no CUDA card: the demo will run, on the CPU, and needs none"
@@ -297,7 +297,7 @@ check_memory() {
     local wanted="$1" least="$2" mib
     mib="$(memory_mib)"
     if [[ "$mib" == 0 ]]; then
-        report warn memory "can't be read here" "make sure that there are $wanted GB"
+        report warn memory "can't be determined here" "make sure that there are $wanted GB"
     elif [[ "$mib" -lt $((least * 1024 - 512)) ]]; then
         report fail memory "$((mib / 1024)) GiB; this run needs $wanted GB" \
             "a machine with more memory, a higher limit of the container, or the demo: CUDA_VISIBLE_DEVICES= PROFILE=demo bash speedrun_p100.sh"
@@ -308,7 +308,7 @@ check_memory() {
     fi
 }
 
-# "free GiB, device" of a folder that may not be there yet.
+# "free GiB, device" of a folder that may not exist yet.
 disk_of() {
     local folder="$1"
     while [[ ! -d "$folder" ]]; do folder="$(dirname "$folder")"; done
@@ -329,7 +329,7 @@ say_disk() {
     fi
 }
 
-# check_disk DATA ENVIRONMENT, in GiB; what is there already counts.
+# check_disk DATA ENVIRONMENT, in GiB; files that exist already count.
 check_disk() {
     local data="$1" environment="$2" free_data free_root disk_data disk_root
     data=$((data - $(used_gib "$BASE_DIR"))) data=$((data > 1 ? data : 1))
@@ -347,7 +347,7 @@ check_disk() {
     fi
 }
 
-# Data that a public source has to deliver: text without DATA_DIR, conversations without CHAT_DATA.
+# Data from public sources: text without DATA_DIR, conversations without CHAT_DATA.
 check_data() {
     local missing=""
     [[ -n "${DATA_DIR:-}" || "${DATASET:-}" == demo ]] || missing="text"
