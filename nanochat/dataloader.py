@@ -26,7 +26,8 @@ import torch
 from nanochat.data.corpus import Corpus
 from nanochat.data.loader import BatchLoader
 from nanochat.data.text_rows import ROWS, TextCounts
-from nanochat.data.token_stream import Cache, TextCursor, TokenStream, chunk_order
+from nanochat.data.token_cache import TokenCache
+from nanochat.data.token_stream import TextCursor, TokenStream, chunk_order
 from nanochat.env import print0
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -80,7 +81,7 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
         num_threads: int | None = None,
         mode: Mode = "stream",
         skip_bad_shards: bool = False,
-        cache: Cache | None = None,
+        cache: TokenCache | None = None,
         max_rows: int | None = None,
     ) -> None:
         super().__init__(batch_size, sequence_len, device, rank, world_size)

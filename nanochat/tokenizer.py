@@ -18,7 +18,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ import torch
 from nanochat.env import get_base_dir
 from nanochat.files import atomic_path, write_text
 from nanochat.messages import PARTS, Conversation, check_messages
+
+if TYPE_CHECKING:
+    import rustbpe
 
 TOKENIZER_FOLDER = "tokenizer"  # under the base dir
 SPECIAL_TOKENS = [
@@ -47,19 +50,9 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 FORMAT = "nanochat-bpe-1"
 
 
-class Encoder(Protocol):
-    """What RustBPETokenizer needs of the thing that cuts and merges text."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of one text."""
-
-    def batch_encode(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
-        """The ids of several texts."""
-
-    def encode_arrow(
-        self, array: Any, num_threads: int | None = None
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """The ids of an Arrow array of texts, one after the other, and where each text's begin."""
+# What encoding an Arrow array gives.
+Tokens = npt.NDArray[Any]  # (n,) uint16 or uint32: the ids of all texts, one after the other
+Bounds = npt.NDArray[np.int64]  # (texts + 1,): text i is tokens[bounds[i]:bounds[i + 1]]
 
 
 class TiktokenEncoder:
@@ -78,9 +71,7 @@ class TiktokenEncoder:
         """The ids of several texts."""
         return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads or 1)
 
-    def encode_arrow(
-        self, array: Any, num_threads: int | None = None
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    def encode_arrow(self, array: Any, num_threads: int | None = None) -> tuple[Tokens, Bounds]:
         """The ids of an Arrow array of texts, one after the other, and where each text's begin."""
         encoded = self.batch_encode([text or "" for text in array.to_pylist()], num_threads)
         offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
@@ -125,9 +116,9 @@ class RustBPETokenizer:
         for name, i in special_tokens.items():
             self._token_bytes[i] = name.encode()
         self.dtype = np.dtype(np.uint16 if len(self._token_bytes) <= 1 << 16 else np.uint32)
-        self._encoder: Encoder = self._make_encoder(encoder)
+        self._encoder = self._make_encoder(encoder)
 
-    def _make_encoder(self, encoder: str) -> Encoder:
+    def _make_encoder(self, encoder: str) -> rustbpe.Tokenizer | TiktokenEncoder:
         if encoder == "tiktoken":
             return TiktokenEncoder(self.pattern, {token: i for i, token in enumerate(self.ranks)})
         import rustbpe  # lazy: it is compiled; what only reads a model's shape runs without it
@@ -283,7 +274,7 @@ class RustBPETokenizer:
 
     __call__ = encode
 
-    def encode_arrow(self, texts: Any, num_threads: int = 1) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    def encode_arrow(self, texts: Any, num_threads: int = 1) -> tuple[Tokens, Bounds]:
         """Encode an Arrow array of strings (a column of a parquet file): the fast way in, without Python strings.
 
         Returns:

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -45,11 +46,11 @@ class Prefetch(Generic[T]):
 
     def __init__(self, make: Callable[[], Iterator[T]], depth: int = 2) -> None:
         self.wait_seconds = 0.0  # how long the consumer had to wait in all
-        self._queue: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
+        self._queue: queue.Queue[Future[T]] = queue.Queue(depth)  # each is done: an item, or the error that ends it all
         self._stop = threading.Event()
         self._ended = False
-        self._held: tuple[str, T | BaseException | None] | None = None  # an end or error met by next_if_ready
-        # The thread must not hold `self`, or an abandoned Prefetch would live for ever.
+        self._held: Future[T] | None = None  # an end or error met by next_if_ready
+        # The thread must not hold `self`: a Prefetch that nobody uses any more could then never be freed.
         self._thread = threading.Thread(target=_work, args=(make, self._queue, self._stop), daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
         _running[self._thread] = self._stop
@@ -62,26 +63,22 @@ class Prefetch(Generic[T]):
         if self._ended:
             raise StopIteration
         start = time.perf_counter()
-        kind, item = self._held or self._queue.get()
+        entry = self._held or self._queue.get()
         self.wait_seconds += time.perf_counter() - start
-        if kind == "item":
-            return item  # type: ignore[return-value]
-        self._ended = True
-        if isinstance(item, BaseException):
-            raise item
-        raise StopIteration
+        self._ended = entry.exception() is not None
+        return entry.result()  # or raises what the thread has met, StopIteration at the end
 
     def next_if_ready(self) -> T | None:
         """The next item if it is there already, else None (also at the end, and where an error is to come)."""
         if self._ended or self._held is not None:
             return None
         try:
-            kind, item = self._queue.get_nowait()
+            entry = self._queue.get_nowait()
         except queue.Empty:
             return None
-        if kind == "item":
-            return item  # type: ignore[return-value]
-        self._held = (kind, item)
+        if entry.exception() is None:
+            return entry.result()
+        self._held = entry
         return None
 
     def close(self) -> None:
@@ -125,22 +122,20 @@ class DeviceFeed(Generic[T]):
             return item, to_device(self._array(item), self._device)
 
 
-def _work(
-    make: Callable[[], Iterator[T]], out: queue.Queue[tuple[str, T | BaseException | None]], stop: threading.Event
-) -> None:
-    def put(kind: str, item: T | BaseException | None) -> None:
+def _work(make: Callable[[], Iterator[T]], out: queue.Queue[Future[T]], stop: threading.Event) -> None:
+    items: Iterator[T] | None = None
+    while not stop.is_set():
+        entry: Future[T] = Future()
+        try:
+            items = make() if items is None else items
+            entry.set_result(next(items))
+        except BaseException as error:  # StopIteration too
+            entry.set_exception(error)
         while not stop.is_set():
             try:
-                out.put((kind, item), timeout=0.1)
-                return
+                out.put(entry, timeout=0.1)  # the queue may stay full for ever: look at `stop` from time to time
+                break
             except queue.Full:
                 continue
-
-    try:
-        for item in make():
-            put("item", item)
-            if stop.is_set():
-                return
-        put("end", None)
-    except BaseException as error:
-        put("error", error)
+        if entry.exception() is not None:
+            return

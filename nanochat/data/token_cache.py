@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
 from nanochat.data.corpus import Chunk, Corpus, shard_chunks
-from nanochat.data.token_stream import Bounds, Tokens
 from nanochat.env import get_base_dir
 from nanochat.files import atomic_folder, write_json
 from nanochat.progress import progress
-from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer import Bounds, RustBPETokenizer, Tokens
 
 FOOTER_BYTES = 1 << 16
 
@@ -41,7 +39,7 @@ class TokenCache:
     def __init__(self, tokenizer: RustBPETokenizer, folder: Path | None = None) -> None:
         self.tokenizer = tokenizer
         self.folder = (folder or get_base_dir() / "token_cache") / tokenizer.hash[:16]
-        self._open: dict[Path, tuple[npt.NDArray[Any], npt.NDArray[np.int64]] | None] = {}
+        self._open: dict[Path, tuple[Tokens, Bounds] | None] = {}
 
     def path(self, shard: Path) -> Path:
         """Where the tokens of a shard are, or would be."""
@@ -63,7 +61,7 @@ class TokenCache:
         bounds = offsets[chunk.first_row + row : chunk.first_row + row + num_rows + 1]
         return ids[bounds[0] : bounds[-1]], bounds - bounds[0]
 
-    def _map(self, shard: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]] | None:
+    def _map(self, shard: Path) -> tuple[Tokens, Bounds] | None:
         path = self.path(shard)
         if not path.exists():
             return None

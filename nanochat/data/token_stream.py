@@ -10,17 +10,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nanochat.data.corpus import BadShardError, Chunk, Corpus
+from nanochat.data.token_cache import TokenCache
 from nanochat.env import print0
-from nanochat.tokenizer import RustBPETokenizer
-
-Tokens = npt.NDArray[Any]  # (n,) uint16 or uint32
-Bounds = npt.NDArray[np.int64]  # (documents + 1,)
+from nanochat.tokenizer import Bounds, RustBPETokenizer, Tokens
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,6 @@ class Block(NamedTuple):
     bounds: Bounds
     cursor: TextCursor
     """Where the block begins (its `token` is 0)."""
-
-
-class Cache(Protocol):
-    """What has been tokenized before (see token_cache.py)."""
-
-    def get(self, chunk: Chunk, row: int, num_rows: int) -> tuple[Tokens, Bounds] | None:
-        """Like `RustBPETokenizer.encode_arrow` of these rows of the chunk, None if they are not cached."""
 
 
 def chunk_order(num_chunks: int, epoch: int) -> list[int]:
@@ -111,7 +101,7 @@ class TokenStream:
         split: str,
         num_threads: int = 1,
         skip_bad_shards: bool = False,
-        cache: Cache | None = None,
+        cache: TokenCache | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.corpus, self.tokenizer, self.split, self.num_threads = corpus, tokenizer, split, num_threads
