@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from nanochat.data.chat_rows import ChatCursor, Packer, PackingStats, Renderer, Supervise
+from nanochat.data.chat_rows import ChatCursor, Packer, PackingStats, Supervise
 from nanochat.data.loader import BatchLoader
 from nanochat.env import print0
 from nanochat.files import json_lines
@@ -127,7 +127,7 @@ class ConversationLoader(BatchLoader[PackingStats, ChatCursor]):
         }
         if state is not None:
             self._restore(state)
-        packer, start = Packer(Renderer(dataset, tokenizer, sequence_len + 1, supervise), seed), self._cursor
+        packer, start = Packer(dataset, tokenizer, sequence_len + 1, supervise, seed), self._cursor
         self._packer = packer
         # Padding is bos, which begins a conversation: what stands before it says nothing about what comes.
         self._start(lambda: packer.sequences(start), tokenizer.get_bos_token_id(), with_segments=isolate)

@@ -1,9 +1,11 @@
-"""Whole conversations into rows of a fixed number of tokens, best fit, in an order that a resume can find again.
+"""Whole conversations into sequences of a fixed number of tokens, in an order that a resume can find again.
 
 An epoch is a shuffled pass over the dataset in windows of WINDOW conversations; each window is packed by itself,
-longest first, and its rows are shuffled. So a place in the sequence of rows is three numbers: epoch, window, row.
+longest first, and its sequences are shuffled. So a position in the order of sequences is three numbers: epoch, window,
+and sequence of the window. A resume renders one window, whatever came before it.
 
-A conversation longer than a row is cut after the last assistant turn that fits; if not even one fits it is left out.
+A conversation longer than a sequence is cut after the last assistant turn that fits; if not even one fits it is left
+out. Nothing is continued in another sequence: an answer must not be learned without its question.
 """
 
 from __future__ import annotations
@@ -23,70 +25,10 @@ from nanochat.messages import Conversation
 from nanochat.tokenizer import RustBPETokenizer
 
 WINDOW = 1024  # conversations packed together: more pack tighter, fewer start and resume faster
-CACHE_BYTES = 512_000_000  # renders kept for the next epoch
-FORECAST_WINDOWS = 4  # read to foretell the rows of an epoch
+CACHE_BYTES = 512_000_000  # rendered conversations kept for the next epoch
+FORECAST_WINDOWS = 4  # read to predict how many sequences an epoch has
 
 Supervise = Literal["all", "assistant"]
-
-
-# --- one conversation -------------------------------------------------------------------------------------------------
-
-
-class Rendered(NamedTuple):
-    """A conversation that fits a row: ids (n,) and which of them are to be predicted (n,)."""
-
-    ids: npt.NDArray[Any]
-    mask: npt.NDArray[np.bool_]
-    truncated: bool
-
-
-class Renderer:
-    """Turns conversation i into tokens, remembering results while they fit into memory."""
-
-    def __init__(
-        self, dataset: Sequence[Conversation], tokenizer: RustBPETokenizer, capacity: int, supervise: Supervise
-    ) -> None:
-        self.dataset, self.tokenizer, self.capacity, self.supervise = dataset, tokenizer, capacity, supervise
-        self._cache: dict[int, Rendered | None] = {}
-        self._cached_bytes = 0
-        self._lock = threading.Lock()  # the forecast and the background thread may ask at the same time
-
-    def get(self, i: int) -> Rendered | None:
-        """Conversation i, cut to fit a row at a turn's end; None if no assistant turn fits."""
-        with self._lock:
-            if i in self._cache:
-                return self._cache[i]
-            try:
-                rendered = self._render(self.dataset[i])
-            except ValueError as error:
-                raise ValueError(f"conversation {i}: {error}") from None
-            size = 400  # about what Python needs for the objects themselves
-            size += 0 if rendered is None else rendered.ids.nbytes + rendered.mask.nbytes
-            if self._cached_bytes + size <= CACHE_BYTES:
-                self._cache[i] = rendered
-                self._cached_bytes += size
-            return rendered
-
-    def _render(self, conversation: Conversation) -> Rendered | None:
-        ids: list[int] = []
-        mask: list[int] = []
-        end_of_fitting = 0  # tokens up to the last assistant turn that fits
-        for turn_ids, turn_mask in self.tokenizer.render_turns(conversation):
-            ids += turn_ids
-            mask += turn_mask
-            if any(turn_mask) and len(ids) <= self.capacity:
-                end_of_fitting = len(ids)
-        truncated = len(ids) > self.capacity
-        keep = end_of_fitting if truncated else len(ids)
-        supervised = np.array(mask[:keep], dtype=np.bool_)
-        if self.supervise == "all":
-            supervised[1:] = True  # bos stays out: nothing before it foretells it
-        if not supervised.any():
-            return None
-        return Rendered(np.array(ids[:keep], dtype=self.tokenizer.dtype), supervised, truncated)
-
-
-# --- packing ----------------------------------------------------------------------------------------------------------
 
 
 def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -97,10 +39,11 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free space, bin), sorted
+    # Longest first: what is left for the end is short and fits into the gaps (best-fit decreasing).
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > capacity:
             raise ValueError(f"item {i} has length {lengths[i]}, more than the capacity {capacity}")
-        at = bisect.bisect_left(room, (lengths[i], -1))
+        at = bisect.bisect_left(room, (lengths[i], -1))  # the smallest gap that is large enough
         if at < len(room):
             free, number = room.pop(at)
         else:
@@ -116,22 +59,23 @@ class PackingStats(Counts):
     """What packing did to the conversations, over all ranks."""
 
     rows: int = 0
+    """Sequences."""
     conversations: int = 0
-    """Packed into those rows."""
+    """Packed into them."""
     truncated: int = 0
-    """Of these, cut at a turn's end because they were longer than a row."""
+    """Of these, cut at a turn's end because they were longer than a sequence."""
     dropped: int = 0
-    """Left out because not even their first assistant turn fits a row, or they have none."""
+    """Left out because not even their first assistant turn fits into a sequence, or they have none."""
     tokens: int = 0
-    """In the rows, without padding."""
+    """In the sequences, without padding."""
     supervised: int = 0
     """Of these, to be predicted."""
     padding: int = 0
-    """Places left empty."""
+    """Positions left empty."""
 
     @property
     def padding_share(self) -> float:
-        """Padding as a share of all places."""
+        """Padding as a share of all positions."""
         return self.padding / max(1, self.padding + self.tokens)
 
     def __str__(self) -> str:
@@ -154,45 +98,39 @@ class ChatCursor(NamedTuple):
 ChatSequence = TrainingSequence[PackingStats, ChatCursor]
 
 
+class Rendered(NamedTuple):
+    """A conversation that fits into a sequence: ids (n,) and which of them are targets (n,)."""
+
+    ids: npt.NDArray[Any]
+    mask: npt.NDArray[np.bool_]
+    truncated: bool
+
+
 class Packer:
-    """The endless sequence of rows."""
+    """The endless order of packed sequences.
 
-    def __init__(self, renderer: Renderer, seed: int) -> None:
-        self.renderer, self.seed = renderer, seed
-        self.num_windows = -(-len(renderer.dataset) // WINDOW)
+    Args:
+        dataset: has a length and gives conversation i.
+        tokenizer: renders them.
+        capacity: tokens of a sequence, T+1.
+        supervise: learn "all" tokens (but bos), or those of the "assistant" only.
+        seed: of the shuffles.
+    """
 
-    def window(self, epoch: int, window: int, order: Sequence[int]) -> tuple[list[list[Rendered]], int]:
-        """(rows, how many conversations were dropped) of one window."""
-        rendered = [self.renderer.get(i) for i in order[window * WINDOW : (window + 1) * WINDOW]]
-        kept = [r for r in rendered if r is not None]
-        rows = pack_best_fit([len(r.ids) for r in kept], self.renderer.capacity)
-        shuffler = random.Random(f"{self.seed}/{epoch}/{window}")
-        shuffler.shuffle(rows)
-        for row in rows:  # else the longest would always stand first
-            shuffler.shuffle(row)
-        return [[kept[i] for i in row] for row in rows], len(rendered) - len(kept)
-
-    def order(self, epoch: int) -> list[int]:
-        """The conversations of an epoch in their order."""
-        order = list(range(len(self.renderer.dataset)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return order
-
-    def stats_of(self, row: list[Rendered]) -> PackingStats:
-        """The statistics of one sequence."""
-        tokens = sum(len(r.ids) for r in row)
-        return PackingStats(
-            rows=1,
-            conversations=len(row),
-            truncated=sum(r.truncated for r in row),
-            tokens=tokens,
-            supervised=sum(int(r.mask.sum()) for r in row),
-            padding=self.renderer.capacity - tokens,
-        )
-
-    def _join(self, row: list[Rendered], cursor: ChatCursor) -> ChatSequence:
-        ids, mask = (np.concatenate(parts) for parts in ([r.ids for r in row], [r.mask for r in row]))
-        return TrainingSequence(ids, self.stats_of(row), cursor, mask, [len(r.ids) for r in row])
+    def __init__(
+        self,
+        dataset: Sequence[Conversation],
+        tokenizer: RustBPETokenizer,
+        capacity: int,
+        supervise: Supervise,
+        seed: int,
+    ) -> None:
+        self.dataset, self.tokenizer, self.capacity = dataset, tokenizer, capacity
+        self.supervise, self.seed = supervise, seed
+        self.num_windows = -(-len(dataset) // WINDOW)
+        self._cache: dict[int, Rendered | None] = {}
+        self._cached_bytes = 0
+        self._lock = threading.Lock()  # the forecast and the background thread may render at the same time
 
     def sequences(self, start: ChatCursor) -> Iterator[ChatSequence]:
         """All sequences from `start` on, without end.
@@ -202,40 +140,109 @@ class Packer:
         """
         epoch, first_window, first_row = start
         while True:
-            order = self.order(epoch)
-            pending: ChatSequence | None = None  # held back until the cursor of the next sequence is known
+            order = self._order(epoch)
+            # Held back until it is known where the next one comes from: windows may have none, and after the last one
+            # of an epoch the cursor must say that the next epoch begins.
+            pending: ChatSequence | None = None
             dropped = 0
             for number in range(first_window, self.num_windows):
-                rows, newly_dropped = self.window(epoch, number, order)
-                if pending is not None and not rows:
+                packed, newly_dropped = self._window(epoch, number, order)
+                if pending is not None and not packed:
                     pending.counts.dropped += newly_dropped  # a resume will begin behind this window
                 elif first_row == 0:
                     dropped += newly_dropped
-                for i in range(first_row, len(rows)):
+                for i in range(first_row, len(packed)):
                     cursor = ChatCursor(epoch, number, i)
                     if pending is not None:
                         pending.after = cursor
                         yield pending
-                    pending = self._join(rows[i], cursor)
+                    pending = self._join(packed[i], cursor)
                     pending.counts.dropped, dropped = dropped, 0
                 first_row = 0
             if pending is None:
                 raise ValueError(
                     f"none of the {len(order)} conversations has an assistant's turn that fits into "
-                    f"{self.renderer.capacity} tokens: raise --max_seq_len or use shorter ones"
+                    f"{self.capacity} tokens: raise --max_seq_len or use shorter ones"
                 )
             epoch, first_window = epoch + 1, 0
             pending.after = ChatCursor(epoch)
             yield pending
 
     def forecast(self) -> PackingStats:
-        """The statistics of the first epoch, from its first windows."""
+        """The statistics of the first epoch, predicted from its first windows."""
         seen, total = min(FORECAST_WINDOWS, self.num_windows), PackingStats()
-        order = self.order(0)
+        order = self._order(0)
         for number in range(seen):
-            rows, dropped = self.window(0, number, order)
-            total.dropped += dropped
-            for row in rows:
-                total += self.stats_of(row)
+            packed, dropped = self._window(0, number, order)
+            total += PackingStats(dropped=dropped)
+            for parts in packed:
+                total += self._stats(parts)
         scale = len(order) / min(len(order), seen * WINDOW)
         return PackingStats(**{name: round(value * scale) for name, value in asdict(total).items()})
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.dataset)))
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return order
+
+    def _window(self, epoch: int, window: int, order: Sequence[int]) -> tuple[list[list[Rendered]], int]:
+        """(the conversations of each sequence, how many were dropped) of one window."""
+        rendered = [self._render(i) for i in order[window * WINDOW : (window + 1) * WINDOW]]
+        kept = [r for r in rendered if r is not None]
+        packed = pack_best_fit([len(r.ids) for r in kept], self.capacity)
+        shuffler = random.Random(f"{self.seed}/{epoch}/{window}")
+        shuffler.shuffle(packed)  # packing puts the longest conversations into the first sequences
+        for places in packed:  # and into the first positions of each
+            shuffler.shuffle(places)
+        return [[kept[i] for i in places] for places in packed], len(rendered) - len(kept)
+
+    def _stats(self, parts: list[Rendered]) -> PackingStats:
+        tokens = sum(len(r.ids) for r in parts)
+        return PackingStats(
+            rows=1,
+            conversations=len(parts),
+            truncated=sum(r.truncated for r in parts),
+            tokens=tokens,
+            supervised=sum(int(r.mask.sum()) for r in parts),
+            padding=self.capacity - tokens,
+        )
+
+    def _join(self, parts: list[Rendered], cursor: ChatCursor) -> ChatSequence:
+        ids, mask = np.concatenate([r.ids for r in parts]), np.concatenate([r.mask for r in parts])
+        return TrainingSequence(ids, self._stats(parts), cursor, mask, [len(r.ids) for r in parts])
+
+    def _render(self, i: int) -> Rendered | None:
+        """Conversation i, cut at a turn's end to fit into a sequence; None if no assistant turn fits."""
+        with self._lock:
+            if i not in self._cache:
+                try:
+                    rendered = self._render_anew(self.dataset[i])
+                except ValueError as error:
+                    raise ValueError(f"conversation {i}: {error}") from None
+                size = 400  # about what Python needs for the objects themselves
+                size += 0 if rendered is None else rendered.ids.nbytes + rendered.mask.nbytes
+                if self._cached_bytes + size > CACHE_BYTES:
+                    return rendered
+                self._cache[i] = rendered
+                self._cached_bytes += size
+            return self._cache[i]
+
+    def _render_anew(self, conversation: Conversation) -> Rendered | None:
+        ids: list[int] = []
+        mask: list[int] = []
+        end_of_fitting = 0  # tokens up to the last assistant turn that fits
+        for turn_ids, turn_mask in self.tokenizer.render_turns(conversation):
+            ids += turn_ids
+            mask += turn_mask
+            if any(turn_mask) and len(ids) <= self.capacity:
+                end_of_fitting = len(ids)
+        truncated = len(ids) > self.capacity
+        keep = end_of_fitting if truncated else len(ids)
+        supervised = np.array(mask[:keep], dtype=np.bool_)
+        if self.supervise == "all":
+            # All but bos: in a packed sequence the token before it is the end of another conversation, and nothing in
+            # that says what begins now.
+            supervised[1:] = True
+        if not supervised.any():
+            return None
+        return Rendered(np.array(ids[:keep], dtype=self.tokenizer.dtype), supervised, truncated)

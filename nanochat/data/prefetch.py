@@ -1,4 +1,7 @@
-"""Make batches ahead in a background thread, so that the training loop finds them ready."""
+"""Make batches ahead in a background thread, and copy them to the device while the one before is computed with.
+
+Reading and tokenizing release the GIL (Arrow and Rust do the work), so a thread is enough; no process, no pickling.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ import numpy.typing as npt
 import torch
 
 T = TypeVar("T")
-EXIT_SECONDS = 10.0  # the longest wait for the threads when the program ends
+EXIT_SECONDS = 10.0  # to wait for the threads when the program ends
 _running: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 
 
 @atexit.register
 def _stop_all() -> None:
-    """End the threads before the interpreter does: one that is inside C++ then would abort the process."""
+    # A daemon thread that is inside C++ (Arrow, the tokenizer) while the interpreter is taken down aborts the process.
     for stop in list(_running.values()):
         stop.set()
     for thread in list(_running):
@@ -32,7 +35,7 @@ def _stop_all() -> None:
 def to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
     """The array as a tensor on `device`; to a CUDA card through pinned memory, without waiting."""
     tensor = torch.from_numpy(array)
-    if device.type == "cuda":
+    if device.type == "cuda":  # only from pinned memory does a copy run beside the kernels
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
@@ -49,7 +52,7 @@ class Prefetch(Generic[T]):
         self._queue: queue.Queue[Future[T]] = queue.Queue(depth)  # each is done: an item, or the error that ends it all
         self._stop = threading.Event()
         self._ended = False
-        self._held: Future[T] | None = None  # an end or error met by next_if_ready
+        self._held: Future[T] | None = None  # the end or an error that next_if_ready met: for the next `next`
         # The thread must not hold `self`: a Prefetch that nobody uses any more could then never be freed.
         self._thread = threading.Thread(target=_work, args=(make, self._queue, self._stop), daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
@@ -108,8 +111,11 @@ class DeviceFeed(Generic[T]):
         self._on_the_way = None
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            tensor.record_stream(current)  # its memory was taken on the other stream
+            current.wait_stream(self._stream)  # the kernels that come now must see the whole copy
+            # The allocator only knows the stream that asked for the memory: without this it could hand it to the next
+            # copy while kernels of this batch still read it.
+            tensor.record_stream(current)
+            # Never wait here: a batch that is not made yet would delay the one that is ready.
             following = self._source.next_if_ready()
             if following is not None:
                 self._on_the_way = self._send(following)
@@ -133,7 +139,7 @@ def _work(make: Callable[[], Iterator[T]], out: queue.Queue[Future[T]], stop: th
             entry.set_exception(error)
         while not stop.is_set():
             try:
-                out.put(entry, timeout=0.1)  # the queue may stay full for ever: look at `stop` from time to time
+                out.put(entry, timeout=0.1)  # not for longer: nobody may ever take it, and `stop` must be seen
                 break
             except queue.Full:
                 continue

@@ -2,7 +2,7 @@
 
 Epoch 0 reads the corpus as it lies in the files. Each later epoch has its own order, drawn from its number alone: the
 row groups are shuffled, and the documents inside each block of a row group are shuffled too. So an epoch is the same on
-every machine, for every number of ranks, and can be entered at any place without reading what comes before it.
+every machine, for every number of ranks, and can be entered anywhere without reading what comes before.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Block(NamedTuple):
 def chunk_order(num_chunks: int, epoch: int) -> list[int]:
     """The order of chunks in an epoch: file order at first, then shuffled by the number of the epoch."""
     order = list(range(num_chunks))
+    # The public corpora are shuffled already, and in file order training can begin while later shards are downloaded.
     if epoch > 0:
         random.Random(epoch).shuffle(order)
     return order
@@ -54,6 +55,8 @@ def chunk_order(num_chunks: int, epoch: int) -> list[int]:
 def document_order(num_documents: int, epoch: int, chunk: Chunk, row: int) -> list[int]:
     """The order of the documents inside the block of `chunk` that begins at `row`: as in the file, later shuffled."""
     order = list(range(num_documents))
+    # Only inside the block: shuffling a whole row group would need all of it in memory, and to resume in its middle one
+    # would have to tokenize what comes before.
     if epoch > 0:
         random.Random(f"{epoch}/{chunk.shard.name}/{chunk.row_group}/{row}").shuffle(order)
     return order
@@ -61,16 +64,9 @@ def document_order(num_documents: int, epoch: int, chunk: Chunk, row: int) -> li
 
 def insert_bos(ids: Tokens, offsets: Bounds, bos: int) -> tuple[Tokens, Bounds]:
     """Documents (text i is ids[offsets[i]:offsets[i+1]]) with bos before each; empty ones are left out."""
-    lengths = np.diff(offsets)
-    lengths = lengths[lengths > 0] + 1
-    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=bounds[1:])
-    is_bos = np.zeros(bounds[-1], dtype=bool)
-    is_bos[bounds[:-1]] = True
-    out = np.empty(bounds[-1], dtype=ids.dtype)
-    out[is_bos] = bos
-    out[~is_bos] = ids
-    return out, bounds
+    starts = offsets[:-1][np.diff(offsets) > 0]
+    tokens = np.insert(ids, starts, bos)
+    return tokens, np.append(starts + np.arange(len(starts)), len(tokens))  # each bos moves what follows by one
 
 
 def reorder(tokens: Tokens, bounds: Bounds, order: list[int]) -> tuple[Tokens, Bounds]:
@@ -82,7 +78,7 @@ def reorder(tokens: Tokens, bounds: Bounds, order: list[int]) -> tuple[Tokens, B
 
 
 class TokenStream:
-    """Iterates over the blocks of the stream from a position on; endless for "train", one pass for "val".
+    """The blocks of the stream, from a cursor on; endless for "train", one pass for "val".
 
     Args:
         corpus: where the documents are.
@@ -120,12 +116,12 @@ class TokenStream:
             for index, chunk in self._epoch(epoch, first_index):
                 first_row = start.row if (epoch, index) == (start.epoch, start.index) else None
                 for block in self._chunk_blocks(chunk, TextCursor(epoch, index), first_row):
-                    found = found or len(block.tokens) > 0
                     if len(block.tokens):
+                        found = True
                         yield block
             if self.split == "val" or self.stopped():
                 return
-            if not found and first_index == 0:
+            if not found and first_index == 0:  # else this would loop without end; a resume may begin near the end
                 raise ValueError(f"{self.corpus.name} ({self.split}): all documents are empty")
             epoch, first_index = epoch + 1, 0
 
@@ -144,9 +140,10 @@ class TokenStream:
 
     def _chunk_blocks(self, chunk: Chunk, at: TextCursor, first_row: int | None) -> Iterator[Block]:
         try:
-            for row, texts in chunk.read(first_row):
+            for row, texts in chunk.read(first_row):  # some documents at a time, however large the row group
                 encoded = self.cache.get(chunk, row, len(texts)) if self.cache is not None else None
                 ids, offsets = encoded or self.tokenizer.encode_arrow(texts, self.num_threads)
+                # bos first: what precedes it belongs to another document, and at inference it starts every text.
                 tokens, bounds = insert_bos(ids, offsets, self.tokenizer.get_bos_token_id())
                 if at.epoch > 0:
                     tokens, bounds = reorder(tokens, bounds, document_order(len(bounds) - 1, at.epoch, chunk, row))
