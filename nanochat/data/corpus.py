@@ -1,8 +1,8 @@
-"""A corpus: parquet shards with a column of text, in a fixed order, and who of them is validation.
+"""A corpus: parquet shards with a column of text in a fixed order, split into training and validation.
 
-A folder with a manifest says itself which shards are validation and which are still to come (a reader waits for those).
-Without one the files alone decide: the last shard by name is validation; with one shard its last tenth (whole row
-groups, or rows if there is only one row group). Validation documents are never trained on.
+If the folder has a manifest, it lists the validation shards and those still to come (a reader waits for them). Without
+one the last shard by name is validation; of a single shard it is the last tenth (whole row groups, or rows if there is
+only one row group). Validation documents are never trained on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,21 +27,17 @@ BLOCK_ROWS = 1024  # documents decoded at a time, however large the row group; t
 class BadShardError(ValueError):
     """A shard that is damaged, cut off, or has vanished."""
 
-    def __init__(self, shard: Path, message: str) -> None:
-        super().__init__(message)
-        self.shard = shard
-
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows `start` to `stop` of one row group of one shard: the unit of order."""
+    """Rows `start` to `stop` of one row group of one shard: what epochs shuffle, and what can be read alone."""
 
     shard: Path
     row_group: int
     start: int
     stop: int
     num_bytes: int
-    """About how many bytes of text it holds (from the file's metadata, nothing is read)."""
+    """About how many bytes of text it holds, by the file's metadata."""
     column: str = TEXT_COLUMN
     first_row: int = 0
     """Rows of the shard before this row group."""
@@ -55,6 +51,8 @@ class Chunk:
             BadShardError: the shard is damaged or has vanished; names it.
         """
         start = max(self.start, start or 0)
+        # Blocks are counted from the row group's first row, not from `start`: wherever reading begins, the same rows
+        # are together in a block, and later epochs shuffle inside blocks.
         row = 0  # first row of the block in hand
         try:
             with pq.ParquetFile(self.shard) as file:
@@ -68,18 +66,16 @@ class Chunk:
                         return
         except (pa.ArrowException, OSError) as error:
             raise BadShardError(
-                self.shard,
-                f"can't read row group {self.row_group} of {self.shard} ({error}): delete the file and fetch it again",
+                f"can't read row group {self.row_group} of {self.shard} ({error}): delete the file and fetch it again"
             ) from error
         raise BadShardError(
-            self.shard,
             f"can't read row group {self.row_group} of {self.shard}: it has {row} rows, but had {self.stop} before; "
-            "the file was replaced by another one",
+            "the file was replaced by another one"
         )
 
 
 def _blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Array]:
-    """The batches' column in blocks of exactly BLOCK_ROWS (the last one may be shorter): readers may cut smaller."""
+    """The batches' column in blocks of exactly BLOCK_ROWS but for the last one, however small the batches are."""
     held: list[pa.Array] = []
     num_rows = 0
     for batch in batches:
@@ -97,10 +93,7 @@ def _blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Array]:
 
 @dataclass
 class Corpus:
-    """Shards and their split; `train` and `val` are in reading order.
-
-    Shards that have not arrived yet are waited for where they are needed; `train` and `val` grow then.
-    """
+    """Shards and their split. `train` and `val` are in reading order and grow while shards arrive."""
 
     name: str
     train: list[Chunk]
@@ -144,7 +137,7 @@ class Corpus:
             if not wait_for_shard(path, stopped):
                 return False
             with self._lock:
-                if pending and self.folder / pending[0].name == path:  # no other thread has taken it
+                if pending and self.folder / pending[0].name == path:  # another loader's thread may have taken it
                     chunks += _usable_chunks(path, self.column, pending[0], self.skip_bad_shards)
                     pending.popleft()
         return len(chunks) > known
@@ -176,12 +169,12 @@ class Corpus:
         return known + known * len(self.pending.get(split, ())) // num_shards
 
     def num_documents(self, split: str) -> int:
-        """How many documents of the split are there."""
+        """Documents of the split, in the shards that are there."""
         return sum(chunk.stop - chunk.start for chunk in self.chunks(split))
 
     @property
     def fingerprint(self) -> str:
-        """Changes when shards are added, removed or changed; not when one that is listed in the manifest arrives."""
+        """A hash of the list of shards; the same before and after one that the manifest lists has arrived."""
         lines = [f"{c.shard.name}/{c.row_group}/{c.start}/{c.stop}" for c in [*self.train, *self.val]]
         return hashlib.sha256((self.identity or "\n".join(lines)).encode()).hexdigest()[:16]
 
@@ -198,7 +191,7 @@ def list_shards(folder: str | Path) -> list[Path]:
 
 
 def open_corpus(folder: str | Path, skip_bad_shards: bool = False) -> Corpus:
-    """Look at the metadata of every shard of `folder` (or at one parquet file) and split it.
+    """A corpus from the metadata of the shards in `folder` (or of one parquet file).
 
     Args:
         folder: where the shards are; with a manifest, shards it lists may still be on their way.
@@ -226,7 +219,7 @@ def open_corpus(folder: str | Path, skip_bad_shards: bool = False) -> Corpus:
 
 
 def _open_listed(folder: Path, manifest: Manifest, skip_bad_shards: bool) -> Corpus:
-    """A corpus as its manifest lists it: what has arrived without a gap, and what is to come."""
+    # Known are only the chunks before the first gap: else a shard that arrives late would move those behind it.
     if not manifest.validation:  # one shard, part of it is validation: which part is known when it is there
         for entry in manifest.train:
             wait_for_shard(folder / entry.name)
@@ -244,15 +237,9 @@ def _open_listed(folder: Path, manifest: Manifest, skip_bad_shards: bool) -> Cor
         chunks["train"], chunks["val"] = _split([chunks["train"]] if chunks["train"] else [])
     if not chunks["train"] and not pending["train"]:
         raise ValueError(f"the shards in {folder} hold no documents")
+    identity = manifest.identity()
     return Corpus(
-        str(folder),
-        chunks["train"],
-        chunks["val"],
-        pending,
-        folder,
-        manifest.column,
-        manifest.identity(),
-        skip_bad_shards,
+        str(folder), chunks["train"], chunks["val"], pending, folder, manifest.column, identity, skip_bad_shards
     )
 
 
@@ -261,9 +248,8 @@ def _usable_chunks(shard: Path, column: str, entry: Entry | None, skip_bad: bool
     try:
         if entry is not None and entry.size is not None and shard.stat().st_size != entry.size:
             raise BadShardError(
-                shard,
                 f"{shard} has {shard.stat().st_size} bytes, but its manifest says {entry.size}: "
-                "delete the file and fetch it again",
+                "delete the file and fetch it again"
             )
         return shard_chunks(shard, column)
     except BadShardError as error:
@@ -285,9 +271,15 @@ def shard_chunks(shard: Path, column: str = TEXT_COLUMN) -> list[Chunk]:
             metadata, schema = file.metadata, file.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise BadShardError(
-            shard, f"{shard} is not a readable parquet file ({error}): delete it and fetch it again"
+            f"{shard} is not a readable parquet file ({error}): delete it and fetch it again"
         ) from error
-    check_text_column(shard, schema, column)
+    if column not in schema.names:
+        raise ValueError(
+            f"{shard} has no column {column!r} (it has: {', '.join(schema.names)}): bring it into this form with "
+            "`python -m nanochat.dataset --import PATH --text_column NAME`"
+        )
+    if not is_text(kind := schema.field(column).type):
+        raise ValueError(f"{shard}: column {column!r} holds {kind}, but must hold strings")
     number = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
     chunks, first_row = [], 0
     for i in range(metadata.num_row_groups):
@@ -299,20 +291,8 @@ def shard_chunks(shard: Path, column: str = TEXT_COLUMN) -> list[Chunk]:
     return chunks
 
 
-def check_text_column(file: Path, schema: pa.Schema, column: str) -> None:
-    """Raise ValueError, naming what there is, unless the schema has a column of strings of that name."""
-    if column not in schema.names:
-        raise ValueError(
-            f"{file} has no column {column!r} (it has: {', '.join(schema.names)}): bring it into this form with "
-            "`python -m nanochat.dataset --import PATH --text_column NAME`"
-        )
-    kind = schema.field(column).type
-    if not is_text(kind):
-        raise ValueError(f"{file}: column {column!r} holds {kind}, but must hold strings")
-
-
 def is_text(kind: pa.DataType) -> bool:
-    """Whether an Arrow type is some kind of string."""
+    """True if an Arrow type is some kind of string."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view())
@@ -334,7 +314,5 @@ def _split(per_shard: list[list[Chunk]]) -> tuple[list[Chunk], list[Chunk]]:
     n_val = max(1, whole.stop // 10)
     border = whole.stop - n_val
     val_bytes = whole.num_bytes * n_val // whole.stop
-    return (
-        [Chunk(whole.shard, whole.row_group, 0, border, whole.num_bytes - val_bytes, whole.column)],
-        [Chunk(whole.shard, whole.row_group, border, whole.stop, val_bytes, whole.column)],
-    )
+    train = replace(whole, stop=border, num_bytes=whole.num_bytes - val_bytes)
+    return [train], [replace(whole, start=border, num_bytes=val_bytes)]
