@@ -8,8 +8,8 @@ How tokens become sequences is `mode`: `stream`, the classic one, or `bestfit`, 
 Training never ends, each epoch in an order of its own (data/token_stream.py). Validation is one pass; its last batch
 is filled up with targets of -1, so in `stream` mode every token counts whatever B and T are.
 
-The state is a position in the corpus (shard, row group, row, token), not a count of batches: with it the very same
-sequences go on, with another batch size or number of ranks too.
+The state is a position in the corpus (shard, row group, row, token), not a count of batches: a resume
+continues with exactly the same sequences, with another batch size or number of ranks too.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
 
     @property
     def epoch(self) -> int:
-        """How often the whole corpus has been read before the position where the next batch begins."""
+        """Complete passes over the corpus before the next batch."""
         return self._cursor.epoch
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch, not yet handed out, begins; for JSON. The same on every rank."""
+        """The position of the next batch that is not handed out yet; for JSON. The same on every rank."""
         chunk = self._chunks[chunk_order(len(self._chunks), self._cursor.epoch)[self._cursor.index]]
         return {
             "version": STATE_VERSION,
@@ -145,19 +145,19 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
 
     def _restore(self, state: dict[str, Any]) -> TextCursor:
         if state.get("version") != STATE_VERSION:
-            raise ValueError("the saved place in the data is of another version of this program: start anew")
+            raise ValueError("the saved position in the data is of another version of this program: start anew")
         if state["tokenizer"] != self._tokenizer.hash:
             raise ValueError(
-                "the saved place in the data belongs to another tokenizer: restore that one, or start anew"
+                "the saved position in the data belongs to another tokenizer: restore that one, or start anew"
             )
         for name, value in (("split", self._split), ("mode", self._mode)):
             if state[name] != value:
-                raise ValueError(f"the saved place is in the {state[name]} {name}, not in {value}")
+                raise ValueError(f"the saved position is in the {state[name]} {name}, not in {value}")
         # A position in the stream holds for any T; a window of `bestfit` is packed for one T.
         if self._mode == "bestfit" and state["sequence_len"] != self.sequence_len:
             raise ValueError(
-                f"the saved place counts rows of {state['sequence_len']} tokens, not of {self.sequence_len}: "
-                "rows that begin at documents can't be continued with another length"
+                f"the saved position counts sequences of {state['sequence_len']} tokens, not of {self.sequence_len}: "
+                "sequences that begin at documents can't be continued with another length"
             )
         self.tokens_seen, self.counts = state["tokens_seen"], TextCounts(**state["counts"])
         return self._find(TextCursor(*(state[name] for name in ("epoch", "index", "row", "token", "rows"))), state)
@@ -172,7 +172,7 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
         for index, number in enumerate(chunk_order(len(self._chunks), cursor.epoch)):
             chunk = self._chunks[number]
             if (chunk.shard.name, chunk.row_group) == (state["shard"], state["row_group"]):
-                print0(f"warning: the shards in {self._corpus.name} changed; going on in {chunk.shard.name}")
+                print0(f"warning: the shards in {self._corpus.name} changed; continuing in {chunk.shard.name}")
                 return replace(cursor, index=index)
         raise ValueError(
             f"{self._corpus.name} no longer has row group {state['row_group']} of {state['shard']} for {self._split}, "

@@ -1,14 +1,14 @@
-"""Bring the text that a base model learns from: download shards of a public corpus, or import your own texts.
+"""Get the text that a base model learns from: download shards of a public corpus, or import your own texts.
 
     python -m nanochat.dataset -n 8 -w 4 --source climbmix
     python -m nanochat.dataset -n 8 --source hf:owner/name --text_column content
     python -m nanochat.dataset --source urls:list.txt
     python -m nanochat.dataset --import my_texts/
 
-What was downloaded lies in <base dir>/base_data/<source>, with a manifest (data/shards.py) that pins the order of the
-shards, their hashes, and the validation shard, which is fetched first. Scripts then read it with --dataset=<source>.
-With --ready=4 the command returns when the first four shards are there and goes on downloading in the background:
-training starts on them and waits for a later shard only if it is faster than the network.
+Downloads go to <base dir>/base_data/<source>, with a manifest (data/shards.py) that pins the order of the shards, their
+hashes, and the validation shard, which is fetched first. Scripts then read them with --dataset=<source>. With --ready=4
+the command returns when the first four shards are there and continues in the background: training starts on them and
+waits for a later shard only if it is faster than the network.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def download_shards(
 
     Args:
         source: "climbmix", "fineweb_edu", "hf:owner/name[/folder]", "urls:LIST" or the URL of a parquet file.
-        num_shards: how many training shards the folder shall have.
+        num_shards: training shards that the folder should have.
         workers: parallel downloads.
         text_column: the column with the text.
         revision: commit, tag or branch of a data set on the hub.
@@ -101,7 +101,7 @@ def _extended(
     if old is not None and num_shards is None and old.facts.get("complete"):
         return old
     manifest = plan_source(source, revision or (old.revision if old else None), old.column if old else column)
-    if old is not None and old.validation:  # a source that has grown since: what validated is never trained on
+    if old is not None and old.validation:  # the source may have grown: what validated once is never trained on
         pinned = {entry.name for entry in old.validation}
         manifest.train = [entry for entry in [*manifest.train, *manifest.validation] if entry.name not in pinned]
         manifest.validation = old.validation
@@ -155,12 +155,12 @@ def _fetch(folder: Path, manifest: Manifest, missing: list[Entry], workers: int)
 
 
 def _remote_file(folder: Path, manifest: Manifest, entry: Entry) -> RemoteFile:
-    path, place = folder / entry.name, entry.path or entry.name
-    if place.startswith(("http://", "https://")):
-        size, etag = (entry.size, None) if entry.digest else probe(place)
-        return RemoteFile(place, path, size, entry.digest, etag)
+    path, origin = folder / entry.name, entry.path or entry.name
+    if origin.startswith(("http://", "https://")):
+        size, etag = (entry.size, None) if entry.digest else probe(origin)
+        return RemoteFile(origin, path, size, entry.digest, etag)
     repo = SOURCES[manifest.source].repo if manifest.source in SOURCES else split_repo(manifest.source)[0]
-    url, headers = file_request(repo, place, manifest.revision or "main")
+    url, headers = file_request(repo, origin, manifest.revision or "main")
     return RemoteFile(url, path, entry.size, entry.digest, headers=headers)
 
 
@@ -170,11 +170,11 @@ def missing_shards(folder: Path) -> list[str]:
     return [entry.name for entry in manifest.entries if not (folder / entry.name).exists()] if manifest else []
 
 
-_background: list[subprocess.Popen[bytes]] = []  # so that Python does not complain that they are still running
+_background: list[subprocess.Popen[bytes]] = []  # held, or Python warns that they are still running
 
 
 def download_in_background(folder: Path) -> None:
-    """Go on downloading what the folder's manifest lists, in a process of its own that outlives this one.
+    """Download what the folder's manifest lists and is missing, in a process of its own that outlives this one.
 
     Raises:
         RuntimeError: it ended at once.
@@ -198,7 +198,7 @@ def download_in_background(folder: Path) -> None:
         if process.returncode == 0:
             return
         time.sleep(0.05)
-    print0(f"the other shards go on arriving in the background (process {process.pid}, log in {log})")
+    print0(f"the other shards are downloaded in the background (process {process.pid}, log in {log})")
 
 
 # --- what the scripts read --------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    """Download or import, then say what is there."""
+    """Download or import, then print what is there."""
     if cfg.import_path is not None:
         folder = import_path(Path(cfg.import_path).expanduser(), cfg.out, cfg.text_column)
     elif cfg.source == "demo":
@@ -325,7 +325,7 @@ def main(cfg: Config) -> None:
 
 
 def print_summary(folder: Path, flag: str | None = None) -> None:
-    """Say what a folder holds and how scripts read it."""
+    """Print what a folder holds and how scripts read it."""
     corpus = open_corpus(folder)
     shards = list_shards(folder)
     size = sum(shard.stat().st_size for shard in shards) / 1e9

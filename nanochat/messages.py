@@ -1,4 +1,4 @@
-"""What a conversation is: {"messages": [{"role": "user", "content": "..."}, ...]}, and the check that it is one.
+"""Conversations: {"messages": [{"role": "user", "content": "..."}, ...]}, and the check that they are well formed.
 
 Messages as OpenAI's chat API has them (https://platform.openai.com/docs/api-reference/chat) are read too: a developer
 message is a system message, and tool calls and their results become parts of the assistant's answer.
@@ -71,7 +71,7 @@ def from_openai(messages: Any, other_tools: Counter[str] | None = None) -> Any:
             else:
                 result.append({"role": role, "content": parts})
         else:
-            calls.clear()  # nobody answers them any more
+            calls.clear()  # a result can only follow the message that called
             content = message.get("content")
             content = _text(i, content) if isinstance(content, list) else content
             result.append({"role": "system" if role == "developer" else role, "content": content})
@@ -80,7 +80,7 @@ def from_openai(messages: Any, other_tools: Counter[str] | None = None) -> Any:
 
 
 def _is_openai(message: dict[str, Any]) -> bool:
-    """Whether a message has something that only OpenAI's form has."""
+    """True if a message has something that only OpenAI's form has."""
     role, content = message.get("role"), message.get("content")
     texts_only = role != "assistant" and isinstance(content, list)
     return bool(message.get("tool_calls")) or role in ("tool", "developer") or texts_only
@@ -117,7 +117,7 @@ def _assistant_parts(
 
 
 def _call_text(name: str, arguments: Any) -> str:
-    """What the assistant writes to call a tool: an expression for the calculator, name(arguments) for any other."""
+    """The text of a call: an expression for the calculator, name(arguments) for any other tool."""
     values = arguments
     if isinstance(arguments, str):
         try:

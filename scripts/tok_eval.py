@@ -1,4 +1,4 @@
-"""How well the tokenizer compresses: bytes per token beside GPT-2's and GPT-4's, on several kinds of text.
+"""Compression of the tokenizer in bytes per token, beside GPT-2's and GPT-4's, on several kinds of text.
 
 python -m scripts.tok_eval
 
@@ -100,7 +100,7 @@ class Config:
 
 
 def load_reference(tiktoken_name: str) -> RustBPETokenizer | None:
-    """One of tiktoken's tokenizers, or None if its file can't be had in DOWNLOAD_SECONDS."""
+    """One of tiktoken's tokenizers, or None if its file can't be downloaded in DOWNLOAD_SECONDS."""
     found: list[RustBPETokenizer | Exception] = []
 
     def load() -> None:
@@ -115,7 +115,7 @@ def load_reference(tiktoken_name: str) -> RustBPETokenizer | None:
     if found and isinstance(found[0], RustBPETokenizer):
         return found[0]
     reason = type(found[0]).__name__ if found else f"no answer in {DOWNLOAD_SECONDS:.0f} s"
-    print0(f"no comparison with {tiktoken_name}: its file can't be had ({reason})")
+    print0(f"no comparison with {tiktoken_name}: its file is unavailable ({reason})")
     return None
 
 
@@ -178,7 +178,7 @@ def main(cfg: Config) -> None:
     lines = table(tokenizers, texts)
     print0("bytes per token\n" + "\n".join(lines))
     missing = [name for name in REFERENCES if cfg.compare and name not in tokenizers]
-    note = f"Not compared with {' and '.join(missing)}: the vocabulary could not be had." if missing else None
+    note = f"Not compared with {' and '.join(missing)}: the vocabulary is unavailable." if missing else None
     get_report().log(section="Tokenizer evaluation", data=["Bytes per token:\n\n" + "\n".join(lines), note])
 
 

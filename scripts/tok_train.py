@@ -48,7 +48,7 @@ class Config:
 
 @dataclass
 class Reading:
-    """How much has been read."""
+    """Documents and characters read so far."""
 
     documents: int = 0
     chars: int = 0
@@ -74,7 +74,7 @@ def main(cfg: Config) -> None:
     num_bytes = max(1, min(corpus.num_bytes("train"), cfg.max_chars))
     print0(f"training a tokenizer of {cfg.vocab_size:,} tokens on about {num_bytes / 1e6:,.0f} MB of {corpus.name}")
     trainer, reading = rustbpe.Tokenizer(), Reading()
-    logging.getLogger("rustbpe").setLevel(logging.ERROR)  # what it would say is said below, with special tokens
+    logging.getLogger("rustbpe").setLevel(logging.ERROR)  # its warning is given below, counting special tokens
     start = time.perf_counter()
     with progress(2, "training the tokenizer") as bar:
 

@@ -369,7 +369,7 @@ def test_state_of_another_tokenizer_or_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another version"):
         PretrainLoader(corpus, BYTES, 1, 2, state={k: v for k, v in state.items() if k != "version"})
     state = PretrainLoader(corpus, BYTES, 1, 2, mode="bestfit").state_dict()
-    with pytest.raises(ValueError, match="rows of 2 tokens, not of 3"):
+    with pytest.raises(ValueError, match="sequences of 2 tokens, not of 3"):
         PretrainLoader(corpus, BYTES, 1, 3, state=state, mode="bestfit")
     with pytest.raises(ValueError, match="stream or bestfit"):
         PretrainLoader(corpus, BYTES, 1, 2, mode="other")  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ def load_conversations(path: str | Path) -> list[Conversation]:
     """The conversations of a .jsonl file or of a .parquet file with a column `messages`.
 
     A line of JSONL is a list of messages or {"messages": [...]}; a message is {"role", "content"}, or one of OpenAI's
-    form with tool calls. Calls of tools that the engine does not have are learned as text, and said.
+    form with tool calls. Calls of tools that the engine does not have are learned as text, with a warning.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -134,12 +134,12 @@ class ConversationLoader(BatchLoader[PackingStats, ChatCursor]):
 
     @property
     def epoch(self) -> int:
-        """How often all conversations have been passed before the next sequence."""
+        """Complete passes over all conversations before the next sequence."""
         return self._cursor.epoch
 
     @functools.cached_property
     def forecast(self) -> PackingStats:
-        """What packing will do in the first epoch: exact for up to 4096 conversations, else scaled up from these."""
+        """The statistics of the first epoch: exact for up to 4096 conversations, else scaled up from these."""
         return self._packer.forecast()
 
     @property
@@ -148,14 +148,16 @@ class ConversationLoader(BatchLoader[PackingStats, ChatCursor]):
         return self.forecast.rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next sequence, not yet handed out, comes from; for JSON. The same on every rank."""
+        """The position of the next sequence that is not handed out yet; for JSON. The same on every rank."""
         return {**self._cursor._asdict(), **self._identity, "stats": asdict(self.counts)}
 
     def _restore(self, state: dict[str, Any]) -> None:
+        # The cursor counts in an order that follows from these: with others the same numbers are another position, and
+        # some conversations would be learned twice and some never.
         for name, value in self._identity.items():
             if state[name] != value:
                 raise ValueError(
-                    f"the saved place belongs to other rows ({name} was {state[name]}, is {value}): "
+                    f"the saved position belongs to other sequences ({name} was {state[name]}, is {value}): "
                     "use the same settings, or start anew"
                 )
         self.counts = PackingStats(**state["stats"])

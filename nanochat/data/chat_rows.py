@@ -56,7 +56,7 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 @dataclass
 class PackingStats(Counts):
-    """What packing did to the conversations, over all ranks."""
+    """Counts of what was packed, over all ranks."""
 
     rows: int = 0
     """Sequences."""
@@ -87,7 +87,7 @@ class PackingStats(Counts):
 
 
 class ChatCursor(NamedTuple):
-    """Where the next sequence comes from."""
+    """The position of the next sequence."""
 
     epoch: int = 0
     window: int = 0

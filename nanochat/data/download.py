@@ -48,7 +48,7 @@ class RemoteFile:
 
     url: str
     path: Path
-    """Where it goes."""
+    """The file it becomes."""
     size: int | None = None
     """Bytes, if the source states them."""
     digest: str | None = None

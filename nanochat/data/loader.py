@@ -1,4 +1,4 @@
-"""What both loaders share: training sequences into batches, the same order for every number of ranks.
+"""The part that both loaders share: training sequences into batches, in one order for every number of ranks.
 
     B  sequences per batch and rank     T  tokens per sequence     W  world size (ranks)
 
@@ -23,15 +23,15 @@ from nanochat.data.prefetch import DeviceFeed, Prefetch
 
 
 class Batch(NamedTuple):
-    """What a training step reads, each (B, T) on the device; a loader may leave out the last ones."""
+    """One micro-batch of a training step, each field (B, T) on the device; a loader may leave out the last ones."""
 
     x: Tensor
     y: Tensor
     """The next tokens; -1 is not supervised."""
     segments: Tensor | None = None
-    """Which conversation of its sequence a token belongs to; None: a sequence is one text."""
+    """Of each token the number of its conversation in the sequence; None: a sequence is one text."""
     extras: dict[str, Tensor] | None = None
-    """What an `objective` of its own needs, by name."""
+    """Inputs of an `objective` of its own, by name."""
 
     def pieces(self, rows: int) -> Iterator[Batch]:
         """The same sequences in their order, at most `rows` at a time."""
@@ -70,13 +70,13 @@ class TrainingSequence(Generic[SomeCounts, SomeCursor]):
 
     tokens: npt.NDArray[Any]
     counts: SomeCounts
-    """What it adds to the loader's counts."""
+    """Added to the loader's counts."""
     after: SomeCursor
-    """Where the next sequence begins."""
+    """The position of the next sequence."""
     learned: npt.NDArray[np.bool_] | None = None
-    """Which tokens are targets; None: all."""
+    """True for tokens that are targets; None: all are."""
     lengths: list[int] | None = None
-    """How many tokens belong to each conversation, if segments are asked for."""
+    """Tokens of each conversation in it, for segments."""
 
     def write(self, out: npt.NDArray[np.int64]) -> None:
         """Write x, y, and segments if there is a third row for them, into `out` (2 or 3, T), which holds padding."""
@@ -92,7 +92,7 @@ class TrainingSequence(Generic[SomeCounts, SomeCursor]):
 
 
 class HostBatch(NamedTuple):
-    """What the background thread makes: x, y (and segments) as one int64 array, what they count, the cursor after."""
+    """A batch before it is copied: x, y (and segments) as one int64 array, what they count, the cursor after it."""
 
     data: npt.NDArray[np.int64]
     counts: Any
@@ -151,7 +151,7 @@ class BatchLoader(Generic[SomeCounts, SomeCursor]):
     """
 
     counts: SomeCounts
-    """What the sequences handed out held, over all ranks, since the very first batch."""
+    """Of the sequences handed out, over all ranks, since the very first batch."""
     _cursor: SomeCursor
 
     def __init__(
@@ -186,7 +186,7 @@ class BatchLoader(Generic[SomeCounts, SomeCursor]):
 
     @property
     def wait_seconds(self) -> float:
-        """How long `next` had to wait for data in all."""
+        """Seconds that `next` has waited for data in all."""
         return self._batches.wait_seconds
 
     def close(self) -> None:

@@ -43,17 +43,17 @@ def to_device(array: npt.NDArray[np.int64], device: torch.device) -> torch.Tenso
 class Prefetch(Generic[T]):
     """Iterate over what `make` yields; a daemon thread stays up to `depth` items ahead.
 
-    An exception in the thread is raised at the place where its item would have come. The thread ends with the
-    iterator: at `close`, or when nobody holds the Prefetch any more.
+    An exception in the thread is raised where its item would have come. The thread ends at `close`, or when the
+    Prefetch is garbage.
     """
 
     def __init__(self, make: Callable[[], Iterator[T]], depth: int = 2) -> None:
-        self.wait_seconds = 0.0  # how long the consumer had to wait in all
+        self.wait_seconds = 0.0  # that the consumer has waited in all
         self._queue: queue.Queue[Future[T]] = queue.Queue(depth)  # each is done: an item, or the error that ends it all
         self._stop = threading.Event()
         self._ended = False
         self._held: Future[T] | None = None  # the end or an error that next_if_ready met: for the next `next`
-        # The thread must not hold `self`: a Prefetch that nobody uses any more could then never be freed.
+        # The thread must not hold `self`: one that is dropped could never become garbage.
         self._thread = threading.Thread(target=_work, args=(make, self._queue, self._stop), daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
         _running[self._thread] = self._stop
@@ -139,7 +139,7 @@ def _work(make: Callable[[], Iterator[T]], out: queue.Queue[Future[T]], stop: th
             entry.set_exception(error)
         while not stop.is_set():
             try:
-                out.put(entry, timeout=0.1)  # not for longer: nobody may ever take it, and `stop` must be seen
+                out.put(entry, timeout=0.1)  # no longer: it may never be taken, and `stop` must be seen
                 break
             except queue.Full:
                 continue

@@ -1,12 +1,12 @@
-"""What belongs to a folder of shards: `manifest.json`, written before the first shard arrives.
+"""A folder of shards: its manifest, its lock, and the writer of shards.
 
-It pins the split (the validation shards, the same for everybody), the order of the training shards, and the size and
-hash of every file; rows are filled in as shards arrive. With it a reader can tell a shard that is still on its way from
-one that is gone: whoever writes shards holds the folder's lock, so if a listed shard is missing and nobody holds the
-lock, it will not come.
+The manifest (`manifest.json`, written before the first shard arrives) pins the split (every run validates on the same
+shards), the order of the training shards, and the size and hash of every file; rows are filled in as shards arrive. It
+tells a reader a shard that is still on its way from one that is gone: a process that writes shards holds the folder's
+lock, so a listed shard that is missing while the lock is free will not come.
 
 A shard that is written here is a parquet file of about 250 million characters with one column of strings, `text`, in
-row groups of 1024 documents (less if they are long), packed with zstd. The files are numbered; the last one is
+row groups of 1024 documents (fewer if they are long), packed with zstd. The files are numbered; the last one is
 validation.
 """
 
@@ -49,7 +49,7 @@ class Entry:
     digest: str | None = None
     """"sha256:<hex>" or "git:<hex>" (the id git gives to its content), if known."""
     path: str | None = None
-    """Where the source has it: a path in its repository, or a URL."""
+    """Its place at the source: a path in the repository, or a URL."""
     rows: int | None = None
     """Documents, known once it has arrived."""
 
@@ -59,7 +59,7 @@ class Manifest:
     """The shards of a folder in reading order."""
 
     source: str
-    """Where they come from, as it was given on the command line."""
+    """As it was given on the command line."""
     train: list[Entry]
     validation: list[Entry]
     """Empty: the last tenth of the training shard is validation (only with one shard)."""
@@ -68,7 +68,7 @@ class Manifest:
     column: str = "text"
     """The column with the text."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Whatever else is worth keeping (counts of an import)."""
+    """More to keep: counts of an import."""
 
     @property
     def entries(self) -> list[Entry]:
@@ -76,7 +76,7 @@ class Manifest:
         return [*self.validation, *self.train]
 
     def identity(self) -> str:
-        """Text that changes when the list of shards or their content does; not when a shard arrives."""
+        """Text that stands for the list of shards and their content, whether they have arrived or not."""
         lines = [[[e.name, e.size, e.digest] for e in entries] for entries in (self.train, self.validation)]
         return json.dumps([lines, self.column])
 
@@ -113,7 +113,7 @@ def load_manifest(folder: str | Path) -> Manifest | None:
         raise ValueError(f"{path} can't be understood ({error}): delete it and run the download again") from error
 
 
-# --- who is writing, and waiting for a shard --------------------------------------------------------------------------
+# --- the lock, and waiting for a shard --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -132,8 +132,8 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def is_written(folder: Path) -> bool:
-    """Whether some process is writing shards into `folder`."""
-    if not (folder / LOCK).exists():
+    """True if some process is writing shards into `folder`."""
+    if not (folder / LOCK).exists():  # don't make one: the folder may be read-only
         return False
     lock = FileLock(folder / LOCK)
     try:
@@ -145,10 +145,10 @@ def is_written(folder: Path) -> bool:
 
 
 def wait_for_shard(path: Path, stopped: Callable[[], bool] = lambda: False) -> bool:
-    """Wait until a shard that is still to come is there; False if `stopped` says so first.
+    """Wait for a shard that is still to come; False if `stopped` becomes true first.
 
     Raises:
-        FileNotFoundError: nobody is writing into its folder, so it will not come.
+        FileNotFoundError: no process is writing into its folder, so it will not come.
     """
     announced = False
     while not path.exists():
@@ -213,7 +213,7 @@ class ShardWriter:
         self._writer, self._rows, self._chars = None, 0, 0
 
     def close(self) -> list[Entry]:
-        """Finish; what was written."""
+        """Finish; returns the entries of what was written."""
         self._finish()
         return self.entries
 

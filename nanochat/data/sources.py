@@ -1,4 +1,4 @@
-"""Where the text of a base model can come from, and which shards each place has.
+"""The public sources of text for a base model, and the list of shards that each has.
 
 A source is "climbmix" or "fineweb_edu", "hf:owner/name[/folder]", "urls:LIST", or the URL of a .parquet file.
 The hub is asked through huggingface_hub, so $HF_ENDPOINT (a mirror) and $HF_TOKEN (private and gated data sets) count.
@@ -36,7 +36,7 @@ class Source:
 
     @property
     def val_name(self) -> str:
-        """The file that is validation, for everybody."""
+        """The validation file."""
         return f"shard_{self.last_shard:05d}.parquet"
 
 
@@ -53,12 +53,12 @@ def count_shards(tokens: float) -> int:
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is downloaded."""
+    """True if a source is downloaded."""
     return source in SOURCES or source.startswith(("hf:", "urls:", "http://", "https://"))
 
 
 def source_folder(source: str) -> Path:
-    """Where the shards of a source are kept."""
+    """The folder for the shards of a source."""
     if source in SOURCES or source == "demo":
         name = source
     elif source.startswith("hf:"):
@@ -114,7 +114,7 @@ def read_urls(source: str) -> list[tuple[str, str | None]]:
 
     Raises:
         ValueError: a line is no URL of a parquet file; names it.
-        RuntimeError: the list can't be had.
+        RuntimeError: the list can't be downloaded.
     """
     if not source.startswith("urls:"):
         lines, where = [source], "the source"

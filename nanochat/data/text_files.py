@@ -180,7 +180,7 @@ def _read_csv(file: Path, lines: io.TextIOWrapper, column: str | None) -> Iterat
 
 
 def _delimiter(file: Path, header: str) -> str:
-    """What stands between a table's fields; where Excel writes decimals with a comma, "csv" has semicolons."""
+    """The character between a table's fields; where Excel writes decimals with a comma, "csv" has semicolons."""
     if ".tsv" in (suffix.lower() for suffix in file.suffixes):
         return "\t"
     return "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")

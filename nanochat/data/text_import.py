@@ -42,7 +42,7 @@ BUCKET_SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.string())])
 
 @dataclass
 class ImportCounts:
-    """What an import met."""
+    """Counts of an import."""
 
     files: int = 0
     documents: int = 0
@@ -56,8 +56,8 @@ class ImportCounts:
     """Characters that were no valid UTF-8, by file."""
 
     def lines(self) -> list[str]:
-        """For people."""
-        said = [
+        """The counts as sentences."""
+        lines = [
             f"imported {self.documents:,} documents ({self.characters:,} characters) of {self.files} files; left out "
             f"{self.duplicates:,} exact duplicates and {self.blank:,} blank ones"
         ]
@@ -66,8 +66,8 @@ class ImportCounts:
             names = ", ".join(f"{name} ({count:,})" for name, count in worst[:5])
             more = f" and {len(worst) - 5} more files" if len(worst) > 5 else ""
             count = sum(self.repaired.values())
-            said.append(f"warning: {count:,} characters were no valid UTF-8 and became U+FFFD: {names}{more}")
-        return said
+            lines.append(f"warning: {count:,} characters were no valid UTF-8 and became U+FFFD: {names}{more}")
+        return lines
 
 
 def import_path(path: Path, out: str | Path | None = None, text_column: str | None = None) -> Path:

@@ -28,7 +28,7 @@ WINDOW_ROWS = 128  # more pack tighter, fewer resume faster: a resume packs its 
 
 @dataclass(frozen=True)
 class TextCounts(Counts):
-    """What has become of the tokens of the sequences so far, over all ranks."""
+    """Counts of the sequences so far, over all ranks."""
 
     rows: int = 0
     """Sequences."""
@@ -49,7 +49,7 @@ TextSequences = Iterator[TrainingSequence[TextCounts, TextCursor]]
 
 
 def skipped(block: Block, start: TextCursor) -> int:
-    """How many tokens of the block lie before `start`."""
+    """Tokens of the block that lie before `start`."""
     return start.token if block.cursor == replace(start, token=0, rows=0) else 0
 
 
@@ -92,7 +92,7 @@ def pack_window(lengths: list[int], capacity: int) -> list[list[tuple[int, int]]
 def _windows(
     stream: TokenStream, start: TextCursor, num_tokens: int
 ) -> Iterator[tuple[list[Tokens], TextCursor, TextCursor]]:
-    """(documents, where they begin, where the next ones do) for every `num_tokens` of the stream."""
+    """(documents, cursor of the first, cursor after the last) for every `num_tokens` of the stream."""
     window: list[Tokens] = []
     held, begin, end = 0, start, start
     for block in stream.blocks(start):
@@ -115,7 +115,7 @@ def bestfit_rows(stream: TokenStream, start: TextCursor, sequence_len: int) -> T
     capacity, skip = sequence_len + 1, start.rows
     for window, begin, end in _windows(stream, replace(start, rows=0), WINDOW_ROWS * capacity):
         packed = pack_window([len(tokens) for tokens in window], capacity)
-        # The seed is the place: a resume in the middle of a window packs and shuffles it the same way again.
+        # The seed is the position: a resume in the middle of a window packs and shuffles it the same way again.
         random.Random(f"{begin.epoch}/{begin.index}/{begin.row}/{begin.token}").shuffle(packed)
         for number, row in enumerate(packed[skip:], start=skip + 1):
             tokens = np.concatenate([window[i][:taken] for i, taken in row])

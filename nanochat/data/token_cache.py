@@ -5,7 +5,7 @@
 A cached shard is a folder `<base dir>/token_cache/<tokenizer>/<shard>-<key>` with ids.bin (the tokens of all documents
 one after the other, uint16 or uint32, without bos), offsets.bin (int64: where each document begins, and the end) and
 meta.json. The tokenizer is named by its hash and the shard by its size, its time, and the end of the file, which holds
-the sizes and statistics of all its columns: another tokenizer or another shard is never taken for it.
+the sizes and statistics of all its columns: another tokenizer or another shard never matches.
 
 A loader with a cache gives the very same batches in the same order, and its state fits a loader without one.
 """
@@ -42,7 +42,7 @@ class TokenCache:
         self._open: dict[Path, tuple[Tokens, Bounds] | None] = {}
 
     def path(self, shard: Path) -> Path:
-        """Where the tokens of a shard are, or would be."""
+        """The folder for the tokens of a shard."""
         stat = shard.stat()
         with open(shard, "rb") as f:
             f.seek(max(0, stat.st_size - FOOTER_BYTES))
@@ -66,7 +66,7 @@ class TokenCache:
         if not path.exists():
             return None
         offsets = np.fromfile(path / "offsets.bin", dtype=np.int64)
-        if offsets[-1] == 0:  # an empty file can't be mapped
+        if offsets[-1] == 0:  # mmap refuses an empty file
             return np.empty(0, self.tokenizer.dtype), offsets
         return np.memmap(path / "ids.bin", dtype=self.tokenizer.dtype, mode="r"), offsets
 

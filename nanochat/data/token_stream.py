@@ -22,7 +22,7 @@ from nanochat.tokenizer import Bounds, RustBPETokenizer, Tokens
 
 @dataclass(frozen=True)
 class TextCursor:
-    """Where reading goes on: `token` tokens after the beginning of the block at `row` of an epoch's chunk `index`."""
+    """A position in the stream: `token` tokens into the block that begins at `row` of an epoch's chunk `index`."""
 
     epoch: int = 0
     index: int = 0
@@ -40,7 +40,7 @@ class Block(NamedTuple):
     tokens: Tokens
     bounds: Bounds
     cursor: TextCursor
-    """Where the block begins (its `token` is 0)."""
+    """Of the block's beginning (its `token` is 0)."""
 
 
 def chunk_order(num_chunks: int, epoch: int) -> list[int]:
@@ -86,7 +86,7 @@ class TokenStream:
         split: "train" or "val".
         num_threads: threads of the tokenizer.
         skip_bad_shards: pass over the rest of a shard that can't be read, with a warning, instead of stopping.
-        cache: used in the place of the tokenizer for what it has.
+        cache: tokens of before, used where it has them.
         stopped: asked while waiting for a shard; True ends the stream.
     """
 
