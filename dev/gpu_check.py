@@ -228,7 +228,11 @@ def train(
             break
         compute.synchronize()
         seconds.append(time.perf_counter() - start)
-    result: dict[str, Any] = {"losses": losses, "skipped": run.precision.skipped, "scale": run.precision.scaler.scale}
+    result: dict[str, Any] = {
+        "losses": losses,
+        "skipped": run.precision.skipped,
+        "scale": run.precision.scaler.get_scale(),
+    }
     if error is not None:
         return result | {"error": error}
     last = losses[-max(1, round(FINAL_SHARE * len(losses))) :]

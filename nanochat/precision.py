@@ -1,8 +1,8 @@
 """Precision: one object per run that knows the dtype, its autocast context and its loss scaling.
 
 Parameters, gradients and optimizer state stay float32 in every mode; only matmuls and activations change. In float16 a
-loss scaler keeps small gradients from vanishing. torch's own GradScaler decides for each optimizer and each rank by
-itself, so that one optimizer can skip a step while another takes it; here every step is taken by all or by none.
+loss scaler keeps small gradients from vanishing. It is torch's GradScaler but for one thing: torch decides for each
+optimizer and each rank by itself, so that one can skip a step while another takes it; here all of them do, or none.
 
 This file holds the one table of dtypes and the one rule that maps a device to its dtype; no other file names a 16-bit
 dtype of torch (tests/test_precision.py checks it).
@@ -124,38 +124,39 @@ class ShardedOptimizer(Protocol):
         """Update with gradients times `grad_multiplier`."""
 
 
-class LossScaler:
-    """Multiplies the loss so that float16 gradients neither vanish nor overflow.
+class LossScaler(torch.amp.GradScaler):
+    """torch's GradScaler whose verdict covers all optimizers and ranks; its scale lives on the host.
 
-    After a non-finite step the scale is halved; after `growth_interval` good steps in a row it is doubled.
-    Same rule as torch.amp.GradScaler (Micikevicius et al. 2017, arXiv 1710.03740).
+    `scale`, `update`, `get_scale`, `is_enabled`, `state_dict` and `load_state_dict` are torch's, and so is the rule: a
+    non-finite step halves the scale, `growth_interval` good ones in a row double it (Micikevicius et al. 2017, arXiv
+    1710.03740). What differs is who tells it: `Precision.step` does, by `found_inf`, once for all.
     """
 
     def __init__(self, enabled: bool, init_scale: float = 2.0**16, growth_interval: int = GROWTH_INTERVAL) -> None:
-        self.enabled = enabled
-        self.growth_interval = growth_interval
-        self.scale = init_scale if enabled else 1.0
-        self.good_steps = 0
+        # "cpu" is where torch keeps the scale, not where it computes. On the card every get_scale() would wait for it.
+        super().__init__("cpu", init_scale=init_scale, growth_interval=growth_interval, enabled=enabled)
+        if enabled:
+            self._lazy_init_scale_growth_tracker(torch.device("cpu"))
 
-    def update(self, finite: bool) -> None:
-        """Adapt the scale to the step just made."""
-        if not self.enabled:
-            return
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.scale *= 0.5
-        elif self.good_steps >= self.growth_interval:  # a resume may have shortened it
-            self.scale *= 2.0
-            self.good_steps = 0
+    def found_inf(self, found: bool) -> None:
+        """Tell what the step has met, for the next `update()`."""
+        # torch keeps a verdict by optimizer and device and lets each optimizer follow its own; here there is one.
+        if self._enabled:
+            self._per_optimizer_states[0]["found_inf_per_device"] = {torch.device("cpu"): torch.tensor(float(found))}
 
-    def state_dict(self) -> dict[str, float]:
-        """JSON-ready state."""
-        return {"scale": self.scale, "good_steps": self.good_steps}
+    def set_growth_interval(self, new_interval: int) -> None:
+        """Good steps in a row that double the scale; those made already count."""
+        super().set_growth_interval(new_interval)
+        if self._enabled and self._growth_tracker is not None:
+            # torch doubles when the count *equals* the interval: beyond a shortened one it would never again.
+            self._growth_tracker.clamp_(max=new_interval - 1)
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from `state_dict`'s result."""
-        if self.enabled:
-            self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`'s result, or from {"scale", "good_steps"} of an older checkpoint."""
+        if self._enabled and "good_steps" in state_dict:
+            tracked = {"scale": state_dict["scale"], "_growth_tracker": state_dict["good_steps"]}
+            state_dict = self.state_dict() | tracked
+        super().load_state_dict(state_dict)
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate the scaled loss."""
-        (loss * self.scaler.scale).backward()
+        # Scaling the loss scales every gradient. float16 ends at 6e-8: what is smaller would be 0 on its way back.
+        self.scaler.scale(loss).backward()
 
     def plan_steps(self, num_steps: int | None) -> None:
         """Fit the growth interval to the run: at most ten attempts to double the scale, each of which may cost a step.
@@ -230,7 +232,8 @@ class Precision:
         None: the length is not known (it follows the clock).
         """
         if num_steps is not None:
-            self.scaler.growth_interval = min(MAX_GROWTH_INTERVAL, max(MIN_GROWTH_INTERVAL, num_steps // 10))
+            interval = min(MAX_GROWTH_INTERVAL, max(MIN_GROWTH_INTERVAL, num_steps // 10))
+            self.scaler.set_growth_interval(interval)
 
     def step(
         self, optimizers: Sequence[ShardedOptimizer], grad_clip: float | None = None, loss: Tensor | None = None
@@ -248,33 +251,41 @@ class Precision:
         """
         for optimizer in optimizers:
             optimizer.reduce_gradients()
+        # The norm answers two questions in one pass over the gradients: how much to clip, and whether all are finite
+        # (one inf or NaN anywhere makes it so). That it is still scaled does not matter for either.
         norm = torch.linalg.vector_norm(torch.stack([optimizer.grad_norm().float() for optimizer in optimizers]))
         checked = norm[None] if loss is None else torch.stack([norm, loss.detach().to(norm)])
-        bad = (~torch.isfinite(checked)).to(norm.dtype)  # gradients, loss
+        bad = (~torch.isfinite(checked)).to(norm.dtype)  # (1,) or (2,): gradients, loss
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        # One host sync a step. `bad` is the same on all ranks, so every rank takes the same branch.
+        # One host sync a step: until here everything is queued on the device, and each further .item() would let it run
+        # dry. `bad` is the same on all ranks, so every rank takes the same branch, else the next collective would hang.
         scaled_norm, bad_gradient, *rest = torch.cat([norm[None], bad]).tolist()
         bad_loss, finite = any(rest), not (bad_gradient or any(rest))
-        scale = self.scaler.scale
+        scale = self.scaler.get_scale()
         if finite:
+            # Unscaling and clipping are both a factor on every gradient. As one number it is multiplied in where the
+            # optimizer reads the gradients anyway, without a pass over memory of its own.
             multiplier = 1.0 / scale
             if grad_clip is not None and scaled_norm / scale > grad_clip:
                 multiplier = grad_clip / scaled_norm
             for optimizer in optimizers:
                 optimizer.step(multiplier)
         if not bad_loss:
-            self.scaler.update(finite)
+            self.scaler.found_inf(not finite)
+            self.scaler.update()
         self._count(finite, "loss" if bad_loss else "gradient")
-        return StepResult(not finite, scaled_norm / scale, retry=not finite and not bad_loss and self.scaler.enabled)
+        retry = not finite and not bad_loss and self.scaler.is_enabled()
+        return StepResult(not finite, scaled_norm / scale, retry)
 
     def _count(self, finite: bool, what: str) -> None:
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        # Twelve halvings take a scale of 65536 to 16. What is still not finite then does not come from the scale.
         if self.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
             raise NonFiniteError(f"{self.skipped_in_a_row} steps in a row were skipped: the {what} is not finite")
-        if self.scaler.scale < 1.0:
-            raise NonFiniteError(f"the {what} is not finite even at a loss scale of {2 * self.scaler.scale:g}")
+        if self.scaler.get_scale() < 1.0:
+            raise NonFiniteError(f"the {what} is not finite even at a loss scale of {2 * self.scaler.get_scale():g}")
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state: scaler and skip counters."""
@@ -287,8 +298,10 @@ class Precision:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`'s result; a scale of another dtype means nothing here and is left out."""
-        if state["dtype"] == self.name:
+        if state["dtype"] == self.name and self.scaler.is_enabled():
+            interval = self.scaler.get_growth_interval()
             self.scaler.load_state_dict(state["scaler"])
+            self.scaler.set_growth_interval(interval)  # as planned for this run: a resumed one may be longer
         self.skipped = int(state["skipped"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
 

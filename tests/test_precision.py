@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -44,19 +45,33 @@ def batch():
     return x[:, :-1], x[:, 1:]
 
 
-def test_scaler_follows_torchs_own():
-    ours = LossScaler(True, init_scale=8.0, growth_interval=3)
-    theirs = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
-    p = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([p], lr=0.0)
-    for finite in [True, True, True, True, False, True, True, False, True, True, True]:
-        p.grad = torch.tensor([1.0 if finite else float("inf")])
-        theirs.scale(torch.zeros(1))
-        theirs.unscale_(optimizer)
-        theirs.step(optimizer)
-        theirs.update()
-        ours.update(finite)
-        assert ours.scale == theirs.get_scale()
+def test_the_scaler_follows_torchs_own_rule_and_works_as_torchs_own():
+    """Told by Precision.step; used as in torch's examples; and torch's own: the same scales and weights throughout."""
+    finite = [True, True, True, True, False, True, True, False, True, True, True]
+    told = LossScaler(True, init_scale=8.0, growth_interval=3)
+    scalers = [told, LossScaler(True, 8.0, 3), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)]
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in scalers[1:]]
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in weights]
+    for good in finite:
+        told.found_inf(not good)
+        told.update()
+        for scaler, p, optimizer in zip(scalers[1:], weights, optimizers, strict=True):
+            scaler.scale((p * p).sum() * (1.0 if good else float("inf"))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert len({scaler.get_scale() for scaler in scalers}) == 1
+        assert torch.equal(*weights)
+    assert isinstance(told, torch.amp.GradScaler)
+    assert json.loads(json.dumps(told.state_dict())) == scalers[-1].state_dict()
+
+
+def test_a_disabled_scaler_does_nothing_as_torchs_own():
+    scaler, loss = LossScaler(False), torch.ones(())
+    scaler.found_inf(True)
+    scaler.update()
+    assert (scaler.is_enabled(), scaler.get_scale(), scaler.state_dict()) == (False, 1.0, {})
+    assert scaler.scale(loss) is loss
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -65,7 +80,7 @@ def test_one_bad_gradient_stops_every_optimizer_and_halves_the_scale(bad):
     optimizers = [MuonAdamW([{**group, "names": None}]) for group in whole.param_groups]
     precision = Precision("cpu", torch.float16)
     before = copy.deepcopy(model.state_dict())
-    scale = precision.scaler.scale
+    scale = precision.scaler.get_scale()
     for poisoned in (True, False):
         with precision.autocast():
             loss = model(*batch())
@@ -76,7 +91,7 @@ def test_one_bad_gradient_stops_every_optimizer_and_halves_the_scale(bad):
         unchanged = [torch.equal(before[name], value) for name, value in model.state_dict().items()]
         if poisoned:
             assert (result.skipped, result.retry, precision.skipped) == (True, True, 1)
-            assert precision.scaler.scale == scale / 2
+            assert precision.scaler.get_scale() == scale / 2
             assert all(unchanged)
         else:  # the same batch goes through at the next attempt
             assert not result.skipped
@@ -90,13 +105,13 @@ def test_one_bad_gradient_stops_every_optimizer_and_halves_the_scale(bad):
 def test_a_bad_loss_is_noticed_in_every_dtype(dtype, bad):
     model, optimizer = make()
     precision = Precision("cpu", dtype)
-    scale = precision.scaler.scale
+    scale = precision.scaler.get_scale()
     model(*batch()).backward()
     before = copy.deepcopy(model.state_dict())
     result = precision.step([optimizer], None, torch.tensor(bad))
     assert result.skipped
     assert not result.retry  # a smaller scale can't mend the loss
-    assert precision.scaler.scale == scale
+    assert precision.scaler.get_scale() == scale
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -121,7 +136,7 @@ def rank_main(rank, folder):
         result = precision.step([optimizer], 1.0, loss)
         optimizer.zero_grad()
         same = all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-        record.append((result.skipped, result.retry, same, precision.scaler.scale))
+        record.append((result.skipped, result.retry, same, precision.scaler.get_scale()))
     torch.save({"record": record, "weights": model.state_dict()}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -147,10 +162,24 @@ def test_growth_is_fitted_to_the_run(steps, interval):
     precision = Precision("cpu", torch.float16)
     precision.plan_steps(steps)
     for _ in range(interval - 1):
-        precision.scaler.update(True)
-    assert precision.scaler.scale == 2.0**16
-    precision.scaler.update(True)
-    assert precision.scaler.scale == 2.0**17
+        good(precision)
+    assert precision.scaler.get_scale() == 2.0**16
+    good(precision)
+    assert precision.scaler.get_scale() == 2.0**17
+
+
+def test_a_shorter_interval_is_not_stepped_over():
+    precision = Precision("cpu", torch.float16)
+    for _ in range(50):
+        good(precision)
+    precision.plan_steps(300)  # a resume with fewer steps: 30 good ones are enough, 50 there are
+    good(precision)
+    assert precision.scaler.get_scale() == 2.0**17
+
+
+def good(precision):
+    precision.scaler.found_inf(False)
+    precision.scaler.update()
 
 
 def test_scaled_step_equals_the_unscaled_one():
@@ -158,7 +187,7 @@ def test_scaled_step_equals_the_unscaled_one():
     for scale in (1.0, 2.0**12):
         model, optimizer = make()
         precision = Precision("cpu", torch.float32)
-        precision.scaler.scale = scale
+        precision.scaler = LossScaler(scale > 1, scale)
         precision.backward(model(*batch()))
         precision.step([optimizer], grad_clip=0.1)
         steps.append(model.state_dict())
@@ -181,22 +210,37 @@ def test_endless_skips_stop_the_run():
 
 def test_state_survives_a_checkpoint():
     a, b = Precision("cpu", torch.float16), Precision("cpu", torch.float16)
-    a.scaler.update(False)
+    a.scaler.found_inf(True)
+    a.scaler.update()
+    good(a)
     a.skipped = 3
-    b.load_state_dict(a.state_dict())
-    assert (b.scaler.scale, b.skipped) == (a.scaler.scale, 3)
+    b.load_state_dict(json.loads(json.dumps(a.state_dict())))
+    assert (b.state_dict(), b.skipped) == (a.state_dict(), 3)
+
+
+def test_the_scaler_of_an_older_checkpoint_is_understood():
+    state = {"dtype": "float16", "scaler": {"scale": 2.0**14, "good_steps": 29}, "skipped": 2, "skipped_in_a_row": 0}
+    precision = Precision("cpu", torch.float16)
+    precision.plan_steps(300)
+    precision.load_state_dict(state)
+    assert (precision.scaler.get_scale(), precision.skipped) == (2.0**14, 2)
+    good(precision)  # the 30th
+    assert precision.scaler.get_scale() == 2.0**15
+    full = Precision("cpu", torch.float32)
+    full.load_state_dict(state | {"dtype": "float32", "scaler": {"scale": 1.0, "good_steps": 0}})
+    assert full.scaler.get_scale() == 1.0
 
 
 def test_the_scale_of_another_dtype_is_not_taken_over():
     full, half = Precision("cpu", torch.float32), Precision("cpu", torch.float16)
     half.load_state_dict(full.state_dict())
-    assert half.scaler.scale == 2.0**16
+    assert half.scaler.get_scale() == 2.0**16
 
 
 def test_a_scale_below_one_stops_the_run():
     model, optimizer = make()
     precision = Precision("cpu", torch.float16)
-    precision.scaler.scale = 1.0
+    precision.scaler.update(1.0)
     model(*batch()).backward()
     model.lm_head.weight.grad[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="loss scale of 1"):

@@ -201,7 +201,7 @@ class TrainingRun:
             "training time": format_seconds(state.seconds),
             "tokens per second": state.tokens / max(state.seconds, 1e-9),
             "skipped steps": precision.skipped,
-            "loss scale": precision.scaler.scale,
+            "loss scale": precision.scaler.get_scale(),
             "peak memory (GB)": self.compute.peak_memory_bytes() / 1e9,
         }
         metrics = {name: value for name, value in metrics.items() if value is not None}

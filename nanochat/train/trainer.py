@@ -153,7 +153,7 @@ class Trainer:
             "lr_multiplier": multiplier,
             "grad_norm": result.grad_norm,
             "skipped": precision.skipped,
-            "scale": precision.scaler.scale,
+            "scale": precision.scaler.get_scale(),
         }
         return metrics if self.extra_metrics is None else metrics | self.extra_metrics()
 
@@ -226,7 +226,7 @@ class Trainer:
     def _report_skip(self, result: StepResult, loss: float) -> None:
         precision = self.compute.precision
         reason = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
-        how = f"again at loss scale {precision.scaler.scale:g}" if result.retry else "on the next batch instead"
+        how = f"again at loss scale {precision.scaler.get_scale():g}" if result.retry else "on the next batch instead"
         step = self.state.step + 1
         print0(f"{self.label}: step {step} skipped ({reason}), {how}; {precision.skipped} skipped so far")
 
@@ -413,7 +413,7 @@ class Trainer:
             dist.all_gather_object(found, mine)
         where = next((name for name in found if name), None)
         layer = f"the first layer with non-finite activations is {where}" if where else "all activations are finite"
-        doubt = " or --dtype=float32" if self.compute.precision.scaler.enabled else ""
+        doubt = " or --dtype=float32" if self.compute.precision.scaler.is_enabled() else ""
         return NonFiniteError(
             f"training stopped at step {self.state.step}: {error}; {layer}. Lower the learning rates "
             f"(--matrix_lr, --embedding_lr), set --grad_clip=1.0{doubt}; the last checkpoint stays"
