@@ -93,6 +93,8 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
         # and it must end when the program drops the loader, not only when it calls `close`.
         stop = threading.Event()
         self._stop = weakref.finalize(self, stop.set)
+        # Every rank tokenizes the whole stream and keeps its share: that costs less than telling the others, and a rank
+        # needs no other to know where all of them are.
         threads = default_threads(world_size) if num_threads is None else num_threads
         stream = TokenStream(corpus, tokenizer, split, threads, skip_bad_shards, cache, stop.is_set)
         self._chunks = stream.chunks  # the stream's own list: it grows while shards arrive
@@ -103,9 +105,10 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         epoch = self.epoch
-        x, y = super().__next__()  # each (B, T), y[b, t] is the token after x[b, t]
+        x, y = super().__next__()  # each (B, T); y[b, t] is the token after x[b, t], or -1 behind the end of the text
+        # Those of all ranks, as each counts the whole run; padding counts too, as the model computes it all the same.
         self.tokens_seen += self.world_size * self.batch_size * self.sequence_len
-        if self._split == "train" and self.epoch > epoch:
+        if self._split == "train" and self.epoch > epoch:  # a small corpus that is read many times should be noticed
             print0(
                 f"{self._corpus.name}: epoch {self.epoch} begins (counted from 0), "
                 f"its {len(self._chunks):,} row groups and their documents in a new order"
@@ -130,7 +133,7 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
         return {
             "version": STATE_VERSION,
             "mode": self._mode,
-            "sequence_len": self.sequence_len,
+            "sequence_len": self.sequence_len,  # batch size and ranks are left out: any will do
             **asdict(self._cursor),  # epoch, index, row, token, rows
             "split": self._split,
             # Where the cursor is, by name too: `index` counts chunks, and means another one once shards are added.
@@ -146,6 +149,7 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
     def _restore(self, state: dict[str, Any]) -> TextCursor:
         if state.get("version") != STATE_VERSION:
             raise ValueError("the saved position in the data is of another version of this program: start anew")
+        # Nothing of the state is used before all of it fits: a wrong position would repeat or skip text unseen.
         if state["tokenizer"] != self._tokenizer.hash:
             raise ValueError(
                 "the saved position in the data belongs to another tokenizer: restore that one, or start anew"
@@ -169,6 +173,7 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
         if state["corpus"] == self._corpus.fingerprint:
             self._corpus.grow(self._split, cursor.index)
             return cursor
+        # Other shards than before: look for the row group by its name, and read on from there in the new order.
         for index, number in enumerate(chunk_order(len(self._chunks), cursor.epoch)):
             chunk = self._chunks[number]
             if (chunk.shard.name, chunk.row_group) == (state["shard"], state["row_group"]):

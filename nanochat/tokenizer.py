@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import rustbpe
 
 TOKENIZER_FOLDER = "tokenizer"  # under the base dir
+# Marks that no text can contain: `encode` takes even "<|bos|>" for seven ordinary characters. Their ids follow the
+# mergeable ones in this order, and every model is trained on them: a new one can only be added at the end.
 SPECIAL_TOKENS = [
     "<|bos|>",  # starts every document and every conversation
     "<|user_start|>",
@@ -43,14 +45,19 @@ SPECIAL_TOKENS = [
     "<|output_start|>",  # what the calculator answered
     "<|output_end|>",
 ]
+# The cuts between which merges happen, so that "dog." and "dog!" share the token of "dog". The alternatives, in order:
+#   '(?i:[sdmt]|ll|ve|re)         English contractions: 's, 'll
+#   [^\r\n\p{L}\p{N}]?+\p{L}+     a word, with one character before it that is neither letter nor digit (mostly a space)
+#   \p{N}{1,2}                    digits, two at a time; GPT-4's three would fill a small vocabulary with numbers
+#    ?[^\s\p{L}\p{N}]++[\r\n]*    punctuation, with a space before it and line ends behind it
+#   \s*[\r\n]|\s+(?!\S)|\s+      line ends and spaces; the last of several spaces is left for the word behind it
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-FORMAT = "nanochat-bpe-1"
+FORMAT = "nanochat-bpe-1"  # of tokenizer.json
 
-
-# What encoding an Arrow array gives.
+# The result of encoding an Arrow array:
 Tokens = npt.NDArray[Any]  # (n,) uint16 or uint32: the ids of all texts, one after the other
 Bounds = npt.NDArray[np.int64]  # (texts + 1,): text i is tokens[bounds[i]:bounds[i + 1]]
 
@@ -65,7 +72,7 @@ class TiktokenEncoder:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
-        return self._encoding.encode_ordinary(text)
+        return self._encoding.encode_ordinary(text)  # "ordinary": special tokens in the text are characters
 
     def batch_encode(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of several texts."""
@@ -73,7 +80,7 @@ class TiktokenEncoder:
 
     def encode_arrow(self, array: Any, num_threads: int | None = None) -> tuple[Tokens, Bounds]:
         """The ids of an Arrow array of texts, one after the other, and where each text's begin."""
-        encoded = self.batch_encode([text or "" for text in array.to_pylist()], num_threads)
+        encoded = self.batch_encode([text or "" for text in array.to_pylist()], num_threads)  # a null is empty
         offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         return np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.uint32, count=offsets[-1]), offsets
 
@@ -101,9 +108,8 @@ class RustBPETokenizer:
         bos_token: str = SPECIAL_TOKENS[0],
         encoder: str = "rustbpe",
     ) -> None:
-        if any(i < len(ranks) for i in special_tokens.values()) or len(set(special_tokens.values())) < len(
-            special_tokens
-        ):
+        special_ids = set(special_tokens.values())
+        if len(special_ids) < len(special_tokens) or any(i < len(ranks) for i in special_ids):
             raise ValueError("the ids of special tokens must be distinct and above the mergeable ranks")
         if bos_token not in special_tokens:
             raise ValueError(f"the special tokens lack {bos_token}")
@@ -112,9 +118,10 @@ class RustBPETokenizer:
         self._special_ids = dict(special_tokens)
         self._bos_token = bos_token
         # An id between ranks and specials may be unused, as in cl100k: it decodes to nothing.
-        self._token_bytes = self.ranks + [b""] * (max(special_tokens.values()) + 1 - len(ranks))
+        self._token_bytes = self.ranks + [b""] * (max(special_ids) + 1 - len(ranks))
         for name, i in special_tokens.items():
             self._token_bytes[i] = name.encode()
+        # The smallest type that holds all ids: a cached corpus takes half the disk with it.
         self.dtype = np.dtype(np.uint16 if len(self._token_bytes) <= 1 << 16 else np.uint32)
         self._encoder = self._make_encoder(encoder)
 
@@ -123,6 +130,7 @@ class RustBPETokenizer:
             return TiktokenEncoder(self.pattern, {token: i for i, token in enumerate(self.ranks)})
         import rustbpe  # lazy: it is compiled; what only reads a model's shape runs without it
 
+        # Its `encode` merges by rank: always the pair whose union has the lowest id, which is the order of training.
         return rustbpe.Tokenizer.from_ranks(self.pattern, [(token, i) for i, token in enumerate(self.ranks)])
 
     # --- making one -------------------------------------------------------------------------------------------------
@@ -130,6 +138,7 @@ class RustBPETokenizer:
     @classmethod
     def from_ranks(cls, ranks: Sequence[bytes], pattern: str = SPLIT_PATTERN) -> RustBPETokenizer:
         """A tokenizer with these mergeable tokens (index = id) and nanochat's special tokens after them."""
+        # Behind the merges, not before them: so a mergeable token's id is its rank.
         return cls(pattern, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
     @classmethod
@@ -149,6 +158,7 @@ class RustBPETokenizer:
         """
         import rustbpe  # lazy: it is compiled; what only reads a model's shape runs without it
 
+        # Training again and again joins the most frequent pair of neighbours, of the pieces that the pattern cuts.
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(iter(text_iterator), mergeable_size(vocab_size), pattern=SPLIT_PATTERN)
         return cls.from_trainer(trainer)
@@ -159,6 +169,7 @@ class RustBPETokenizer:
         import tiktoken  # lazy: only for its own vocabularies
 
         encoding = tiktoken.get_encoding(tiktoken_name)
+        # Pattern and ranks have private names only. Of our special tokens these vocabularies have bos, by another name.
         ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
         specials = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
         return cls(encoding._pat_str, [token for token, _ in ranks], specials, "<|endoftext|>", encoder="tiktoken")
@@ -175,7 +186,7 @@ class RustBPETokenizer:
         if not path.exists():
             raise FileNotFoundError(f"no tokenizer at {path}: train one with `python -m scripts.tok_train`")
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))  # JSON: loading it can run nothing
         except (ValueError, KeyError, TypeError, binascii.Error) as error:
             raise ValueError(f"{path} is damaged ({error}): train again with `python -m scripts.tok_train`") from error
 
@@ -186,6 +197,7 @@ class RustBPETokenizer:
             raise ValueError(f"format {stored['format']!r}, expected {FORMAT!r}")
         ranks = [base64.b64decode(token, validate=True) for token in stored["ranks"]]
         tokenizer = cls(stored["pattern"], ranks, stored["special_tokens"], stored["bos_token"])
+        # A token edited by hand would still load, and every model trained with the file would read other text.
         if tokenizer.hash != stored["hash"]:
             raise ValueError("its content doesn't match its hash")
         return tokenizer
@@ -198,12 +210,14 @@ class RustBPETokenizer:
             "pattern": self.pattern,
             "bos_token": self._bos_token,
             "special_tokens": self._special_ids,
+            # Tokens are bytes and need not be UTF-8: a merge may end in the middle of a character.
             "ranks": [base64.b64encode(token).decode() for token in self.ranks],
         }
 
     def save(self, tokenizer_dir: str | Path) -> None:
         """Write `tokenizer.json` and `token_bytes.pt`, each whole, the old pair never mixed with the new."""
         folder = Path(tokenizer_dir)
+        # First, so that a crash in between leaves no lengths rather than those of another vocabulary.
         (folder / "token_bytes.pt").unlink(missing_ok=True)
         write_text(folder / "tokenizer.json", json.dumps(self.to_dict(), indent=1) + "\n")
         with atomic_path(folder / "token_bytes.pt") as tmp:
@@ -215,7 +229,7 @@ class RustBPETokenizer:
     def hash(self) -> str:
         """SHA-256 of everything that decides the ids: two tokenizers with one hash are the same."""
         digest = hashlib.sha256(json.dumps([self.pattern, self._bos_token, sorted(self._special_ids.items())]).encode())
-        for token in self.ranks:
+        for token in self.ranks:  # with their lengths, or [ab, c] would have the hash of [a, bc]
             digest.update(len(token).to_bytes(4, "little") + token)
         return digest.hexdigest()
 
@@ -244,6 +258,7 @@ class RustBPETokenizer:
     def token_lengths(self) -> npt.NDArray[np.int32]:
         """Raw bytes of each token, 0 for special tokens. (vocab,)"""
         lengths = np.array([len(token) for token in self._token_bytes], dtype=np.int32)
+        # No byte of the text stands behind a special token: bits per byte must not count its loss.
         lengths[list(self._special_ids.values())] = 0
         return lengths
 
@@ -264,6 +279,7 @@ class RustBPETokenizer:
             append: a special token to put last.
             num_threads: for a list; at most this many threads.
         """
+        # The marks go in as ids, never as text: nothing that a user writes can end a turn or begin another role's.
         first = [] if prepend is None else [prepend if isinstance(prepend, int) else self.encode_special(prepend)]
         last = [] if append is None else [append if isinstance(append, int) else self.encode_special(append)]
         if isinstance(text, str):
@@ -281,19 +297,21 @@ class RustBPETokenizer:
             ids of all texts one after the other, as uint16 or uint32 (`self.dtype`), and offsets (n+1,): text i is
             `ids[offsets[i]:offsets[i + 1]]`. A null counts as an empty text.
         """
+        # Rust reads the strings where Arrow has them, on several threads, while Python's lock is free.
         ids, offsets = self._encoder.encode_arrow(texts, num_threads)
         return ids.astype(self.dtype, copy=False), offsets
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of the ids; the end may be an incomplete UTF-8 sequence. Special tokens give their names."""
         size = self.get_vocab_size()
-        wrong = [i for i in ids if not 0 <= i < size]  # a list takes a negative index
+        wrong = [i for i in ids if not 0 <= i < size]  # a list would take a negative index
         if wrong:
             raise ValueError(f"ids must be at least 0 and below {size}, got {wrong[0]}")
         return b"".join([self._token_bytes[i] for i in ids])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; incomplete UTF-8 shows as U+FFFD."""
+        # All bytes first, then the characters: one character may be spread over several tokens.
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     # --- conversations ----------------------------------------------------------------------------------------------
@@ -309,6 +327,7 @@ class RustBPETokenizer:
         """
         messages = conversation["messages"] if isinstance(conversation, dict) else conversation
         check_messages(messages)
+        # There are marks for two roles only (as in nanochat): a system message is read as what the user says first.
         system = ""
         if messages[0]["role"] == "system":
             system = messages[0]["content"] + "\n\n"
@@ -318,18 +337,20 @@ class RustBPETokenizer:
             if message["role"] == "user":
                 text = system + message["content"] if i == 0 else message["content"]
                 ids += self.encode(text, prepend="<|user_start|>", append="<|user_end|>")
-                yield ids, [0] * len(ids)
+                yield ids, [0] * len(ids)  # read, not learned: the model is to answer, not to ask
             else:
                 yield self._render_assistant(message["content"])
 
     def _render_assistant(self, content: str | list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        ids, mask = [self.encode_special("<|assistant_start|>")], [0]
+        ids, mask = [self.encode_special("<|assistant_start|>")], [0]  # the engine writes it when a user has ended
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            # A call is learned with its marks. Its result is not: the calculator writes that, and a model that had
+            # learned to write it would make results up.
             before, after, learned = PARTS[part["type"]]
             new = self.encode(part["text"], prepend=before, append=after)
             ids += new
             mask += [learned] * len(new)
-        return [*ids, self.encode_special("<|assistant_end|>")], [*mask, 1]
+        return [*ids, self.encode_special("<|assistant_end|>")], [*mask, 1]  # learned: this is how an answer ends
 
     def render_conversation(
         self, conversation: Conversation, max_tokens: int | None = 2048
@@ -346,20 +367,21 @@ class RustBPETokenizer:
         for turn_ids, turn_mask in self.render_turns(conversation):
             ids += turn_ids
             mask += turn_mask
+        # Cut anywhere, even inside an answer; training cuts at the end of a turn instead (data/chat_rows.py).
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: Conversation) -> list[int]:
         """The ids of a conversation up to where the assistant must speak next; a last assistant message is dropped."""
         messages = conversation["messages"]
         check_messages(messages)
-        if messages[-1]["role"] == "assistant":
+        if messages[-1]["role"] == "assistant":  # in a task it is the reference, which the model must not see
             messages = messages[:-1]
         ids, _ = self.render_conversation({"messages": messages}, max_tokens=None)
         return [*ids, self.encode_special("<|assistant_start|>")]
 
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int]) -> str:
         """The tokens of a rendered conversation in one line: green ones are learned, red ones are only read."""
-        colours = {0: "\033[91m", 1: "\033[92m"}
+        colours = {0: "\033[91m", 1: "\033[92m"}  # ANSI: red, green
         return "|".join(f"{colours[m]}{self.id_to_token(i)}\033[0m" for i, m in zip(ids, mask, strict=True))
 
 
@@ -370,7 +392,7 @@ def mergeable_size(vocab_size: int) -> int:
             f"vocab_size is {vocab_size}, but must be at least {MIN_VOCAB_SIZE}: 256 bytes and "
             f"{len(SPECIAL_TOKENS)} special tokens"
         )
-    return vocab_size - len(SPECIAL_TOKENS)
+    return vocab_size - len(SPECIAL_TOKENS)  # so that a vocabulary of 65536 is one with the special tokens
 
 
 def get_tokenizer() -> RustBPETokenizer:
@@ -383,5 +405,5 @@ def get_token_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
     path = get_base_dir() / TOKENIZER_FOLDER / "token_bytes.pt"
     if not path.exists():
         raise FileNotFoundError(f"no {path}: train the tokenizer with `python -m scripts.tok_train`")
-    lengths: torch.Tensor = torch.load(path, map_location=device, weights_only=True)
+    lengths: torch.Tensor = torch.load(path, map_location=device, weights_only=True)  # runs no code of a pickle
     return lengths
