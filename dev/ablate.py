@@ -99,7 +99,7 @@ class Config:
     data: str
     """Folder of parquet shards; the last one is the validation text."""
     experiment: Literal[tuple(EXPERIMENTS)] = "switches"  # type: ignore[valid-type]
-    """Which settings to compare."""
+    """Settings to compare."""
     seconds: float | None = None
     """Training time of each run."""
     flops: float | None = None
@@ -115,7 +115,7 @@ class Config:
     only: tuple[str, ...] = ()
     """Labels of the settings to run; default: all."""
     eval_bytes: int = 2_000_000
-    """How much of the validation text is evaluated."""
+    """Bytes of validation text to evaluate."""
     results: str = "ablate.jsonl"
     """File for finished runs, one per line; new ones are appended."""
     work: str = "ablate"

@@ -45,7 +45,7 @@ LONGEST_SECONDS = 300.0  # for one launch
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to do to the pipeline."""
+    """Settings of the test."""
 
     kills: int = 20
     """Number of SIGKILLs, spread over the stages."""
@@ -62,7 +62,7 @@ class Config:
     seed: int = 1
     """Seed of the random moments."""
     folder: str | None = None
-    """Where to work; default: a temporary folder, removed at the end."""
+    """Working folder; default: a temporary one, removed at the end."""
     child: bool = False
     """(For internal use: run the pipeline in $NANOCHAT_BASE_DIR.)"""
 

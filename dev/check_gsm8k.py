@@ -14,7 +14,7 @@ from tasks.gsm8k import GSM8K
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to check."""
+    """Settings of the check."""
 
     splits: tuple[str, ...] = ("test", "train")
     """Splits of the data set."""

@@ -34,14 +34,14 @@ FLAGS = ("--max_seq_len=256", "--total_batch_size=4096", "--dataset=demo", "--re
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to check."""
+    """Settings of the check."""
 
     hours: float = 0.1
     """The time that is asked for."""
     depths: tuple[int, ...] = (1, 2, 4)
     """Depths of the models; the middle one is killed and resumed."""
     folder: str | None = None
-    """Where to work; default: a temporary folder, removed at the end."""
+    """Working folder; default: a temporary one, removed at the end."""
 
     def __post_init__(self) -> None:
         if self.hours <= 0 or not self.depths:

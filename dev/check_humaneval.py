@@ -17,7 +17,7 @@ from tasks.humaneval import HumanEval
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How to check."""
+    """Settings of the check."""
 
     workers: int = 2
     """Programs that run at the same time."""

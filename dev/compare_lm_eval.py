@@ -41,7 +41,7 @@ TASKS = "copa|piqa|openbook_qa|winograd|winogrande|lambada_openai|bigbench_qa_wi
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to compare."""
+    """Settings of the comparison."""
 
     hf_path: str
     """Folder of a Hugging Face model."""

@@ -214,7 +214,7 @@ class Config:
     tasks: tuple[str, ...] = tuple(CLASSIC_TASKS)
     """Chat tasks to search for."""
     examples: int = 1
-    """How many items of each set to print, those with the largest share found."""
+    """Number of items to print of each set, those with the largest share found."""
     json: str | None = None
     """File for all counts."""
 

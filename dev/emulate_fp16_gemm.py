@@ -86,7 +86,7 @@ class Config:
     part: int = PART
     """Longest sum in float16."""
     tail: int = 100
-    """How many of the last losses are averaged."""
+    """Number of last losses to average."""
 
 
 def read_bytes(folder: str, count: int) -> Tensor:

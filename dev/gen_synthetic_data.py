@@ -44,7 +44,7 @@ class Config:
     about: str | None = None
     """A text file that says who the assistant is; default: the identity that comes with nanochat."""
     out: str | None = None
-    """Where to write; default: identity_conversations.jsonl in the base folder."""
+    """File to write; default: identity_conversations.jsonl in the base folder."""
     num: int = 1000
     """Total number of conversations to write."""
     workers: int = 4

@@ -1,4 +1,4 @@
-"""How much there is to know: code lines of the package, files at its top, comments in its core.
+"""Count what a reader has to know: code lines and files of the package, comments in its core.
 
     python -m dev.house
     python -m dev.house --files      and every file

@@ -1,7 +1,7 @@
-"""How fast a model answers; see dev/bench/infer_bench.py.
+"""Measure how fast a model answers; see dev/bench/infer_bench.py.
 
 python -m scripts.infer_bench                                        the newest chat model
-python -m scripts.infer_bench --depth 12 --vocab_size 32768          random weights of a shape
+python -m scripts.infer_bench --depth 12 --vocab_size 32768          random weights of this shape
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ class Config:
     vocab_size: int = 65536
     """Size of the vocabulary."""
     rounds: int = 3
-    """How many times each is measured."""
+    """Measurements of each."""
     folder: str | None = None
-    """Where to write; default: the temporary folder."""
+    """Folder to write to; default: the temporary folder."""
 
 
 def make_state(cfg: Config) -> tuple[GPT, MuonAdamW]:

@@ -38,7 +38,7 @@ from nanochat.interop.hf_model import HuggingFaceModel, HuggingFaceTokenizer, lo
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to measure."""
+    """Settings of the comparison."""
 
     hf_path: str
     """Hugging Face model: folder or name."""

@@ -1,17 +1,17 @@
-"""How fast a model answers: time to the first token, tokens per second at 1, 8 and 32 requests, memory.
+"""Measure how fast a model answers: time to the first token, tokens per second at 1, 8 and 32 requests, memory.
 
 python -m scripts.infer_bench                                        the newest chat model
-python -m scripts.infer_bench --depth 12 --vocab_size 32768          random weights of a shape
-python -m scripts.infer_bench --nanochat_path ~/nanochat             beside another checkout's engine
+python -m scripts.infer_bench --depth 12 --vocab_size 32768          random weights of this shape
+python -m scripts.infer_bench --nanochat_path ~/nanochat             compared with another checkout's engine
 
 Every contestant (this project with each kind of weights, transformers if installed, another nanochat checkout if named)
-has the same weights and prompts and runs in a process of its own; they take turns, so that a busy machine slows all of
-them alike. transformers knows the classic model only and is left out beside another; so does a nanochat of 2025, which
-must not be named then. Figures are medians over the repeats. The last line of the output is one JSON document with all
-of them.
+has the same weights and prompts and runs in a process of its own. They take turns, so that other work on the machine
+affects all of them. transformers knows only the classic model and is left out for others; a nanochat checkout of 2025
+knows only that model too and must not be named for others. Figures are medians over the repeats. The last line of the
+output is one JSON document with all of them.
 
-Decoding reads every weight for each token, so at one request the share of the memory's bandwidth is what counts.
-Another nanochat's engine continues one prompt only: its 8 and 32 requests are samples of the same prompt.
+Decoding reads every weight for each token, so at one request the memory bandwidth decides. Another nanochat's engine
+continues only one prompt: its 8 and 32 requests are samples of the same prompt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Config:
 
     runtime: Runtime = field(default_factory=Runtime)
     source: Annotated[Literal["base", "mid", "sft", "rl"], short("-i")] = "sft"
-    """Which stage's model to measure."""
+    """Stage of the model."""
     model_tag: Annotated[str | None, short("-g")] = None
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
@@ -59,21 +59,21 @@ class Config:
     sequence_len: int = 2048
     """Its context."""
     weights: tuple[Literal["auto", "model", "bfloat16", "int8"], ...] = ("auto",)
-    """How this project reads the weights while decoding; several are measured beside each other."""
+    """Forms of the weights that this project decodes with; each is measured."""
     requests: tuple[int, ...] = (1, 8, 32)
-    """How many requests at a time."""
+    """Numbers of simultaneous requests."""
     prompt_tokens: int = 32
     """Length of the prompts."""
     new_tokens: int = 128
     """Length of the answers."""
     repeats: int = 3
-    """Measurements of each, after one to warm up; the median counts."""
+    """Measurements of each, after one for warm-up; the median is taken."""
     threads: int = 0
     """Threads of each contestant on a CPU; 0: torch's choice."""
     nanochat_path: Path | None = None
     """A checkout of nanochat to compare with."""
     transformers: bool = True
-    """Compare with transformers' generate where it is installed."""
+    """Compare with transformers' generate, if it is installed."""
 
     def __post_init__(self) -> None:
         if not self.weights or not self.requests or min(self.requests) < 1:
@@ -85,12 +85,12 @@ class Config:
 
 
 class Contestant:
-    """A process that runs the model its own way."""
+    """A process that runs the model in its own way."""
 
     def __init__(self, name: str, kind: str, folder: Path, settings: dict[str, Any], path: Path) -> None:
         self.name = name
         command = [sys.executable, str(WORKER), kind, str(folder), json.dumps(settings)]
-        # The named checkout's `nanochat` comes first; behind it ours lends what it may import besides (rustbpe).
+        # The named checkout's `nanochat` comes first; ours follows for other packages that it may import (rustbpe).
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=path
@@ -107,7 +107,7 @@ class Contestant:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RuntimeError(f"{self.name} failed: its error stands above")
+            raise RuntimeError(f"{self.name} failed: its error is above")
         result: dict[str, Any] = json.loads(line)
         return result
 
@@ -121,7 +121,7 @@ class Contestant:
 
 
 def random_model(depth: int, vocab_size: int, sequence_len: int) -> GPT:
-    """A model whose weights are all random, also those that start at zero."""
+    """A model whose weights are all random, including those that start at zero."""
     torch.manual_seed(0)
     model = GPT(GPTConfig.from_depth(depth, vocab_size, sequence_len))
     model.init_weights()
@@ -133,7 +133,7 @@ def random_model(depth: int, vocab_size: int, sequence_len: int) -> GPT:
 
 
 def start_all(cfg: Config, folder: Path, device: str, dtype: str, classic: bool) -> list[Contestant]:
-    """Every contestant, this project's first; transformers only where it knows the model."""
+    """Start all contestants, this project's first; transformers only if it knows the model."""
     settings = {"device": device, "dtype": dtype, "threads": cfg.threads, "slots": max(cfg.requests)}
     made = []
     for weights in cfg.weights:
@@ -142,7 +142,7 @@ def start_all(cfg: Config, folder: Path, device: str, dtype: str, classic: bool)
     if cfg.nanochat_path is not None:
         made.append(Contestant("nanochat", "nanochat", folder, settings, cfg.nanochat_path.resolve()))
     if cfg.transformers and not classic:
-        print("without transformers: it knows no model with switches")
+        print("without transformers: it does not know models with switches")
     elif cfg.transformers and importlib.util.find_spec("transformers") is not None:
         made.append(Contestant("transformers", "transformers", folder, settings, ROOT))
     return made
@@ -156,7 +156,7 @@ def compare(cfg: Config, contestants: list[Contestant]) -> list[dict[str, Any]]:
         for repeat in range(cfg.repeats + 1):
             task = {"requests": requests, "prompt_tokens": cfg.prompt_tokens, "new_tokens": cfg.new_tokens}
             for contestant in contestants:
-                # Another prompt every time: this project would find a known one in its cache.
+                # Another prompt every time, because this project would find a known one in its cache.
                 result = contestant.measure(task | {"seed": 1000 * requests + repeat})
                 if repeat > 0:
                     results[contestant.name].append(result)
@@ -171,7 +171,7 @@ def compare(cfg: Config, contestants: list[Contestant]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table; ratios are the first contestant's decoding speed over that row's."""
+    """Print the table; the last column is the decoding speed relative to the first contestant."""
     print(f"{'':20}{'requests':>9}{'first token':>13}{'decode tok/s':>14}{'all tok/s':>11}{'memory':>10}  vs first")
     for row in rows:
         base = next(r for r in rows if r["requests"] == row["requests"])
@@ -185,7 +185,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def show_ratios(rows: list[dict[str, Any]]) -> None:
-    """How many times as fast as each other engine this project decodes."""
+    """Print the ratios of this project's decoding speed to that of each other engine."""
     for row in rows:
         others = [o for o in rows if o["requests"] == row["requests"] and not o["name"].startswith("ours ")]
         if row["name"].startswith("ours ") and others:

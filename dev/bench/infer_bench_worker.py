@@ -1,7 +1,7 @@
-"""One contestant of scripts.infer_bench, in a process of its own: reads requests as JSON lines, answers with timings.
+"""One contestant of infer_bench.py, in a process of its own: reads requests as JSON lines, answers with timings.
 
-It imports the `nanochat` package that PYTHONPATH names: this project's, or that of another checkout to compare with.
-So it uses nothing else of this project.
+It imports the `nanochat` package that PYTHONPATH names, this project's or that of another checkout, and therefore uses
+nothing else of this project.
 
 argv: kind (ours, nanochat, transformers), folder with model.safetensors and config.json, JSON settings.
 """
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-Times = list[list[float]]  # per request: when each of its tokens came
+Times = list[list[float]]  # per request: the time of each of its tokens
 Run = Callable[[list[list[int]], int], tuple[Times, list[list[int]]]]  # (prompts, new tokens) -> times, tokens
 
 
 class PlainTokenizer:
-    """Stands in for a tokenizer: no special token is ever said, so that every answer has its full length."""
+    """Replaces the tokenizer: special tokens never occur, so that every answer has its full length."""
 
     def encode_special(self, name: str) -> int:
         return 10**9 + hash(name) % 1000
@@ -49,7 +49,7 @@ class PlainTokenizer:
 
 def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[str, Any]) -> Run:
     """This project: continuous batching."""
-    from nanochat.generate.sampling import Sampling  # lazy: which nanochat this is, PYTHONPATH says
+    from nanochat.generate.sampling import Sampling  # lazy: PYTHONPATH decides which nanochat this is
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.precision import DTYPES, Precision
     from nanochat.serve.batch_engine import BatchEngine, GenerationRequest
@@ -67,7 +67,7 @@ def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[
     )
 
     def run(prompts: list[list[int]], count: int) -> tuple[Times, list[list[int]]]:
-        # Listeners, and one wait at the end: a thread woken for every token would fight for the interpreter.
+        # Listeners, and one wait at the end: a thread that wakes for every token would compete for the interpreter.
         times: Times = [[] for _ in prompts]
         tokens: list[list[int]] = [[] for _ in prompts]
         over = threading.Semaphore(0)
@@ -89,8 +89,8 @@ def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[
 
 
 def nanochat(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[str, Any]) -> Run:
-    """Another checkout's engine: one prompt, as many samples of it as there are requests."""
-    from nanochat.engine import Engine  # lazy: not this project's, another checkout's
+    """Another checkout's engine: one prompt, with as many samples as there are requests."""
+    from nanochat.engine import Engine  # lazy: another checkout's, not this project's
     from nanochat.gpt import GPT, GPTConfig
 
     known = inspect.signature(GPTConfig).parameters
@@ -98,7 +98,7 @@ def nanochat(config: dict[str, Any], state: dict[str, torch.Tensor], settings: d
     model = GPT(GPTConfig(**{k: v for k, v in config.items() if k in known}, **extra)).to(settings["device"])
     model.init_weights()
     own = model.state_dict()
-    for name, value in own.items():  # what the classic model has not got does nothing
+    for name, value in own.items():  # weights that the classic model does not have get values without effect
         if name not in state:
             value.fill_(1.0 if "resid" in name else 0.0)
         else:
@@ -120,10 +120,10 @@ def transformers(config: dict[str, Any], state: dict[str, torch.Tensor], setting
     """transformers' NanoChatForCausalLM.generate."""
     from transformers import NanoChatConfig, NanoChatForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-    from nanochat.gpt import GPTConfig  # lazy: PYTHONPATH says which
+    from nanochat.gpt import GPTConfig  # lazy: PYTHONPATH decides which
     from nanochat.interop.hf_format import hf_config, hf_name
 
-    # All rows of the matrices, those that pad the vocabulary too; and no token ends an answer.
+    # All rows of the matrices, including the padding of the vocabulary; no token ends an answer.
     plain = {"vocab_size": state["lm_head.weight"].size(0), "eos_token_id": None, "bos_token_id": None}
     shape = hf_config(GPTConfig(**config), PlainTokenizer()) | plain | {"pad_token_id": 0}
     model = NanoChatForCausalLM(NanoChatConfig.from_dict(shape)).eval()
@@ -171,7 +171,7 @@ def main() -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     state = load_file(folder / "model.safetensors")
     answers = sys.stdout
-    sys.stdout = sys.stderr  # what others print must not come between
+    sys.stdout = sys.stderr  # keeps what others print out of the answers
     run = {"ours": ours, "nanochat": nanochat, "transformers": transformers}[kind](config, state, settings)
     del state
     for line in sys.stdin:

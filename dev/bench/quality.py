@@ -64,7 +64,7 @@ class Config:
     seeds: tuple[int, ...] = (0,)
     """One run with each; the peer itself always takes 42."""
     eval_bytes: int = 2_000_000
-    """How much of the validation text is evaluated."""
+    """Bytes of validation text to evaluate."""
     results: str = "quality.jsonl"
     """File for finished runs, one per line; new ones are appended."""
     work: str = "ablate"

@@ -64,7 +64,7 @@ class Config:
     sequence_len: int = 512
     """Tokens per sequence."""
     eval_bytes: int = 2_000_000
-    """How much of the validation text is evaluated."""
+    """Bytes of validation text to evaluate."""
 
 
 def main(cfg: Config) -> None:
