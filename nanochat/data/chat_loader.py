@@ -13,11 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from nanochat.data.chat_rows import ChatCursor, Packer, PackingStats, Supervise
+from nanochat.data.corpus import open_parquet
 from nanochat.data.loader import BatchLoader
 from nanochat.env import print0
 from nanochat.files import json_lines
@@ -62,17 +61,14 @@ def load_conversations(path: str | Path) -> list[Conversation]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            if "messages" not in file.schema_arrow.names:
-                raise ValueError(f"{path} has no column 'messages' (it has: {', '.join(file.schema_arrow.names)})")
-            row = 0
-            for batch in file.iter_batches(columns=["messages"]):
-                for messages in batch.column(0).to_pylist():
-                    yield f"row {row}", messages
-                    row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error})") from error
+    with open_parquet(path) as file:
+        if "messages" not in file.schema_arrow.names:
+            raise ValueError(f"{path} has no column 'messages' (it has: {', '.join(file.schema_arrow.names)})")
+        row = 0
+        for batch in file.iter_batches(columns=["messages"]):
+            for messages in batch.column(0).to_pylist():
+                yield f"row {row}", messages
+                row += 1
 
 
 # --- training batches -------------------------------------------------------------------------------------------------

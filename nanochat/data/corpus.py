@@ -7,6 +7,7 @@ only one row group). Validation documents are never trained on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections import deque
@@ -26,6 +27,22 @@ BLOCK_ROWS = 1024  # documents decoded at a time, however large the row group; t
 
 class BadShardError(ValueError):
     """A shard that is damaged, cut off, or has vanished."""
+
+
+@contextlib.contextmanager
+def open_parquet(path: Path, part: str = "") -> Iterator[pq.ParquetFile]:
+    """A parquet file to read from.
+
+    Raises:
+        BadShardError: it is none, or damaged where it is read; names it, with `part` ("row group 0 of ") before it.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise BadShardError(
+            f"{part}{path} is not a readable parquet file ({error}): replace it, or delete it and fetch it again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -54,20 +71,15 @@ class Chunk:
         # Blocks are counted from the row group's first row, not from `start`: wherever reading begins, the same rows
         # are together in a block, and later epochs shuffle inside blocks.
         row = 0  # first row of the block in hand
-        try:
-            with pq.ParquetFile(self.shard) as file:
-                batches = file.iter_batches(BLOCK_ROWS, row_groups=[self.row_group], columns=[self.column])
-                for texts in _blocks(batches):
-                    first, last = max(row, self.start), min(row + len(texts), self.stop)
-                    if first < last and start < last:
-                        yield first, texts.slice(first - row, last - first)
-                    row += len(texts)
-                    if row >= self.stop:
-                        return
-        except (pa.ArrowException, OSError) as error:
-            raise BadShardError(
-                f"can't read row group {self.row_group} of {self.shard} ({error}): delete the file and fetch it again"
-            ) from error
+        with open_parquet(self.shard, f"row group {self.row_group} of ") as file:
+            batches = file.iter_batches(BLOCK_ROWS, row_groups=[self.row_group], columns=[self.column])
+            for texts in _blocks(batches):
+                first, last = max(row, self.start), min(row + len(texts), self.stop)
+                if first < last and start < last:
+                    yield first, texts.slice(first - row, last - first)
+                row += len(texts)
+                if row >= self.stop:
+                    return
         raise BadShardError(
             f"can't read row group {self.row_group} of {self.shard}: it has {row} rows, but had {self.stop} before; "
             "the file was replaced by another one"
@@ -266,13 +278,8 @@ def shard_chunks(shard: Path, column: str = TEXT_COLUMN) -> list[Chunk]:
         BadShardError: it is not a readable parquet file.
         ValueError: it has no such column, or one that does not hold text.
     """
-    try:
-        with pq.ParquetFile(shard) as file:
-            metadata, schema = file.metadata, file.schema_arrow
-    except (pa.ArrowException, OSError) as error:
-        raise BadShardError(
-            f"{shard} is not a readable parquet file ({error}): delete it and fetch it again"
-        ) from error
+    with open_parquet(shard) as file:
+        metadata, schema = file.metadata, file.schema_arrow
     if column not in schema.names:
         raise ValueError(
             f"{shard} has no column {column!r} (it has: {', '.join(schema.names)}): bring it into this form with "

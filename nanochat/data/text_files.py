@@ -20,15 +20,14 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from nanochat.data.corpus import BLOCK_ROWS, TEXT_COLUMN, is_text
+from nanochat.data.corpus import BLOCK_ROWS, TEXT_COLUMN, is_text, open_parquet
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 KINDS = {
@@ -96,21 +95,13 @@ def read_documents(file: Path, repairs: Repairs, column: str | None = None) -> I
     Raises:
         ValueError: the file is malformed; names the place.
     """
-    kind = kind_of(file)
+    kind = kind_of(file) or "txt"
     if kind == "parquet":
         yield from _read_parquet(file, repairs, column)
         return
     try:
         with open(file, "rb") as raw, _decoded(file, raw, newline="" if kind == "csv" else None) as lines:
-            if kind == "jsonl":
-                documents = _read_jsonl(file, lines, column)
-            elif kind == "csv":
-                documents = _read_csv(file, lines, column)
-            elif kind == "html":
-                documents = split_text(io.StringIO(_visible_text(lines)), markdown=False)
-            else:
-                documents = split_text(lines, markdown=kind == "md")
-            for document in documents:
+            for document in READERS[kind](file, lines, column):
                 yield raw.tell(), repairs.surrogates(document)
     except pa.ArrowException as error:
         raise ValueError(f"{file} can't be unpacked ({error})") from error
@@ -187,21 +178,18 @@ def _delimiter(file: Path, header: str) -> str:
 
 
 def _read_parquet(file: Path, repairs: Repairs, column: str | None) -> Iterator[tuple[int, str]]:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            schema = parquet.schema_arrow
-            texts = [name for name in schema.names if is_text(schema.field(name).type)]
-            name = choose_column(file, schema.names, texts, column)
-            done, size, total = 0, file.stat().st_size, max(1, parquet.metadata.num_rows)
-            for batch in parquet.iter_batches(BLOCK_ROWS, columns=[name]):
-                values = batch.column(0)
-                if pa.types.is_dictionary(values.type):
-                    values = values.cast(pa.large_string())
-                for value in values.cast(pa.large_binary()).to_pylist():  # Arrow does not check that it is UTF-8
-                    done += 1
-                    yield size * done // total, (value or b"").decode("utf-8", REPAIR)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a readable parquet file ({error})") from error
+    with open_parquet(file) as parquet:
+        schema = parquet.schema_arrow
+        texts = [name for name in schema.names if is_text(schema.field(name).type)]
+        name = choose_column(file, schema.names, texts, column)
+        done, size, total = 0, file.stat().st_size, max(1, parquet.metadata.num_rows)
+        for batch in parquet.iter_batches(BLOCK_ROWS, columns=[name]):
+            values = batch.column(0)
+            if pa.types.is_dictionary(values.type):
+                values = values.cast(pa.large_string())
+            for value in values.cast(pa.large_binary()).to_pylist():  # Arrow does not check that it is UTF-8
+                done += 1
+                yield size * done // total, (value or b"").decode("utf-8", REPAIR)
 
 
 def choose_column(file: Path, names: list[str], texts: list[str], wanted: str | None) -> str:
@@ -290,3 +278,14 @@ def _visible_text(lines: io.TextIOWrapper) -> str:
     parser.close()
     text = re.sub(r" *\n *", "\n", "".join(parser.parts))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+# How the characters of a file become documents, by its kind: (file, characters, column) -> documents. A new form of
+# text is an entry here and its suffixes in KINDS. (Parquet holds its characters in another way.)
+READERS: dict[str, Callable[[Path, io.TextIOWrapper, str | None], Iterator[str]]] = {
+    "txt": lambda file, lines, column: split_text(lines, markdown=False),
+    "md": lambda file, lines, column: split_text(lines, markdown=True),
+    "html": lambda file, lines, column: split_text(io.StringIO(_visible_text(lines)), markdown=False),
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+}
