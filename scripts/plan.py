@@ -20,11 +20,12 @@ from nanochat.cards import CARDS, Card, find_card
 from nanochat.common import autodetect_device_type, get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.hardware import free_memory, inspect_machine, speeds_key
-from nanochat.plan.local_speed import OPERATIONS_FILE, LocalMachine
+from nanochat.plan.local_speed import SPEEDS_FILE, LocalMachine
 from nanochat.plan.memory import MicroBatch
 from nanochat.plan.planning import (
     DEPTHS,
     MEASURED_DEPTHS,
+    MEASURED_DEPTHS_DEFAULT,
     Budget,
     Row,
     SpeedModel,
@@ -145,7 +146,7 @@ def target_here(cfg: Config) -> Target:
         raise ValueError(f"--num_cards={cfg.num_cards}, but this machine has {present}: use fewer, or name a --card")
     with contextlib.redirect_stdout(sys.stderr):  # its line would stand in the JSON
         compute = setup_compute(Runtime(device_type=device_type, dtype=cfg.dtype, compile="off"))  # type: ignore[arg-type]
-    path = get_base_dir() / OPERATIONS_FILE
+    path = get_base_dir() / SPEEDS_FILE
     if cfg.refresh:
         path.unlink(missing_ok=True)
     vocab_size = cfg.vocab_size
@@ -166,13 +167,13 @@ def target_here(cfg: Config) -> Target:
         fineweb=cfg.dataset == "fineweb_edu",
         device_type=device_type,
     )
-    machine = LocalMachine(compute.device, compute.precision, budget.preset, path, repeats=2)
-    depths = MEASURED_DEPTHS if cfg.depth is None else (cfg.depth,)
-    how = "Speed: each operation of a training step measured alone on this machine, eager."
+    machine = LocalMachine(compute.device, compute.precision, budget.preset, path)
+    depths = (cfg.depth,) if cfg.depth else MEASURED_DEPTHS.get(device_type, MEASURED_DEPTHS_DEFAULT)
+    how = "Speed: a training step on this machine, timed, eager."
     if cfg.depth is None:
-        how += f" Measured at depths {', '.join(map(str, depths))}; between and beyond them by FLOP/s."
+        how += f" Timed at depths {', '.join(map(str, depths))}; between and beyond them by FLOP/s."
     key = speeds_key(compute.device, compute.precision.product_dtype)
-    return Target(key, budget, measured_speed(machine, budget, depths), how)
+    return Target(key, budget, measured_speed(machine.tokens_per_second, budget, depths), how)
 
 
 COLUMNS = (

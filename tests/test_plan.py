@@ -1,18 +1,21 @@
 """The plan against arithmetic by hand, and what a user sees of it."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from nanochat.cards import DeviceInfo, find_card
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
 from nanochat.pipeline.profiles import Settings, choose_profile, profile_for
-from nanochat.plan.local_speed import LocalMachine
-from nanochat.plan.planning import Budget, card_speed, measured_speed, plan_row
-from nanochat.plan.roofline import CardRoofline, best_dtype, step_operations, step_seconds, tokens_per_second
+from nanochat.plan.local_speed import LocalMachine, random_tokens
+from nanochat.plan.memory import MicroBatch, estimate_training_memory
+from nanochat.plan.planning import Budget, card_speed, measured_speed, plan, plan_row
+from nanochat.plan.roofline import CardRoofline, best_dtype, step_operations, tokens_per_second
 from nanochat.precision import DTYPES, Precision
-from nanochat.recipe import CLASSIC, PRESETS
+from nanochat.recipe import CLASSIC, PRESETS, parameter_groups
 from scripts import plan as script
 
 CARDS = ("p100", "t4", "v100", "rtx 3060", "rtx 3090", "rtx 4090", "a100", "h100")
@@ -162,36 +165,56 @@ def test_the_operations_are_those_that_estimate_flops_counts():
 def test_a_step_takes_as_long_as_its_parts_and_more_passes_take_longer():
     card = CardRoofline(find_card("p100"))
     config = GPTConfig.from_depth(4, 8192, 512)
-    parts = step_seconds(card, step_operations(config, 8, 512, 2, "float16", CLASSIC))
+    parts = [op.count * card.seconds(op) for op in step_operations(config, 8, 512, 2, "float16", CLASSIC)]
     speed = tokens_per_second(card, config, 8, 512, 2, "float16", CLASSIC)
-    assert speed == pytest.approx(8 * 512 * 2 / sum(parts.values()))
+    assert speed == pytest.approx(8 * 512 * 2 / sum(parts))
     assert tokens_per_second(card, config, 8, 512, 16, "float16", CLASSIC) > speed  # the update is shared by more
 
 
 @pytest.mark.parametrize("recipe", PRESETS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_operation_can_be_measured_here_and_is_measured_once(tmp_path, recipe, dtype, monkeypatch):
+def test_a_step_is_timed_here_and_only_once(tmp_path, recipe, dtype, monkeypatch):
     preset = PRESETS[recipe]
     config = GPTConfig.from_depth(1, 256, 32, window_pattern="SL", **preset.switches)
-    operations = step_operations(config, 2, 32, 2, dtype, preset)
-    precision = Precision("cpu", DTYPES[dtype])
-    machine = LocalMachine(torch.device("cpu"), precision, preset, tmp_path / "speeds.json", repeats=1)
-    first = step_seconds(machine, operations)
-    assert set(first) == {op.kind for op in operations}
-    assert all(seconds > 0 for seconds in first.values())
-    again = LocalMachine(torch.device("cpu"), precision, preset, tmp_path / "speeds.json", repeats=1)
-    monkeypatch.setattr(again, "_measure", lambda operation: pytest.fail(f"{operation} was known"))
-    assert step_seconds(again, operations) == first
+    machine = LocalMachine(torch.device("cpu"), Precision("cpu", DTYPES[dtype]), preset, tmp_path / "speeds.json")
+    small = machine.tokens_per_second(config, MicroBatch(2, 1 << 20, True), 2)
+    assert small > 0
+    monkeypatch.setattr(LocalMachine, "_measure", lambda *_: pytest.fail("was known"))
+    again = LocalMachine(torch.device("cpu"), Precision("cpu", DTYPES[dtype]), preset, tmp_path / "speeds.json")
+    assert again.tokens_per_second(config, MicroBatch(2, 1 << 20, True), 2) == small
 
 
-def test_a_measurement_on_few_tokens_stands_for_many(monkeypatch):
+def test_a_pass_over_few_tokens_stands_for_many_and_the_update_for_any_number_of_passes(monkeypatch):
     machine = LocalMachine(torch.device("cpu"), Precision("cpu", torch.float32), CLASSIC)
-    monkeypatch.setattr(machine, "_measure", lambda operation: 1.0)
+    timed = []
+    monkeypatch.setattr(
+        machine, "_measure", lambda config, micro: (timed.append(micro.rows), (1.0 * micro.rows, 4.0))[1]
+    )
     config = GPTConfig.from_depth(4, 256, 1024)
-    (few,) = [op for op in step_operations(config, 4, 1024, 1, "float32", CLASSIC) if op.kind == "loss"]
-    (many,) = [op for op in step_operations(config, 40, 1024, 1, "float32", CLASSIC) if op.kind == "loss"]
-    assert machine.seconds(few) == 1.0
-    assert machine.seconds(many) == 10.0
+    assert machine.tokens_per_second(config, MicroBatch(1), 1) == pytest.approx(1024 / 5)
+    assert machine.tokens_per_second(config, MicroBatch(20), 1) == pytest.approx(20 * 1024 / 24)
+    assert machine.tokens_per_second(config, MicroBatch(2), 8) == pytest.approx(16 * 1024 / 20)
+    assert timed == [1, 2, 2]  # 2048 tokens are enough
+
+
+def test_the_prediction_is_what_training_reaches():
+    """A real step of two micro-batches; the machine may be busy, so within a factor of three."""
+    precision = Precision("cpu", torch.float32)
+    config = GPTConfig.from_depth(2, 512, 128)
+    predicted = LocalMachine(torch.device("cpu"), precision, CLASSIC).tokens_per_second(config, MicroBatch(4), 2)
+    model = GPT(config)
+    model.init_weights()
+    rates = {"embedding_lr": 0.2, "unembedding_lr": 0.004, "matrix_lr": 0.02, "weight_decay": 0.0}
+    optimizer = MuonAdamW(parameter_groups(model, **rates))
+    idx = random_tokens(512, 4, 128, torch.device("cpu"))
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        for _ in range(2):
+            precision.backward(model(idx[:, :-1], idx[:, 1:].contiguous()) / 2)
+        precision.step([optimizer], 1.0)
+        seconds.append(time.perf_counter() - start)
+    assert 1 / 3 < predicted / (2 * 4 * 128 / min(seconds)) < 3
 
 
 def test_depths_between_the_measured_ones_take_their_flops_per_second():
@@ -205,15 +228,49 @@ def test_depths_between_the_measured_ones_take_their_flops_per_second():
         memory_bytes=8 << 30,
         fineweb=False,
     )
-    card = CardRoofline(find_card("p100"))
-    speed, known = measured_speed(card, budget, (4, 8)), card_speed(card, budget)
-    assert speed(budget.config(8), 4, 2) == pytest.approx(known(budget.config(8), 4, 2))
+    known = card_speed(CardRoofline(find_card("p100")), budget)
+    speed, micro = measured_speed(known, budget, (4, 8)), MicroBatch(4)
+    assert speed(budget.config(8), micro, 2) == pytest.approx(known(budget.config(8), micro, 2))
     low, middle, high = (plan_row(depth, budget, speed) for depth in (4, 6, 8))
     rates = [row.tokens_per_second * row.flops_per_token for row in (low, middle, high)]
     assert min(rates[0], rates[2]) <= rates[1] <= max(rates[0], rates[2])
     beyond = plan_row(12, budget, speed)
     assert beyond.tokens_per_second < high.tokens_per_second
     assert plan_row(6, budget, known).tokens_per_second == pytest.approx(middle.tokens_per_second, rel=0.1)
+
+
+def test_only_what_fits_is_timed():
+    budget = Budget(
+        hours=1.0,
+        recipe="classic",
+        vocab_size=4096,
+        sequence_len=512,
+        dtype="float32",
+        num_cards=1,
+        memory_bytes=800 << 20,
+        fineweb=False,
+        device_type="cpu",
+    )
+    timed = []
+
+    def measure(config, micro, passes):
+        memory = estimate_training_memory(
+            config,
+            micro.rows,
+            512,
+            dtype="float32",
+            device_type="cpu",
+            loss_chunk_bytes=micro.loss_chunk_bytes,
+            activation_checkpointing=micro.activation_checkpointing,
+        )
+        assert memory.total <= budget.memory_bytes
+        timed.append((config.n_layer, micro.rows * passes))
+        return 1000.0
+
+    rows = plan([4, 6, 8, 10, 12], budget, measured_speed(measure, budget, (4, 8, 12)))
+    assert [row.depth for row in rows if row.micro_batch is None] == [10, 12]
+    assert {depth for depth, _ in timed} == {4, 8}
+    assert {tokens for _, tokens in timed} == {1024}  # every depth in steps of the same 524,288 tokens
 
 
 # --- the depth that a card gets by itself ----------------------------------------------------------------------------

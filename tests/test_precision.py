@@ -419,7 +419,6 @@ NAMES_DTYPES = {
     "muon.py",
     "profiles.py",
     "roofline.py",
-    "local_speed.py",
     "plan.py",
     "export_hf.py",
     "nanochat_pt.py",

@@ -2,7 +2,7 @@
 
     nice -n -10 python dev/bench/plan.py
 
-The prediction measures the step's operations one by one (nanochat/plan/local_speed.py) and never the step. Both are
+The prediction times a pass over few tokens and an update (nanochat/plan/local_speed.py), never the trainer. Both are
 taken in turns, so that other work on the machine meets both. Prints predicted and measured tokens/s and their ratio;
 the last line is JSON.
 """
@@ -26,7 +26,7 @@ from nanochat.config import Runtime  # noqa: E402
 from nanochat.gpt import GPT, GPTConfig  # noqa: E402
 from nanochat.optim import MuonAdamW  # noqa: E402
 from nanochat.plan.local_speed import LocalMachine  # noqa: E402
-from nanochat.plan.roofline import step_operations, step_seconds  # noqa: E402
+from nanochat.plan.memory import MicroBatch  # noqa: E402
 from nanochat.recipe import PRESETS, Schedule, parameter_groups  # noqa: E402
 from nanochat.train.trainer import Trainer, TrainSettings  # noqa: E402
 
@@ -85,31 +85,22 @@ def main(args: argparse.Namespace) -> None:
     """Predict, train, compare."""
     compute = setup_compute(Runtime(device_type=args.device, dtype=args.dtype, compile="off"))
     dtype = compute.precision.name
-    print(f"{'model':34}{'predicted tok/s':>16}{'measured tok/s':>16}{'ratio':>8}   largest parts of the prediction")
+    print(f"{'model':34}{'predicted tok/s':>16}{'measured tok/s':>16}{'ratio':>8}")
     result: dict[str, Any] = {"dtype": dtype, "threads": torch.get_num_threads(), "configs": []}
     for depth, vocab, T, rows, micro_batches in CONFIGS:
         preset = PRESETS[args.recipe]
         config = GPTConfig.from_depth(depth, vocab, T, **preset.switches)
-        operations = step_operations(config, rows, T, micro_batches, dtype, preset)
         trainer = build(compute, args.recipe, depth, vocab, T, rows, micro_batches)
         measure(trainer, compute, 2)
-        predicted, measured, parts = [], [], {}
+        predicted, measured = [], []
         for _ in range(args.rounds):
-            parts = step_seconds(
-                LocalMachine(compute.device, compute.precision, preset, repeats=args.steps), operations
-            )
-            predicted.append(sum(parts.values()))
-            measured.append(measure(trainer, compute, args.steps))
-        tokens = rows * T * micro_batches
-        speeds = [tokens / statistics.median(seconds) for seconds in (predicted, measured)]
-        ratio = statistics.median(m / p for p, m in zip(predicted, measured, strict=True))
-        shares = sorted(((seconds / sum(parts.values()), kind) for kind, seconds in parts.items()), reverse=True)
+            machine = LocalMachine(compute.device, compute.precision, preset)
+            predicted.append(machine.tokens_per_second(config, MicroBatch(rows), micro_batches))
+            measured.append(rows * T * micro_batches / measure(trainer, compute, args.steps))
+        speeds = statistics.median(predicted), statistics.median(measured)
+        ratio = statistics.median(p / m for p, m in zip(predicted, measured, strict=True))
         name = f"d{depth}, V {vocab}, T {T}, {rows} rows × {micro_batches}"
-        print(
-            f"{name:34}{speeds[0]:16,.0f}{speeds[1]:16,.0f}{ratio:8.2f}   "
-            + ", ".join(f"{kind} {share:.0%}" for share, kind in shares[: args.parts]),
-            flush=True,
-        )
+        print(f"{name:34}{speeds[0]:16,.0f}{speeds[1]:16,.0f}{ratio:8.2f}", flush=True)
         result["configs"].append({"name": name, "predicted": speeds[0], "measured": speeds[1], "ratio": ratio})
     print(json.dumps(result))
 
@@ -121,5 +112,4 @@ if __name__ == "__main__":
     parser.add_argument("--recipe", default="classic", choices=sorted(PRESETS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--parts", type=int, default=5)
     main(parser.parse_args())

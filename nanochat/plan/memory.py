@@ -68,6 +68,12 @@ class MicroBatch:
         chunk = f", loss in chunks of {self.loss_chunk_bytes >> 20} MiB" if self.loss_chunk_bytes else ""
         return f"{self.rows} rows{chunk}" + (", activation checkpointing" if self.activation_checkpointing else "")
 
+    def apply(self, model: GPT) -> None:
+        """Set what it asks of the model."""
+        model.loss_chunk_bytes = self.loss_chunk_bytes
+        if self.activation_checkpointing:
+            model.activation_checkpointing = True
+
     def smaller(self) -> MicroBatch | None:
         """The next measure against too little memory: half the rows, a smaller loss chunk, activation checkpointing."""
         if self.rows > 1:

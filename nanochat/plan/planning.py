@@ -17,7 +17,7 @@ from nanochat.cards import Card
 from nanochat.data.sources import SHARD_BYTES, count_shards
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan.memory import MicroBatch, estimate_training_memory, largest_micro_batch
-from nanochat.plan.roofline import CardRoofline, Device, best_dtype, tokens_per_second
+from nanochat.plan.roofline import CardRoofline, best_dtype, tokens_per_second
 from nanochat.plan.scaling_law import predict_bpb
 from nanochat.recipe import PRESETS, Preset, scale_hyperparameters
 
@@ -31,11 +31,13 @@ CHECKPOINTING_SHARE = 3 / 4
 CHINCHILLA = 20  # tokens per parameter
 # Two of an unfinished run, the best one, and one that is being written.
 CHECKPOINTS = 4
-# On this machine these depths are measured, the others take their FLOP/s: measuring wide layers takes too long.
-MEASURED_DEPTHS = (4, 8, 12)
+# On this machine these depths are timed, the others take their FLOP/s. A CPU is as busy with 8 layers as with 12, and
+# would need minutes for these.
+MEASURED_DEPTHS = {"cpu": (4, 8)}
+MEASURED_DEPTHS_DEFAULT = (4, 8, 12)
 
-# Tokens per second on one device of a model in micro-batches of so many rows, and so many of them in a step.
-SpeedModel = Callable[[GPTConfig, int, int], float]
+# Tokens per second on one device of a model in such micro-batches, and so many of them in a step.
+SpeedModel = Callable[[GPTConfig, MicroBatch, int], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,33 +87,49 @@ class Row:
     best: bool = False
 
 
-def card_speed(device: Device, budget: Budget) -> SpeedModel:
-    """The speed by a device's times for single operations."""
+def card_speed(card: CardRoofline, budget: Budget) -> SpeedModel:
+    """The speed by a card's data sheet."""
 
-    def speed(config: GPTConfig, rows: int, passes: int) -> float:
-        return tokens_per_second(device, config, rows, config.sequence_len, passes, budget.dtype, budget.preset)
+    def speed(config: GPTConfig, micro: MicroBatch, passes: int) -> float:
+        rate = tokens_per_second(card, config, micro.rows, config.sequence_len, passes, budget.dtype, budget.preset)
+        return rate * (CHECKPOINTING_SHARE if micro.activation_checkpointing else 1.0)
 
     return speed
 
 
-def measured_speed(device: Device, budget: Budget, depths: Sequence[int] = MEASURED_DEPTHS) -> SpeedModel:
-    """`card_speed` at some depths; between them FLOP/s are interpolated, beyond them they stay."""
-    known = card_speed(device, budget)
+def measured_speed(measure: SpeedModel, budget: Budget, depths: Sequence[int]) -> SpeedModel:
+    """`measure` at those depths that fit; between them FLOP/s are interpolated, beyond them they stay."""
+    fitting = [depth for depth in depths if micro_batch(budget.config(depth), 1, budget)]
 
-    def flops_per_second(depth: int, rows: int, passes: int) -> float:
+    def flops_per_second(depth: int, micro: MicroBatch, passes: int) -> float:
         config = budget.config(depth)
-        return known(config, rows, passes) * meta_model(config).estimate_flops()
+        own = micro_batch(config, micro.rows, budget) or micro  # a deeper model's may be smaller
+        return measure(config, own, passes * micro.rows // own.rows) * meta_model(config).estimate_flops()
 
-    def speed(config: GPTConfig, rows: int, passes: int) -> float:
-        depth = min(max(config.n_layer, depths[0]), depths[-1])
-        low = max(d for d in depths if d <= depth)
-        high = min(d for d in depths if d >= depth)
+    def speed(config: GPTConfig, micro: MicroBatch, passes: int) -> float:
+        depth = min(max(config.n_layer, fitting[0]), fitting[-1])
+        low = max(d for d in fitting if d <= depth)
+        high = min(d for d in fitting if d >= depth)
         share = 0.0 if low == high else (depth - low) / (high - low)
-        rate = (1 - share) * flops_per_second(low, rows, passes)
-        rate += share * flops_per_second(high, rows, passes) if share else 0.0
+        rate = (1 - share) * flops_per_second(low, micro, passes)
+        rate += share * flops_per_second(high, micro, passes) if share else 0.0
         return rate / meta_model(config).estimate_flops()
 
     return speed
+
+
+def micro_batch(config: GPTConfig, rows: int, budget: Budget) -> MicroBatch | None:
+    """The largest micro-batch that divides `rows` rows and fits; None if not even one row does."""
+    return largest_micro_batch(
+        config,
+        budget.memory_bytes,
+        budget.sequence_len,
+        max_rows=rows,
+        dtype=budget.dtype,
+        world_size=budget.num_cards,
+        compiled=budget.compiled,
+        device_type=budget.device_type,
+    )
 
 
 def meta_model(config: GPTConfig) -> GPT:
@@ -135,21 +153,11 @@ def plan_row(depth: int, budget: Budget, speed: SpeedModel) -> Row:
     for _ in range(3 if preset.scales else 1):
         batch = scale_hyperparameters(preset, model, tokens, None, budget.sequence_len * budget.num_cards)
         rows = max(1, batch.total_batch_size // (budget.sequence_len * budget.num_cards))
-        micro = largest_micro_batch(
-            config,
-            budget.memory_bytes,
-            budget.sequence_len,
-            max_rows=rows,
-            dtype=budget.dtype,
-            world_size=budget.num_cards,
-            compiled=budget.compiled,
-            device_type=budget.device_type,
-        )
+        micro = micro_batch(config, rows, budget)
         if micro is None:
             return row
-        share = CHECKPOINTING_SHARE if micro.activation_checkpointing else 1.0
-        share *= CARDS_SHARE if budget.num_cards > 1 else 1.0
-        rate = share * budget.num_cards * speed(config, micro.rows, rows // micro.rows)
+        cards = budget.num_cards * (CARDS_SHARE if budget.num_cards > 1 else 1.0)
+        rate = cards * speed(config, micro, rows // micro.rows)
         tokens = rate * budget.hours * 3600
         row = replace(row, micro_batch=micro, total_batch_size=batch.total_batch_size, tokens_per_second=rate)
     assert tokens is not None

@@ -1,9 +1,9 @@
 """How long a training step takes, from the operations it is made of.
 
-`step_operations` lists them: what one step of nanochat/train/trainer.py computes (FLOPs) and moves (bytes). A machine
-gives each its time: a `CardRoofline` from the data sheet and matmul speeds that others measured (the slower of
-arithmetic and memory), nanochat/plan/local_speed.py by measuring the operations alone on this machine. Left out:
-communication between cards, the loader (see `data_wait_share` in the training log), evaluation and checkpoints.
+`step_operations` lists them: what one step of nanochat/train/trainer.py computes (FLOPs) and moves (bytes). A
+`CardRoofline` gives each its time from the data sheet and matmul speeds that others measured: the slower of arithmetic
+and memory. Left out: communication between cards, the loader (see `data_wait_share` in the training log), evaluation
+and checkpoints. A machine that is here is timed instead (nanochat/plan/local_speed.py).
 
 Letters: n tokens of a micro-batch, C = n_embd, V padded vocabulary, r bytes of a residual number, e of a computed one.
 """
@@ -11,9 +11,7 @@ Letters: n tokens of a micro-batch, C = n_embd, V padded vocabulary, r bytes of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -47,13 +45,6 @@ class Operation:
     bytes: float
     dtype: str
     kernels: int = 1
-
-
-class Device(Protocol):
-    """Something that computes operations."""
-
-    def seconds(self, operation: Operation) -> float:
-        """Time of one."""
 
 
 def step_operations(
@@ -167,14 +158,6 @@ def _update_operations(config: GPTConfig, preset: Preset) -> list[Operation]:
     ]
 
 
-def step_seconds(device: Device, operations: Sequence[Operation]) -> dict[str, float]:
-    """Time of a step by kind of operation."""
-    result: dict[str, float] = {}
-    for op in operations:
-        result[op.kind] = result.get(op.kind, 0.0) + op.count * device.seconds(op)
-    return result
-
-
 @dataclass(frozen=True)
 class CardRoofline:
     """A card by its data sheet: each operation takes as long as its arithmetic or its memory, whichever is longer."""
@@ -211,11 +194,11 @@ class CardRoofline:
 
 
 def tokens_per_second(
-    device: Device, config: GPTConfig, rows: int, sequence_len: int, micro_batches: int, dtype: str, preset: Preset
+    card: CardRoofline, config: GPTConfig, rows: int, sequence_len: int, micro_batches: int, dtype: str, preset: Preset
 ) -> float:
-    """Predicted speed of training on one device."""
+    """Predicted speed of training on one card."""
     operations = step_operations(config, rows, sequence_len, micro_batches, dtype, preset)
-    return rows * sequence_len * micro_batches / sum(step_seconds(device, operations).values())
+    return rows * sequence_len * micro_batches / sum(op.count * card.seconds(op) for op in operations)
 
 
 def best_dtype(card: Card) -> str:

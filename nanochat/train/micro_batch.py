@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from nanochat.env import print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import free_memory, is_out_of_memory, release_memory
 from nanochat.optim import MuonAdamW
+from nanochat.plan.local_speed import pass_seconds, random_tokens
 from nanochat.plan.memory import (
     GB,
     MicroBatch,
@@ -52,13 +52,6 @@ def refuse_too_large(config: GPTConfig, compute: Compute, sequence_len: int, onl
         print0(f"warning: {error}; trying all the same, as the rows are given")
 
 
-def use_micro_batch(model: GPT, micro: MicroBatch) -> None:
-    """Set what a micro-batch asks of the model."""
-    model.loss_chunk_bytes = micro.loss_chunk_bytes
-    if micro.activation_checkpointing:
-        model.activation_checkpointing = True
-
-
 def smaller_micro_batch(
     model: GPT, optimizer: MuonAdamW, compute: Compute, micro: MicroBatch | None, rows: int
 ) -> MicroBatch:
@@ -76,7 +69,7 @@ def smaller_micro_batch(
         own = [*model.parameters(), *optimizer.own_flat_state().values()]  # a model of another size has it too
         budget = free_memory(compute.device) + sum(x.numel() * x.element_size() for x in own)
         raise too_large(model.config, compute, budget)
-    use_micro_batch(model, after)
+    after.apply(model)
     print0(f"out of memory with {before}; the step is made again with {after}, nothing is lost")
     return after
 
@@ -91,20 +84,13 @@ def seconds_of(model: GPT, compute: Compute, rows: int, sequence_len: int, reser
         sequence_len: tokens per row.
         reserve_bytes: memory that the optimizer will hold.
     """
-    random = torch.Generator().manual_seed(0)  # the run's own generators stay as they are
-    idx = torch.randint(0, model.config.vocab_size, (rows, sequence_len + 1), generator=random).to(compute.device)
+    idx = random_tokens(model.config.vocab_size, rows, sequence_len, compute.device)
     model.set_product_dtype(compute.precision.product_dtype)
     try:
         held = torch.empty(reserve_bytes if compute.device_type == "cuda" else 0, dtype=torch.uint8, device=idx.device)
-        for _ in range(2):  # in the first one libraries load; the second meets the gradients of the first
-            start = time.perf_counter()
-            with compute.precision.training():
-                with compute.precision.autocast():
-                    loss = model(idx[:, :-1], idx[:, 1:].contiguous())
-                compute.precision.backward(loss)
-            compute.synchronize()
-            seconds = time.perf_counter() - start
-        del held, loss
+        # In the first pass libraries load; the second meets the gradients of the first.
+        seconds = [pass_seconds(model, compute.precision, idx) for _ in range(2)][-1]
+        del held
         return seconds
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -147,7 +133,7 @@ def choose_micro_batch(
         device_type=compute.device_type,
     )
     while micro is not None:
-        use_micro_batch(model, micro)
+        micro.apply(model)
         held = estimate_training_memory(config, 1, sequence_len, dtype=compute.dtype, world_size=compute.world_size)
         seconds = seconds_of(model, compute, micro.rows, sequence_len, held.optimizer)
         release_memory()

@@ -43,7 +43,7 @@ from nanochat.report.metrics_log import last_value
 from nanochat.signals import StopRequest
 from nanochat.train.clock import Clock
 from nanochat.train.compiling import compiled, should_compile
-from nanochat.train.micro_batch import smaller_micro_batch, use_micro_batch
+from nanochat.train.micro_batch import smaller_micro_batch
 from nanochat.train.tracking import RunLog, Tracker, TrainState
 
 EXTRA_STATE = "more."  # prefix of the tensors of `extra_state` in a checkpoint
@@ -263,7 +263,7 @@ class Trainer:
         state, schedule, clock = self.state, self.settings.schedule, self.clock
         self.log.begin()
         if self.micro is not None:
-            use_micro_batch(self.model, self.micro)
+            self.micro.apply(self.model)
         clock.tick()
         last = False
         with progress(schedule.num_iterations or schedule.seconds or 1.0, self.label) as bar:
