@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nanochat.common import get_base_dir, print0
 from nanochat.config import Runtime, run_script
@@ -21,62 +22,8 @@ from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 DOWNLOAD_SECONDS = 60.0
 
-ENGLISH = """\
-The old ferry left the harbour a little after six, while the lamps along the pier were still burning. Two women with
-baskets of plums sat near the bow and talked about the weather, which had been strange all month: warm mornings, a hard
-wind at noon, and rain by the time the children came home from school. "It will turn before Sunday," said the older one,
-and she was right, as she usually was. By Saturday evening the wind had dropped, the swallows flew high again, and the
-farmers on the north side of the bay began to cut their hay. Nobody in the village owned a barometer. They did not need
-one, people said, as long as Mrs. Calloway took the early boat.
-"""
-
-CODE = '''\
-def moving_average(values: list[float], width: int) -> list[float]:
-    """Mean of each run of `width` neighbours; shorter at neither end."""
-    if not 0 < width <= len(values):
-        raise ValueError(f"width must be between 1 and {len(values)}, got {width}")
-    total = sum(values[:width])
-    means = [total / width]
-    for i in range(width, len(values)):
-        total += values[i] - values[i - width]
-        means.append(total / width)
-    return means
-
-
-class Counter:
-    def __init__(self):
-        self.counts = {}
-
-    def add(self, key, n=1):
-        self.counts[key] = self.counts.get(key, 0) + n
-        return self.counts[key]
-'''
-
-MATHS = r"""
-\begin{lemma}
-Let $f : [a, b] \to \mathbb{R}$ be continuous and let $F(x) = \int_a^x f(t)\,dt$. Then $F'(x) = f(x)$ for $a < x < b$.
-\end{lemma}
-\begin{proof}
-For $h \neq 0$ we have $\frac{F(x+h) - F(x)}{h} = \frac{1}{h} \int_x^{x+h} f(t)\,dt$. Given $\varepsilon > 0$ choose
-$\delta > 0$ with $|f(t) - f(x)| < \varepsilon$ whenever $|t - x| < \delta$. For $0 < |h| < \delta$ the mean of $f$ over
-the interval differs from $f(x)$ by less than $\varepsilon$.
-\end{proof}
-The sum of the first 100 numbers is 100 * 101 / 2 = 5050, and 17 * 23 = 391, so 5050 - 391 = 4659.
-"""
-
-GERMAN = """\
-Am Rand der Stadt steht ein kleines Haus mit grünen Fensterläden. Früher wohnte dort ein Uhrmacher, der jeden Morgen um
-fünf Uhr aufstand, die Öfen heizte und danach eine Stunde lang spazieren ging. Die Kinder der Straße grüßten ihn und
-fragten, ob sie die große Standuhr sehen dürften, deren Pendel so langsam schwang, dass man bis drei zählen konnte.
-Manchmal ließ er sie herein. Dann wurde es still, und alle hörten zu, wie die vielen Uhren durcheinander tickten.
-"""
-
-JAPANESE = """\
-朝早く港に着くと、まだ誰もいなかった。海は静かで、遠くに小さな船が三つ見えた。祖父は古い網を広げながら、昔の話をしてくれた。
-「風が東から吹く日は、魚がよく取れるんだよ」と彼は言った。昼になると市場が開き、人々の声でにぎやかになった。
-"""
-
-SAMPLES = {"English": ENGLISH, "code": CODE, "maths": MATHS, "German": GERMAN, "Japanese": JAPANESE}
+TEXTS = Path(__file__).with_name("tok_eval_texts")
+SAMPLES = ("English", "code", "maths", "German", "Japanese")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +121,8 @@ def main(cfg: Config) -> None:
         reference = load_reference(tiktoken_name)
         if reference is not None:
             tokenizers[name] = reference
-    texts = {name: text for name, text in {**own_texts(cfg), **SAMPLES}.items() if text}
+    samples = {name: (TEXTS / f"{name}.txt").read_text(encoding="utf-8") for name in SAMPLES}
+    texts = {name: text for name, text in {**own_texts(cfg), **samples}.items() if text}
     lines = table(tokenizers, texts)
     print0("bytes per token\n" + "\n".join(lines))
     missing = [name for name in REFERENCES if cfg.compare and name not in tokenizers]

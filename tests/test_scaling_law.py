@@ -5,7 +5,8 @@ from dataclasses import astuple
 
 import pytest
 
-from nanochat.plan.scaling_law import BYTES_PER_TOKEN, ERROR, LAW, RUNS, bytes_per_token, fit, predict_bpb
+from dev.fit_scaling_law import RUNS, fit
+from nanochat.plan.scaling_law import BYTES_PER_TOKEN, ERROR, LAW, bytes_per_token, predict_bpb
 
 
 def test_the_law_is_what_the_runs_give():

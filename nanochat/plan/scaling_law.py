@@ -1,64 +1,24 @@
-"""How good a model gets: bits per byte from its size and its text, with the runs this was fitted to and the error.
+"""How good a model gets: bits per byte from its size and its text, and how far off that is.
 
     bpb = (E + A / N^α + B / D^β) · (1.10 for the classic recipe) · (1.06 on FineWeb-Edu)
 
 The form and its exponents are Chinchilla's (Hoffmann et al. 2022, arXiv 2203.15556, approach 3); the other numbers are
-fitted to published runs of nanochat's own code, RUNS. N counts the weights a token is multiplied with (blocks and
-lm_head: with these nanochat's author found the most regular laws); D is bytes of text, so that vocabularies compare.
+fitted to published runs of nanochat's own code (dev/fit_scaling_law.py). N counts the weights a token is multiplied
+with (blocks and lm_head: with these nanochat's author found the most regular laws); D is bytes of text, so that
+vocabularies compare.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 ALPHA, BETA = 0.34, 0.28
-# How much the optimum of a sweep counts in the fit, against a run's bits per byte.
-OPTIMUM_WEIGHT = 0.1
 # Units of N and D in the law.
 PARAMS, BYTES = 1e8, 1e9
 # Bytes per token of our tokenizer, trained on 34 MB of English Wikipedia and tried on other 5.3 MB (see dev/LOG.md).
 BYTES_PER_TOKEN = {4096: 3.41, 8192: 3.85, 16384: 4.24, 32768: 4.54, 65536: 4.76}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A published run: what was trained on what, and the validation bits per byte at its end."""
-
-    about: str
-    matmul_params: int
-    tokens: int
-    vocab_size: int
-    bpb: float
-    classic: bool
-    fineweb: bool
-    optimal: bool = False
-    """The best split of its FLOPs between size and text."""
-
-
-# Reports of runs in public repositories, as nanochat and autoresearch (its 5-minute variant) write them, and four
-# optima of nanochat's own sweep over sizes (its dev/LOG.md, January 2026).
-RUNS = (
-    Run("d8, 200 steps of 2^19 tokens, Oct 2025", 58_720_256, 104_857_600, 65536, 1.2992, True, True),
-    Run("d10, 20 tokens per parameter, Oct 2025", 91_095_040, 2_660_761_600, 65536, 0.9539, True, True),
-    Run("d20, 20 tokens per parameter, Dec 2025", 477_102_080, 11_219_763_200, 65536, 0.8148, True, True),
-    Run("best of 1e18 FLOPs, Jan 2026", 110_678_115, 1_241_505_403, 32768, 0.8972, False, True, True),
-    Run("best of 2e18 FLOPs, Jan 2026", 167_797_457, 1_785_336_422, 32768, 0.8616, False, True, True),
-    Run("best of 5e18 FLOPs, Jan 2026", 250_650_865, 2_642_234_152, 32768, 0.8293, False, True, True),
-    Run("best of 1e19 FLOPs, Jan 2026", 381_758_347, 3_806_871_243, 32768, 0.7999, False, True, True),
-    Run(
-        "d24, 10.5 tokens per parameter, Mar 2026 (mean of two)", 729_808_896, 7_662_993_408, 32768, 0.7542, False, True
-    ),
-    Run("d24, 8 tokens per parameter, Mar to Jul 2026", 729_808_896, 5_838_471_168, 32768, 0.7190, False, False),
-    Run("d12, 560 tokens per parameter, Jun 2026", 110_100_480, 61_656_268_800, 32768, 0.7745, False, False),
-    Run("autoresearch d8, 5 minutes of an H100", 29_360_128, 499_600_000, 8192, 0.9979, False, False),
-    Run("autoresearch d4, 5 minutes", 5_242_880, 57_000_000, 8192, 1.2838, False, False),
-    Run("autoresearch d6, 5 minutes", 13_762_560, 40_600_000, 8192, 1.2280, False, False),
-)
 
 
 @dataclass(frozen=True)
@@ -77,7 +37,7 @@ class Law:
         return loss * (self.classic if classic else 1.0) * (self.fineweb if fineweb else 1.0)
 
 
-# What `fit(RUNS)` gives; tests/test_scaling_law.py fits again.
+# What `python -m dev.fit_scaling_law` prints; tests/test_scaling_law.py fits again.
 LAW = Law(floor=0.5540, size=0.1379, text=0.2460, classic=1.0968, fineweb=1.0649)
 # Root mean square error of each run's prediction by a law fitted to all the others, as a share; the largest was
 # 11 %, for the run of 200 steps.
@@ -104,30 +64,3 @@ def predict_bpb(matmul_params: int, tokens: float, vocab_size: int, classic: boo
         fineweb: trained on FineWeb-Edu; else on ClimbMix.
     """
     return LAW.bpb(matmul_params, tokens * bytes_per_token(vocab_size), classic, fineweb)
-
-
-def fit(runs: Sequence[Run], steps: int = 200, softness: float = 0.01) -> Law:
-    """The law closest to `runs` in logarithms: Gauss-Newton with residuals beyond `softness` counted less (soft L1).
-
-    Where a run is `optimal`, more weights and more text must help equally: α·A/N^α = β·B/D^β, for FLOPs of 6·N·D.
-    """
-    n = torch.tensor([run.matmul_params / PARAMS for run in runs], dtype=torch.float64)
-    d = torch.tensor([run.tokens * bytes_per_token(run.vocab_size) / BYTES for run in runs], dtype=torch.float64)
-    classic = torch.tensor([float(run.classic) for run in runs], dtype=torch.float64)
-    fineweb = torch.tensor([float(run.fineweb) for run in runs], dtype=torch.float64)
-    target = torch.tensor([math.log(run.bpb) for run in runs], dtype=torch.float64)
-
-    optimal = torch.tensor([run.optimal for run in runs])
-    balanced = torch.tensor([[0.0, 1.0, -1.0, 0.0, 0.0]], dtype=torch.float64)
-    x = torch.tensor([-0.5, -2.0, -2.0, 0.05, 0.05], dtype=torch.float64)
-    for _ in range(steps):
-        parts = x[:3, None].exp() * torch.stack([torch.ones_like(n), n**-ALPHA, d**-BETA])  # (3, runs)
-        loss = parts.sum(0)
-        r = loss.log() + x[3] * classic + x[4] * fineweb - target
-        jacobian = torch.cat([parts / loss, classic[None], fineweb[None]]).T  # (runs, 5)
-        balance = math.log(ALPHA / BETA) + (parts[1] / parts[2])[optimal].log()
-        r = torch.cat([r, OPTIMUM_WEIGHT * balance])
-        jacobian = torch.cat([jacobian, OPTIMUM_WEIGHT * balanced.expand(len(balance), 5)])
-        weight = (1 + (r / softness) ** 2) ** -0.25
-        x = x + 0.5 * torch.linalg.lstsq(weight[:, None] * jacobian, -weight * r).solution
-    return Law(*(math.exp(value) for value in x.tolist()))
