@@ -151,9 +151,6 @@ class Service:
 class AnswerFailed(Exception):
     """An answer that failed inside the engine, or was stopped. Clients are told no more; the log says what happened."""
 
-    def __init__(self) -> None:
-        super().__init__("the answer failed; the server's log says why")
-
 
 class AnswerStream:
     """One or several generations that belong to one request of a client, started together.
@@ -217,7 +214,7 @@ class AnswerStream:
                     if event.kind == "error" or event.finish_reason == "cancelled":
                         self.cancel()
                         logger.error("an answer failed: %s", event.text or "cancelled")
-                        raise AnswerFailed
+                        raise AnswerFailed("the answer failed; the server's log says why")
                     unfinished -= event.kind == "done"
                     if self._log is not None:
                         said[i].append(event)

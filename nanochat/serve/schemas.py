@@ -149,8 +149,8 @@ class OpenAIRequest(SamplingFields):
 
     def unsupported(self) -> str | None:
         """The name of a field that asks for something this server can't do."""
-        asked = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
-        return next((name for name in asked if getattr(self, name)), None)
+        asked = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "tools", "functions", "suffix")
+        return next((name for name in asked if getattr(self, name, None)), None)
 
 
 class OpenAIChatRequest(OpenAIRequest, ChatRequest):
@@ -172,7 +172,7 @@ class OpenAIChatRequest(OpenAIRequest, ChatRequest):
         """The name of a field that asks for something this server can't do."""
         if self.response_format is not None and self.response_format.get("type") != "text":
             return "response_format"
-        return super().unsupported() or next((name for name in ("tools", "functions") if getattr(self, name)), None)
+        return super().unsupported()
 
 
 class CompletionRequest(OpenAIRequest):
@@ -207,4 +207,4 @@ class CompletionRequest(OpenAIRequest):
         """The name of a field that asks for something this server can't do."""
         if self.best_of not in (None, self.n):
             return "best_of"
-        return super().unsupported() or ("suffix" if self.suffix else None)
+        return super().unsupported()
