@@ -106,7 +106,7 @@ def test_shard_damaged_or_gone_after_opening_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"row group 0 of .*a\.parquet is not a readable parquet"):
         list(corpus.documents("train"))
     (tmp_path / "b.parquet").unlink()
-    with pytest.raises(ValueError, match=r"can't read row group 0 of .*b\.parquet"):
+    with pytest.raises(ValueError, match=r"row group 0 of .*b\.parquet"):
         list(corpus.documents("val"))
 
 
