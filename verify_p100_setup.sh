@@ -9,12 +9,14 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 VENV_PYTHON="$ROOT/.venv/bin/python"
 BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+PYTORCH=https://download.pytorch.org/whl
 HUB="${HF_ENDPOINT:-https://huggingface.co}"
 CGROUP_LIMIT=/sys/fs/cgroup/memory.max
+OS_RELEASE=/etc/os-release
 JSON=no
 
 STATUSES=() NAMES=() TEXTS=() REMEDIES=()
-problems=0 plan="" python="" gpus=""
+problems=0 plan="" python="" environment_gb=6
 
 # --- output -----------------------------------------------------------------------------------------------------------
 
@@ -59,8 +61,8 @@ print_json() {
 
 # The first Python that setup_env.sh would take, in $python; it must be able to make an environment with pip.
 check_python() {
-    local name found="" able='import sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))'
-    for name in python3.13 python3.12 python3.11 python3.10 python3; do
+    local name found="" able='import sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 15))'
+    for name in python3.13 python3.12 python3.11 python3.10 python3.14 python3; do
         command -v "$name" > /dev/null || continue
         "$name" -c '' 2> /dev/null || continue # a shim without a Python behind it
         found="$found${found:+, }$("$name" --version 2>&1)"
@@ -70,8 +72,8 @@ check_python() {
         fi
     done
     if [[ -z "$python" ]]; then
-        report fail python "no Python 3.10 to 3.13 with its venv module (here: ${found:-none})" \
-            "install one (Debian, Ubuntu: apt install python3.11 python3.11-venv; else https://docs.astral.sh/uv: uv python install 3.12)"
+        report fail python "no Python 3.10 to 3.14 with its venv module (here: ${found:-none})" \
+            "install one (Debian, Ubuntu: apt install python3 python3-venv; else https://docs.astral.sh/uv: uv python install 3.12)"
         return
     fi
     report ok python "$("$python" --version 2>&1)"
@@ -117,7 +119,7 @@ package_index() {
 }
 
 check_packages() {
-    local index torch
+    local index torch download disk
     [[ -x "$VENV_PYTHON" && -f "$ROOT/.venv/nanochat-setup.stamp" ]] && return
     if [[ -n "${PIP_NO_INDEX:-}" ]]; then
         report ok packages "from ${PIP_FIND_LINKS:-a folder} (PIP_NO_INDEX)"
@@ -131,22 +133,29 @@ check_packages() {
                 "check the network; a mirror: PIP_INDEX_URL; without a network a folder of wheels: PIP_NO_INDEX=1 PIP_FIND_LINKS=/folder"
         fi
     fi
-    torch="$(bash "$ROOT/setup_env.sh" --print-torch)"
-    report ok environment "not set up yet; setup_env.sh will install ${torch%%$'\n'*}"
+    IFS=$'\t' read -r torch download disk <<< "$(bash "$ROOT/setup_env.sh" --print-sizes)"
+    if [[ "$torch" == *"$PYTORCH"* && -z "${PIP_NO_INDEX:-}" ]] && ! reachable "$PYTORCH"; then
+        # A build from PyPI comes instead.
+        IFS=$'\t' read -r torch download disk <<< "$(bash "$ROOT/setup_env.sh" --print-sizes | sed 1d)"
+        report warn packages "$PYTORCH does not answer, so PyPI's build comes, with CUDA: $download GB to download, $disk GB on disk" \
+            "nothing to do if the disk holds it; else allow that address, or set NANOCHAT_TORCH"
+    fi
+    disk="${disk:-5.0}" environment_gb=$((${disk%.*} + 1))
+    report ok environment "not set up yet; setup_env.sh will download ${download:-?} GB ($disk GB on disk): $torch"
     check_rust
 }
 
 check_rust() {
-    if command -v cargo > /dev/null || [[ -x "$HOME/.cargo/bin/cargo" ]]; then
-        if command -v cc > /dev/null || command -v gcc > /dev/null || command -v clang > /dev/null; then
-            report ok rust "cargo and a linker are here"
-        else
-            report fail rust "cargo is here, but no linker (cc)" "Debian, Ubuntu: apt install gcc"
-        fi
-    elif [[ "$(id -u)" == 0 ]] && command -v apt-get > /dev/null || reachable https://sh.rustup.rs; then
-        report warn rust "no cargo found" "nothing to do: setup_env.sh installs it (package manager or rustup)"
+    local without="set-up goes on without: PyPI's rustbpe trains the tokenizer, tiktoken encodes, more slowly"
+    if ! { command -v cc || command -v gcc || command -v clang; } > /dev/null; then
+        report warn rust "no linker (cc); $without" "for the fast tokenizer: apt install gcc (Debian, Ubuntu)"
+    elif command -v cargo > /dev/null || [[ -x "$HOME/.cargo/bin/cargo" ]]; then
+        report ok rust "cargo and a linker are here"
+    elif reachable https://static.rust-lang.org; then
+        report warn rust "no cargo found" "nothing to do: setup_env.sh installs it into your home folder, by rustup"
     else
-        report fail rust "no cargo here, and https://sh.rustup.rs does not answer" "install cargo (apt install cargo, or https://rustup.rs)"
+        report warn rust "no cargo here, and https://static.rust-lang.org does not answer; $without" \
+            "for the fast tokenizer: install cargo, or let set-up do it by the package manager: NANOCHAT_INSTALL_SYSTEM=1"
     fi
 }
 
@@ -163,55 +172,13 @@ list_cards() {
         ask_smi name,memory.total,driver_version || true
 }
 
-# By name, for an nvidia-smi that does not report it; "" if unknown.
-guess_capability() {
-    case "$1" in
-        *P100*) echo 6.0 ;;
-        *P40* | *P4 | *P6 | *"GTX 10"* | *"TITAN X"*) echo 6.1 ;;
-        *V100* | *"TITAN V"*) echo 7.0 ;;
-        *T4 | *"RTX 20"* | *"GTX 16"* | *"TITAN RTX"*) echo 7.5 ;;
-        *K20* | *K40* | *K80* | *"GTX 6"* | *"GTX 7"*) echo 3.5 ;;
-        *M40* | *M60* | *"GTX 9"*) echo 5.2 ;;
+# How to install driver 580: every distribution names its package differently.
+install_driver() {
+    case "$(sed -n 's/^ID=//p' "$OS_RELEASE" 2> /dev/null)" in
+        debian) echo "install NVIDIA's driver (Debian: apt install nvidia-driver, from non-free)" ;;
+        ubuntu | linuxmint | pop) echo "install driver 580 (Ubuntu: apt install nvidia-driver-580)" ;;
+        *) echo "install driver 580 (your distribution's package, or https://www.nvidia.com/drivers)" ;;
     esac
-}
-
-# 7.5 as 75, 10.0 as 100: whole numbers compare in bash.
-check_driver() {
-    local name="$1" driver="$2" capability="$3" branch="${2%%.*}"
-    if [[ ! "$branch" =~ ^[0-9]+$ ]]; then
-        report warn driver "nvidia-smi reports no driver version ($driver)" "any from 525.60 to 580 runs every card from Pascal on"
-    elif [[ "$branch" -lt 525 ]]; then
-        report fail driver "$driver is older than 525.60, which CUDA 12.6 needs" \
-            "install driver 580 (the last one for P100 and V100; Debian, Ubuntu: apt install nvidia-driver-580) and reboot"
-    elif [[ "$branch" -ge 590 && -n "$capability" && "${capability/./}" -lt 75 ]]; then
-        report fail driver "$driver does not drive a $name: 580 is the last branch that does" \
-            "install driver 580 (Debian, Ubuntu: apt install nvidia-driver-580, then apt-mark hold it) and reboot"
-    else
-        report ok driver "$driver"
-    fi
-}
-
-check_memory_of_card() {
-    local name="$1" memory_mib="$2"
-    if [[ "$memory_mib" -lt 3500 ]]; then
-        report fail vram "$name has $memory_mib MiB, less than training with the p100 profile needs at any depth" \
-            "use the CPU: CUDA_VISIBLE_DEVICES= bash speedrun_p100.sh"
-    elif [[ "$memory_mib" -lt 15000 ]]; then
-        report warn vram "$name has $memory_mib MiB, less than 16 GB: the run takes a depth that fits, if it knows the card" \
-            "nothing to do for a card in nanochat/cards.py; for another: DEPTH=$((memory_mib < 7000 ? 4 : memory_mib < 11000 ? 8 : 10)) VOCAB_SIZE=32768 bash speedrun_p100.sh"
-    fi
-}
-
-check_card() {
-    local name="$1" memory_mib="$2" driver="$3" capability="$4"
-    report ok card "$name, capability ${capability:-unknown}, $memory_mib MiB, driver $driver"
-    if [[ -n "$capability" && "${capability%%.*}" -lt 6 ]]; then
-        report fail capability "$name has $capability: no torch that this project supports has kernels for cards before 6.0 (Pascal)" \
-            "hide it: CUDA_VISIBLE_DEVICES= runs the demo on the CPU; with better cards beside it, name those (and set CUDA_DEVICE_ORDER=PCI_BUS_ID)"
-        return
-    fi
-    check_driver "$name" "$driver" "$capability"
-    check_memory_of_card "$name" "$memory_mib"
 }
 
 # True if a card is among those in CUDA_VISIBLE_DEVICES, counted as nvidia-smi does.
@@ -219,20 +186,9 @@ visible() {
     [[ -z "${CUDA_VISIBLE_DEVICES+set}" || "$CUDA_VISIBLE_DEVICES" == *-* || ",$CUDA_VISIBLE_DEVICES," == *",$1,"* ]]
 }
 
-# Which cards train if they differ: nanochat.cards decides, here as in the run.
-check_choice() {
-    local choice
-    choice="$(printf '%s' "$gpus" | PYTHONPATH="$ROOT" "${python:-python3}" -m nanochat.cards 2> /dev/null | sed -n 2p)"
-    if [[ "$choice" == *"; idle:"* ]]; then
-        report warn cards "cards of different kinds: the run takes $choice" \
-            "nothing to do; other cards: CUDA_VISIBLE_DEVICES (with CUDA_DEVICE_ORDER=PCI_BUS_ID)"
-    else
-        report ok cards "the run takes ${choice:-the fastest equal ones}, one process each (NPROC)"
-    fi
-}
-
+# Report every visible card; fails without one that torch can use. nanochat/cards.py has the facts.
 check_cards() {
-    local name memory driver capability place=0 count=0
+    local name memory driver capability place=0 gpus="" usable=1 lines status text remedy
     if [[ "${CUDA_VISIBLE_DEVICES-set}" == "" || "${CUDA_VISIBLE_DEVICES-}" == -1 ]]; then
         report ok cards "hidden by CUDA_VISIBLE_DEVICES: the demo will run, on the CPU"
         return 1
@@ -240,18 +196,20 @@ check_cards() {
     while IFS=, read -r name memory driver capability; do
         [[ -n "$name" ]] || continue
         memory="${memory// /}" capability="${capability// /}"
-        [[ -n "$capability" ]] || capability="$(guess_capability "$name")"
-        if visible "$place"; then
-            check_card "$name" "${memory%%.*}" "${driver// /}" "$capability"
-            gpus+="$name,${capability:-?},${memory%%.*}"$'\n'
-            count=$((count + 1))
-        fi
+        ! visible "$place" || gpus+="$name,${capability:-?},${memory%%.*},${driver// /}"$'\n'
         place=$((place + 1))
     done <<< "$(list_cards)"
-    [[ "$count" -le 1 ]] || check_choice
-    [[ "$count" == 0 ]] || return 0
-    no_card
-    return 1
+    if [[ -z "$gpus" ]]; then
+        no_card
+        return 1
+    fi
+    lines="$(printf '%s' "$gpus" | PYTHONPATH="$ROOT" "${python:-python3}" -m nanochat.pipeline.card_checks verify "$(install_driver)")" ||
+        lines="warn"$'\t'"cards"$'\t'"can't be judged without Python: ${gpus%%$'\n'*}"$'\t'"install Python first"
+    while IFS=$'\t' read -r status name text remedy; do
+        report "$status" "$name" "$text" "$remedy"
+        [[ "$name" != card ]] || usable=0
+    done <<< "$lines"
+    return "$usable"
 }
 
 no_card() {
@@ -262,14 +220,14 @@ no_card() {
         said="$(nvidia-smi 2>&1 || true)" said="${said%%$'\n'*}"
         if [[ -n "$on_bus" ]]; then
             report fail driver "$on_bus is built in, but nvidia-smi sees no card: $said" \
-                "install a driver that knows it (P100, V100: 525.60 to 580; apt install nvidia-driver-580) and reboot; or run the demo on the CPU: CUDA_VISIBLE_DEVICES= bash speedrun_p100.sh"
+                "$(install_driver) and reboot (P100, V100: any from 525.60 to 580); or run the demo on the CPU: CUDA_VISIBLE_DEVICES= bash speedrun_p100.sh"
             return
         fi
         report warn cards "nvidia-smi is installed but shows no card: $said" \
-            "if this machine has one, install driver 580 and reboot; without one nothing is to do"
+            "if this machine has one, $(install_driver) and reboot; without one nothing is to do"
     elif [[ -n "$on_bus" ]]; then
         report warn driver "$on_bus is in this machine, but its driver is not installed" \
-            "install driver 580 (in a container: docker run --gpus all); else the CPU is used"
+            "$(install_driver); in a container: docker run --gpus all; else the CPU is used"
     fi
     report ok cards "no CUDA card: the demo will run, on the CPU, and needs none"
 }
@@ -308,43 +266,36 @@ check_memory() {
     fi
 }
 
-# "free GiB, device" of a folder that may not exist yet.
+# "free GB, device" of a folder that may not exist yet.
 disk_of() {
     local folder="$1"
     while [[ ! -d "$folder" ]]; do folder="$(dirname "$folder")"; done
-    df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1024 / 1024), $1 }'
+    df -Pk "$folder" | awk 'NR == 2 { print int($4 * 1.024e-6), $1 }'
 }
 
-used_gib() {
-    [[ -d "$1" ]] && du -sk "$1" 2> /dev/null | awk '{ print int($1 / 1024 / 1024) }' || echo 0
+used_gb() {
+    [[ -d "$1" ]] && du -sk "$1" 2> /dev/null | awk '{ print int($1 * 1.024e-6) }' || echo 0
 }
 
-say_disk() {
-    local free="$1" needed="$2" folder="$3" what="$4"
-    if [[ "$free" -lt "$needed" ]]; then
-        report fail disk "$free GiB free in $folder; $what: $needed GiB" \
-            "free some space, or put data and models on another disk: NANOCHAT_BASE_DIR=/big/disk/nanochat"
-    else
-        report ok disk "$free GiB free in $folder; $what: $needed GiB"
-    fi
-}
-
-# check_disk DATA ENVIRONMENT, in GiB; files that exist already count.
+# check_disk DATA, in GB; files that exist already count. No second line if nanochat.pipeline.verify has printed one.
 check_disk() {
-    local data="$1" environment="$2" free_data free_root disk_data disk_root
-    data=$((data - $(used_gib "$BASE_DIR"))) data=$((data > 1 ? data : 1))
-    environment=$((environment - $(used_gib "$ROOT/.venv"))) environment=$((environment > 1 ? environment : 1))
-    [[ -f "$ROOT/.venv/nanochat-setup.stamp" ]] && environment=0
+    local data="$1" environment=0 free_data free_root disk_data disk_root text status=ok remedy=""
+    [[ " ${NAMES[*]} " != *" disk "* ]] || return 0
+    data=$((data - $(used_gb "$BASE_DIR"))) data=$((data > 1 ? data : 1))
+    if [[ ! -f "$ROOT/.venv/nanochat-setup.stamp" ]]; then
+        environment=$((environment_gb - $(used_gb "$ROOT/.venv"))) environment=$((environment > 1 ? environment : 1))
+    fi
     read -r free_data disk_data <<< "$(disk_of "$BASE_DIR")"
     read -r free_root disk_root <<< "$(disk_of "$ROOT")"
-    if [[ "$environment" == 0 ]]; then
-        say_disk "$free_data" "$data" "$BASE_DIR" "data and models"
-    elif [[ "$disk_data" == "$disk_root" ]]; then
-        say_disk "$free_data" "$((data + environment))" "$BASE_DIR" "data, models and the environment"
+    if [[ "$environment" == 0 || "$disk_data" == "$disk_root" ]]; then
+        text="$free_data GB free in $BASE_DIR; data and models: $data GB, the environment: $environment GB"
+        [[ "$free_data" -ge $((data + environment)) ]] || status=fail
     else
-        say_disk "$free_data" "$data" "$BASE_DIR" "data and models"
-        say_disk "$free_root" "$environment" "$ROOT" "the environment"
+        text="$free_data GB free in $BASE_DIR (data and models: $data GB), $free_root GB in $ROOT (the environment: $environment GB)"
+        [[ "$free_data" -ge "$data" && "$free_root" -ge "$environment" ]] || status=fail
     fi
+    [[ "$status" == ok ]] || remedy="free some space, or put data and models on another disk: NANOCHAT_BASE_DIR=/big/disk/nanochat"
+    report "$status" disk "$text" "$remedy"
 }
 
 # Data from public sources: text without DATA_DIR, conversations without CHAT_DATA.
@@ -387,7 +338,7 @@ check_deep() {
 }
 
 main() {
-    local on_cards=no
+    local on_cards=no data_gb
     case "${1:-}" in
         "") ;;
         --json) JSON=yes ;;
@@ -413,17 +364,18 @@ main() {
             [[ "$on_cards" == yes ]] ||
                 report fail plan "PROFILE=$plan needs a CUDA card" "PROFILE=demo bash speedrun_p100.sh runs on the CPU"
             check_memory 16 11
-            check_disk "$([[ "$plan" == d20 ]] && echo 60 || echo 17)" 12
+            data_gb="$([[ "$plan" == d20 ]] && echo 65 || echo 18)"
             check_data
             ;;
         *)
             check_memory 4 3
-            check_disk 2 3
+            data_gb=2
             if [[ "$plan" == cpu ]]; then CHAT_DATA="${CHAT_DATA:-demo}" check_data; fi
             ;;
     esac
     check_packages
     check_deep
+    check_disk "$data_gb"
     if [[ "$JSON" == yes ]]; then
         print_json
     elif [[ "$problems" == 0 ]]; then

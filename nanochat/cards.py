@@ -10,7 +10,8 @@ Memory is in GB, as sold. A card sold under one name in several sizes is listed 
 present, ask the device itself. Laptop chips and MIG slices run at other speeds than the card whose name they carry, so
 they are unknown here. `nanochat.hardware.measure_matmul` serves for every unknown card.
 
-Imports the standard library only: verify_p100_setup.sh asks, before anything is installed,
+Also which torch builds run on a card, and which driver they need: set-up, verification, planning and the choice of
+cards all ask this file. It imports the standard library only, because it is asked before anything is installed:
 
     printf 'Tesla T4,7.5,15360\\n' | python -m nanochat.cards      name, capability, MiB; prints the indices taken
 """
@@ -232,12 +233,74 @@ def find_card(name: str) -> Card | None:
     return max(filter(fits, CARDS), key=lambda card: len(card.name), default=None)
 
 
+# --- which torch runs on which card -----------------------------------------------------------------------------------
+# Source: PyTorch's release compatibility matrix and the architectures listed in the wheels. CUDA 12.6 is the last with
+# kernels for Maxwell, Pascal and Volta, and the last that runs on drivers before 580.
+
+OLDEST = (5, 0)  # Maxwell. Kepler (K80, GTX 780) has no kernels in any torch that this project supports.
+OLDEST_OF_CUDA_13 = (7, 5)  # Turing
+LEAST_DRIVER = (525, 60)
+LAST_OLD_DRIVER = 580  # the last branch that drives Maxwell, Pascal and Volta, and the first that runs CUDA 13
+# Names of cards before Maxwell, for an nvidia-smi too old to tell the capability. The GTX 745 and 750 are Maxwell.
+_KEPLER = re.compile(
+    r"\bK(10|20\w*|40\w*|80)\b|Quadro K\d|\bGTX? ?[4-7](?<!7)\d\d\b|\bGTX 7[678]0\b|\b[CM]20[579]0\b", re.I
+)
+
+
+@dataclass(frozen=True)
+class TorchBuild:
+    """A torch that pip can install, with its size: CUDA's libraries are most of it."""
+
+    requirement: str
+    """What follows `pip install`."""
+    download_gb: float
+    disk_gb: float
+
+
+PYTORCH_INDEX = "https://download.pytorch.org/whl"
+# Sizes of whole installations as counted from wheels: 2.7.1 and the CPU build; the others by what PyPI lists.
+TORCH_CPU = TorchBuild(f"torch==2.13.0+cpu --extra-index-url {PYTORCH_INDEX}/cpu", 0.2, 0.8)
+TORCH_MAC = TorchBuild("torch==2.13.0", 0.1, 0.4)
+TORCH_PYPI = TorchBuild("torch==2.13.0", 2.6, 4.5)  # with CUDA, for a CPU too where pytorch.org is out of reach
+TORCH_NEWEST = TorchBuild("torch>=2.7,<2.15", 2.6, 4.5)
+TORCH_CU126 = TorchBuild(f"torch==2.14.* --index-url {PYTORCH_INDEX}/cu126", 3.0, 5.5)
+TORCH_MAXWELL = TorchBuild("torch==2.7.1", 3.0, 5.5)  # from PyPI, with kernels from 5.0 on; for Python up to 3.13
+OTHER_PACKAGES = TorchBuild("", 0.3, 1.0)  # everything else that the project installs
+
+
+def known_capability(name: str, told: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """The compute capability that nvidia-smi `told`, else that of the table, else None."""
+    if told is not None:
+        return told
+    card = find_card(name)
+    if card is not None:
+        return card.capability
+    return ((3, 7) if "K80" in name else (3, 5)) if _KEPLER.search(name) else None
+
+
+def runs_torch(capability: tuple[int, int] | None) -> bool:
+    """True if a supported torch has kernels for this capability; an unknown one gets the benefit of the doubt."""
+    return capability is None or capability >= OLDEST
+
+
+def torch_builds(capabilities: Sequence[tuple[int, int] | None], drivers: Sequence[str] = ()) -> list[TorchBuild]:
+    """The builds to try on a machine with these cards, best first; cards that are too old do not count."""
+    usable = [capability for capability in capabilities if runs_torch(capability)]
+    if not usable:
+        return [TORCH_MAC, TORCH_NEWEST] if sys.platform == "darwin" else [TORCH_CPU, TORCH_PYPI, TORCH_NEWEST]
+    weakest = min(capability or OLDEST for capability in usable)
+    if weakest < (6, 0) and None not in usable:
+        return [TORCH_MAXWELL, TORCH_CU126]
+    branches = [int(driver.split(".")[0]) for driver in drivers if driver.split(".")[0].isdigit()]
+    old_driver = min(branches, default=LAST_OLD_DRIVER) < LAST_OLD_DRIVER
+    old = weakest < OLDEST_OF_CUDA_13 or old_driver
+    return [TORCH_CU126, TORCH_MAXWELL] if old else [TORCH_NEWEST, TORCH_CU126, TORCH_MAXWELL]
+
+
 # --- which cards train together --------------------------------------------------------------------------------------
 # Ranks wait for each other at every step, so a card among slower ones is no faster than they are, and a mixed group
 # would train in the precision of its weakest card. So the fastest group of equal cards trains.
 
-# No torch that this project supports has kernels for older cards.
-OLDEST = (6, 0)
 UNKNOWN_CARD_FLOPS_PER_SECOND = 130e12  # about an A100's: for an upper bound, too much is the safe side
 
 
@@ -279,7 +342,7 @@ def choose_cards(cards: Sequence[DeviceInfo]) -> list[int]:
     """
     groups: dict[tuple[str, int], list[int]] = {}
     for index, card in enumerate(cards):
-        if card.capability is None or card.capability >= OLDEST:
+        if runs_torch(card.capability):
             groups.setdefault(card.kind, []).append(index)
     if not groups:
         return []
@@ -294,15 +357,16 @@ def describe_choice(cards: Sequence[DeviceInfo], chosen: Sequence[int]) -> str:
     return taken + (f"; idle: {', '.join(idle)}" if idle else "")
 
 
-def _parse(line: str) -> DeviceInfo:
+def parse_device(line: str) -> DeviceInfo:
+    """A line "name, capability, MiB"; a capability that is no number is unknown."""
     name, capability, memory = (part.strip() for part in line.rsplit(",", 2))
     major, _, minor = capability.partition(".")
     known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-    return DeviceInfo(name, known, int(memory))
+    return DeviceInfo(name, known_capability(name, known), int(memory))
 
 
 if __name__ == "__main__":
-    devices = [_parse(line) for line in sys.stdin if line.strip()]
+    devices = [parse_device(line) for line in sys.stdin if line.strip()]
     taken = choose_cards(devices)
     print(" ".join(map(str, taken)))
     print(describe_choice(devices, taken))

@@ -11,6 +11,7 @@ import functools
 import os
 import random
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat.cards import LAST_OLD_DRIVER, torch_builds
 from nanochat.config import Runtime
 from nanochat.env import check_disk_space, get_base_dir, get_dist_info, print0  # noqa: F401
 from nanochat.hardware import measure_matmul, synchronize, wheel_runs
@@ -84,14 +86,17 @@ def _fastest_dtype(candidates: tuple[torch.dtype, ...], device: str) -> torch.dt
     return max(speed, key=lambda dtype: speed[dtype])
 
 
-def check_wheel() -> None:
+def check_wheel(devices: Iterable[int] | None = None) -> None:
     """Refuse a torch wheel without kernels for a card here, with which the first operation would fail obscurely.
+
+    Args:
+        devices: the cards that count; default: all that torch sees.
 
     Raises:
         RuntimeError: names the card and a wheel that runs on it. Source: PyTorch's release compatibility matrix.
     """
     arches = [a for a in torch.cuda.get_arch_list() if a.startswith(("sm_", "compute_"))]
-    for i in range(torch.cuda.device_count()):
+    for i in range(torch.cuda.device_count()) if devices is None else devices:
         major, minor = torch.cuda.get_device_capability(i)
         if not wheel_runs((major, minor), arches):
             raise RuntimeError(
@@ -103,12 +108,12 @@ def check_wheel() -> None:
 
 def reinstall_line(capability: tuple[int, int]) -> str:
     """The command that installs a torch with kernels for a card. Source: PyTorch's release compatibility matrix."""
-    if capability < (7, 5):
-        return (
-            "pip install --force-reinstall 'torch==2.14.*' --index-url https://download.pytorch.org/whl/cu126   "
-            "(or, from PyPI: pip install --force-reinstall torch==2.7.1)"
-        )
-    return "pip install --force-reinstall 'torch==2.14.*'"
+    first, *others = (build.requirement.split(" ") for build in torch_builds([capability], [str(LAST_OLD_DRIVER)]))
+    line = f"pip install --force-reinstall '{first[0]}' {' '.join(first[1:])}".strip()
+    from_pypi = [words[0] for words in others if len(words) == 1]
+    if len(first) > 1 and from_pypi:
+        line += f"   (or, from PyPI: pip install --force-reinstall {from_pypi[0]})"
+    return line
 
 
 @dataclass

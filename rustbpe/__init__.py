@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rustbpe import portable
+
 __all__ = ["GPT2_PATTERN", "GPT4_PATTERN", "NANOCHAT_PATTERN", "Tokenizer", "TrainingStats"]
 
 logger = logging.getLogger(__name__)
@@ -58,12 +60,14 @@ class _Documents(ctypes.Structure):
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)
 
 
-def _load_library() -> ctypes.CDLL:
-    """The compiled crate, which the build puts beside this file."""
+def _load_library() -> ctypes.CDLL | None:
+    """The compiled crate, which the build puts beside this file; None where PyPI's package stands in for it."""
     folder = Path(__file__).parent
     found = [path for ending in (".so", ".pyd", ".dylib", ".dll") for path in sorted(folder.glob(f"_rustbpe*{ending}"))]
+    if not found and portable.is_installed():
+        return None
     if not found:
-        raise ImportError(f"the compiled part of rustbpe is missing in {folder}: run `pip install -e .` (needs cargo)")
+        raise ImportError(f"the compiled part of rustbpe is missing in {folder}: run `bash setup_env.sh`")
     # After an upgrade of Python an older build may lie beside the new one.
     library = ctypes.CDLL(str(max(found, key=lambda path: path.stat().st_mtime)))
     handle, size, u64, pointer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64, ctypes.POINTER
@@ -90,7 +94,8 @@ def _load_library() -> ctypes.CDLL:
     return library
 
 
-_lib = _load_library()
+_loaded = _load_library()
+_lib: Any = _loaded  # None only where no instance of the classes below is ever made
 
 
 def _check(status: int) -> None:
@@ -251,6 +256,10 @@ def _count(counter: ctypes.c_void_p, batches: Iterator[_Documents], progress: Pr
 class Tokenizer:
     """A trained vocabulary without special tokens. `encode` and its kin may be called from several threads at once."""
 
+    def __new__(cls) -> Any:
+        """A tokenizer; without the compiled crate, its portable stand-in."""
+        return super().__new__(cls) if _lib is not None else portable.PortableTokenizer(GPT4_PATTERN, TrainingStats)
+
     def __init__(self) -> None:
         self._vocabulary: _Vocabulary | None = None
         self._pattern = GPT4_PATTERN
@@ -262,6 +271,8 @@ class Tokenizer:
 
         Raises: ValueError if a single byte is missing, an id occurs twice or the pattern is not supported.
         """
+        if _lib is None:
+            return cls().fill(pattern, ranks)  # type: ignore[attr-defined]
         pairs = list(ranks.items() if isinstance(ranks, Mapping) else ranks)
         for token, rank in pairs:
             if not isinstance(token, bytes) or isinstance(rank, bool) or not isinstance(rank, int):

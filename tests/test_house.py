@@ -36,7 +36,7 @@ NEVERS = {
 ALLOWED = {"ops": "precision ops", "sandbox": "sandbox"}  # of what the table above forbids
 
 # These start before anything is installed, or in a process that must start fast: nothing but the standard library.
-BARE = ["env", "cards", "pipeline.session", "sandbox.child"]
+BARE = ["env", "cards", "pipeline.card_checks", "pipeline.session", "sandbox.child"]
 
 # What programs outside use. `python -m NAME` needs a __main__ block or module.
 NAMES = {

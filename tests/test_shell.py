@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci" / "run"]
 CU126 = "torch==2.14.* --index-url https://download.pytorch.org/whl/cu126"
 NEWEST = "torch>=2.7,<2.15"
+MAXWELL = "torch==2.7.1"
+CPU = "torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
 SETTINGS = [
     *("PROFILE", "DEPTH", "VOCAB_SIZE", "HOURS", "DATASET", "DATA_DIR", "CHAT_DATA", "NPROC", "WANDB_RUN"),
     "NANOCHAT_BASE_DIR",
@@ -87,7 +89,11 @@ def test_shellcheck():
         ([("NVIDIA B200", "10.0", "590.44")], NEWEST),
         ([("NVIDIA A100", "8.0", "535.1")], CU126),
         ([("NVIDIA H100", "9.0", "580.1"), ("Tesla P100", "6.0", "580.1")], CU126),
-        ([], "torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu"),
+        ([("Tesla M40 24GB", "5.2", "580.1")], MAXWELL),
+        ([("NVIDIA GeForce GTX TITAN X", "5.2", "535.1"), ("NVIDIA GeForce GTX 980 Ti", "5.2", "535.1")], MAXWELL),
+        ([("Tesla K80", "3.7", "470.1"), ("Tesla K80", "3.7", "470.1")], CPU),
+        ([("Tesla K80", "3.7", "470.1"), ("Tesla P100", "6.0", "580.1")], CU126),
+        ([], CPU),
     ],
 )
 def test_torch_is_chosen_by_card_and_driver(tmp_path, cards, first):
@@ -96,7 +102,7 @@ def test_torch_is_chosen_by_card_and_driver(tmp_path, cards, first):
     candidates = done.stdout.splitlines()
     assert candidates[0] == first
     if cards and first == CU126:
-        assert candidates[1] == "torch==2.7.1"
+        assert candidates[1] == MAXWELL
 
 
 def test_an_nvidia_smi_too_old_to_know_capabilities_means_an_old_driver(tmp_path):

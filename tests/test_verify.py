@@ -21,7 +21,7 @@ from nanochat.pipeline import verify
 from nanochat.pipeline.profiles import DEMO, P100, Settings, profile_for
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ["awk", "bash", "cat", "dirname", "du", "grep", "iconv", "id", "sed", "tail", "timeout", "tr"]
+TOOLS = ["awk", "bash", "cat", "cut", "dirname", "du", "grep", "iconv", "id", "sed", "tail", "timeout", "tr"]
 BUS = "01:00.0 3D controller: NVIDIA Corporation GP100GL [Tesla P100 PCIe 16GB] (rev a1)"
 BROKEN_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
 GIB = 1024 * 1024  # in KiB
@@ -50,18 +50,19 @@ class Machine:
     venv: str | None = None
     """What .venv's Python prints, if there is one."""
     env: dict = field(default_factory=dict)
+    system: str = "ubuntu"
 
     def commands(self) -> dict[str, str]:
         """Bash code by command."""
         lacks = "|".join(f"*{word}*" for word in self.python_lacks) or "no-such-code"
-        old = self.python.startswith("3.8")
+        version = tuple(map(int, self.python.split(".")[:2]))
         python = f"""case "$*" in
+            {lacks}) exit 1 ;;
             --version) echo Python {self.python}; exit ;;
-            *nanochat.cards*) exec {sys.executable} "$@" ;;
+            *nanochat.pipeline.card*|*nanochat.cards*) exec {sys.executable} "$@" ;;
             *config*) exit 1 ;;
-            *version_info*) {"exit 1" if old else ":"} ;;
-        esac
-        case "$*" in {lacks}) exit 1 ;; esac"""
+            *version_info*) exec {sys.executable} -c "${{2//sys.version_info/{version}}}" ;;
+        esac"""
         commands = {
             "python3": python,
             "df": f"echo head; echo /dev/sda1 1 1 {self.free_gib * GIB} 1% /",
@@ -91,7 +92,9 @@ class Machine:
         checkout.mkdir()
         path.mkdir()
         script = (ROOT / "verify_p100_setup.sh").read_text()
-        (checkout / "verify_p100_setup.sh").write_text(script.replace("/sys/fs/cgroup/memory.max", "/no/limit"))
+        script = script.replace("/sys/fs/cgroup/memory.max", "/no/limit").replace("/etc/os-release", "../bin/system")
+        (checkout / "verify_p100_setup.sh").write_text(script)
+        (path / "system").write_text(f'NAME="{self.system} 12"\nID={self.system}\n')
         shutil.copy(ROOT / "setup_env.sh", checkout)
         (checkout / "nanochat").symlink_to(ROOT / "nanochat")
         for tool in TOOLS:
@@ -106,7 +109,7 @@ class Machine:
             (path / name).chmod(0o755)
         env = {"PATH": str(path), "HOME": str(folder), "LC_ALL": os.environ.get("LC_ALL", ""), **self.env}
         command = [str(shutil.which("bash")), str(checkout / "verify_p100_setup.sh"), *flags]
-        return subprocess.run(command, env=env, capture_output=True, check=False)
+        return subprocess.run(command, env=env, capture_output=True, check=False, cwd=checkout)
 
 
 # machine, plan, then: what it must say (status, name, a piece of the text, a piece of the remedy); no fail: ready.
@@ -141,12 +144,12 @@ CASES = {
     "no disk": (
         Machine(cards=(TESLA_P100,), free_gib=8),
         "p100",
-        ("fail", "disk", "8 GiB free", "NANOCHAT_BASE_DIR=/big/disk"),
+        ("fail", "disk", "8 GB free", "NANOCHAT_BASE_DIR=/big/disk"),
     ),
-    "28 GB of disk": (
-        Machine(cards=(TESLA_P100,), free_gib=28),
+    "22 GiB of disk": (
+        Machine(cards=(TESLA_P100,), free_gib=22),
         "p100",
-        ("fail", "disk", "the environment: 29 GiB", "NANOCHAT_BASE_DIR"),
+        ("fail", "disk", "23 GB free", "NANOCHAT_BASE_DIR"),
     ),
     "no network": (
         Machine(cards=(TESLA_P100,), blocked="http"),
@@ -201,9 +204,55 @@ CASES = {
     ),
     "Kepler, whose nvidia-smi knows no capabilities": (
         Machine(cards=(("Tesla K80", 11441, "470.82.01", ""),)),
-        "p100",
-        ("fail", "capability", "before 6.0 (Pascal)", "CUDA_VISIBLE_DEVICES= runs the demo"),
+        "demo",
+        ("warn", "capability", "Tesla K80 (capability 3.7) is too old for every torch", "not used"),
+        ("ok", "cards", "the demo will run, on the CPU", ""),
+        ("ok", "environment", "torch==2.13.0+cpu", ""),
     ),
+    "two K80": (
+        Machine(cards=(("Tesla K80", 11441, "470.82.01", "3.7"),) * 2),
+        "demo",
+        ("warn", "capability", "Tesla K80 (capability 3.7) is too old for every torch", "not used"),
+        ("ok", "cards", "no card that torch can use", ""),
+        ("ok", "environment", "torch==2.13.0+cpu", ""),
+    ),
+    "a K80 beside a T4": (
+        Machine(cards=(("Tesla K80", 11441, "470.82.01", "3.7"), TESLA_T4)),
+        "p100",
+        ("warn", "cards", "1 × Tesla T4; idle: Tesla K80", "CUDA_VISIBLE_DEVICES"),
+    ),
+    "a profile for cards with nothing but a K80": (
+        Machine(cards=(("Tesla K80", 11441, "470.82.01", "3.7"),), env={"PROFILE": "p100"}),
+        "p100",
+        ("fail", "plan", "needs a CUDA card", "PROFILE=demo"),
+    ),
+    **{
+        f"Maxwell: {name}": (
+            Machine(cards=((name, mib, "580.95.05", "5.2"),)),
+            "p100",
+            ("ok", "card", f"{name}, capability 5.2", ""),
+            ("ok", "environment", "torch==2.7.1", ""),
+        )
+        for name, mib in (("Tesla M40 24GB", 22945), ("NVIDIA GeForce GTX TITAN X", 12212), ("GTX 980 Ti", 6144))
+    },
+    "pytorch.org unreachable, CPU": (
+        Machine(blocked="pytorch.org"),
+        "demo",
+        ("warn", "packages", "PyPI's build comes, with CUDA: 2.9 GB to download, 5.5 GB on disk", "NANOCHAT_TORCH"),
+        ("ok", "disk", "the environment: 6 GB", ""),
+    ),
+    "a CPU": (Machine(), "demo", ("ok", "environment", "0.5 GB (1.8 GB on disk)", ""), ("ok", "disk", "nt: 2 GB", "")),
+    "the CUDA build does not fit": (
+        Machine(blocked="pytorch.org", free_gib=5),
+        "demo",
+        ("fail", "disk", "the environment: 6 GB", "free some space"),
+    ),
+    "driver 470 on Debian": (
+        Machine(cards=(("Tesla P100-PCIE-16GB", 16280, "470.82.01", ""),), system="debian"),
+        "p100",
+        ("fail", "driver", "older than 525.60", "Debian: apt install nvidia-driver,"),
+    ),
+    "Python 3.14": (Machine(python="3.14.0"), "demo", ("ok", "python", "Python 3.14.0", "")),
     "Kepler hidden": (
         Machine(cards=(("Tesla K80", 11441, "470.82.01", ""),), env={"CUDA_VISIBLE_DEVICES": ""}),
         "demo",
@@ -212,7 +261,7 @@ CASES = {
     "no venv module": (
         Machine(cards=(TESLA_P100,), python_lacks=("version_info",)),
         "p100",
-        ("fail", "python", "with its venv module (here: Python 3.11.7)", "python3.11-venv"),
+        ("fail", "python", "with its venv module (here: Python 3.11.7)", "python3-venv"),
     ),
     "venv without pip": (
         Machine(python_lacks=("ensurepip", "pip")),
@@ -227,7 +276,7 @@ CASES = {
     "Python 3.8": (
         Machine(python="3.8.10"),
         "demo",
-        ("fail", "python", "here: Python 3.8.10", "apt install python3.11"),
+        ("fail", "python", "here: Python 3.8.10", "apt install python3 "),
     ),
     "a driver that does not answer": (
         Machine(smi_fails=BROKEN_DRIVER, bus=BUS),
@@ -249,11 +298,11 @@ CASES = {
     "RAM of 16 GB": (Machine(cards=(TESLA_T4,), memory_gib=15.4), "p100", ("ok", "memory", "15 GiB", "")),
     "no Rust": (Machine(tools=("cc",)), "demo", ("warn", "rust", "no cargo", "setup_env.sh installs it")),
     "no Rust, and none to be had": (
-        Machine(tools=("cc",), blocked="rustup"),
+        Machine(tools=("cc",), blocked="rust-lang"),
         "demo",
-        ("fail", "rust", "does not answer", "install cargo"),
+        ("warn", "rust", "PyPI's rustbpe trains the tokenizer", "NANOCHAT_INSTALL_SYSTEM=1"),
     ),
-    "no linker": (Machine(tools=("cargo",)), "demo", ("fail", "rust", "no linker", "apt install gcc")),
+    "no linker": (Machine(tools=("cargo",)), "demo", ("warn", "rust", "no linker", "apt install gcc")),
     "a broken environment": (
         Machine(venv="echo \"ModuleNotFoundError: No module named 'torch'\" >&2; exit 1"),
         "demo",
