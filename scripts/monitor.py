@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from nanochat.common import get_base_dir, print0
+import uvicorn
+from rich.console import Console
+from rich.live import Live
+
 from nanochat.config import run_script, short
+from nanochat.env import get_base_dir, print0
 from nanochat.report.monitor import Watcher
 from nanochat.report.monitor_terminal import render
+from nanochat.report.monitor_web import monitor_app
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +60,6 @@ def main(cfg: Config) -> None:
 
 def show(watcher: Watcher, cfg: Config) -> None:
     """Draw in the terminal."""
-    from rich.console import Console
-    from rich.live import Live
-
     console = Console()
     if cfg.once:
         console.print(render(watcher.look(), console.width))
@@ -70,12 +72,8 @@ def show(watcher: Watcher, cfg: Config) -> None:
 
 def serve(watcher: Watcher, cfg: Config) -> None:
     """Serve the page until Ctrl-C."""
-    import uvicorn
-
-    from nanochat.report.monitor_web import create_app
-
     print0(f"the monitor is at http://127.0.0.1:{cfg.port} (Ctrl-C ends it, the run goes on)")
-    uvicorn.run(create_app(watcher, cfg.interval), host="127.0.0.1", port=cfg.port, log_level="warning", ws="none")
+    uvicorn.run(monitor_app(watcher, cfg.interval), host="127.0.0.1", port=cfg.port, log_level="warning", ws="none")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from nanochat.cards import CARDS, Card, find_card
 from nanochat.common import autodetect_device_type, get_base_dir, setup_compute
@@ -228,9 +230,6 @@ def markdown(rows: list[Row]) -> str:
 
 def show(title: str, rows: list[Row]) -> None:
     """The table for a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=title, title_justify="left")
     for name in COLUMNS:
         table.add_column(name, justify="right")

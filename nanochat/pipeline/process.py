@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -61,7 +62,6 @@ def _open_channel(terminal: bool) -> tuple[int, int]:
         return os.pipe()
     import fcntl
     import pty
-    import struct
     import termios
 
     reader, writer = pty.openpty()

@@ -1,4 +1,4 @@
-"""What a pipeline is doing right now, read from its files alone.
+"""The state of a running pipeline, read from its files alone.
 
 A `Watcher` looks at marks, logs and loss logs in a base dir and says in a `Frame` which stage is running, how far it is
 and how the loss goes. It changes nothing and holds nothing open, so it may start and stop at any time, and a run
@@ -57,27 +57,6 @@ class MetricsTail:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """The newest figures of a stage that trains; None is what is not known."""
-
-    step: int
-    seconds: float
-    progress: float | None
-    eta_seconds: float | None
-    loss: float | None
-    lr_multiplier: float | None
-    tokens_per_second: float | None
-    matmul_share: float | None
-    peak_memory_gb: float | None
-    skipped: int
-    scale: float | None
-    evaluations: Mapping[str, float]
-    """The last value of each evaluation."""
-    curve: tuple[Sequence[float], Sequence[float]]
-    """Steps and smooth losses, thinned."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Frame:
     """One look at a run."""
 
@@ -89,19 +68,32 @@ class Frame:
     finished: bool
     quiet_seconds: float
     """Since anything was written."""
-    training: Training | None
     progress: float | None
     """0 to 1."""
     eta: str | None
+    facts: Sequence[tuple[str, str]]
+    """(name, value) of the newest figures, if the running stage trains."""
+    curve: tuple[Sequence[float], Sequence[float]]
+    """Steps and smooth losses, thinned."""
+    machine: Sequence[tuple[str, str]]
+    """(name, value) of each card and of the machine."""
     log: Sequence[str]
-    cards: Sequence[str]
-    load: str
     clock: str = field(default_factory=lambda: time.strftime("%H:%M:%S"))
 
     @property
     def is_quiet(self) -> bool:
-        """Whether the running stage has written nothing for long: stopped, or at something long."""
+        """True if the running stage has written nothing for long: it has stopped, or does something long."""
         return self.current is not None and self.quiet_seconds > QUIET_SECONDS
+
+    @property
+    def headline(self) -> str:
+        """One line that says what is going on."""
+        if self.finished:
+            return "all stages are finished"
+        if self.current is None:
+            return "nothing has run here yet"
+        silence = f": nothing written for {format_seconds(self.quiet_seconds)}: stopped, or at a long step"
+        return self.current + (silence if self.is_quiet else "")
 
 
 class Watcher:
@@ -113,28 +105,29 @@ class Watcher:
         self._tails: dict[Path, MetricsTail] = {}
 
     def look(self) -> Frame:
-        """What can be seen now."""
+        """The state of the run now."""
         marks = {name: read_json(self._mark_path(name)) for name in STAGES}
         written = {name: self._written(name, marks[name]) for name in STAGES}
         newest = max(STAGES, key=lambda name: (written[name], list(STAGES).index(name)))
         alive = written[newest] > 0
         finished = alive and marks[newest].get("state") == "done" and newest == "answer"
         current = newest if alive and not finished else None
-        training = self._training(current, marks[current]) if current else None
-        log = self._log_lines(current or newest)
-        progress, eta = self._progress(training, current)
+        records = self._records(current, marks[current]) if current else []
+        last: dict[str, Any] = next((record for record in reversed(records) if "loss" in record), {})
+        progress, eta = self._progress(last, current)
+        smooth = [(r["step"], r["smooth_loss"]) for r in records if is_number(r.get("smooth_loss"))]
         return Frame(
             base_dir=self.base_dir,
             stages=_states(marks, current),
             current=current,
             finished=finished,
             quiet_seconds=max(0.0, time.time() - written[newest]) if alive else 0.0,
-            training=training,
             progress=progress,
             eta=eta,
-            log=log,
-            cards=describe_cards(),
-            load=machine_load(),
+            facts=training_facts(last, records) if last else (),
+            curve=thin([x for x, _ in smooth], [y for _, y in smooth], CURVE_POINTS),
+            machine=machine_facts(),
+            log=self._log_lines(current or newest),
         )
 
     def _mark_path(self, stage: str) -> Path:
@@ -169,44 +162,18 @@ class Watcher:
         lines = ["".join(c for c in line if c.isprintable()) for line in text.splitlines()]
         return [line for line in lines if line.strip()][-LOG_LINES:]
 
-    def _training(self, stage: str, mark: Mapping[str, Any]) -> Training | None:
+    def _records(self, stage: str, mark: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The loss log of the running stage."""
         path = self._metrics_path(stage, mark)
         if path is None or (mark.get("state") == "started" and _modified(path) < _modified(self._mark_path(stage))):
-            return None  # what is there is from a run before
-        records = self._tails.setdefault(path, MetricsTail(path)).poll()
-        steps = [record for record in records if "loss" in record]
-        if not steps:
-            return None
-        last = steps[-1]
-        progress, seconds = last.get("progress"), last.get("seconds", 0.0)
-        evaluations = {
-            key: value
-            for record in records
-            if "loss" not in record
-            for key, value in record.items()
-            if key not in ("step", "seconds") and is_number(value)
-        }
-        smooth = [(r["step"], r["smooth_loss"]) for r in steps if is_number(r.get("smooth_loss"))]
-        return Training(
-            step=last["step"],
-            seconds=seconds,
-            progress=progress,
-            eta_seconds=seconds / progress * (1 - progress) if progress else None,
-            loss=last.get("smooth_loss"),
-            lr_multiplier=last.get("lr_multiplier"),
-            tokens_per_second=last.get("tokens_per_second"),
-            matmul_share=last.get("share_of_matmul_speed"),
-            peak_memory_gb=last.get("peak_memory_gb"),
-            skipped=int(last.get("skipped", 0)),
-            scale=last.get("scale"),
-            evaluations=evaluations,
-            curve=thin([x for x, _ in smooth], [y for _, y in smooth], CURVE_POINTS),
-        )
+            return []  # what is there is from a run before
+        return self._tails.setdefault(path, MetricsTail(path)).poll()
 
-    def _progress(self, training: Training | None, stage: str | None) -> tuple[float | None, str | None]:
+    def _progress(self, last: Mapping[str, Any], stage: str | None) -> tuple[float | None, str | None]:
         """(0 to 1, time left) of the running stage: by its loss log, else by the file of its progress bar."""
-        if training is not None:
-            share, eta = training.progress, training.eta_seconds
+        if last:
+            share = last.get("progress")
+            eta = last.get("seconds", 0.0) / share * (1 - share) if share else None
         else:
             record = read_json(self.folder / f"{stage}.progress.json")
             share, eta = record.get("share"), record.get("eta_seconds")
@@ -234,8 +201,38 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def machine_load() -> str:
-    """Such as "load 1.9 on 2 cores, memory 5.1 of 23.5 GiB"."""
-    memory = psutil.virtual_memory()
+def training_facts(last: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(name, value) of the last step, and of the last evaluation of each kind among all records."""
+
+    def show(key: str, form: str) -> str:
+        value = last.get(key)
+        return format(value, form) if is_number(value) else "-"
+
+    evaluations = {
+        key.replace("_", " "): f"{value:.4f}"
+        for record in records
+        if "loss" not in record
+        for key, value in record.items()
+        if key not in ("step", "seconds") and is_number(value)
+    }
+    return [
+        ("step", show("step", ",")),
+        ("trained", format_seconds(last.get("seconds", 0.0))),
+        ("loss", show("smooth_loss", ".4f")),
+        ("learning rate", "×" + show("lr_multiplier", ".2f")),
+        ("tokens/s", show("tokens_per_second", ",.0f")),
+        ("of matmul speed", show("share_of_matmul_speed", ".0%")),
+        ("peak memory", show("peak_memory_gb", ".2f") + " GB"),
+        ("skipped steps", str(last.get("skipped", 0))),
+        ("loss scale", show("scale", "g")),
+        *evaluations.items(),
+    ]
+
+
+def machine_facts() -> list[tuple[str, str]]:
+    """(name, value) of each card and of the machine."""
+    memory, load = psutil.virtual_memory(), psutil.getloadavg()[0]
     used, total = (memory.total - memory.available) / 2**30, memory.total / 2**30
-    return f"load {psutil.getloadavg()[0]:.1f} on {psutil.cpu_count()} cores, memory {used:.1f} of {total:.1f} GiB"
+    cards = [(f"card {i}", card) for i, card in enumerate(describe_cards())]
+    machine = f"load {load:.1f} on {psutil.cpu_count()} cores, memory {used:.1f} of {total:.1f} GiB"
+    return [*(cards or [("card", "no card")]), ("machine", machine)]

@@ -96,7 +96,7 @@ class Plotter:
 
 
 def _style() -> Any:
-    import matplotlib
+    import matplotlib  # lazy: the monitor thins curves without it
 
     return matplotlib.rc_context(
         {
@@ -117,7 +117,7 @@ def _style() -> Any:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # lazy: as above
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -126,7 +126,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _grid(axes: Any, unit: str) -> None:
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter  # lazy: as above
 
     axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
