@@ -82,6 +82,7 @@ def download_shards(
             )
         manifest = _extended(old, source, num_shards, revision, text_column, folder)
         manifest.save(folder)
+        # Validation first: whatever is interrupted, what can be trained on can be evaluated.
         now = [*manifest.validation, *manifest.train[:ready]]
         _remove_wrong(folder, now, hashes=verify or old is None)
         missing = [entry for entry in now if not (folder / entry.name).exists()]
@@ -185,12 +186,13 @@ def download_in_background(folder: Path) -> None:
     command = [sys.executable, "-m", "nanochat.dataset", "-n", str(len(manifest.train)), f"--source={manifest.source}"]
     log = folder / BACKGROUND_LOG
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    env["NANOCHAT_BASE_DIR"] = str(get_base_dir().absolute())
+    env["NANOCHAT_BASE_DIR"] = str(get_base_dir().absolute())  # the process runs in another folder
     with open(log, "ab") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
         )
     _background.append(process)
+    # Until it holds the lock: a reader that finds a shard missing and the lock free takes it for lost.
     deadline = time.monotonic() + BACKGROUND_START_SECONDS
     while not is_written(folder) and time.monotonic() < deadline:
         if process.poll():

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data import chat_rows as packing
+from nanochat.data import chat_rows
 from nanochat.data.chat_loader import ConversationLoader, load_conversations
 from nanochat.data.chat_rows import pack_best_fit
 from nanochat.gpt import GPT, GPTConfig
@@ -92,7 +92,7 @@ def test_an_epoch_supervises_every_kept_token_exactly_once(
     expected = Counter(map(to_last_supervised, pieces))
     dropped = len(data) - sum(expected.values())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "WINDOW", window)
+        patch.setattr(chat_rows, "WINDOW", window)
         loader = ConversationLoader(data, BYTES, 1, T, supervise=supervise)
         if not pieces:
             with pytest.raises(ValueError, match="raise --max_seq_len"):
@@ -146,7 +146,7 @@ def test_resume_and_world_size_keep_the_order(
         return
     first_world, first_B, second_world, second_B = shapes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "WINDOW", window)
+        patch.setattr(chat_rows, "WINDOW", window)
         first = make_loaders(data, first_world, first_B, T)
         got = rows_of(first, steps)
         states = [loader.state_dict() for loader in first]
@@ -206,7 +206,7 @@ def test_epochs_are_shuffled_differently() -> None:
 
 
 def test_forecast_scales_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "WINDOW", 10)
+    monkeypatch.setattr(chat_rows, "WINDOW", 10)
     data = [conversation("q", "a" * (i % 7)) for i in range(200)]
     loader = ConversationLoader(data, BYTES, 1, 64)
     while loader.epoch == 0:
@@ -218,7 +218,7 @@ def test_forecast_scales_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> N
 def test_small_cache_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     data = [conversation("q", f"{i}") for i in range(20)]
     expected = rows_of([ConversationLoader(data, BYTES, 1, 40)], 30)
-    monkeypatch.setattr(packing, "CACHE_BYTES", 2000)
+    monkeypatch.setattr(chat_rows, "CACHE_BYTES", 2000)
     assert rows_of([ConversationLoader(data, BYTES, 1, 40)], 30) == expected
 
 

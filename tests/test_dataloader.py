@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.data import corpus as corpus_module
-from nanochat.data import text_rows as token_rows
+from nanochat.data import text_rows
 from nanochat.data.corpus import Corpus, open_corpus
 from nanochat.data.prefetch import DeviceFeed, Prefetch
 from nanochat.data.text_rows import pack_window
@@ -28,7 +28,7 @@ from nanochat.dataloader import Mode, PretrainLoader
 from nanochat.tokenizer import RustBPETokenizer
 
 BOS = 256
-BYTES = RustBPETokenizer.from_ranks([bytes([i]) for i in range(256)])  # a token is a byte: easy to foretell
+BYTES = RustBPETokenizer.from_ranks([bytes([i]) for i in range(256)])  # a token is a byte: easy to predict
 
 documents = st.one_of(st.just(""), st.text(max_size=12), st.text(alphabet="ab", min_size=40, max_size=90))
 shard_texts = st.lists(st.lists(documents, max_size=5), min_size=1, max_size=3)  # row groups of documents
@@ -177,7 +177,7 @@ def test_the_state_of_every_step_continues_the_same_rows(
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_module, "BLOCK_ROWS", read)
-        patch.setattr(token_rows, "WINDOW_ROWS", 3)
+        patch.setattr(text_rows, "WINDOW_ROWS", 3)
         all_rows = rows(case.loaders(corpus, mode=mode), 6)
         loaders, others = case.loaders(corpus, mode=mode), Case(second_world, 1, case.T)
         for step in range(6):
@@ -222,7 +222,7 @@ def test_bestfit_rows_are_beginnings_of_documents_and_use_each_once(
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_module, "BLOCK_ROWS", read)
-        patch.setattr(token_rows, "WINDOW_ROWS", window)
+        patch.setattr(text_rows, "WINDOW_ROWS", window)
         documents = next(slow_epochs(corpus, "train"))
         loaders = case.loaders(corpus, mode="bestfit")
         got = []

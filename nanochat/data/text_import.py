@@ -158,12 +158,12 @@ class _Import:
 
     def _write(self, buckets: Buckets, bar: Bar) -> None:
         share = VAL_SHARE if buckets.num_chars < LARGE_CHARS else VAL_SHARE_IF_LARGE
-        border = np.uint64(int(share * 2**64))
+        border = np.uint64(int(share * 2**64))  # hashes are uniform: so large a share of them lies below
         val, train = ShardWriter(self.tmp, "validation", one=True), ShardWriter(self.tmp, "shard")
         for number, (hashes, texts) in enumerate(buckets.read()):
             num_val = int(np.searchsorted(hashes, border))
             if not self.counts.documents and len(hashes):
-                num_val = max(1, num_val)  # at least one
+                num_val = max(1, num_val)  # at least one document validates, however few there are
             for i, text in enumerate(texts.to_pylist()):
                 (val if i < num_val else train).add(text)
                 self.counts.characters += len(text)
@@ -192,6 +192,7 @@ class Buckets:
         """Put a document into its bucket."""
         content = text.encode()
         digest = hashlib.blake2b(content, digest_size=16).digest()
+        # By the leading bits, so that bucket after bucket, each sorted, is the order of all hashes.
         self._pending[int.from_bytes(digest[:8], "big") * self.count >> 64].append((digest, text))
         self._pending_bytes += len(content)
         self.num_documents += 1
@@ -225,9 +226,9 @@ class Buckets:
                 table = pa.concat_tables(tables).combine_chunks()
                 digests = b"".join(table["hash"].to_pylist())
                 hashes = np.frombuffer(digests, dtype=">u8").astype(np.uint64).reshape(-1, 2)
-                order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+                order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # by the last key first: the leading 64 bits decide
                 hashes = hashes[order]
                 first = np.ones(len(order), dtype=bool)
-                first[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
+                first[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)  # equal documents lie side by side
                 yield hashes[first, 0], table["text"].combine_chunks().take(pa.array(order[first]))
                 self._path(i).unlink()
