@@ -1,10 +1,14 @@
 """The model: nanochat's classic GPT, and what its main branch has added since, each addition a switch.
 
 Classic: rotary positions, RMSNorm on queries and keys, RMSNorm without parameters, squared ReLU, untied embeddings, no
-biases, softcapped logits, grouped-query attention. The switches are the fields of `GPTConfig`; one that is off
-costs nothing. Parameters are float32; `nanochat.precision` decides what matmuls run in.
+biases, softcapped logits, grouped-query attention. The switches are fields of `GPTConfig`; one that is off costs
+nothing. Parameters are float32; `nanochat.precision` decides what matmuls run in.
 
-Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D head size, V vocabulary.
+To add a switch: a field of `GPTConfig`, its parameters in a constructor, how they begin in `GPT._init_rules`, its
+arithmetic in a forward pass. Then the same in generate/fast_decode.py (until then such a model decodes more slowly) and
+in interop/hf_code (for export), and what it costs in plan/memory.py. The rest follows from the field.
+
+Shapes: B sequences of a batch, T tokens, C = n_embd, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,15 +31,15 @@ from nanochat.ops.loss import linear_cross_entropy, softcap
 from nanochat.ops.pointwise import apply_rotary, offset_keys, relu_squared, rms_norm, rotary_tables, scaled_square
 from nanochat.precision import NARROW_RANGE, autocast_dtype
 
-LOGIT_SOFTCAP = 15.0
+LOGIT_SOFTCAP = 15.0  # logits lie between −15 and 15: 15·tanh(x/15)
 # One fixed epsilon for every dtype, so that a model gives the same results in each of them.
 NORM_EPS = 1e-6
 # Multipliers of the hash of a pair of tokens: two large primes.
 BIGRAM_HASH = (1000003, 998244353)
-HEAD_SIZE = 128
-ROPE_BASE = 10000.0
-VOCAB_MULTIPLE = 64
-# How many channels of the residual stream decide on a gate. Source: nanochat.
+HEAD_SIZE = 128  # of models made by depth, as in nanochat
+ROPE_BASE = 10000.0  # RoFormer, arXiv 2104.09864
+VOCAB_MULTIPLE = 64  # tensor cores multiply tiles: a size that they divide is faster
+# How many channels of the residual stream decide on a gate: a handful is enough for yes or no. Source: nanochat.
 VALUE_GATE_CHANNELS = 12
 SMEAR_GATE_CHANNELS = 24
 # What nanochat's main branch has switched on since 2026; it does not record it in its checkpoints.
@@ -57,35 +61,33 @@ def flag(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that defines the model. Stored in every checkpoint; a field that an old one lacks is off."""
+    """Everything that defines the model. Stored in every checkpoint; a field that an old one lacks is off.
 
-    sequence_len: int = 2048
-    vocab_size: int = 65536
+    A field made by `flag` is a flag of `scripts.base_train` and part of an exported config.json without further ado.
+    """
+
+    sequence_len: int = 2048  # the longest context in tokens
+    vocab_size: int = 65536  # V, without padding
     n_layer: int = 12
-    n_head: int = 6
+    n_head: int = 6  # H
     n_kv_head: int = flag(6, "Key/value heads, a divisor of the heads; default: as many as heads.")
-    n_embd: int = 768
-    residual_scalars: bool = flag(
-        False, "Before layer i: x = λ[i]·x + μ[i]·x0 with learned λ and μ; x is the residual stream, x0 the embedding."
-    )
-    value_embeddings: bool = flag(
-        False, "Every second layer, the last included, adds a gated embedding of the token to its values."
-    )
+    n_embd: int = 768  # C, the width of the residual stream
+    residual_scalars: bool = flag(False, "Before layer i: x = λ[i]·x + μ[i]·x0, λ and μ learned, x0 the embedding.")
+    value_embeddings: bool = flag(False, "Every second layer adds a gated embedding of the token to its values.")
     smear: bool = flag(False, "Mix a gated share of the previous token's embedding into each token's.")
     backout: bool = flag(False, "Subtract a share of the middle layer's output before the final norm.")
     qk_scale: float = flag(1.0, "Factor on the normalised queries and on the keys: above 1 attention is sharper.")
     rope_base: float = flag(ROPE_BASE, "Base of the rotary frequencies.")
     key_offset: bool = flag(False, "Take half of each key's channels from the token before.")
     init: Literal["classic", "modern"] = flag("classic", "How weights begin, see `GPT.init_weights`.")
-    window_pattern: str = flag(
-        "L", "Repeated over the layers: L sees the whole context, S the last quarter of it; the last layer is always L."
-    )
+    window_pattern: str = flag("L", "Repeated over the layers: L sees the whole context, S a quarter; the last is L.")
     bigram_buckets: int = flag(0, "Size of an embedding of hashed pairs of tokens, added to the token's; 0: none.")
 
     def __post_init__(self) -> None:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        # Rotary positions turn channels in pairs, so a head has an even number of them.
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise ValueError(f"n_embd {self.n_embd} must be an even multiple of n_head {self.n_head}")
         if self.n_head % self.n_kv_head:
@@ -112,17 +114,16 @@ class GPTConfig:
 
         `settings` are further fields; n_kv_head must divide the number of heads.
         """
-        if depth < 1:
-            raise ValueError(f"--depth must be at least 1, got {depth}")
-        if aspect_ratio < 1:
-            raise ValueError(f"--aspect_ratio must be at least 1, got {aspect_ratio}")
+        for name, value in (("depth", depth), ("aspect_ratio", aspect_ratio)):
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
         n_head = max(1, math.ceil(aspect_ratio * depth / HEAD_SIZE))
         shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * HEAD_SIZE}
         return cls(sequence_len=sequence_len, vocab_size=vocab_size, **shape | settings)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
-        """From a checkpoint's record; names the fields this version doesn't know."""
+        """The config of a checkpoint's record; ValueError names the fields that this version does not know."""
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(
@@ -132,11 +133,12 @@ class GPTConfig:
 
     @classmethod
     def from_nanochat(cls, values: dict[str, Any], keys: Collection[str]) -> GPTConfig:
-        """From the config and the state keys of nanochat's own checkpoint, classic or of July 2026 and later.
+        """The config of nanochat's own checkpoint, classic or of July 2026 and later, by its record and state keys.
 
         Raises:
             ValueError: a version in between, whose other settings no key tells.
         """
+        # nanochat records the shape only; which of its switches are on shows in the parameters that there are.
         config = cls.from_dict(values)
         modern = {"resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda"}
         if modern <= set(keys):
@@ -163,35 +165,38 @@ class GPTConfig:
 
     @property
     def windows(self) -> list[int | None]:
-        """Of each layer: how many tokens before its own a query sees (a quarter, in tiles of 128); None: all."""
-        short = math.ceil(self.sequence_len / 4 / 128) * 128
+        """For each layer: how many tokens before its own a query sees (a quarter, in tiles of 128); None: all."""
+        short = math.ceil(self.sequence_len / 4 / 128) * 128  # a window that covers the context is none
         pattern = self.window_pattern.upper()
         letters = [pattern[i % len(pattern)] for i in range(self.n_layer - 1)] + ["L"]
         return [short if letter == "S" and short < self.sequence_len else None for letter in letters]
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Whether this layer adds value embeddings: every second one, counted from the last."""
+        """True for the layers that add value embeddings: every second one, counted from the last."""
         return self.value_embeddings and layer % 2 == (self.n_layer - 1) % 2
 
 
 class Cache(Protocol):
-    """What the model asks of a key/value cache (nanochat.generate.kv_cache.KVCache)."""
+    """The part of a key/value cache that the model calls; `nanochat.generate.kv_cache.KVCache` is one.
+
+    A protocol, because the model must not import what generates with it.
+    """
 
     @property
     def key_offset(self) -> bool:
-        """Whether `update` gives keys the channels of the token before, as the model's switch of this name asks."""
+        """True if `update` gives keys the channels of the token before, as the model's switch of this name asks."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store this step's (B, T, K, D) keys and values; return all so far."""
 
     def get_pos(self) -> int:
-        """Length of the longest row."""
+        """Length of the longest sequence."""
 
     def positions(self, n_tokens: int) -> Tensor:
         """Rotary positions of the next `n_tokens`: (1, T) or (B, T)."""
 
     def attention_mask(self) -> Tensor | None:
-        """Which cached positions each query may see, (B, 1, T, all); None: causal."""
+        """The cached positions that each query may see, (B, 1, T, all); None: causal."""
 
     def previous_tokens(self, idx: Tensor) -> Tensor:
         """Remember the next tokens (B, T); return the token before each, −1 where there is none."""
@@ -202,7 +207,7 @@ class Cache(Protocol):
 
 def unnumbered(name: str) -> str:
     """A parameter's name without the number of its layer."""
-    return re.sub(r"\.\d+", "", name)
+    return re.sub(r"\.\d+", "", name)  # transformer.h.3.attn.c_q.weight -> transformer.h.attn.c_q.weight
 
 
 def norm(x: Tensor) -> Tensor:
@@ -212,48 +217,55 @@ def norm(x: Tensor) -> Tensor:
 
 @dataclass
 class Context:
-    """What one forward pass has in common for all layers."""
+    """Everything about a forward pass that is the same in all layers."""
 
-    cos: Tensor  # (1 or B, T, 1, D)
+    cos: Tensor  # (1 or B, T, 1, D); B where the sequences stand at different positions
     sin: Tensor
-    pieces: dict[int | None, list[Piece]]  # by window
+    pieces: dict[int | None, list[Piece]]  # by window: into which calls attention is cut
     kv_cache: Cache | None = None
-    first: Tensor | None = None  # (B, T) bool, true where a segment begins; None: at each row's position 0 only
+    first: Tensor | None = None  # (B, T) bool, true where a segment begins; None: at position 0 only
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads."""
+    """Causal self-attention. With K < H each key/value head serves H/K query heads, and the cache is that much smaller.
+
+    Grouped queries: arXiv 2305.13245.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         kv_dim = self.n_kv_head * self.head_dim
-        self.c_q = Linear(config.n_embd, config.n_embd)
-        self.c_k = Linear(config.n_embd, kv_dim)
+        self.c_q = Linear(config.n_embd, config.n_embd)  # C -> H·D, which is C
+        self.c_k = Linear(config.n_embd, kv_dim)  # C -> K·D
         self.c_v = Linear(config.n_embd, kv_dim)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)  # H·D -> C, mixes what the heads have found
         gated = config.has_value_embedding(layer)
         self.ve_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head) if gated else None
         self.window = config.windows[layer]
-        self.product_dtype: torch.dtype | None = None
+        self.product_dtype: torch.dtype | None = None  # see GPT.set_product_dtype
         self.key_offset = config.key_offset
-        # The factor on q and on k, as one factor on their products.
+        # A factor on q and on k is a factor on their product, which attention multiplies with anyway (by 1/√D).
         self.scale = None if config.qk_scale == 1.0 else config.qk_scale**2 * self.head_dim**-0.5
 
     def forward(self, x: Tensor, context: Context, value: Tensor | None = None) -> Tensor:
         """x (B, T, C); value (B, T, K·D): the tokens' value embeddings in this layer, if it has them."""
         B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)  # (B, T, H, D)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, K, D)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         if self.ve_gate is not None and value is not None:
             # Source: value residuals, arXiv 2410.17897; gated and as an embedding: modded-nanogpt, nanochat.
+            # A gate is between 0 and 3 for each head and token; it begins near 1.5.
             gate = 3.0 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
-            v = v + gate.to(v.dtype).unsqueeze(-1) * value.to(v.dtype).view(v.shape)
+            v = v + gate.to(v.dtype).unsqueeze(-1) * value.to(v.dtype).view(v.shape)  # (B, T, K, 1) · (B, T, K, D)
+        # Normalised queries and keys bound the scores, so that no step of training makes the softmax explode (arXiv
+        # 2302.05442). Rotation and norm are in float32: late positions turn by large angles, and bfloat16 has 8 bits.
         q = norm(apply_rotary(q, context.cos, context.sin)).to(v.dtype)
         k = norm(apply_rotary(k, context.cos, context.sin)).to(v.dtype)
         if context.kv_cache is not None:
+            # Keys are stored with their rotation: a position never changes. The cache offsets them, where it is asked.
             k, v = context.kv_cache.update(self.layer, k, v)  # (B, all, K, D)
         elif self.key_offset:
             k = offset_keys(k, context.first)
@@ -266,13 +278,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)  # two thirds of a layer's weights are in the MLP
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.c_fc(x)  # (B, T, 4C)
         if h.dtype not in NARROW_RANGE:
             return self.c_proj(relu_squared(h))
+        # In float16 a square overflows from 256 on: multiply a scaled one, and undo the scale in float32.
         square, factor = scaled_square(F.relu(h))
         return self.c_proj(square).float() * factor
 
@@ -286,6 +299,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, context: Context, value: Tensor | None = None) -> Tensor:
+        # The stream itself is never normalised, so that gradients reach every layer through the sums unchanged.
         x = x + self.attn(norm(x), context, value)
         return x + self.mlp(norm(x))
 
@@ -299,6 +313,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.windows = set(config.windows)
+        # wte and lm_head have up to 63 rows more than there are tokens: they are never looked up and never predicted.
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -306,31 +322,31 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
-        self._add_switched_parameters(config)
+        # The parameters of the switches that are on, under nanochat's names.
+        if config.residual_scalars:
+            self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))  # λ
+            self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))  # μ
+        if config.value_embeddings:
+            layers, kv_dim = range(config.n_layer), config.n_kv_head * config.head_dim
+            tables = {
+                str(i): nn.Embedding(config.padded_vocab_size, kv_dim) for i in layers if config.has_value_embedding(i)
+            }
+            self.value_embeds = nn.ModuleDict(tables)
+        if config.smear:
+            self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
+            self.smear_lambda = nn.Parameter(torch.zeros(1))  # the largest share
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))  # the share that is subtracted
+        if config.bigram_buckets:
+            self.bigram = nn.Embedding(config.bigram_buckets, config.n_embd)
+        # How to compute, not what: none of this changes the function beyond rounding.
         self.activation_checkpointing = False
         self.loss_chunk_bytes: int | None = None  # None: by the device, see nanochat/ops/loss.py
-        self.product_dtype: torch.dtype | None = None
-        self.windows = set(config.windows)
+        self.product_dtype: torch.dtype | None = None  # see set_product_dtype
+        # Buffers move with the model to its device. They follow from the config, so no checkpoint holds them.
         cos, sin = rotary_tables(config.sequence_len, config.head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-
-    def _add_switched_parameters(self, config: GPTConfig) -> None:
-        """The parameters of the switches that are on, under nanochat's names."""
-        rows, kv_dim = config.padded_vocab_size, config.n_kv_head * config.head_dim
-        if config.residual_scalars:
-            self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
-            self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
-        if config.value_embeddings:
-            layers = [i for i in range(config.n_layer) if config.has_value_embedding(i)]
-            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv_dim) for i in layers})
-        if config.smear:
-            self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
-            self.smear_lambda = nn.Parameter(torch.zeros(1))
-        if config.backout:
-            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
-        if config.bigram_buckets:
-            self.bigram = nn.Embedding(config.bigram_buckets, config.n_embd)
 
     def set_product_dtype(self, dtype: torch.dtype | None) -> None:
         """Round float32 to `dtype` for the products of training on a CPU (nanochat/ops/linear.py); None: not at all."""
@@ -395,8 +411,9 @@ class GPT(nn.Module):
         def matrix(p: Tensor, share: float = 1.0) -> object:
             fan_out, fan_in = p.shape
             if not modern:
+                # 1/√in keeps the size of activations; what makes wide of narrow gets less. Spectral: arXiv 2310.17813.
                 return normal(fan_in**-0.5 * min(1.0, math.sqrt(fan_out / fan_in)))(p)
-            bound = math.sqrt(3 / fan_in) * share  # √3 times the deviation
+            bound = math.sqrt(3 / fan_in) * share  # a uniform distribution's deviation is its bound / √3
             return uniform(-bound, bound)(p)
 
         table_bound = math.sqrt(3 / self.config.n_embd)
@@ -405,16 +422,18 @@ class GPT(nn.Module):
             "transformer.h.attn.c_q.weight": matrix,
             "transformer.h.attn.c_k.weight": matrix,
             "transformer.h.attn.c_v.weight": matrix,
-            # A block's outputs are zero: at the start every layer passes the residual stream on unchanged.
+            # A block's outputs begin as zero: every layer passes the residual stream on as it is.
             "transformer.h.attn.c_proj.weight": Tensor.zero_,
             "transformer.h.attn.ve_gate.weight": uniform(0.0, 0.02),
             "transformer.h.mlp.c_fc.weight": partial(matrix, share=0.4),
             "transformer.h.mlp.c_proj.weight": Tensor.zero_,
-            # Logits of (nearly) zero: the first loss is that of guessing evenly, ln V.
+            # Logits of nearly zero: the first loss is that of guessing evenly, ln V.
             "lm_head.weight": normal(0.001) if modern else Tensor.zero_,
+            # Scalars of the layers, from the first to the last.
             "resid_lambdas": falling(1.15, by=0.10),
             "x0_lambdas": falling(0.20, by=0.15),
             "value_embeds.weight": uniform(-table_bound, table_bound),
+            # λ = 0: at the start nothing is smeared, but λ has a gradient.
             "smear_gate.weight": uniform(0.0, 0.02),
             "smear_lambda": Tensor.zero_,
             "backout_lambda": lambda p: p.fill_(0.2),
@@ -426,11 +445,11 @@ class GPT(nn.Module):
         return self.lm_head.weight.device
 
     def num_params(self) -> int:
-        """All parameters, embedding included."""
+        """Number of all parameters, embedding included."""
         return sum(p.numel() for p in self.parameters())
 
     def num_matmul_params(self) -> int:
-        """Parameters every token is multiplied with: all but embeddings, which are looked up, and scalars."""
+        """Number of parameters a token is multiplied with: all but embeddings, which are looked up, and scalars."""
         return sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
 
     def estimate_flops(self, sequence_len: int | None = None) -> int:
@@ -438,21 +457,23 @@ class GPT(nn.Module):
 
         Source: PaLM, arXiv 2204.02311, B.
         """
+        # A weight costs a multiplication and an addition forward, twice that backward (for the input and for itself).
         c, T = self.config, sequence_len or self.config.sequence_len
         reach = sum(T if window is None else min(window, T) for window in c.windows)
         return 6 * self.num_matmul_params() + 12 * c.n_head * c.head_dim * reach
 
     def _context(self, idx: Tensor, kv_cache: Cache | None, segments: Tensor | None) -> Context:
-        """Rotary tables and attention pieces of a forward pass."""
+        """Rotary tables and attention pieces, made once for all layers."""
         T, device, windows = idx.size(1), idx.device, self.windows
         if kv_cache is not None:
+            # The tokens go on where the cache ends, each sequence at its own position.
             if segments is not None:
-                raise ValueError("segments are for training rows: with a kv_cache every row is one segment")
+                raise ValueError("segments are for training: with a kv_cache every sequence is one segment")
             if kv_cache.key_offset != self.config.key_offset:
-                raise ValueError(f"the model has key_offset={self.config.key_offset}, its kv_cache has not the same")
+                raise ValueError(f"the model has key_offset={self.config.key_offset}, its kv_cache the opposite")
             positions = kv_cache.positions(T)  # (1 or B, T)
             mask = kv_cache.attention_mask()
-            if mask is None:
+            if mask is None:  # all sequences are equally long
                 pieces = {w: plan_attention(T, kv_cache.get_pos() + T, device, w) for w in windows}
             else:
                 pieces = {w: plan_ragged(mask, positions, w) for w in windows}
@@ -464,6 +485,7 @@ class GPT(nn.Module):
             return Context(self.cos[None, :T, None], self.sin[None, :T, None], pieces)
         if segments.shape != idx.shape:
             raise ValueError(f"segments are {tuple(segments.shape)}, the tokens {tuple(idx.shape)}: give one per token")
+        # Several documents in one sequence: each begins at position 0, and no query sees beyond its start.
         starts = segment_starts(segments)
         positions = torch.arange(T, device=device) - starts  # (B, T)
         pieces = {w: plan_attention(T, T, device, w, starts) for w in windows}
@@ -475,11 +497,11 @@ class GPT(nn.Module):
         x = self._normed_wte(idx)
         if not (self.config.smear or self.config.bigram_buckets):
             return x
-        # Token ids one place to the left, (B, T); −1 where a row or a segment begins.
+        # The token before each, (B, T); −1 where a sequence or a segment begins.
         if kv_cache is not None:
             before = kv_cache.previous_tokens(idx)
         else:
-            before = F.pad(idx, (1, -1), value=-1)
+            before = F.pad(idx, (1, -1), value=-1)  # one to the right: the last falls off
             if first is not None:
                 before = before.masked_fill(first, -1)
         plain = x
@@ -488,6 +510,7 @@ class GPT(nn.Module):
             bucket = (BIGRAM_HASH[0] * idx + BIGRAM_HASH[1] * (before + 1)) % self.config.bigram_buckets
             x = x + self.bigram(bucket).to(x.dtype)
         if self.config.smear:
+            # The embeddings before: without a cache they are here, one to the left; with one they are looked up again.
             shifted = F.pad(plain, (0, 0, 1, -1)) if kv_cache is None else self._normed_wte(before.clamp(min=0))
             gate = self.smear_lambda * torch.sigmoid(self.smear_gate(plain[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
             x = x + gate.masked_fill(before.unsqueeze(-1) < 0, 0.0).to(x.dtype) * shifted
@@ -496,7 +519,7 @@ class GPT(nn.Module):
     def _normed_wte(self, idx: Tensor) -> Tensor:
         x = self.wte(idx)  # (B, T, C)
         # bfloat16 has float32's range, so the residual stream may be narrow; float16 has not, so it stays float32.
-        compute_dtype = autocast_dtype(x)
+        compute_dtype = autocast_dtype(x)  # what the products will be made in
         return norm(x if compute_dtype in NARROW_RANGE else x.to(compute_dtype))
 
     def hidden(self, idx: Tensor, kv_cache: Cache | None = None, segments: Tensor | None = None) -> Tensor:
@@ -507,18 +530,21 @@ class GPT(nn.Module):
         middle = None
         for i, block in enumerate(self.blocks):
             if c.residual_scalars:
+                # Every layer can look at the token itself again, whatever the layers before have made of it.
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-            value = F.embedding(idx, self.value_embed(i)) if c.has_value_embedding(i) else None
+            value = F.embedding(idx, self.value_embed(i)) if c.has_value_embedding(i) else None  # (B, T, K·D)
             if self.activation_checkpointing and torch.is_grad_enabled():
+                # Keep the block's input only and run the block once more in the backward pass.
                 x = checkpoint(block, x, context, value, use_reentrant=False)
             else:
                 x = block(x, context, value)
             if i == c.n_layer // 2 and c.backout:
                 middle = x
         if middle is not None:
+            # What the first half wrote for the second half to read is of no use for the prediction.
             x = x - self.backout_lambda.to(x.dtype) * middle
         if kv_cache is not None:
-            kv_cache.advance(idx.size(1))
+            kv_cache.advance(idx.size(1))  # only now: every layer has stored its keys at the same positions
         return norm(x)
 
     def forward(
@@ -536,8 +562,8 @@ class GPT(nn.Module):
             targets: (B, T) ids of the next tokens; −1 is ignored.
             kv_cache: keys and values of the tokens before `idx`.
             loss_reduction: over the targets that count; "none" gives (B, T) with 0 where ignored.
-            segments: (B, T) integers, the same inside a document or conversation and different between neighbours in a
-                row: each is computed as if it were alone. Not together with a kv_cache.
+            segments: (B, T) integers, the same inside a document or conversation and different between neighbours:
+                each is computed as if it were alone. Not together with a kv_cache.
 
         Returns:
             float32 softcapped logits (B, T, V), or the loss in float32.
@@ -550,6 +576,7 @@ class GPT(nn.Module):
 
     def loss(self, x: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         """The loss of hidden states `x` (B, T, C) against `targets` (B, T); never compiled, unlike `hidden`."""
+        # The logits of a batch (B·T·V) would be the largest tensor of all: they are made and used a chunk at a time.
         dtype, chunk = training_product_dtype(x, self.product_dtype), self.loss_chunk_bytes
         return linear_cross_entropy(
             x, self.lm_head.weight, targets, self.config.vocab_size, LOGIT_SOFTCAP, reduction, dtype, chunk
@@ -557,5 +584,5 @@ class GPT(nn.Module):
 
     def logits_at(self, x: Tensor) -> Tensor:
         """Softcapped float32 logits of chosen hidden states (…, C) -> (…, V): for when few positions matter."""
-        logits = self.lm_head(x)[..., : self.config.vocab_size]
+        logits = self.lm_head(x)[..., : self.config.vocab_size]  # without the padding rows
         return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)), LOGIT_SOFTCAP)

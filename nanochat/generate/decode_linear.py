@@ -1,6 +1,6 @@
-"""Matmuls of a few rows with weights that stay the same: what decoding does, and how a CPU does it fastest.
+"""Products of a few rows with weights that stay the same, as in decoding, in the form that is fastest on a CPU.
 
-Such a matmul takes as long as reading its weight. torch's own reads it with one core where there is one row, and for
+Such a product takes as long as reading its weight. torch's own reads it with one core where there is one row, and for
 more rows in a layout made for many. So on x86 CPUs a weight is held in up to two forms, each made when it is first
 needed: cut into a part per thread for one row (`SplitLinear`), in oneDNN's layout for several (`PackedLinear`).
 Measurements: dev/LOG.md, "decoding on a CPU".
@@ -50,7 +50,7 @@ class PlainLinear:
         return self(x).relu_()
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        if residual.dtype != x.dtype:
+        if residual.dtype != x.dtype:  # a float32 residual stream beside float16 products
             return residual + self(x)
         return torch.addmm(residual, x, self._weight)
 
@@ -72,7 +72,7 @@ class SplitLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if self._parts == 1:
             return torch.mm(x, self._weight)
-        return torch.bmm(x.expand(self._parts, -1, -1), self._weight).view(1, -1)
+        return torch.bmm(x.expand(self._parts, -1, -1), self._weight).view(1, -1)  # (parts, 1, out / parts) -> (1, out)
 
     def relu(self, x: Tensor) -> Tensor:
         return self(x).relu_()
@@ -87,13 +87,14 @@ class PackedLinear:
     """The weight in oneDNN's layout; what follows the matmul is part of it."""
 
     def __init__(self, weight: Tensor) -> None:
+        # torch.compile calls these operators too; they have no public name.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), LAYOUT_ROWS)
         self._run = torch.ops.mkldnn._linear_pointwise.default
         self._run_with = torch.ops.mkldnn._linear_pointwise.binary
 
     @staticmethod
     def suits(device: str, dtype: torch.dtype) -> bool:
-        """Whether this machine can do it and was seen to gain by it."""
+        """True if this machine can do it, and machines like it were seen to gain by it."""
         if device != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
             return False
         known = dtype == torch.float32 or (dtype == DTYPES["bfloat16"] and cpu_has_bf16())
@@ -116,8 +117,8 @@ class Int8Linear:
     """The weight in 8 bits with a scale per output channel, the rows in bfloat16 (CPUs only)."""
 
     def __init__(self, weight: Tensor) -> None:
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
-        self.scale = scale.to(DTYPES["bfloat16"])
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,): the largest weight becomes ±127
+        self.scale = scale.to(DTYPES["bfloat16"])  # rounded before dividing by it, so that the error stays below half
         self.weight = (weight / self.scale.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class Int8Linear:
 
 
 def best_form(rows: int, device: str, dtype: torch.dtype) -> type[PlainLinear | SplitLinear | PackedLinear]:
-    """The form of a weight in which this many rows are multiplied fastest; there is one for 1 and one for more."""
+    """The form in which a weight multiplies this many rows fastest; one form serves 1 row, another all more."""
     if not PackedLinear.suits(device, dtype):
         return PlainLinear
     return SplitLinear if rows == 1 and dtype == torch.float32 else PackedLinear

@@ -1,24 +1,25 @@
-"""One token per row, as fast as torch allows: the same arithmetic as nanochat.gpt, laid out for decoding.
+"""One token per sequence, as fast as torch allows: the same arithmetic as nanochat.gpt, laid out for decoding.
 
 A decode step reads every weight once and computes next to nothing with it, so what counts is how many bytes the weights
 have, how fast they are read (nanochat.generate.decode_linear) and how many small operations surround them. Compared
 with the model's own forward pass this one has the weights in the dtype they are multiplied in (autocast would convert
 all of them for every token), query, key and value as one matmul, queries and keys rotated and normalised together,
-residuals added by the matmul, places in the cache found for all layers at once, and no module calls.
+residuals added by the matmul, views of the cache made for all layers at once, and no module calls in a layer.
 
 `weights` may also be smaller than the run's precision: "bfloat16" halves the bytes of float32, "int8" quarters them
 (a scale per output channel, activations in bfloat16; CPU only). Only decoding changes: prompts are read by the model.
 
-Shapes: B rows, C channels, H query heads, K key/value heads, D head size, V vocabulary.
+Shapes: B sequences, C channels, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from nanochat.precision import DTYPES, NARROW_RANGE, Precision
 Weights = Literal["auto", "model", "bfloat16", "int8"]
 """auto: those of the run's precision. model: the model's own forward pass, not this module. bfloat16, int8: smaller."""
 
-# Per layer (C -> query, key, value), (C -> C), (C -> 4C), (4C -> C); and the lm_head.
+# For each layer the maps C -> query, key and value, C -> C, C -> 4C and 4C -> C; and the lm_head.
 _Matrices = tuple[list[tuple[Linear, Linear, Linear, Linear]], Linear]
 
 # The parameters (without the numbers of layers) and the settings whose arithmetic is below. A model that has another
@@ -65,13 +66,13 @@ def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "au
     """A decoder for the model; None where its own forward pass must do.
 
     Raises:
-        ValueError: small weights were asked for, and this model or device can't have them.
+        ValueError: small weights were asked for, and this model or device cannot have them.
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
     if weights == "model":
         return None
-    # A LoRA's matrices can't be kept in another form: a fused AdamW step leaves no trace that `refresh` sees.
+    # A LoRA's matrices cannot be kept in another form: a fused AdamW step leaves no trace that `refresh` sees.
     unknown = unknown_parts(model)
     new = ", ".join(name for name in unknown if ".lora_" not in name)
     windows = any(window is not None for window in model.config.windows)
@@ -94,7 +95,7 @@ def _say_once(message: str) -> None:
 
 
 class FastDecoder:
-    """Runs one token per row. Call `refresh` before a generation: the model may have been trained since.
+    """Runs one token per sequence. Call `refresh` before a generation: the model may have been trained since.
 
     Args:
         model: whose weights to use.
@@ -105,25 +106,27 @@ class FastDecoder:
     def __init__(self, model: GPT, dtype: torch.dtype, int8: bool = False) -> None:
         self.model, self.dtype, self.int8 = model, dtype, int8
         self.device = model.get_device().type
-        self._seen: list[tuple[int, int]] | None = None
-        self._forms: dict[Callable[[Tensor], Linear], _Matrices] = {}
-        self._threads: dict[int, ThreadChoice] = {}
+        autocast = functools.partial(torch.autocast, self.device, dtype)
+        self._autocast: Any = autocast if dtype.itemsize < 4 else contextlib.nullcontext
+        self._seen: list[tuple[int, int]] | None = None  # of each parameter, when its weights were taken
+        self._forms: dict[Callable[[Tensor], Linear], _Matrices] = {}  # by the kind of linear map, see best_form
+        self._threads: dict[int, ThreadChoice] = {}  # by the power of two of the number of sequences
 
     def refresh(self) -> FastDecoder:
         """Take the model's weights as they are now, if they have changed."""
         model = self.model
+        # An optimizer step changes a tensor's version, loading other weights its address.
         now = [(p.data_ptr(), p._version) for p in model.parameters()]
         if now != self._seen:
             self._forms.clear()
             self._seen = now
-            # The rotation mixes a head's halves: x·cos + (halves swapped)·sin.
             self._cos, self._sin = model.cos[:, None, None], model.sin[:, None, None]  # (T, 1, 1, D)
             self._take_switches()
         return self
 
     @torch.no_grad()
     def _take_switches(self) -> None:
-        """The parameters of the switches that are on; scalars as numbers, which cost no operation."""
+        """Take the parameters of the switches that are on; scalars as numbers, which cost no operation."""
         model, c, dtype = self.model, self.model.config, self.dtype
         self._scalars = [(1.0, 0.0)] * c.n_layer
         if c.residual_scalars:
@@ -138,7 +141,7 @@ class FastDecoder:
         self._backout = float(model.backout_lambda) if c.backout else 0.0
 
     def _matrices(self, rows: int) -> _Matrices:
-        """The weights in the form for this many rows."""
+        """The weights in the form that is fastest for this many sequences."""
         form: Callable[[Tensor], Linear] = Int8Linear if self.int8 else best_form(rows, self.device, self.dtype)
         if form not in self._forms:
             self._forms[form] = self._take_weights(form)
@@ -150,6 +153,7 @@ class FastDecoder:
         layers = []
         for block in model.blocks:
             a, m = cast(Attention, block.attn), cast(MLP, block.mlp)
+            # One operation instead of three: they read the same input.
             qkv = torch.cat([a.c_q.weight, a.c_k.weight, a.c_v.weight])  # (C + 2·K·D, C)
             q, o, f, p = (form(w.detach().to(dtype)) for w in (qkv, a.c_proj.weight, m.c_fc.weight, m.c_proj.weight))
             layers.append((q, o, f, p))
@@ -158,7 +162,7 @@ class FastDecoder:
     @torch.inference_mode()
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Run token ids (B, 1) on the cache's selected rows; return softcapped float32 logits (B, V)."""
-        self._matrices(idx.size(0))  # made with all threads
+        self._matrices(idx.size(0))  # before the choice of threads: new forms are made with all of them
         with self._threads.setdefault(idx.size(0).bit_length(), ThreadChoice(self.device))():
             return self._decode(idx, cache)
 
@@ -166,11 +170,12 @@ class FastDecoder:
         c, dtype = self.model.config, self.dtype
         B, H, K, D = idx.size(0), c.n_head, c.n_kv_head, c.head_dim
         cos, sin = self._rotation(cache)  # (1 or B, 1, 1, D)
-        places = cache.decode_views()
+        views = cache.decode_views()  # None where the sequences differ in length
         mask = _additive_mask(cache.attention_mask(), cache.k_cache.dtype)  # (B, 1, 1, all) or None
-        with torch.autocast(self.device, dtype=dtype, enabled=dtype != torch.float32):
+        with self._autocast():  # the model's own code, once per token; all that follows has its dtypes by hand
             x = x0 = self.model.embed(idx, cache)[:, 0]  # (B, C)
         middle: Tensor | None = None
+        # From here on x is the residual stream (B, C): one token per sequence, so T is left out until attention.
         heads, attend_in = H + K, cache.k_cache.dtype
         layers, lm_head = self._matrices(B)
         for layer, (to_qkv, to_out, to_hidden, to_residual) in enumerate(layers):
@@ -179,19 +184,20 @@ class FastDecoder:
                 x = x * keep + x0 * again
             inputs = self._norm(x).to(dtype)
             qkv = to_qkv(inputs).view(B, 1, heads + K, D)
-            qk, v = qkv[:, :, :heads].to(cos.dtype), qkv[:, :, heads:]
+            qk, v = qkv[:, :, :heads].to(cos.dtype), qkv[:, :, heads:]  # (B, 1, H + K, D), (B, 1, K, D)
             if (embedded := self._values[layer]) is not None:
                 v = v + self._gated_value(idx[:, 0], inputs, *embedded).view(B, 1, K, D)
+            # Queries and keys are rotated alike, x·cos + (halves swapped)·sin, and normalised alike: both at once.
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, dims=-1), sin)
             qk = torch.rms_norm(qk, (D,), eps=NORM_EPS).to(dtype)  # (B, 1, H + K, D)
-            if places is not None:
-                place = places[layer]
-                place.put(qk[:, :, H:], v)
-                keys, values = place.keys, place.values
+            if views is not None:
+                views[layer].put(qk[:, :, H:], v)
+                keys, values = views[layer].keys, views[layer].values  # (B, K, all, D)
             else:
                 keys, values = cache.update(layer, qk[:, :, H:].to(attend_in), v.to(attend_in))  # (B, all, K, D)
                 keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-            # The queries that share a key/value head stand in the place of positions: none is repeated in memory.
+            # The queries that share a key/value head take the dimension of positions, so that no key is repeated in
+            # memory. They may: a single position needs no causal mask.
             q = qk[:, 0, :H].view(B, K, H // K, D).to(attend_in)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self._scales[layer])
             x = to_out.add(y.reshape(B, H * D).to(dtype), x)
@@ -202,27 +208,27 @@ class FastDecoder:
         if middle is not None:
             x = x - middle * self._backout
         cache.advance(1)
-        logits = lm_head(self._norm(x).to(dtype))
+        logits = lm_head(self._norm(x).to(dtype))  # (B, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)
 
     @staticmethod
     def _gated_value(idx: Tensor, x: Tensor, table: Tensor, gate: Tensor) -> Tensor:
-        """What the tokens' value embeddings add to the values, (B, K, D)."""
+        """The share of the tokens' value embeddings that is added to the values, (B, K, D)."""
         share = 3.0 * torch.sigmoid(F.linear(x[:, :VALUE_GATE_CHANNELS], gate))  # (B, K)
         value = F.embedding(idx, table).to(x.dtype)  # (B, K·D)
         return share.unsqueeze(-1) * value.view(*share.shape, -1)
 
     def _rotation(self, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """cos and sin at the rows' positions, (1 or B, 1, 1, D)."""
+        """cos and sin at the sequences' positions, (1 or B, 1, 1, D)."""
         positions = cache.positions(1)[:, 0]
         if positions.size(0) == 1:
-            p = cache.get_pos()
+            p = cache.get_pos()  # a slice is a view, an index tensor would copy
             return self._cos[p : p + 1], self._sin[p : p + 1]
         return self._cos[positions], self._sin[positions]
 
     def _add_mlp(self, x: Tensor, h: Tensor, linear: Linear) -> Tensor:
-        """x + relu² · weightᵀ; in float16 with the row scaled so that the square can't overflow, as in gpt.MLP."""
+        """x + h² · weightᵀ, as in gpt.MLP."""
         if h.dtype not in NARROW_RANGE:
             return linear.add(h.mul_(h), x)
         square, factor = scaled_square(h)

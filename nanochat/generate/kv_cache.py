@@ -1,7 +1,7 @@
-"""The key/value cache: what attention has computed for the tokens so far, so that a new token costs one position.
+"""The key/value cache: the keys and values of the tokens so far, so that a new token costs one position.
 
-All rows are allocated at once. A forward pass runs on some neighbouring rows (`select`); rows can change places
-(`swap`) and share what they have in common (`copy`).
+A row of it holds one sequence. All rows are allocated at once. A forward pass runs on some neighbouring rows
+(`select`); rows can be exchanged (`swap`) and can share a beginning (`copy`).
 
 Shapes: L layers, B rows, T positions, H key/value heads, D head size.
 """
@@ -31,13 +31,13 @@ class DecodeViews:
     def put(self, k: Tensor, v: Tensor) -> None:
         """Store the new token's key and value (B, 1, H, D)."""
         parts = split_key(k) if len(self.new_key) == 2 else (k,)
-        for place, part in zip(self.new_key, parts, strict=True):
-            place.copy_(part)
+        for view, part in zip(self.new_key, parts, strict=True):
+            view.copy_(part)
         self.new_value.copy_(v)
 
 
 def fitting_slots(config: GPTConfig, dtype: torch.dtype, most: int = 32, max_bytes: int = 4 << 30) -> int:
-    """How many whole contexts of a model fit into `max_bytes`; at least 1, at most `most`."""
+    """The number of whole contexts of a model that fit into `max_bytes`; at least 1, at most `most`."""
     values = 2 * config.n_layer * config.sequence_len * config.n_kv_head * config.head_dim
     return max(1, min(most, max_bytes // (values * dtype.itemsize)))
 
@@ -45,9 +45,9 @@ def fitting_slots(config: GPTConfig, dtype: torch.dtype, most: int = 32, max_byt
 class KVCache:
     """Keys and values of every position so far, allocated once.
 
-    Rows may have different lengths: each is aligned to the left and hides what lies behind its own length. With
-    `key_offset` the lent channels of a token's key are written one position ahead, into the next token's, so that a row
-    of length n also holds something at position n.
+    Rows may have different lengths: each is aligned to the left, and attention never sees what lies behind its length.
+    With `key_offset` the lent channels of a token's key are written one position ahead, into the next token's, so that
+    a row of length n also holds something at position n.
 
     Args:
         batch_size: rows B.
@@ -57,7 +57,7 @@ class KVCache:
         num_layers: L.
         device: where the model is.
         dtype: what its attention computes in.
-        key_offset: the model's switch, see nanochat.ops.pointwise.py.
+        key_offset: the model's switch, see nanochat/ops/pointwise.py.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class KVCache:
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros_like(self.k_cache)
         self.tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)  # for previous_tokens
-        self._lengths = [0] * batch_size
+        self._lengths = [0] * batch_size  # Python numbers: reading them from a card would wait for it
         self.select(0, batch_size)
 
     @classmethod
@@ -98,10 +98,10 @@ class KVCache:
     def select(self, start: int, stop: int) -> None:
         """Let the next forward passes run on rows `start` to `stop` only."""
         self._start, self._stop = start, stop
-        self._planned: int | None = None
+        self._planned: int | None = None  # for how many new tokens positions and mask are made
 
     def set_lengths(self, lengths: list[int]) -> None:
-        """Say how many positions of each selected row count; what lies behind is overwritten later."""
+        """Set the number of positions that count in each selected row; what lies behind is overwritten later."""
         self._lengths[self._start : self._stop] = lengths
         self._planned = None
 
@@ -125,9 +125,9 @@ class KVCache:
     def prefill(self, other: KVCache) -> None:
         """Start from `other`'s content; a single row of it is repeated in every row of this one."""
         if other.batch_size not in (1, self.batch_size):
-            raise ValueError(f"can't fill {self.batch_size} rows from a cache of {other.batch_size} rows")
+            raise ValueError(f"cannot fill {self.batch_size} rows from a cache of {other.batch_size} rows")
         if other.key_offset != self.key_offset:
-            raise ValueError("can't fill a cache from one with another key_offset")
+            raise ValueError("cannot fill a cache from one with another key_offset")
         used = max(other._lengths)
         self._check_room(used)
         self.reset()
@@ -152,7 +152,7 @@ class KVCache:
 
     def _take(self, other: KVCache, source: int | slice | Tensor, target: int | slice, used: int) -> None:
         """Copy the first `used` positions of rows `source` of a cache into rows `target` of this one."""
-        keys = used + self.key_offset  # with an offset the last token has lent channels to position `used`
+        keys = used + self.key_offset  # the last token has lent channels to the position after it
         self.k_cache[:, target, :keys] = other.k_cache[:, source, :keys]
         self.v_cache[:, target, :used] = other.v_cache[:, source, :used]
         self.tokens[target, :used] = other.tokens[source, :used]
@@ -169,13 +169,16 @@ class KVCache:
         self._planned = None
 
     def wipe(self, row: int) -> None:
-        """Empty a row and overwrite what it held: a NaN left behind would spoil the next one's masked positions."""
+        """Empty a row and overwrite what it held.
+
+        A NaN left behind would reach the row's next sequence: a masked position counts 0 times, and 0 · NaN is NaN.
+        """
         self.k_cache[:, row] = 0
         self.v_cache[:, row] = 0
         self._lengths[row] = 0
         self._planned = None
 
-    # --- what the model calls -----------------------------------------------------------------------------------------
+    # --- called by the model ------------------------------------------------------------------------------------------
 
     def positions(self, n_tokens: int) -> Tensor:
         """Positions of the next `n_tokens`: (1, n) when all selected rows are equally long, else (B, n)."""
@@ -183,7 +186,7 @@ class KVCache:
         return self._positions
 
     def attention_mask(self) -> Tensor | None:
-        """What the tokens just stored may see, (B, 1, n, all) bool; None: causal, as when all rows are equally long."""
+        """The positions that the next tokens may see, (B, 1, n, all) bool; None: causal, rows are equally long."""
         return self._mask
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +196,7 @@ class KVCache:
             ValueError: there is no room for them.
         """
         n = k.size(1)
-        self._plan(n)
+        self._plan(n)  # a model asks for positions first, so that this costs nothing
         keys, values = self.get_layer_cache(layer)
         end = self.get_pos() + n
         self._write(values, v, end)
@@ -202,26 +205,29 @@ class KVCache:
                 self._write(cached, new, end, ahead)
         else:
             self._write(keys, k, end)
-        return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype)
+        return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype)  # views, where the dtype is the cache's
 
     def _write(self, cached: Tensor, new: Tensor, end: int, ahead: int = 0) -> None:
         """Put new (B, n, …) into cached (B, T, …), up to position `end`, each `ahead` positions further."""
-        if self._mask is None:
+        if self._mask is None:  # all rows end at the same position: one slice
             cached[:, end - new.size(1) + ahead : end + ahead] = new
         else:
             cached[self._rows, self._positions + ahead] = new.to(cached.dtype)
 
     def decode_views(self) -> list[DecodeViews] | None:
-        """Where the next token of equally long rows goes, in every layer; None where the rows' lengths differ."""
+        """Views for the next token of equally long rows, one of each layer; None where the rows' lengths differ.
+
+        All layers' are made by one operation each: a view costs microseconds, and a small step has few to spend.
+        """
         self._plan(1)
         if self._mask is not None:
             return None
         rows, end = slice(self._start, self._stop), self.get_pos() + 1
         k, v = self.k_cache[:, rows, :end], self.v_cache[:, rows, :end]  # (L, B, end, H, D)
-        all_k, all_v = k.transpose(2, 3).unbind(), v.transpose(2, 3).unbind()
+        all_k, all_v = k.transpose(2, 3).unbind(), v.transpose(2, 3).unbind()  # L times (B, H, end, D)
         new_keys: tuple[Tensor, ...] = (k[:, :, -1:],)
         if self.key_offset:
-            own, lent = split_key(self.k_cache[:, rows])
+            own, lent = split_key(self.k_cache[:, rows])  # the lent half goes one position ahead
             new_keys = own[:, :, end - 1 : end], lent[:, :, end : end + 1]
         by_layer = zip(*(key.unbind() for key in new_keys), strict=True)
         return [DecodeViews(*views) for views in zip(by_layer, v[:, :, -1:].unbind(), all_k, all_v, strict=True)]
@@ -236,7 +242,7 @@ class KVCache:
         return before.masked_fill(self._positions == 0, -1)
 
     def _plan(self, n: int) -> None:
-        """Positions and mask of the next `n` tokens, worked out once for all layers."""
+        """Make the positions and the mask of the next `n` tokens, once for all layers."""
         if self._planned == n:
             return
         lengths, device = self._lengths[self._start : self._stop], self.k_cache.device
@@ -249,6 +255,7 @@ class KVCache:
             new = torch.arange(n, device=device)
             self._positions = torch.tensor(lengths, device=device).unsqueeze(1) + new  # (B, n)
             self._rows = torch.arange(len(lengths), device=device).unsqueeze(1)  # (B, 1)
+            # A new token sees its own row up to itself; of what shorter rows have behind their end it sees nothing.
             keys = torch.arange(longest + n, device=device)
             self._mask = keys <= self._positions[:, None, :, None]  # (B, 1, n, all)
         self._planned = n
