@@ -10,8 +10,8 @@ Shapes: B rows; a weight is (out, in).
 
 from __future__ import annotations
 
+import abc
 import platform
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,20 +24,26 @@ LAYOUT_ROWS = 16
 SPLIT_FROM = 200_000
 
 
-class Linear(Protocol):
-    """A weight to multiply rows x (B, in) with."""
+class FixedLinear(abc.ABC):
+    """A weight to multiply rows x (B, in) with. A form that can do more in one operation overrides `relu` or `add`."""
 
+    @abc.abstractmethod
+    def __init__(self, weight: Tensor) -> None: ...
+
+    @abc.abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """x · Wᵀ (B, out)."""
 
     def relu(self, x: Tensor) -> Tensor:
         """The positive part of x · Wᵀ."""
+        return self(x).relu_()
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + x · Wᵀ."""
+        return residual + self(x)
 
 
-class PlainLinear:
+class PlainLinear(FixedLinear):
     """The weight as it is."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -46,16 +52,13 @@ class PlainLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return torch.mm(x, self._weight)
 
-    def relu(self, x: Tensor) -> Tensor:
-        return self(x).relu_()
-
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         if residual.dtype != x.dtype:  # a float32 residual stream beside float16 products
-            return residual + self(x)
+            return super().add(x, residual)
         return torch.addmm(residual, x, self._weight)
 
 
-class SplitLinear:
+class SplitLinear(FixedLinear):
     """For one row: a matmul for each part of the outputs, all parts at once."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -74,16 +77,13 @@ class SplitLinear:
             return torch.mm(x, self._weight)
         return torch.bmm(x.expand(self._parts, -1, -1), self._weight).view(1, -1)  # (parts, 1, out / parts) -> (1, out)
 
-    def relu(self, x: Tensor) -> Tensor:
-        return self(x).relu_()
-
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         if self._parts == 1:
             return torch.addmm(residual, x, self._weight)
         return self(x).add_(residual)
 
 
-class PackedLinear:
+class PackedLinear(FixedLinear):
     """The weight in oneDNN's layout; what follows the matmul is part of it."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -113,7 +113,7 @@ class PackedLinear:
         return y
 
 
-class Int8Linear:
+class Int8Linear(FixedLinear):
     """The weight in 8 bits with a scale per output channel, the rows in bfloat16 (CPUs only)."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -124,14 +124,8 @@ class Int8Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(x, self.weight, self.scale)
 
-    def relu(self, x: Tensor) -> Tensor:
-        return self(x).relu_()
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        return residual + self(x)
-
-
-def best_form(rows: int, device: str, dtype: torch.dtype) -> type[PlainLinear | SplitLinear | PackedLinear]:
+def best_form(rows: int, device: str, dtype: torch.dtype) -> type[FixedLinear]:
     """The form in which a weight multiplies this many rows fastest; one form serves 1 row, another all more."""
     if not PackedLinear.suits(device, dtype):
         return PlainLinear

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal, cast, get_args
 
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.generate.decode_linear import Int8Linear, Linear, best_form
+from nanochat.generate.decode_linear import FixedLinear, Int8Linear, best_form
 from nanochat.generate.kv_cache import KVCache
 from nanochat.gpt import GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, GPTConfig, unnumbered
 from nanochat.ops.cpu import ThreadChoice
@@ -36,7 +35,7 @@ Weights = Literal["auto", "model", "bfloat16", "int8"]
 """auto: those of the run's precision. model: the model's own forward pass, not this module. bfloat16, int8: smaller."""
 
 # For each layer the maps C -> query, key and value, C -> C, C -> 4C and 4C -> C; and the lm_head.
-_Matrices = tuple[list[tuple[Linear, Linear, Linear, Linear]], Linear]
+_Matrices = tuple[list[tuple[FixedLinear, FixedLinear, FixedLinear, FixedLinear]], FixedLinear]
 
 # The parameters (without the numbers of layers) and the settings whose arithmetic is below. A model that has another
 # one is run by its own forward pass: what this module does not know must never be left out silently.
@@ -109,7 +108,7 @@ class FastDecoder:
         autocast = functools.partial(torch.autocast, self.device, dtype)
         self._autocast: Any = autocast if dtype.itemsize < 4 else contextlib.nullcontext
         self._seen: list[tuple[int, int]] | None = None  # of each parameter, when its weights were taken
-        self._forms: dict[Callable[[Tensor], Linear], _Matrices] = {}  # by the kind of linear map, see best_form
+        self._forms: dict[type[FixedLinear], _Matrices] = {}  # by the kind of linear map, see best_form
         self._threads: dict[int, ThreadChoice] = {}  # by the power of two of the number of sequences
 
     def refresh(self) -> FastDecoder:
@@ -142,13 +141,13 @@ class FastDecoder:
 
     def _matrices(self, rows: int) -> _Matrices:
         """The weights in the form that is fastest for this many sequences."""
-        form: Callable[[Tensor], Linear] = Int8Linear if self.int8 else best_form(rows, self.device, self.dtype)
+        form = Int8Linear if self.int8 else best_form(rows, self.device, self.dtype)
         if form not in self._forms:
             self._forms[form] = self._take_weights(form)
         return self._forms[form]
 
     @torch.no_grad()
-    def _take_weights(self, form: Callable[[Tensor], Linear]) -> _Matrices:
+    def _take_weights(self, form: type[FixedLinear]) -> _Matrices:
         model, dtype = self.model, torch.float32 if self.int8 else self.dtype
         layers = []
         for block in model.blocks:
@@ -227,7 +226,7 @@ class FastDecoder:
             return self._cos[p : p + 1], self._sin[p : p + 1]
         return self._cos[positions], self._sin[positions]
 
-    def _add_mlp(self, x: Tensor, h: Tensor, linear: Linear) -> Tensor:
+    def _add_mlp(self, x: Tensor, h: Tensor, linear: FixedLinear) -> Tensor:
         """x + h² · weightᵀ, as in gpt.MLP."""
         if h.dtype not in NARROW_RANGE:
             return linear.add(h.mul_(h), x)
