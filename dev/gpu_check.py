@@ -34,7 +34,7 @@ from nanochat.config import Runtime  # noqa: E402
 from nanochat.gpt import GPT, GPTConfig  # noqa: E402
 from nanochat.hardware import measure_matmul  # noqa: E402
 from nanochat.optim import MuonAdamW  # noqa: E402
-from nanochat.plan.memory import GB, estimate_training_memory  # noqa: E402
+from nanochat.plan.memory import GB, StepSetup, estimate_training_memory  # noqa: E402
 from nanochat.precision import DTYPES, Precision  # noqa: E402
 from nanochat.recipe import Schedule, parameter_groups  # noqa: E402
 from nanochat.train.compiling import compiled, seconds_per_pass  # noqa: E402
@@ -314,14 +314,7 @@ def train_to_the_brim(compute: Compute, depth: int, vocab: int, name: str) -> li
         optimizer.zero_grad()
     compute.synchronize()
     speed = steps * passes * x.numel() / (time.perf_counter() - start)
-    estimate = estimate_training_memory(
-        config,
-        micro.rows,
-        MEMORY_TOKENS,
-        dtype=name,
-        loss_chunk_bytes=micro.loss_chunk_bytes,
-        activation_checkpointing=micro.activation_checkpointing,
-    )
+    estimate = estimate_training_memory(config, micro, MEMORY_TOKENS, StepSetup(DTYPES[name]))
     peak = torch.cuda.max_memory_reserved(compute.device)
     return [str(micro), f"{estimate.total / GB:.2f}", f"{peak / GB:.2f}", f"{speed:,.0f}"]
 

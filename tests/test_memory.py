@@ -10,6 +10,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan.memory import (
     SMALL_CHUNKS,
     MicroBatch,
+    StepSetup,
     depth_that_fits,
     estimate_training_memory,
     largest_micro_batch,
@@ -50,43 +51,38 @@ def really_saved(config, rows, dtype, checkpointing=False):
 def test_activations_are_what_autograd_saves(dtype, switches):
     for depth, rows in ((4, 2), (2, 3)):
         config = GPTConfig.from_depth(depth, 500, 128, **switches)
-        model_says = saved_bytes(config, rows, 128, DTYPES[dtype], device_type="cpu")
+        model_says = saved_bytes(config, MicroBatch(rows), 128, StepSetup(DTYPES[dtype], "cpu"))
         assert model_says == pytest.approx(really_saved(config, rows, dtype), rel=0.15 if "smear" in switches else 0.03)
 
 
 def test_activation_checkpointing_keeps_the_inputs_of_the_layers():
     config = GPTConfig.from_depth(4, 500, 128)
-    kept = saved_bytes(config, 2, 128, torch.float32, activation_checkpointing=True, device_type="cpu")
+    on_cpu = StepSetup(torch.float32, "cpu")
+    kept = saved_bytes(config, MicroBatch(2, activation_checkpointing=True), 128, on_cpu)
     assert kept == pytest.approx(really_saved(config, 2, "float32", checkpointing=True), rel=0.05)
-    assert kept < 0.15 * saved_bytes(config, 2, 128, torch.float32, device_type="cpu")
+    assert kept < 0.15 * saved_bytes(config, MicroBatch(2), 128, on_cpu)
 
 
 def test_weights_gradients_and_moments_are_counted_exactly():
     config = GPTConfig.from_depth(12, 65536)
     matrices, rest = 12 * 12 * 768**2, 2 * 65536 * 768
-    estimate = estimate_training_memory(config, 8, 2048, dtype="float16")
+    estimate = estimate_training_memory(config, MicroBatch(8), 2048, StepSetup(torch.float16))
     assert estimate.weights == estimate.gradients == 4 * (matrices + rest)
     assert estimate.optimizer == 4 * matrices + 8 * rest
-    assert estimate_training_memory(config, 8, 2048, dtype="float16", world_size=4).optimizer == estimate.optimizer // 4
+    of_four = estimate_training_memory(config, MicroBatch(8), 2048, StepSetup(torch.float16, world_size=4))
+    assert of_four.optimizer == estimate.optimizer // 4
     parts = list(vars(estimate).values())
     assert estimate.total == sum(parts)
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not():
-    config, T = GPTConfig.from_depth(12, 65536), 2048
+    config, T, setup = GPTConfig.from_depth(12, 65536), 2048, StepSetup(torch.float16)
 
     def needs(micro):
-        return estimate_training_memory(
-            config,
-            micro.rows,
-            T,
-            dtype="float16",
-            loss_chunk_bytes=micro.loss_chunk_bytes,
-            activation_checkpointing=micro.activation_checkpointing,
-        ).total
+        return estimate_training_memory(config, micro, T, setup).total
 
     def choose(budget, max_rows=64):
-        return largest_micro_batch(config, budget, T, max_rows=max_rows, dtype="float16")
+        return largest_micro_batch(config, budget, T, setup, max_rows)
 
     micro = choose(16e9)
     assert needs(micro) <= 16e9 < needs(replace(micro, rows=2 * micro.rows))
@@ -98,9 +94,9 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     assert choose(one - 1).loss_chunk_bytes in SMALL_CHUNKS
     assert choose(needs(MicroBatch(1, SMALL_CHUNKS[-1])) - 1).activation_checkpointing
     assert choose(1e9) is None
-    depth = depth_that_fits(config, 3 * GIB, T, dtype="float16")
+    depth = depth_that_fits(config, 3 * GIB, T, setup)
     assert 1 <= depth < 12
-    assert depth_that_fits(config, 1e6, T, dtype="float16") is None
+    assert depth_that_fits(config, 1e6, T, setup) is None
 
 
 def test_measures_against_too_little_memory_come_to_an_end():

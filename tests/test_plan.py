@@ -254,15 +254,7 @@ def test_only_what_fits_is_timed():
     timed = []
 
     def measure(config, micro, passes):
-        memory = estimate_training_memory(
-            config,
-            micro.rows,
-            512,
-            dtype="float32",
-            device_type="cpu",
-            loss_chunk_bytes=micro.loss_chunk_bytes,
-            activation_checkpointing=micro.activation_checkpointing,
-        )
+        memory = estimate_training_memory(config, micro, 512, budget.setup)
         assert memory.total <= budget.memory_bytes
         timed.append((config.n_layer, micro.rows * passes))
         return 1000.0

@@ -21,7 +21,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.ops.attention import MAX_PROBABILITY_BYTES, plan_attention, probability_bytes, split_causal
 from nanochat.ops.loss import chunk_tokens
 from nanochat.optim import STACK_ELEMENTS
-from nanochat.precision import DTYPES, NARROW_RANGE
+from nanochat.precision import NARROW_RANGE
 
 GB = 1e9
 # What a CUDA context, cuBLAS workspaces and kernels take besides tensors. A guess: a few hundred MB are usual.
@@ -84,6 +84,22 @@ class MicroBatch:
         return None if self.activation_checkpointing else replace(self, activation_checkpointing=True)
 
 
+SMALLEST = MicroBatch(1, SMALL_CHUNKS[-1], True)
+
+
+@dataclass(frozen=True)
+class StepSetup:
+    """How a training step is computed, as far as its memory depends on it."""
+
+    dtype: torch.dtype
+    """Of the matmuls."""
+    device_type: str = "cuda"
+    world_size: int = 1
+    """Processes, which share the optimizer's state."""
+    compiled: bool = False
+    """torch.compile fuses the element-wise work: it saves about a quarter less (a guess, on the safe side)."""
+
+
 class SwitchCost(NamedTuple):
     """What a switch costs in training, in passes over the residual stream (tokens × C)."""
 
@@ -131,16 +147,14 @@ def _width(dtype: torch.dtype) -> tuple[int, int]:
     return size, 4 if dtype in NARROW_RANGE else size
 
 
-def layer_bytes_per_token(
-    config: GPTConfig, dtype: torch.dtype, layer: int, device_type: str = "cuda", own_attention: bool = False
-) -> float:
+def layer_bytes_per_token(config: GPTConfig, setup: StepSetup, layer: int, own_attention: bool = False) -> float:
     """What autograd saves of one layer, in bytes per token, without the probabilities of `own_attention`.
 
     That is the way of nanochat/ops/attention.py there, which lays q, k, v and its result out anew.
     """
-    a, s = _width(dtype)
+    a, s = _width(setup.dtype)
     c, kv = config.n_embd, config.n_kv_head / config.n_head
-    cpu = device_type == "cpu"
+    cpu = setup.device_type == "cpu"
     same = a == s
     # A norm saves its input; on a CPU its output (rms_norm.py), which is then the input of the matmul too.
     norms = 0.0 if cpu and same else 2 * s
@@ -151,7 +165,7 @@ def layer_bytes_per_token(
     attention: float = (5 if laid_out else 4) * a  # q, k and v (repeated for every query head), and the output
     if kv < 1 and cpu and a == 4 and not laid_out:
         attention += 4 * kv  # k before it is repeated
-    mlp = (12 if dtype in NARROW_RANGE else 8) * a
+    mlp = (12 if setup.dtype in NARROW_RANGE else 8) * a
     more: float = s * switch_cost(config).kept_per_layer
     if config.has_value_embedding(layer):
         more += kv * a + (kv * 4 if a != 4 else 0)
@@ -160,27 +174,20 @@ def layer_bytes_per_token(
     return c * (norms + inputs + rotated + attention + mlp + more)
 
 
-def saved_bytes(
-    config: GPTConfig,
-    rows: int,
-    sequence_len: int,
-    dtype: torch.dtype,
-    activation_checkpointing: bool = False,
-    device_type: str = "cuda",
-) -> int:
-    """What autograd saves between forward and backward pass of `GPT.hidden`, in bytes."""
-    a, s = _width(dtype)
-    tokens, c = rows * sequence_len, config.n_embd
-    norms = 2 if device_type == "cpu" else 4  # the first and the last one
+def saved_bytes(config: GPTConfig, micro: MicroBatch, sequence_len: int, setup: StepSetup) -> int:
+    """What autograd saves between forward and backward pass of `GPT.hidden`, in bytes, if nothing is compiled."""
+    a, s = _width(setup.dtype)
+    tokens, c, cpu = micro.rows * sequence_len, config.n_embd, setup.device_type == "cpu"
+    norms = 2 if cpu else 4  # the first and the last one
     per_token: float = (norms + switch_cost(config).kept) * s * c
-    if activation_checkpointing:
+    if micro.activation_checkpointing:
         # On a CPU the first norm's output, which it keeps, is the first layer's input.
-        per_token += s * c * (config.n_layer - (device_type == "cpu"))
+        per_token += s * c * (config.n_layer - cpu)
     else:
         for layer in range(config.n_layer):
-            own = _probability_bytes(config, rows, sequence_len, dtype, layer) if device_type == "cpu" else 0
-            per_token += layer_bytes_per_token(config, dtype, layer, device_type, own > 0) + own / tokens
-    weights = 0 if a == 4 or activation_checkpointing else a * _counts(config).matrices
+            own = _probability_bytes(config, micro.rows, sequence_len, setup.dtype, layer) if cpu else 0
+            per_token += layer_bytes_per_token(config, setup, layer, own > 0) + own / tokens
+    weights = 0 if a == 4 or micro.activation_checkpointing else a * _counts(config).matrices
     return round(tokens * per_token) + weights
 
 
@@ -207,45 +214,24 @@ def _loss_bytes(config: GPTConfig, tokens: int, dtype: torch.dtype, chunk_bytes:
 
 
 def estimate_training_memory(
-    config: GPTConfig,
-    rows: int,
-    sequence_len: int,
-    *,
-    dtype: torch.dtype | str,
-    world_size: int = 1,
-    loss_chunk_bytes: int | None = None,
-    activation_checkpointing: bool = False,
-    compiled: bool = False,
-    device_type: str = "cuda",
+    config: GPTConfig, micro: MicroBatch, sequence_len: int, setup: StepSetup
 ) -> MemoryEstimate:
-    """Bytes at the peak of a training step.
-
-    Args:
-        config: the model.
-        rows: rows per forward pass and process (B).
-        sequence_len: tokens per row (T).
-        dtype: of the matmuls.
-        world_size: processes that share the optimizer's state.
-        loss_chunk_bytes: see `MicroBatch`.
-        activation_checkpointing: only the layers' inputs are kept.
-        compiled: torch.compile fuses the element-wise work: it saves about a quarter less (a guess, on the safe side).
-        device_type: cuda, cpu or mps.
-    """
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    counts, tokens = _counts(config), rows * sequence_len
-    saved = saved_bytes(config, rows, sequence_len, dtype, activation_checkpointing, device_type)
-    if compiled and not activation_checkpointing:
+    """Bytes at the peak of a training step with sequences of `sequence_len` tokens (T)."""
+    counts, tokens = _counts(config), micro.rows * sequence_len
+    saved = saved_bytes(config, micro, sequence_len, setup)
+    if setup.compiled and not micro.activation_checkpointing:
         saved = round(0.75 * saved)
-    # While one layer goes backwards, its gradients are about as large as what it had saved.
-    moment = tokens * max(layer_bytes_per_token(config, dtype, i, device_type) for i in range(config.n_layer))
-    activations = saved + round(moment * (2 if activation_checkpointing else 1))
-    loss = _loss_bytes(config, tokens, dtype, loss_chunk_bytes, device_type)
+    # While one layer goes backwards, its gradients are about as large as what it had saved; with checkpointing what it
+    # saves is made again too.
+    moment = tokens * max(layer_bytes_per_token(config, setup, i) for i in range(config.n_layer))
+    activations = saved + round(moment * (2 if micro.activation_checkpointing else 1))
+    loss = _loss_bytes(config, tokens, setup.dtype, micro.loss_chunk_bytes, setup.device_type)
     # Muon keeps one moment, AdamW two; each rank keeps its share.
-    optimizer = 4 * (counts.matrices + 2 * (counts.total - counts.matrices)) // world_size
+    optimizer = 4 * (counts.matrices + 2 * (counts.total - counts.matrices)) // setup.world_size
     # Muon works when the activations are gone; over several ranks a stack of gradients is reduced there too.
     muon = MUON_COPIES * 4 * counts.largest_stack
     overhead = round(FRAGMENTATION * activations) + max(0, muon - activations - loss)
-    overhead += CONTEXT_BYTES if device_type == "cuda" else 0
+    overhead += CONTEXT_BYTES if setup.device_type == "cuda" else 0
     return MemoryEstimate(4 * counts.total, 4 * counts.total, optimizer, activations, loss, overhead)
 
 
@@ -267,61 +253,40 @@ def _candidates(rows: list[int], checkpointing: bool) -> Iterator[MicroBatch]:
         yield from (MicroBatch(n) for n in rows)
         yield from (MicroBatch(1, size) for size in SMALL_CHUNKS)
         yield from (MicroBatch(n, SMALL_CHUNKS[0], True) for n in rows)
-    yield MicroBatch(1, SMALL_CHUNKS[-1], True)
+    yield SMALLEST
 
 
 def largest_micro_batch(
     config: GPTConfig,
     budget_bytes: float,
     sequence_len: int,
-    *,
-    max_rows: int,
-    dtype: torch.dtype | str,
-    world_size: int = 1,
+    setup: StepSetup,
+    max_rows: int = 1,
     activation_checkpointing: bool = False,
-    compiled: bool = False,
-    device_type: str = "cuda",
 ) -> MicroBatch | None:
-    """The largest micro-batch whose step fits into `budget_bytes`; None if not even one row does.
+    """The largest micro-batch whose step fits into `budget_bytes`; None if not even one sequence does.
 
     Args:
         config: the model.
         budget_bytes: memory of the device that a training process may have.
-        sequence_len: tokens per row (T).
-        max_rows: rows of a whole step per process; the micro-batch divides them.
-        dtype: of the matmuls.
-        world_size: processes.
+        sequence_len: tokens per sequence (T).
+        setup: how a step is computed.
+        max_rows: sequences of a whole step per process; the micro-batch divides them.
         activation_checkpointing: it is asked for anyway.
-        compiled: see `estimate_training_memory`.
-        device_type: cuda, cpu or mps.
     """
-    rows = divisors(max_rows, most_rows(sequence_len, device_type))
+    rows = divisors(max_rows, most_rows(sequence_len, setup.device_type))
     for micro in _candidates(rows, activation_checkpointing):
-        estimate = estimate_training_memory(
-            config,
-            micro.rows,
-            sequence_len,
-            dtype=dtype,
-            world_size=world_size,
-            loss_chunk_bytes=micro.loss_chunk_bytes,
-            activation_checkpointing=micro.activation_checkpointing,
-            compiled=compiled,
-            device_type=device_type,
-        )
-        if estimate.total <= budget_bytes:
+        if estimate_training_memory(config, micro, sequence_len, setup).total <= budget_bytes:
             return micro
     return None
 
 
-def depth_that_fits(
-    config: GPTConfig, budget_bytes: float, sequence_len: int, *, dtype: torch.dtype | str, **settings: object
-) -> int | None:
-    """The most layers, in a model of the same proportions, of which one row fits; None if there is none."""
+def depth_that_fits(config: GPTConfig, budget_bytes: float, sequence_len: int, setup: StepSetup) -> int | None:
+    """The most layers, in a model of the same proportions, of which one sequence fits; None if there is none."""
     ratio = max(1, config.n_embd // config.n_layer)
     for depth in range(config.n_layer - 1, 0, -1):
         heads = max(1, -(-ratio * depth // config.head_dim))
         shape = replace(config, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=heads * config.head_dim)
-        micro = largest_micro_batch(shape, budget_bytes, sequence_len, max_rows=1, dtype=dtype, **settings)  # type: ignore[arg-type]
-        if micro is not None:
+        if largest_micro_batch(shape, budget_bytes, sequence_len, setup) is not None:
             return depth
     return None

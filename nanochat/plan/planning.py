@@ -16,9 +16,10 @@ import torch
 from nanochat.cards import Card
 from nanochat.data.sources import SHARD_BYTES, count_shards
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.plan.memory import MicroBatch, estimate_training_memory, largest_micro_batch
+from nanochat.plan.memory import MicroBatch, StepSetup, estimate_training_memory, largest_micro_batch
 from nanochat.plan.roofline import CardRoofline, best_dtype, tokens_per_second
 from nanochat.plan.scaling_law import predict_bpb
+from nanochat.precision import DTYPES
 from nanochat.recipe import PRESETS, Preset, scale_hyperparameters
 
 DEPTHS = range(4, 21)
@@ -60,6 +61,11 @@ class Budget:
     def preset(self) -> Preset:
         """The recipe."""
         return PRESETS[self.recipe]
+
+    @property
+    def setup(self) -> StepSetup:
+        """How a step is computed."""
+        return StepSetup(DTYPES[self.dtype], self.device_type, self.num_cards, self.compiled)
 
     def config(self, depth: int) -> GPTConfig:
         """The model of a depth."""
@@ -120,16 +126,7 @@ def measured_speed(measure: SpeedModel, budget: Budget, depths: Sequence[int]) -
 
 def micro_batch(config: GPTConfig, rows: int, budget: Budget) -> MicroBatch | None:
     """The largest micro-batch that divides `rows` rows and fits; None if not even one row does."""
-    return largest_micro_batch(
-        config,
-        budget.memory_bytes,
-        budget.sequence_len,
-        max_rows=rows,
-        dtype=budget.dtype,
-        world_size=budget.num_cards,
-        compiled=budget.compiled,
-        device_type=budget.device_type,
-    )
+    return largest_micro_batch(config, budget.memory_bytes, budget.sequence_len, budget.setup, rows)
 
 
 def meta_model(config: GPTConfig) -> GPT:
@@ -177,17 +174,7 @@ def plan_row(depth: int, budget: Budget, speed: SpeedModel) -> Row:
 
 def _memory(config: GPTConfig, micro: MicroBatch, budget: Budget) -> tuple[int, int]:
     """Bytes of a step on one card, and of a checkpoint of an unfinished run."""
-    memory = estimate_training_memory(
-        config,
-        micro.rows,
-        budget.sequence_len,
-        dtype=budget.dtype,
-        world_size=budget.num_cards,
-        loss_chunk_bytes=micro.loss_chunk_bytes,
-        activation_checkpointing=micro.activation_checkpointing,
-        compiled=budget.compiled,
-        device_type=budget.device_type,
-    )
+    memory = estimate_training_memory(config, micro, budget.sequence_len, budget.setup)
     return memory.total, memory.weights + memory.optimizer * budget.num_cards
 
 

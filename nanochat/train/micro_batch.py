@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from nanochat.common import Compute
@@ -14,7 +12,9 @@ from nanochat.optim import MuonAdamW
 from nanochat.plan.local_speed import pass_seconds, random_tokens
 from nanochat.plan.memory import (
     GB,
+    SMALLEST,
     MicroBatch,
+    StepSetup,
     depth_that_fits,
     estimate_training_memory,
     largest_micro_batch,
@@ -23,11 +23,9 @@ from nanochat.plan.memory import (
 
 def too_large(config: GPTConfig, compute: Compute, budget_bytes: float) -> RuntimeError:
     """The error for a model of which not even one row fits; names the depth that does."""
-    settings: dict[str, Any] = {"dtype": compute.dtype, "device_type": compute.device_type}
-    smallest = estimate_training_memory(
-        config, 1, config.sequence_len, loss_chunk_bytes=16 << 20, activation_checkpointing=True, **settings
-    )
-    depth = depth_that_fits(config, budget_bytes, config.sequence_len, **settings)
+    setup = StepSetup(compute.dtype, compute.device_type)
+    smallest = estimate_training_memory(config, SMALLEST, config.sequence_len, setup)
+    depth = depth_that_fits(config, budget_bytes, config.sequence_len, setup)
     remedy = f"--depth={depth} fits" if depth else "no depth fits with this vocabulary and context"
     return RuntimeError(
         f"a model of depth {config.n_layer} does not fit into the memory of this device: one row of "
@@ -43,9 +41,8 @@ def refuse_too_large(config: GPTConfig, compute: Compute, sequence_len: int, onl
         RuntimeError: names the depth that fits.
     """
     budget = free_memory(compute.device)
-    settings: dict[str, Any] = {"dtype": compute.dtype, "device_type": compute.device_type}
-    settings["world_size"] = compute.world_size
-    if largest_micro_batch(config, budget, sequence_len, max_rows=1, **settings) is None:
+    setup = StepSetup(compute.dtype, compute.device_type, compute.world_size)
+    if largest_micro_batch(config, budget, sequence_len, setup) is None:
         error = too_large(config, compute, budget)
         if not only_warn:
             raise error
@@ -122,19 +119,11 @@ def choose_micro_batch(
         smallest = torch.tensor(float(budget), device=compute.device)
         torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
         budget = int(smallest)
-    micro = largest_micro_batch(
-        config,
-        budget,
-        sequence_len,
-        max_rows=max_rows,
-        dtype=compute.dtype,
-        world_size=compute.world_size,
-        activation_checkpointing=activation_checkpointing,
-        device_type=compute.device_type,
-    )
+    setup = StepSetup(compute.dtype, compute.device_type, compute.world_size)
+    micro = largest_micro_batch(config, budget, sequence_len, setup, max_rows, activation_checkpointing)
     while micro is not None:
         micro.apply(model)
-        held = estimate_training_memory(config, 1, sequence_len, dtype=compute.dtype, world_size=compute.world_size)
+        held = estimate_training_memory(config, MicroBatch(1), sequence_len, setup)
         seconds = seconds_of(model, compute, micro.rows, sequence_len, held.optimizer)
         release_memory()
         (failed,) = compute.any_rank(seconds is None)
