@@ -142,6 +142,7 @@ step() {
     "$@" >> "$LOG" 2>&1 || failed=yes
     kill "$watcher" 2> /dev/null || true
     wait "$watcher" 2> /dev/null || true
+    ((SECONDS - start < REPORT_SECONDS)) || printf '\nsetup:   ' # after lines of the watcher
     if [[ "$failed" == yes ]]; then
         printf 'failed after %s s\n' "$((SECONDS - start))"
         return 1

@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.cards import CARDS, Card, find_card
 from nanochat.common import autodetect_device_type, get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script
 from nanochat.hardware import free_memory, inspect_machine, speeds_key
+from nanochat.plan.card_names import card_table, parse_card
 from nanochat.plan.local_speed import SPEEDS_FILE, LocalMachine
 from nanochat.plan.memory import MicroBatch
 from nanochat.plan.planning import (
@@ -63,9 +63,9 @@ class Config:
     recipe: Literal["small", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
     """Model and optimizer, see base_train."""
     card: str | None = None
-    """A card by its name (p100, t4, "rtx 3090", "h100 pcie"); default: this machine, measured."""
-    num_cards: int = 1
-    """How many of them train together."""
+    """A card by its name (p100, 3090, "T4 x2", "P100 12GB"; list shows all); default: this machine, measured."""
+    num_cards: int | None = None
+    """How many of them train together; default: as many as --card says, else 1."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """The precision: auto is what training would take."""
     dataset: Literal["climbmix", "fineweb_edu"] = "climbmix"
@@ -82,29 +82,12 @@ class Config:
             raise ValueError(f"--hours must be positive, got {self.hours}")
         if self.depth is not None and self.depth < 1:
             raise ValueError(f"--depth must be at least 1, got {self.depth}")
-        if self.num_cards < 1:
+        if self.num_cards is not None and self.num_cards < 1:
             raise ValueError(f"--num_cards must be at least 1, got {self.num_cards}")
         for name in ("max_seq_len", "vocab_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-
-
-def named_card(name: str) -> Card:
-    """The card of the table with this name.
-
-    Raises:
-        ValueError: there is none; names those that are similar.
-    """
-    card = find_card(name)
-    if card is None:
-        letters = "".join(c for c in name.upper() if c.isalnum())
-        similar = [c.name for c in CARDS if letters and letters in c.name.upper().replace(" ", "")]
-        raise ValueError(
-            f"--card={name} is not in nanochat/cards.py: "
-            + (f"did you mean {', '.join(similar)}?" if similar else "give its name as in `rtx 3090`, `p100` or `t4`")
-        )
-    return card
 
 
 @dataclass(frozen=True)
@@ -120,14 +103,19 @@ class Target:
 
 def target_card(cfg: Config) -> Target:
     """A card from its data sheet; the same on every machine."""
-    card = named_card(cfg.card or "")
+    try:
+        card, named = parse_card(cfg.card or "")
+    except ValueError as error:
+        raise ValueError(f"--card={error}") from None
+    if cfg.num_cards is not None and named not in (1, cfg.num_cards):
+        raise ValueError(f"--card={cfg.card} and --num_cards={cfg.num_cards} say different numbers: leave one out")
     budget, roofline = on_card(
         card,
         hours=cfg.hours,
         recipe=cfg.recipe,
         vocab_size=cfg.vocab_size or VOCAB_SIZE,
         sequence_len=cfg.max_seq_len,
-        num_cards=cfg.num_cards,
+        num_cards=cfg.num_cards or named,
         dtype=cfg.dtype,
         fineweb=cfg.dataset == "fineweb_edu",
     )
@@ -144,7 +132,7 @@ def target_here(cfg: Config) -> Target:
     """This machine, measured."""
     device_type = autodetect_device_type()
     present = torch.cuda.device_count() if device_type == "cuda" else 1
-    if cfg.num_cards > present:
+    if (cfg.num_cards or 1) > present:
         raise ValueError(f"--num_cards={cfg.num_cards}, but this machine has {present}: use fewer, or name a --card")
     with contextlib.redirect_stdout(sys.stderr):  # its line would stand in the JSON
         compute = setup_compute(Runtime(device_type=device_type, dtype=cfg.dtype, compile="off"))  # type: ignore[arg-type]
@@ -164,7 +152,7 @@ def target_here(cfg: Config) -> Target:
         vocab_size=vocab_size,
         sequence_len=cfg.max_seq_len,
         dtype=compute.precision.name,
-        num_cards=cfg.num_cards,
+        num_cards=cfg.num_cards or 1,
         memory_bytes=int(memory),
         fineweb=cfg.dataset == "fineweb_edu",
         device_type=device_type,
@@ -268,6 +256,9 @@ def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
 
 def main(cfg: Config) -> None:
     """Plan and print."""
+    if cfg.card == "list":
+        print(card_table())
+        return
     target = target_card(cfg) if cfg.card is not None else target_here(cfg)
     budget = target.budget
     rows = plan([cfg.depth] if cfg.depth else DEPTHS, budget, target.speed)
@@ -277,7 +268,7 @@ def main(cfg: Config) -> None:
             result["machine"] = inspect_machine()
         print(json.dumps(result))
         return
-    cards = f"{cfg.num_cards} × " if cfg.num_cards > 1 else ""
+    cards = f"{budget.num_cards} × " if budget.num_cards > 1 else ""
     title = (
         f"{cards}{target.name}: {cfg.hours:g} hours, {cfg.recipe} recipe, vocabulary {budget.vocab_size}, context "
         f"{cfg.max_seq_len}, {budget.dtype}"

@@ -1,15 +1,18 @@
 """The plan against arithmetic by hand, and what a user sees of it."""
 
 import json
+import re
 import time
 
 import pytest
 import torch
 
+from nanochat.cards import CARDS as CARDS_OF_THE_TABLE
 from nanochat.cards import DeviceInfo, find_card
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.pipeline.profiles import Settings, choose_profile, profile_for
+from nanochat.plan.card_names import parse_card
 from nanochat.plan.local_speed import LocalMachine, random_tokens
 from nanochat.plan.memory import MicroBatch, estimate_training_memory
 from nanochat.plan.planning import Budget, card_speed, measured_speed, plan, plan_row
@@ -128,6 +131,8 @@ def test_a_model_that_does_not_fit_is_said_not_to(capsys):
     ("flags", "message"),
     [
         (["--card=rtx 309"], "did you mean RTX 3090"),
+        (["--card=T4 x2", "--num_cards=4"], "different numbers"),
+        (["--card=tesla k80"], "no torch that this project supports has kernels"),
         (["--card=banana"], "is not in nanochat/cards.py"),
         (["--card=p100", "--hours=0"], "--hours must be positive"),
         (["--card=p100", "--num_cards=0"], "--num_cards must be at least 1"),
@@ -304,3 +309,72 @@ def test_the_users_depth_and_unknown_cards_and_other_profiles_keep_theirs():
     assert profile_for(Settings(), [unknown]) == choose_profile(Settings(), 1)
     assert profile_for(Settings(profile="demo"), [P100_CARD]) == choose_profile(Settings(profile="demo"), 1)
     assert profile_for(Settings(), []) == choose_profile(Settings(), 0)
+
+
+# --- how a card is named ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "gb", "count"),
+    [
+        ("T4 x2", "T4", 16, 2),
+        ("t4x2", "T4", 16, 2),
+        ("2x T4", "T4", 16, 2),
+        ("2 × Tesla T4", "T4", 16, 2),
+        ("rtx 4090 x8", "RTX 4090", 24, 8),
+        ("P100 12GB", "P100-PCIE-12GB", 12, 1),
+        ("p100 16 GB", "P100", 16, 1),
+        ("v100 32gb", "V100-PCIE-32GB", 32, 1),
+        ("Tesla V100-SXM2-32GB", "V100-SXM2-32GB", 32, 1),
+        ("A100 80GB x8", "A100 80GB PCIe", 80, 8),
+        ("NVIDIA H100 80GB HBM3", "H100", 80, 1),
+        ("3060", "RTX 3060", 12, 1),
+        ("rtx3060", "RTX 3060", 12, 1),
+        ("rtx3060ti", "RTX 3060 Ti", 8, 1),
+        ("rtx 3060 8GB", "RTX 3060 8GB", 8, 1),
+        ("1080ti", "GTX 1080 Ti", 11, 1),
+        ("gtx970", "GTX 970", 4, 1),
+        ("m40", "Tesla M40", 12, 1),
+        ("tesla m40 24gb", "Tesla M40 24GB", 24, 1),
+        ("GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti SUPER", 16, 1),
+    ],
+)
+def test_a_card_as_people_write_it(text, name, gb, count):
+    card, number = parse_card(text)
+    assert (card.name, card.memory_gb, number) == (name, gb, count)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("T4 turbo", 'T4 is known, but not what "turbo" means'),
+        ("T4 + P100", "not what"),
+        ("T4 3GB", "a T4 has 16 GB, not 3"),
+        ("P100 x0", "0 cards"),
+        ("100", "did you mean P100"),
+        ("rtx 3080 laptop", "is not in nanochat/cards.py"),
+        ("GTX 780 Ti", "no torch that this project supports"),
+        ("", "--card=list"),
+    ],
+)
+def test_what_is_not_understood_is_named(text, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parse_card(text)
+
+
+def test_every_card_of_the_table_is_understood_by_its_own_name():
+    for card in CARDS_OF_THE_TABLE:
+        assert parse_card(card.name) == (card, 1)
+
+
+def test_the_count_in_the_name_is_planned(capsys):
+    (two,) = planned(capsys, "--card=T4 x2", "--depth=8")["rows"]
+    (also,) = planned(capsys, "--card=t4", "--num_cards=2", "--depth=8")["rows"]
+    assert two == also
+
+
+def test_the_list_of_cards(capsys):
+    script.run_script(script.main, script.Config, ["--card", "list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(CARDS_OF_THE_TABLE)
+    assert any(line.startswith("P100 ") and "16 GB" in line for line in lines)
