@@ -62,8 +62,15 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config, args=args, config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(config, prog=command_name(), args=args, config=(tyro.conf.OmitArgPrefixes,))
+    except BrokenPipeError:
+        raise _leave_closed_pipe() from None
     except SystemExit as stop:
+        if not stop.code:  # after --help, whose text may wait in the buffer
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError:
+                raise _leave_closed_pipe() from None
         if stop.code:
             message = _one_line(said.getvalue())
             if "Unrecognized options" in message:
@@ -95,6 +102,21 @@ def positive(value: float | None) -> Any:
     return value if value is not None and value > 0 else None
 
 
+def command_name() -> str:
+    """How this program was started: `python -m scripts.plan`, or `python path` for a file."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None or not spec.name:
+        return f"python {os.path.relpath(sys.argv[0])}" if sys.argv[0] else "python"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def _leave_closed_pipe() -> SystemExit:
+    """The end of a program whose reader (`| head`) has gone: nothing more is printed, not even at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return SystemExit(141)  # as a shell reports SIGPIPE
+
+
 def run_script(main: Callable[[Any], Any], config: type[Any], argv: Sequence[str] | None = None) -> None:
     """Parse `config` and call `main` with it.
 
@@ -104,6 +126,9 @@ def run_script(main: Callable[[Any], Any], config: type[Any], argv: Sequence[str
     cfg = parse_config(config, argv)
     try:
         _record(main)(cfg)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise _leave_closed_pipe() from None
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("NANOCHAT_TRACEBACK") == "1":
             raise

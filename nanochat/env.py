@@ -12,6 +12,26 @@ from pathlib import Path
 from typing import Any
 
 
+def require_wandb_login() -> None:
+    """Refuse a run for Weights & Biases that nobody has logged in for, before it does any work.
+
+    Raises:
+        RuntimeError: no key and no offline mode; says what to do instead.
+    """
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    try:
+        import wandb  # lazy: a second to start, and most runs do without
+    except ImportError:
+        return  # whoever starts the tracker says so
+    api = getattr(wandb, "api", None)
+    if api is not None and not api.api_key:
+        raise RuntimeError(
+            "Weights & Biases is not logged in here: set WANDB_MODE=offline, run `wandb login`, or take "
+            "--tracker=tensorboard"
+        )
+
+
 def get_base_dir() -> Path:
     """The folder of everything that a run writes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created if missing."""
     folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()

@@ -1,5 +1,7 @@
 """The command line: every way to write a flag, and errors that name it."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -83,3 +85,14 @@ def test_a_flag_that_only_nanochat_has_names_what_does_it_here(capsys):
     with pytest.raises(SystemExit):
         parse_config(Config, ["--nonsense=1"])
     assert "nanochat" not in capsys.readouterr().err
+
+
+def test_usage_names_the_command_and_a_closed_pipe_is_no_error():
+    command = [sys.executable, "-m", "scripts.tok_eval", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # as `| head -0` does
+        assert process.stderr.read() == ""
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m scripts.tok_eval ")

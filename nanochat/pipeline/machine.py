@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from nanochat.cards import DeviceInfo, choose_cards, training_speed
+from nanochat.cards import DeviceInfo, choose_cards, known_capability, runs_torch, training_speed
 from nanochat.data.sources import count_shards
-from nanochat.hardware import measure_matmul
+from nanochat.hardware import measure_matmul, query_nvidia_smi
 from nanochat.pipeline.profiles import Profile
 from nanochat.plan.planning import meta_model
 from nanochat.precision import DTYPES, product_dtype
@@ -36,6 +36,22 @@ def list_devices() -> list[DeviceInfo]:
         raise RuntimeError(f"the CUDA cards don't answer: {reason}. See `nvidia-smi` and `bash verify_p100_setup.sh`")
     cards = json.loads(answer.stdout.splitlines()[-1])
     return [DeviceInfo(name, (major, minor), mib) for name, (major, minor), mib in cards]
+
+
+def unused_cards(devices: Sequence[DeviceInfo]) -> str:
+    """Names the cards of the driver that this run cannot use at all, and why; "" if there are none."""
+    if choose_cards(devices) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""
+    names = [row["name"] for row in query_nvidia_smi(["name"])]
+    if not names:
+        return ""
+    cards = f"{len(names)} × {names[0]}" if len(set(names)) == 1 and len(names) > 1 else ", ".join(names)
+    known = [known_capability(name) for name in names] + [device.capability for device in devices]
+    if not any(runs_torch(capability) for capability in known):
+        return f"{cards} not used: too old for every torch that this project supports"
+    if not torch.version.cuda:
+        return f"{cards} not used: torch {torch.__version__} is a build for CPUs (remedy: bash setup_env.sh)"
+    return f"{cards} not used: torch {torch.__version__} sees no card; bash verify_p100_setup.sh says why"
 
 
 def take_cards(devices: Sequence[DeviceInfo], nproc: int | None) -> list[int]:

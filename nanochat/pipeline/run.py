@@ -31,12 +31,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nanochat.cards import describe_choice
-from nanochat.env import get_base_dir
+from nanochat.cards import DeviceInfo, describe_choice
+from nanochat.env import get_base_dir, require_wandb_login
 from nanochat.files import write_json
-from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards
+from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards, unused_cards
 from nanochat.pipeline.process import run_logged
-from nanochat.pipeline.profiles import Profile, Settings, profile_for
+from nanochat.pipeline.profiles import PROFILES, Profile, Settings, profile_for
 from nanochat.pipeline.stages import Stage, expected_seconds, make_stages
 from nanochat.progress import PROGRESS_FILE, format_seconds
 from nanochat.signals import EXIT_STOPPED, Stopped
@@ -186,12 +186,25 @@ def closing_lines(profile: Profile, base_dir: Path, seconds: float) -> list[str]
     ]
 
 
+def _pretended_cards(settings: Settings) -> list[DeviceInfo]:
+    """The cards that a dry run plans for where the profile needs cards and there are none."""
+    profile = PROFILES.get(settings.profile)
+    if profile is None or not profile.needs_cards:
+        return []
+    if profile.nproc > 1:
+        return [DeviceInfo("NVIDIA H100 80GB HBM3", (9, 0), 81559)] * (settings.nproc or profile.nproc)
+    return [DeviceInfo("Tesla P100-PCIE-16GB", (6, 0), 16280)] * (settings.nproc or 1)
+
+
 def main(cfg: Config) -> None:
     """Choose the profile, run the stages."""
     start = time.monotonic()
     try:
         settings = Settings.from_env(os.environ)
         devices = list_devices()
+        unused, pretended = unused_cards(devices), False
+        if cfg.dry_run and not take_cards(devices, None) and (cards := _pretended_cards(settings)):
+            devices, pretended = cards, True
         chosen = take_cards(devices, settings.nproc)
         profile = profile_for(settings, [devices[place] for place in chosen])
     except (ValueError, FileNotFoundError) as error:
@@ -202,13 +215,18 @@ def main(cfg: Config) -> None:
     stages = make_stages(
         profile, settings, base_dir, shards_needed(profile, [devices[i] for i in chosen]) if public else 0
     )
-    print(f"profile {profile.name}: {profile.about}; everything goes into {base_dir}", flush=True)
+    where = f"; {unused}" if unused else ""
+    print(f"profile {profile.name}: {profile.about}{where}; everything goes into {base_dir}", flush=True)
+    if pretended:
+        print(f"no card here: planned for {len(devices)} × {devices[0].name}; to run it, one is needed", flush=True)
     if len(devices) > 1:
         print(f"cards: {describe_choice(devices, chosen)}", flush=True)
     if cfg.dry_run:
         for stage in stages:
             print(f"{stage.name}: {stage.about}\n    {' '.join(['python', *stage.command()[1:]])}")
         return
+    if settings.wandb_run != "dummy":
+        require_wandb_login()  # not after the hours of data and tokenizer
     pipeline = Pipeline(stages, base_dir, profile)
     with only_one(pipeline.folder):
         machine = machine_env(profile, devices, chosen)

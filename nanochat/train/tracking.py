@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from nanochat.common import Compute, DummyWandb
-from nanochat.env import get_base_dir, get_dist_info, print0
+from nanochat.env import get_base_dir, get_dist_info, print0, require_wandb_login
 from nanochat.hardware import ThrottleWatcher
 from nanochat.progress import Bar, format_seconds
 from nanochat.report.metrics_log import MetricsLog
@@ -84,7 +84,7 @@ def init_tracker(tracker: TrackerName, run: str, project: str, config: dict[str,
         config: the run's settings.
 
     Raises:
-        RuntimeError: the tracker's package is not installed; names the command that does it.
+        RuntimeError: the tracker's package is not installed, or wandb knows no login; says what to do.
     """
     if run == NO_RUN or get_dist_info()[1] != 0:
         return DummyWandb()
@@ -93,6 +93,7 @@ def init_tracker(tracker: TrackerName, run: str, project: str, config: dict[str,
             return TensorBoard(get_base_dir() / "tensorboard" / project / run, config)
         if tracker == "trackio":
             return Trackio(project, run, config)
+        require_wandb_login()
         import wandb  # lazy: a second to start, and most runs do without
     except ImportError as error:
         raise RuntimeError(
