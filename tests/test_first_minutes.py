@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from nanochat.cards import DeviceInfo
+from nanochat.common import print_banner
 from nanochat.config import run_script
 from nanochat.env import require_wandb_login
 from nanochat.pipeline import run
 from nanochat.pipeline.machine import unused_cards
 from nanochat.pipeline.profiles import MID_HOURS, SFT_HOURS
+from nanochat.progress import PROGRESS_FILE
 from nanochat.train.tracking import init_tracker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +77,15 @@ def test_hidden_and_used_cards_are_not_named(machine, monkeypatch):
     assert "sees no card" in unused_cards([])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert unused_cards([]) == ""
+
+
+def test_the_banner_comes_once_a_run(monkeypatch, capsys):
+    monkeypatch.delenv(PROGRESS_FILE, raising=False)
+    print_banner()
+    assert "nanochat" in capsys.readouterr().out
+    monkeypatch.setenv(PROGRESS_FILE, "/some/file")  # in a stage of the pipeline
+    print_banner()
+    assert capsys.readouterr().out == ""
 
 
 def test_the_notebook_as_it_comes_ends_within_its_session():

@@ -32,6 +32,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nanochat.cards import DeviceInfo, describe_choice
+from nanochat.common import print_banner
 from nanochat.env import get_base_dir, require_wandb_login
 from nanochat.files import write_json
 from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards, unused_cards
@@ -227,6 +228,7 @@ def main(cfg: Config) -> None:
         return
     if settings.wandb_run != "dummy":
         require_wandb_login()  # not after the hours of data and tokenizer
+    print_banner()
     pipeline = Pipeline(stages, base_dir, profile)
     with only_one(pipeline.folder):
         machine = machine_env(profile, devices, chosen)
