@@ -81,10 +81,10 @@ class TrainingSequence(Generic[SomeCounts, SomeCursor]):
     def write(self, out: npt.NDArray[np.int64]) -> None:
         """Write x, y, and segments if there is a third row for them, into `out` (2 or 3, T), which holds padding."""
         n, sequence_len = len(self.tokens), out.shape[1]
-        out[0, :n] = self.tokens[:sequence_len]
-        out[1, : n - 1] = self.tokens[1:]
+        out[0, :n] = self.tokens[:sequence_len]  # x
+        out[1, : n - 1] = self.tokens[1:]  # y: at each position the token that comes next
         if self.learned is not None:
-            out[1, : n - 1][~self.learned[1:]] = -1
+            out[1, : n - 1][~self.learned[1:]] = -1  # what is only read, such as the user's turns
         if len(out) == 3 and self.lengths is not None:
             # The padding is a segment of its own, the last one: the model reads it as if it were alone.
             lengths = [*self.lengths, sequence_len + 1 - n]
@@ -118,7 +118,7 @@ def rank_batches(
     batch_size = shape[1]
     while True:
         data = np.full(shape, -1, dtype=np.int64)  # (2 or 3, B, T); -1 in y is not supervised
-        data[0] = pad_id
+        data[0] = pad_id  # the model computes something there, and no loss looks at it
         counts = after = None
         for i in range(batch_size * world_size):
             sequence = next(sequences, None)
@@ -180,6 +180,7 @@ class BatchLoader(Generic[SomeCounts, SomeCursor]):
 
     def __next__(self) -> tuple[Any, ...]:
         batch, data = next(self._feed)  # data: (2 or 3, B, T)
+        # Not before: batches that are made but not handed out must come again after a resume.
         self._cursor = batch.after
         self.counts += batch.counts
         return data.unbind()

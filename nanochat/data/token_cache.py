@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from filelock import FileLock
 
 from nanochat.data.corpus import Chunk, Corpus, shard_chunks
@@ -43,7 +43,7 @@ class TokenCache:
 
     def path(self, shard: Path) -> Path:
         """The folder for the tokens of a shard."""
-        stat = shard.stat()
+        stat = shard.stat()  # no hash of the content: every start would have to read the whole corpus
         with open(shard, "rb") as f:
             f.seek(max(0, stat.st_size - FOOTER_BYTES))
             footer = f.read()
@@ -58,6 +58,7 @@ class TokenCache:
         if mapped is None:
             return None
         ids, offsets = mapped
+        # offsets count the documents of the shard; a chunk's rows count from its row group.
         bounds = offsets[chunk.first_row + row : chunk.first_row + row + num_rows + 1]
         return ids[bounds[0] : bounds[-1]], bounds - bounds[0]
 
@@ -83,7 +84,7 @@ class TokenCache:
             for shard in shards:
                 path = self.path(shard)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(f"{path}.lock"):
+                with FileLock(f"{path}.lock"):  # of several processes one builds it, the others find it done
                     if not path.exists():
                         self._build_shard(shard, corpus.column, path, num_threads)
                 self._open.pop(shard, None)
@@ -92,7 +93,7 @@ class TokenCache:
         return total
 
     def _build_shard(self, shard: Path, column: str, path: Path, num_threads: int) -> None:
-        lengths: list[npt.NDArray[np.int64]] = []
+        lengths = [np.zeros(1, dtype=np.int64)]
         with atomic_folder(path) as tmp:
             with open(tmp / "ids.bin", "wb") as out:
                 for chunk in shard_chunks(shard, column):
@@ -100,11 +101,8 @@ class TokenCache:
                         ids, offsets = self.tokenizer.encode_arrow(texts, num_threads)
                         ids.tofile(out)
                         lengths.append(np.diff(offsets))
-            offsets = np.zeros(1 + sum(map(len, lengths)), dtype=np.int64)
-            if lengths:
-                np.cumsum(np.concatenate(lengths), out=offsets[1:])
+            offsets = np.concatenate(lengths).cumsum()
             offsets.tofile(tmp / "offsets.bin")
-            meta = {"shard": shard.name, "documents": len(offsets) - 1, "tokens": int(offsets[-1])}
-            write_json(
-                tmp / "meta.json", {**meta, "dtype": str(self.tokenizer.dtype), "tokenizer": self.tokenizer.hash}
-            )
+            meta: dict[str, Any] = {"shard": shard.name, "documents": len(offsets) - 1, "tokens": int(offsets[-1])}
+            meta |= {"dtype": str(self.tokenizer.dtype), "tokenizer": self.tokenizer.hash}
+            write_json(tmp / "meta.json", meta)
