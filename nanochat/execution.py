@@ -101,8 +101,8 @@ def isolation() -> Isolation:
     for namespaces in (True, False) if sys.platform == "linux" else (False,):
         with _Session(PROBE_SECONDS, namespaces) as session:
             session.start("probe", {})
-            session.collect("probe")
-            if report := session.text("probe report"):
+            session.collect()
+            if report := session.text("report"):
                 facts = json.loads(report)
                 fences, user = tuple(facts["fences"]), facts["user"]
                 if not namespaces or "calls" in fences:
@@ -215,7 +215,7 @@ def _judged(
         answers_read, answers_write = session.pipe()
         session.start("worker", worker | {"entry_point": entry_point, "read_fd": calls_read, "write_fd": answers_write})
         session.start("judge", judge | {"entry_point": entry_point, "read_fd": answers_read, "write_fd": calls_write})
-        session.collect("judge")
+        session.collect()
         return session.result()
 
 
@@ -261,8 +261,8 @@ class _Session:
         settings = settings | {"part": part, "namespaces": self.namespaces}
         settings["limits"] = [self.memory_bytes or -1, math.ceil(self.timeout) + 1]
         if part != "worker":  # what is tested has no word in the verdict
-            self._readable[f"{part} report"], settings["report_fd"] = self.pipe()
-            self._for_children.remove(self._readable[f"{part} report"])
+            self._readable["report"], settings["report_fd"] = self.pipe()
+            self._for_children.remove(self._readable["report"])
         given = [value for name, value in settings.items() if name.endswith("_fd")]
         with tempfile.TemporaryFile() as f:
             f.write(json.dumps(settings).encode())
@@ -287,8 +287,8 @@ class _Session:
             os.close(fd)
             self._for_children.remove(fd)
 
-    def collect(self, part: str) -> None:
-        """Read until `part` ends or a limit is reached; keep the first MAX_OUTPUT_BYTES of each stream."""
+    def collect(self) -> None:
+        """Read until all processes end or a limit is reached; keep the first MAX_OUTPUT_BYTES of each stream."""
         self.output = {name: bytearray() for name in self._readable}
         with selectors.DefaultSelector() as selector:
             for name, fd in self._readable.items():
@@ -306,12 +306,13 @@ class _Session:
                         selector.unregister(key.fd)
                     kept = self.output[key.data]
                     kept += block[: MAX_OUTPUT_BYTES - len(kept)]
-                self.timed_out = not ended and time.monotonic() > self.deadline
+                late = not ended and time.monotonic() > self.deadline
                 # In namespaces the kernel limits a folder's size.
                 self.overfull = not self.namespaces and any(map(_is_overfull, self._homes))
-                if self.timed_out or self.overfull or (ended and not events):
+                if late or self.overfull or (ended and not events):
+                    self.timed_out = late and self.text("report") != "passed"
                     return
-                ended = ended or self.processes[part].poll() is not None
+                ended = all(process.poll() is not None for process in self.processes.values())
 
     def text(self, name: str) -> str:
         """Return what was read from a stream."""
@@ -319,7 +320,7 @@ class _Session:
 
     def result(self) -> ExecutionResult:
         """Return what the worker printed, and success when the judge reported it in time."""
-        report, error = self.text("judge report"), None
+        report, error = self.text("report"), None
         if self.timed_out:
             error = f"not finished after {self.timeout:g} seconds"
         elif self.overfull:
