@@ -31,23 +31,30 @@ def defines(entry_point: str) -> re.Pattern[str]:
 def extract_code(completion: str, entry_point: str = "") -> str:
     """Return the code of an answer: its first fenced block, or the first that defines `entry_point` if one does.
 
-    An answer without a block is code as a whole, except for sentences around a definition.
+    An answer without a block is code as a whole, except for sentences around a definition; so is what stands before
+    a fence that closes a block which was never opened.
     """
     completion = completion.replace("\r\n", "\n")
-    definition = defines(entry_point)
-    blocks = []
+    definition, blocks = defines(entry_point), []
     for block in _CODE_BLOCK.finditer(completion):
         before = completion[: block.start()].rpartition("\n")[2]
         indent = before if before.isspace() else ""  # a block inside a list is indented
         blocks.append("\n".join(line.removeprefix(indent) for line in block[2].split("\n")))
-    if blocks:
-        return next((block for block in blocks if definition.search(block)), blocks[0])
-    if not entry_point or not definition.search(completion):
-        return completion
-    lines = completion.split("\n")
+    if not entry_point:
+        return blocks[0] if blocks else completion
+    for code in blocks:
+        if definition.search(code):
+            return code
+    outside = _CODE_BLOCK.split(completion, 1)[0]  # before the first fence, if there is one
+    if not definition.search(outside):
+        is_body = outside.strip() and outside.lstrip("\n")[0].isspace()
+        return blocks[0] if blocks and not is_body else outside
+    lines = outside.split("\n")
     start = stop = next(i for i, line in enumerate(lines) if definition.match(line))
     while start > 0 and _CODE_LINE.match(lines[start - 1]):
         start -= 1
+    if _CODE_LINE.match(outside.lstrip()):  # no sentence before the code, but perhaps one within a string
+        start = 0
     open_quotes = False  # a string of several lines may hold sentences
     while stop < len(lines) and (open_quotes or _CODE_LINE.match(lines[stop])):
         open_quotes ^= (lines[stop].count('"""') + lines[stop].count("'''")) % 2 == 1

@@ -347,7 +347,7 @@ def main() -> None:
 
     def restrict() -> None:
         isolation.set_limits(*settings["limits"], threads)
-        fence.close_files(readable, folder)
+        fence.close_files(readable)
         if not fence.filter_calls(threads=bool(threads), change_files=namespaces):
             isolation.set_limits(*settings["limits"], 0)  # without a filter a thread can't be told from a process
         if settings.get("audit"):

@@ -30,8 +30,8 @@ FILE_RIGHTS = [13, 14, 15, 15, 16]  # by version: so many rights over files are 
 TCP_RIGHTS, SCOPES = 0b11, 0b11  # no TCP port (version 4); no abstract sockets and signals beyond the fence (6)
 
 
-def close_files(readable: Iterable[str], folder: str) -> bool:
-    """Leave only the files below `readable`, to read, and all of `folder`; returns false where there is no Landlock."""
+def close_files(readable: Iterable[str]) -> bool:
+    """Leave only what lies in `readable`, to read, and the current folder; returns false where there is no Landlock."""
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -44,13 +44,9 @@ def close_files(readable: Iterable[str], folder: str) -> bool:
     rules = libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if rules < 0:
         return False
-    own = (
-        READ_FILE | WRITE_FILE | READ_DIR | TRUNCATE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_SYM | REFER
-    )
-    rights = dict.fromkeys(readable, READ_FILE | READ_DIR) | {
-        "/dev/null": READ_FILE | WRITE_FILE | TRUNCATE,
-        folder: own,
-    }
+    own = READ_FILE | WRITE_FILE | READ_DIR | TRUNCATE
+    own |= REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_SYM | REFER  # not: devices, sockets, named pipes
+    rights = dict.fromkeys(readable, READ_FILE | READ_DIR) | {"/dev/null": READ_FILE | WRITE_FILE | TRUNCATE, ".": own}
     try:
         for path, right in rights.items():
             if os.path.exists(path):
