@@ -224,6 +224,9 @@ class Schedule:
         return multiplier
 
 
+RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")  # flags of these names override
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
     """A run's resolved numbers."""
@@ -235,9 +238,14 @@ class Hyperparameters:
     scalar_lr: float
     weight_decay: float
 
-    def override(self, **explicit: float | None) -> Hyperparameters:
-        """The same with every number that is not None replaced."""
-        return replace(self, **{name: value for name, value in explicit.items() if value is not None})  # type: ignore[arg-type]
+    def override(self, flags: object) -> Hyperparameters:
+        """The same with every rate that is set among a script's flags."""
+        given = {name: getattr(flags, name) for name in RATES if getattr(flags, name) is not None}
+        return replace(self, **given)
+
+    def rates(self) -> dict[str, float]:
+        """The arguments of `parameter_groups`."""
+        return {name: getattr(self, name) for name in RATES}
 
 
 def scale_hyperparameters(

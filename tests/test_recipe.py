@@ -1,5 +1,8 @@
 """Planning: batches that divide, schedules that start, fall and end where they should."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +14,7 @@ from nanochat.recipe import (
     CLASSIC,
     MODERN,
     PRESETS,
+    RATES,
     REFERENCE_BATCH,
     SMALL,
     Momentum,
@@ -120,7 +124,10 @@ def test_modern_numbers_hold_at_the_reference_and_scale_from_there():
     short = scale_hyperparameters(MODERN, model, 1e6, multiple_of=3000)
     assert short.total_batch_size % 3000 == 0
     assert short.weight_decay <= 1.0
-    assert at.override(matrix_lr=0.5, scalar_lr=None).matrix_lr == 0.5
+    flags = SimpleNamespace(**dict.fromkeys(RATES), other=1)
+    assert at.override(flags) == at
+    flags.matrix_lr = 0.5
+    assert at.override(flags) == replace(at, matrix_lr=0.5)
 
 
 def test_the_batch_of_a_number_of_steps_agrees_with_the_batch_of_its_tokens():

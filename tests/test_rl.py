@@ -12,7 +12,7 @@ from nanochat.data.loader import Batch
 from nanochat.engine import Engine
 from nanochat.scoring import pass_at_k
 from nanochat.train.rl import RLConfig, RLTasks, evaluate_pass_at_k, policy_loss, reinforce
-from nanochat.train.rollouts import Rollout, RolloutLoader, RolloutSettings, answer_prompts, group_advantages, to_rows
+from nanochat.train.rollouts import Rollout, RolloutConfig, RolloutLoader, attempt_problems, group_advantages, to_rows
 from nanochat.train.tracking import METRICS_FILE
 from nanochat.train.trainer import Trainer
 from scripts import chat_rl
@@ -78,10 +78,11 @@ def metrics(name):
     return [record[name] for record in map(json.loads, lines) if name in record]
 
 
-def make_loader(model, tokenizer, state=None, **settings):
+def make_loader(model, tokenizer, state=None, micro_batches=1, **settings):
     compute = setup_compute(CPU)
-    chosen = RolloutSettings(**({"examples_per_step": 3, "num_samples": 4, "max_new_tokens": 6} | settings))
-    return RolloutLoader(model, tokenizer, TASKS.train, compute, chosen, state=json.loads(json.dumps(state)))
+    cfg = RolloutConfig(**({"examples_per_step": 3, "num_samples": 4, "max_new_tokens": 6} | settings))
+    state = json.loads(json.dumps(state))
+    return RolloutLoader(model, tokenizer, TASKS.train, compute, cfg, micro_batches=micro_batches, state=state)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def test_the_gradient_is_that_of_reward_weighted_log_likelihood(tiny_model, tiny
     policy_loss(tiny_model(x, y, loss_reduction="none"), batch).backward()
     got = {name: p.grad.clone() for name, p in tiny_model.named_parameters()}
     tiny_model.zero_grad()
-    for ids, mask, a in answers:  # one row at a time, without padding, by log_softmax
+    for ids, mask, a, *_ in answers:  # one row at a time, without padding, by log_softmax
         logp = tiny_model(torch.tensor([ids[:-1]])).log_softmax(-1)
         chosen = [t for t in range(1, len(ids)) if mask[t]]
         (-a * sum(logp[0, t - 1, ids[t]] for t in chosen)).backward()
@@ -129,26 +130,34 @@ def test_clipping_and_penalty_are_zero_in_effect_at_the_start_and_bound_later():
 # --- rollouts ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_ends_with_a_chosen_end_unless_it_was_cut(tiny_model, tiny_tokenizer):
+def attempts(monkeypatch, engine, prompt, count):
+    """Answers to a prompt of ids."""
+    monkeypatch.setattr(engine.tokenizer, "render_for_completion", lambda problem: prompt)
+    cfg = RolloutConfig(max_new_tokens=8)
+    return attempt_problems(engine, engine.tokenizer, TASKS.train, [TASKS.train[0]], count, cfg, seed=3)[0]
+
+
+def test_an_answer_ends_with_a_chosen_end_unless_it_was_cut(tiny_model, tiny_tokenizer, monkeypatch):
     engine = Engine(tiny_model, tiny_tokenizer)
-    prompts = [tiny_tokenizer.encode("hi", prepend="<|bos|>")] * 40
-    answers = answer_prompts(engine, prompts, 8, 1.0, None, seed=3)
-    ended = [ids[-1] == engine.assistant_end for ids, _ in answers]
-    assert all(len(ids) == len(mask) for ids, mask in answers)
-    for (ids, mask), end in zip(answers, ended, strict=True):
-        assert mask[: len(prompts[0])] == [0] * len(prompts[0])
-        new = len(ids) - len(prompts[0])
-        assert new == 8 or (end and mask[-1] == 1)
+    prompt = tiny_tokenizer.encode("hi", prepend="<|bos|>")
+    answers = attempts(monkeypatch, engine, prompt, 40)
+    assert len(answers) == 40
+    for ids, mask, _, reward, length in answers:
+        assert len(ids) == len(mask) == len(prompt) + length
+        assert mask[: len(prompt)] == [0] * len(prompt)
+        assert length == 8 or (ids[-1] == engine.assistant_end and mask[-1] == 1)
+        assert reward == TASKS.train.reward({}, tiny_tokenizer.decode(ids[len(prompt) :]))
+    assert attempts(monkeypatch, engine, [0] * engine.context_length, 40) == []  # no room for an answer
 
 
-def test_an_answer_that_ends_with_bos_is_credited_for_bos(tiny_model, tiny_tokenizer):
+def test_an_answer_that_ends_with_bos_is_credited_for_bos(tiny_model, tiny_tokenizer, monkeypatch):
     """The gradient must reinforce the token that was sampled, not another one that would also end an answer."""
     bos = tiny_tokenizer.get_bos_token_id()
     with torch.no_grad():
         tiny_model.lm_head.weight.zero_()
         tiny_model.lm_head.weight[bos] = 100 * tiny_model.hidden(torch.tensor([[bos]]))[0, -1]
-    ((ids, mask),) = answer_prompts(Engine(tiny_model, tiny_tokenizer), [[bos]], 8, 1.0, None, seed=3)
-    assert (ids, mask) == ([bos, bos], [0, 1])
+    (answer,) = attempts(monkeypatch, Engine(tiny_model, tiny_tokenizer), [bos], 1)
+    assert (answer.ids, answer.mask) == ([bos, bos], [0, 1])
 
 
 def test_batches_hold_every_useful_answer_once(tiny_model, tiny_tokenizer):
@@ -223,10 +232,10 @@ def test_pass_at_k_agrees_with_sampling_by_hand(tiny_model, tiny_tokenizer):
     assert list(scores) == ["pass@1", "pass@2", "pass@4", "pass@8"]
     assert list(scores.values()) == sorted(scores.values())
     rows = [tiny_tokenizer.render_for_completion(p) for p in (TASKS.val[i] for i in range(8)) for _ in range(8)]
-    answers = answer_prompts(Engine(tiny_model, tiny_tokenizer), rows, 6, 1.0, None, seed=CPU.seed)
+    engine = Engine(tiny_model, tiny_tokenizer)
+    answers, _ = engine.generate_prompts(rows, 6, temperature=1.0, seed=CPU.seed, keep_end=True)
     right = [
-        TASKS.val.reward({}, tiny_tokenizer.decode(ids[len(row) :]))
-        for (ids, _), row in zip(answers, rows, strict=True)
+        TASKS.val.reward({}, tiny_tokenizer.decode(ids[len(row) :])) for ids, row in zip(answers, rows, strict=True)
     ]
     expected = sum(pass_at_k(8, int(sum(right[i : i + 8])), 4) for i in range(0, 64, 8)) / 8
     assert scores["pass@4"] == pytest.approx(expected)

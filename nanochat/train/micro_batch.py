@@ -34,7 +34,7 @@ def too_large(config: GPTConfig, compute: Compute, budget_bytes: float) -> Runti
     )
 
 
-def refuse_too_large(config: GPTConfig, compute: Compute, sequence_len: int, only_warn: bool = False) -> None:
+def refuse_too_large(config: GPTConfig, compute: Compute, only_warn: bool = False) -> None:
     """Raise before any work if not even one row of a step fits, by the memory model; or only warn.
 
     Raises:
@@ -42,7 +42,7 @@ def refuse_too_large(config: GPTConfig, compute: Compute, sequence_len: int, onl
     """
     budget = free_memory(compute.device)
     setup = StepSetup(compute.dtype, compute.device_type, compute.world_size)
-    if largest_micro_batch(config, budget, sequence_len, setup) is None:
+    if largest_micro_batch(config, budget, config.sequence_len, setup) is None:
         error = too_large(config, compute, budget)
         if not only_warn:
             raise error

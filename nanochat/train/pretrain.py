@@ -251,14 +251,7 @@ def make_plan(
 
     per_row = cfg.max_seq_len * world_size  # tokens that one row on every rank makes
     total_given = cfg.total_batch_size or total_batch_size
-    rates = scale_hyperparameters(preset, model, tokens, total_given, per_row)
-    rates = rates.override(
-        embedding_lr=cfg.embedding_lr,
-        unembedding_lr=cfg.unembedding_lr,
-        matrix_lr=cfg.matrix_lr,
-        scalar_lr=cfg.scalar_lr,
-        weight_decay=cfg.weight_decay,
-    )
+    rates = scale_hyperparameters(preset, model, tokens, total_given, per_row).override(cfg)
     auto = not isinstance(cfg.device_batch_size, int)
     rows = cfg.device_batch_size if isinstance(cfg.device_batch_size, int) else rows
     # Where the batch or the rows are ours to choose, so are rows that divide it.
@@ -312,7 +305,7 @@ def resolve_plan(cfg: PretrainConfig, vocab_size: int, compute: Compute, checkpo
     plan = replace(plan, micro=micro, eval_tokens=meta.get("eval_tokens", cfg.eval_tokens))
     if cfg.dry_run:
         return plan
-    refuse_too_large(plan.model, compute, T, only_warn=not auto)
+    refuse_too_large(plan.model, compute, only_warn=not auto)
     if (checkpoint is not None and not (auto and micro is None)) or not (auto or plan.schedule.seconds):
         return plan
 
@@ -388,16 +381,7 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
     else:
         load_weights(model, checkpoint)
     model.to(compute.device).train()
-    groups = parameter_groups(
-        model,
-        embedding_lr=plan.rates.embedding_lr,
-        unembedding_lr=plan.rates.unembedding_lr,
-        matrix_lr=plan.rates.matrix_lr,
-        scalar_lr=plan.rates.scalar_lr,
-        weight_decay=plan.rates.weight_decay,
-        lr_frac=cfg.lr_scale,
-        preset=PRESETS[cfg.recipe],
-    )
+    groups = parameter_groups(model, **plan.rates.rates(), lr_frac=cfg.lr_scale, preset=PRESETS[cfg.recipe])
     loader = PretrainLoader(
         corpus,
         tokenizer,

@@ -24,7 +24,7 @@ from nanochat.gpt import GPT
 from nanochat.scoring import pass_at_k
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.clock import Clock
-from nanochat.train.rollouts import RewardTask, RolloutLoader, RolloutSettings, Scorer, answer_prompts
+from nanochat.train.rollouts import RewardTask, RolloutConfig, RolloutLoader, Scorer, attempt_problems
 from nanochat.train.samples import print_answers
 from nanochat.train.stage import (
     StageConfig,
@@ -42,25 +42,13 @@ EVAL_ROWS = 256  # answers sampled together in an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig(StageConfig):
+class RLConfig(StageConfig, RolloutConfig):
     """Settings of reinforcement learning."""
 
     device_batch_size: int = 8
     """Rows per forward pass and process."""
     source: Literal["mid", "sft"] = "sft"
     """Which stage's model to start from."""
-    examples_per_step: int = 16
-    """Problems per step, over all processes."""
-    num_samples: int = 16
-    """Answers to each problem."""
-    max_new_tokens: int = 256
-    """Longest answer in tokens."""
-    temperature: float = 1.0
-    """Of the sampling; the gradient assumes 1."""
-    top_k: int = 0
-    """Sample from the k likeliest tokens; 0: from all."""
-    updates_per_rollout: int = 1
-    """Optimizer steps on the same answers; more than 1 needs --clip."""
     clip: float | None = None
     """PPO's clipping of the probability ratio to 1 ± this; off by default."""
     kl: float = 0.0
@@ -157,16 +145,9 @@ def evaluate_pass_at_k(
     per_batch = max(1, EVAL_ROWS // k)
     for first in range(0, len(mine), per_batch):
         problems = [task[i] for i in mine[first : first + per_batch]]
-        prompts = [tokenizer.render_for_completion(problem) for problem in problems]
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.context_length]
-        rows = [prompts[i] for i in fitting for _ in range(k)]
-        seed = cfg.runtime.seed + mine[first]
-        answers = answer_prompts(engine, rows, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, seed)
-        passed = [0] * len(problems)
-        for j, (ids, _) in enumerate(answers):
-            i = fitting[j // k]
-            passed[i] += task.reward(problems[i], tokenizer.decode(ids[len(rows[j]) :])) >= 1.0
-        totals += torch.tensor([[pass_at_k(k, c, n) for n in ks] for c in passed], dtype=torch.float64).sum(0)
+        for answers in attempt_problems(engine, tokenizer, task, problems, k, cfg, cfg.runtime.seed + mine[first]):
+            passed = sum(answer.reward >= 1.0 for answer in answers)
+            totals += torch.tensor([pass_at_k(k, passed, n) for n in ks], dtype=torch.float64)
     totals = totals.float().to(compute.device)
     if compute.ddp:
         dist.all_reduce(totals)
@@ -208,7 +189,7 @@ def reinforce(cfg: RLConfig, load_tasks: Callable[[dict[str, Any]], RLTasks]) ->
             optimizer,
             loader,
             schedule,
-            loader.settings.micro_batches,
+            loader.micro_batches,
             inputs,
             {"chat_data": start.checkpoint.meta.get("chat_data"), "task": tasks.train.name},
             evaluate=lambda: evaluate_pass_at_k(cfg, model, tokenizer, tasks.val, compute),
@@ -242,16 +223,14 @@ def make_rollouts(
 ) -> RolloutLoader:
     """The answers that `model` gives to `task` as batches; resumes where `checkpoint` stopped."""
     answers = cfg.examples_per_step // compute.world_size * cfg.num_samples
-    settings = RolloutSettings(
-        examples_per_step=cfg.examples_per_step,
-        num_samples=cfg.num_samples,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k or None,
-        updates_per_rollout=cfg.updates_per_rollout,
+    return RolloutLoader(
+        model,
+        start.tokenizer,
+        task,
+        compute,
+        cfg,
         micro_batches=max(1, -(-answers // cfg.device_batch_size)),
         seed=cfg.runtime.seed,
+        scorers=make_scorers(cfg, model, start.checkpoint, compute),
+        state=checkpoint.meta["loader"] if checkpoint else None,
     )
-    scorers = make_scorers(cfg, model, start.checkpoint, compute)
-    state = checkpoint.meta["loader"] if checkpoint else None
-    return RolloutLoader(model, start.tokenizer, task, compute, settings, scorers, state)

@@ -47,46 +47,66 @@ class RewardTask(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutSettings:
-    """How answers are sampled, and how they become batches."""
+class RolloutConfig:
+    """How answers are sampled and used."""
 
     examples_per_step: int = 16
     """Problems per step, over all processes."""
     num_samples: int = 16
-    """Answers to each."""
+    """Answers to each problem."""
     max_new_tokens: int = 256
+    """Longest answer in tokens."""
     temperature: float = 1.0
-    top_k: int | None = None
-    """None: from all tokens, as the gradient assumes."""
+    """Of the sampling; the gradient assumes 1."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0: from all, as the gradient assumes."""
     updates_per_rollout: int = 1
-    """Optimizer steps on the same answers."""
-    micro_batches: int = 1
-    """Batches that one step's answers are handed out in."""
-    seed: int = 42
+    """Optimizer steps on the same answers; more than 1 needs --clip."""
 
 
 class Rollout(NamedTuple):
-    """One answer to learn from."""
+    """One answer to a problem."""
 
     ids: list[int]
     """Prompt and answer."""
     mask: list[int]
     """1 where the model chose the token."""
-    advantage: float
+    advantage: float = 0.0
+    reward: float = 0.0
+    length: int = 0
+    """Tokens of the answer."""
 
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """Loss in nats of each target: x, y (B, T) -> (B, T)."""
 
 
-def answer_prompts(
-    engine: Engine, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int | None, seed: int
-) -> list[tuple[list[int], list[int]]]:
-    """(ids, mask) of an answer to each prompt; the token that ends an answer is part of it, chosen by the model."""
+def attempt_problems(
+    engine: Engine,
+    tokenizer: RustBPETokenizer,
+    task: RewardTask,
+    problems: Sequence[Conversation],
+    count: int,
+    cfg: RolloutConfig,
+    seed: int,
+) -> list[list[Rollout]]:
+    """`count` answers to each problem with their rewards; none to one that fills the context."""
+    prompts = [tokenizer.render_for_completion(problem) for problem in problems]
+    owners = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.context_length for _ in range(count)]
     sequences, masks = engine.generate_prompts(
-        prompts, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, keep_end=True
+        [prompts[i] for i in owners],
+        cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k or None,
+        seed=seed,
+        keep_end=True,  # the model chose to end there: that is learned too
     )
-    return list(zip(sequences, masks, strict=True))
+    rollouts: list[list[Rollout]] = [[] for _ in problems]
+    for i, ids, mask in zip(owners, sequences, masks, strict=True):
+        answer = ids[len(prompts[i]) :]
+        reward = float(task.reward(problems[i], tokenizer.decode(answer)))
+        rollouts[i].append(Rollout(ids, mask, reward=reward, length=len(answer)))
+    return rollouts
 
 
 def to_rows(answers: Sequence[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,9 +139,11 @@ class RolloutLoader:
         tokenizer: its tokenizer.
         task: the problems.
         compute: device, ranks and precision.
-        settings: how to sample.
+        cfg: how to sample.
+        micro_batches: that the answers of one step are handed out in.
+        seed: everything that is drawn follows from it.
         scorers: what else to compute of the answers before the first update, by name.
-        state: `state_dict()` of an earlier loader, to go on where it stopped.
+        state: `state_dict()` of an earlier loader, to resume where it stopped.
     """
 
     def __init__(
@@ -130,20 +152,23 @@ class RolloutLoader:
         tokenizer: RustBPETokenizer,
         task: RewardTask,
         compute: Compute,
-        settings: RolloutSettings,
+        cfg: RolloutConfig,
+        *,
+        micro_batches: int = 1,
+        seed: int = 42,
         scorers: dict[str, Scorer] | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
-        if settings.num_samples < 2:
-            raise ValueError(f"--num_samples={settings.num_samples}: the group baseline needs at least 2 answers each")
+        if cfg.num_samples < 2:
+            raise ValueError(f"--num_samples={cfg.num_samples}: the group baseline needs at least 2 answers each")
         if len(task) == 0:
             raise ValueError(f"task {task.name} has no problems")
-        if settings.examples_per_step % compute.world_size:
+        if cfg.examples_per_step % compute.world_size:
             raise ValueError(
-                f"--examples_per_step={settings.examples_per_step} is not a multiple of the {compute.world_size} "
-                "processes"
+                f"--examples_per_step={cfg.examples_per_step} is not a multiple of the {compute.world_size} processes"
             )
-        self.tokenizer, self.task, self.compute, self.settings = tokenizer, task, compute, settings
+        self.tokenizer, self.task, self.compute, self.cfg = tokenizer, task, compute, cfg
+        self.micro_batches, self.seed = micro_batches, seed
         self.engine = Engine(model, tokenizer, compute.precision)
         self.scorers = scorers or {}
         self.metrics: dict[str, float] = {}
@@ -159,7 +184,7 @@ class RolloutLoader:
             if len(self._saved) != compute.world_size:
                 raise ValueError(
                     f"these answers were sampled by {len(self._saved)} processes, now there are {compute.world_size}: "
-                    "go on with as many, or start over with --resume=never"
+                    "resume with as many, or start over with --resume=never"
                 )
             self._batches = [self._from_json(rows) for rows in self._saved[compute.rank]]
             self.metrics = state["metrics"]
@@ -171,8 +196,8 @@ class RolloutLoader:
         if not self._queue:
             if self._uses_left == 0:
                 self._batches = self._make_batches(self._roll_out())
-                self._saved = self._share() if self.settings.updates_per_rollout > 1 else []
-                self._uses_left = self.settings.updates_per_rollout
+                self._saved = self._share() if self.cfg.updates_per_rollout > 1 else []
+                self._uses_left = self.cfg.updates_per_rollout
             self._queue = list(self._batches)
             self._uses_left -= 1
         return self._queue.pop(0)
@@ -181,20 +206,20 @@ class RolloutLoader:
 
     def _problems(self, attempt: int) -> list[int]:
         """This rank's problems: a shuffled pass over the task; further tries draw anew."""
-        s, count = self.settings, len(self.task)
-        first = self._rollouts * s.examples_per_step
+        per_step, count = self.cfg.examples_per_step, len(self.task)
+        first = self._rollouts * per_step
         if attempt:
-            rng = random.Random(f"{s.seed}/{self._rollouts}/{attempt}")
-            drawn = [rng.randrange(count) for _ in range(s.examples_per_step)]
+            rng = random.Random(f"{self.seed}/{self._rollouts}/{attempt}")
+            drawn = [rng.randrange(count) for _ in range(per_step)]
         else:
-            epochs = range(first // count, (first + s.examples_per_step - 1) // count + 1)
+            epochs = range(first // count, (first + per_step - 1) // count + 1)
             orders = {epoch: self._order(epoch) for epoch in epochs}
-            drawn = [orders[n // count][n % count] for n in range(first, first + s.examples_per_step)]
+            drawn = [orders[n // count][n % count] for n in range(first, first + per_step)]
         return drawn[self.compute.rank :: self.compute.world_size]
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self.task)))
-        random.Random(f"{self.settings.seed}/{epoch}").shuffle(order)
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
         return order
 
     def _roll_out(self) -> list[Rollout]:
@@ -218,28 +243,23 @@ class RolloutLoader:
 
     @torch.inference_mode()
     def _answer(self, attempt: int, totals: dict[str, float]) -> list[Rollout]:
-        s = self.settings
         problems = [self.task[i] for i in self._problems(attempt)]
-        prompts = [self.tokenizer.render_for_completion(problem) for problem in problems]
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < self.engine.context_length]
-        rows = [prompts[i] for i in fitting for _ in range(s.num_samples)]
-        seed = random.Random(f"{s.seed}/{self._rollouts}/{attempt}/{self.compute.rank}").getrandbits(62)
-        sampled = answer_prompts(self.engine, rows, s.max_new_tokens, s.temperature, s.top_k, seed)
-        rewards = []
-        for i, (ids, _) in enumerate(sampled):
-            problem = problems[fitting[i // s.num_samples]]
-            rewards.append(float(self.task.reward(problem, self.tokenizer.decode(ids[len(rows[i]) :]))))
-        advantages = group_advantages(rewards, s.num_samples)
+        seed = random.Random(f"{self.seed}/{self._rollouts}/{attempt}/{self.compute.rank}").getrandbits(62)
+        tries, cfg = self.cfg.num_samples, self.cfg
+        groups = attempt_problems(self.engine, self.tokenizer, self.task, problems, tries, cfg, seed)
+        answers = [answer for group in groups for answer in group]
+        rewards = [answer.reward for answer in answers]
+        advantages = group_advantages(rewards, tries)
         count = {
-            "answers": len(sampled),
+            "answers": len(answers),
             "reward": sum(rewards),
-            "answer_tokens": sum(len(ids) - len(row) for (ids, _), row in zip(sampled, rows, strict=True)),
+            "answer_tokens": sum(answer.length for answer in answers),
             "useful": sum(abs(a) > 1e-9 for a in advantages),
-            "too_long": len(problems) - len(fitting),
+            "too_long": sum(not group for group in groups),
         }
         for name, value in count.items():
             totals[name] = totals.get(name, 0.0) + value
-        return [Rollout(ids, mask, a) for (ids, mask), a in zip(sampled, advantages, strict=True)]
+        return [answer._replace(advantage=a) for answer, a in zip(answers, advantages, strict=True)]
 
     def _means(self, totals: dict[str, float]) -> dict[str, float]:
         values = torch.tensor(list(totals.values()), dtype=torch.float32, device=self.compute.device)
@@ -260,10 +280,10 @@ class RolloutLoader:
     def _make_batches(self, answers: list[Rollout]) -> list[tuple[Any, ...]]:
         """Exactly `micro_batches` of them, answers of similar length together; one may hold nothing to learn."""
         answers = sorted(answers, key=lambda a: len(a.ids))
-        n = self.settings.micro_batches
+        n = self.micro_batches
         borders = [round(i * len(answers) / n) for i in range(n + 1)]
         parts = [answers[a:b] for a, b in pairwise(borders)]
-        empty = Rollout([0, 0], [0, 0], 0.0)
+        empty = Rollout([0, 0], [0, 0])
         return [self._make_batch(part or [empty]) for part in parts]
 
     def _make_batch(self, answers: list[Rollout]) -> tuple[Any, ...]:
