@@ -194,6 +194,8 @@ class MuonStack:
 
     def look_ahead(self, grad: Tensor, momentum: Tensor) -> Tensor:
         """Nesterov's momentum (K, R, C); overwrites grad and the momentum, and needs no memory."""
+        # Before orthogonalising, not after: the average of gradients is what has meaningful singular directions; a mean
+        # of orthogonal matrices would not be orthogonal any more.
         momentum.lerp_(grad, 1 - self.group["momentum"])
         return grad.lerp_(momentum, self.group["momentum"])
 
@@ -210,6 +212,8 @@ class MuonStack:
     def apply(self, params: list[Tensor], update: Tensor) -> None:
         """p -= lr * (update + weight_decay * p), lr scaled by the shape; cautious: decay only where update * p >= 0."""
         rows, cols = update.shape[-2:]
+        # An orthogonal (R, C) with R > C keeps the length of its C-dim input but spreads it over R outputs: the factor
+        # makes each of them move as in a square matrix.
         lr = self.group["lr"] * max(1.0, rows / cols) ** 0.5
         updates = list(update.to(params[0].dtype).unbind())
         decay = lr * self.group["weight_decay"]

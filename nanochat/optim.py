@@ -29,6 +29,7 @@ from nanochat.ops.collectives import Ranks
 ADAMW_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 # Group keys that are no hyperparameters.
 LABELS = {"kind", "params", "names", "initial_lr", "initial_weight_decay", "label"}
+# The next two are about memory and messages, not about the result.
 STACK_ELEMENTS = 2**26  # a rank's stack of matrices holds at most this many elements (256 MB in float32)
 SHARD_ELEMENTS = 1024  # AdamW tensors smaller than this are replicated: a message costs more than the update
 
@@ -38,6 +39,7 @@ class AdamWTensors:
 
     def __init__(self, group: dict[str, Any], params: list[Tensor], indices: list[int], ranks: Ranks) -> None:
         self.group, self.params, self.indices, self.ranks = group, params, indices, ranks
+        # Not to split a small tensor costs each rank the whole update of it, but saves a gather that takes longer.
         self.sharded = [ranks.world > 1 and p.numel() >= SHARD_ELEMENTS for p in params]
         self.grads: dict[int, Tensor] = {}  # this rank's part of the averaged gradients, by position in params
         self.state: list[dict[str, Tensor]] = []
@@ -48,6 +50,7 @@ class AdamWTensors:
 
     def reduce(self) -> Callable[[], None]:
         """Begin to average the gradients over the ranks; the result waits for the end."""
+        # A parameter without a gradient sends zeros: the collectives need the same tensors on every rank.
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         active = [i for i, p in enumerate(self.params) if p.grad is not None]
         waits: dict[int, Callable[[], Tensor]] = {}
@@ -56,7 +59,9 @@ class AdamWTensors:
                 waits[i] = self.ranks.reduce_scatter(grad.reshape(-1))
             else:
                 waits[i] = self.ranks.all_reduce_mean(grad.contiguous())
-            self.params[i].grad = None
+            self.params[i].grad = None  # the averaged part is all that is needed from here on
+
+        # All messages of all buckets are under way before the first one is waited for.
 
         def finish() -> None:
             reduced = {i: wait() for i, wait in waits.items()}
@@ -71,6 +76,7 @@ class AdamWTensors:
 
     def own_grads(self) -> list[Tensor]:
         """For the norm: what is replicated counts on rank 0 only."""
+        # The ranks' squares are added up; a tensor that all of them hold would count `world` times.
         return [grad for i, grad in self._local_grads().items() if self.sharded[i] or self.ranks.rank == 0]
 
     def clear(self) -> None:
@@ -84,17 +90,19 @@ class AdamWTensors:
 
     def init_state(self) -> None:
         """Begin with state of zeros."""
-        states = []  # whole or not at all: memory may run out on the way
+        # Whole or not at all: memory may run out on the way, and then the step is made again.
+        states = []
         for i, p in enumerate(self.params):
             zeros = torch.zeros_like(self.part(i, p), dtype=state_dtype(p), memory_format=torch.contiguous_format)
-            # the fused kernels read the step where the parameter lives, the others on the host
+            # The fused kernels read the step where the parameter lives, the others on the host.
             step = torch.zeros((), dtype=torch.float32, device=p.device if self._fused(p) else "cpu")
             states.append({"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()})
         self.state = states
 
     @staticmethod
     def _fused(p: Tensor) -> bool:
-        return p.device.type in ("cpu", "cuda") and p.dtype != torch.float64  # fused scales in float32
+        # Fused: one kernel over all tensors reads and writes each number once. It scales gradients in float32 only.
+        return p.device.type in ("cpu", "cuda") and p.dtype != torch.float64
 
     def step(self, multiplier: Tensor | float) -> None:
         """Update this rank's part, with gradients times `multiplier`."""
@@ -109,15 +117,18 @@ class AdamWTensors:
     def _step_tensors(self, chosen: list[int], grads: list[Tensor], multiplier: Tensor | float, fused: bool) -> None:
         states = [self.state[i] for i in chosen]
         params = [self.part(i, self.params[i]) for i in chosen]
-        # 16-bit parameters are updated in float32 and rounded once
+        # 16-bit parameters are updated in float32 and rounded once: near 1 a float16 can't move by less than 0.0005.
         wide = [p.to(s["exp_avg"].dtype) for p, s in zip(params, states, strict=True)]
         grads = [g.to(p.dtype) for g, p in zip(grads, wide, strict=True)]
         scale = None
         if isinstance(multiplier, Tensor) or multiplier != 1.0:
-            if fused:  # the kernel divides by the scale as it reads the gradient
+            # Loss scale and clipping arrive as one factor; the fused kernel divides by its inverse as it reads the
+            # gradient, so the factor costs no pass over memory.
+            if fused:
                 scale = torch.ones((), device=params[0].device) / multiplier  # made on the device: no host sync
             else:
                 torch._foreach_mul_(grads, multiplier)
+        # torch's own function, not its class: state and gradients here may be a rank's part of a tensor, not all of it.
         beta1, beta2 = self.group["betas"]
         adamw(
             wide,
@@ -138,7 +149,7 @@ class AdamWTensors:
             maximize=False,
         )
         for p, w in zip(params, wide, strict=True):
-            if p is not w:
+            if p is not w:  # `wide` was a copy
                 p.copy_(w)
 
     def share_params(self) -> Callable[[], None]:
@@ -153,7 +164,7 @@ class AdamWTensors:
         return finish
 
     def _whole(self, i: int, x: Tensor) -> Tensor:
-        if self.sharded[i] and x.dim() > 0:
+        if self.sharded[i] and x.dim() > 0:  # the count of steps is 0-dim, and the same everywhere
             return self.ranks.collect(x, self.params[i].numel()).view(self.params[i].shape)
         return x if self.ranks.world == 1 else x.to("cpu", copy=True)
 
@@ -181,6 +192,7 @@ class AdamWTensors:
         for i, state in enumerate(self.state):
             for key, value in state.items():
                 whole = states[self.indices[i]][key]
+                # Any number of ranks may have written `whole`: each takes the run of elements that is its own now.
                 value.copy_(whole if key == "step" else self.part(i, whole.contiguous()))
 
 
@@ -195,13 +207,16 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, param_groups: Iterable[dict[str, Any]], *, distributed: bool | None = None) -> None:
         self.ranks = Ranks(distributed)
+        # One bucket per AdamW group and per stack of matrices, in the order of the groups: the unit in which gradients
+        # are reduced, updates made and parameters gathered.
         self.names: list[str] = []
         self.buckets: list[MuonStack | AdamWTensors] = []
-        self.reduced = self.ranks.world == 1
+        self.reduced = self.ranks.world == 1  # alone there is nothing to average
         super().__init__(param_groups, {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check the group, fill in its defaults and divide it over the ranks."""
+        # Unknown keys are refused: with a misspelt one the run would train with the default, and nobody would notice.
         kind = param_group.get("kind")
         if kind not in ("muon", "adamw"):
             raise ValueError(f'a parameter group has kind {kind!r}, expected "muon" or "adamw"')
@@ -210,6 +225,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if unknown:
             raise ValueError(f"unknown keys in a {kind} group: {sorted(unknown)}; known: {sorted(defaults)}")
         group = {**defaults, **param_group, "params": list(param_group["params"])}
+        # The schedule multiplies these, as torch's own schedulers do; `lr` is what holds in the step at hand.
         params, group["initial_lr"] = group["params"], group.get("initial_lr", group["lr"])
         group.setdefault("initial_weight_decay", group["weight_decay"])
         names = group.pop("names", None) or [str(len(self.names) + i) for i in range(len(params))]
@@ -236,6 +252,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if group["kind"] == "adamw":
             self.buckets.append(AdamWTensors(group, params, list(range(first, first + len(params))), self.ranks))
             return
+        # Matrices of one shape make one stack, (N, R, C): a few large batched products instead of N small ones. A rank
+        # works on whole matrices of it, for orthogonalising needs all of a matrix.
         shapes: dict[Any, list[int]] = {}
         for i, p in enumerate(params):
             shapes.setdefault((p.shape, p.dtype, p.device), []).append(i)
@@ -250,6 +268,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Average the gradients over the ranks; each keeps its share, and every p.grad becomes None. Alone: no-op."""
         if self.ranks.world == 1:
             return
+        # The list starts all messages, the loop waits for them in the same order.
         for finish in [bucket.reduce() for bucket in self.buckets]:
             finish()
         self.reduced = True
@@ -260,11 +279,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
         Not finite if any gradient of any rank is not. float32 (float64 for float64 gradients).
         """
-        self._check_reduced()
+        self._check_reduced()  # without it every rank would clip by the norm of its own gradients
         norm = with_more_memory(
             lambda: get_total_norm([grad for bucket in self.buckets for grad in bucket.own_grads()])
         )
         if self.ranks.world > 1:
+            # Squares of parts add up to the square of the whole; a NaN or inf of one rank makes the sum so on all.
             device = self.param_groups[0]["params"][0].device
             square = norm.to(device).square()
             dist.all_reduce(square)
@@ -274,11 +294,14 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, grad_multiplier: Tensor | float = 1.0) -> None:  # type: ignore[override]
         """Update with gradients times grad_multiplier (unscaling and clipping in one); overwrites the gradients."""
+        # Buckets are independent. A step that runs out of memory inside one is made again from where it stopped, so no
+        # parameter is updated twice (see MuonStack.step).
         self._check_reduced()
         waiting: Callable[[], None] | None = None
         for bucket in self.buckets:
             with_more_memory(partial(bucket.step, grad_multiplier))
-            if self.ranks.world > 1:  # gather this bucket while the next one is computed
+            # Gather this bucket while the next one is computed: one message under way, one update.
+            if self.ranks.world > 1:
                 finish, waiting = waiting, bucket.share_params()
                 if finish is not None:
                     finish()
@@ -300,24 +323,20 @@ class MuonAdamW(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._clear()
 
-    def _export(self) -> dict[int, dict[str, Tensor]]:
-        states: dict[int, dict[str, Tensor]] = {}
-        for bucket in self.buckets:
-            states.update(bucket.export_state())
-        return {index: states[index] for index in sorted(states)}
-
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The whole state, whatever the number of ranks, by parameter order. Collective: call it on every rank.
 
         Alone the tensors are the optimizer's own, as in PyTorch; over several ranks they are copies in host memory.
         """
+        # torch's format: parameters are numbers in the order of the groups, tensors lie under "state".
         groups, first = [], 0
         for group in self.param_groups:
             count = len(group["params"])
             groups.append({**group, "params": list(range(first, first + count))})
             first += count
-        return {"state": self._export(), "param_groups": groups}
+        states = {index: state for bucket in self.buckets for index, state in bucket.export_state().items()}
+        return {"state": dict(sorted(states.items())), "param_groups": groups}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -335,7 +354,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def flat_state(self) -> dict[str, Tensor]:
         """The state as {"<parameter name>.<key>": tensor}, e.g. for safetensors. Collective, as state_dict()."""
-        states = self._export()
+        states = self.state_dict()["state"]
         return {f"{self.names[index]}.{key}": x for index, state in states.items() for key, x in state.items()}
 
     @torch.no_grad()
@@ -354,6 +373,7 @@ class MuonAdamW(torch.optim.Optimizer):
         Raises: ValueError if a name or shape does not match.
         """
         index_of = {name: index for index, name in enumerate(self.names)}
+        # By name, not by index: a checkpoint outlives the order in which a model lists its parameters.
         states: dict[int, dict[str, Tensor]] = {}
         for full_name, value in flat.items():
             name, _, key = full_name.rpartition(".")
@@ -372,7 +392,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def _check_state(self, bucket: MuonStack | AdamWTensors, states: dict[int, dict[str, Tensor]]) -> None:
         for p, index in zip(bucket.params, bucket.indices, strict=True):
             expected = bucket.state_shapes(p)
-            for key, value in states.get(index, {}).items():  # parts of several ranks, concatenated: flat
+            # The parts of several ranks, put one after the other, are flat: their shape is given back here.
+            for key, value in states.get(index, {}).items():
                 shape = expected.get(key, ())
                 if value.dim() == 1 < len(shape) and value.numel() == math.prod(shape):
                     states[index][key] = value.view(shape)

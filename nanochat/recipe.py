@@ -41,11 +41,11 @@ class Preset:
     matrix_lr: float
     scalar_lr: float
     weight_decay: float
-    total_batch_size: int | None  # tokens; None: from the horizon
+    total_batch_size: int | None  # tokens; None: from the horizon, as for all recipes that scale
     # The best batch for a horizon of so many tokens; None: REFERENCE_BATCH for the reference model's.
     batch_at: tuple[int, float] | None = None
-    rates_follow_batch: bool = False
-    tokens_per_parameter: float
+    rates_follow_batch: bool = False  # learning rates × √(B/B_ref)
+    tokens_per_parameter: float  # the horizon when none is asked for
     warmup_steps: int
     warmdown_ratio: float
     final_lr_frac: float
@@ -57,11 +57,13 @@ class Preset:
 
     @property
     def scales(self) -> bool:
-        """Whether the batch follows from the horizon."""
+        """True if the batch follows from the horizon."""
         return self.total_batch_size is None
 
     def scaling_params(self, model: GPT) -> int:
         """The parameters that `tokens_per_parameter` counts: classic all, else matrices and lm_head."""
+        # An embedding is looked up, not multiplied: it costs no FLOPs. Counting only what is multiplied makes one ratio
+        # serve every vocabulary.
         if not self.scales:
             return model.num_params()
         return sum(p.numel() for p in model.matrices) + model.lm_head.weight.numel()
@@ -78,29 +80,33 @@ class Momentum:
 
     def at(self, step: int, warmdown: float = 0.0) -> float:
         """The momentum of `step`; `warmdown` is the share of the warmdown that lies behind."""
+        # In the first steps gradients change direction fast: a long memory would keep pushing in old ones.
         share = min(step / self.steps, 1.0)
-        if share == 1.0 and self.end is not None:
+        if share == 1.0 and self.end is not None:  # shorter again at the end, where the rate is small
             return self.peak + warmdown * (self.end - self.peak)
         return (1 - share) * self.start + share * self.peak
 
 
+# Shorter memories than Adam's usual 0.9 and 0.999; an eps below the second moments of rare tokens, which are tiny.
+# Source: nanochat.
 ADAM: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10}
 CLASSIC = Preset(
     switches={},
     embedding_lr=0.2,
-    unembedding_lr=0.004,
-    matrix_lr=0.02,
+    unembedding_lr=0.004,  # every row moves in each step; one of the embedding when its token occurs
+    matrix_lr=0.02,  # of an orthogonal update: how far every singular direction of a matrix moves
     scalar_lr=0.5,
     weight_decay=0.0,
     total_batch_size=524288,
-    tokens_per_parameter=20.0,
+    tokens_per_parameter=20.0,  # Chinchilla, arXiv 2203.15556
     warmup_steps=0,
     warmdown_ratio=0.2,
     final_lr_frac=0.0,
     momentum=Momentum(),
     decay_to_zero=False,
-    muon={"momentum": 0.95},
+    muon={"momentum": 0.95},  # until the first step, when the schedule sets it
 )
+# Source of every number: nanochat's base_train.py of July 2026.
 MODERN = Preset(
     switches=NANOCHAT_2026,
     embedding_lr=0.3,
@@ -112,7 +118,7 @@ MODERN = Preset(
     rates_follow_batch=True,
     tokens_per_parameter=12.0,
     warmup_steps=40,
-    warmdown_ratio=0.65,
+    warmdown_ratio=0.65,  # most of a run: the loss falls most while the rate does
     final_lr_frac=0.05,
     momentum=Momentum(0.85, 0.97, 400, 0.90),
     decay_to_zero=True,
@@ -178,7 +184,8 @@ class Schedule:
             raise ValueError(f"--warmup_steps must be 0 or more, got {self.warmup_steps}")
 
     def row_split(self, progress: float) -> int:
-        """Into how many shorter rows each row is cut: 4, then 2, after `short_rows_ratio` of the run 1."""
+        """The number of shorter sequences each one is cut into: 4, then 2, after `short_rows_ratio` of the run 1."""
+        # What is learned first needs no long context, and short sequences cost less attention (arXiv 2108.06084).
         return 1 if progress >= self.short_rows_ratio else 2 if progress >= self.short_rows_ratio / 2 else 4
 
     def progress(self, step: int, elapsed_seconds: float) -> float:
@@ -197,11 +204,12 @@ class Schedule:
 
     def lr_multiplier(self, progress: float, step: int | None = None) -> float:
         """Linear warmup (by `step` where it is counted in steps), constant, linear warmdown; never negative."""
+        # A trapezoid, no cosine: the horizon need not be known until the rate begins to fall (arXiv 2405.18392).
         warmup = 1.0
         if step is not None and step < self.warmup_steps:
             warmup = (step + 1) / self.warmup_steps
         elif self.warmup_ratio > 0 and progress < self.warmup_ratio:
-            return max(progress / self.warmup_ratio, 0.01)
+            return max(progress / self.warmup_ratio, 0.01)  # a first step at rate 0 would teach nothing
         done = self.warmdown(progress)
         return min(warmup, (1 - done) + done * self.final_lr_frac)
 
@@ -213,12 +221,14 @@ class Schedule:
 
     def apply(self, groups: Iterable[dict[str, Any]], step: int, elapsed_seconds: float) -> float:
         """Set every optimizer group's learning rate, Muon's momentum and decay for `step`; returns the multiplier."""
+        # One share for all three, of steps or of time: they end together however the speed changes.
         share = self.progress(step, elapsed_seconds)
         multiplier = self.lr_multiplier(share, step)
         for group in groups:
             group["lr"] = group["initial_lr"] * multiplier
             if group["kind"] == "muon":
                 group["momentum"] = self.momentum.at(step, self.warmdown(share))
+                # A cosine besides the falling rate, by which decay is multiplied anyway. Source: nanochat.
                 decay = 0.5 * (1 + math.cos(math.pi * share)) if self.decay_to_zero else 1.0
                 group["weight_decay"] = group["initial_weight_decay"] * decay
         return multiplier
@@ -265,16 +275,19 @@ def scale_hyperparameters(
     2405.13698.
     """
     rates = {name: getattr(preset, name) for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")}
-    if preset.total_batch_size is not None:
+    if preset.total_batch_size is not None:  # classic: one batch and one set of rates for every run
         batch = total_batch_size or preset.total_batch_size
         return Hyperparameters(total_batch_size=batch, weight_decay=preset.weight_decay, **rates)
     reference_batch, reference = batch_reference(preset, model.config)
     tokens = horizon_tokens or preset.tokens_per_parameter * preset.scaling_params(model)
     if total_batch_size is None:
+        # The lower the loss, the noisier the gradient in comparison, and the larger the batch that still pays
+        # (arXiv 1812.06162); longer runs get lower. Too large a batch makes fewer steps that are hardly better.
         ideal = reference_batch * (tokens / reference) ** BATCH_EXPONENT
         total_batch_size = max(1, round(2 ** round(math.log2(ideal)) / multiple_of)) * multiple_of
     decay = preset.weight_decay
     if preset.rates_follow_batch:
+        # The square root, not the ratio: Adam and Muon normalise their updates, so only the noise in them shrinks.
         factor = math.sqrt(total_batch_size / reference_batch)
         rates = {name: rate * factor for name, rate in rates.items()}
         decay = min(decay * factor * reference / tokens, MAX_WEIGHT_DECAY)
@@ -285,6 +298,8 @@ def batch_for_steps(preset: Preset, model: GPT, num_iterations: int) -> int:
     """The batch of a run of so many steps: B = B_ref·(steps·B/D_ref)^0.383, solved for B."""
     if preset.total_batch_size is not None:
         return preset.total_batch_size
+    # Here the horizon D = steps·B depends on the batch that depends on it; with B on both sides the exponent becomes
+    # x / (1 - x).
     batch, tokens = batch_reference(preset, model.config)
     return round(batch * (num_iterations * batch / tokens) ** (BATCH_EXPONENT / (1 - BATCH_EXPONENT)))
 
@@ -296,7 +311,7 @@ def batch_reference(preset: Preset, config: GPTConfig) -> tuple[int, float]:
 
 def reference_tokens(preset: Preset, config: GPTConfig) -> float:
     """D_ref: the tokens a model of the reference depth and this vocabulary is trained on."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes only
         model = GPT(GPTConfig.from_depth(REFERENCE_DEPTH, config.vocab_size, 64, **preset.switches))
     return preset.tokens_per_parameter * preset.scaling_params(model)
 
@@ -325,7 +340,8 @@ def plan_batch(total_batch_size: int, device_batch_size: int, sequence_len: int,
     for name, value in (("device_batch_size", device_batch_size), ("max_seq_len", sequence_len)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    per_pass = device_batch_size * sequence_len * world_size
+    per_pass = device_batch_size * sequence_len * world_size  # tokens of one micro-batch over all ranks
+    # Rounding the batch silently would make it depend on the machine, and with it the result.
     if total_batch_size < 1 or total_batch_size % per_pass:
         nearest = max(1, round(total_batch_size / per_pass)) * per_pass
         raise ValueError(
@@ -370,13 +386,15 @@ def parameter_groups(
     Rates of embeddings and lm_head are × (width/768)^-½; value and bigram embeddings have half the embedding's.
     `lr_frac` scales every learning rate: a later stage starts where the one before ended. Source: nanochat.
     """
+    # AdamW moves each number by about its rate, so a wider row moves further in all. Muon needs no such factor: an
+    # orthogonal update changes the length of a vector equally at every width.
     width_scale = (model.config.n_embd / REFERENCE_WIDTH) ** -0.5
     rates = {
         "wte": embedding_lr * width_scale,
         "lm_head": unembedding_lr * width_scale,
         "matrices": matrix_lr,
         "values": 0.5 * embedding_lr * width_scale,
-        "resid": 0.01 * scalar_lr,
+        "resid": 0.01 * scalar_lr,  # factors on the stream, layer upon layer: their changes multiply
         "x0": scalar_lr,
         "gates": 0.4 * scalar_lr,
     }
@@ -386,6 +404,7 @@ def parameter_groups(
     groups = []
     for kind, named in members.items():
         muon = kind == "matrices"
+        # Later entries win: the run's decay, then the preset's own for the group, then what is fixed.
         settings: dict[str, Any] = {"weight_decay": weight_decay}
         settings |= preset.muon if muon else ADAM | preset.adam.get(kind, {})
         settings |= {"kind": "muon" if muon else "adamw", "lr": rates[kind] * lr_frac}
@@ -396,6 +415,8 @@ def parameter_groups(
 
 def _group_of(name: str, p: Tensor) -> str:
     """The parameter group of a parameter, by its name; of those in a layer the matrices are Muon's."""
+    # Muon treats the singular directions of a matrix alike, which suits a map between hidden states. The rows of an
+    # embedding or of lm_head are single tokens, each with a frequency of its own: Adam scales them one by one.
     if name.startswith("transformer.h."):
         return "matrices" if p.dim() == 2 else "gates"
     for prefix, kind in {
