@@ -118,6 +118,7 @@ class AdamWTensors:
         states = [self.state[i] for i in chosen]
         params = [self.part(i, self.params[i]) for i in chosen]
         # 16-bit parameters are updated in float32 and rounded once: near 1 a float16 can't move by less than 0.0005.
+        # Where no cast is needed `to` returns the parameter itself, and the update lands in it.
         wide = [p.to(s["exp_avg"].dtype) for p, s in zip(params, states, strict=True)]
         grads = [g.to(p.dtype) for g, p in zip(grads, wide, strict=True)]
         scale = None
@@ -154,6 +155,7 @@ class AdamWTensors:
 
     def share_params(self) -> Callable[[], None]:
         """Begin to gather the updated parts from all ranks; the result waits for the end."""
+        # What is replicated was updated alike by all ranks, from the same averaged gradient.
         sharded = [p for i, p in enumerate(self.params) if self.sharded[i]]
         waits = [self.ranks.all_gather(p.view(-1)[self.ranks.own(p.numel())], p.numel()) for p in sharded]
 
@@ -280,6 +282,7 @@ class MuonAdamW(torch.optim.Optimizer):
         Not finite if any gradient of any rank is not. float32 (float64 for float64 gradients).
         """
         self._check_reduced()  # without it every rank would clip by the norm of its own gradients
+        # On the device and without a host sync: Precision.step reads it together with the loss.
         norm = with_more_memory(
             lambda: get_total_norm([grad for bucket in self.buckets for grad in bucket.own_grads()])
         )
@@ -321,7 +324,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, the averaged ones too: also the way to skip a step."""
         super().zero_grad(set_to_none)
-        self._clear()
+        self._clear()  # the averaged parts live apart from p.grad
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,11 @@ from torch import Tensor, nn
 
 from nanochat.cards import find_card
 
-# The one table of precisions: names on the command line and in checkpoints.
+# The one table of precisions: names on the command line and in checkpoints. How far each reaches, and how fine it is:
+#             largest   smallest   steps near 1
+#   float32   3e38      1e-45      1e-7
+#   float16   65504     6e-8       1e-3          small gradients become 0: hence the loss scaler
+#   bfloat16  3e38      9e-41      8e-3          the range of float32, a third of its digits
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -33,6 +37,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NARROW_RANGE = frozenset({torch.float16})
 # What training rounds the factors of float32 products to on a CPU that is fast at it.
 MEDIUM = DTYPES["bfloat16"]
+# Twelve halvings take a loss scale of 65536 to 16. What is not finite then does not come from the scale.
 MAX_SKIPS_IN_A_ROW = 12
 # Steps between attempts to double the loss scale when the run's length is not known. Each may cost a skipped step.
 GROWTH_INTERVAL = 200
@@ -47,7 +52,7 @@ def candidate_dtypes(device_type: str, capability: tuple[int, int] = (0, 0)) -> 
     it counts emulation.
     """
     if device_type != "cuda":
-        return (DTYPES["float32"],)
+        return (DTYPES["float32"],)  # a CPU with bfloat16 units rounds factors only, see `product_dtype`
     if capability >= (8, 0):
         return (DTYPES["bfloat16"],)
     if capability < (7, 0):
@@ -57,12 +62,14 @@ def candidate_dtypes(device_type: str, capability: tuple[int, int] = (0, 0)) -> 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype matmuls of tensors like `x` run in right now."""
+    # Outside of autocast, and for tensors of another device, nothing is cast.
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     """In which dtype a training in `dtype` multiplies matrices: bfloat16 for float32 on a CPU that is fast at it."""
+    # Only the factors are rounded, as they are read. Sums, activations and all between the matmuls stay float32.
     return MEDIUM if device_type == "cpu" and dtype == DTYPES["float32"] and cpu_has_bf16() else dtype
 
 
@@ -91,6 +98,7 @@ def dtype_cost(
 
 
 def _cuda_dtype_cost(name: str, capability: tuple[int, int], card: str) -> str | None:
+    # 7.0 brought tensor cores for float16, 8.0 those for bfloat16 and TF32; before 7.0 a card has none.
     known = find_card(card)
     if name == "bfloat16" and capability < (8, 0):
         return (
@@ -172,11 +180,10 @@ class StepResult:
 class Precision:
     """The dtype of a run, with everything that follows from it."""
 
-    def __init__(self, device_type: str, dtype: torch.dtype, growth_interval: int = GROWTH_INTERVAL) -> None:
-        self.device_type = device_type
-        self.dtype = dtype
+    def __init__(self, device_type: str, dtype: torch.dtype) -> None:
+        self.device_type, self.dtype = device_type, dtype
         self.name = DTYPE_NAMES[dtype]
-        self.scaler = LossScaler(dtype in NARROW_RANGE, growth_interval=growth_interval)
+        self.scaler = LossScaler(dtype in NARROW_RANGE)  # bfloat16 reaches as far as float32 and needs none
         self.skipped = 0
         self.skipped_in_a_row = 0
 
@@ -203,6 +210,7 @@ class Precision:
         if self.device_type != "cuda" or self.dtype != torch.float32:
             yield
             return
+        # TF32 has the range of float32 and the digits of float16: enough for a training step's products.
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
         try:
@@ -210,13 +218,10 @@ class Precision:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """The dtype of a KV cache."""
-        return self.dtype
-
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context to run a forward pass in."""
+        # Parameters stay float32 in every mode and are cast as they are used: in 16 bits an update of 1e-4 of a weight
+        # would be rounded away. Autocast keeps the cast weights until the context is left.
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
@@ -231,6 +236,7 @@ class Precision:
 
         None: the length is not known (it follows the clock).
         """
+        # torch's default of 2000 steps would leave a short run without a single attempt.
         if num_steps is not None:
             interval = min(MAX_GROWTH_INTERVAL, max(MIN_GROWTH_INTERVAL, num_steps // 10))
             self.scaler.set_growth_interval(interval)
@@ -249,6 +255,7 @@ class Precision:
         Raises:
             NonFiniteError: too many steps in a row had non-finite gradients, or the scale fell below 1.
         """
+        # Averaged before they are checked: the norm to clip by is that of the whole batch.
         for optimizer in optimizers:
             optimizer.reduce_gradients()
         # The norm answers two questions in one pass over the gradients: how much to clip, and whether all are finite
@@ -281,7 +288,6 @@ class Precision:
     def _count(self, finite: bool, what: str) -> None:
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        # Twelve halvings take a scale of 65536 to 16. What is still not finite then does not come from the scale.
         if self.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
             raise NonFiniteError(f"{self.skipped_in_a_row} steps in a row were skipped: the {what} is not finite")
         if self.scaler.get_scale() < 1.0:
@@ -289,6 +295,7 @@ class Precision:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state: scaler and skip counters."""
+        # Without the scale a resumed run would begin at 65536 again, and skip steps to find its height once more.
         return {
             "dtype": self.name,
             "scaler": self.scaler.state_dict(),
@@ -312,7 +319,8 @@ class NonFiniteError(RuntimeError):
 
 @functools.cache
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    """True if this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    # oneDNN says yes where it only emulates too, so the CPU's own flags are asked as well.
     check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
@@ -324,6 +332,8 @@ def cpu_has_bf16() -> bool:
 
 def first_nonfinite_module(model: nn.Module, run: Any) -> str | None:
     """Name of the first module whose output is not finite while `run()` calls the model; None if all are finite."""
+    # Modules end in the order in which they compute, inner ones before those around them: the first that is not finite
+    # is where it happened, all later ones only pass it on.
     found: list[str] = []
     handles = []
 

@@ -131,7 +131,7 @@ def load_engines(cfg: Config, name: str, compute: Compute) -> tuple[list[BatchEn
     engines = []
     for device in choose_devices(compute.device, cfg.num_gpus):
         model, tokenizer, meta = load_chosen(cfg.source, cfg.model_tag, cfg.step, cfg.hf_path, device)
-        batch_size = cfg.max_batch_size or fitting_slots(model.config, compute.precision.cache_dtype)
+        batch_size = cfg.max_batch_size or fitting_slots(model.config, compute.precision.dtype)
         engines.append(
             BatchEngine(
                 model,

@@ -162,7 +162,7 @@ class Scheduler:
         self.model, self.precision, self.prefill_chunk = model, precision, prefill_chunk
         self.tools = ToolMachine(tokenizer)
         self.decode = decode or self._decode_by_model
-        dtype = precision.cache_dtype if precision is not None else model.lm_head.weight.dtype
+        dtype = precision.dtype if precision is not None else model.lm_head.weight.dtype
         self.cache = KVCache.for_model(model, slots, seq_len, dtype)
         self._slots = [_Slot() for _ in range(slots)]
         self._clock = 0

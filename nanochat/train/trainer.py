@@ -102,6 +102,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         compute, schedule = self.compute, self.settings.schedule
+        # Training may round the factors of its products (see `Precision.product_dtype`); it tells model and optimizer so,
+        # instead of turning a switch of the whole process, and evaluation and chat stay exact.
         self.model.set_product_dtype(compute.precision.product_dtype)
         self.optimizer.set_product_dtype(compute.precision.muon_dtype)
         self._use_compiled(None if compute.measure_compile else compute.compile)
@@ -110,6 +112,7 @@ class Trainer:
         self.saver = Saver(self.label, self.folder, compute, self.settings, self._snapshot, schedule.seconds)
         flops = self.model.estimate_flops(self.model.config.sequence_len)
         self.log = RunLog(self.label, self.folder, compute, self.tracker, flops)
+        # The loop's own, not in a checkpoint.
         self.complete = False
         self.last_evaluation: dict[str, float] = {}
         self._row_split = 1
@@ -159,6 +162,7 @@ class Trainer:
 
     def _next_batches(self) -> list[Batch]:
         """The micro-batches of a step, each (B, T); early in the run they may be cut into shorter sequences."""
+        # The loader works ahead in the background: what is measured here is only the time it was too slow.
         start = time.perf_counter()
         batches = [Batch(*next(self.loader)) for _ in range(self.settings.grad_accum_steps)]
         self._data_seconds += time.perf_counter() - start
@@ -182,22 +186,25 @@ class Trainer:
         if self.compute.ddp:
             dist.all_reduce(total, op=dist.ReduceOp.SUM)
             total /= self.compute.world_size
-        # Until here nothing has waited for the device. Precision.step reads norm and loss in one go: the only host
-        # sync of a step.
+        # On one card nothing has waited for the device until here. Precision.step reads norm and loss in one go: the
+        # only host sync of a step.
         result = self.compute.precision.step([self.optimizer], self.settings.grad_clip, total)
         self.optimizer.zero_grad(set_to_none=True)
         return result, float(total)
 
     def _backward(self, batches: list[Batch], weight: Tensor) -> Tensor | None:
         """Add up the gradients of all pieces; returns this rank's loss, or None if memory ran out on some rank."""
+        # `any_rank` below is the only message between ranks: gradients are reduced once a step, not once a micro-batch.
         total, fits = torch.zeros((), device=self.compute.device), True
         try:
+            # Each backward pass frees its activations and adds to p.grad: the memory is that of one piece, the result
+            # that of all of them at once.
             for batch in batches:
                 for piece in self._pieces(batch):
                     with self.compute.precision.autocast():
                         loss = self.summed_loss(piece) * weight
                     self.compute.precision.backward(loss)
-                    total += loss.detach()
+                    total += loss.detach()  # a number would wait for the device, once per piece
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -208,10 +215,12 @@ class Trainer:
 
     def _pieces(self, batch: Batch) -> Iterator[Batch]:
         """The parts of a micro-batch that fit into memory at a time."""
+        # Sequences that were cut into quarters are four times as many, and as large together.
         return batch.pieces(len(batch.x) if self.micro is None else self.micro.rows * self._row_split)
 
     def summed_loss(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch, summed over its supervised tokens; compute it under autocast."""
+        # Layers and loss apart: the layers can be compiled, the loss never makes all logits (B, T, V) at once.
         x = self._hidden(batch.x, segments=batch.segments)  # (B, T, C)
         if self.objective is not None:
             return self.objective(self.model, x, batch)
@@ -275,12 +284,12 @@ class Trainer:
                     metrics = self.train_step()
                 except NonFiniteError as error:
                     raise self._explain(error) from error
-                self.compute.synchronize()
+                self.compute.synchronize()  # the update is still running on the device: without it steps look faster
                 seconds = clock.count_step(clock.now() - start)
                 state.count_step(seconds, metrics["loss"])
                 metrics |= self.log.speed(state.tokens - tokens, seconds, self._data_seconds)
                 self.log.write_step(bar, state, clock, schedule.num_iterations, metrics)
-                self.saver.after_step(state.step, stop.requested)
+                self.saver.after_step(state.step, stop.requested)  # may stop here: after a whole step, never within one
                 if clock.wants_rehearsal():
                     self._rehearse()
 
@@ -332,6 +341,7 @@ class Trainer:
 
     def _snapshot(self, complete: bool, attempt: int) -> Snapshot:
         """A copy of all that the next step depends on; training continues while it is written."""
+        # Weights are the same on all ranks, bit for bit: rank 0 writes them. A finished model needs no optimizer.
         first = self.compute.rank == 0
         optimizer = None
         if not complete:
@@ -359,7 +369,7 @@ class Trainer:
             self.state.step,
             host_copy(self.weights() if self.weights is not None else self.model.state_dict()) if first else {},
             optimizer,
-            copy.deepcopy(meta),
+            copy.deepcopy(meta),  # the next step changes counters while this is written
             self.compute.rank,
             self.compute.world_size,
             attempt,
@@ -383,12 +393,13 @@ class Trainer:
         self.complete = bool(checkpoint_meta["complete"])
         if self.complete:
             return
-        # What was done after the checkpoint is lost, but its time is used.
+        # The steps after the checkpoint are lost, but their time is used: the last one that was logged tells how much.
         clock = max(clock, self.state.seconds, last_value(self.log.metrics.path, "clock"))
         self.clock.used = self.clock.ticked = self.compute.broadcast(clock)
         self.clock.costs |= checkpoint_meta.get("costs", {})
         if checkpoint_meta.get("micro_batch") is not None and self.micro is None:
             self.micro = MicroBatch(**checkpoint_meta["micro_batch"])
+        # By parameters' names and whole, whatever number of ranks has saved it.
         self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(("rng.", EXTRA_STATE))})
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
         if self._compile is None:  # the measurement of the start, so that a resumed run computes the same bits
@@ -407,6 +418,7 @@ class Trainer:
                     x = self.model.hidden(batch.x, segments=batch.segments)
                     self.model.logits_at(x[:, -1])
 
+        # Hidden states and the logits of one position are enough: what is not finite at the end was so in a layer.
         found = [first_nonfinite_module(self.model, forward)]
         if self.compute.ddp:  # all ranks stopped at this step, but only one may have met the batch
             mine, found = found[0], [None] * self.compute.world_size
