@@ -125,7 +125,7 @@ class MuonStack:
         self.active: list[int] = []  # which of self.own have a gradient
         self.reduced: Tensor | None = None  # (K, R, C)
         self.state: dict[str, Tensor] = {}
-        # (K, R, C), what a step that ran out of memory goes on from:
+        # (K, R, C), the parts of a step that are done already when it runs out of memory and is made again:
         self.looked_ahead: Tensor | None = None
         self.update: Tensor | None = None
 

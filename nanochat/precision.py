@@ -68,7 +68,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """In which dtype a training in `dtype` multiplies matrices: bfloat16 for float32 on a CPU that is fast at it."""
+    """The dtype of training's matrix products: bfloat16 for float32 on a CPU that is fast at it, else `dtype`."""
     # Only the factors are rounded, as they are read. Sums, activations and all between the matmuls stay float32.
     return MEDIUM if device_type == "cpu" and dtype == DTYPES["float32"] and cpu_has_bf16() else dtype
 
@@ -76,7 +76,7 @@ def product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
 def dtype_cost(
     device_type: str, dtype: torch.dtype, capability: tuple[int, int] = (0, 0), card: str = ""
 ) -> str | None:
-    """What it costs to compute in `dtype` on a device that does better in another one; None if there is nothing to say.
+    """The cost of computing in `dtype` on a device that does better in another one; None if there is nothing to say.
 
     Args:
         device_type: cuda, cpu or mps.
@@ -120,7 +120,7 @@ def _cuda_dtype_cost(name: str, capability: tuple[int, int], card: str) -> str |
 
 
 class ShardedOptimizer(Protocol):
-    """What `Precision.step` asks of an optimizer (see nanochat/optim.py)."""
+    """An optimizer that `Precision.step` can use (see nanochat/optim.py)."""
 
     def reduce_gradients(self) -> None:
         """Average the gradients over the ranks."""
@@ -169,7 +169,7 @@ class LossScaler(torch.amp.GradScaler):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     skipped: bool
     grad_norm: float
@@ -314,7 +314,7 @@ class Precision:
 
 
 class NonFiniteError(RuntimeError):
-    """Training can't go on: gradients or loss are not finite."""
+    """Training cannot continue: gradients or loss are not finite."""
 
 
 @functools.cache

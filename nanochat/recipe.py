@@ -159,7 +159,7 @@ def recipe_of(meta: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long a run is and how its learning rate moves. Either `num_iterations` or `seconds` is set."""
+    """The length of a run and the course of its learning rate. Either `num_iterations` or `seconds` is set."""
 
     num_iterations: int | None = None
     seconds: float | None = None
@@ -196,7 +196,7 @@ class Schedule:
         return min(1.0, elapsed_seconds / self.seconds)
 
     def finished(self, step: int, elapsed_seconds: float) -> bool:
-        """Whether the run is over before `step`."""
+        """True if the run is over before `step`."""
         if self.num_iterations is not None:
             return step >= self.num_iterations
         assert self.seconds is not None
@@ -318,7 +318,7 @@ def reference_tokens(preset: Preset, config: GPTConfig) -> float:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the total batch is made up: rows of `sequence_len` tokens per forward pass, times passes, times ranks."""
+    """The parts of the total batch: sequences per forward pass, times passes, times ranks."""
 
     device_batch_size: int
     sequence_len: int
@@ -381,7 +381,7 @@ def parameter_groups(
     scalar_lr: float = 0.5,
     preset: Preset = CLASSIC,
 ) -> list[dict[str, Any]]:
-    """Which optimizer moves which parameter, and how fast: Muon the blocks' matrices, AdamW everything else.
+    """The optimizer's groups: Muon for the blocks' matrices, AdamW for everything else, each with its learning rate.
 
     Rates of embeddings and lm_head are × (width/768)^-½; value and bigram embeddings have half the embedding's.
     `lr_frac` scales every learning rate: a later stage starts where the one before ended. Source: nanochat.

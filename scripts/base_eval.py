@@ -5,7 +5,7 @@ python -m scripts.base_eval --eval_bundle=/path/to/eval_bundle --max_per_task=10
 python -m scripts.base_eval --hf_path=openai-community/gpt2
 torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
 
-Killed and started again with the same settings, it goes on where it was. The scores are in <base dir>/base_eval/*.csv,
+Killed and started again with the same settings, it resumes where it was. The scores are in <base dir>/base_eval/*.csv,
 the model's choice in every example in a .jsonl beside it.
 """
 
@@ -119,7 +119,7 @@ def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> Non
     csv_path = get_base_dir() / "base_eval" / f"{subject.slug}{part}.csv"
     finished = ResumeLog(csv_path.with_suffix(".unfinished") / fingerprint(cfg, folder, subject, compute))
     if finished.records:
-        print0(f"going on after {len(finished.records)} examples that an earlier run has answered")
+        print0(f"resuming after {len(finished.records)} examples that an earlier run has answered")
     if dist.is_initialized():
         dist.barrier()  # all have read what there is before anybody adds to it
     result = evaluate_core(
@@ -152,7 +152,7 @@ def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> Non
 
 
 def read_answers(folder: Path, result: CoreResult) -> list[dict[str, Any]]:
-    """What the model chose in each example: those that all ranks kept in `folder`, in order."""
+    """The model's choice in each example, in order, from what all ranks kept in `folder`."""
     place = {task.name: i for i, task in enumerate(result.tasks)}
     answers = {(place[r["task"]], r["index"]): r for r in ResumeLog(folder).records if r["task"] in place}
     return [answers[key] for key in sorted(answers)]
@@ -160,7 +160,7 @@ def read_answers(folder: Path, result: CoreResult) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated."""
+    """The model that is evaluated."""
 
     model: LanguageModel
     tokenizer: TextEncoder

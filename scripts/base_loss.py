@@ -1,4 +1,4 @@
-"""How well a base model predicts text: bits per byte on training and validation text, and what it writes.
+"""Measure a base model on text: bits per byte on training and validation text, and samples of what it writes.
 
 python -m scripts.base_loss
 """
@@ -25,7 +25,7 @@ class Config:
 
     runtime: Runtime = field(default_factory=Runtime)
     device_batch_size: int = 32
-    """Rows per forward pass and process."""
+    """Sequences per forward pass and process."""
     eval_tokens: int = 20 * 524288
     """Most tokens of each split to read (all of it when it is smaller)."""
     data_dir: str | None = None
@@ -49,7 +49,9 @@ def split_bpb(
     sequence_len = model.config.sequence_len
     rows = cfg.eval_tokens // sequence_len
     if rows < 1:
-        raise ValueError(f"--eval_tokens={cfg.eval_tokens} is less than one row of {sequence_len} tokens: raise it")
+        raise ValueError(
+            f"--eval_tokens={cfg.eval_tokens} is less than one sequence of {sequence_len} tokens: raise it"
+        )
     if split == "train":
         # The training stream never ends: read about as much of it as the split holds, at most.
         rows = min(rows, max(1, corpus.num_bytes(split) // (4 * sequence_len)))

@@ -26,7 +26,7 @@ class Config(FinetuneConfig):
     supervise: Literal["all", "assistant"] = "assistant"
     """Learn every token of a conversation, or the assistant's only."""
     isolate_conversations: bool = True
-    """Read each conversation of a row as if it were alone in it."""
+    """Read each conversation of a sequence as if it were alone in it."""
 
 
 def main(cfg: Config) -> None:

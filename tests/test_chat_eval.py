@@ -366,7 +366,7 @@ def test_base_loss_with_too_few_tokens_is_an_error(trained, capsys):
     with pytest.raises(SystemExit) as error:
         run_script(base_loss.main, base_loss.Config, ["--device_batch_size=2", "--eval_tokens=127"])
     assert error.value.code == 1
-    assert "less than one row of 128 tokens" in capsys.readouterr().err
+    assert "less than one sequence of 128 tokens" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ class Clock:
         return self.steps_left() < 1.5
 
     def schedule_seconds(self) -> float:
-        """Where the schedule is at the step that begins now: all of its seconds at the last one, 0 without a budget."""
+        """The schedule's position at the step that begins now: all its seconds at the last one, 0 without a budget."""
         if self.seconds is None:
             return 0.0
         if self.is_last():

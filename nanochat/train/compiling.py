@@ -1,6 +1,6 @@
-"""Whether torch.compile pays on this card, for this model, in this run: measured, not assumed.
+"""torch.compile where it pays on this card, for this model, in this run: measured, not assumed.
 
-Compiling takes a while and may fail (no C compiler, an old Triton); short runs never earn that back. What is decided
+Compiling takes a while and may fail (no C compiler, an old Triton); short runs never earn that back. The decision
 is kept in the checkpoint, so that a resumed run computes the same bits. The optimizer needs no compiled kernels.
 """
 
@@ -47,7 +47,7 @@ def seconds_per_pass(hidden: Hidden, model: GPT, compute: Compute, idx: Tensor, 
 
 
 def should_compile(model: GPT, compute: Compute, idx: Tensor, passes_left: float | None, seconds_left: float) -> bool:
-    """Whether the rest of the run is faster with compiled layers; the same answer on all ranks.
+    """True if the rest of the run is faster with compiled layers; the same answer on all ranks.
 
     Args:
         model: in training mode, without gradients.
@@ -64,7 +64,7 @@ def should_compile(model: GPT, compute: Compute, idx: Tensor, passes_left: float
     try:
         fast = seconds_per_pass(compiled(model), model, compute, idx)
     except Exception as error:  # whatever the compiler dies of, the run does without it
-        print0(f"warning: torch.compile does not work here ({str(error).strip().splitlines()[:1]}); going on without")
+        print0(f"warning: torch.compile does not work here ({str(error).strip().splitlines()[:1]}); continuing without")
         fast = float("inf")
         model.zero_grad(set_to_none=True)
     slowest = torch.tensor(fast, device=compute.device)

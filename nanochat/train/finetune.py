@@ -1,4 +1,4 @@
-"""Mid-training and SFT: the same loop as pretraining, on conversations. What differs is in `FinetuneStage`."""
+"""Mid-training and SFT: the same loop as pretraining, on conversations. They differ in their `FinetuneStage`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from nanochat.train.stage import (
 )
 
 SAMPLED = 256
-EVAL_ROWS = 8  # rows of one of the `eval_batches`, where rows are chosen by what fits
+EVAL_ROWS = 8  # sequences in one of the `eval_batches`, where a micro-batch has as many as fit
 # Share of the measured matmul speed that training is assumed to reach, to predict how much it will read in some hours.
 ASSUMED_EFFICIENCY = 0.3
 
@@ -47,20 +47,20 @@ class FinetuneConfig(StageConfig):
     chat_data: Annotated[str | None, short("--data")] = None
     """Conversations: a .jsonl or .parquet file, "demo", or nothing for nanochat's own mixture."""
     max_seq_len: int | None = None
-    """Tokens per row; default: the model's context."""
+    """Tokens per sequence; default: the model's context."""
     total_batch_size: int = 524288
     """Tokens per optimizer step, padding included."""
     supervise: Literal["all", "assistant"] = "all"
     """Learn every token of a conversation, or the assistant's only."""
     isolate_conversations: bool = False
-    """Read each conversation of a row as if it were alone in it."""
+    """Read each conversation of a sequence as if it were alone in it."""
     eval_batches: int = 20
     """Batches per evaluation."""
 
 
 @dataclass(frozen=True)
 class FinetuneStage:
-    """What sets one stage apart."""
+    """One of the two stages: its name, the stage it starts from, its section of the report."""
 
     name: Literal["mid", "sft"]
     source: Literal["base", "mid"]
@@ -80,7 +80,7 @@ def make_loader(
     sequence_len: int,
     state: dict[str, Any] | None = None,
 ) -> ConversationLoader:
-    """Packed rows of these conversations."""
+    """Packed sequences of these conversations."""
     return ConversationLoader(
         dataset,
         tokenizer,
@@ -116,7 +116,7 @@ def evaluate_loss(model: GPT, loader: ConversationLoader, batches: int, compute:
 
 
 class DataBudget(NamedTuple):
-    """How much a run can read, so that a mixture can be cut to it."""
+    """The most that a run can read, so that a mixture can be cut to it."""
 
     tokens: int | None
     """None: as much as there is."""
@@ -146,7 +146,7 @@ def plan_budget(
 
 
 class Conversations(NamedTuple):
-    """What a stage learns from."""
+    """The data of a stage."""
 
     train: Sequence[Any]
     val: Sequence[Any]
@@ -193,7 +193,7 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
         if model is None or optimizer is None:
             return
 
-        # The same text is evaluated whatever number of rows fits.
+        # The same text is evaluated whatever number of sequences fits.
         evaluated = cfg.eval_batches if cfg.device_batch_size != "auto" else -(-cfg.eval_batches * EVAL_ROWS // rows)
         meta = {"chat_data": data.name, "recipe": recipe_of(start.checkpoint.meta), "budget_tokens": budget.tokens}
         trainer = run.make_trainer(
@@ -242,7 +242,7 @@ def check_validation(loader: ConversationLoader, name: str) -> None:
 def choose_batch(
     cfg: FinetuneConfig, compute: Compute, sequence_len: int, model: GPT | None, checkpoint: Checkpoint | None
 ) -> tuple[BatchPlan, MicroBatch | None]:
-    """How the total batch is made up; a resumed run keeps what was chosen at its start."""
+    """The split of the total batch into micro-batches; a resumed run keeps the one of its start."""
     total, world, rows = cfg.total_batch_size, compute.world_size, cfg.device_batch_size
     if isinstance(rows, int):
         return plan_batch(total, rows, sequence_len, world), None

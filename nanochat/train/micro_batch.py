@@ -1,4 +1,4 @@
-"""Micro-batches that fit: cutting batches into pieces, and finding the largest piece that a real step survives."""
+"""Micro-batches that fit: the largest one that a real step survives, and the next smaller one when memory runs out."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from nanochat.plan.memory import (
 
 
 def too_large(config: GPTConfig, compute: Compute, budget_bytes: float) -> RuntimeError:
-    """The error for a model of which not even one row fits; names the depth that does."""
+    """The error for a model with which not even one sequence fits; names the depth that does."""
     setup = StepSetup(compute.dtype, compute.device_type)
     smallest = estimate_training_memory(config, SMALLEST, config.sequence_len, setup)
     depth = depth_that_fits(config, budget_bytes, config.sequence_len, setup)
     remedy = f"--depth={depth} fits" if depth else "no depth fits with this vocabulary and context"
     return RuntimeError(
-        f"a model of depth {config.n_layer} does not fit into the memory of this device: one row of "
+        f"a model of depth {config.n_layer} does not fit into the memory of this device: one sequence of "
         f"{config.sequence_len} tokens needs about {smallest.total / GB:.1f} GB, {budget_bytes / GB:.1f} GB are free; "
         f"{remedy}"
     )
 
 
 def refuse_too_large(config: GPTConfig, compute: Compute, only_warn: bool = False) -> None:
-    """Raise before any work if not even one row of a step fits, by the memory model; or only warn.
+    """Raise before any work if not even one sequence fits, by the memory model; or only warn.
 
     Raises:
         RuntimeError: names the depth that fits.
@@ -77,8 +77,8 @@ def seconds_of(model: GPT, compute: Compute, rows: int, sequence_len: int, reser
     Args:
         model: on the device, in training mode; its gradients are dropped.
         compute: where it runs.
-        rows: of the micro-batch.
-        sequence_len: tokens per row.
+        rows: sequences in the micro-batch.
+        sequence_len: tokens per sequence.
         reserve_bytes: memory that the optimizer will hold.
     """
     idx = random_tokens(model.config.vocab_size, rows, sequence_len, compute.device)
@@ -105,12 +105,12 @@ def choose_micro_batch(
     Args:
         model: on the device, in training mode, without gradients.
         compute: where it runs.
-        sequence_len: tokens per row.
-        max_rows: rows of a whole step per process; the micro-batch divides them.
+        sequence_len: tokens per sequence.
+        max_rows: sequences of a whole step per process; the micro-batch divides them.
         activation_checkpointing: it is asked for anyway.
 
     Raises:
-        RuntimeError: not even one row fits; names the depth that does.
+        RuntimeError: not even one sequence fits; names the depth that does.
     """
     config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,7 +1,7 @@
 """Pretraining: its settings, the plan that follows from them and from this machine, and the run.
 
-The plan is made once, by `resolve_plan`, before there is a model: its shape, the length of the run, the rows that go
-through it at a time, the learning rates. All that comes after carries the plan out.
+The plan is made once, by `resolve_plan`, before there is a model: its shape, the length of the run, the
+sequences that go through it at a time, the learning rates. All that comes after carries the plan out.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings:
-    """What a pretraining run learns: the model, the text, the horizon and the rates."""
+    """The model, the text, the horizon and the rates of a pretraining run."""
 
     architecture: Architecture = field(default_factory=Architecture)
     recipe: Literal["small", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
@@ -88,7 +88,7 @@ class PretrainSettings:
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     packing: Mode = "stream"
-    """How documents become rows: stream (one after the other, as in classic nanochat), or bestfit (every row begins
+    """The way documents become sequences: stream (one after the other, as in classic nanochat), or bestfit (each begins
     at a document, the ends of some are cropped; the share is reported)."""
     skip_bad_shards: bool = False
     """Pass over shards that can't be read, with a warning, instead of stopping."""
@@ -124,7 +124,7 @@ class PretrainSettings:
     final_lr_frac: float | None = None
     """Learning rate at the end, as a share of the full one; default: 0 (small, classic), 0.05 (modern)."""
     short_rows_ratio: float = 0.0
-    """Share of the run in which rows are cut into shorter ones: first quarters, then halves."""
+    """Share of the run in which sequences are cut into shorter ones: first quarters, then halves."""
     activation_checkpointing: bool = False
     """Keep no activations inside the layers but compute them again: less memory, about a third more time."""
 
@@ -154,7 +154,7 @@ class PretrainConfig(RunConfig, PretrainSettings):
             raise ValueError(f"--short_rows_ratio must be from 0 to 1, got {self.short_rows_ratio}")
         if self.short_rows_ratio and self.max_seq_len % 4:
             raise ValueError(
-                f"--short_rows_ratio cuts rows into quarters, and --max_seq_len={self.max_seq_len} has none"
+                f"--short_rows_ratio cuts sequences into quarters, and --max_seq_len={self.max_seq_len} has none"
             )
 
     @property
@@ -185,7 +185,7 @@ class Plan:
     eval_tokens: int
     """Tokens per evaluation."""
     micro: MicroBatch | None = None
-    """What fits into the device's memory at a time, where that was measured."""
+    """The micro-batch that fits into the device's memory, where that was measured."""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -229,7 +229,7 @@ def make_plan(
         horizon_tokens: tokens of the whole run, where they are known already.
         total_batch_size: tokens per step of the run that is resumed; the settings' goes before it.
         tflops: measures this machine's matmul speed per process, in TFLOP/s; called when the horizon is a time.
-        rows: the most rows of a micro-batch, where they are not set.
+        rows: the most sequences in a micro-batch, where they are not set.
     """
     preset = PRESETS[cfg.recipe]
     switches = preset.switches | cfg.architecture.given()
@@ -249,12 +249,12 @@ def make_plan(
         horizon_tokens = int(positive(cfg.target_flops) / flops)
     tokens = horizon_tokens or int(ratio * preset.scaling_params(model))
 
-    per_row = cfg.max_seq_len * world_size  # tokens that one row on every rank makes
+    per_row = cfg.max_seq_len * world_size  # tokens in one sequence on every rank
     total_given = cfg.total_batch_size or total_batch_size
     rates = scale_hyperparameters(preset, model, tokens, total_given, per_row).override(cfg)
     auto = not isinstance(cfg.device_batch_size, int)
     rows = cfg.device_batch_size if isinstance(cfg.device_batch_size, int) else rows
-    # Where the batch or the rows are ours to choose, so are rows that divide it.
+    # Where the batch or the micro-batch is ours to choose, so is a micro-batch that divides it.
     if rows > 0 and (auto or (cfg.total_batch_size is None and preset.scales)):
         rows = divisors(max(1, rates.total_batch_size // per_row), rows)[0]
     batch = plan_batch(rates.total_batch_size, rows, cfg.max_seq_len, world_size)
@@ -287,11 +287,11 @@ def make_plan(
 def resolve_plan(cfg: PretrainConfig, vocab_size: int, compute: Compute, checkpoint: Checkpoint | None = None) -> Plan:
     """The plan of a run on this machine: micro-batches that fit, and for a time the horizon that a real step promises.
 
-    A resumed run keeps horizon, batch, rows and evaluation of its start: what was measured then must not change with
-    the machine's mood, nor with the number of processes. With --dry_run nothing is tried on the device.
+    A resumed run keeps horizon, batch, micro-batch and evaluation of its start: they must not change with a second
+    measurement, nor with the number of processes. With --dry_run nothing is tried on the device.
 
     Raises:
-        RuntimeError: not even one row fits; names the depth that does.
+        RuntimeError: not even one sequence fits; names the depth that does.
     """
     T, world, auto = cfg.max_seq_len, compute.world_size, cfg.device_batch_size == "auto"
     meta = {} if checkpoint is None else checkpoint.meta
@@ -322,7 +322,7 @@ def resolve_plan(cfg: PretrainConfig, vocab_size: int, compute: Compute, checkpo
         rows = micro.rows
     else:
         seconds = compute.broadcast(seconds_of(model, compute, rows, T, 0) or 0.0)
-        if not seconds:  # too many rows: the trainer will take fewer
+        if not seconds:  # too many for the memory: the trainer will take fewer
             return plan
     del model
     speed = rows * T * world / max(seconds, 1e-9)  # tokens per second

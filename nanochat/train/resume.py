@@ -22,7 +22,7 @@ MAY_CHANGE = {
     *("run", "tracker", "resume", "force", "dry_run", "eval_every", "sample_every"),
     *("save_every", "save_every_minutes", "keep_last", "keep_every"),
     *("device_type", "compile", "deterministic", "activation_checkpointing", "skip_bad_shards", "token_cache"),
-    "device_batch_size",  # the total batch is another setting, and the rows come in the same order
+    "device_batch_size",  # the total batch is another setting, and sequences come in the same order
 }
 LOCK_SECONDS = 5.0  # a process that was killed a moment ago may hold the lock a little longer
 

@@ -46,9 +46,9 @@ class RLConfig(StageConfig, RolloutConfig):
     """Settings of reinforcement learning."""
 
     device_batch_size: int = 8
-    """Rows per forward pass and process."""
+    """Answers per forward pass and process."""
     source: Literal["mid", "sft"] = "sft"
-    """Which stage's model to start from."""
+    """The stage whose model to start from."""
     clip: float | None = None
     """PPO's clipping of the probability ratio to 1 ± this; off by default."""
     kl: float = 0.0
@@ -80,7 +80,7 @@ class RLConfig(StageConfig, RolloutConfig):
 
 
 class RLTasks(NamedTuple):
-    """What is learned from and what is held out."""
+    """The task to learn, and the one that is held out."""
 
     train: RewardTask
     val: RewardTask
@@ -119,7 +119,7 @@ def make_scorer(model: GPT, compute: Compute) -> Scorer:
 
 
 def make_scorers(cfg: RLConfig, model: GPT, start: Checkpoint, compute: Compute) -> dict[str, Scorer]:
-    """What clipping and the penalty compare the model with."""
+    """The models that clipping and the penalty compare with."""
     scorers = {}
     if cfg.clip is not None:
         scorers["old"] = make_scorer(model, compute)
@@ -166,7 +166,7 @@ def reinforce(cfg: RLConfig, load_tasks: Callable[[dict[str, Any]], RLTasks]) ->
     start = find_start(cfg.source, cfg)
     tasks, tokenizer = load_tasks(start.checkpoint.meta), start.tokenizer
     with start_run("rl", cfg, start.tag, clock, start.checkpoint.meta.get("dtype")) as run:
-        # Every step has rows of another length: compiling would start again and again.
+        # Every step has sequences of another length: compiling would start again and again.
         run.compute = compute = replace(run.compute, compile=False, measure_compile=False)
         steps_per_epoch = len(tasks.train) / cfg.examples_per_step * cfg.updates_per_rollout
         schedule = make_schedule(cfg, steps_per_epoch)

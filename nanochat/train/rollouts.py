@@ -7,7 +7,7 @@ teaches nothing and is left out; if no group is left, other problems are drawn.
 Everything that is drawn follows from (seed, rollout number, try, rank): a resume needs only that number, and the
 answers still to be learned from.
 
-Shapes: B rows, T tokens.
+Shapes: B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_TRIES = 4  # draws of problems before a step is made without anything to lea
 
 
 class RewardTask(Protocol):
-    """What reinforcement learning needs of a task."""
+    """A task that reinforcement learning can use."""
 
     name: str
 
@@ -43,12 +43,12 @@ class RewardTask(Protocol):
         """The conversation of a problem; its last message is the reference answer."""
 
     def reward(self, problem: Conversation, completion: str) -> float:
-        """How good an answer is: 1 right, 0 wrong, or between."""
+        """The worth of an answer: 1 right, 0 wrong, or between."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How answers are sampled and used."""
+    """Settings of the sampling."""
 
     examples_per_step: int = 16
     """Problems per step, over all processes."""
@@ -110,7 +110,7 @@ def attempt_problems(
 
 
 def to_rows(answers: Sequence[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x and y (B, T), padded behind with unsupervised places, and the advantages (B, 1)."""
+    """x and y (B, T), padded behind with unsupervised positions, and the advantages (B, 1)."""
     T = max(len(a.ids) for a in answers) - 1
     x = torch.zeros(len(answers), T, dtype=torch.long)
     y = torch.full((len(answers), T), -1, dtype=torch.long)
@@ -303,7 +303,7 @@ class RolloutLoader:
         return every
 
     def state_dict(self) -> dict[str, Any]:
-        """How many rollouts were made, and the answers that are to be used again; for JSON. The same on every rank."""
+        """The number of rollouts made, and the answers that will be used again; for JSON. The same on every rank."""
         state: dict[str, Any] = {"rollouts": self._rollouts, "uses_left": self._uses_left}
         return state | ({"batches": self._saved, "metrics": self.metrics} if self._uses_left else {})
 

@@ -1,4 +1,4 @@
-"""What a model says to a few fixed prompts, so that a person sees what training changed."""
+"""Answers to a few fixed prompts, so that a person sees what training changed."""
 
 from __future__ import annotations
 

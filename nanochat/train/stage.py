@@ -53,7 +53,7 @@ class RunConfig:
     run: str = "dummy"
     """Name of the run in the tracker; dummy means no tracker. metrics.jsonl is always written."""
     tracker: TrackerName = "wandb"
-    """Where --run logs to."""
+    """The service --run logs to."""
     model_tag: str | None = None
     """Name of the checkpoint folder."""
     num_iterations: int | None = None
@@ -61,7 +61,7 @@ class RunConfig:
     hours: float | None = None
     """Be done in this time, last evaluation, samples and checkpoint included: the schedule follows the clock."""
     device_batch_size: int | Literal["auto"] = "auto"
-    """Rows per forward pass and process: auto finds the most that fit and pay. The total batch stays, whatever fits."""
+    """Sequences per forward pass and process: auto finds the most that fit and pay. The total batch stays the same."""
     grad_clip: float | None = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
     warmup_ratio: float = 0.0
@@ -77,7 +77,7 @@ class RunConfig:
     save_every_minutes: float = 10.0
     """Minutes between checkpoints."""
     keep_last: int = 2
-    """How many checkpoints of an unfinished run stay, besides the one of the lowest validation loss."""
+    """Checkpoints of an unfinished run that stay, besides the one of the lowest validation loss."""
     keep_every: int = 0
     """Also keep those whose step is a multiple of this, for good (0: none)."""
     dry_run: bool = False
@@ -243,7 +243,7 @@ def train(trainer: Trainer, checkpoint: Checkpoint | None, answers_before: bool 
 
 
 def describe_horizon(schedule: Schedule) -> str:
-    """How long a run is, for people."""
+    """The length of a run, for people."""
     if schedule.num_iterations is not None:
         return f"{schedule.num_iterations:,} steps"
     return f"{format_seconds(schedule.seconds or 0)} of training"
@@ -268,7 +268,7 @@ def make_schedule(cfg: StageConfig, steps_per_epoch: float) -> Schedule:
 
 
 class Start(NamedTuple):
-    """What a stage starts from."""
+    """The start of a stage."""
 
     tag: str
     """Name of the checkpoint folder."""
@@ -276,7 +276,7 @@ class Start(NamedTuple):
     tokenizer: RustBPETokenizer
 
     def inputs(self, **own: str) -> dict[str, str]:
-        """What a run is made from: hashes by name, those of the stage itself among them."""
+        """Hashes by name of all that the run is made from, the stage's `own` among them."""
         return {"tokenizer": self.tokenizer.hash, "model": model_hash(self.checkpoint)} | own
 
 

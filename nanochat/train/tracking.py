@@ -1,5 +1,5 @@
-"""Where a run's numbers go: metrics.jsonl always, a progress bar for people, a tracker (wandb, TensorBoard, trackio)
-where one is asked for.
+"""A run's numbers on their way out: metrics.jsonl always, a progress bar for people, a tracker (wandb, TensorBoard or
+trackio) where one is asked for.
 
 All of them take the same record: numbers by name, "step" among them.
 """
@@ -26,7 +26,7 @@ WORTH_SAYING = 0.01  # share of a step spent waiting for data
 
 
 class Tracker(Protocol):
-    """What the training loop needs of a tracker."""
+    """A service that takes metrics."""
 
     def log(self, record: dict[str, Any]) -> None:
         """Take one record of metrics."""
@@ -127,7 +127,7 @@ class TrainState:
 
 
 class RunLog:
-    """Takes what a run says of itself: records for metrics.jsonl and the tracker, a note behind the progress bar."""
+    """Sends out a run's numbers: records to metrics.jsonl and the tracker, a note behind the progress bar."""
 
     def __init__(self, label: str, folder: Path, compute: Compute, tracker: Tracker, flops_per_token: int) -> None:
         self.label, self.compute, self.tracker, self.flops_per_token = label, compute, tracker, flops_per_token
@@ -159,7 +159,7 @@ class RunLog:
         self.tracker.log(record)
 
     def speed(self, tokens: int, seconds: float, data_seconds: float) -> dict[str, float]:
-        """How fast a step of so many tokens was, over all ranks."""
+        """The speed of a step of so many tokens, over all ranks."""
         tflops = tokens * self.flops_per_token / seconds / 1e12 / self.compute.world_size
         return {
             "tokens_per_second": tokens / seconds,

@@ -61,7 +61,7 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(SaveSettings):
-    """How the loop runs; nothing here changes the mathematics of a step."""
+    """Settings of the loop."""
 
     schedule: Schedule
     grad_accum_steps: int = 1
@@ -88,22 +88,22 @@ class Trainer:
     objective: Callable[[GPT, Tensor, Batch], Tensor] | None = None
     """The loss of hidden states (B, T, C), summed over the supervised tokens; None: cross entropy."""
     extra_metrics: Callable[[], dict[str, float]] | None = None
-    """What to log with every step besides the loop's own."""
+    """Metrics to log with every step besides the loop's own."""
     weights: Callable[[], dict[str, Tensor]] | None = None
     """The weights for a checkpoint; None: the model's."""
     extra_state: Callable[[], dict[str, Tensor]] | None = None
-    """What an unfinished checkpoint needs besides those weights; `resume` leaves it to the caller."""
+    """Tensors that an unfinished checkpoint needs besides those weights; `resume` leaves them to the caller."""
     sample: Callable[[], None] | None = None
     tracker: Tracker = field(default_factory=DummyWandb)
     state: TrainState = field(default_factory=TrainState)
     clock: Clock = field(default_factory=Clock)
     micro: MicroBatch | None = None
-    """Into which pieces batches are cut; None: they go through the model whole, until memory runs out."""
+    """The pieces that batches are cut into; None: they go through the model whole, until memory runs out."""
 
     def __post_init__(self) -> None:
         compute, schedule = self.compute, self.settings.schedule
-        # Training may round the factors of its products (see `Precision.product_dtype`); it tells model and optimizer so,
-        # instead of turning a switch of the whole process, and evaluation and chat stay exact.
+        # Training may round the factors of its products (see `Precision.product_dtype`). It tells model and optimizer,
+        # instead of turning a switch of the whole process: evaluation and chat stay exact.
         self.model.set_product_dtype(compute.precision.product_dtype)
         self.optimizer.set_product_dtype(compute.precision.muon_dtype)
         self._use_compiled(None if compute.measure_compile else compute.compile)
