@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanochat.checkpoint.format import DAMAGED, META_FILE, read_meta, saved_steps, step_folder, weights_hash
 from nanochat.data.shards import MANIFEST, load_manifest
@@ -138,204 +139,145 @@ def demo_world() -> tuple[str, ...]:
 
 def make_stages(profile: Profile, settings: Settings, base_dir: Path, num_shards: int = 0) -> list[Stage]:
     """The stages in their order; `num_shards` is for a public dataset."""
-    tokenizer = tokenizer_stages(profile, settings, num_shards)
-    stages = [*tokenizer, *base_stages(profile, settings, base_dir), *chat_stages(profile, settings)]
-    return [*stages, *closing_stages(profile, stages)]
+    maker = _Maker(profile, settings)
+    stages = [*maker.tokenizer_stages(num_shards), *maker.base_stages(base_dir), *maker.chat_stages()]
+    return [*stages, *maker.closing_stages([stage.name for stage in stages])]
 
 
-def data_flags(profile: Profile, settings: Settings) -> tuple[str, ...]:
-    """Which corpus the scripts read."""
-    return (f"--data_dir={settings.data_dir}",) if settings.data_dir else (f"--dataset={profile.dataset}",)
+class _Maker:
+    """Makes the stages of a profile."""
 
+    def __init__(self, profile: Profile, settings: Settings) -> None:
+        self.profile, self.settings = profile, settings
+        self.tag = f"--model_tag={profile.tag}"
+        self.data = f"--data_dir={settings.data_dir}" if settings.data_dir else f"--dataset={profile.dataset}"
 
-def horizon(profile: Profile, stage: str) -> tuple[str, ...]:
-    """How long a stage trains; nothing leaves it to the script."""
-    if profile.hours is not None:
-        return (f"--hours={profile.hours * HOURS_SHARE[stage]:.4g}",)
-    return (f"--num_iterations={profile.steps[stage]}",) if stage in profile.steps else ()
+    def stage(self, name: str, about: str, *flags: str, module: str = "", **more: Any) -> Stage:
+        """A stage with these flags; the profile's come after them, so that they win."""
+        flags = (*flags, *self.profile.flags.get(name, ()))
+        return Stage(name=name, about=about, module=module or f"scripts.{name}", flags=flags, **more)
 
+    def ranked(self, name: str, about: str, *flags: str, **more: Any) -> Stage:
+        """A stage of as many processes as the profile has."""
+        return self.stage(name, about, *flags, nproc=self.profile.nproc, **more)
 
-def checkpoint_glob(profile: Profile, stage: str) -> str:
-    """What a finished training stage has left."""
-    return f"{STAGES[stage].folder}/{profile.tag}/step_*/{META_FILE}"
+    def training(self, name: str, about: str, *flags: str, **more: Any) -> Stage:
+        """A stage that leaves checkpoints, and can resume an unfinished run of itself."""
+        run, saved = f"--run={self.settings.wandb_run}", f"{STAGES[name].folder}/{self.profile.tag}/step_*/{META_FILE}"
+        return self.ranked(name, about, *flags, unmarked_flags=(run,), output=saved, trains=True, **more)
 
+    def horizon(self, stage: str) -> tuple[str, ...]:
+        """How long a stage trains; nothing leaves it to the script."""
+        if self.profile.hours is not None:
+            return (f"--hours={self.profile.hours * HOURS_SHARE[stage]:.4g}",)
+        return (f"--num_iterations={self.profile.steps[stage]}",) if stage in self.profile.steps else ()
 
-def data_stage(profile: Profile, num_shards: int) -> Stage | None:
-    """The stage that brings the text, None where the user has brought it."""
-    if profile.dataset is None:
-        return None
-    if profile.dataset == "demo":
-        return Stage(
-            name="data",
-            about="writes the texts of the demo world",
-            module="tasks.demo",
-            flags=profile.flags.get("data", ()),
-            needs=("report_reset",),
-            inputs=demo_world(),
-            output="base_data/demo/*.parquet",
+    def rows(self, rows: int) -> str:
+        """Sequences per forward pass of a stage that trains: on a card what fits into it."""
+        return f"--device_batch_size={'auto' if self.profile.needs_cards else rows}"
+
+    def data_stage(self, num_shards: int) -> Stage | None:
+        """The stage that brings the text, None where the user has brought it."""
+        dataset, needs = self.profile.dataset, ("report_reset",)
+        if dataset is None:
+            return None
+        if dataset == "demo":
+            about, output = "writes the texts of the demo world", "base_data/demo/*.parquet"
+            return self.stage("data", about, module="tasks.demo", needs=needs, inputs=demo_world(), output=output)
+        return self.stage(
+            "data",
+            f"downloads {num_shards} shards of {dataset}, and one for validation",
+            *(f"--num_files={num_shards}", f"--source={dataset}"),
+            module="nanochat.dataset",
+            unmarked_flags=(f"--ready={READY_SHARDS}",),
+            needs=needs,
+            output=f"base_data/{dataset}/{MANIFEST}",
         )
-    return Stage(
-        name="data",
-        about=f"downloads {num_shards} shards of {profile.dataset}, and one for validation",
-        module="nanochat.dataset",
-        flags=(f"--num_files={num_shards}", f"--source={profile.dataset}"),
-        unmarked_flags=(f"--ready={READY_SHARDS}",),
-        needs=("report_reset",),
-        output=f"base_data/{profile.dataset}/{MANIFEST}",
-    )
 
+    def tokenizer_stages(self, num_shards: int) -> list[Stage]:
+        """New report, data, tokenizer."""
+        profile, own = self.profile, self.settings.data_dir
+        data = self.data_stage(num_shards)
+        train = self.stage(
+            "tok_train",
+            f"trains a tokenizer of {profile.vocab_size:,} tokens",
+            *(f"--vocab_size={profile.vocab_size}", self.data),
+            needs=("report_reset", *(["data"] if data else [])),
+            inputs=(fingerprint(own),) if own else (),
+            output="tokenizer/*",
+        )
+        first = [*([data] if data else []), train]
+        # A reset forgets every section of the report, so it must come only when all stages run again: its key follows
+        # from those of the first stages, on which every other builds.
+        keys, module = tuple(stage.key for stage in first), "nanochat.report"
+        reset = self.stage("report_reset", "starts a new report", "reset", module=module, inputs=keys, output="report")
+        about = "measures how well the tokenizer compresses"
+        return [reset, *first, self.stage("tok_eval", about, self.data, needs=("tok_train",))]
 
-def tokenizer_stages(profile: Profile, settings: Settings, num_shards: int) -> list[Stage]:
-    """New report, data, tokenizer."""
-    data = data_stage(profile, num_shards)
-    train = Stage(
-        name="tok_train",
-        about=f"trains a tokenizer of {profile.vocab_size:,} tokens",
-        module="scripts.tok_train",
-        flags=(
-            f"--vocab_size={profile.vocab_size}",
-            *data_flags(profile, settings),
-            *profile.flags.get("tok_train", ()),
-        ),
-        needs=("report_reset", *(["data"] if data else [])),
-        inputs=(fingerprint(settings.data_dir),) if settings.data_dir else (),
-        output="tokenizer/*",
-    )
-    first = [*([data] if data else []), train]
-    reset = Stage(
-        name="report_reset",
-        about="starts a new report",
-        module="nanochat.report",
-        flags=("reset",),
-        # A reset forgets every section, so it comes only when all stages run again.
-        inputs=tuple(stage.key for stage in first),
-        output="report",
-    )
-    evaluate = Stage(
-        name="tok_eval",
-        about="measures how well the tokenizer compresses",
-        module="scripts.tok_eval",
-        flags=(*data_flags(profile, settings), *profile.flags.get("tok_eval", ())),
-        needs=("tok_train",),
-    )
-    return [reset, *first, evaluate]
-
-
-def base_stages(profile: Profile, settings: Settings, base_dir: Path) -> list[Stage]:
-    """Base training and its two evaluations."""
-    data, tag = data_flags(profile, settings), f"--model_tag={profile.tag}"
-    rows = f"--device_batch_size={profile.device_batch_size}"
-    # A bundle that is named is never downloaded: the demo stays offline by naming the default place.
-    bundle = (f"--eval_bundle={base_dir / 'eval_bundle'}",) if profile.dataset == "demo" else ()
-    train = Stage(
-        name="base_train",
-        about=f"teaches a model of {profile.depth} layers to continue text",
-        module="scripts.base_train",
-        flags=(
-            f"--depth={profile.depth}",
-            f"--max_seq_len={profile.max_seq_len}",
-            f"--device_batch_size={'auto' if profile.needs_cards else profile.device_batch_size}",
+    def base_stages(self, base_dir: Path) -> list[Stage]:
+        """Base training and its two evaluations."""
+        profile = self.profile
+        # A bundle that is named is never downloaded: the demo stays offline by naming the default place.
+        bundle = (f"--eval_bundle={base_dir / 'eval_bundle'}",) if profile.dataset == "demo" else ()
+        train = self.training(
+            "base_train",
+            f"teaches a model of {profile.depth} layers to continue text",
+            *(f"--depth={profile.depth}", f"--max_seq_len={profile.max_seq_len}"),
+            self.rows(profile.device_batch_size),
             *([] if profile.base_batch_size is None else [f"--total_batch_size={profile.base_batch_size}"]),
-            *data,
-            *horizon(profile, "base_train"),
-            f"--dtype={profile.dtype}",
-            tag,
+            *(self.data, *self.horizon("base_train"), f"--dtype={profile.dtype}", self.tag),
             *([] if profile.recipe == DEFAULT_RECIPE else [f"--recipe={profile.recipe}"]),
-            *profile.flags.get("base_train", ()),
-        ),
-        unmarked_flags=(f"--run={settings.wandb_run}",),
-        nproc=profile.nproc,
-        needs=("tok_train",),
-        output=checkpoint_glob(profile, "base_train"),
-        trains=True,
-    )
-    loss = Stage(
-        name="base_loss",
-        about="measures bits per byte on training and validation text",
-        module="scripts.base_loss",
-        flags=(rows, *data, tag, *profile.flags.get("base_loss", ())),
-        nproc=profile.nproc,
-        needs=("base_train",),
-    )
-    core = Stage(
-        name="base_eval",
-        about="measures CORE, the benchmark of base models",
-        module="scripts.base_eval",
-        flags=("--skip_if_missing", *bundle, tag, *profile.flags.get("base_eval", ())),
-        nproc=profile.nproc,
-        needs=("base_train",),
-    )
-    return [train, loss, core]
-
-
-def chat_stages(profile: Profile, settings: Settings) -> list[Stage]:
-    """Mid-training, SFT, and an evaluation after each."""
-    tag = f"--model_tag={profile.tag}"
-    data = (f"--chat_data={profile.chat_data}",) if profile.chat_data else ()
-    inputs: tuple[str, ...] = ()
-    if profile.chat_data is not None:
-        inputs = demo_world() if profile.chat_data == "demo" else (fingerprint(Path(profile.chat_data)),)
-
-    def train(name: str, about: str, rows: int | str, tokens: int, needs: str) -> Stage:
-        return Stage(
-            name=name,
-            about=about,
-            module=f"scripts.{name}",
-            flags=(
-                f"--device_batch_size={rows}",
-                f"--total_batch_size={tokens}",
-                *data,
-                *horizon(profile, name),
-                tag,
-                *profile.flags.get(name, ()),
-            ),
-            unmarked_flags=(f"--run={settings.wandb_run}",),
-            nproc=profile.nproc,
-            needs=(needs,),
-            inputs=inputs,
-            output=checkpoint_glob(profile, name),
-            trains=True,
+            needs=("tok_train",),
         )
-
-    def evaluate(name: str, source: str, needs: str) -> Stage:
-        return Stage(
-            name=name,
-            about=f"measures how well the {source} model answers",
-            module="scripts.chat_eval",
-            flags=("-i", source, tag, *profile.flags.get(name, ())),
-            nproc=profile.nproc,
-            needs=(needs,),
+        loss = self.ranked(
+            "base_loss",
+            "measures bits per byte on training and validation text",
+            *(f"--device_batch_size={profile.device_batch_size}", self.data, self.tag),
+            needs=("base_train",),
         )
+        core = self.ranked(
+            "base_eval",
+            "measures CORE, the benchmark of base models",
+            *("--skip_if_missing", *bundle, self.tag),
+            needs=("base_train",),
+        )
+        return [train, loss, core]
 
-    mid_about, sft_about = "teaches it conversations and tools", "teaches it to answer"
-    rows: int | str = "auto" if profile.needs_cards else profile.device_batch_size
-    sft_rows: int | str = "auto" if profile.needs_cards else profile.sft_rows
-    return [
-        train("mid_train", mid_about, rows, profile.mid_batch_size, "base_train"),
-        evaluate("chat_eval_mid", "mid", "mid_train"),
-        train("chat_sft", sft_about, sft_rows, profile.sft_batch_size, "mid_train"),
-        evaluate("chat_eval_sft", "sft", "chat_sft"),
-    ]
+    def chat_stages(self) -> list[Stage]:
+        """Mid-training, SFT, and an evaluation after each."""
+        profile, chats = self.profile, self.profile.chat_data
+        data = (f"--chat_data={chats}",) if chats else ()
+        inputs = () if chats is None else demo_world() if chats == "demo" else (fingerprint(Path(chats)),)
 
+        def train(name: str, about: str, rows: int, tokens: int, needs: str) -> Stage:
+            flags = (self.rows(rows), f"--total_batch_size={tokens}", *data, *self.horizon(name), self.tag)
+            return self.training(name, about, *flags, needs=(needs,), inputs=inputs)
 
-def closing_stages(profile: Profile, stages: list[Stage]) -> list[Stage]:
-    """The report, and a question to the finished model."""
-    report = Stage(
-        name="report",
-        about="writes the report of all stages",
-        module="nanochat.report",
-        flags=("generate",),
-        needs=tuple(stage.name for stage in stages),
-        output="report/report.md",
-    )
-    answer = Stage(
-        name="answer",
-        about=f"asks the model: {QUESTION}",
-        module="scripts.chat_cli",
-        flags=("-i", "sft", "-p", QUESTION, "-t", "0", f"--model_tag={profile.tag}", *profile.flags.get("answer", ())),
-        needs=("chat_sft",),
-    )
-    return [report, answer]
+        def evaluate(source: str, needs: str) -> Stage:
+            name, about = f"chat_eval_{source}", f"measures how well the {source} model answers"
+            return self.ranked(name, about, "-i", source, self.tag, module="scripts.chat_eval", needs=(needs,))
+
+        mid_rows, mid_tokens = profile.device_batch_size, profile.mid_batch_size
+        return [
+            train("mid_train", "teaches it conversations and tools", mid_rows, mid_tokens, "base_train"),
+            evaluate("mid", "mid_train"),
+            train("chat_sft", "teaches it to answer", profile.sft_rows, profile.sft_batch_size, "mid_train"),
+            evaluate("sft", "chat_sft"),
+        ]
+
+    def closing_stages(self, before: list[str]) -> list[Stage]:
+        """The report, and a question to the finished model."""
+        report = self.stage(
+            "report",
+            "writes the report of all stages",
+            "generate",
+            module="nanochat.report",
+            needs=tuple(before),
+            output="report/report.md",
+        )
+        ask = ("-i", "sft", "-p", QUESTION, "-t", "0", self.tag)
+        about = f"asks the model: {QUESTION}"
+        return [report, self.stage("answer", about, *ask, module="scripts.chat_cli", needs=("chat_sft",))]
 
 
 def expected_seconds(profile: Profile, stage: str) -> float | None:
