@@ -1,11 +1,11 @@
-"""Byte pair encoding: train a vocabulary, encode and decode. The work is done in Rust (src/), this is its Python face.
+"""Byte pair encoding: train a vocabulary, encode and decode. The work is done in Rust (src/); this module calls it.
 
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_arrow(table["text"], vocab_size=32768)
     ids, offsets = tokenizer.encode_arrow(table["text"])  # document i: ids[offsets[i] : offsets[i + 1]]
 
-Arrow arrays are read where they lie and ids arrive in NumPy arrays; the GIL is free meanwhile. Special tokens are no
-matter of this module: text is only text, whatever it looks like.
+Arrow arrays are read in place and ids arrive in NumPy arrays; the GIL is released meanwhile. This module knows no
+special tokens: text is only text, whatever it looks like.
 """
 
 import codecs
@@ -38,7 +38,7 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 
 NO_LIMIT = 2**64 - 1
 
-# Hears the phase ("count" or "merge"), what is done (bytes of text, or merges) and the total (None if not known).
+# Called with the phase ("count" or "merge"), what is done (bytes of text, or merges) and the total (None if unknown).
 Progress = Callable[[str, int, "int | None"], None]
 
 
@@ -172,7 +172,7 @@ def _arrow_chunks(arrays: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class TrainingStats:
-    """What a training run has read, and its memory: that grows with the distinct pieces, not with the text."""
+    """Counts of a training run, and its memory, which grows with the distinct pieces, not with the text."""
 
     documents: int
     text_bytes: int
@@ -254,7 +254,7 @@ def _count(counter: ctypes.c_void_p, batches: Iterator[_Documents], progress: Pr
 
 
 class Tokenizer:
-    """A trained vocabulary without special tokens. `encode` and its kin may be called from several threads at once."""
+    """A trained vocabulary without special tokens; several threads may encode with it at once."""
 
     def __new__(cls) -> Any:
         """A tokenizer; without the compiled crate, its portable stand-in."""
