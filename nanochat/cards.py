@@ -258,7 +258,7 @@ class TorchBuild:
 
 
 PYTORCH_INDEX = "https://download.pytorch.org/whl"
-# Sizes of whole installations as counted from wheels: 2.7.1 and the CPU build; the others by what PyPI lists.
+# GB to download and GB on disk. Measured: the CPU build, and the download of 2.7.1. The others are estimates.
 TORCH_CPU = TorchBuild(f"torch==2.13.0+cpu --extra-index-url {PYTORCH_INDEX}/cpu", 0.2, 0.8)
 TORCH_MAC = TorchBuild("torch==2.13.0", 0.1, 0.4)
 TORCH_PYPI = TorchBuild("torch==2.13.0", 2.6, 4.5)  # with CUDA, for a CPU too where pytorch.org is out of reach

@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 
 from nanochat.data.loader import Counts, TrainingSequence
-from nanochat.data.token_stream import Block, TextCursor, TokenStream
+from nanochat.data.token_stream import TextCursor, TokenBlock, TokenStream
 from nanochat.tokenizer import Tokens
 
 WINDOW_ROWS = 128  # more pack tighter, fewer resume faster: a resume packs its window again
@@ -48,7 +48,7 @@ class TextCounts(Counts):
 TextSequences = Iterator[TrainingSequence[TextCounts, TextCursor]]
 
 
-def skipped(block: Block, start: TextCursor) -> int:
+def skipped(block: TokenBlock, start: TextCursor) -> int:
     """Tokens of the block that lie before `start`."""
     return start.token if block.cursor == replace(start, token=0, rows=0) else 0
 

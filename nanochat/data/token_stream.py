@@ -34,7 +34,7 @@ class TextCursor:
     """In `bestfit` only: the training sequences of the window that begins here that are done already."""
 
 
-class Block(NamedTuple):
+class TokenBlock(NamedTuple):
     """Some documents with their tokens: document i is tokens[bounds[i]:bounds[i+1]] and begins with bos."""
 
     tokens: Tokens
@@ -104,7 +104,7 @@ class TokenStream:
         self.skip_bad_shards, self.cache, self.stopped = skip_bad_shards, cache, stopped
         self.chunks: list[Chunk] = corpus.chunks(split)  # grows while shards arrive
 
-    def blocks(self, start: TextCursor) -> Iterator[Block]:
+    def blocks(self, start: TextCursor) -> Iterator[TokenBlock]:
         """The blocks that have tokens, from the one that `start` is in.
 
         Raises:
@@ -138,7 +138,7 @@ class TokenStream:
         for index in range(first, len(order)):
             yield index, self.chunks[order[index]]
 
-    def _chunk_blocks(self, chunk: Chunk, at: TextCursor, first_row: int | None) -> Iterator[Block]:
+    def _chunk_blocks(self, chunk: Chunk, at: TextCursor, first_row: int | None) -> Iterator[TokenBlock]:
         try:
             for row, texts in chunk.read(first_row):  # some documents at a time, however large the row group
                 encoded = self.cache.get(chunk, row, len(texts)) if self.cache is not None else None
@@ -147,7 +147,7 @@ class TokenStream:
                 tokens, bounds = insert_bos(ids, offsets, self.tokenizer.get_bos_token_id())
                 if at.epoch > 0:
                     tokens, bounds = reorder(tokens, bounds, document_order(len(bounds) - 1, at.epoch, chunk, row))
-                yield Block(tokens, bounds, TextCursor(at.epoch, at.index, row))
+                yield TokenBlock(tokens, bounds, TextCursor(at.epoch, at.index, row))
         except BadShardError as error:
             if not self.skip_bad_shards:
                 raise
