@@ -415,7 +415,7 @@ def test_a_missing_library_is_explained(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", "import rustbpe"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert "pip install -e ." in run.stderr
+    assert "bash setup_env.sh" in run.stderr
     assert "ImportError" in run.stderr
 
 
