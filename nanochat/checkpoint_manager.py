@@ -28,7 +28,8 @@ from nanochat.checkpoint.format import (
     saved_steps,
     step_folder,
 )
-from nanochat.checkpoint.writer import Keep, Snapshot, host_copy, write_snapshot
+from nanochat.checkpoint.keep import Keep
+from nanochat.checkpoint.writer import Snapshot, host_copy, write_snapshot
 from nanochat.env import get_base_dir, get_dist_info, print0
 from nanochat.files import sha256_file
 from nanochat.gpt import GPT, GPTConfig

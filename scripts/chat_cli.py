@@ -23,11 +23,11 @@ from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.generate.fast_decode import Weights
 from nanochat.generate.sampling import Sampling
+from nanochat.serve.answer_events import Event
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import Conversation
 from nanochat.serve.chat_commands import NAMES, Quit, is_command, run_command
 from nanochat.serve.choose_model import find_model, load_chosen
-from nanochat.serve.events import Event
 
 PREFILL_CHUNK = 1024  # nobody else waits, but Ctrl-C does
 

@@ -15,8 +15,8 @@ from nanochat.engine import Engine
 from nanochat.generate.sampling import Sampling
 from nanochat.generate.scheduler import RowState, Scheduler
 from nanochat.gpt import NANOCHAT_2026
+from nanochat.serve.answer_events import StopTexts
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, GenerationRequest, QueueFull
-from nanochat.serve.events import StopTexts
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat.serve.answer_events import AnswerReader, Event, join_events
 from nanochat.serve.chat import answer_room, fit_context
-from nanochat.serve.events import AnswerReader, Event, join_events
 
 
 def read_all(tokenizer, tokens):

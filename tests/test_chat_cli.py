@@ -16,10 +16,10 @@ from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import get_base_dir
 from nanochat.config import parse_config, run_script
 from nanochat.generate.sampling import Sampling
+from nanochat.serve.answer_events import Event
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import Conversation
 from nanochat.serve.chat_commands import HELP, Quit, is_command, run_command
-from nanochat.serve.events import Event
 
 ROOT = Path(__file__).parents[1]
 

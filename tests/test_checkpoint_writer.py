@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from nanochat import checkpoint_manager as cm
 from nanochat.checkpoint import writer as cw
+from nanochat.checkpoint.keep import Keep
 from nanochat.files import sha256_file
 
 
@@ -23,7 +24,7 @@ def snapshot(step, value=0.0, val=None, complete=False, **ranks):
     return cw.Snapshot(step, {"w": torch.full((1000,), value)}, optimizer, meta, **ranks)
 
 
-def write(folder, step, keep=cw.Keep(), **kind):  # noqa: B008
+def write(folder, step, keep=Keep(), **kind):  # noqa: B008
     cw.write_snapshot(folder, snapshot(step, step, **kind), keep)
 
 
@@ -32,9 +33,9 @@ def write(folder, step, keep=cw.Keep(), **kind):  # noqa: B008
 
 def test_the_last_the_best_and_every_kth_stay(tmp_path):
     for step, val in ((10, 3.0), (20, 2.0), (30, 2.5), (40, 2.6), (50, 2.7), (60, 2.8)):
-        write(tmp_path, step, cw.Keep(last=2, every=30), val=val)
+        write(tmp_path, step, Keep(last=2, every=30), val=val)
     assert cm.saved_steps(tmp_path) == [20, 30, 50, 60]
-    write(tmp_path, 70, cw.Keep(last=2, every=30), val=2.9, complete=True)
+    write(tmp_path, 70, Keep(last=2, every=30), val=2.9, complete=True)
     assert cm.saved_steps(tmp_path) == [20, 30, 60, 70]
 
 
@@ -153,9 +154,9 @@ def part(rank, step=7):
 
 
 def test_the_parts_of_all_ranks_become_one_state(tmp_path, monkeypatch):
-    other = threading.Timer(0.2, cw.write_snapshot, (tmp_path, part(1), cw.Keep()))
+    other = threading.Timer(0.2, cw.write_snapshot, (tmp_path, part(1), Keep()))
     other.start()
-    cw.write_snapshot(tmp_path, part(0), cw.Keep())
+    cw.write_snapshot(tmp_path, part(0), Keep())
     other.join()
     for rank in (0, 1, 2):  # a run with more ranks reads it too
         monkeypatch.setenv("RANK", str(rank))
@@ -182,7 +183,7 @@ def test_a_rank_that_fails_leaves_no_checkpoint(tmp_path):
 
 def test_any_flipped_byte_of_any_file_is_detected(tmp_path):
     tiny = cw.Snapshot(3, {"w": torch.ones(3)}, {"w.exp_avg": torch.ones(3)}, {"complete": False})
-    cw.write_snapshot(tmp_path, tiny, cw.Keep())
+    cw.write_snapshot(tmp_path, tiny, Keep())
     rng = random.Random(0)
     for file in sorted((tmp_path / "step_000003").iterdir()):
         good = file.read_bytes()

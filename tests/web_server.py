@@ -11,9 +11,9 @@ import uvicorn
 
 from nanochat.generate.sampling import Sampling
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.serve.answer_events import Event, Usage
 from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation
-from nanochat.serve.events import Event, Usage
 
 HELLO = [{"role": "user", "content": "The sky"}]
 INFO = {"id": "tiny-sft", "name": "tiny sft", "params": 12345, "dtype": "float32", "bpb": 1.234, "step": 7}

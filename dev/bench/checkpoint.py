@@ -25,7 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nanochat.checkpoint.writer import CheckpointWriter, Keep, Snapshot, host_copy
+from nanochat.checkpoint.keep import Keep
+from nanochat.checkpoint.writer import CheckpointWriter, Snapshot, host_copy
 from nanochat.config import run_script
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW

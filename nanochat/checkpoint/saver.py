@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.checkpoint.format import saved_steps
-from nanochat.checkpoint.writer import CheckpointWriter, Keep, Snapshot, clean_leftovers
+from nanochat.checkpoint.keep import Keep
+from nanochat.checkpoint.writer import CheckpointWriter, Snapshot, clean_leftovers
 from nanochat.common import Compute
 from nanochat.env import print0
 from nanochat.signals import Stopped

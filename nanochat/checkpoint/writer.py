@@ -23,16 +23,14 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint.format import (
-    DAMAGED,
     META_FILE,
     MODEL_FILE,
     SUMS_FILE,
     format_sums,
     optimizer_file,
-    read_meta,
-    saved_steps,
     step_folder,
 )
+from nanochat.checkpoint.keep import Keep, prune
 from nanochat.env import check_disk_space
 from nanochat.files import fsync_folder, sha256_file, write_json, write_text
 
@@ -52,18 +50,6 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-@dataclass(frozen=True)
-class Keep:
-    """The checkpoints to keep: the `last` so many, the one of the lowest validation loss, and every `every` steps.
-
-    None as `last` keeps all. The validation loss of an unfinished checkpoint is the last one measured before it.
-    """
-
-    last: int | None = 2
-    every: int | None = None
-    best: bool = True
 
 
 @dataclass(frozen=True)
@@ -207,44 +193,7 @@ def clean_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-# --- keeping ---------------------------------------------------------------------------------------------------------
-
-
-def dropped_steps(folder: Path, keep: Keep) -> list[int]:
-    """Return the saved steps that `keep` does not keep, ascending. Of its last ones a finished run keeps one."""
-    steps = saved_steps(folder)
-    if keep.last is None or not steps:
-        return []
-    losses, complete = {}, False
-    for step in steps:
-        try:
-            meta = read_meta(step_folder(folder, step))
-        except DAMAGED:
-            continue
-        complete = bool(meta.get("complete"))
-        loss = (meta.get("state") or {}).get("val")
-        if loss is not None:
-            losses[step] = loss
-    kept = set(steps[-1:] if complete else steps[-keep.last :])
-    if keep.best and losses:
-        kept.add(min(losses, key=lambda step: (losses[step], -step)))
-    return [step for step in steps if step not in kept and not (keep.every and step % keep.every == 0)]
-
-
-def prune(folder: Path, keep: Keep) -> None:
-    """Remove the checkpoints that are not kept. Never raises: too many is better than none."""
-    with contextlib.suppress(OSError):
-        for step in dropped_steps(folder, keep):
-            _remove(folder, step)
-
-
-def _remove(folder: Path, step: int) -> None:
-    # Renamed first: a kill half-way leaves nothing that looks like a checkpoint.
-    path = step_folder(folder, step)
-    hidden = folder / f".{path.name}.dropped"
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(path, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+# --- room on the disk ------------------------------------------------------------------------------------------------
 
 
 def make_room(folder: Path, snapshot: Snapshot, keep: Keep) -> None:

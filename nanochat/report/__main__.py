@@ -15,7 +15,7 @@ from nanochat.config import run_script
 from nanochat.env import get_base_dir
 from nanochat.files import write_text
 from nanochat.report import HEADER, Report
-from nanochat.report.compare import difference_table, render_comparison, score_table
+from nanochat.report.run_comparison import difference_table, render_comparison, score_table
 from nanochat.report.run_data import Run
 from nanochat.report.sections import render_summary
 from nanochat.report.text import to_markdown

@@ -25,9 +25,9 @@ from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from nanochat.generate.sampling import Sampling
+from nanochat.serve.answer_events import Event, join_events
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation, GenerationRequest, QueueFull
 from nanochat.serve.chat import answer_room, fit_context
-from nanochat.serve.events import Event, join_events
 from nanochat.serve.schemas import ChatMessage, RequestError, SamplingFields
 from nanochat.tokenizer import RustBPETokenizer
 

@@ -30,7 +30,7 @@ from nanochat.generate.scheduler import FinishReason, RowState, Scheduler
 from nanochat.gpt import GPT
 from nanochat.ops.cpu import release_workers
 from nanochat.precision import Precision
-from nanochat.serve.events import AnswerReader, Event, StopTexts, Usage
+from nanochat.serve.answer_events import AnswerReader, Event, StopTexts, Usage
 from nanochat.tokenizer import RustBPETokenizer
 
 # Prompt tokens read between two steps of the running answers: few enough that nobody sees them pause.

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from nanochat.generate.sampling import Sampling
+from nanochat.serve.answer_events import Event, join_events
 from nanochat.serve.batch_engine import BatchEngine, Generation, GenerationRequest
-from nanochat.serve.events import Event, join_events
 from nanochat.tokenizer import RustBPETokenizer
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": ...} as in RustBPETokenizer

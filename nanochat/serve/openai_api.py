@@ -16,9 +16,9 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
+from nanochat.serve.answer_events import Event, Usage, join_events
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, Service
 from nanochat.serve.batch_engine import GenerationRequest
-from nanochat.serve.events import Event, Usage, join_events
 from nanochat.serve.schemas import CompletionRequest, OpenAIChatRequest, OpenAIRequest, RequestError, error_body
 
 CLIENT_GONE = 499  # nobody reads this; the number is the one nginx logs
