@@ -135,7 +135,7 @@ def test_a_conversation_longer_than_the_context_drops_its_oldest_messages(client
         ({"messages": []}, "at least 1"),
         ({"messages": "hello"}, "list"),
         ({"messages": [{"role": "root", "content": "x"}]}, "'user'"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": HELLO * 501}, "500"),
         ({"messages": [{"role": "user", "content": "x" * 8001}]}, "8000"),
         ({"messages": [{"role": "user", "content": "x" * 7000}] * 5}, "32000"),

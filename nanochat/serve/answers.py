@@ -28,7 +28,8 @@ from nanochat.generate.sampling import Sampling
 from nanochat.serve.answer_events import Event, join_events
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation, GenerationRequest, QueueFull
 from nanochat.serve.chat import answer_room, fit_context
-from nanochat.serve.schemas import ChatMessage, RequestError, SamplingFields
+from nanochat.serve.errors import RequestError
+from nanochat.serve.schemas import ChatMessage, SamplingFields
 from nanochat.tokenizer import RustBPETokenizer
 
 DRAIN_SECONDS = 30.0  # how long a stopping server lets answers finish

@@ -29,7 +29,8 @@ from starlette.middleware.cors import CORSMiddleware
 from nanochat.generate.sampling import Sampling
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, ConversationLog, EnginePool, Service
 from nanochat.serve.batch_engine import BatchEngine
-from nanochat.serve.guard import Access, Guard, add_error_handlers
+from nanochat.serve.errors import add_error_handlers
+from nanochat.serve.guard import SECURITY_HEADERS, Access, Guard
 from nanochat.serve.openai_api import add_openai_routes
 from nanochat.serve.schemas import MAX_CONVERSATION_CHARS, MAX_MESSAGE_CHARS, MAX_MESSAGES, MAX_TOKENS, ChatRequest
 from nanochat.tokenizer import RustBPETokenizer
@@ -87,7 +88,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=access.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    add_error_handlers(app)
+    add_error_handlers(app, SECURITY_HEADERS)
     for path, file in files.items():
         _add_file(app, path, file)
     _add_chat_routes(app, service)

@@ -7,14 +7,12 @@ import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat.serve.schemas import MAX_BODY_BYTES, RequestError, error_body
+from nanochat.serve.errors import RequestError
+from nanochat.serve.schemas import MAX_BODY_BYTES
 
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 SECURITY_HEADERS = {
@@ -120,36 +118,3 @@ def host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
-
-
-def explain_problems(problems: Iterable[dict[str, object]]) -> tuple[str, str | None]:
-    """Summarize validation errors as (message, first wrong field), without repeating the request's content."""
-    said: dict[str, None] = {}
-    fields: list[str] = []
-    for problem in problems:
-        place = ".".join(str(part) for part in problem["loc"] if part != "body")  # type: ignore[attr-defined]
-        fields.append(place)
-        said[f"{place}: {problem['msg']}" if place else str(problem["msg"])] = None
-    return "; ".join(list(said)[:5]), (fields[0] or None) if fields else None
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Give every error the shape of nanochat.serve.schemas.error_body; a failure of the server reveals no details."""
-
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        message, param = explain_problems(error.errors())
-        return JSONResponse(error_body(message, param=param), 400)
-
-    async def http_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, StarletteHTTPException)  # RequestError is one too
-        body = error.body if isinstance(error, RequestError) else error_body(str(error.detail))
-        return JSONResponse(body, error.status_code, headers=error.headers)
-
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        message = "the server failed; its log says why"
-        return JSONResponse(error_body(message, kind="server_error"), 500, headers=SECURITY_HEADERS)
-
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(StarletteHTTPException, http_error)
-    app.add_exception_handler(Exception, failed)

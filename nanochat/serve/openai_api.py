@@ -19,7 +19,8 @@ from fastapi.responses import JSONResponse, Response
 from nanochat.serve.answer_events import Event, Usage, join_events
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, Service
 from nanochat.serve.batch_engine import GenerationRequest
-from nanochat.serve.schemas import CompletionRequest, OpenAIChatRequest, OpenAIRequest, RequestError, error_body
+from nanochat.serve.errors import RequestError, error_body
+from nanochat.serve.schemas import CompletionRequest, OpenAIChatRequest, OpenAIRequest
 
 CLIENT_GONE = 499  # nobody reads this; the number is the one nginx logs
 

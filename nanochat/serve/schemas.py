@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from fastapi import HTTPException
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from nanochat.generate.sampling import Sampling
@@ -26,30 +25,6 @@ TokenIds = Annotated[
 NullIsFalse = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 NullIsOne = Annotated[int, BeforeValidator(lambda value: 1 if value is None else value)]
 PromptText = Annotated[str, Field(max_length=MAX_CONVERSATION_CHARS)]
-
-
-class RequestError(HTTPException):
-    """A request that can't be served: an error in the shape of OpenAI's API."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        code: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(status, message, headers=headers)
-        self.body = error_body(message, kind=kind, code=code, param=param)
-
-
-def error_body(
-    message: str, *, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
-) -> dict[str, Any]:
-    """The body of every error this server answers with."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class MessagePart(BaseModel):
