@@ -29,8 +29,7 @@ from nanochat.tokenizer import RustBPETokenizer
 def load_conversations(path: str | Path) -> list[Conversation]:
     """The conversations of a .jsonl file or of a .parquet file with a column `messages`.
 
-    A line of JSONL is a list of messages or {"messages": [...]}; a message is {"role", "content"}, or one of OpenAI's
-    form with tool calls. Calls of tools that the engine does not have are learned as text, with a warning.
+    A line of JSONL is a list of messages or {"messages": [...]}. What had to be changed is printed with its count.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -46,17 +45,16 @@ def load_conversations(path: str | Path) -> list[Conversation]:
     else:
         records = ((f"line {number}", value) for number, value in json_lines(path))
     conversations = []
-    other_tools: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     for place, record in records:
         try:
-            conversations.append(to_conversation(record, other_tools))
+            conversations.append(to_conversation(record, notes))
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from None
     if not conversations:
         raise ValueError(f"{path} holds no conversations")
-    if other_tools:
-        names = ", ".join(f"{name} ({count}×)" for name, count in other_tools.most_common(5))
-        print0(f"warning: {path} calls tools that nothing will answer, as the engine has a calculator only: {names}")
+    for note, count in notes.most_common():
+        print0(f"{path}: {count:,} × {note}")
     return conversations
 
 
