@@ -15,9 +15,11 @@ error: 1). Settings come from the environment:
 
   PROFILE            auto (default): p100 with a CUDA card; without one, cpu for your own data, else demo
                      demo (a small world, minutes on a CPU), cpu, p100, d20 (8 cards), tiny (a test)
-  DEPTH              layers of the model; the width follows (default with a card: the depth that learns most in HOURS)
+  DEPTH              layers of the model; the width follows (default with a card that holds it: 12). "auto" takes the
+                     depth that should learn most on this card in HOURS
   VOCAB_SIZE         size of the vocabulary (at least 265)
-  HOURS              time for base training; mid-training takes another third of it, SFT a sixth
+  HOURS              time for base training (with a card 8); mid-training takes another third of it (at most half an
+                     hour), SFT a sixth (at most 20 minutes)
   DATASET            climbmix, fineweb_edu (both downloaded) or demo
   DATA_DIR           your own text instead: a folder (or file) of txt, md, html, jsonl, csv or parquet
   CHAT_DATA          your own conversations (.jsonl or .parquet), "demo", or "nanochat" for its mixture from the hub

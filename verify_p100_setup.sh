@@ -364,7 +364,7 @@ main() {
             [[ "$on_cards" == yes ]] ||
                 report fail plan "PROFILE=$plan needs a CUDA card" "PROFILE=demo bash speedrun_p100.sh runs on the CPU"
             check_memory 16 11
-            data_gb="$([[ "$plan" == d20 ]] && echo 65 || echo 18)"
+            data_gb="$([[ "$plan" == d20 ]] && echo 65 || echo 34)"
             check_data
             ;;
         *)

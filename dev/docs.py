@@ -2,6 +2,7 @@
 
     python -m dev.docs              regenerate the generated blocks
     python -m dev.docs --anchors    print the current lines of the places that docs/tour.md names
+    python -m dev.docs --words      print each document's words and longest sentences
 
 A generated block is everything between `<!-- generated: COMMAND -->` and `<!-- end -->`, and is what COMMAND prints. A
 code block that not every machine can run has a comment in the line above it: `<!-- needs a GPU -->`, `<!-- needs
@@ -22,6 +23,7 @@ from pathlib import Path
 from nanochat.config import parse_config, run_script
 from nanochat.files import atomic_path
 
+LONG_SENTENCE = 30  # words; README_P100 has no longer one
 ROOT = Path(__file__).resolve().parent.parent
 LOG = ROOT / "dev" / "LOG.md"
 # report.md is the result of a run.
@@ -48,6 +50,8 @@ class Config:
 
     anchors: bool = False
     """Only print the lines of the places that the tour names."""
+    words: bool = False
+    """Only print how many words each document has, and its longest sentences."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,31 @@ def paragraphs(path: Path) -> list[tuple[int, str]]:
     return found
 
 
+def sentences(path: Path) -> list[tuple[int, str]]:
+    """Line and text of each sentence of a document, links by their text; tables are not sentences."""
+    found = []
+    for line, text in paragraphs(path):
+        if "|" in text.lstrip()[:1] or "\n|" in text:
+            continue
+        plain = re.sub(r"<!--.*?-->", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text), flags=re.DOTALL)
+        # A full stop or colon ends one if white space and a capital, a quote or code follow.
+        for sentence in re.split(r"(?<=[.!?:])[*\"]*\s+(?=[A-Z0-9`*\"\[(])|\n\s*\n", " ".join(plain.split())):
+            if sentence.strip():
+                found.append((line, sentence.strip()))
+    return found
+
+
+def print_words() -> None:
+    """Words of each document, and its sentences of more than LONG_SENTENCE words, the longest first."""
+    for path in DOCUMENTS:
+        words = len(re.findall(r"\S+", GENERATED.sub("", path.read_text(encoding="utf-8"))))
+        long = sorted(((len(text.split()), line, text) for line, text in sentences(path)), reverse=True)
+        long = [item for item in long if item[0] > LONG_SENTENCE]
+        print(f"{name_of(path)}: {words:,} words, {len(long)} sentences of more than {LONG_SENTENCE}")
+        for count, line, text in long[:5]:
+            print(f"  line {line}, {count} words: {text[:90]} ...")
+
+
 def unsourced(path: Path) -> list[str]:
     """Paragraphs and rows of tables that have a figure but no source for it."""
     problems = []
@@ -232,7 +261,10 @@ def anchors(path: Path) -> list[str]:
 
 
 def main(cfg: Config) -> None:
-    """Regenerate the blocks, or print the anchors."""
+    """Regenerate the blocks, or print anchors or words."""
+    if cfg.words:
+        print_words()
+        return
     if cfg.anchors:
         for anchor in dict.fromkeys(anchors(ROOT / "docs" / "tour.md")):
             file, _, name = anchor.partition(":")

@@ -13,9 +13,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 T = TypeVar("T")
+# The flags that `--help` of a script shows if it has more than MANY_FLAGS; `--help_all` shows all.
+MANY_FLAGS = 12
+FIRST_FLAGS = {
+    # of most scripts
+    *("source", "model_tag", "hf_path", "dtype", "hours", "num_iterations", "device_batch_size"),
+    # training
+    *("depth", "data_dir", "dataset", "recipe", "total_batch_size", "max_seq_len", "chat_data", "lora_rank"),
+    # RL and evaluation
+    *("task", "num_samples", "task_name", "tasks", "max_problems", "max_per_task"),
+    # chat
+    *("prompt", "system", "temperature", "top_k", "max_tokens", "port", "host", "api_key"),
+}
 # Flags of nanochat's base_train that no script has here.
 INSTEAD = {
     "resume_from_step": "an unfinished run goes on by itself, see --resume",
@@ -59,10 +71,25 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
     args = list(sys.argv[1:] if argv is None else argv)
     # nanochat's own scripts take an empty device type for "auto".
     args = [a for a in args if a not in ("--device_type=", "--device-type=")]
+    about = config.__doc__ or ""
+    if {"--help_all", "--help-all"} & set(args):
+        args = ["--help"]
+    elif {"-h", "--help"} & set(args):
+        hidden = [name for name in flag_names(config) if name not in FIRST_FLAGS]
+        if len(flag_names(config)) > MANY_FLAGS and hidden:
+            config, args = _first_flags(config), ["--help"]
+            about = f"{about}\n\n{len(hidden)} more flags: {command_name()} --help_all"
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config, prog=command_name(), args=args, config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(
+                config,
+                prog=command_name(),
+                description=about,
+                args=args,
+                use_underscores=True,  # as nanochat writes them; hyphens are understood too
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
     except BrokenPipeError:
         raise _leave_closed_pipe() from None
     except SystemExit as stop:
@@ -77,6 +104,34 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
                 message += _instead_of_nanochats(args)
             print(f"error: {message} (--help lists all flags)", file=sys.stderr)
         raise
+
+
+def flag_names(config: type[Any]) -> list[str]:
+    """The names of a config's flags, those of nested configs included."""
+    hints, names = get_type_hints(config), []
+    for field in dataclasses.fields(config):
+        names += flag_names(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else [field.name]
+    return names
+
+
+def _first_flags(config: type[T]) -> type[T]:
+    """`config` whose help shows only FIRST_FLAGS: a subclass that redeclares the other fields as suppressed."""
+    import tyro  # lazy: dev/gpu_check.py needs only torch and numpy
+
+    hints = get_type_hints(config, include_extras=True)
+    annotations: dict[str, Any] = {}
+    body: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        name, hint = field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            annotations[name] = nested = _first_flags(hint)  # type: ignore[type-var]
+            body[name] = dataclasses.field(default_factory=nested)
+        elif name not in FIRST_FLAGS:
+            annotations[name] = Annotated[hint, tyro.conf.Suppress]
+            body[name] = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+    kind = type(config.__name__, (config,), {"__module__": config.__module__, "__doc__": config.__doc__, **body})
+    kind.__annotations__ = annotations
+    return dataclasses.dataclass(frozen=True, kw_only=True)(kind)
 
 
 def _instead_of_nanochats(args: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ python -m scripts.plan                                this machine, 8 hours
 python -m scripts.plan --card p100 --hours 8          a card that is not here, from its data sheet
 python -m scripts.plan --card t4 --num_cards 2 --recipe modern --depth 12
 python -m scripts.plan --card "rtx 3060" --markdown   the table for documents; --json for programs
+python -m scripts.plan --card "t4, t4 x2, p100, 3090" one line per card, at one depth and at the best
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -63,7 +65,8 @@ class Config:
     recipe: Literal["small", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
     """Model and optimizer, see base_train."""
     card: str | None = None
-    """A card by its name (p100, 3090, "T4 x2", "P100 12GB"; list shows all); default: this machine, measured."""
+    """A card by its name (p100, 3090, "T4 x2", "P100 12GB"; list shows all), or several with commas between them, to be
+    compared; default: this machine, measured."""
     num_cards: int | None = None
     """How many of them train together; default: as many as --card says, else 1."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -182,6 +185,33 @@ COLUMNS = (
 )
 
 
+CARD_COLUMNS = (
+    "card",
+    "precision",
+    "model",
+    "memory",
+    "tokens",
+    "bits/byte",
+    "h to 20/param",
+    "best depth",
+    "bits/byte there",
+)
+COMPARED_DEPTH = 12  # of the guide's night
+
+
+def card_cells(cfg: Config, name: str) -> list[str]:
+    """One card's line of a comparison: its run at one depth, and the depth that the planner finds best."""
+    target = target_card(replace(cfg, card=name))
+    depth = cfg.depth or COMPARED_DEPTH
+    rows = plan(sorted({*DEPTHS, depth}), target.budget, target.speed)
+    row = next(row for row in rows if row.depth == depth)
+    best = next((row for row in rows if row.best), None)
+    cards = f"{target.budget.num_cards} × " if target.budget.num_cards > 1 else ""
+    tokens, bpb, hours = (cells(row)[i] for i in (6, 9, 11))
+    auto = ("none fits", "-") if best is None else (f"d{best.depth}", f"{best.bpb:.3f}")
+    return [f"{cards}{target.name}", target.budget.dtype, f"d{depth}", cells(row)[4], tokens, bpb, hours, *auto]
+
+
 def short_micro_batch(micro: MicroBatch) -> str:
     """Rows, and c for activation checkpointing, l for smaller chunks of the loss."""
     return f"{micro.rows}{'l' if micro.loss_chunk_bytes else ''}{'c' if micro.activation_checkpointing else ''}"
@@ -207,22 +237,19 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def markdown(rows: list[Row]) -> str:
-    """The table for a document; the best choice is bold."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for row in rows:
-        marked = [f"**{cell}**" for cell in cells(row)] if row.best else cells(row)
-        lines.append(f"| {' | '.join(marked)} |")
-    return "\n".join(lines)
+def markdown(columns: Sequence[str], rows: list[list[str]]) -> str:
+    """The table for a document."""
+    lines = [f"| {' | '.join(row)} |" for row in [list(columns), *rows]]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
 
 
-def show(title: str, rows: list[Row]) -> None:
-    """The table for a terminal."""
+def show(title: str, columns: Sequence[str], rows: list[list[str]], styles: Sequence[str]) -> None:
+    """The table for a terminal, each row in its style."""
     table = Table(title=title, title_justify="left")
-    for name in COLUMNS:
+    for name in columns:
         table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*cells(row), style="bold green" if row.best else "dim" if row.micro_batch is None else "")
+    for row, style in zip(rows, styles, strict=True):
+        table.add_row(*row, style=style)
     console = Console()
     Console(width=max(console.width, 140)).print(table)
 
@@ -259,6 +286,9 @@ def main(cfg: Config) -> None:
     if cfg.card == "list":
         print(card_table())
         return
+    if "," in (cfg.card or ""):
+        compare_cards(cfg)
+        return
     target = target_card(cfg) if cfg.card is not None else target_here(cfg)
     budget = target.budget
     rows = plan([cfg.depth] if cfg.depth else DEPTHS, budget, target.speed)
@@ -269,15 +299,32 @@ def main(cfg: Config) -> None:
         print(json.dumps(result))
         return
     cards = f"{budget.num_cards} × " if budget.num_cards > 1 else ""
-    title = (
-        f"{cards}{target.name}: {cfg.hours:g} hours, {cfg.recipe} recipe, vocabulary {budget.vocab_size}, context "
-        f"{cfg.max_seq_len}, {budget.dtype}"
-    )
+    title = f"{cards}{target.name}: {setting(cfg, budget.vocab_size)}, {budget.dtype}"
     if cfg.markdown:
-        print(f"{title}\n\n{markdown(rows)}\n")
+        marked = [[f"**{cell}**" for cell in cells(row)] if row.best else cells(row) for row in rows]
+        print(f"{title}\n\n{markdown(COLUMNS, marked)}\n")
     else:
-        show(title, rows)
+        styles = ["bold green" if row.best else "dim" if row.micro_batch is None else "" for row in rows]
+        show(title, COLUMNS, [cells(row) for row in rows], styles)
     print("\n".join(notes(cfg, target, rows)))
+
+
+def setting(cfg: Config, vocab_size: int) -> str:
+    """What all rows of a table share."""
+    return f"{cfg.hours:g} hours, {cfg.recipe} recipe, vocabulary {vocab_size}, context {cfg.max_seq_len}"
+
+
+def compare_cards(cfg: Config) -> None:
+    """Print one line per card."""
+    if cfg.json:
+        raise ValueError("--json plans one --card: leave out the others")
+    rows = [card_cells(cfg, name.strip()) for name in (cfg.card or "").split(",") if name.strip()]
+    title = setting(cfg, cfg.vocab_size or VOCAB_SIZE)
+    if cfg.markdown:
+        print(f"{title}\n\n{markdown(CARD_COLUMNS, rows)}\n")
+    else:
+        show(title, CARD_COLUMNS, rows, [""] * len(rows))
+    print(f"Planned from data sheets, not measured; bits per byte ± {ERROR:.0%}. Each card alone says how: --card t4.")
 
 
 if __name__ == "__main__":

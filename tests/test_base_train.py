@@ -10,7 +10,7 @@ from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.config import parse_config
 from nanochat.gpt import NANOCHAT_2026, GPTConfig
 from nanochat.recipe import MODERN, PRESETS
-from nanochat.train.pretrain import Architecture, make_plan
+from nanochat.train.pretrain import Architecture, hours_sentence, make_plan
 from scripts.base_train import Config, main
 
 
@@ -72,7 +72,7 @@ def test_every_switch_of_the_model_is_a_flag_with_a_help_text(capsys):
         *("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd")
     }
     with pytest.raises(SystemExit):
-        parse_config(Config, ["--help"])
+        parse_config(Config, ["--help_all"])
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert all(text in said for text in switches.values())
     assert Architecture().given() == {}
@@ -168,3 +168,14 @@ def test_more_processes_go_on_with_the_batch_of_the_start(base_dir, text, tiny_t
     main(parse_config(Config, flags))
     meta = load_checkpoint(folder).meta
     assert (meta["total_batch_size"], meta["state"]["step"], meta["state"]["tokens"]) == (batch, 6, 6 * batch)
+
+
+def test_a_run_of_counted_steps_says_its_hours(capsys):
+    plan = plan_of("--depth=12", "--device_batch_size=8", "--total_batch_size=32768", "--recipe=classic")
+    sentence = hours_sentence(plan, tflops=8.0, world_size=1)
+    flops = plan.schedule.num_iterations * 32768 * plan.flops_per_token
+    hours = flops / (0.5 * 8e12) / 3600
+    assert f"about {hours:,.3g} hours" in sentence
+    assert hours > 100  # the night that a guide promises is not enough for the recipe's horizon
+    assert "--hours" in sentence
+    assert hours_sentence(plan, 8.0, 8).split(" hours")[0].endswith(f"{hours / 8:,.3g}")

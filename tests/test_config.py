@@ -1,5 +1,7 @@
 """The command line: every way to write a flag, and errors that name it."""
 
+import importlib
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -7,7 +9,7 @@ from typing import Annotated
 
 import pytest
 
-from nanochat.config import Runtime, parse_config, run_script, short
+from nanochat.config import FIRST_FLAGS, Runtime, flag_names, parse_config, run_script, short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +98,39 @@ def test_usage_names_the_command_and_a_closed_pipe_is_no_error():
         assert process.stderr.read() == ""
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: python -m scripts.tok_eval ")
+
+
+SCRIPTS = ["base_train", "base_eval", "mid_train", "chat_sft", "chat_rl", "chat_eval", "chat_cli", "chat_web"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_what_is_needed_first_and_help_all_the_rest(name, capsys):
+    config = importlib.import_module(f"scripts.{name}").Config
+    flags = flag_names(config)
+
+    def shown(option):
+        with pytest.raises(SystemExit) as stop:
+            parse_config(config, [option])
+        assert not stop.value.code
+        text = capsys.readouterr().out
+        return text, [flag for flag in flags if re.search(rf"--(no_)?{flag}\b", text)]
+
+    short_text, first = shown("--help")
+    assert 5 <= len(first) <= 11
+    assert f"{len(flags) - len(first)} more flags" in short_text
+    assert "--help_all" in short_text
+    long_text, everything = shown("--help_all")
+    assert everything == flags
+    assert "more flags" not in long_text
+
+
+def test_every_first_flag_is_one_of_a_script():
+    flags = {flag for name in SCRIPTS for flag in flag_names(importlib.import_module(f"scripts.{name}").Config)}
+    assert flags >= FIRST_FLAGS
+
+
+def test_a_script_with_few_flags_shows_them_all(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Config, ["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{flag}" in text for flag in flag_names(Config))

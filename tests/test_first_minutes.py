@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from nanochat.config import run_script
 from nanochat.env import require_wandb_login
 from nanochat.pipeline import run
 from nanochat.pipeline.machine import unused_cards
-from nanochat.pipeline.profiles import MID_HOURS, SFT_HOURS
+from nanochat.pipeline.profiles import P100, STAGE_HOURS
 from nanochat.progress import PROGRESS_FILE
 from nanochat.train.tracking import init_tracker
 
@@ -92,7 +93,8 @@ def test_the_notebook_as_it_comes_ends_within_its_session():
     cells = json.loads((ROOT / "notebooks" / "nanochat_free_gpu.ipynb").read_text(encoding="utf-8"))["cells"]
     settings: dict = {}
     exec("".join(cells[1]["source"]), settings)
-    hours = float(settings["SETTINGS"]["HOURS"]) * (1 + MID_HOURS + SFT_HOURS)
+    profile = replace(P100, hours=float(settings["SETTINGS"]["HOURS"]))
+    hours = sum(profile.stage_hours(stage) or 0.0 for stage in ("base_train", *STAGE_HOURS))
     assert hours < settings["SESSION_HOURS"] - 2  # set-up, evaluation and saving
 
 

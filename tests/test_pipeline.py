@@ -63,8 +63,8 @@ def test_the_p100_preset_in_flags():
     for flag in ("--depth=12", "--device_batch_size=auto", "--hours=8", "--run=night"):
         assert flag in flags
     assert "--num_files=5" in stages["data"].flags
-    assert "--hours=2.667" in stages["mid_train"].flags
-    assert "--hours=1.333" in stages["chat_sft"].flags
+    assert "--hours=0.5" in stages["mid_train"].flags
+    assert "--hours=0.3333" in stages["chat_sft"].flags
 
 
 def test_several_cards_go_through_torchrun_and_one_process_does_not():
@@ -124,7 +124,7 @@ def test_flags_are_known_to_the_scripts():
 
 
 def test_expected_time_comes_from_the_hours_or_from_a_measurement():
-    assert expected_seconds(P100, "mid_train") == pytest.approx(8 * 3600 / 3)
+    assert expected_seconds(P100, "mid_train") == pytest.approx(3600 / 2)
     assert expected_seconds(replace(TINY, seconds={"tok_train": 3.0}), "tok_train") == 3.0
     assert expected_seconds(replace(TINY, seconds={}), "tok_train") is None
 

@@ -17,6 +17,7 @@ from nanochat.plan.local_speed import LocalMachine, random_tokens
 from nanochat.plan.memory import MicroBatch, estimate_training_memory
 from nanochat.plan.planning import Budget, card_speed, measured_speed, plan, plan_row
 from nanochat.plan.roofline import CardRoofline, best_dtype, step_operations, tokens_per_second
+from nanochat.plan.scaling_law import ERROR
 from nanochat.precision import DTYPES, Precision
 from nanochat.recipe import CLASSIC, PRESETS, parameter_groups
 from scripts import plan as script
@@ -275,17 +276,29 @@ def test_only_what_fits_is_timed():
 P100_CARD, T4_CARD = DeviceInfo("Tesla P100-PCIE-16GB", (6, 0), 16280), DeviceInfo("Tesla T4", (7, 5), 15360)
 
 
-def test_the_pipeline_takes_the_planners_depth(capsys):
-    rows = planned(capsys, "--card=p100", "--hours=8")["rows"]
+def test_a_card_that_holds_it_gets_the_guides_d12_and_hears_what_auto_would_take(capsys):
+    rows = {row["depth"]: row for row in planned(capsys, "--card=p100", "--hours=8")["rows"]}
+    best = next(row for row in rows.values() if row["best"])
     profile = profile_for(Settings(), [P100_CARD])
-    assert [row["depth"] for row in rows if row["best"]] == [profile.depth]
-    assert f"depth {profile.depth}" in profile.about
-    assert "DEPTH" in profile.about
+    assert (profile.depth, profile.vocab_size, profile.hours) == (12, 65536, 8.0)
+    said = f"DEPTH=auto would take {best['depth']}: {best['bpb']:.3f} instead of {rows[12]['bpb']:.3f} bits per byte"
+    assert said in profile.about
+    assert f"± {ERROR:.0%}" in profile.about
+    chosen = profile_for(Settings.from_env({"DEPTH": "auto"}), [P100_CARD])
+    assert chosen.depth == best["depth"]
+    assert "DEPTH" in chosen.about
+
+
+def test_the_guides_night_takes_nine_hours():
+    profile = profile_for(Settings(), [P100_CARD])
+    hours = [profile.stage_hours(stage) for stage in ("base_train", "mid_train", "chat_sft", "chat_eval_sft")]
+    assert hours == [8.0, pytest.approx(0.5), pytest.approx(1 / 3), None]
+    assert profile_for(Settings(hours=0.6), [P100_CARD]).stage_hours("mid_train") == pytest.approx(0.2)
 
 
 def test_more_hours_more_cards_and_faster_cards_make_deeper_models():
     def depth(*cards, **settings):
-        return profile_for(Settings(**settings), cards).depth
+        return profile_for(Settings(auto_depth=True, **settings), cards).depth
 
     assert depth(P100_CARD, hours=1.0) < depth(P100_CARD) < depth(P100_CARD, hours=24.0)
     assert depth(P100_CARD) < depth(T4_CARD) < depth(T4_CARD, T4_CARD)
@@ -297,7 +310,10 @@ def test_more_hours_more_cards_and_faster_cards_make_deeper_models():
     [("NVIDIA GeForce GTX 1050 Ti", (6, 1), 4), ("NVIDIA GeForce RTX 2060", (7, 5), 6), ("Tesla P4", (6, 1), 8)],
 )
 def test_a_small_card_gets_a_depth_that_fits_into_it(capsys, name, capability, gb):
-    depth = profile_for(Settings(), [DeviceInfo(name, capability, gb * 1024)]).depth
+    profile = profile_for(Settings(), [DeviceInfo(name, capability, gb * 1024)])
+    depth = profile.depth
+    assert depth < 12
+    assert "depth 12 does not fit" in profile.about
     (row,) = planned(capsys, f"--card={name}", "--hours=8", f"--depth={depth}")["rows"]
     assert row["micro_batch"]["rows"] >= 1
     assert row["memory_bytes"] < gb * 2**30
@@ -309,6 +325,9 @@ def test_the_users_depth_and_unknown_cards_and_other_profiles_keep_theirs():
     assert profile_for(Settings(), [unknown]) == choose_profile(Settings(), 1)
     assert profile_for(Settings(profile="demo"), [P100_CARD]) == choose_profile(Settings(profile="demo"), 1)
     assert profile_for(Settings(), []) == choose_profile(Settings(), 0)
+    for cards in ([unknown], []):
+        with pytest.raises(ValueError, match="DEPTH=auto"):
+            profile_for(Settings(auto_depth=True), cards)
 
 
 # --- how a card is named ---------------------------------------------------------------------------------------------

@@ -448,7 +448,7 @@ def test_every_script_takes_dtype_and_its_help_says_so(script, capsys):
         # What moves or converts a model has a dtype of its own; all others share the Runtime.
         assert cfg.dtype == name if hasattr(cfg, "dtype") else cfg.runtime == Runtime(dtype=name)
     with pytest.raises(SystemExit):
-        parse_config(config, ["--help"])
+        parse_config(config, ["--help_all"])
     assert re.search(r"--dtype \{(auto,)?float32,float16,bfloat16\}", capsys.readouterr().out)
 
 

@@ -14,12 +14,13 @@ from typing import Any
 from nanochat.cards import DeviceInfo, find_card, training_speed
 from nanochat.data.sources import SOURCES
 from nanochat.gpt import GPTConfig
-from nanochat.plan.planning import DEPTHS, card_speed, on_card, plan
+from nanochat.plan.planning import DEPTHS, Row, card_speed, on_card, plan
+from nanochat.plan.scaling_law import ERROR
 from nanochat.precision import cpu_has_bf16
 from nanochat.recipe import DEFAULT_RECIPE, PRESETS
 
-# Mid-training and SFT get these shares of the hours that base training has.
-MID_HOURS, SFT_HOURS = 1 / 3, 1 / 6
+# Mid-training and SFT get these shares of the hours that base training has, up to these hours.
+STAGE_HOURS = {"mid_train": (1 / 3, 1 / 2), "chat_sft": (1 / 6, 1 / 3)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Profile:
     chat_data: str | None
     """A file of conversations, "demo", or None for nanochat's own mixture from the hub."""
     hours: float | None = None
-    """Time of base training; mid-training and SFT get their shares on top."""
+    """Time of base training; mid-training and SFT come on top (`stage_hours`)."""
     steps: Mapping[str, int] = field(default_factory=dict)
     """Optimizer steps by stage, where no hours are set; a stage without them takes its script's default horizon."""
     recipe: str = DEFAULT_RECIPE
@@ -67,6 +68,13 @@ class Profile:
     def tag(self) -> str:
         """Name of the model's checkpoint folders."""
         return f"d{self.depth}"
+
+    def stage_hours(self, stage: str) -> float | None:
+        """How long a stage trains by the clock; None for other stages, and where no hours are set."""
+        if self.hours is None or stage not in ("base_train", *STAGE_HOURS):
+            return None
+        share, most = STAGE_HOURS.get(stage, (1.0, math.inf))
+        return min(self.hours * share, most)
 
     @property
     def sft_rows(self) -> int:
@@ -195,7 +203,7 @@ CPU = Profile(
     env={"NANOCHAT_DOWNLOAD_ATTEMPTS": "1"},  # what is downloaded here (the CORE bundle) is only for evaluation
 )
 
-# One P100, one night. Not yet run on a physical card. The depth is for a card that profile_for doesn't know.
+# One P100, one night. Not yet run on a physical card.
 P100 = Profile(
     name="p100",
     about="a CUDA card of 16 GB or more",
@@ -246,6 +254,8 @@ class Settings:
 
     profile: str = "auto"
     depth: int | None = None
+    auto_depth: bool = False
+    """Take the depth that the planner finds best for the cards and hours."""
     vocab_size: int | None = None
     hours: float | None = None
     dataset: str | None = None
@@ -262,11 +272,14 @@ class Settings:
             ValueError: a value makes no sense; names the variable.
             FileNotFoundError: DATA_DIR or CHAT_DATA is not there.
         """
-        depth, vocab_size = _number(env, "DEPTH", int, 1), _number(env, "VOCAB_SIZE", int, 265)
+        auto_depth = env.get("DEPTH") == "auto"
+        depth = None if auto_depth else _number(env, "DEPTH", int, 1)
+        vocab_size = _number(env, "VOCAB_SIZE", int, 265)
         nproc, hours = _number(env, "NPROC", int, 1), _number(env, "HOURS", float, 0.0)
         settings = cls(
             profile=env.get("PROFILE") or "auto",
             depth=depth,
+            auto_depth=auto_depth,
             vocab_size=vocab_size,
             hours=hours,
             dataset=env.get("DATASET") or None,
@@ -366,14 +379,14 @@ def fit_batches(profile: Profile) -> Profile:
     return replace(profile, sft_batch_size=whole(profile.sft_batch_size, profile.sft_rows))
 
 
-def best_depth(profile: Profile, devices: Sequence[DeviceInfo]) -> int | None:
-    """The depth that learns most in the profile's hours on these cards; None without hours or for an unknown card.
+def planned_rows(profile: Profile, devices: Sequence[DeviceInfo]) -> list[Row]:
+    """What each depth would give in the profile's hours on these cards; empty without hours or for an unknown card.
 
-    From data sheets, not measured: a run that goes on must find the same depth.
+    From data sheets, not measured: a run that resumes must find the same depth.
     """
     card = find_card(min(devices, key=lambda device: training_speed(device.name)).name) if devices else None
     if card is None or profile.hours is None:
-        return None
+        return []
     budget, roofline = on_card(
         card,
         hours=profile.hours,
@@ -383,18 +396,39 @@ def best_depth(profile: Profile, devices: Sequence[DeviceInfo]) -> int | None:
         num_cards=profile.nproc,
         fineweb=profile.dataset == "fineweb_edu",
     )
-    return next((row.depth for row in plan(DEPTHS, budget, card_speed(roofline, budget)) if row.best), None)
+    return plan(sorted({*DEPTHS, profile.depth}), budget, card_speed(roofline, budget))
 
 
 def profile_for(settings: Settings, devices: Sequence[DeviceInfo]) -> Profile:
-    """`choose_profile`; where DEPTH is not set, the profile for cards that are bought singly gets their best depth."""
+    """`choose_profile`; a card that can't hold the profile's depth, and DEPTH=auto, get the planner's best depth.
+
+    Raises:
+        ValueError: DEPTH=auto where the planner can't say.
+    """
     profile = choose_profile(settings, len(devices))
     if profile.name != "p100" or settings.depth is not None:
+        if settings.auto_depth:
+            raise ValueError(f"DEPTH=auto plans for CUDA cards, not for PROFILE={profile.name}: set DEPTH to a number")
         return profile
-    depth = best_depth(profile, devices)
-    if depth is None:
-        return profile
-    profile = choose_profile(replace(settings, depth=depth), len(devices))
+    rows = planned_rows(profile, devices)
+    best = next((row for row in rows if row.best), None)
     cards = " and ".join(dict.fromkeys(device.name for device in devices))
-    about = f"depth {depth}, which by the planner learns most in {profile.hours:g} hours on {cards} (or set DEPTH)"
+    if best is None:
+        if settings.auto_depth:
+            raise ValueError(f"DEPTH=auto: the planner has no data sheet of {cards}: set DEPTH to a number")
+        return profile
+    own = next(row for row in rows if row.depth == profile.depth)
+    if own.bpb is not None and not settings.auto_depth:
+        if best.depth == own.depth:
+            about = f"depth {own.depth}, the planner's best for {profile.hours:g} hours on {cards}"
+            return replace(profile, about=about)
+        about = (
+            f"depth {own.depth}; DEPTH=auto would take {best.depth}: {best.bpb:.3f} instead of {own.bpb:.3f} bits per "
+            f"byte, planned for {profile.hours:g} hours on {cards}, ± {ERROR:.0%}"
+        )
+        return replace(profile, about=about)
+    profile = choose_profile(replace(settings, depth=best.depth), len(devices))
+    about = f"depth {best.depth}, which by the planner learns most in {profile.hours:g} hours on {cards} (or set DEPTH)"
+    if own.bpb is None:
+        about = f"{about}; depth {own.depth} does not fit"
     return replace(profile, about=about)

@@ -14,7 +14,7 @@ from nanochat.checkpoint.format import DAMAGED, META_FILE, read_meta, saved_step
 from nanochat.data.shards import MANIFEST, load_manifest
 from nanochat.data.text_files import COMPRESSIONS, KINDS
 from nanochat.files import sha256_file
-from nanochat.pipeline.profiles import MID_HOURS, SFT_HOURS, Profile, Settings
+from nanochat.pipeline.profiles import Profile, Settings
 from nanochat.recipe import DEFAULT_RECIPE
 from nanochat.stages import STAGES
 
@@ -24,7 +24,6 @@ SMALL_FILE_BYTES = 1_000_000
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 READY_SHARDS = 8  # as many as the tokenizer reads; the others arrive while it learns and the base model trains
 TEXT_SUFFIXES = (*KINDS, *COMPRESSIONS, ".py")
-HOURS_SHARE = {"base_train": 1.0, "mid_train": MID_HOURS, "chat_sft": SFT_HOURS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +167,9 @@ class _Maker:
 
     def horizon(self, stage: str) -> tuple[str, ...]:
         """How long a stage trains; nothing leaves it to the script."""
-        if self.profile.hours is not None:
-            return (f"--hours={self.profile.hours * HOURS_SHARE[stage]:.4g}",)
+        hours = self.profile.stage_hours(stage)
+        if hours is not None:
+            return (f"--hours={hours:.4g}",)
         return (f"--num_iterations={self.profile.steps[stage]}",) if stage in self.profile.steps else ()
 
     def rows(self, rows: int) -> str:
@@ -282,6 +282,5 @@ class _Maker:
 
 def expected_seconds(profile: Profile, stage: str) -> float | None:
     """How long a stage will take: by the clock it gets, else as measured, else None (not known)."""
-    if stage in HOURS_SHARE and profile.hours is not None:
-        return profile.hours * 3600 * HOURS_SHARE[stage]
-    return profile.seconds.get(stage)
+    hours = profile.stage_hours(stage)
+    return profile.seconds.get(stage) if hours is None else hours * 3600

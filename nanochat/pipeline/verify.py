@@ -25,7 +25,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import query_nvidia_smi
 from nanochat.optim import MuonAdamW
 from nanochat.pipeline.machine import list_devices, shards_needed, take_cards, visible_cards
-from nanochat.pipeline.profiles import MID_HOURS, SFT_HOURS, Profile, Settings, profile_for
+from nanochat.pipeline.profiles import Profile, Settings, profile_for
 from nanochat.plan.planning import meta_model
 from nanochat.precision import DTYPE_NAMES
 from nanochat.progress import format_seconds
@@ -148,7 +148,7 @@ def check_plan(profile: Profile, speed: float) -> Check:
     preset = PRESETS[profile.recipe]
     ratio, counted = preset.tokens_per_parameter, preset.scaling_params(model)
     long = ratio * counted * cost / speed / profile.nproc / 3600
-    hours = [profile.hours * share for share in (1.0, MID_HOURS, SFT_HOURS)]
+    hours = [profile.stage_hours(stage) for stage in ("base_train", "mid_train", "chat_sft")]
     text = (
         f"profile {profile.name}: base {hours[0]:.3g} h, mid {hours[1]:.2g} h, SFT {hours[2]:.2g} h, and evaluation. "
         f"At the measured matmul speed d{profile.depth} reads at most {tokens / 1e6:,.0f} million tokens in that time; "
