@@ -124,11 +124,11 @@ def _first_flags(config: type[T]) -> type[T]:
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         name, hint = field.name, hints[field.name]
         if dataclasses.is_dataclass(hint):
-            annotations[name] = nested = _first_flags(hint)  # type: ignore[type-var]
+            annotations[name] = nested = _first_flags(hint)  # type: ignore[arg-type]
             body[name] = dataclasses.field(default_factory=nested)
         elif name not in FIRST_FLAGS:
             annotations[name] = Annotated[hint, tyro.conf.Suppress]
-            body[name] = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+            body[name] = dataclasses.field(default=field.default, default_factory=field.default_factory)
     kind = type(config.__name__, (config,), {"__module__": config.__module__, "__doc__": config.__doc__, **body})
     kind.__annotations__ = annotations
     return dataclasses.dataclass(frozen=True, kw_only=True)(kind)
