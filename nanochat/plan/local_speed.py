@@ -27,6 +27,15 @@ from nanochat.recipe import Preset, parameter_groups
 ENOUGH_TOKENS = {"cpu": 2048}
 ENOUGH_TOKENS_DEFAULT = 16384
 SPEEDS_FILE = "step_speeds.json"
+LONG_FLOPS = 1e15  # a run of more is worth a word about its hours: minutes on any machine
+
+
+def hours_sentence(flops: float, tflops: float) -> str:
+    """How long a run of counted steps takes at a training speed in TFLOP/s."""
+    return (
+        f"planned: about {flops / (tflops * 1e12) / 3600:,.3g} hours of training ({flops:.3g} FLOPs at {tflops:.3g} "
+        "TFLOP/s, a guess from the speed of matmuls here); --hours=8 would be done in eight"
+    )
 
 
 def pass_seconds(model: GPT, precision: Precision, idx: Tensor) -> float:

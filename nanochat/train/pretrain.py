@@ -22,6 +22,7 @@ from nanochat.dataset import open_corpus, prepare_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import corpus_bpb
 from nanochat.optim import MuonAdamW
+from nanochat.plan.local_speed import LONG_FLOPS, hours_sentence
 from nanochat.plan.memory import MicroBatch, divisors
 from nanochat.progress import format_seconds
 from nanochat.recipe import (
@@ -48,8 +49,6 @@ SHARE_OF_MATMUL_SPEED = 0.5
 DEFAULT_ROWS = 32  # to plan with, where no device is asked what fits
 # Of a run of a given time: at most this share for one evaluation, and what is expected to be left for steps.
 EVAL_SHARE, STEP_SHARE = 0.02, 0.9
-# A run that is counted in steps says its planned hours if it computes more than this: minutes on any machine.
-LONG_FLOPS = 1e15
 
 
 def _with_flags_of_the_model(cls: type) -> type:
@@ -342,17 +341,6 @@ def resolve_plan(cfg: PretrainConfig, vocab_size: int, compute: Compute, checkpo
     return plan
 
 
-def hours_sentence(plan: Plan, tflops: float, world_size: int) -> str:
-    """How long a run of counted steps will take by this machine's matmul speed per process, in TFLOP/s."""
-    assert plan.schedule.num_iterations is not None
-    flops = plan.schedule.num_iterations * plan.batch.total_tokens * plan.flops_per_token
-    hours = flops / (tflops * 1e12 * SHARE_OF_MATMUL_SPEED * world_size) / 3600
-    return (
-        f"planned: about {hours:,.3g} hours of training ({flops:.3g} FLOPs at {SHARE_OF_MATMUL_SPEED:.0%} of the "
-        f"{tflops * world_size:.3g} TFLOP/s that matmuls reach here); --hours=8 would be done in eight"
-    )
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -386,9 +374,10 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
 
     plan = resolve_plan(cfg, tokenizer.get_vocab_size(), compute, checkpoint)
     print0("\n".join(plan.lines()))
-    steps = plan.schedule.num_iterations
-    if checkpoint is None and steps and steps * plan.batch.total_tokens * plan.flops_per_token > LONG_FLOPS:
-        print0(hours_sentence(plan, compute.broadcast(compute.matmul_tflops()), compute.world_size))
+    flops = (plan.schedule.num_iterations or 0) * plan.batch.total_tokens * plan.flops_per_token
+    if checkpoint is None and flops > LONG_FLOPS:  # hours are not asked for: say them
+        speed = compute.broadcast(compute.matmul_tflops()) * compute.world_size * SHARE_OF_MATMUL_SPEED
+        print0(hours_sentence(flops, speed))
 
     model = GPT(plan.model)
     model.activation_checkpointing = cfg.activation_checkpointing
