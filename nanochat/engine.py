@@ -14,11 +14,12 @@ from typing import Any
 from nanochat.generate.fast_decode import Weights, make_decoder
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.sampling import Sampling
-from nanochat.generate.scheduler import NewTokens, RowState, Scheduler, Tokenizer, ToolMachine
+from nanochat.generate.scheduler import Scheduler
+from nanochat.generate.sequence import NewTokens, RowState, Tokenizer, ToolMachine
 from nanochat.gpt import GPT
 from nanochat.precision import Precision
 
-__all__ = ["Engine", "KVCache", "check_prompt"]
+__all__ = ["Engine", "KVCache", "check_prompt", "check_sampling"]
 
 Samples = tuple[list[list[int]], list[list[int]]]  # (sequences, masks), prompts included
 
@@ -71,7 +72,7 @@ class Engine:
             temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
             top_k: sample from the k likeliest only; None or 0: from all.
             seed: of the first sample's random numbers; sample i has `row_seed(seed, i)`.
-            more: what else `nanochat.generate.sampling.Sampling` knows: top_p, repetition_penalty.
+            more: what else `nanochat.generate.sampling.Sampling` knows: top_p, constraint, and so on.
 
         Returns:
             An iterator of (token_column, token_masks): a token per sample, and 1 where the model chose it, 0 where it
@@ -126,6 +127,7 @@ class Engine:
             check_prompt(self.model, prompt)
             room = self.context_length - len(prompt)
             limit = room if max_tokens is None else min(room, max_tokens)
+            check_sampling(self.model, sampling, limit)
             rows.append(RowState(prompt, limit, sampling, row_seed(sampling.seed, i)))
         return rows
 
@@ -188,8 +190,8 @@ def row_seed(seed: int, row: int) -> int | str:
     return seed if row == 0 else f"{seed}:{row}"
 
 
-def check_prompt(model: GPT, prompt: list[int]) -> None:
-    """Refuse a prompt that the model can't continue.
+def check_prompt(model: GPT, prompt: list[int], room: int = 1) -> None:
+    """Refuse a prompt that the model can't continue by `room` tokens.
 
     Raises:
         ValueError: it is empty, leaves no room in the context, or has tokens the model doesn't know.
@@ -197,9 +199,27 @@ def check_prompt(model: GPT, prompt: list[int]) -> None:
     context, vocab_size = model.config.sequence_len, model.config.vocab_size
     if not prompt:
         raise ValueError("the prompt is empty: give at least the bos token")
-    if len(prompt) >= context:
+    if len(prompt) + room > context:
         raise ValueError(
             f"the prompt of {len(prompt)} tokens leaves no room in the model's context of {context}: shorten it"
         )
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         raise ValueError(f"the prompt has tokens outside the model's vocabulary of {vocab_size}")
+
+
+def check_sampling(model: GPT, sampling: Sampling, limit: int) -> None:
+    """Refuse settings that name tokens the model doesn't know, or a constraint that can't be met in `limit` tokens.
+
+    Raises:
+        ValueError: says which.
+    """
+    vocab_size = model.config.vocab_size
+    for name, tokens in (("logit_bias", [t for t, _ in sampling.logit_bias]), ("stop_tokens", sampling.stop_tokens)):
+        if any(not 0 <= token < vocab_size for token in tokens):
+            raise ValueError(f"{name} has tokens outside the model's vocabulary of {vocab_size}")
+    least = 0 if sampling.constraint is None else sampling.constraint.least_tokens
+    if least > limit:
+        raise ValueError(
+            f"the shortest answer of the asked form takes {least} tokens, but there is room for {limit}: "
+            "allow more tokens or shorten the prompt"
+        )

@@ -64,6 +64,8 @@ class Config:
 
     def __post_init__(self) -> None:
         self.sampling()  # checks itself
+        if self.max_tokens < 1:
+            raise ValueError(f"--max_tokens must be at least 1, got {self.max_tokens}")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("--prompt is empty: ask something, or leave it out for a conversation")
 

@@ -13,7 +13,8 @@ from reference_generation import ToolModel, make_model, naive_greedy
 
 from nanochat.engine import Engine
 from nanochat.generate.sampling import Sampling
-from nanochat.generate.scheduler import RowState, Scheduler
+from nanochat.generate.scheduler import Scheduler
+from nanochat.generate.sequence import RowState
 from nanochat.gpt import NANOCHAT_2026
 from nanochat.serve.answer_events import StopTexts
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, GenerationRequest, QueueFull
@@ -246,7 +247,7 @@ def test_the_error_of_one_request_is_its_own(tool_model, tiny_tokenizer, naive, 
         ({"tokens": []}, "empty"),
         ({"tokens": [65] * 128}, "128 tokens leaves no room in the model's context of 128"),
         ({"tokens": [99_999]}, "vocabulary"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 2.0}, "top_p"),
         ({"stop": ("",)}, "stop"),

@@ -112,7 +112,7 @@ def test_finished_rows_leave_the_batch_and_run_no_tools(tiny_tokenizer, monkeypa
     short, long = [65, 66, end], [67, *range(70, 90), end]
     model = Script({65: short, 67: long}, tiny_tokenizer.get_vocab_size())
     calls = []
-    monkeypatch.setattr("nanochat.generate.scheduler.use_calculator", lambda text: calls.append(text))
+    monkeypatch.setattr("nanochat.generate.sequence.use_calculator", lambda text: calls.append(text))
     sequences, _ = Engine(model, tiny_tokenizer).generate_prompts([[65], [67]], max_tokens=50)
     assert sequences == [short[:-1], long[:-1]]
     assert model.rows_run[:3] == [2, 2, 1]

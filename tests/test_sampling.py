@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.generate.sampling import NOT_FINITE, Sampling, penalize, sample
+from nanochat.generate.logit_rules import LogitRules, penalize
+from nanochat.generate.sampling import NOT_FINITE, Sampling, sample
 
 
 def uniform(n, seed=0):
@@ -61,16 +62,56 @@ def test_rows_that_are_not_numbers_are_told():
 
 
 def test_the_penalty_makes_seen_tokens_less_likely():
-    logits = torch.tensor([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
-    assert penalize(logits, [{0, 1}, set()], 2.0).tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]]
-    assert logits[0, 0] == 2.0
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    penalize(logits, {0, 1}, 2.0)
+    assert logits.tolist() == [1.0, -4.0, 1.0]
+    penalize(logits, set(), 2.0)
+    assert logits.tolist() == [1.0, -4.0, 1.0]
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1),
-     ("top_p", float("nan")), ("repetition_penalty", 0.0), ("repetition_penalty", float("inf"))],
+     ("top_p", float("nan")), ("repetition_penalty", 0.0), ("repetition_penalty", float("inf")),
+     ("min_p", -0.1), ("min_p", 1.1), ("frequency_penalty", float("nan")), ("presence_penalty", float("inf")),
+     ("logit_bias", ((-1, 1.0),)), ("logit_bias", ((1, float("nan")),)), ("logprobs", -1), ("min_tokens", -1),
+     ("max_tokens", -1)],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(setting, value):
     with pytest.raises(ValueError, match=setting):
         Sampling(**{setting: value})
+
+
+def test_min_p_keeps_what_is_likely_enough_and_top_p_counts_what_is_left():
+    logits = torch.tensor([[1.0, 2.0, -1.0, 0.0]])  # probabilities .24 .64 .03 .09
+    for min_p, top_p, kept in ((0.2, None, 2), (0.1, None, 3), (1.0, None, 1), (0.2, 0.72, 1), (0.2, 0.74, 2)):
+        chosen = sample(logits.repeat(5000, 1), Sampling(min_p=min_p, top_p=top_p), uniform(5000))
+        assert set(chosen.tolist()) == set(logits[0].argsort(descending=True)[:kept].tolist())
+    hot = sample(logits.repeat(5000, 1), Sampling(min_p=0.2, temperature=2.0), uniform(5000))  # after temperature
+    assert set(hot.tolist()) == {0, 1, 2, 3}
+
+
+def ruled(sampling, prompt, written, logits, room=9, ends=(4,)):
+    """The logits that the settings make of `logits`, after a prompt and what was written."""
+    rules = LogitRules.needed(sampling, prompt)
+    rules.take(written)
+    changed = torch.tensor(logits)
+    rules.apply(changed, room, ends)
+    return changed.tolist()
+
+
+def test_bias_and_penalties_change_the_logits_as_vllm_s_do():
+    logits = [1.0, -1.0, 2.0, 0.5, 3.0]
+    assert ruled(Sampling(logit_bias=((0, 2.0), (4, -100.0))), [], [], logits) == [3.0, -1.0, 2.0, 0.5, -97.0]
+    # What was written counts, the prompt doesn't.
+    assert ruled(Sampling(frequency_penalty=0.5), [0, 0], [2, 2, 1], logits) == [1.0, -1.5, 1.0, 0.5, 3.0]
+    assert ruled(Sampling(presence_penalty=0.5), [0, 0], [2, 2, 1], logits) == [1.0, -1.5, 1.5, 0.5, 3.0]
+    assert ruled(Sampling(frequency_penalty=-0.5, presence_penalty=0.25), [], [2, 2], logits)[2] == 2.75
+    assert ruled(Sampling(repetition_penalty=2.0, logit_bias=((1, 3.0),)), [1], [], logits)[1] == 1.0  # bias first
+    assert LogitRules.needed(Sampling(temperature=0.3, top_k=4, min_p=0.5), [1]) is None
+
+
+def test_an_answer_can_be_kept_from_ending_early():
+    never = -float("inf")
+    for written, last in (([], never), ([1], never), ([1, 2], 3.0)):
+        assert ruled(Sampling(min_tokens=2), [1], written, [1.0, 1.0, 1.0, 1.0, 3.0])[4] == last

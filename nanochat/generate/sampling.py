@@ -1,4 +1,4 @@
-"""Choosing the next token from a model's logits: greedy, temperature, top-k, top-p, repetition penalty.
+"""Choosing the next token from a model's logits: greedy, temperature, min-p, top-k, top-p; and all settings of it.
 
 A sequence's next token depends on its logits, its settings and one random number, drawn from a generator of its own: so
 a seed gives the same text whichever other sequences run beside it.
@@ -8,8 +8,9 @@ Shapes: B sequences, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,35 @@ from torch import Tensor
 MIN_TEMPERATURE = 1e-6  # below it the likeliest token wins anyway, and dividing by it could overflow
 BELOW_ONE = 1 - 2**-23  # times any float32 total it rounds to less than the total
 NOT_FINITE = -1  # stands for a token where the logits are not numbers
+
+
+class ConstraintState(Protocol):
+    """How far one answer has come in what its constraint allows."""
+
+    @property
+    def can_end(self) -> bool:
+        """True if what was written is complete."""
+
+    @property
+    def can_go_on(self) -> bool:
+        """True if more may follow."""
+
+    def allowed(self, room: int) -> Tensor:
+        """The tokens that may come next, (V,) bool: after each the answer can be completed within `room` tokens."""
+
+    def take(self, token: int) -> None:
+        """Go on by a token that was allowed."""
+
+
+class Constraint(Protocol):
+    """What an answer must look like (see nanochat.generate.grammar); shared by all answers that must look like it."""
+
+    @property
+    def least_tokens(self) -> int:
+        """The tokens of the shortest answer that is known."""
+
+    def start(self) -> ConstraintState:
+        """The state of a new answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,25 +62,52 @@ class Sampling:
     top_k: int | None = None
     """Only the k likeliest; None or 0: all."""
     max_tokens: int | None = None
-    """The most new tokens, those of tool results included; None: as many as the context has room for."""
+    """The most new tokens, those of tool results included; 0: none; None: as many as the context has room for."""
     seed: int = 42
     """Of the random numbers."""
     top_p: float | None = None
     """Only the likeliest that together reach this probability; None: all. Source: arXiv 1904.09751."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens that occurred already. Source: arXiv 1909.05858."""
+    min_p: float = 0.0
+    """Only tokens at least this many times as likely as the likeliest; 0: all. Source: arXiv 2407.01082."""
+    frequency_penalty: float = 0.0
+    """Lowers a token's logit by this much for each time it was written."""
+    presence_penalty: float = 0.0
+    """Lowers the logit of every token that was written, once."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit) pairs."""
+    min_tokens: int = 0
+    """The answer can't end before it has this many tokens."""
+    stop_tokens: tuple[int, ...] = ()
+    """Tokens that end the answer, beside the model's own; an ordinary one is its last text."""
+    logprobs: int | None = None
+    """Report each token's log-probability and as many of the likeliest alternatives; None: don't."""
+    constraint: Constraint | None = None
+    """What the answer must look like. It excludes calls of the calculator, and goes before `min_tokens`."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {self.temperature}")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k must be 0 (all tokens) or more, got {self.top_k}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise ValueError(f"max_tokens must not be negative, got {self.max_tokens}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {self.top_p}")
         if not 0.0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p must be 0 (all tokens) to 1, got {self.min_p}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+        for token, bias in self.logit_bias:
+            if token < 0 or not math.isfinite(bias):
+                raise ValueError(f"logit_bias takes pairs of a token and a finite number, got {token} and {bias}")
+        for name in ("min_tokens", "logprobs"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     @property
     def greedy(self) -> bool:
@@ -62,7 +119,7 @@ def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) ->
     """Choose one token per sequence.
 
     Args:
-        logits: (B, V) float32, after any repetition penalty.
+        logits: (B, V) float32, after the rules of nanochat.generate.logit_rules.
         settings: the same for all.
         uniform: (B,) random numbers in [0, 1), one per sequence; not needed when greedy.
 
@@ -82,9 +139,12 @@ def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) ->
         # top_p needs them sorted as well: its share is filled from the likeliest down.
         logits, ids = logits.topk(top_k, dim=-1)  # (B, k), the likeliest first
     p = (logits / settings.temperature).softmax(dim=-1)
+    if settings.min_p > 0.0:
+        p = p.where(p >= settings.min_p * p.amax(dim=-1, keepdim=True), 0.0)
     total = _running_total(p)
     if top_p < 1.0:
-        p = p.where(total - p < top_p, 0.0)  # those whose betters don't reach it yet
+        enough = top_p * total[:, -1:] if settings.min_p > 0.0 else top_p  # a share of what min_p has left
+        p = p.where(total - p < enough, 0.0)  # those whose betters don't reach it yet
         total = _running_total(p)
     # The inverse of the distribution function: the first token whose running total exceeds a random share of it all.
     # Not torch.multinomial, which draws from one generator for the whole batch.
@@ -100,13 +160,3 @@ def _running_total(p: Tensor) -> Tensor:
     if p.is_cuda and torch.are_deterministic_algorithms_enabled():
         return p.cpu().cumsum(dim=-1).to(p.device)
     return p.cumsum(dim=-1)
-
-
-def penalize(logits: Tensor, seen: Sequence[Iterable[int]], penalty: float) -> Tensor:
-    """Logits (B, V) in which each sequence's `seen` tokens are less likely; the given tensor stays as it is."""
-    logits = logits.clone()
-    for row, tokens in zip(logits, seen, strict=True):
-        index = torch.tensor(list(tokens), dtype=torch.long, device=logits.device)
-        values = row[index]
-        row[index] = torch.where(values > 0, values / penalty, values * penalty)
-    return logits

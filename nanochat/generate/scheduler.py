@@ -13,108 +13,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.generate.calculator import use_calculator
 from nanochat.generate.kv_cache import KVCache
-from nanochat.generate.sampling import NOT_FINITE, Sampling, penalize, sample
+from nanochat.generate.logprobs import TokenLogprob, describe_tokens
+from nanochat.generate.sampling import NOT_FINITE, Sampling, sample
+from nanochat.generate.sequence import NewTokens, RowState, Tokenizer, ToolMachine
 from nanochat.gpt import GPT
 from nanochat.precision import Precision
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-NewTokens = list[tuple[int, int]]  # (token, mask): 1 where the model chose it, 0 where it was forced
+LOGIT_ROWS = 64  # positions of a prompt whose logits are computed together: 64 × V numbers
 Forward = Callable[[Tensor, KVCache], Tensor]  # a token per sequence (B, 1) and the cache -> logits (B, V)
-
-
-class Tokenizer(Protocol):
-    """The part of a tokenizer that generation uses (nanochat.tokenizer.RustBPETokenizer)."""
-
-    def encode(self, text: str) -> Any:
-        """The ids of an ordinary text."""
-
-    def decode(self, ids: Any) -> str:
-        """The text of ids."""
-
-    def encode_special(self, name: str) -> int:
-        """The id of a special token."""
-
-    def get_bos_token_id(self) -> int:
-        """The id that starts every document."""
-
-
-class RowState:
-    """A sequence that is being written.
-
-    Args:
-        tokens: the prompt.
-        limit: the most new tokens.
-        sampling: how they are chosen; its seed and limit don't count here.
-        seed: of this sequence's random numbers.
-        keep: None: the sequence ends when the context is full. Otherwise it then forgets the older half of it, except
-            this many tokens at the start.
-    """
-
-    def __init__(
-        self, tokens: list[int], limit: int, sampling: Sampling, seed: int | str, keep: int | None = None
-    ) -> None:
-        self.context = list(tokens)  # what the model sees, the new tokens included
-        self.limit, self.keep = limit, keep
-        # A generator of its own: with a shared one, what a sequence draws would depend on how many others draw beside
-        # it, and a request with a seed would be answered differently on a busy server.
-        self.random = random.Random(seed)
-        # What sequences must have in common to be sampled in one call; seed and limit are each one's own.
-        self.sampling = dataclasses.replace(sampling, seed=0, max_tokens=None)
-        # The repetition penalty asks for every token so far, also for those that a sliding context has forgotten.
-        self.seen = set(tokens) if sampling.repetition_penalty != 1.0 else None
-        self.count = 0  # new tokens
-        self.reused: int | None = None  # prompt tokens found in the cache; None: nothing was read yet
-        self.expression: list[int] | None = None  # tokens since python_start; None: outside
-        self.finish_reason: FinishReason | None = "length" if limit <= 0 else None
-        self.error: Exception | None = None
-
-
-class ToolMachine:
-    """Takes in what was sampled: watches for the end, and answers what stands between python_start and python_end."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        special = tokenizer.encode_special
-        # bos ends an answer too: a model that begins another document has nothing more to say in this one.
-        self.stop_tokens = {special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
-        self._python_start, self._python_end = special("<|python_start|>"), special("<|python_end|>")
-        self._output_start, self._output_end = special("<|output_start|>"), special("<|output_end|>")
-
-    def accept(self, row: RowState, token: int) -> NewTokens:
-        """The sequence's new (token, mask): the sampled one, mask 1, then what it forces, mask 0."""
-        new = [(token, 1)]
-        if token in self.stop_tokens:
-            row.finish_reason = "stop"
-        elif token == self._python_start:
-            row.expression = []
-        elif token == self._python_end and row.expression is not None:
-            result = use_calculator(self.tokenizer.decode(row.expression))
-            row.expression = None
-            # The result is forced: the calculator's tokens are appended as if the model had said them, so that it never
-            # gets to make a result up. Mask 0 tells training (RL) that they were not its choice. An expression that the
-            # calculator doesn't know gets no result, and the model goes on by itself, as in nanochat.
-            if result is not None:
-                forced = [self._output_start, *self.tokenizer.encode(result), self._output_end]
-                new += [(t, 0) for t in forced]
-        elif row.expression is not None:
-            row.expression.append(token)
-        new = new[: row.limit - row.count]  # forced tokens count: they take room in the context like any other
-        row.count += len(new)
-        row.context += [t for t, _ in new]
-        if row.seen is not None:
-            row.seen.update(t for t, _ in new)
-        if row.count >= row.limit and row.finish_reason is None:
-            row.finish_reason = "length"
-        return new
 
 
 class _Slot:
@@ -218,8 +131,10 @@ class Scheduler:
         new: dict[int, NewTokens] = {}
         if logits:
             together = logits[0] if len(logits) == 1 else torch.cat(logits)  # (B, V)
-            for row, token in zip(rows, self._choose(rows, together), strict=True):
-                new[id(row)] = self._accept(row, token)
+            tokens = self._choose(rows, together)
+            described = self._describe(rows, together, tokens)
+            for row, token in zip(rows, tokens, strict=True):
+                new[id(row)] = self._accept(row, token, described.get(id(row)))
         result = [(row, new.get(id(row), [])) for row in self.rows if id(row) in new or row.finish_reason]
         for row, _ in result:
             if row.finish_reason:
@@ -276,6 +191,9 @@ class Scheduler:
             key=lambda item: (item[0], item[1] == index),
         )
         row.reused = min(shared, len(row.context) - 1)  # the last token must run: its logits are wanted
+        if row.prompt_logprobs is not None:  # then those of every token are
+            row.reused, source = 0, index
+            row.prompt_logprobs = self._forced(row.context[:1])  # nothing comes before the first one
         self._rewind(source, index, row.reused)
 
     def _rewind(self, source: int, target: int, length: int) -> None:
@@ -291,6 +209,8 @@ class Scheduler:
             x = self.model.hidden(idx, kv_cache=self.cache)  # (1, T, C)
             # lm_head for the last position only: logits of a whole prompt would be T × V numbers that nobody asks for.
             last = self.model.logits_at(x[:, -1]) if len(tokens) == slot.unread() else None
+            if slot.row is not None:
+                self._describe_prompt(slot.row, x[0], len(slot.tokens))
         slot.tokens += tokens  # after the pass: had it failed, the slot would hold no keys for them
         return last
 
@@ -354,14 +274,22 @@ class Scheduler:
 
     def _choose(self, rows: list[RowState], logits: Tensor) -> list[int]:
         """A token for each sequence from its logits (B, V); those with the same settings are sampled together."""
+        ruled = [i for i, row in enumerate(rows) if row.rules is not None]
+        if ruled:
+            logits = logits.clone()  # the model's own are still wanted: log-probabilities are made of them
+        for i in ruled:
+            row = rows[i]
+            try:
+                if row.rules is not None:
+                    row.rules.apply(logits[i], row.limit - row.count, self.tools.stop_tokens | row.stop_tokens)
+            except Exception as error:
+                row.error = error  # `_accept` raises it: this sequence's alone
         groups: dict[Sampling, list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault(row.sampling, []).append(i)
         tokens = [NOT_FINITE] * len(rows)
         for settings, members in groups.items():
             part = logits if len(groups) == 1 else logits[torch.tensor(members, device=logits.device)]  # (n, V)
-            if settings.repetition_penalty != 1.0:
-                part = penalize(part, [rows[i].seen or () for i in members], settings.repetition_penalty)
             uniform = None
             if not settings.greedy:  # a greedy sequence draws nothing
                 uniform = torch.tensor([rows[i].random.random() for i in members], device=logits.device)  # (n,)
@@ -370,15 +298,51 @@ class Scheduler:
                 tokens[i] = token
         return tokens
 
-    def _accept(self, row: RowState, token: int) -> NewTokens:
+    def _accept(self, row: RowState, token: int, logprob: TokenLogprob | None) -> NewTokens:
         """The sequence's new tokens with their masks; an error is its own."""
         try:
+            if row.error is not None:
+                raise row.error
             if token == NOT_FINITE:
                 raise RuntimeError("the model's output is not a number (try --dtype float32)")
-            return self.tools.accept(row, token)
+            new = self.tools.accept(row, token)
+            if logprob is not None:
+                row.logprobs += [logprob, *self._forced([t for t, _ in new[1:]])][: len(new)]
+            return new
         except Exception as error:
             self._invalidate(next(i for i, slot in enumerate(self._slots) if slot.row is row), row, error)
             return []
+
+    # --- log-probabilities --------------------------------------------------------------------------------------------
+
+    def _describe(self, rows: list[RowState], logits: Tensor, tokens: list[int]) -> dict[int, TokenLogprob]:
+        """The log-probabilities of the chosen tokens, by the id of the sequences that want them."""
+        wanted = [i for i, row in enumerate(rows) if row.top_logprobs is not None and tokens[i] != NOT_FINITE]
+        if not wanted:
+            return {}
+        top = max(rows[i].top_logprobs or 0 for i in wanted)
+        part = logits[torch.tensor(wanted, device=logits.device)]  # (n, V)
+        described = describe_tokens(part, [tokens[i] for i in wanted], top, self.tools.tokenizer.decode_bytes)
+        return {
+            id(rows[i]): dataclasses.replace(logprob, top=logprob.top[: rows[i].top_logprobs])
+            for i, logprob in zip(wanted, described, strict=True)
+        }
+
+    def _describe_prompt(self, row: RowState, x: Tensor, start: int) -> None:
+        """Describe the prompt's tokens that follow hidden states x (T, C), at position `start`, if it is asked for."""
+        known = row.prompt_logprobs
+        if known is None:
+            return
+        following = row.context[start + 1 : row.prompt_tokens][: x.size(0)]
+        for i in range(0, len(following), LOGIT_ROWS):
+            tokens = following[i : i + LOGIT_ROWS]
+            logits = self.model.logits_at(x[i : i + len(tokens)])  # (n, V)
+            described = describe_tokens(logits, tokens, row.top_logprobs or 0, self.tools.tokenizer.decode_bytes)
+            known += described
+
+    def _forced(self, tokens: list[int]) -> list[TokenLogprob]:
+        """Tokens that the model did not choose."""
+        return [TokenLogprob(token, self.tools.tokenizer.decode_bytes([token]), None) for token in tokens]
 
     def _invalidate(self, index: int, row: RowState, error: Exception) -> None:
         """End a sequence with an error, and discard what its slot holds: nobody may continue from it."""

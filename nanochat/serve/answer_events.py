@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.generate.scheduler import FinishReason
+from nanochat.generate.logprobs import TokenLogprob
+from nanochat.generate.sequence import FinishReason
 from nanochat.tokenizer import RustBPETokenizer
 
 PartKind = Literal["text", "python", "python_output"]
@@ -29,13 +30,16 @@ class Event:
     Every generation ends with exactly one "done" or "error" event and none after it.
     """
 
-    kind: PartKind | Literal["done", "error"]
+    kind: PartKind | Literal["prompt", "done", "error"]
     """"text": a piece of the answer. "python": a whole expression sent to the calculator; "python_output": its whole
-    result. "done": the answer is complete. "error": it failed, `text` says why."""
+    result. "prompt", before all others and only where it was asked for: tokens and log-probabilities of the prompt.
+    "done": the answer is complete. "error": it failed, `text` says why."""
     text: str = ""
     """Whole characters only, never a special token."""
     tokens: tuple[int, ...] = ()
     """The new tokens since the last event, special and forced ones included."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of each of `tokens`, where `Sampling.logprobs` asks for them."""
     finish_reason: FinishReason | None = None
     """Of the last event: "stop" (the model ended it, or a stop text), "length", "cancelled" or "error"."""
     usage: Usage | None = None
@@ -48,7 +52,7 @@ def join_events(events: Sequence[Event]) -> list[dict[str, str]]:
     for event in events:
         if event.kind == "text" and parts and parts[-1]["type"] == "text":
             parts[-1]["text"] += event.text
-        elif event.kind not in ("done", "error"):
+        elif event.kind not in ("prompt", "done", "error"):
             parts.append({"type": event.kind, "text": event.text})
     return parts
 

@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.engine import check_prompt
+from nanochat.engine import check_prompt, check_sampling
 from nanochat.generate.fast_decode import Weights, make_decoder
 from nanochat.generate.sampling import Sampling
-from nanochat.generate.scheduler import FinishReason, RowState, Scheduler
+from nanochat.generate.scheduler import Scheduler
+from nanochat.generate.sequence import FinishReason, RowState
 from nanochat.gpt import GPT
 from nanochat.ops.cpu import release_workers
 from nanochat.precision import Precision
@@ -51,6 +52,8 @@ class GenerationRequest:
     slide: bool = False
     """When the context is full: False ends the answer ("length"); True forgets the older half and goes on, so that
     the limit may be more than the context has room for."""
+    prompt_logprobs: bool = False
+    """Report the prompt's log-probabilities too, in a "prompt" event before all others. It is then read as a whole."""
     keep: int = 1
     """With `slide`: tokens at the start that are never forgotten (bos, a system message)."""
 
@@ -129,9 +132,15 @@ class _Job:
         self.prompt_tokens = len(row.context)
         self.stop = StopTexts(generation.request.stop)
         self.held: list[int] = []  # tokens that have not been in an event
+        self.told = 0  # tokens that have
+        self.told_prompt = False
 
     def take(self, new: list[tuple[int, int]]) -> None:
         """Turn new tokens into events, up to a stop text."""
+        known = tuple(self.row.prompt_logprobs or ())
+        if len(known) == self.prompt_tokens and not self.told_prompt:
+            self.told_prompt = True
+            self.generation._emit(Event("prompt", tokens=tuple(t.token for t in known), logprobs=known))
         for token, _ in new:
             # A token may make no text yet (half a character, or the beginning of a stop text): the next event has it.
             self.held.append(token)
@@ -160,7 +169,10 @@ class _Job:
 
     def _emit(self, event: Event) -> None:
         """Pass an event on, with the tokens that no event has had yet."""
-        self.generation._emit(dataclasses.replace(event, tokens=tuple(self.held)))
+        end = self.told + len(self.held)
+        logprobs = tuple(self.row.logprobs[self.told : end])
+        self.generation._emit(dataclasses.replace(event, tokens=tuple(self.held), logprobs=logprobs))
+        self.told = end
         self.held.clear()
 
 
@@ -286,15 +298,22 @@ class BatchEngine:
         self.close(drain=False)
 
     def _row(self, request: GenerationRequest) -> RowState:
-        check_prompt(self.model, request.tokens)
+        # A prompt that is only to be judged may fill the context.
+        only_read = request.prompt_logprobs and request.sampling.max_tokens == 0
+        check_prompt(self.model, request.tokens, room=0 if only_read else 1)
         if not 0 <= request.keep <= self.context_length // 2:
             raise ValueError(f"keep must be 0 to half the context ({self.context_length // 2}), got {request.keep}")
         if any(not stop for stop in request.stop):
             raise ValueError("a stop text must not be empty")
         room, sampling = self.context_length - len(request.tokens), request.sampling
-        limit = sampling.max_tokens or room
+        limit = room if sampling.max_tokens is None else sampling.max_tokens
+        if not request.slide:
+            limit = min(room, limit)
+        elif request.prompt_logprobs:
+            raise ValueError("prompt_logprobs and slide exclude each other: the prompt must stay as it is")
+        check_sampling(self.model, sampling, limit)
         keep = request.keep if request.slide else None
-        return RowState(request.tokens, limit if request.slide else min(room, limit), sampling, sampling.seed, keep)
+        return RowState(request.tokens, limit, sampling, sampling.seed, keep, request.prompt_logprobs)
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 

@@ -89,8 +89,12 @@ def _change(settings: Sampling, name: str, value: str) -> Sampling:
         number = int(value) if name in ("top_k", "max_tokens") else float(value)
     except ValueError:
         raise ValueError(f"/{name} needs a number, got {value!r}") from None
+    if name == "max_tokens" and number < 1:
+        raise ValueError(f"/max_tokens must be at least 1, got {value}")
     return dataclasses.replace(settings, **{name: number})  # type: ignore[arg-type]
 
 
 def _show_settings(settings: Sampling) -> str:
-    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items() if value is not None)
+    # Those that a command changes, and the seed; what only programs set is None, 0 or empty here.
+    shown = {name: value for name, value in vars(settings).items() if f"/{name}" in NAMES or name == "seed"}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)

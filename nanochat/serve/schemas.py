@@ -83,7 +83,8 @@ class SamplingFields(BaseModel):
 
     def over(self, defaults: Sampling) -> Sampling:
         """The defaults, overridden by what this request says."""
-        knobs = {field.name for field in dataclasses.fields(Sampling)}
+        # What `unsupported` refuses never gets here, but may be null, 0 or empty.
+        knobs = {field.name for field in dataclasses.fields(Sampling)} - {"logit_bias", "logprobs"}
         return dataclasses.replace(defaults, **self.model_dump(include=knobs, exclude_none=True))
 
 
