@@ -1,4 +1,4 @@
-"""Write rustbpe/src/unicode_tables.rs, the table of code points that are letters, numbers or white space.
+"""Write rustbpe/src/unicode_tables.rs: the code points that are letters, numbers, white space or combining marks.
 
 The classes come from tiktoken's own regular expression engine, one code point at a time, so that rustbpe splits exactly
 as tiktoken does, even for code points that newer Unicode versions have assigned and tiktoken does not know yet.
@@ -45,6 +45,11 @@ def render() -> str:
             if classes[code]:
                 raise RuntimeError(f"U+{code:04X} is in two classes")
             classes[code] = kind
+    marks = members(r"\p{M}")
+    if any(classes[code] for code in marks):
+        raise RuntimeError("a mark is in another class too")
+    ends = [code for code in sorted(marks) if code + 1 not in marks]
+    spans = list(zip((code for code in sorted(marks) if code - 1 not in marks), ends, strict=True))
     rows: dict[tuple[int, ...], int] = {}
     index = []
     for start in range(0, NUM_CODE_POINTS, BLOCK):
@@ -54,7 +59,7 @@ def render() -> str:
         raise RuntimeError("more than 256 distinct rows: the index no longer fits u8")
     version = next((v for v, code in FIRST_SEEN.items() if code in letters), "older than 14.0")
     lines = [
-        f"//! Letters, numbers and white space of Unicode {version}.",
+        f"//! Letters, numbers, white space and marks of Unicode {version}.",
         "//! Written by dev/gen_unicode_tables.py: do not edit.",
         "",
         f"/// Row of `ROWS` for each block of {BLOCK} code points.",
@@ -70,6 +75,16 @@ def render() -> str:
         f"pub static ROWS: [[u64; {BLOCK // 32}]; {len(rows)}] = [",
     ]
     lines += ["    [" + ", ".join(f"0x{word:016x}" for word in row) + "]," for row in rows]
+    lines += [
+        "];",
+        "",
+        "/// First and last code point of each run of combining marks; all of them are of the class other.",
+        "#[rustfmt::skip]",
+        f"pub static MARKS: [(u32, u32); {len(spans)}] = [",
+    ]
+    lines += [
+        "    " + ", ".join(f"(0x{a:x}, 0x{b:x})" for a, b in spans[i : i + 6]) + "," for i in range(0, len(spans), 6)
+    ]
     return "\n".join([*lines, "];", ""])
 
 

@@ -54,6 +54,14 @@ SPECIAL_TOKENS = [
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+# What runtimes outside know by name (llama.cpp's pre-tokenizer `qwen35`): digits one at a time, and combining marks go
+# with their letters. Vowel signs of Hindi, Thai or Tamil are marks: SPLIT_PATTERN cuts words at each of them, and no
+# merge can cross a cut. (?i:…) is spelled out, because engines differ on whether 'ſ' is an s.
+RUNTIMES_PATTERN = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {"nanochat": SPLIT_PATTERN, "runtimes": RUNTIMES_PATTERN}
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 FORMAT = "nanochat-bpe-1"  # of tokenizer.json
 
@@ -94,7 +102,7 @@ class RustBPETokenizer:
             different halves); then the higher id is the one that is used.
         special_tokens: id of each special token, all above the ranks.
         bos_token: which special token starts a document.
-        encoder: "rustbpe" (ours; knows SPLIT_PATTERN) or "tiktoken"; both give the same ids.
+        encoder: "rustbpe" (ours; knows PATTERNS) or "tiktoken"; both give the same ids.
 
     Raises:
         ValueError: an id has two meanings, or the bos token is missing.
@@ -148,7 +156,9 @@ class RustBPETokenizer:
         return cls.from_ranks([token for token, _ in ranks], trainer.get_pattern())
 
     @classmethod
-    def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> RustBPETokenizer:
+    def train_from_iterator(
+        cls, text_iterator: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN
+    ) -> RustBPETokenizer:
         """Learn merges from texts. `vocab_size` counts everything: bytes, merges and special tokens.
 
         The result has fewer tokens if the texts hold too few different pairs.
@@ -160,7 +170,7 @@ class RustBPETokenizer:
 
         # Training again and again joins the most frequent pair of neighbours, of the pieces that the pattern cuts.
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(iter(text_iterator), mergeable_size(vocab_size), pattern=SPLIT_PATTERN)
+        trainer.train_from_iterator(iter(text_iterator), mergeable_size(vocab_size), pattern=pattern)
         return cls.from_trainer(trainer)
 
     @classmethod

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from rustbpe import portable
 
-__all__ = ["GPT2_PATTERN", "GPT4_PATTERN", "NANOCHAT_PATTERN", "Tokenizer", "TrainingStats"]
+__all__ = ["GPT2_PATTERN", "GPT4_PATTERN", "NANOCHAT_PATTERN", "RUNTIMES_PATTERN", "Tokenizer", "TrainingStats"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,11 @@ _GPT4_STYLE = (
 GPT4_PATTERN = _GPT4_STYLE % 3  # the default, as in the classic rustbpe
 NANOCHAT_PATTERN = _GPT4_STYLE % 2  # digits in groups of two: better for small vocabularies
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# That of llama.cpp's pre-tokenizer `qwen35`, letter for letter: marks belong to the letters, digits stand alone.
+RUNTIMES_PATTERN = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 NO_LIMIT = 2**64 - 1
 

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from nanochat.config import Runtime, run_script
 from nanochat.dataset import open_corpus, prepare_corpus
 from nanochat.progress import format_seconds, progress
 from nanochat.report import get_report
-from nanochat.tokenizer import SPLIT_PATTERN, TOKENIZER_FOLDER, RustBPETokenizer, mergeable_size
+from nanochat.tokenizer import PATTERNS, TOKENIZER_FOLDER, RustBPETokenizer, mergeable_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,10 @@ class Config:
     """Of each document take only this many characters, so that no long one dominates."""
     vocab_size: int = 65536
     """Tokens in all: 256 bytes, merges, 9 special tokens."""
+    pattern: Literal["auto", "nanochat", "runtimes"] = "auto"
+    """The cuts between which bytes merge: nanochat (digits in twos), runtimes (llama.cpp's qwen35: digits one by one,
+    combining marks with their letters); auto takes nanochat, and runtimes for scripts whose vowels are marks (Hindi,
+    Thai …): from 1 % of the characters on."""
     data_dir: str | None = None
     """Folder (or file) of parquet, txt, md, jsonl, csv or html text."""
     dataset: str | None = None
@@ -44,6 +49,41 @@ class Config:
         mergeable_size(self.vocab_size)  # raises if it is too small
         if self.max_chars < 1 or self.doc_cap < 1:
             raise ValueError("--max_chars and --doc_cap must be at least 1")
+
+
+# Vowel signs and accents that are code points of their own: from this share of the characters on, the pattern that
+# keeps them with their letters saves more tokens than it costs. English, German or Chinese have next to none.
+MARKS_SHARE = 0.01
+MARKS_SAMPLE = 20_000_000  # characters that are looked at
+
+
+def share_of_marks(arrays: Iterator[pa.Array], doc_cap: int, max_chars: int = MARKS_SAMPLE) -> float:
+    """The share of combining marks among the first `max_chars` characters, each document cut as for training."""
+    chars = marks = 0
+    for texts in arrays:
+        cut = pc.utf8_slice_codeunits(texts, 0, doc_cap)
+        chars += pc.sum(pc.utf8_length(cut)).as_py() or 0
+        marks += pc.sum(pc.count_substring_regex(cut, r"\p{M}")).as_py() or 0
+        if chars >= max_chars:
+            break
+    return marks / max(1, chars)
+
+
+def choose_pattern(cfg: Config, arrays: Iterator[pa.Array]) -> str:
+    """The name of the pattern for these texts, one of PATTERNS; says so where it is not nanochat's."""
+    if cfg.pattern == "nanochat":
+        return cfg.pattern
+    digits = (
+        "one digit is a token, and combining marks stay with their letters (--pattern=nanochat: nanochat's own cuts)"
+    )
+    if cfg.pattern == "runtimes":
+        print0(f"pattern runtimes, as asked for: {digits}")
+        return cfg.pattern
+    share = share_of_marks(arrays, cfg.doc_cap, min(cfg.max_chars, MARKS_SAMPLE))
+    if share < MARKS_SHARE:
+        return "nanochat"
+    print0(f"pattern runtimes, since {share:.1%} of the characters are combining marks: {digits}")
+    return "runtimes"
 
 
 @dataclass
@@ -73,6 +113,7 @@ def main(cfg: Config) -> None:
     folder = get_base_dir() / TOKENIZER_FOLDER
     num_bytes = max(1, min(corpus.num_bytes("train"), cfg.max_chars))
     print0(f"training a tokenizer of {cfg.vocab_size:,} tokens on about {num_bytes / 1e6:,.0f} MB of {corpus.name}")
+    pattern = choose_pattern(cfg, corpus.arrays("train"))
     trainer, reading = rustbpe.Tokenizer(), Reading()
     logging.getLogger("rustbpe").setLevel(logging.ERROR)  # its warning is given below, counting special tokens
     start = time.perf_counter()
@@ -86,7 +127,7 @@ def main(cfg: Config) -> None:
             trainer.train_from_arrow(
                 read(corpus.arrays("train"), cfg, reading),
                 mergeable_size(cfg.vocab_size),
-                pattern=SPLIT_PATTERN,
+                pattern=PATTERNS[pattern],
                 doc_cap=cfg.doc_cap,
                 max_chars=cfg.max_chars,
                 progress=show,
@@ -111,6 +152,7 @@ def main(cfg: Config) -> None:
     lengths = tokenizer.token_lengths()
     lengths = lengths[lengths > 0]
     facts = {
+        "pattern": pattern,
         "tokens": size,
         "special tokens": len(tokenizer.get_special_tokens()),
         "documents": reading.documents,

@@ -3,7 +3,7 @@
 //! Each scanner gives the same pieces as its regular expression, for every text. Together the alternatives of each
 //! pattern match any character, so the pieces cover the text without gaps.
 
-use crate::unicode::{class_of, Class, ASCII};
+use crate::unicode::{class_of, is_mark, Class, ASCII};
 
 /// GPT-4 style as nanochat uses it; digits in groups of at most two.
 pub const GPT4_DIGITS2: &str =
@@ -11,6 +11,8 @@ pub const GPT4_DIGITS2: &str =
 /// The same with digits in groups of at most three: the default.
 pub const GPT4_DIGITS3: &str =
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+/// llama.cpp's pre-tokenizer `qwen35`, as it writes it: combining marks belong to the letters, digits stand alone.
+pub const RUNTIMES: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// cl100k_base as tiktoken writes it. Unlike the two above, white space at the end of the text stays in one piece.
 pub const CL100K: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s";
 /// GPT-2 as published, and as tiktoken writes it: the same pieces.
@@ -22,6 +24,7 @@ pub const GPT2_TIKTOKEN: &str = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\
 pub enum Pattern {
     Gpt4 { max_digits: usize, whole_tail: bool },
     Gpt2,
+    Runtimes,
 }
 
 impl Pattern {
@@ -29,12 +32,13 @@ impl Pattern {
         match regex {
             GPT4_DIGITS2 => Ok(Pattern::Gpt4 { max_digits: 2, whole_tail: false }),
             GPT4_DIGITS3 => Ok(Pattern::Gpt4 { max_digits: 3, whole_tail: false }),
+            RUNTIMES => Ok(Pattern::Runtimes),
             CL100K => Ok(Pattern::Gpt4 { max_digits: 3, whole_tail: true }),
             GPT2 | GPT2_TIKTOKEN => Ok(Pattern::Gpt2),
             _ => Err(format!(
                 "split pattern not supported: {regex:?}. The splitters are written by hand, for these patterns only: \
                  GPT-4 style with \\p{{N}}{{1,2}} {GPT4_DIGITS2:?}, with \\p{{N}}{{1,3}} {GPT4_DIGITS3:?}, \
-                 cl100k_base {CL100K:?} and GPT-2 {GPT2:?}"
+                 cl100k_base {CL100K:?}, GPT-2 {GPT2:?} and that of llama.cpp's qwen35 {RUNTIMES:?}"
             )),
         }
     }
@@ -44,20 +48,25 @@ impl Pattern {
     pub fn for_each_piece(self, text: &str, each: impl FnMut(usize, usize)) {
         // One copy of the loop for each pattern, so that the options cost nothing inside.
         match self {
-            Pattern::Gpt4 { max_digits: 2, whole_tail: false } => pieces::<2, false>(text, each),
-            Pattern::Gpt4 { whole_tail: false, .. } => pieces::<3, false>(text, each),
-            Pattern::Gpt4 { whole_tail: true, .. } => pieces::<3, true>(text, each),
-            Pattern::Gpt2 => pieces::<0, false>(text, each),
+            Pattern::Gpt4 { max_digits: 2, whole_tail: false } => pieces::<2, false, false>(text, each),
+            Pattern::Gpt4 { whole_tail: false, .. } => pieces::<3, false, false>(text, each),
+            Pattern::Gpt4 { whole_tail: true, .. } => pieces::<3, true, false>(text, each),
+            Pattern::Gpt2 => pieces::<0, false, false>(text, each),
+            Pattern::Runtimes => pieces::<1, false, true>(text, each),
         }
     }
 }
 
-/// `DIGITS` 0 stands for GPT-2; `WHOLE_TAIL` for cl100k's `\s++$`.
-fn pieces<const DIGITS: usize, const WHOLE_TAIL: bool>(text: &str, mut each: impl FnMut(usize, usize)) {
+/// `DIGITS` 0 stands for GPT-2; `WHOLE_TAIL` for cl100k's `\s++$`; `MARKS` for the runtimes' pattern.
+fn pieces<const DIGITS: usize, const WHOLE_TAIL: bool, const MARKS: bool>(
+    text: &str,
+    mut each: impl FnMut(usize, usize),
+) {
     let bytes = text.as_bytes();
     let mut start = 0;
     while start < bytes.len() {
-        let end = if DIGITS == 0 { gpt2_end(bytes, start) } else { gpt4_end::<DIGITS, WHOLE_TAIL>(bytes, start) };
+        let end =
+            if DIGITS == 0 { gpt2_end(bytes, start) } else { gpt4_end::<DIGITS, WHOLE_TAIL, MARKS>(bytes, start) };
         each(start, end);
         start = end;
     }
@@ -65,29 +74,32 @@ fn pieces<const DIGITS: usize, const WHOLE_TAIL: bool>(text: &str, mut each: imp
 
 /// End of the piece that starts at `start`; the alternatives of the pattern in their order.
 #[inline(always)]
-fn gpt4_end<const DIGITS: usize, const WHOLE_TAIL: bool>(bytes: &[u8], start: usize) -> usize {
+fn gpt4_end<const DIGITS: usize, const WHOLE_TAIL: bool, const MARKS: bool>(bytes: &[u8], start: usize) -> usize {
     let first = bytes[start];
-    let (class, next) = class_at(bytes, start);
+    // The runtimes' pattern has [\p{L}\p{M}] where the others have \p{L}, and so it counts marks as letters. A mark can
+    // also be the one character before them there: that is the same piece.
+    let (class, next) = class_at::<MARKS>(bytes, start);
     if class == Class::Letter {
-        return letters(bytes, next);
+        return letters::<MARKS>(bytes, next);
     }
     if first == b'\'' {
-        if let Some(end) = contraction(bytes, next, true) {
+        let case = if MARKS { Case::Ascii } else { Case::Ignored };
+        if let Some(end) = contraction(bytes, next, case) {
             return end;
         }
     }
     if class == Class::Number {
-        return (1..DIGITS).fold(next, |end, _| step_over(bytes, end, Class::Number));
+        return (1..DIGITS).fold(next, |end, _| step_over::<false>(bytes, end, Class::Number));
     }
     if first != b'\r' && first != b'\n' {
-        let end = letters(bytes, next);
+        let end = letters::<MARKS>(bytes, next);
         if end > next {
             return end;
         }
     }
     // " ?[^\s\p{L}\p{N}]++[\r\n]*"
     let mark = if first == b' ' { next } else { start };
-    let end = run_of(bytes, mark, Class::Other);
+    let end = run_of::<MARKS>(bytes, mark, Class::Other);
     if end > mark {
         let line_ends = bytes[end..].iter().take_while(|&&b| b == b'\r' || b == b'\n').count();
         return end + line_ends;
@@ -102,16 +114,16 @@ fn gpt4_end<const DIGITS: usize, const WHOLE_TAIL: bool>(bytes: &[u8], start: us
 #[inline(always)]
 fn gpt2_end(bytes: &[u8], start: usize) -> usize {
     if bytes[start] == b'\'' {
-        if let Some(end) = contraction(bytes, start + 1, false) {
+        if let Some(end) = contraction(bytes, start + 1, Case::Kept) {
             return end;
         }
     }
     let mark = if bytes[start] == b' ' { start + 1 } else { start };
     if mark < bytes.len() {
-        let (class, next) = class_at(bytes, mark);
+        let (class, next) = class_at::<false>(bytes, mark);
         match class {
-            Class::Letter => return letters(bytes, next),
-            Class::Number | Class::Other => return run_of(bytes, next, class),
+            Class::Letter => return letters::<false>(bytes, next),
+            Class::Number | Class::Other => return run_of::<false>(bytes, next, class),
             Class::Space => {}
         }
     }
@@ -130,7 +142,7 @@ impl Spaces {
     fn from(bytes: &[u8], start: usize) -> Spaces {
         let mut spaces = Spaces { end: start, last: start, after_last_line_end: None };
         while spaces.end < bytes.len() {
-            let (class, next) = class_at(bytes, spaces.end);
+            let (class, next) = class_at::<false>(bytes, spaces.end);
             if class != Class::Space {
                 break;
             }
@@ -153,20 +165,28 @@ impl Spaces {
     }
 }
 
-/// End of `[sdmt]|ll|ve|re` at `at`, just after an apostrophe. Ignoring case, 'ſ' (U+017F) is an s too.
-fn contraction(bytes: &[u8], at: usize, ignore_case: bool) -> Option<usize> {
-    let fold = |b: &u8| if ignore_case { b.to_ascii_lowercase() } else { *b };
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Case {
+    Kept,
+    Ascii,
+    /// Of all letters: 'ſ' (U+017F) is an s too.
+    Ignored,
+}
+
+/// End of `[sdmt]|ll|ve|re` at `at`, just after an apostrophe.
+fn contraction(bytes: &[u8], at: usize, case: Case) -> Option<usize> {
+    let fold = |b: &u8| if case == Case::Kept { *b } else { b.to_ascii_lowercase() };
     match (bytes.get(at).map(fold)?, bytes.get(at + 1).map(fold)) {
         (b's' | b'd' | b'm' | b't', _) => Some(at + 1),
         (b'l', Some(b'l')) | (b'v' | b'r', Some(b'e')) => Some(at + 2),
-        (0xC5, Some(0xBF)) if ignore_case => Some(at + 2),
+        (0xC5, Some(0xBF)) if case == Case::Ignored => Some(at + 2),
         _ => None,
     }
 }
 
-/// End of the run of letters from `at`.
+/// End of the run of letters from `at`, with their marks if `MARKS`.
 #[inline(always)]
-fn letters(bytes: &[u8], mut at: usize) -> usize {
+fn letters<const MARKS: bool>(bytes: &[u8], mut at: usize) -> usize {
     loop {
         // Eight bytes at a time while they are ASCII letters.
         while let Some(word) = bytes.get(at..at + 8) {
@@ -179,7 +199,7 @@ fn letters(bytes: &[u8], mut at: usize) -> usize {
             at += 8;
         }
         // The byte that stopped it may start a letter beyond ASCII; the last seven bytes of a text come here one by one.
-        let next = step_over(bytes, at, Class::Letter);
+        let next = step_over::<MARKS>(bytes, at, Class::Letter);
         if next == at {
             return at;
         }
@@ -201,9 +221,9 @@ fn ascii_letters(word: u64) -> u64 {
 }
 
 /// End of the run of `class` from `at`.
-fn run_of(bytes: &[u8], mut at: usize, class: Class) -> usize {
+fn run_of<const MARKS: bool>(bytes: &[u8], mut at: usize, class: Class) -> usize {
     loop {
-        let next = step_over(bytes, at, class);
+        let next = step_over::<MARKS>(bytes, at, class);
         if next == at {
             return at;
         }
@@ -213,9 +233,9 @@ fn run_of(bytes: &[u8], mut at: usize, class: Class) -> usize {
 
 /// `at`, or the next character if the one at `at` is of this class.
 #[inline(always)]
-fn step_over(bytes: &[u8], at: usize, class: Class) -> usize {
+fn step_over<const MARKS: bool>(bytes: &[u8], at: usize, class: Class) -> usize {
     if at < bytes.len() {
-        let (found, next) = class_at(bytes, at);
+        let (found, next) = class_at::<MARKS>(bytes, at);
         if found == class {
             return next;
         }
@@ -223,15 +243,16 @@ fn step_over(bytes: &[u8], at: usize, class: Class) -> usize {
     at
 }
 
-/// Class of the character that starts at `at`, and where the next one starts.
+/// Class of the character that starts at `at`, and where the next one starts. With `MARKS` a mark counts as a letter.
 #[inline(always)]
-fn class_at(bytes: &[u8], at: usize) -> (Class, usize) {
+fn class_at<const MARKS: bool>(bytes: &[u8], at: usize) -> (Class, usize) {
     let first = bytes[at];
     if first < 0x80 {
         return (ASCII[first as usize], at + 1);
     }
     let (code, width) = decode(bytes, at);
-    (class_of(code), at + width)
+    let class = class_of(code);
+    (if MARKS && class == Class::Other && is_mark(code) { Class::Letter } else { class }, at + width)
 }
 
 /// The code point beyond ASCII that starts at `at`, and its width in bytes. The text is valid UTF-8.
@@ -258,14 +279,20 @@ mod tests {
     fn split_slowly(pattern: &str, text: &str) -> Vec<String> {
         let chars: Vec<char> = text.chars().collect();
         let class = |i: usize| chars.get(i).map(|&c| class_of(c as u32));
-        let run = |from: usize, kind: Class| (from..chars.len()).take_while(|&i| class(i) == Some(kind)).count();
+        let mark = |i: usize| pattern == RUNTIMES && chars.get(i).map_or(false, |&c| is_mark(c as u32));
+        let is = |i: usize, kind: Class| match kind {
+            Class::Letter => class(i) == Some(kind) || mark(i),
+            _ => class(i) == Some(kind) && !mark(i),
+        };
+        let run = |from: usize, kind: Class| (from..chars.len()).take_while(|&i| is(i, kind)).count();
         let line_end = |i: usize| matches!(chars.get(i), Some('\r' | '\n'));
         let gpt4 = !matches!(pattern, GPT2 | GPT2_TIKTOKEN);
         let alternatives = |at: usize| -> usize {
             if chars[at] == '\'' {
                 for ending in ["s", "d", "m", "t", "ſ", "ll", "ve", "re"] {
                     let found: String = chars[at + 1..].iter().take(ending.chars().count()).collect();
-                    if found == ending && (gpt4 || ending != "ſ") || gpt4 && found.to_ascii_lowercase() == ending {
+                    let any_case = gpt4 && ending != "ſ" && found.to_ascii_lowercase() == ending;
+                    if found == ending && ending != "ſ" || any_case || found == "ſ" && gpt4 && pattern != RUNTIMES {
                         return 1 + ending.chars().count();
                     }
                 }
@@ -274,10 +301,15 @@ mod tests {
             if gpt4 {
                 let any = !(line_end(at) || matches!(class(at), Some(Class::Letter | Class::Number))) as usize;
                 match run(at + any, Class::Letter) {
+                    0 if mark(at) => return 1,
                     0 => {}
                     n => return any + n,
                 }
-                let most = if pattern == GPT4_DIGITS2 { 2 } else { 3 };
+                let most = match pattern {
+                    RUNTIMES => 1,
+                    GPT4_DIGITS2 => 2,
+                    _ => 3,
+                };
                 match run(at, Class::Number) {
                     0 => {}
                     n => return n.min(most),
@@ -321,7 +353,7 @@ mod tests {
         pieces
     }
 
-    const ALL: [&str; 5] = [GPT4_DIGITS2, GPT4_DIGITS3, CL100K, GPT2, GPT2_TIKTOKEN];
+    const ALL: [&str; 6] = [GPT4_DIGITS2, GPT4_DIGITS3, CL100K, GPT2, GPT2_TIKTOKEN, RUNTIMES];
 
     #[test]
     fn splits_known_examples() {
@@ -334,12 +366,16 @@ mod tests {
         assert_eq!(split(CL100K, "x \n "), ["x", " \n "]);
         assert_eq!(split(GPT4_DIGITS3, "'LLa 'ſ 'Re"), ["'LL", "a", " '", "ſ", " '", "Re"]);
         assert_eq!(split(GPT4_DIGITS3, ""), [""; 0]);
+        // Vowel signs are marks: हिन्दी is one piece, in other patterns four.
+        assert_eq!(split(RUNTIMES, "हिन्दी 12 'ſa 'LLb"), ["हिन्दी", " ", "1", "2", " '", "ſa", " '", "LLb"]);
+        assert_eq!(split(GPT4_DIGITS2, "हिन्दी").len(), 4);
+        assert_eq!(split(RUNTIMES, "e\u{301}!\u{301}\u{301} \u{301}"), ["e\u{301}", "!\u{301}\u{301}", " \u{301}"]);
     }
 
     #[test]
     fn agrees_with_the_slow_splitter() {
         let alphabet: Vec<char> =
-            "aZsſltveRdM'' \t\r\n\u{85}\u{a0}\u{3000}09٣½é漢—!<|\u{301}\u{200d}🙂\u{e000}\0".chars().collect();
+            "aZsſltveRdM'' \t\r\n\u{85}\u{a0}\u{3000}09٣½é漢—!<|\u{301}\u{93f}\u{200d}🙂\u{e000}\0".chars().collect();
         let mut state = 1u64;
         for round in 0..60_000 {
             let text: String = (0..round % 24)

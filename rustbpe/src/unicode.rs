@@ -1,6 +1,6 @@
 //! The class of a code point: letter, number, white space or anything else.
 
-use crate::unicode_tables::{INDEX, ROWS};
+use crate::unicode_tables::{INDEX, MARKS, ROWS};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -21,6 +21,12 @@ pub fn class_of(code: u32) -> Class {
     let row = &ROWS[INDEX[(code >> 7) as usize] as usize];
     let bits = row[(code >> 5 & 3) as usize] >> (2 * (code & 31));
     CLASSES[(bits & 3) as usize]
+}
+
+/// True for the combining marks (`\p{M}`), such as accents and vowel signs: they are of the class `Other`.
+pub fn is_mark(code: u32) -> bool {
+    let after = MARKS.partition_point(|&(first, _)| first <= code);
+    after > 0 && code <= MARKS[after - 1].1
 }
 
 /// Class of each ASCII byte, for the scanner's inner loops.
@@ -67,5 +73,12 @@ mod tests {
             }
         }
         assert_eq!(class_of(0x10FFFF), Class::Other);
+    }
+
+    #[test]
+    fn marks_are_of_no_other_class() {
+        let marks: Vec<u32> = (0..0x110000).filter(|&code| is_mark(code)).collect();
+        assert!(marks.len() > 2000 && marks[0] == 0x300 && marks.contains(&0x93F) && !marks.contains(&0x915));
+        assert!(marks.iter().all(|&code| class_of(code) == Class::Other));
     }
 }
