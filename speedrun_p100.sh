@@ -20,6 +20,7 @@ error: 1). Settings come from the environment:
   VOCAB_SIZE         size of the vocabulary (at least 265)
   HOURS              time for base training (with a card 8); mid-training takes another third of it (at most half an
                      hour), SFT a sixth (at most 20 minutes)
+  RECIPE             small (default), portable (opens in llama.cpp, Ollama and others), classic or modern
   DATASET            climbmix, fineweb_edu (both downloaded) or demo
   DATA_DIR           your own text instead: a folder (or file) of txt, md, html, jsonl, csv or parquet
   CHAT_DATA          your own conversations (.jsonl or .parquet), "demo", or "nanochat" for its mixture from the hub

@@ -44,6 +44,7 @@ assert set(SWITCHES) == set(NANOCHAT_2026)
 EXPERIMENTS: dict[str, dict[str, str]] = {
     "recipes": {
         "small": "--recipe=small",
+        "portable": "--recipe=portable",
         "classic": "--recipe=classic --total_batch_size=16384",
         "modern": "--recipe=modern",
     },
@@ -134,7 +135,7 @@ def merged_flags(cfg: Config, flags: str, seed: int) -> dict[str, str]:
     common = f"--vocab_size={cfg.vocab_size} --dtype={cfg.dtype} --seed={seed} {compute} {cfg.base}"
     words = [word.removeprefix("--").split("=", 1) for word in f"{common} {flags}".split()]
     merged = dict(words)
-    if merged.get("recipe") in ("small", "modern") and "--total_batch_size" not in flags:
+    if merged.get("recipe") in ("small", "portable", "modern") and "--total_batch_size" not in flags:
         merged.pop("total_batch_size", None)  # the recipe's own
     return merged
 

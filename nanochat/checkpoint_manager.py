@@ -188,7 +188,7 @@ def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: it is a model of another shape; names the settings that differ.
     """
-    before, now = checkpoint.meta["model_config"], model.config.to_dict()
+    before, now = GPTConfig.from_dict(checkpoint.meta["model_config"]).to_dict(), model.config.to_dict()
     if before != now:
         names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
         changed = [f"{n} {before.get(n)} -> {now.get(n)}" for n in names]

@@ -31,7 +31,7 @@ from nanochat.ops.loss import linear_cross_entropy, softcap
 from nanochat.ops.pointwise import apply_rotary, offset_keys, relu_squared, rms_norm, rotary_tables, scaled_square
 from nanochat.precision import NARROW_RANGE, autocast_dtype
 
-LOGIT_SOFTCAP = 15.0  # logits lie between −15 and 15: 15·tanh(x/15)
+LOGIT_SOFTCAP = 15.0  # nanochat's: logits lie between −15 and 15, 15·tanh(x/15)
 # One fixed epsilon for every dtype, so that a model gives the same results in each of them.
 NORM_EPS = 1e-6
 # Multipliers of the hash of a pair of tokens: two large primes.
@@ -61,7 +61,7 @@ def flag(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that defines the model. Stored in every checkpoint; a field that an old one lacks is off.
+    """Everything that defines the model. Stored in every checkpoint; a field that an old one lacks has its default.
 
     A field made by `flag` is a flag of `scripts.base_train` and part of an exported config.json without further ado.
     """
@@ -73,6 +73,7 @@ class GPTConfig:
     n_kv_head: int = flag(6, "Key/value heads, a divisor of the heads; default: as many as heads.")
     n_embd: int = 768  # C, the width of the residual stream
     residual_scalars: bool = flag(False, "Before layer i: x = λ[i]·x + μ[i]·x0, λ and μ learned, x0 the embedding.")
+    residual_factors: bool = flag(False, "Before layer i: x = λ[i]·x, λ above 0 and learned; folds into the weights.")
     value_embeddings: bool = flag(False, "Every second layer adds a gated embedding of the token to its values.")
     smear: bool = flag(False, "Mix a gated share of the previous token's embedding into each token's.")
     backout: bool = flag(False, "Subtract a share of the middle layer's output before the final norm.")
@@ -82,6 +83,7 @@ class GPTConfig:
     init: Literal["classic", "modern"] = flag("classic", "How weights begin, see `GPT.init_weights`.")
     window_pattern: str = flag("L", "Repeated over the layers: L sees the whole context, S a quarter; the last is L.")
     bigram_buckets: int = flag(0, "Size of an embedding of hashed pairs of tokens, added to the token's; 0: none.")
+    logit_softcap: float | None = flag(LOGIT_SOFTCAP, "Bound of the logits, by a tanh; 0: none.")
 
     def __post_init__(self) -> None:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
@@ -96,6 +98,10 @@ class GPTConfig:
             raise ValueError(f"window_pattern is {self.window_pattern!r}: use the letters S and L, as in SSSL")
         if self.init not in ("classic", "modern"):
             raise ValueError(f"init is {self.init!r}, expected classic or modern")
+        if not (self.logit_softcap or 0) > 0:  # as a flag it is 0, where None leaves it to the recipe
+            object.__setattr__(self, "logit_softcap", None)
+        if self.residual_factors and self.residual_scalars:
+            raise ValueError("residual_scalars holds the factors of residual_factors already: switch one of them off")
         for name in ("qk_scale", "rope_base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -326,6 +332,8 @@ class GPT(nn.Module):
         if config.residual_scalars:
             self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))  # λ
             self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))  # μ
+        if config.residual_factors:
+            self.resid_logs = nn.Parameter(torch.zeros(config.n_layer))  # ln λ, so that λ stays above 0
         if config.value_embeddings:
             layers, kv_dim = range(config.n_layer), config.n_kv_head * config.head_dim
             tables = {
@@ -432,6 +440,7 @@ class GPT(nn.Module):
             # Scalars of the layers, from the first to the last.
             "resid_lambdas": falling(1.15, by=0.10),
             "x0_lambdas": falling(0.20, by=0.15),
+            "resid_logs": lambda p: p.copy_(torch.linspace(1.15, 1.05, p.size(0)).log()),
             "value_embeds.weight": uniform(-table_bound, table_bound),
             # λ = 0: at the start nothing is smeared, but λ has a gradient.
             "smear_gate.weight": uniform(0.0, 0.02),
@@ -532,6 +541,8 @@ class GPT(nn.Module):
             if c.residual_scalars:
                 # Every layer can look at the token itself again, whatever the layers before have made of it.
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            elif c.residual_factors:
+                x = self.resid_logs[i].exp() * x
             value = F.embedding(idx, self.value_embed(i)) if c.has_value_embedding(i) else None  # (B, T, K·D)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Keep the block's input only and run the block once more in the backward pass.
@@ -566,7 +577,7 @@ class GPT(nn.Module):
                 each is computed as if it were alone. Not together with a kv_cache.
 
         Returns:
-            float32 softcapped logits (B, T, V), or the loss in float32.
+            float32 logits (B, T, V), softcapped by default, or the loss in float32.
 
         Raises:
             ValueError: more tokens than the context, or segments of another shape or with a kv_cache.
@@ -577,12 +588,12 @@ class GPT(nn.Module):
     def loss(self, x: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         """The loss of hidden states `x` (B, T, C) against `targets` (B, T); never compiled, unlike `hidden`."""
         # The logits of a batch (B·T·V) would be the largest tensor of all: they are made and used a chunk at a time.
-        dtype, chunk = training_product_dtype(x, self.product_dtype), self.loss_chunk_bytes
+        dtype, chunk, c = training_product_dtype(x, self.product_dtype), self.loss_chunk_bytes, self.config
         return linear_cross_entropy(
-            x, self.lm_head.weight, targets, self.config.vocab_size, LOGIT_SOFTCAP, reduction, dtype, chunk
+            x, self.lm_head.weight, targets, c.vocab_size, c.logit_softcap, reduction, dtype, chunk
         )
 
     def logits_at(self, x: Tensor) -> Tensor:
-        """Softcapped float32 logits of chosen hidden states (…, C) -> (…, V): for when few positions matter."""
+        """float32 logits of chosen hidden states (…, C) -> (…, V): for when few positions matter."""
         logits = self.lm_head(x)[..., : self.config.vocab_size]  # without the padding rows
-        return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)), LOGIT_SOFTCAP)
+        return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.config.logit_softcap)

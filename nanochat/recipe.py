@@ -1,8 +1,9 @@
 """The recipe: how a run's numbers follow from a few settings. Pure functions, no training here.
 
-Three presets: `small`, the default, chosen by experiment for one card or a CPU and some hours; `classic`, nanochat of
-December 2025; `modern`, what nanochat's main branch had learned by July 2026, on large cards. Batch, steps and
-gradient accumulation; the schedules of learning rate, momentum and decay; which parameter gets which optimizer.
+Four presets: `small`, the default, chosen by experiment for one card or a CPU and some hours; `portable`, the best
+whose models open in other programs; `classic`, nanochat of December 2025; `modern`, what nanochat's main branch had
+learned by July 2026, on large cards. Batch, steps and gradient accumulation; the schedules of learning rate, momentum
+and decay; which parameter gets which optimizer.
 """
 
 from __future__ import annotations
@@ -148,7 +149,19 @@ SMALL = replace(
     muon=MODERN.muon,
     adam=MODERN.adam,
 )
-PRESETS = {"small": SMALL, "classic": CLASSIC, "modern": MODERN}
+# What of small folds exactly into a Qwen3 model (nanochat/interop/qwen3.py), which llama.cpp, Ollama and every other
+# runtime open: none of the switches that add to the stream, to values or to keys, and no softcap.
+PORTABLE = replace(
+    SMALL,
+    switches={
+        "qk_scale": 1.2,
+        "rope_base": 100000.0,
+        "init": "modern",
+        "residual_factors": True,
+        "logit_softcap": None,
+    },
+)
+PRESETS = {"small": SMALL, "portable": PORTABLE, "classic": CLASSIC, "modern": MODERN}
 
 
 def recipe_of(meta: Mapping[str, Any]) -> str:
@@ -425,6 +438,7 @@ def _group_of(name: str, p: Tensor) -> str:
         "value_embeds.": "values",
         "bigram.": "values",
         "resid_lambdas": "resid",
+        "resid_logs": "resid",
         "x0_lambdas": "x0",
         "smear_": "gates",
         "backout_": "gates",

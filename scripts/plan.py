@@ -62,7 +62,7 @@ class Config:
     """Default: that of the tokenizer here, for another card 65536."""
     max_seq_len: int = 2048
     """Context length in tokens."""
-    recipe: Literal["small", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
+    recipe: Literal["small", "portable", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
     """Model and optimizer, see base_train."""
     card: str | None = None
     """A card by its name (p100, 3090, "T4 x2", "P100 12GB"; list shows all), or several with commas between them, to be

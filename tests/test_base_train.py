@@ -77,6 +77,8 @@ def test_every_switch_of_the_model_is_a_flag_with_a_help_text(capsys):
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert all(text in said for text in switches.values())
     assert Architecture().given() == {}
+    assert plan_of("--depth=4", "--logit_softcap=0").model.logit_softcap is None
+    assert plan_of("--depth=4", "--recipe=portable", "--logit_softcap=20").model.logit_softcap == 20.0
     given = parse_config(Config, ["--init=modern", "--qk-scale=2", "--smear=False", "--n_kv_head=1"])
     assert given.architecture.given() == {"init": "modern", "qk_scale": 2.0, "smear": False, "n_kv_head": 1}
     with pytest.raises(SystemExit):
@@ -106,7 +108,8 @@ def test_a_run_of_each_recipe(recipe, tiny_tokenizer, base_dir, text):
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.3
     meta = load_checkpoint(folder).meta
-    assert meta["model_config"]["smear"] == (recipe != "classic")
+    assert meta["model_config"]["smear"] == (recipe in ("small", "modern"))
+    assert meta["model_config"]["logit_softcap"] == (None if recipe == "portable" else 15.0)
     assert torch.isfinite(torch.tensor(losses)).all()
 
 

@@ -12,6 +12,8 @@ from nanochat.scoring import Span, score_groups
 
 SWITCHES = {
     "residual_scalars": {"residual_scalars": True},
+    "residual_factors": {"residual_factors": True},
+    "no softcap": {"logit_softcap": None},
     "value_embeddings": {"value_embeddings": True},
     "smear": {"smear": True},
     "backout": {"backout": True},
@@ -146,7 +148,7 @@ def test_the_layers_compile_into_one_graph(switch):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SWITCHES if name not in ("init", "rope_base", "qk_scale", "key_offset")]
+    "name", [name for name in SWITCHES if name not in ("init", "rope_base", "qk_scale", "key_offset", "no softcap")]
 )
 def test_a_switch_adds_parameters_only_when_on(name):
     with torch.device("meta"):
@@ -201,6 +203,28 @@ def test_the_switches_by_hand():
     torch.testing.assert_close(model.hidden(x), torch.nn.functional.rms_norm(e, (64,), eps=1e-6), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_softcap_of_zero_is_none_and_bounds_nothing():
+    free, capped = switched({"logit_softcap": 0.0}), switched({"logit_softcap": 3.0})
+    assert free.config == switched({"logit_softcap": None}).config
+    x = tokens(1, 50)
+    assert free(x).abs().max() > 3
+    torch.testing.assert_close(capped(x), 3 * torch.tanh(free(x) / 3))
+
+
+@torch.no_grad()
+def test_residual_factors_by_hand():
+    """Whatever is learned they stay above 0, and they scale the stream that a layer gets."""
+    model = switched({"residual_factors": True}, n_layer=2)
+    model.resid_logs.copy_(torch.tensor([-30.0, 0.5]))
+    factors = model.resid_logs.exp()
+    assert (factors > 0).all()
+    x, context = tokens(1, 5), model._context(tokens(1, 5), None, None)
+    stream = factors[1] * model.blocks[0](factors[0] * model.embed(x), context)
+    expected = torch.nn.functional.rms_norm(model.blocks[1](stream, context), (64,), eps=1e-6)
+    torch.testing.assert_close(model.hidden(x), expected)
+
+
 def test_windows_and_value_embeddings_fall_on_the_layers_of_nanochat():
     config = GPTConfig(2048, n_layer=6, window_pattern="SSSL", value_embeddings=True)
     assert config.windows == [512, 512, 512, None, 512, None]
@@ -240,6 +264,7 @@ def test_configs_of_old_checkpoints_and_of_nanochat_load():
     old = {"sequence_len": 64, "vocab_size": 90, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 64}
     assert GPTConfig.from_dict(old) == GPTConfig(**old)
     modern = switched(NANOCHAT_2026, n_layer=2)
+    assert GPTConfig.from_dict(old).logit_softcap == 15.0
     config = GPTConfig.from_nanochat(modern.config.to_dict() | {"window_pattern": "SSSL"}, modern.state_dict().keys())
     assert config.smear
     assert config.qk_scale == 1.2
@@ -258,6 +283,7 @@ def test_configs_of_old_checkpoints_and_of_nanochat_load():
         ({"init": "lucky"}, "init"),
         ({"smear": True, "n_embd": 16, "n_head": 2, "n_kv_head": 2}, "smear"),
         ({"bigram_buckets": -1}, "bigram_buckets"),
+        ({"residual_factors": True, "residual_scalars": True}, "residual_factors"),
         ({"key_offset": True, "n_embd": 12, "n_head": 2, "n_kv_head": 2}, "key_offset"),
     ],
 )

@@ -11,8 +11,8 @@ from nanochat.ops.loss import linear_cross_entropy, softcap
 CAP = 15.0
 
 
-def plain(x, weight, targets, vocab, reduction):
-    logits = softcap(x @ weight.t(), CAP)[..., :vocab]
+def plain(x, weight, targets, vocab, reduction, cap=CAP):
+    logits = softcap(x @ weight.t(), cap)[..., :vocab]
     losses = F.cross_entropy(logits.reshape(-1, vocab), targets.reshape(-1), ignore_index=-1, reduction=reduction)
     return losses.view(targets.shape) if reduction == "none" else losses
 
@@ -26,14 +26,15 @@ def inputs(dtype, n=(3, 50), c=24, vocab=90, rows=128, seed=0):
     return x, weight, targets, vocab
 
 
+@pytest.mark.parametrize("cap", [CAP, None])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_value_and_gradients_equal_the_plain_loss(monkeypatch, reduction, dtype, tolerance):
+def test_value_and_gradients_equal_the_plain_loss(monkeypatch, reduction, dtype, tolerance, cap):
     monkeypatch.setattr(loss_module, "chunk_tokens", lambda *_: (37, 10))  # several uneven chunks and parts
     x, weight, targets, vocab = inputs(dtype)
     seed = torch.rand(targets.shape, dtype=dtype) if reduction == "none" else torch.tensor(3.0, dtype=dtype)
-    ours = linear_cross_entropy(x, weight, targets, vocab, CAP, reduction)
-    theirs = plain(x, weight, targets, vocab, reduction)
+    ours = linear_cross_entropy(x, weight, targets, vocab, cap, reduction)
+    theirs = plain(x, weight, targets, vocab, reduction, cap)
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
     a = torch.autograd.grad(ours, (x, weight), seed)
     b = torch.autograd.grad(theirs, (x, weight), seed)
@@ -68,6 +69,22 @@ def test_half_precision_stays_close_and_the_weights_gradient_is_float32(dtype):
     b = torch.autograd.grad(theirs, weight)[0]
     assert a.dtype == torch.float32
     assert (a - b).norm() / b.norm() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_without_a_softcap_large_logits_neither_overflow_nor_lose_the_gradient(dtype):
+    """exp(90) is beyond float32, exp(12) beyond float16."""
+    x, targets = torch.eye(3, 8).requires_grad_(), torch.tensor([0, 1, -1])
+    weight = torch.full((64, 8), -90.0)
+    weight[0, 0], weight[1, 1], weight[2, 1] = 90.0, 90.0, 91.0
+    value = linear_cross_entropy(x, weight.requires_grad_(), targets, 50, None, "sum", dtype)
+    value.backward()
+    assert value.item() == pytest.approx(torch.tensor([-1.0, 0.0]).logsumexp(0).item() + 1, rel=1e-3)
+    share = torch.tensor([0.0, 1.0]).softmax(0)  # of the two large logits of the second token
+    assert weight.grad[1, 1].item() == pytest.approx(share[0].item() - 1, rel=1e-2)
+    assert weight.grad[2, 1].item() == pytest.approx(share[1].item(), rel=1e-2)
+    assert weight.grad[50:].count_nonzero() == 0
+    assert torch.isfinite(x.grad).all()
 
 
 def test_confident_logits_do_not_overflow():

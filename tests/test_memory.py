@@ -17,7 +17,7 @@ from nanochat.plan.memory import (
     saved_bytes,
 )
 from nanochat.precision import DTYPES
-from nanochat.recipe import MODERN, SMALL
+from nanochat.recipe import MODERN, PORTABLE, SMALL
 
 GIB = 2**30
 
@@ -45,7 +45,9 @@ def really_saved(config, rows, dtype, checkpointing=False):
 
 
 @pytest.mark.parametrize(
-    "switches", [{}, MODERN.switches, SMALL.switches, {"n_kv_head": 1}], ids=["classic", "modern", "small", "gqa"]
+    "switches",
+    [{}, MODERN.switches, SMALL.switches, PORTABLE.switches, {"n_kv_head": 1}],
+    ids=["classic", "modern", "small", "portable", "gqa"],
 )
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_activations_are_what_autograd_saves(dtype, switches):

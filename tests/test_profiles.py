@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nanochat.data.sources import count_shards
+from nanochat.interop.qwen3 import obstacles
 from nanochat.pipeline import profiles
 from nanochat.pipeline.profiles import (
     CPU,
@@ -19,6 +20,7 @@ from nanochat.pipeline.profiles import (
     choose_profile,
     fit_batches,
 )
+from nanochat.pipeline.stages import make_stages
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +106,19 @@ def test_settings_come_from_the_environment(tmp_path):
     assert Settings.from_env({"PROFILE": "", "DEPTH": ""}) == Settings()
 
 
+def test_a_portable_model_gets_the_tokenizer_that_other_programs_know(tmp_path):
+    for name in ("tiny", "demo"):
+        settings = Settings.from_env({"PROFILE": name, "RECIPE": "portable"})
+        profile = choose_profile(settings, 0)
+        stages = {stage.name: stage for stage in make_stages(profile, settings, tmp_path)}
+        assert "--pattern=runtimes" in stages["tok_train"].flags
+        assert "--recipe=portable" in stages["base_train"].flags
+        assert not obstacles(profile.model_config)
+    assert choose_profile(Settings(recipe="classic", profile="tiny"), 0).recipe == "classic"
+    usual = make_stages(choose_profile(Settings(profile="tiny"), 0), Settings(profile="tiny"), tmp_path)
+    assert not any(flag.startswith("--pattern") for stage in usual for flag in stage.flags)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -115,6 +130,7 @@ def test_settings_come_from_the_environment(tmp_path):
         ("HOURS", "nan"),
         ("HOURS", "inf"),
         ("NPROC", "-1"),
+        ("RECIPE", "large"),
         ("DATASET", "internet"),
         ("DATA_DIR", "/no/such/folder"),
         ("CHAT_DATA", "/no/such/file"),

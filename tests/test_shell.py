@@ -17,7 +17,7 @@ NEWEST = "torch>=2.7,<2.15"
 MAXWELL = "torch==2.7.1"
 CPU = "torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
 SETTINGS = [
-    *("PROFILE", "DEPTH", "VOCAB_SIZE", "HOURS", "DATASET", "DATA_DIR", "CHAT_DATA", "NPROC", "WANDB_RUN"),
+    *("PROFILE", "DEPTH", "VOCAB_SIZE", "HOURS", "RECIPE", "DATASET", "DATA_DIR", "CHAT_DATA", "NPROC", "WANDB_RUN"),
     "NANOCHAT_BASE_DIR",
 ]
 BASH = shutil.which("bash") or "bash"

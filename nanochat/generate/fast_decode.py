@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nanochat.generate.decode_linear import FixedLinear, Int8Linear, best_form
 from nanochat.generate.kv_cache import KVCache
-from nanochat.gpt import GPT, LOGIT_SOFTCAP, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, GPTConfig, unnumbered
+from nanochat.gpt import GPT, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, GPTConfig, unnumbered
 from nanochat.ops.cpu import ThreadChoice
 from nanochat.ops.pointwise import scaled_square
 from nanochat.precision import DTYPES, NARROW_RANGE, Precision
@@ -44,13 +44,13 @@ KNOWN_PARAMETERS = {
     *(f"transformer.h.attn.{name}.weight" for name in ("c_q", "c_k", "c_v", "c_proj", "ve_gate")),
     *(f"transformer.h.mlp.{name}.weight" for name in ("c_fc", "c_proj")),
     "lm_head.weight",
-    *("resid_lambdas", "x0_lambdas", "value_embeds.weight", "backout_lambda"),
+    *("resid_lambdas", "x0_lambdas", "resid_logs", "value_embeds.weight", "backout_lambda"),
     *("smear_gate.weight", "smear_lambda", "bigram.weight"),  # in GPT.embed
 }
 KNOWN_SETTINGS = {
     *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init"),
-    *("residual_scalars", "value_embeddings", "smear", "backout", "bigram_buckets"),
-    *("qk_scale", "rope_base", "key_offset", "window_pattern"),
+    *("residual_scalars", "residual_factors", "value_embeddings", "smear", "backout", "bigram_buckets"),
+    *("qk_scale", "rope_base", "key_offset", "window_pattern", "logit_softcap"),
 }
 
 
@@ -130,6 +130,8 @@ class FastDecoder:
         self._scalars = [(1.0, 0.0)] * c.n_layer
         if c.residual_scalars:
             self._scalars = list(zip(model.resid_lambdas.tolist(), model.x0_lambdas.tolist(), strict=True))
+        elif c.residual_factors:
+            self._scalars = [(factor, 0.0) for factor in model.resid_logs.exp().tolist()]
         attention = [cast(Attention, block.attn) for block in model.blocks]
         self._scales = [a.scale for a in attention]
         # By layer: the value embeddings (V, K·D) and their gate (K, channels), or None.
@@ -160,7 +162,7 @@ class FastDecoder:
 
     @torch.inference_mode()
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """Run token ids (B, 1) on the cache's selected rows; return softcapped float32 logits (B, V)."""
+        """Run token ids (B, 1) on the cache's selected rows; return float32 logits (B, V)."""
         self._matrices(idx.size(0))  # before the choice of threads: new forms are made with all of them
         with self._threads.setdefault(idx.size(0).bit_length(), ThreadChoice(self.device))():
             return self._decode(idx, cache)
@@ -181,6 +183,8 @@ class FastDecoder:
             if c.residual_scalars:
                 keep, again = self._scalars[layer]
                 x = x * keep + x0 * again
+            elif c.residual_factors:
+                x = x * self._scalars[layer][0]
             inputs = self._norm(x).to(dtype)
             qkv = to_qkv(inputs).view(B, 1, heads + K, D)
             qk, v = qkv[:, :, :heads].to(cos.dtype), qkv[:, :, heads:]  # (B, 1, H + K, D), (B, 1, K, D)
@@ -209,7 +213,9 @@ class FastDecoder:
         cache.advance(1)
         logits = lm_head(self._norm(x).to(dtype))  # (B, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.div_(LOGIT_SOFTCAP).tanh_().mul_(LOGIT_SOFTCAP)
+        if c.logit_softcap is None:
+            return logits
+        return logits.div_(c.logit_softcap).tanh_().mul_(c.logit_softcap)
 
     @staticmethod
     def _gated_value(idx: Tensor, x: Tensor, table: Tensor, gate: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""A model folder in the format of Hugging Face transformers, written and read.
+"""A model folder in the format of Hugging Face transformers, written and read, in one of two forms.
 
-The classic model is transformers' own `NanoChatForCausalLM`: the same function, other names. A model with modern
-switches has no class there: its folder brings one along (nanochat/interop/hf_code), loaded with
-`trust_remote_code=True`.
+qwen3: a `Qwen3ForCausalLM`, which every common runtime knows, for a model that can be written as one
+(nanochat/interop/qwen3.py). native: the classic model is transformers' own `NanoChatForCausalLM`, the same function
+under other names; a model with modern switches has no class there, so its folder brings one along
+(nanochat/interop/hf_code), loaded with `trust_remote_code=True`.
 
     config.json  generation_config.json  model.safetensors     the model
     tokenizer.json  tokenizer_config.json                       the tokenizer, with the chat template
     nanochat.json                                               our own record: tokenizer and config, to import exactly
+    nanochat.npz                                                qwen3: what its weights do not tell of ours
     README.md                                                   the model card
 """
 
@@ -15,9 +17,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,10 +38,13 @@ from nanochat.gpt import (
     GPTConfig,
 )
 from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, from_hf_json, to_hf_json
+from nanochat.interop.qwen3 import check_folds, config_of, fold_weights, qwen3_config, remainder, unfold
 from nanochat.tokenizer import RustBPETokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 OWN_FILE = "nanochat.json"
+REMAINDER_FILE = "nanochat.npz"
+Form = Literal["qwen3", "native"]
 PARAMETER_NAMES = {
     "transformer.wte.": "model.embed_tokens.",
     "transformer.h.": "model.layers.",
@@ -48,14 +55,15 @@ PARAMETER_NAMES = {
     ".mlp.c_fc.": ".mlp.fc1.",
     ".mlp.c_proj.": ".mlp.fc2.",
 }
+MODERN_TYPE = "nanochat_modern"
 MODERN_CODE = Path(__file__).parent / "hf_code"
 MODERN_FILES = ("configuration_nanochat_modern.py", "modeling_nanochat_modern.py")
 # All that a folder of ours can hold.
-EXPORT_FILES = {WEIGHTS_FILE, OWN_FILE, "README.md", *MODERN_FILES} | {
+EXPORT_FILES = {WEIGHTS_FILE, OWN_FILE, REMAINDER_FILE, "README.md", *MODERN_FILES} | {
     f"{name}.json" for name in ("config", "generation_config", "tokenizer", "tokenizer_config")
 }
 # The fields that any classic model may set; `init` is how it began, not what it computes.
-CLASSIC_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init")
+CLASSIC_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init", "logit_softcap")
 # What chat_cli uses when it is not told otherwise.
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50}
 
@@ -98,7 +106,7 @@ def hf_config(config: GPTConfig, tokenizer: RustBPETokenizer) -> dict[str, Any]:
         "num_key_value_heads": config.n_kv_head,
         "max_position_embeddings": config.sequence_len,
         "rms_norm_eps": NORM_EPS,
-        "final_logit_softcapping": LOGIT_SOFTCAP,
+        "final_logit_softcapping": config.logit_softcap,
         "tie_word_embeddings": False,
         "use_cache": True,
         **special_ids(tokenizer),
@@ -122,7 +130,7 @@ def _modern_config(config: GPTConfig) -> dict[str, Any]:
     configuration, modeling = (name.removesuffix(".py") for name in MODERN_FILES)
     return {
         "architectures": ["NanoChatModernForCausalLM"],
-        "model_type": "nanochat_modern",
+        "model_type": MODERN_TYPE,
         "auto_map": {
             "AutoConfig": f"{configuration}.NanoChatModernConfig",
             "AutoModelForCausalLM": f"{modeling}.NanoChatModernForCausalLM",
@@ -151,7 +159,8 @@ def tokenizer_config(config: GPTConfig, tokenizer: RustBPETokenizer) -> dict[str
         "eos_token": "<|assistant_end|>",
         "pad_token": bos,
         "additional_special_tokens": sorted(tokenizer.get_special_tokens() - {bos, "<|assistant_end|>"}),
-        "add_bos_token": False,
+        "add_bos_token": True,
+        "padding_side": "left",  # an answer goes on where its prompt ends
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.sequence_len,
@@ -166,6 +175,7 @@ def write_hf_folder(
     tokenizer: RustBPETokenizer,
     card: str,
     dtype: torch.dtype = torch.float32,
+    form: Form = "native",
 ) -> None:
     """Write a model as a folder that transformers loads; it appears whole, replacing an older one.
 
@@ -176,37 +186,54 @@ def write_hf_folder(
         tokenizer: the one it was trained with.
         card: the text of README.md.
         dtype: what the weights are stored in; float32 loses nothing.
+        form: qwen3 or native. As qwen3 a softcapped model is written without its softcap.
 
     Raises:
-        ValueError: the tokenizer has another number of ids than the model.
+        ValueError: the tokenizer has another number of ids than the model, or the model has something that Qwen3 lacks.
     """
     if tokenizer.get_vocab_size() != config.vocab_size:
         raise ValueError(
             f"the model was trained with {config.vocab_size} token ids, the tokenizer has {tokenizer.get_vocab_size()}"
         )
-    weights = {}
-    for name, value in state.items():
-        # (padded vocabulary, C) -> (vocabulary, C): the padding is ours, transformers' tokenizer knows nothing of it.
-        rows = value[: config.vocab_size] if has_a_row_per_token(name) else value
-        weights[hf_name(name) if is_classic(config) else name] = rows.detach().to("cpu", dtype).contiguous().clone()
-    dtype_name = str(dtype).removeprefix("torch.")
+    if form == "qwen3":
+        check_folds(config, without_softcap=True)
+        weights, settings = fold_weights(state, config), qwen3_config(config) | special_ids(tokenizer)
+    else:
+        weights, settings = _native_weights(state, config), hf_config(config, tokenizer)
+    # A clone each: safetensors refuses two tensors in one memory.
+    weights = {name: value.detach().to("cpu", dtype).contiguous().clone() for name, value in weights.items()}
     with atomic_folder(folder) as tmp:
         save_file(weights, tmp / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(tmp / "config.json", hf_config(config, tokenizer) | {"dtype": dtype_name})
-        write_json(tmp / "generation_config.json", SAMPLING | special_ids(tokenizer))
+        write_json(tmp / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")})
+        (tmp / WEIGHTS_FILE).chmod((tmp / "config.json").stat().st_mode)  # safetensors lets nobody else read it
+        room = {"max_new_tokens": config.sequence_len // 2}
+        write_json(tmp / "generation_config.json", SAMPLING | room | special_ids(tokenizer))
         write_json(tmp / "tokenizer.json", to_hf_json(tokenizer))
         write_json(tmp / "tokenizer_config.json", tokenizer_config(config, tokenizer))
         write_json(tmp / OWN_FILE, {"model_config": config.to_dict(), "tokenizer": tokenizer.to_dict()})
         write_text(tmp / "README.md", card)
-        for name in () if is_classic(config) else MODERN_FILES:
-            write_text(tmp / name, (MODERN_CODE / name).read_text(encoding="utf-8"))
+        if form == "qwen3":
+            rest: dict[str, Any] = {name: value.numpy() for name, value in remainder(state, config).items()}
+            np.savez_compressed(tmp / REMAINDER_FILE, **rest)
+        elif not is_classic(config):
+            for name in MODERN_FILES:
+                write_text(tmp / name, (MODERN_CODE / name).read_text(encoding="utf-8"))
+
+
+def _native_weights(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    weights = {}
+    for name, value in state.items():
+        # (padded vocabulary, C) -> (vocabulary, C): the padding is ours, transformers' tokenizer knows nothing of it.
+        rows = value[: config.vocab_size] if has_a_row_per_token(name) else value
+        weights[hf_name(name) if is_classic(config) else name] = rows
+    return weights
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPETokenizer]:
-    """Read (weights, config, tokenizer) from a folder with a `NanoChatForCausalLM`, whoever wrote it.
+    """Read (weights, config, tokenizer) from a folder with a nanochat model in either form, whoever wrote it.
 
     Raises:
         FileNotFoundError: a file is missing; names it.
@@ -214,7 +241,15 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPET
     """
     stored = _read_json(folder / "config.json")
     own = _read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else None
-    config = GPTConfig.from_dict(own["model_config"]) if own else own_config(stored)
+    weights = _read_weights(folder)
+    if stored.get("model_type") == "qwen3":
+        config = GPTConfig.from_dict(own["model_config"]) if own else config_of(stored, weights)
+        # In 16 bits nothing is exact, and what was noted of float32 no longer fits.
+        exact = (folder / REMAINDER_FILE).exists() and all(w.dtype == torch.float32 for w in weights.values())
+        rest = np.load(folder / REMAINDER_FILE) if exact else {}
+        weights = unfold(weights, config, {name: torch.from_numpy(rest[name]) for name in rest})
+    else:
+        config = GPTConfig.from_dict(own["model_config"]) if own else own_config(stored)
     if own:
         tokenizer = RustBPETokenizer.from_dict(own["tokenizer"])
     else:
@@ -224,7 +259,7 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPET
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} ids, the model only {config.vocab_size}"
         )
     # float32 whatever they were stored in: that is what checkpoints hold and training updates.
-    state = {own_name(name): value.float() for name, value in _read_weights(folder).items()}
+    state = {own_name(name): value.float() for name, value in weights.items()}
     for name in state:
         if has_a_row_per_token(name):
             # (vocabulary, C) -> (padded vocabulary, C), cut first if another program padded further.
@@ -250,7 +285,22 @@ def load_nanochat_folder(path_or_repo: str, device: torch.device) -> tuple[GPT, 
 
 
 def own_config(stored: dict[str, Any]) -> GPTConfig:
-    """Our config from a classic model's config.json; ValueError names a setting that ours has no switch for."""
+    """Our config from config.json in the native form; ValueError names a setting that ours has no switch for."""
+    n_head = stored.get("num_attention_heads")
+    shape = {
+        "sequence_len": stored.get("max_position_embeddings"),
+        "vocab_size": stored.get("vocab_size"),
+        "n_layer": stored.get("num_hidden_layers"),
+        "n_head": n_head,
+        "n_kv_head": stored.get("num_key_value_heads") or n_head,
+        "n_embd": stored.get("hidden_size"),
+        "logit_softcap": stored.get("final_logit_softcapping", LOGIT_SOFTCAP),
+    }
+    if missing := [name for name, value in shape.items() if value is None and name != "logit_softcap"]:
+        raise ValueError(f"config.json does not say {', '.join(missing)}")
+    if stored.get("model_type") == MODERN_TYPE:
+        switches = {f.name for f in fields(GPTConfig)} - set(shape)
+        return GPTConfig(**shape, **{name: stored[name] for name in switches if name in stored})
     if stored.get("model_type") != "nanochat":
         raise ValueError(
             f"config.json: model_type is {stored.get('model_type')!r}; only 'nanochat', or what export_hf wrote, can "
@@ -261,7 +311,6 @@ def own_config(stored: dict[str, Any]) -> GPTConfig:
         "hidden_act": ("relu2", stored.get("hidden_act", "relu2")),
         "intermediate_size": (4 * stored["hidden_size"], stored["intermediate_size"]),
         "rms_norm_eps": (NORM_EPS, stored.get("rms_norm_eps", NORM_EPS)),
-        "final_logit_softcapping": (LOGIT_SOFTCAP, stored.get("final_logit_softcapping", LOGIT_SOFTCAP)),
         "attention_bias": (False, stored.get("attention_bias", False)),
         "tie_word_embeddings": (False, stored.get("tie_word_embeddings", False)),
         "rope_type": ("default", rope.get("rope_type", "default")),
@@ -270,15 +319,7 @@ def own_config(stored: dict[str, Any]) -> GPTConfig:
     for name, (expected, found) in fixed.items():
         if found != expected:
             raise ValueError(f"config.json: {name} is {found!r}, this model can only be imported with {expected!r}")
-    n_head = stored["num_attention_heads"]
-    return GPTConfig(
-        sequence_len=stored["max_position_embeddings"],
-        vocab_size=stored["vocab_size"],
-        n_layer=stored["num_hidden_layers"],
-        n_head=n_head,
-        n_kv_head=stored.get("num_key_value_heads") or n_head,
-        n_embd=stored["hidden_size"],
-    )
+    return GPTConfig(**shape)
 
 
 def bos_token(folder: Path) -> str:
@@ -330,7 +371,9 @@ def model_folder(path_or_repo: str) -> Path:
         "check the name and the network, set HF_TOKEN for a private repository, or give the folder of a copy",
     ):
         # No Python files: our own model stands in for code that a repository brings along.
-        return Path(snapshot_download(path_or_repo, allow_patterns=["*.json", "*.safetensors", "README.md"]))
+        return Path(
+            snapshot_download(path_or_repo, allow_patterns=["*.json", "*.safetensors", REMAINDER_FILE, "README.md"])
+        )
 
 
 def push_folder(folder: Path, repo: str, private: bool) -> str:

@@ -52,6 +52,15 @@ def to_hf_json(tokenizer: RustBPETokenizer) -> dict[str, Any]:
     # Training can make the same bytes twice; the higher id is the one in use (a later entry replaces an earlier one).
     vocabulary = {written(token): i for i, token in enumerate(tokenizer.ranks)}
     specials = sorted((tokenizer.encode_special(name), name) for name in tokenizer.get_special_tokens())
+    bos = tokenizer.id_to_token(tokenizer.get_bos_token_id())
+    # A text begins with bos, as every document of training does (unless add_special_tokens=False).
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.get_bos_token_id()], "tokens": [bos]}},
+    }
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
     return {
@@ -72,7 +81,7 @@ def to_hf_json(tokenizer: RustBPETokenizer) -> dict[str, Any]:
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
+        "post_processor": template,
         "decoder": byte_level,
         "model": {
             "type": "BPE",

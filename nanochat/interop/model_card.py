@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.gpt import GPT
-from nanochat.interop.hf_format import is_classic
+from nanochat.interop.hf_format import Form, is_classic
 from nanochat.progress import format_seconds
 from nanochat.report import environment
 from nanochat.report.sections import render_summary
@@ -18,11 +18,26 @@ STAGES = {
     "sft": "pretrained, trained on conversations, then finetuned on answers",
     "rl": "pretrained, trained on conversations, finetuned, then trained by reinforcement on problems",
 }
+FORMS = {
+    "qwen3": "written as a Qwen3 model (`Qwen3ForCausalLM`), which computes the same",
+    "classic": "transformers' own `NanoChatForCausalLM`",
+    "own": "a class of its own, in this folder",
+}
+NO_SOFTCAP = (
+    "; nanochat bounds its logits by a tanh at {}, Qwen3 does not: greedy answers are the same, sampled ones a little "
+    "less varied"
+)
 CARD = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 
 
 def model_card(
-    name: str, source: str, model: GPT, meta: Mapping[str, Any], records: Sequence[Mapping[str, Any]], dtype: str
+    name: str,
+    source: str,
+    model: GPT,
+    meta: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    dtype: str,
+    form: Form = "native",
 ) -> str:
     """The markdown of the card.
 
@@ -33,6 +48,7 @@ def model_card(
         meta: its checkpoint's record.
         records: the sections of the run's report (see nanochat.report); may be empty.
         dtype: what the weights are stored in.
+        form: qwen3 or native, see nanochat/interop/hf_format.py.
     """
     settings, state = meta.get("config") or {}, meta.get("state") or {}
     facts = {
@@ -46,8 +62,10 @@ def model_card(
     }
     return CARD.format(
         name=name,
-        # transformers has a class for the classic model only; the folder brings the code of any other along.
-        trust="" if is_classic(model.config) else ", trust_remote_code=True",
+        # Qwen3 and the classic model have classes in transformers; the folder brings the code of any other along.
+        trust="" if form == "qwen3" or is_classic(model.config) else ", trust_remote_code=True",
+        form=FORMS[form if form == "qwen3" else "classic" if is_classic(model.config) else "own"]
+        + (NO_SOFTCAP.format(model.config.logit_softcap) if form == "qwen3" and model.config.logit_softcap else ""),
         parameters=f"{model.num_params():,}",
         stage=STAGES[source],
         config=model.config,

@@ -1,4 +1,4 @@
-"""Cross entropy of a softcapped lm_head without ever holding all the logits.
+"""Cross entropy of an lm_head, softcapped or not, without ever holding all the logits.
 
 Computed plainly, logits and loss keep 16 bytes per logit between forward and backward: 16 GiB for 8 × 2048 tokens and a
 vocabulary of 65536. Here one chunk of tokens at a time gets its logits, its loss and at once its gradient; then the
@@ -29,9 +29,9 @@ PASS_BYTES = {"cpu": 2 << 20}
 FEWEST_PASS_TOKENS = 32
 
 
-def softcap(logits: Tensor, cap: float) -> Tensor:
-    """cap·tanh(logits/cap): keeps every logit inside ±cap (Gemma 2, arXiv 2408.00118)."""
-    return cap * torch.tanh(logits / cap)
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap·tanh(logits/cap): keeps every logit inside ±cap (Gemma 2, arXiv 2408.00118). None: the logits as they are."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def chunk_tokens(device_type: str, vocab: int, chunk_bytes: int | None = None) -> tuple[int, int]:
@@ -49,28 +49,39 @@ def chunk_tokens(device_type: str, vocab: int, chunk_bytes: int | None = None) -
 
 
 def _chunks(
-    x: Tensor, weight: Tensor, targets: Tensor, cap: float, chunk_bytes: int | None
+    x: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk_bytes: int | None
 ) -> Iterator[tuple[slice, Tensor, list[tuple[Tensor, Tensor]]]]:
     """Yield for each chunk its slice of the tokens, 2·z/cap with z = x @ weight.T in the dtype of x, and its parts.
 
-    A part is (2·z/cap, targets) of a few tokens; it is a view of the chunk.
+    A part is (2·z/cap, targets) of a few tokens; it is a view of the chunk. Without a cap z takes the place of 2·z/cap.
     """
     n, m = chunk_tokens(x.device.type, weight.size(0), chunk_bytes)
     logits = x.new_empty(min(n, x.size(0)), weight.size(0))  # one memory for the logits of all chunks
     for i in range(0, x.size(0), n):
         chunk = slice(i, min(i + n, x.size(0)))
         # beta=0 overwrites what the chunk before left; alpha is applied in the product, not in a pass of its own.
-        z = logits[: chunk.stop - i].addmm_(x[chunk], weight.t(), beta=0, alpha=2 / cap)  # (chunk, V)
+        alpha = 1.0 if cap is None else 2 / cap
+        z = logits[: chunk.stop - i].addmm_(x[chunk], weight.t(), beta=0, alpha=alpha)  # (chunk, V)
         yield chunk, z, list(zip(z.split(m), targets[chunk].split(m), strict=True))
 
 
-def _softmax(z: Tensor, targets: Tensor, vocab_size: int, cap: float) -> tuple[Tensor, ...]:
+def _softmax(
+    z: Tensor, targets: Tensor, vocab_size: int, cap: float | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """From 2·z/cap (n, V): losses (n,), σ and e = exp(2·cap·σ), both (n, V), and the row sums of e (n, 1).
 
-    Overwrites the logits if they are float32 or wider.
+    Without a cap: from z, and e = exp(z − max z) without σ. Overwrites the logits if they are float32 or wider.
     """
     # `to` is no copy for float32: σ then takes the place of the logits, and this holds two (n, V), not three.
-    s = z.to(torch.promote_types(z.dtype, torch.float32)).sigmoid_()
+    s = z.to(torch.promote_types(z.dtype, torch.float32))
+    if cap is None:
+        s[:, vocab_size:] = -math.inf  # padding rows of lm_head have no probability
+        e = s.sub_(s.amax(dim=1, keepdim=True))  # nothing bounds these logits: exp of the largest might overflow
+        target = e.gather(1, targets.clamp(min=0)[:, None])
+        e = e.mul_(1 / math.log(2)).exp2_()
+        sums = e.sum(dim=1, keepdim=True)
+        return torch.where(targets >= 0, (sums.log() - target)[:, 0], 0.0), None, e, sums
+    s.sigmoid_()
     e = torch.mul(s, 2 * cap / math.log(2)).exp2_()  # exp(u) = 2^(u/ln 2)
     if e.size(1) > vocab_size:
         e[:, vocab_size:] = 0.0  # padding rows of lm_head have no probability
@@ -81,17 +92,22 @@ def _softmax(z: Tensor, targets: Tensor, vocab_size: int, cap: float) -> tuple[T
     return losses, s, e, sums
 
 
-def _gradient(s: Tensor, e: Tensor, sums: Tensor, targets: Tensor) -> Tensor:
+def _gradient(s: Tensor | None, e: Tensor, sums: Tensor, targets: Tensor) -> Tensor:
     """d loss / d z (n, V), in the memory of e; overwrites s.
 
-    dz = (softmax − onehot)·4·σ·(1 − σ) = (e − sums·onehot)·(σ − σ²)·4/sums, and 0 where there is no target.
+    dz = (softmax − onehot)·4·σ·(1 − σ) = (e − sums·onehot)·(σ − σ²)·4/sums, and 0 where there is no target. Without a
+    cap there is no σ: dz = (e − sums·onehot)/sums.
     """
     e.scatter_add_(1, targets.clamp(min=0)[:, None], -sums)  # e − sums·onehot
+    if s is None:
+        return e.mul_((targets >= 0)[:, None] / sums)
     e.mul_(s.addcmul_(s, s, value=-1))  # σ − σ², a quarter of the softcap's derivative
     return e.mul_((targets >= 0)[:, None] * 4.0 / sums)
 
 
-def _losses(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float, chunk_bytes: int | None) -> Tensor:
+def _losses(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float | None, chunk_bytes: int | None
+) -> Tensor:
     """(N,) losses without gradients."""
     chunks = _chunks(x, weight, targets, cap, chunk_bytes)
     return torch.cat([_softmax(zc, tc, vocab_size, cap)[0] for _, _, parts in chunks for zc, tc in parts])
@@ -105,7 +121,7 @@ class _SummedLoss(torch.autograd.Function):
         master: Tensor,
         targets: Tensor,
         vocab_size: int,
-        cap: float,
+        cap: float | None,
         chunk_bytes: int | None,
         need_grad: bool,
     ) -> Tensor:
@@ -138,7 +154,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _losses_each(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float, chunk_bytes: int | None
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float | None, chunk_bytes: int | None
 ) -> Tensor:
     """(N,) losses by plain autograd, each chunk recomputed in the backward pass.
 
@@ -160,7 +176,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     vocab_size: int,
-    cap: float,
+    cap: float | None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     dtype: torch.dtype | None = None,
     chunk_bytes: int | None = None,
@@ -172,7 +188,7 @@ def linear_cross_entropy(
         weight: (V, C) rows of lm_head, padding included.
         targets: (…) ids, −1 is ignored.
         vocab_size: the real number of tokens, at most V.
-        cap: the softcap.
+        cap: the softcap; None for none.
         reduction: "mean" over the targets that count (NaN if there is none), "sum", or "none" -> (…).
         dtype: the matmuls' dtype (default: that of x).
         chunk_bytes: memory for the logits of one chunk, counted as float32 (default: by the device).

@@ -258,6 +258,7 @@ class Settings:
     """Take the depth that the planner finds best for the cards and hours."""
     vocab_size: int | None = None
     hours: float | None = None
+    recipe: str | None = None
     dataset: str | None = None
     data_dir: Path | None = None
     chat_data: str | None = None
@@ -266,7 +267,7 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
-        """Read PROFILE DEPTH VOCAB_SIZE HOURS DATASET DATA_DIR CHAT_DATA NPROC WANDB_RUN; empty counts as not set.
+        """Read PROFILE DEPTH VOCAB_SIZE HOURS RECIPE DATASET DATA_DIR CHAT_DATA NPROC WANDB_RUN; empty: not set.
 
         Raises:
             ValueError: a value makes no sense; names the variable.
@@ -282,6 +283,7 @@ class Settings:
             auto_depth=auto_depth,
             vocab_size=vocab_size,
             hours=hours,
+            recipe=env.get("RECIPE") or None,
             dataset=env.get("DATASET") or None,
             data_dir=Path(env["DATA_DIR"]).expanduser().absolute() if env.get("DATA_DIR") else None,
             chat_data=env.get("CHAT_DATA") or None,
@@ -290,6 +292,8 @@ class Settings:
         )
         if settings.profile not in ("auto", *PROFILES):
             raise ValueError(f"PROFILE={settings.profile}: there are auto, {', '.join(PROFILES)}")
+        if settings.recipe not in (None, *PRESETS):
+            raise ValueError(f"RECIPE={settings.recipe}: there are {', '.join(PRESETS)}")
         if settings.dataset not in (None, "demo", *SOURCES):
             raise ValueError(f"DATASET={settings.dataset}: there are demo, {', '.join(SOURCES)}; own data is DATA_DIR")
         if settings.dataset and settings.data_dir:
@@ -346,6 +350,7 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         depth=settings.depth or profile.depth,
         vocab_size=settings.vocab_size or profile.vocab_size,
         hours=settings.hours or profile.hours,
+        recipe=settings.recipe or profile.recipe,
         nproc=settings.nproc or (num_cards if profile.needs_cards and num_cards else profile.nproc),
         dataset=dataset,
         chat_data=None if chat_data == "nanochat" else chat_data,

@@ -202,6 +202,7 @@ class _Maker:
             "tok_train",
             f"trains a tokenizer of {profile.vocab_size:,} tokens",
             *(f"--vocab_size={profile.vocab_size}", self.data),
+            *(["--pattern=runtimes"] if profile.recipe == "portable" else []),  # what other programs know by name
             needs=("report_reset", *(["data"] if data else [])),
             inputs=(fingerprint(own),) if own else (),
             output="tokenizer/*",

@@ -111,6 +111,7 @@ class SwitchCost(NamedTuple):
 # Switches that are not here cost nothing worth counting, or by the layer: see `layer_bytes_per_token`.
 SWITCH_COSTS = {
     "residual_scalars": SwitchCost(kept=1, kept_per_layer=1, operations_per_layer=2),
+    "residual_factors": SwitchCost(kept_per_layer=1, operations_per_layer=1),
     "smear": SwitchCost(kept=3),
     "backout": SwitchCost(kept=2),
 }

@@ -73,9 +73,10 @@ class PretrainSettings:
     """The model, the text, the horizon and the rates of a pretraining run."""
 
     architecture: Architecture = field(default_factory=Architecture)
-    recipe: Literal["small", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
-    """Preset of model and optimizer: small is for one card or a CPU and some hours, classic is nanochat of December
-    2025, modern that of July 2026; every flag that is given goes before it."""
+    recipe: Literal["small", "portable", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
+    """Preset of model and optimizer: small is for one card or a CPU and some hours, portable the same without what
+    llama.cpp, Ollama and others lack (its numbers are small's), classic is nanochat of December 2025, modern that of
+    July 2026; every flag that is given goes before it."""
     depth: int = 20
     """Layers; the width follows: aspect_ratio × depth channels, rounded up to whole heads of 128."""
     aspect_ratio: int = 64

@@ -18,6 +18,7 @@ DEFAULTS = {
     "key_offset": False,
     "windows": None,
     "residual_scalars": False,
+    "residual_factors": False,
     "value_embedding_layers": [],
     "value_gate_channels": 12,
     "smear": False,

@@ -5,6 +5,10 @@ logits. The additions: scalars on the residual stream, gated value embeddings, s
 embedding), backout (the middle layer subtracted before the end), sharper attention, keys with half of their channels
 from the token before, sliding windows, hashed bigrams.
 
+The cache is transformers' own, dynamic or static. Smear and bigrams also need the last token that it has seen: its id
+is kept in the cache itself, in three more channels of the first layer's values, so that it follows when beam search
+moves or repeats rows, and when the cache is cropped.
+
 Shapes: B batch, T tokens, S tokens with the cached ones, C width, H query heads, K key/value heads, D head size.
 """
 
@@ -18,6 +22,21 @@ from .configuration_nanochat_modern import NanoChatModernConfig
 
 # What transformers calls the cache: since 5.24, and before.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+# An id as this many digits to this base: whole numbers up to 256 are exact in every dtype, bfloat16 included.
+ID_DIGITS, ID_BASE = 3, 256
+
+
+def id_digits(ids):
+    """The digits of ids (B, T), the lowest first: (B, T, ID_DIGITS)."""
+    return torch.stack([ids // ID_BASE**i % ID_BASE for i in range(ID_DIGITS)], dim=-1)
+
+
+def cached_id(cache, past):
+    """The id of the last of the `past` tokens in a cache, (B,)."""
+    digits = cache.layers[0].values[:, 0, past - 1, -ID_DIGITS:].long()  # the same in every head
+    return sum(digits[:, i] * ID_BASE**i for i in range(ID_DIGITS))
 
 
 def rotate(x, cos, sin):
@@ -52,7 +71,7 @@ class Attention(nn.Module):
         if layer in config.value_embedding_layers:
             self.ve_gate = nn.Linear(self.channels, self.n_kv_head, bias=False)
 
-    def forward(self, x, cos, sin, mask, follows, cache, value):
+    def forward(self, x, cos, sin, mask, follows, cache, value, digits):
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -63,7 +82,12 @@ class Attention(nn.Module):
         q, k = (F.rms_norm(rotate(t, cos, sin), (self.head_dim,), eps=self.eps).to(v.dtype) for t in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
         if cache is not None:
+            if digits is not None:
+                v = torch.cat((v, digits[:, None].expand(-1, self.n_kv_head, -1, -1).to(v.dtype)), dim=-1)
             k, v = cache.update(k, v, self.layer)  # (B, K, S, D)
+            v = v[..., : self.head_dim]
+            room = k.size(2) - mask.size(-1)  # of a static cache, whose slots that are still free nobody may see
+            mask, follows = F.pad(mask, (0, room), value=False), F.pad(follows, (0, room), value=False)
         if self.key_offset:
             k = offset_keys(k, follows)
         repeats = self.n_head // self.n_kv_head
@@ -105,8 +129,8 @@ class Block(nn.Module):
         weight_dtype = self.mlp.c_fc.weight.dtype
         return F.rms_norm(x.float(), (self.width,), eps=self.eps).to(weight_dtype)
 
-    def forward(self, x, cos, sin, mask, follows, cache, value):
-        x = x + self.attn(self.norm(x), cos, sin, mask, follows, cache, value)
+    def forward(self, x, cos, sin, mask, follows, cache, value, digits=None):
+        x = x + self.attn(self.norm(x), cos, sin, mask, follows, cache, value, digits)
         return x + self.mlp(self.norm(x))
 
 
@@ -117,6 +141,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "transformer"
     _supports_sdpa = True
     _no_split_modules = ("Block",)
+    accepts_loss_kwargs = True  # num_items_in_batch
 
     def __init__(self, config):
         super().__init__(config)
@@ -127,6 +152,8 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         if config.residual_scalars:
             self.resid_lambdas = nn.Parameter(torch.ones(layers))
             self.x0_lambdas = nn.Parameter(torch.zeros(layers))
+        if config.residual_factors:
+            self.resid_logs = nn.Parameter(torch.zeros(layers))
         if config.value_embedding_layers:
             kv_dim = config.num_key_value_heads * (width // config.num_attention_heads)
             self.value_embeds = nn.ModuleDict(
@@ -144,6 +171,11 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self):
         """The token embedding."""
         return self.transformer["wte"]
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
+        """Leave the mask as it is, one number a token: windows and smear need to know which tokens are padding."""
+        return attention_mask
 
     def get_output_embeddings(self):
         """The layer that gives the logits."""
@@ -182,30 +214,37 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep=0,
-        **kwargs,
+        num_items_in_batch=None,
+        output_hidden_states=None,
+        return_dict=None,
     ):
+        """Logits of tokens, and their loss where there are labels (-100 is ignored), as in transformers' own models.
+
+        The attention mask is (B, S), 1 for tokens and 0 for padding. What is not named here is not offered: there are
+        no inputs_embeds, since some switches look at the tokens themselves, and no attention probabilities.
+        """
         c, (B, T), device = self.config, input_ids.shape, input_ids.device
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be (batch, tokens), got {tuple(attention_mask.shape)}")
         use_cache = c.use_cache if use_cache is None else use_cache
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         S = past + T
         real = torch.ones(B, S, dtype=torch.bool, device=device)  # which of all tokens are no padding
-        if attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask[:, -S:].bool()
+        if attention_mask is not None:
+            real = attention_mask[:, :S].bool()
         if position_ids is None:
             position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        # What stands before each token: the cache remembers the last token it has seen.
-        last = getattr(cache, "last_ids", None) if past else None
+        # What stands before each token.
+        looks_back = c.smear or c.bigram_buckets
         before = F.pad(input_ids, (1, -1), value=-1)
-        if last is not None:
-            before[:, 0] = last
+        if looks_back and past:
+            before[:, 0] = cached_id(cache, past)
         follows = F.pad(real, (1, -1), value=False)  # (B, S), whether a real token stands before
         before = before.masked_fill(~follows[:, past:], -1)
-        if cache is not None:
-            cache.last_ids = input_ids[:, -1]
-
+        digits = id_digits(input_ids) if looks_back else None
         x = x0 = self._embed(input_ids, before)
         cos, sin = self._rotary(position_ids, c.hidden_size // c.num_attention_heads)
         query = torch.arange(past, S, device=device)[:, None]
@@ -216,21 +255,29 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
             window: (visible if window is None else visible & (key >= query - window)).unsqueeze(1)
             for window in set(c.windows)
         }
-        middle = None
+        middle, states = None, []
         for i, block in enumerate(self.transformer["h"]):
             if c.residual_scalars:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            elif c.residual_factors:
+                x = self.resid_logs[i].exp() * x
             value = self.value_embeds[str(i)](input_ids) if i in c.value_embedding_layers else None
-            x = block(x, cos, sin, masks[c.windows[i]], follows, cache, value)
+            states.append(x)
+            x = block(x, cos, sin, masks[c.windows[i]], follows, cache, value, digits if i == 0 else None)
             if i == c.num_hidden_layers // 2 and c.backout:
                 middle = x
         if middle is not None:
             x = x - self.backout_lambda * middle
         x = F.rms_norm(x.float(), (c.hidden_size,), eps=c.rms_norm_eps).to(self.lm_head.weight.dtype)
-        kept = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) and logits_to_keep else x
-        logits = self.lm_head(kept).float()
-        logits = c.final_logit_softcapping * torch.tanh(logits / c.final_logit_softcapping)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0: all
+        logits = self.lm_head(x[:, kept]).float()
+        if c.final_logit_softcapping is not None:
+            logits = c.final_logit_softcapping * torch.tanh(logits / c.final_logit_softcapping)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.size(-1)), labels[:, 1:].reshape(-1))
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+            loss = self.loss_function(logits, labels, c.vocab_size, num_items_in_batch=num_items_in_batch)
+        states = (
+            (*states, x) if output_hidden_states or (output_hidden_states is None and c.output_hidden_states) else None
+        )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states, **{CACHE: cache})
+        return output if return_dict is not False else output.to_tuple()

@@ -1,0 +1,258 @@
+"""What programs that build on transformers expect of an export: tokenizer settings, caches, losses, the card."""
+
+import json
+import re
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import load_model, save_checkpoint
+from nanochat.common import get_base_dir
+from nanochat.interop.hf_format import write_hf_folder
+from nanochat.tokenizer import RustBPETokenizer
+from tests.test_hf import MODELS, TEXT, load_theirs, random_model
+
+LOOK_BACK = ["small", "windows and bigrams", "modern d4 GQA"]  # their caches hold more than keys and values
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return RustBPETokenizer.train_from_iterator(iter(TEXT), 400)
+
+
+def export(tokenizer, folder, name="small", form="native", **changes):
+    model = random_model(tokenizer, **MODELS[name] | changes)
+    write_hf_folder(folder, model.state_dict(), model.config, tokenizer, "# card\n", form=form)
+    return model
+
+
+@pytest.fixture(scope="module", params=["native", "qwen3"])
+def their_tokenizer(request, tokenizer, tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tok") / "model"
+    export(tokenizer, folder, "d2", request.param)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+
+
+def test_plain_text_begins_with_bos_and_a_chat_has_one(tokenizer, their_tokenizer):
+    bos, plain = tokenizer.get_bos_token_id(), tokenizer.encode("hello")
+    assert their_tokenizer("hello")["input_ids"] == [bos, *plain]
+    assert their_tokenizer("hello", add_special_tokens=False)["input_ids"] == plain
+    assert their_tokenizer("hello", "hello")["input_ids"] == [bos, *plain, *plain]
+    chat = their_tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert chat.count(bos) == 1
+    assert their_tokenizer.padding_side == "left"
+    assert their_tokenizer(["a", "hello"], padding=True)["attention_mask"][0][0] == 0
+
+
+def test_texts_as_parts_and_a_system_message_alone(tokenizer, their_tokenizer):
+    def written(*messages):
+        return their_tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    system = {"role": "system", "content": "Say no"}
+    assert written(USER | {"content": parts}) == written(USER)
+    assert written(system | {"content": [{"type": "text", "text": "Say no"}]}, USER) == written(system, USER)
+    assert written(system) == "<|bos|><|user_start|>Say no<|user_end|><|assistant_start|>"
+    with pytest.raises(Exception, match="part of type image"):
+        written(USER | {"content": [{"type": "image"}]})
+
+
+def test_the_mask_of_what_is_learned_is_that_of_training(tokenizer, their_tokenizer):
+    """For TRL's assistant_only_loss: the answer, a tool's call and the end; not the tool's result."""
+    kinds = {"text": "so ", "python": "1+1", "python_output": "2"}
+    tool = {"role": "assistant", "content": [{"type": k, "text": t} for k, t in kinds.items()]}
+    messages = [{"role": "system", "content": "Be brief."}, USER, ANSWER, USER, tool]
+    ids, mask = tokenizer.render_conversation({"messages": messages}, max_tokens=None)
+    theirs = their_tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert theirs["input_ids"] == ids
+    assert theirs["assistant_masks"] == mask
+
+
+# --- the own class ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOOK_BACK)
+@torch.no_grad()
+def test_beam_search_is_the_same_with_and_without_a_cache(tokenizer, tmp_path, name):
+    export(tokenizer, tmp_path / "m", name)
+    theirs = load_theirs(tmp_path / "m")
+    settings = {"num_beams": 4, "do_sample": False, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
+    for seed in range(4):
+        ids = torch.randint(0, 250, (2, 8), generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0  # padded on the left
+        cached = theirs.generate(ids, attention_mask=mask, **settings)
+        assert torch.equal(cached, theirs.generate(ids, attention_mask=mask, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("name", [*LOOK_BACK, "offset keys"])
+@torch.no_grad()
+def test_a_static_cache_gives_the_same_answers(tokenizer, tmp_path, name):
+    export(tokenizer, tmp_path / "m", name)
+    theirs = load_theirs(tmp_path / "m")
+    ids = torch.randint(0, 250, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
+    plain = theirs.generate(ids, pad_token_id=0, **settings)
+    static = theirs.generate(ids, pad_token_id=0, cache_implementation="static", **settings)
+    assert torch.equal(static, plain)
+
+
+@torch.no_grad()
+def test_ids_beyond_16_bits_are_remembered_in_bfloat16():
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    folder = Path(__file__).parents[1] / "nanochat" / "interop" / "hf_code"
+    module = get_class_from_dynamic_module("modeling_nanochat_modern.NanoChatModernForCausalLM", folder).__module__
+    code = sys.modules[module]
+    ids = torch.tensor([[0, 1, 255, 256, 65535, 65536, 999_999]])
+    values = torch.cat((torch.randn(1, 7, 4), code.id_digits(ids)), -1).to(torch.bfloat16)[:, None]
+    cache = type("Cache", (), {"layers": [type("Layer", (), {"values": values})]})
+    for past in range(1, 8):
+        assert code.cached_id(cache, past).tolist() == [ids[0, past - 1]]
+
+
+@pytest.mark.parametrize("name", ["small", "d2"])
+def test_gradient_accumulation_divides_by_all_targets(tokenizer, tmp_path, name):
+    """transformers' Trainer passes num_items_in_batch: the sum of the parts' losses is that of the whole batch."""
+    export(tokenizer, tmp_path / "m", name)
+    theirs = load_theirs(tmp_path / "m")
+    ids = torch.randint(0, 250, (4, 12), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, 5:] = -100
+    count = (labels[:, 1:] != -100).sum()
+    whole = theirs(input_ids=ids, labels=labels).loss
+    parts = [theirs(input_ids=ids[i, None], labels=labels[i, None], num_items_in_batch=count).loss for i in range(4)]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_what_is_not_honoured_is_no_argument(tokenizer, tmp_path):
+    export(tokenizer, tmp_path / "m")
+    theirs = load_theirs(tmp_path / "m")
+    ids = torch.arange(5)[None]
+    with pytest.raises(TypeError, match="inputs_embeds"):
+        theirs(inputs_embeds=torch.zeros(1, 5, 64))
+    with pytest.raises(TypeError, match="output_attentions"):
+        theirs(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="attention_mask"):
+        theirs(ids, attention_mask=torch.ones(1, 1, 5, 5))
+    output = theirs(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == theirs.config.num_hidden_layers + 1
+    torch.testing.assert_close(
+        theirs.lm_head(output.hidden_states[-1]).tanh(), (output.logits / 15).atanh().mul(15).tanh()
+    )
+    assert torch.equal(theirs(ids, return_dict=False)[0], output.logits)
+    kept = theirs(ids, logits_to_keep=torch.tensor([1, 4])).logits
+    torch.testing.assert_close(kept, output.logits[:, [1, 4]])
+    torch.testing.assert_close(theirs(ids, logits_to_keep=2).logits, output.logits[:, 3:])
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path, monkeypatch):
+    """Save models as checkpoints: base(name, tag, **changes) -> the model."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    tokenizer.save(get_base_dir() / "tokenizer")
+
+    def save(name, tag="d2", **changes):
+        model = random_model(tokenizer, **MODELS[name] | changes)
+        meta = {"complete": True, "model_config": model.config.to_dict(), "tokenizer_hash": tokenizer.hash}
+        save_checkpoint(get_base_dir() / "chatsft_checkpoints" / tag, 5, model.state_dict(), None, meta)
+        return model
+
+    return save
+
+
+def test_the_format_is_qwen3_where_it_is_exact(base, tmp_path, capsys):
+    from scripts import export_hf
+
+    def export_as(tag, form="auto"):
+        export_hf.main(export_hf.Config(output=str(tmp_path / "out"), model_tag=tag, format=form))
+        return json.loads((tmp_path / "out" / "config.json").read_text())["model_type"], capsys.readouterr().out
+
+    base("factors, no softcap", "portable")
+    base("d2", "classic")
+    base("small", "small")
+    assert export_as("portable")[0] == "qwen3"
+    assert export_as("portable", "native")[0] == "nanochat_modern"
+    kind, said = export_as("classic")
+    assert kind == "nanochat"
+    assert "logit_softcap=15.0" in said
+    assert "--recipe=portable" in said
+    kind, said = export_as("classic", "qwen3")  # no corpus here
+    assert kind == "qwen3"
+    assert "the difference is not measured" in said
+    with pytest.raises(ValueError, match=r"smear=True.*--recipe=portable"):
+        export_as("small", "qwen3")
+
+
+def test_a_softcapped_model_says_what_its_export_lacks(base, tmp_path, capsys):
+    from scripts import export_hf
+
+    model = base("d2", logit_softcap=1.0)  # so low that the difference is plain
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(4):
+        (texts / f"{i}.txt").write_text(TEXT[i % 3] * 20)
+    meta = {"complete": True, "model_config": model.config.to_dict(), "config": {"data_dir": str(texts)}}
+    save_checkpoint(get_base_dir() / "base_checkpoints" / "d2", 5, model.state_dict(), None, meta)
+    export_hf.main(export_hf.Config(output=str(tmp_path / "out"), format="qwen3"))
+    said = capsys.readouterr().out
+    found = re.search(r"mean KL ([\d.e+-]+) nats per token; bits per byte ([\d.]+) -> ([\d.]+); ([\d.]+)% of", said)
+    assert found, said
+    kl, before, after, greedy = map(float, found.groups())
+    assert kl > 1e-3
+    assert before != after
+    assert greedy <= 1  # the tanh keeps the order
+    assert "tanh at 1.0" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["small", "factors, no softcap", "d2"])
+def test_what_transformers_saved_again_is_imported(base, tmp_path, monkeypatch, name):
+    """A native or Qwen3 export, loaded and saved by transformers: no file of ours is left."""
+    from transformers import AutoTokenizer
+
+    from scripts import export_hf, import_hf
+
+    model = base(name)
+    export_hf.main(export_hf.Config(output=str(tmp_path / "out")))
+    load_theirs(tmp_path / "out").save_pretrained(tmp_path / "again")
+    AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "other"))
+    import_hf.main(import_hf.Config(path=str(tmp_path / "again")))
+    again, tokenizer, _ = load_model("sft", torch.device("cpu"), model_tag="imported")
+    ids = torch.tensor([tokenizer.encode("The quick brown fox", prepend="<|bos|>")])
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids), model(ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["small", "factors, no softcap"])
+def test_the_files_are_readable_and_the_cards_code_runs_as_printed(base, tmp_path, monkeypatch, capsys, name):
+    from scripts import export_hf
+
+    base(name)
+    export_hf.main(export_hf.Config(output=str(tmp_path / "my-model")))
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "my-model").iterdir()}
+    assert len(modes) == 1
+    card = (tmp_path / "my-model" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "transformers>=5" in card
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
+    settings = json.loads((tmp_path / "my-model" / "generation_config.json").read_text())
+    assert settings["max_new_tokens"] == 64
+    assert settings["do_sample"] is True
