@@ -118,7 +118,7 @@ def test_an_earlier_answer_may_come_back_with_its_tool_calls(client):
     assert ask(client, [*HELLO, {"role": "assistant", "content": parts}, *HELLO])[-1] == {"done": True}
     response = client.post("/chat/completions", json={"messages": [{"role": "user", "content": parts}]})
     assert response.status_code == 400
-    assert "assistant" in problem(response)["message"]
+    assert "only text" in problem(response)["message"]
 
 
 def test_a_conversation_longer_than_the_context_drops_its_oldest_messages(client):
@@ -134,20 +134,17 @@ def test_a_conversation_longer_than_the_context_drops_its_oldest_messages(client
         ({}, "messages"),
         ({"messages": []}, "at least 1"),
         ({"messages": "hello"}, "list"),
-        ({"messages": [{"role": "root", "content": "x"}]}, "'user'"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "root", "content": "x"}]}, "'root'"),
+        ({"messages": [{"content": "x"}]}, "message 0"),
         ({"messages": HELLO * 501}, "500"),
         ({"messages": [{"role": "user", "content": "x" * 8001}]}, "8000"),
         ({"messages": [{"role": "user", "content": "x" * 7000}] * 5}, "32000"),
         ({"messages": HELLO, "temperature": 2.1}, "temperature"),
         ({"messages": HELLO, "temperature": -1}, "temperature"),
-        ({"messages": HELLO, "top_k": 201}, "top_k"),
-        ({"messages": HELLO, "top_p": 0}, "top_p"),
-        ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
-        ({"messages": HELLO, "max_tokens": 5000}, "max_tokens"),
-        ({"messages": HELLO * 2}, "message 1 has role 'user'"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "blue"}]}, "last message"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "user message"),
+        ({"messages": HELLO, "top_k": -2}, "top_k"),
+        ({"messages": HELLO, "top_p": -1}, "top_p"),
+        ({"messages": HELLO, "max_tokens": -5}, "max_tokens"),
+        ({"messages": HELLO, "grammar": "x"}, "grammar"),
         ({"messages": [{"role": "user", "content": "z" * 500}]}, "too long"),
     ],
 )
@@ -164,7 +161,6 @@ def test_bad_requests_are_explained(client, body, words):
         b"[" * 5000,
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
-        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
         b"\xff\xfe",
         b"null",
     ],

@@ -17,7 +17,7 @@ from nanochat.generate.sampling import Sampling
 
 NUM_BODIES = int(os.environ.get("NANOCHAT_HOSTILE_BODIES", "200"))
 pytestmark = pytest.mark.timeout(max(300, NUM_BODIES))
-PATHS = ["/chat/completions", "/v1/chat/completions", "/v1/completions"]
+PATHS = ["/chat/completions", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"]
 FINE = {200, 400, 404, 405, 413, 429}
 GENEROUS = settings(
     max_examples=NUM_BODIES,
@@ -85,8 +85,19 @@ fields = {
     "logit_bias": anything,
     "truncation": st.sampled_from(["auto", "disabled"]) | anything,
     "echo": st.booleans() | anything,
+    "input": texts | st.lists(message, max_size=3) | anything,
+    "logprobs": st.integers(0, 3) | st.booleans() | anything,
+    "top_logprobs": numbers | anything,
+    "min_p": numbers | anything,
+    "min_tokens": numbers | anything,
+    "stop_token_ids": st.lists(st.integers(-1, 400), max_size=3) | anything,
+    "frequency_penalty": numbers | anything,
+    "tool_choice": st.sampled_from(["auto", "required"]) | anything,
+    "structured_outputs": anything,
+    "text": anything,
+    "metadata": anything,
 }
-good = {"messages": HELLO, "prompt": "The sky", "max_tokens": 2}
+good = {"messages": HELLO, "prompt": "The sky", "input": "The sky", "max_tokens": 2}
 # A request that is right, but for a few fields; or anything at all.
 bodies = st.fixed_dictionaries({}, optional=fields).flatmap(
     lambda some: (
@@ -104,6 +115,8 @@ bodies = st.fixed_dictionaries({}, optional=fields).flatmap(
 @example(path="/v1/chat/completions", body={**good, "repetition_penalty": 5e-324, "temperature": 1e-300})
 @example(path="/v1/completions", body={**good, "repetition_penalty": 0.01, "temperature": 1e-6})
 def test_generated_bodies(client, path, body):
+    if path == "/v1/responses" and isinstance(body, dict):
+        body = {name: value for name, value in body.items() if name != "prompt"}  # which is refused there
     content = json.dumps(body).encode("utf-8", "surrogatepass")
     response = client.post(path, content=content, headers={"content-type": "application/json"})
     assert response.status_code in FINE, (path, body, response.text)

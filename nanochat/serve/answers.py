@@ -15,24 +15,28 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
-from nanochat.generate.sampling import Sampling
+from nanochat.generate.grammar import Grammars
+from nanochat.generate.sampling import Constraint, Sampling
+from nanochat.messages import normalise
 from nanochat.serve.answer_events import Event, join_events
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation, GenerationRequest, QueueFull
-from nanochat.serve.chat import answer_room, fit_context
+from nanochat.serve.chat import answer_room, fit_context, question_of
 from nanochat.serve.errors import RequestError
-from nanochat.serve.schemas import ChatMessage, SamplingFields
+from nanochat.serve.metrics import ServerMetrics
+from nanochat.serve.schemas import SamplingFields
 from nanochat.tokenizer import RustBPETokenizer
 
 DRAIN_SECONDS = 30.0  # how long a stopping server lets answers finish
+RETRY_SECONDS = 0.05  # how soon a request looks again whether the queue has a place for the next of its prompts
 logger = logging.getLogger("nanochat.serve")
 
 
@@ -46,6 +50,11 @@ class EnginePool:
     def context_length(self) -> int:
         """The most tokens a sequence may have."""
         return self.engines[0].context_length
+
+    @property
+    def places(self) -> int:
+        """How many answers can be written at the same time, by all engines together."""
+        return sum(engine.max_batch_size for engine in self.engines)
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Start or queue a request.
@@ -85,7 +94,7 @@ class ConversationLog:
         reason = events[-1].finish_reason
         row = {"time": round(time.time(), 3), "prompt": prompt, "answer": answer, "finish_reason": reason}
         with self._lock:
-            os.write(self._file, (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            os.write(self._file, (json.dumps(row) + "\n").encode())
 
     def close(self) -> None:
         """Close the file."""
@@ -104,37 +113,61 @@ class Service:
         log: ConversationLog | None = None,
     ) -> None:
         self.pool, self.tokenizer, self.defaults, self.model_info, self.log = pool, tokenizer, defaults, model_info, log
+        self.metrics = ServerMetrics(pool.stats)
+        self.grammars = Grammars(tokenizer)
         self.created = int(time.time())
+        self.special_tokens = frozenset(tokenizer.encode_special(name) for name in tokenizer.get_special_tokens())
 
     @property
     def model_id(self) -> str:
         """The name by which clients know the model."""
         return str(self.model_info.get("id", "nanochat"))
 
-    def generations(self, tokens: list[int], asked: SamplingFields, n: int = 1) -> list[GenerationRequest]:
-        """`n` requests that continue `tokens`, with the server's defaults where a client says nothing."""
+    def generations(
+        self, tokens: list[int], asked: SamplingFields, n: int = 1, constraint: Constraint | None = None
+    ) -> list[GenerationRequest]:
+        """`n` requests that continue `tokens`, with the server's defaults where a client says nothing.
+
+        Raises:
+            RequestError: 400, `logit_bias` names what is no token.
+        """
         # Without a seed each request gets a random one: the server's own would answer everybody alike.
-        sampling = asked.over(dataclasses.replace(self.defaults, seed=secrets.randbits(31)))
+        try:
+            sampling = asked.over(dataclasses.replace(self.defaults, seed=secrets.randbits(31)))
+            unknown = [token for token, _ in sampling.logit_bias if token >= self.tokenizer.get_vocab_size()]
+            if unknown:
+                raise ValueError(f"token ids must be below {self.tokenizer.get_vocab_size()}, got {unknown[0]}")
+        except ValueError as error:
+            raise RequestError(400, str(error), param="logit_bias") from error
+        sampling = dataclasses.replace(sampling, constraint=constraint)
         each = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(n)]
         return [GenerationRequest(tokens=tokens, sampling=s, stop=asked.stop_texts) for s in each]
 
     async def chat_prompt(
-        self, messages: Sequence[ChatMessage], max_tokens: int | None, forget: bool
-    ) -> tuple[list[int], int]:
-        """(tokens of a conversation, messages left out because they don't fit).
+        self, messages: list[dict[str, Any]], limit: int | None, *, forget: bool, new_turn: bool = False
+    ) -> tuple[list[int], int, list[str]]:
+        """(tokens of a conversation, messages left out because they don't fit, what was changed in the messages).
 
         With `forget`, the oldest messages are left out as needed, and room for an answer is reserved; without it,
-        everything must fit.
+        everything must fit. An assistant's message that stands last is continued, or ended with `new_turn`.
 
         Raises:
             RequestError: 400, the messages make no conversation, or they don't fit.
         """
         context = self.pool.context_length
-        room = context - (answer_room(context, max_tokens or self.defaults.max_tokens) if forget else 1)
+        room = context - (
+            answer_room(context, limit if limit is not None and limit >= 0 else self.defaults.max_tokens)
+            if forget
+            else 1
+        )
+
+        def fit() -> tuple[list[int], int, list[str]]:
+            turns, notes = normalise(question_of(messages))
+            tokens, left_out = fit_context(self.tokenizer, turns, room, new_turn)
+            return tokens, left_out, [f"messages: {count} × {note}" for note, count in notes.items() if count]
+
         try:
-            tokens, left_out = await run_in_threadpool(
-                fit_context, self.tokenizer, [message.to_message() for message in messages], room
-            )
+            tokens, left_out, notes = await run_in_threadpool(fit)
         except ValueError as error:
             code = "context_length_exceeded" if "too long" in str(error) else None
             raise RequestError(400, str(error), code=code, param="messages") from error
@@ -146,7 +179,7 @@ class Service:
                 code="context_length_exceeded",
                 param="messages",
             )
-        return tokens, left_out
+        return tokens, left_out, notes
 
 
 class AnswerFailed(Exception):
@@ -154,37 +187,66 @@ class AnswerFailed(Exception):
 
 
 class AnswerStream:
-    """One or several generations that belong to one request of a client, started together.
+    """One or several generations that belong to one request of a client.
+
+    They start together as far as the engines have places, the others as those end: a request of 256 prompts takes its
+    turns, and doesn't fill the queue for everybody else.
 
     Args:
         service: its engines write the answer; its log, if there is one, keeps it.
         requests: one for each generation.
         prompts: the question of each request, for the log.
+        ends_with: an answer ends with a call of the tool of which this is true.
 
     Raises:
         RequestError: 429 when too many wait, 503 when the server stops, 400 when the model can't do it.
     """
 
-    def __init__(self, service: Service, requests: Sequence[GenerationRequest], prompts: Sequence[Any]) -> None:
-        self._log, self._prompts = service.log, prompts
+    def __init__(
+        self,
+        service: Service,
+        requests: Sequence[GenerationRequest],
+        prompts: Sequence[Any],
+        *,
+        ends_with: Callable[[str], Any] = lambda call: False,
+    ) -> None:
+        self._service, self._prompts, self._ends_with = service, prompts, ends_with
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._box: deque[tuple[int, Event]] = deque()
         self._filled = asyncio.Event()
         self._generations: list[Generation] = []
+        self._waiting = deque(requests)
+        self._running = 0
+        self._written = [0] * len(requests)  # tokens so far
+        self._ended: dict[int, int] = {}  # tokens of answers that ended with a call
+        self._began = time.monotonic()
         try:
-            for request in requests:
-                self._generations.append(service.pool.submit(request))
+            self._start_waiting()
         except (QueueFull, EngineClosed, ValueError) as error:
             self.cancel()
             raise _refusal(error) from error
-        for i, generation in enumerate(self._generations):
-            generation.add_listener(lambda event, i=i: self._put(i, event))  # type: ignore[misc]
 
     def cancel(self) -> None:
         """Stop what still runs."""
+        self._waiting.clear()
         for generation in self._generations:
             generation.cancel()
+
+    def _start_waiting(self) -> None:
+        """Start as many of the generations that wait as there are places for."""
+        while self._waiting and self._running < self._service.pool.places:
+            i = len(self._generations)
+            try:
+                generation = self._service.pool.submit(self._waiting[0])
+            except QueueFull:
+                if i == 0:
+                    raise
+                return  # its turn comes
+            self._waiting.popleft()
+            self._running += 1
+            self._generations.append(generation)
+            generation.add_listener(lambda event, i=i: self._put(i, event))  # type: ignore[misc]
 
     def _put(self, i: int, event: Event) -> None:
         with self._lock:
@@ -202,32 +264,66 @@ class AnswerStream:
         Raises:
             AnswerFailed: a generation failed or was cut short; the others are cancelled.
         """
-        unfinished = len(self._generations)
-        said: list[list[Event]] = [[] for _ in self._generations]
+        said: list[list[Event]] = [[] for _ in self._prompts]
+        unfinished, first = len(said), True
         try:
             while unfinished:
-                await self._filled.wait()
+                # Nothing of this request runs, and the queue was full: the next look is soon.
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._filled.wait(), None if self._running else RETRY_SECONDS)
                 with self._lock:
                     arrived = list(self._box)
                     self._box.clear()
                     self._filled.clear()
-                for i, event in _join_texts(arrived):
-                    if event.kind == "error" or event.finish_reason == "cancelled":
-                        self.cancel()
-                        logger.error("an answer failed: %s", event.text or "cancelled")
-                        raise AnswerFailed("the answer failed; the server's log says why")
+                if first and arrived:
+                    first = False
+                    self._service.metrics.first_token.observe(time.monotonic() - self._began)
+                for i, event in self._read(arrived):
                     unfinished -= event.kind == "done"
-                    if self._log is not None:
+                    if self._service.log is not None:
                         said[i].append(event)
                     yield i, event
+                self._start_more()
+            self._service.metrics.answer.observe(time.monotonic() - self._began)
         finally:  # also when the client has gone: then with what was said until then
             for prompt, events in zip(self._prompts, said, strict=True):
-                if self._log is not None and events:
-                    self._log.write(prompt, events)
+                if self._service.log is not None and events:
+                    self._service.log.write(prompt, events)
+
+    def _read(self, arrived: list[tuple[int, Event]]) -> Iterator[tuple[int, Event]]:
+        """What the client may know of what arrived."""
+        for i, event in _join_texts(arrived):
+            ended = self._ended.get(i)
+            self._written[i] += len(event.tokens)
+            if event.kind == "error" or (event.finish_reason == "cancelled" and ended is None):
+                self._fail(event.text or "cancelled")
+            if event.kind == "done":
+                self._running -= 1
+                usage = event.usage
+                if usage is not None and ended is not None:
+                    event = dataclasses.replace(event, usage=dataclasses.replace(usage, completion_tokens=ended))
+                yield i, event if ended is None else dataclasses.replace(event, finish_reason="stop")
+            elif ended is None:
+                yield i, event
+                if event.kind == "python" and self._ends_with(event.text):
+                    # The client answers this call: what the engine writes after it is not asked for.
+                    self._ended[i] = self._written[i]
+                    self._generations[i].cancel()
+
+    def _start_more(self) -> None:
+        try:
+            self._start_waiting()
+        except (EngineClosed, ValueError) as error:
+            self._fail(str(error))
+
+    def _fail(self, reason: str) -> NoReturn:
+        self.cancel()
+        logger.error("an answer failed: %s", reason)
+        raise AnswerFailed("the answer failed; the server's log says why")
 
     async def collect(self) -> list[list[Event]]:
         """Wait for the end; return all events of every generation."""
-        collected: list[list[Event]] = [[] for _ in self._generations]
+        collected: list[list[Event]] = [[] for _ in self._prompts]
         async for i, event in self.events():
             collected[i].append(event)
         return collected
@@ -251,16 +347,26 @@ async def _disconnect(request: Request) -> None:
 
 
 def _join_texts(arrived: list[tuple[int, Event]]) -> Iterator[tuple[int, Event]]:
-    texts: dict[int, list[str]] = {}
+    texts: dict[int, list[Event]] = {}
+
+    def joined(i: int) -> Event:
+        pieces = texts.pop(i)
+        return Event(
+            "text",
+            "".join(piece.text for piece in pieces),
+            tokens=tuple(token for piece in pieces for token in piece.tokens),
+            logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        )
+
     for i, event in arrived:
         if event.kind == "text":
-            texts.setdefault(i, []).append(event.text)
+            texts.setdefault(i, []).append(event)
             continue
         if i in texts:
-            yield i, Event("text", "".join(texts.pop(i)))
+            yield i, joined(i)
         yield i, event
-    for i, pieces in texts.items():
-        yield i, Event("text", "".join(pieces))
+    for i in list(texts):
+        yield i, joined(i)
 
 
 def _refusal(error: Exception) -> RequestError:
@@ -278,7 +384,7 @@ class AnswerResponse(EventSourceResponse):
     When the server stops, answers that are being written have DRAIN_SECONDS to finish.
     """
 
-    def __init__(self, answer: AnswerStream, data: AsyncIterator[str]) -> None:
+    def __init__(self, answer: AnswerStream, data: AsyncIterator[str] | AsyncIterator[dict[str, str]]) -> None:
         self._answer = answer
         super().__init__(data, sep="\n", shutdown_grace_period=DRAIN_SECONDS)
 

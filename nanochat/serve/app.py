@@ -3,9 +3,12 @@
     GET  /                   the page and its files
     POST /chat/completions   {"messages": [...], "temperature", "top_k", "max_tokens", "seed", ...} -> events
                              data: {"token": "text"}, {"python": "6*7"}, {"python_output": "42"}, {"error": "..."},
-                             {"left_out": 2} when the oldest messages did not fit,
+                             {"left_out": 2} when the oldest messages did not fit, {"warnings": [...]},
+                             with {"logprobs": 5} each token's and its alternatives' "logprobs": [...]
                              {"finish_reason", "usage", "seconds"}, and last {"done": true}
     GET  /health, /stats     is it ready; the model, and what it has done
+    GET  /metrics            the same for Prometheus
+    POST /tokenize, /detokenize
 
 Every card has an engine with a thread of its own (nanochat.serve.batch_engine); the event loop never waits for it.
 Requests wait in a bounded queue, and the place of a client that goes away becomes free. Conversations are logged only
@@ -19,20 +22,35 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
+from prometheus_client import CONTENT_TYPE_LATEST as METRICS_TYPE
+from pydantic import Discriminator, Tag
 from starlette.middleware.cors import CORSMiddleware
 
 from nanochat.generate.sampling import Sampling
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, ConversationLog, EnginePool, Service
 from nanochat.serve.batch_engine import BatchEngine
-from nanochat.serve.errors import add_error_handlers
+from nanochat.serve.errors import AsciiJSON, add_error_handlers
 from nanochat.serve.guard import SECURITY_HEADERS, Access, Guard
-from nanochat.serve.openai_api import add_openai_routes
-from nanochat.serve.schemas import MAX_CONVERSATION_CHARS, MAX_MESSAGE_CHARS, MAX_MESSAGES, MAX_TOKENS, ChatRequest
+from nanochat.serve.logprob_shapes import chat_logprobs
+from nanochat.serve.methods import AnyMethod
+from nanochat.serve.metrics import CountRequests
+from nanochat.serve.openai_api import add_openai_routes, chat_completion
+from nanochat.serve.other_fields import HARMLESS, REFUSED, check_other_fields
+from nanochat.serve.responses_api import add_responses_route
+from nanochat.serve.schemas import (
+    MAX_CONVERSATION_CHARS,
+    MAX_MESSAGE_CHARS,
+    MAX_MESSAGES,
+    MAX_TOKENS,
+    ChatRequest,
+    OpenAIChatRequest,
+)
+from nanochat.serve.tokenize_api import add_tokenize_routes
 from nanochat.tokenizer import RustBPETokenizer
 
 UI_FOLDER = Path(__file__).with_name("ui")
@@ -48,6 +66,20 @@ LIMITS = {
     "conversation_chars": MAX_CONVERSATION_CHARS,
     "max_tokens": MAX_TOKENS,
 }
+
+# A body with one of these fields is not the page's.
+CLASSIC_FIELDS = {
+    "messages",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "max_tokens",
+    "seed",
+    "stop",
+}
+OPENAI_FIELDS = {*OpenAIChatRequest.model_fields, *HARMLESS, *REFUSED} - CLASSIC_FIELDS - {"logprobs"}
 
 
 def create_app(
@@ -82,18 +114,34 @@ def create_app(
             if log is not None:
                 log.close()
 
-    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, lifespan=lifespan, default_response_class=AsciiJSON)
+    app.add_middleware(AnyMethod, routes=app.routes)
     app.add_middleware(Guard, access=access.opened(files))
     if access.cors_origins:  # outermost, so that a page of an allowed origin can read the guard's refusals too
         app.add_middleware(
             CORSMiddleware, allow_origins=access.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    app.add_middleware(CountRequests, metrics=service.metrics)
     add_error_handlers(app, SECURITY_HEADERS)
     for path, file in files.items():
         _add_file(app, path, file)
     _add_chat_routes(app, service)
     add_openai_routes(app, service)
+    add_responses_route(app, service)
+    add_tokenize_routes(app, service)
     return app
+
+
+def _dialect(body: Any) -> str:
+    """Which of two protocols a body speaks, that of nanochat's page or OpenAI's, to whoever left /v1 out."""
+    asked = body.keys() if isinstance(body, dict) else set()
+    is_openai = bool(asked & OPENAI_FIELDS) or (isinstance(body, dict) and isinstance(body.get("logprobs"), bool))
+    return "openai" if is_openai else "classic"
+
+
+EitherRequest = Annotated[
+    Annotated[ChatRequest, Tag("classic")] | Annotated[OpenAIChatRequest, Tag("openai")], Discriminator(_dialect)
+]
 
 
 def _add_chat_routes(app: FastAPI, service: Service) -> None:
@@ -101,13 +149,16 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
     started = time.monotonic()
 
     @app.post("/chat/completions", response_model=None)
-    async def chat_completions(request: ChatRequest) -> AnswerResponse:
-        tokens, left_out = await service.chat_prompt(request.messages, request.max_tokens, forget=True)
-        said = [[message.to_message() for message in request.messages]]
-        answer = AnswerStream(service, service.generations(tokens, request), said)
-        return AnswerResponse(answer, _stream(answer, left_out))
+    async def chat_completions(body: EitherRequest, request: Request) -> Response:
+        if isinstance(body, OpenAIChatRequest):
+            return await chat_completion(service, body, request)
+        warnings = check_other_fields(body.model_extra or {})
+        tokens, left_out, notes = await service.chat_prompt(body.messages, body.limit, forget=True)
+        answer = AnswerStream(service, service.generations(tokens, body), [body.messages])
+        return AnswerResponse(answer, _stream(answer, left_out, warnings + notes, service.special_tokens))
 
     @app.get("/health")
+    @app.get("/v1/health", include_in_schema=False)
     async def health() -> dict[str, Any]:
         stats = pool.stats()
         return {
@@ -116,6 +167,10 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
             "num_gpus": len(stats),
             "available_workers": sum(s["running"] < s["max_batch_size"] for s in stats),
         }
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=METRICS_TYPE)
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
@@ -135,9 +190,13 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
         }
 
 
-async def _stream(answer: AnswerStream, left_out: int) -> AsyncIterator[str]:
+async def _stream(
+    answer: AnswerStream, left_out: int, warnings: list[str], special: frozenset[int]
+) -> AsyncIterator[str]:
     if left_out:
         yield json.dumps({"left_out": left_out})
+    if warnings:
+        yield json.dumps({"warnings": warnings})
     began: float | None = None
     try:
         async for _, event in answer.events():
@@ -153,7 +212,9 @@ async def _stream(answer: AnswerStream, left_out: int) -> AsyncIterator[str]:
                 )
             else:
                 key = "token" if event.kind == "text" else event.kind
-                yield json.dumps({key: event.text}, ensure_ascii=False)
+                known = [token for token in event.logprobs if token.token not in special]
+                logprobs = {"logprobs": chat_logprobs(known)} if known and key == "token" else {}
+                yield json.dumps({key: event.text, **logprobs})
     except AnswerFailed as error:
         yield json.dumps({"error": str(error)})
     yield json.dumps({"done": True})

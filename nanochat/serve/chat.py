@@ -102,34 +102,47 @@ def answer_room(context_length: int, max_tokens: int | None) -> int:
     return max(1, min(max_tokens or context_length, context_length // 4))
 
 
-def fit_context(tokenizer: RustBPETokenizer, messages: list[Message], room: int) -> tuple[list[int], int]:
-    """Render the prompt of a conversation that ends with the user, in at most `room` tokens.
+def question_of(messages: list[Message]) -> list[Message]:
+    """The messages of a request, so that somebody asks something: instructions alone are what the user says."""
+    if all(isinstance(m, dict) and m.get("role") in ("system", "developer") for m in messages):
+        return [{**message, "role": "user"} for message in messages]
+    return messages
 
-    The oldest exchanges are left out as needed; a system message stays.
+
+def fit_context(
+    tokenizer: RustBPETokenizer, messages: list[Message], room: int, new_turn: bool = False
+) -> tuple[list[int], int]:
+    """Render the prompt of a conversation, in at most `room` tokens.
+
+    The oldest exchanges are left out as needed; a system message stays. An assistant's message that stands last is
+    continued; with `new_turn` it ends, and another one begins.
 
     Returns:
         (tokens, number of messages left out).
 
     Raises:
-        ValueError: the messages are malformed, the last is not the user's, or it is too long by itself.
+        ValueError: the messages are malformed, or the last question is too long by itself.
     """
     sizes = [len(ids) for ids, _ in tokenizer.render_turns({"messages": messages})]
-    if messages[-1]["role"] != "user":
-        raise ValueError("the last message must be the user's")
+    continues = messages[-1]["role"] == "assistant" and not new_turn
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
     system_size = len(tokenizer.encode(system[0]["content"])) if system else 0
-    left_out = 0
+    left_out, size = 0, sum(sizes)
     while True:
         # The first turn's size holds bos and the system message; without it the next one gets them.
         extra = 0 if left_out == 0 else 1 + system_size
-        if sum(sizes[left_out:]) + extra < room:
-            tokens = tokenizer.render_for_completion({"messages": [*system, *turns[left_out:]]})
+        if size + extra <= room + 1:
+            kept = {"messages": [*system, *turns[left_out:]]}
+            tokens = [token for ids, _ in tokenizer.render_turns(kept) for token in ids]
+            tokens = tokens[:-1] if continues else [*tokens, tokenizer.encode_special("<|assistant_start|>")]
             if len(tokens) <= room:
                 return tokens, left_out
+        last = size + extra
+        size -= sum(sizes[left_out : left_out + 2])
         left_out += 2
         if left_out >= len(turns):
             raise ValueError(
-                f"the message is too long: with {sizes[-1]} tokens it does not fit into the {room} tokens "
+                f"the message is too long: with {last} tokens it does not fit into the {room} tokens "
                 "the model's context has for it; shorten it"
             )

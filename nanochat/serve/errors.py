@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,14 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 # What pydantic calls a body that is missing or no JSON object.
 NO_OBJECT = ("missing", "model_attributes_type", "dict_type", "model_type")
+
+
+class AsciiJSON(JSONResponse):
+    """JSON in ASCII: no client takes a character for the end of a line, and half a surrogate pair can be written."""
+
+    def render(self, content: Any) -> bytes:
+        """The bytes of the body."""
+        return json.dumps(content, allow_nan=False).encode()
 
 
 class RequestError(HTTPException):
@@ -85,14 +94,14 @@ def add_error_handlers(app: FastAPI, headers: Mapping[str, str]) -> None:
         if request.method == "POST" and not (sent == "application/json" or sent.endswith("+json")):
             said = f"got {sent!r:.80}" if sent else "the request has none"
             message = f"send the body as JSON with the header Content-Type: application/json ({said})"
-            return JSONResponse(error_body(message, code="invalid_content_type", param="Content-Type"), 400)
+            return AsciiJSON(error_body(message, code="invalid_content_type", param="Content-Type"), 400)
         broken = next((p for p in error.errors() if p["type"] == "json_invalid"), None)
         if broken is not None:  # its place is a number of characters, and error.body the text
             reason = str(broken.get("ctx", {}).get("error", broken["msg"]))
             where = f", at character {broken['loc'][-1]}" if isinstance(broken["loc"][-1], int) else ""
-            return JSONResponse(error_body(f"the body is not valid JSON: {reason}{where}", code="invalid_json"), 400)
+            return AsciiJSON(error_body(f"the body is not valid JSON: {reason}{where}", code="invalid_json"), 400)
         message, param = explain_problems(error.errors(), error.body)
-        return JSONResponse(error_body(message, param=param), 400)
+        return AsciiJSON(error_body(message, param=param), 400)
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StarletteHTTPException)  # RequestError is one too
@@ -102,11 +111,11 @@ def add_error_handlers(app: FastAPI, headers: Mapping[str, str]) -> None:
             body = error_body("there is nothing here; OpenAI's API is at /v1, the page at /", code="not_found")
         else:
             body = error_body(str(error.detail))
-        return JSONResponse(body, error.status_code, headers=error.headers)
+        return AsciiJSON(body, error.status_code, headers=error.headers)
 
     async def failed(request: Request, error: Exception) -> JSONResponse:
         message = "the server failed; its log says why"
-        return JSONResponse(error_body(message, kind="server_error"), 500, headers=headers)
+        return AsciiJSON(error_body(message, kind="server_error"), 500, headers=headers)
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(StarletteHTTPException, http_error)

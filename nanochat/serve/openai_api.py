@@ -1,11 +1,14 @@
 """The routes that clients of OpenAI's API know: /v1/chat/completions, /v1/completions and /v1/models.
 
-Beyond that API a request may set `top_k`, `repetition_penalty` and `truncation`, and an answer that used the calculator
-says so: a message has `parts` beside its `content`, and a streamed delta has `part`.
+They answer without /v1 too, the commonest mistake in a base URL. Beyond that API a request may set what llama.cpp and
+vLLM know (`top_k`, `min_p`, `repetition_penalty`, `guided_json`, ...) and `truncation`. An answer that used the
+server's own calculator says so: a message has `parts` beside its `content`, and a streamed delta has `part`. Of fields
+that were not used, and of what was changed in the messages, `warnings` tells.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import time
@@ -14,13 +17,19 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
+from nanochat.generate.logprobs import TokenLogprob
+from nanochat.generate.sampling import Constraint
 from nanochat.serve.answer_events import Event, Usage, join_events
+from nanochat.serve.answer_form import AnswerForm, wanted_form
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, Service
 from nanochat.serve.batch_engine import GenerationRequest
-from nanochat.serve.errors import RequestError, error_body
+from nanochat.serve.errors import AsciiJSON, RequestError, error_body
+from nanochat.serve.logprob_shapes import CompletionLogprobs, chat_logprobs
+from nanochat.serve.other_fields import check_other_fields, unsupported
 from nanochat.serve.schemas import CompletionRequest, OpenAIChatRequest, OpenAIRequest
+from nanochat.serve.tools import NO_TOOLS, CallReader, ToolCall, Tools, read_tools
 
 CLIENT_GONE = 499  # nobody reads this; the number is the one nginx logs
 
@@ -29,71 +38,135 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     """Add the /v1 routes."""
 
     @app.get("/v1/models")
+    @app.get("/models", include_in_schema=False)
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+        return {"object": "list", "data": [describe_model(service)]}
 
     @app.get("/v1/models/{model:path}")
+    @app.get("/models/{model:path}", include_in_schema=False)
     async def model(model: str) -> dict[str, Any]:
-        _check_model(service, model)
-        return _model(service)
+        if not model:  # /v1/models/
+            return await models()
+        if model != service.model_id:
+            message = f"there is no model of that name here: this server has {service.model_id}"
+            raise RequestError(404, message, code="model_not_found", param="model")
+        return describe_model(service)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: OpenAIChatRequest, request: Request) -> Response:
-        _check_request(service, body)
-        tokens, _ = await service.chat_prompt(body.messages, body.max_tokens, forget=body.truncation == "auto")
-        asked = service.generations(tokens, body, body.n)
-        said = [[message.to_message() for message in body.messages]] * body.n
-        return await _Completion(service, "chat.completion", len(tokens)).respond(body, request, asked, said)
+        return await chat_completion(service, body, request)
 
     @app.post("/v1/completions", response_model=None)
+    @app.post("/completions", response_model=None, include_in_schema=False)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        _check_request(service, body)
-        prompts = await run_in_threadpool(_encode, service, body.prompts)
-        asked = [request for tokens in prompts for request in service.generations(tokens, body, body.n)]
-        completion = _Completion(service, "text_completion", sum(map(len, prompts)))
-        texts = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in body.prompts]
-        said = [text for text in texts for _ in range(body.n)]
-        completion.echo = said if body.echo else []
-        return await completion.respond(body, request, asked, said)
+        return await text_completion(service, body, request)
 
 
-def _model(service: Service) -> dict[str, Any]:
-    return {"id": service.model_id, "object": "model", "created": service.created, "owned_by": "nanochat"}
+def describe_model(service: Service) -> dict[str, Any]:
+    """The model, with the length of its context by the names that vLLM, llama.cpp and OpenRouter have for it."""
+    context = service.pool.context_length
+    return {
+        "id": service.model_id,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "nanochat",
+        "max_model_len": context,
+        "context_length": context,
+        "meta": {
+            "n_ctx_train": context,
+            "n_vocab": service.tokenizer.get_vocab_size(),
+            "n_params": service.model_info.get("params"),
+        },
+    }
 
 
-def _check_model(service: Service, model: str | None) -> None:
-    if model not in (None, service.model_id):
+async def chat_completion(service: Service, body: OpenAIChatRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    warnings = check_request(service, body)
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    tools = read_tools(body.tools, body.tool_choice)
+    continues = body.messages[-1].get("role") == "assistant"
+    if body.continue_final_message and not continues:
         raise RequestError(
-            404,
-            f"there is no model of that name here: this server has {service.model_id}",
-            code="model_not_found",
-            param="model",
+            400,
+            "continue_final_message: the last message is not the assistant's, so there is nothing to continue",
+            param="continue_final_message",
         )
+    if body.add_generation_prompt is False and not continues:
+        raise unsupported("add_generation_prompt", "false needs an assistant's message last, to continue it")
+    tokens, _, notes = await service.chat_prompt(
+        body.messages, body.limit, forget=body.truncation == "auto", new_turn=body.continue_final_message is False
+    )
+    constraint = await constraint_of(service, body, tools)
+    asked = service.generations(tokens, body, body.n, constraint)
+    completion = _Completion(service, "chat.completion", len(tokens), warnings + notes + tools.warnings(), tools)
+    return await completion.respond(body, request, asked, [body.messages] * body.n)
 
 
-def _check_request(service: Service, body: OpenAIRequest) -> None:
-    _check_model(service, body.model)
-    unsupported = body.unsupported()
-    if unsupported is not None:
-        raise RequestError(
-            400, f"{unsupported} is not supported: leave it out", code="unsupported_parameter", param=unsupported
-        )
-    if body.stream_options is not None and not body.stream:
-        raise RequestError(400, "stream_options needs stream to be true", param="stream_options")
+async def text_completion(service: Service, body: CompletionRequest, request: Request) -> Response:
+    """Go on with texts."""
+    warnings = check_request(service, body)
+    if body.best_of not in (None, body.n):
+        raise unsupported("best_of")
+    wants_prompt_logprobs = body.echo and body.top_logprobs_asked is not None
+    room = 0 if wants_prompt_logprobs and body.limit == 0 else 1
+    prompts = await run_in_threadpool(_encode, service, body, room)
+    constraint = await constraint_of(service, body, NO_TOOLS)
+    asked = [
+        dataclasses.replace(generation, prompt_logprobs=wants_prompt_logprobs)
+        for tokens in prompts
+        for generation in service.generations(tokens, body, body.n, constraint)
+    ]
+    completion = _Completion(service, "text_completion", sum(map(len, prompts)), warnings)
+    texts = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in body.prompts]
+    said = [text for text in texts for _ in range(body.n)]
+    completion.echo = said if body.echo else []
+    return await completion.respond(body, request, asked, said)
 
 
-def _encode(service: Service, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+def check_request(service: Service, body: OpenAIRequest) -> list[str]:
+    """What a client should know about its request, for `warnings`.
+
+    Raises:
+        RequestError: 400, a field asks for something this server can't do.
+    """
+    warnings = check_other_fields(body.model_extra or {})
+    if body.model and body.model != service.model_id:
+        warnings.append(f"there is one model here, {service.model_id}: it answers for {body.model[:100]!r}")
+    return warnings
+
+
+async def constraint_of(service: Service, body: OpenAIRequest, tools: Tools) -> Constraint | None:
+    """What the answer must be: a required call of a tool, or what the request's fields say; None: any text.
+
+    Raises:
+        RequestError: 400, naming the field.
+    """
+    form = wanted_form(body)
+    if tools.schema is not None:
+        if form is not None:
+            message = f"{form.param} and tool_choice both say what the answer must be: leave one out"
+            raise RequestError(400, message, param=form.param)
+        form = AnswerForm("json", tools.schema, "tools")
+    return None if form is None else await run_in_threadpool(form.compile, service.grammars)
+
+
+def _encode(service: Service, body: CompletionRequest, room: int) -> list[list[int]]:
     """The token ids of every prompt; texts begin with bos."""
-    bos, context = service.tokenizer.get_bos_token_id(), service.pool.context_length
-    encoded = [[bos, *service.tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
+    context = service.pool.context_length
+    first = [service.tokenizer.get_bos_token_id()] if body.add_special_tokens else []
+    encoded = [[*first, *service.tokenizer.encode(p)] if isinstance(p, str) else p for p in body.prompts]
     longest = max(map(len, encoded))
-    if longest >= context:
+    if longest > context - room:
         raise RequestError(
             400,
             f"a prompt of {longest} tokens leaves no room in the model's context of {context} tokens: shorten it",
             code="context_length_exceeded",
             param="prompt",
         )
+    if not all(encoded):
+        raise RequestError(400, "an empty prompt needs add_special_tokens", param="prompt")
     vocab_size = service.tokenizer.get_vocab_size()
     if any(max(tokens) >= vocab_size for tokens in encoded):
         raise RequestError(400, f"token ids must be below {vocab_size}", param="prompt")
@@ -103,10 +176,13 @@ def _encode(service: Service, prompts: Sequence[str | list[int]]) -> list[list[i
 class _Completion:
     """One request on its way to an answer, whole or streamed, of either kind."""
 
-    def __init__(self, service: Service, kind: str, prompt_tokens: int) -> None:
-        self.service, self.kind, self.prompt_tokens = service, kind, prompt_tokens
+    def __init__(
+        self, service: Service, kind: str, prompt_tokens: int, warnings: list[str], tools: Tools = NO_TOOLS
+    ) -> None:
+        self.service, self.kind, self.prompt_tokens, self.tools = service, kind, prompt_tokens, tools
         self.is_chat = kind == "chat.completion"
         self.echo: list[str] = []
+        self.warnings = {"warnings": warnings} if warnings else {}
         self.head = {
             "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": kind,
@@ -118,71 +194,134 @@ class _Completion:
         self, body: OpenAIRequest, request: Request, asked: Sequence[GenerationRequest], prompts: Sequence[Any]
     ) -> Response:
         """Start the generations and answer with what they write."""
-        answer = AnswerStream(self.service, asked, prompts)
+        answer = AnswerStream(self.service, asked, prompts, ends_with=self.tools.call_of)
+        choices = [_Choice(self, i, body.top_logprobs_asked is not None) for i in range(len(asked))]
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            return AnswerResponse(answer, self._stream(answer, len(asked), usage))
+            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            return AnswerResponse(answer, self._stream(answer, choices, body.n, include_usage))
         try:
             collected = await answer.collect_for(request)
         except AnswerFailed as error:
             raise RequestError(500, str(error), kind="server_error") from error
         if collected is None:
             return Response(status_code=CLIENT_GONE)
-        choices = [self._choice(i, events) for i, events in enumerate(collected)]
-        usages = [events[-1].usage for events in collected]
-        return JSONResponse({**self.head, "choices": choices, "usage": count_usage(self.prompt_tokens, usages)})
+        whole = [choice.whole(events) for choice, events in zip(choices, collected, strict=True)]
+        usage = count_usage(self.prompt_tokens, [events[-1].usage for events in collected], body.n)
+        return AsciiJSON({**self.head, "choices": whole, "usage": usage, **self.warnings})
 
-    def _choice(self, i: int, events: Sequence[Event]) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": i, "logprobs": None, "finish_reason": events[-1].finish_reason}
-        parts = join_events(events)
-        text = "".join(part["text"] for part in parts if part["type"] == "text")
-        if not self.is_chat:
-            return {**choice, "text": (self.echo[i] if self.echo else "") + text}
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if any(part["type"] != "text" for part in parts):
-            message["parts"] = parts
-        return {**choice, "message": message}
+    async def _stream(
+        self, answer: AnswerStream, choices: Sequence[_Choice], n: int, include_usage: bool
+    ) -> AsyncIterator[str]:
+        head = {**self.head, "object": "chat.completion.chunk" if self.is_chat else self.kind}
+        nothing: dict[str, Any] = {"usage": None} if include_usage else {}
 
-    async def _stream(self, answer: AnswerStream, n: int, include_usage: bool) -> AsyncIterator[str]:
-        for i in range(n if self.is_chat else len(self.echo)):
-            first = {"role": "assistant", "content": ""} if self.is_chat else self.echo[i]
-            yield self._chunk(i, first, None, include_usage)
-        usages: list[Usage | None] = []
+        def chunk(choice: dict[str, Any], more: dict[str, Any] = nothing) -> str:
+            return json.dumps({**head, "choices": [choice], **more})
+
+        more = {**nothing, **self.warnings}  # the warnings come once, with what is said first
+        usages: list[Usage | None] = [None] * len(choices)
+        for choice in choices:
+            for piece in choice.beginning():
+                yield chunk(piece, more)
+                more = nothing
         try:
             async for i, event in answer.events():
                 if event.kind == "done":
-                    usages.append(event.usage)
-                    yield self._chunk(i, {} if self.is_chat else "", event.finish_reason, include_usage)
-                elif event.kind == "text":
-                    yield self._chunk(i, {"content": event.text} if self.is_chat else event.text, None, include_usage)
-                elif self.is_chat:
-                    part = {"type": event.kind, "text": event.text}
-                    yield self._chunk(i, {"content": "", "part": part}, None, include_usage)
+                    usages[i] = event.usage
+                for piece in choices[i].pieces(event):
+                    yield chunk(piece, more)
+                    more = nothing
         except AnswerFailed as error:
             yield json.dumps(error_body(str(error), kind="server_error"))
         else:
             if include_usage:
-                usage = count_usage(self.prompt_tokens, usages)
-                yield json.dumps({**self._stream_head(), "choices": [], "usage": usage})
+                usage = count_usage(self.prompt_tokens, usages, n)
+                yield json.dumps({**head, "choices": [], "usage": usage})
         yield "[DONE]"
 
-    def _stream_head(self) -> dict[str, Any]:
-        return {**self.head, "object": "chat.completion.chunk" if self.is_chat else self.kind}
 
-    def _chunk(self, i: int, new: Any, finish_reason: str | None, include_usage: bool) -> str:
+class _Choice:
+    """One of the answers to a request."""
+
+    def __init__(self, completion: _Completion, index: int, wants_logprobs: bool) -> None:
+        self.index, self.is_chat = index, completion.is_chat
+        self._echo = completion.echo[index] if completion.echo else ""
+        self._echo_logprobs = wants_logprobs and bool(completion.echo)
+        self._special = completion.service.special_tokens
+        self._wants_logprobs, self._logprobs = wants_logprobs, CompletionLogprobs(self._special)
+        self._calls = CallReader(completion.tools)
+        self._num_calls = 0
+
+    def beginning(self) -> list[dict[str, Any]]:
+        """What a stream says before the first event."""
+        if self.is_chat:
+            return [self._piece({"role": "assistant", "content": ""})]
+        # With log-probabilities the prompt is repeated when those are known.
+        return [self._piece(self._echo)] if self._echo and not self._echo_logprobs else []
+
+    def pieces(self, event: Event) -> list[dict[str, Any]]:
+        """What a stream says because of an event."""
+        found = []
+        for new in self._calls.read(event):
+            if isinstance(new, ToolCall):
+                found.append(self._piece({"tool_calls": [{"index": self._num_calls, **describe_call(new)}]}))
+                self._num_calls += 1
+            elif new.kind == "done":
+                found.append(self._piece({} if self.is_chat else "", finish_reason=self._reason(new)))
+            elif new.kind == "prompt":
+                found.append(self._piece(self._echo, new.logprobs))
+            elif new.kind == "text":
+                found.append(self._piece({"content": new.text} if self.is_chat else new.text, new.logprobs))
+            elif self.is_chat:
+                found.append(self._piece({"content": "", "part": {"type": new.kind, "text": new.text}}))
+        return found
+
+    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+        """The answer at once."""
+        read = [new for event in events for new in self._calls.read(event)]
+        calls = [new for new in read if isinstance(new, ToolCall)]
+        said = [new for new in read if isinstance(new, Event)]
+        parts = join_events(said)
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        tokens = [token for new in said if new.kind in ("prompt", "text") for token in new.logprobs]
+        choice = {"index": self.index, "logprobs": self._shape(tokens), "finish_reason": self._reason(events[-1])}
+        if not self.is_chat:
+            return {**choice, "text": self._echo + text}
+        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        if calls:
+            message["tool_calls"] = [describe_call(call) for call in calls]
+        if any(part["type"] != "text" for part in parts):
+            message["parts"] = parts
+        return {**choice, "message": message}
+
+    def _piece(self, new: Any, tokens: Sequence[TokenLogprob] = (), finish_reason: str | None = None) -> dict[str, Any]:
         key = "delta" if self.is_chat else "text"
-        choice = {"index": i, key: new, "logprobs": None, "finish_reason": finish_reason}
-        usage = {"usage": None} if include_usage else {}
-        return json.dumps({**self._stream_head(), "choices": [choice], **usage}, ensure_ascii=False)
+        logprobs = self._shape(tokens) if tokens else None
+        return {"index": self.index, key: new, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _shape(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._wants_logprobs:
+            return None
+        if not self.is_chat:
+            return self._logprobs.of(tokens)
+        return {"content": chat_logprobs(t for t in tokens if t.token not in self._special), "refusal": None}
+
+    def _reason(self, done: Event) -> str | None:
+        return "tool_calls" if self._calls.called and done.finish_reason == "stop" else done.finish_reason
 
 
-def count_usage(prompt_tokens: int, usages: Sequence[Usage | None]) -> dict[str, Any]:
-    """The `usage` object of OpenAI's API."""
+def describe_call(call: ToolCall) -> dict[str, Any]:
+    """A call as in an assistant's message."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def count_usage(prompt_tokens: int, usages: Sequence[Usage | None], n: int = 1) -> dict[str, Any]:
+    """The `usage` object of OpenAI's API; `n` answers in a row share a prompt."""
     written = sum(usage.completion_tokens for usage in usages if usage is not None)
-    cached = max((usage.cached_tokens for usage in usages if usage is not None), default=0)
+    cached = [usage.cached_tokens if usage is not None else 0 for usage in usages]
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": written,
         "total_tokens": prompt_tokens + written,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": sum(max(cached[i : i + n]) for i in range(0, len(cached), n))},
     }

@@ -1,103 +1,160 @@
-"""The bodies of requests to the chat server, their limits, and the shape of its errors."""
+"""The bodies of requests to the chat server: what each field means, and the limits.
+
+Numbers mean what clients of OpenAI, llama.cpp and vLLM mean by them: -1 or null is "not set", more than the model has
+is all it has.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nanochat.generate.sampling import Sampling
 
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8000
 MAX_CONVERSATION_CHARS = 32000
-MAX_TOKENS = 4096
-MAX_CHOICES = 8  # answers or prompts of one request: each takes a slot in the batch
-# The longest allowed conversation with every character written as \uXXXX\uXXXX, and its braces.
-MAX_BODY_BYTES = 12 * MAX_CONVERSATION_CHARS + 100 * MAX_MESSAGES
+MAX_TOKENS = 4096  # what the page offers; a request may ask for more and gets what the context has room for
+MAX_ANSWERS = 1024  # prompts of one request times answers of each; they take their turns
+MAX_STOPS = 100
+NO_END = 2**31  # tokens before an answer may end: more than any context has
+MAX_BODY_BYTES = 4 * 2**20  # 256 prompts of 2048 tokens, written as numbers
 
-StopText = Annotated[str, Field(min_length=1, max_length=100)]
-TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_CONVERSATION_CHARS)
-]
 # OpenAI's clients may write an option that is not set as null.
 NullIsFalse = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 NullIsOne = Annotated[int, BeforeValidator(lambda value: 1 if value is None else value)]
-PromptText = Annotated[str, Field(max_length=MAX_CONVERSATION_CHARS)]
-
-
-class MessagePart(BaseModel):
-    """A piece of a message: text, or (in an answer) an expression for the calculator or its result."""
-
-    type: Literal["text", "python", "python_output"]
-    text: str = Field(max_length=MAX_MESSAGE_CHARS)
-
-
-class ChatMessage(BaseModel):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] | Annotated[list[MessagePart], Field(max_length=200)]
-
-    @property
-    def chars(self) -> int:
-        """The number of characters."""
-        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> ChatMessage:
-        if self.chars > MAX_MESSAGE_CHARS:
-            raise ValueError(f"a message may have {MAX_MESSAGE_CHARS} characters, this one has {self.chars}")
-        parts = [] if self.role == "assistant" or isinstance(self.content, str) else self.content
-        if any(part.type != "text" for part in parts):
-            raise ValueError("only an assistant's message may have parts other than text")
-        return self
-
-    def to_message(self) -> dict[str, Any]:
-        """The message in the form of nanochat.messages."""
-        if isinstance(self.content, str):
-            content: Any = self.content
-        elif self.role == "assistant":
-            content = [part.model_dump() for part in self.content]
-        else:
-            content = "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+Text = Annotated[str, Field(max_length=MAX_BODY_BYTES)]
+StopText = Annotated[str, Field(max_length=1000)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_BODY_BYTES)]
+# -1: as many as the context has room for.
+TokenLimit = Annotated[int, Field(ge=-1)] | None
+# Logits are divided by it: less could overflow.
+Penalty = Annotated[float, Field(ge=0.01, le=10.0)] | None
 
 
 class SamplingFields(BaseModel):
-    """How tokens are chosen, within what a server allows; fields left out take the server's defaults."""
+    """How tokens are chosen; fields left out take the server's defaults."""
+
+    # Fields that are not declared are kept: `nanochat.serve.other_fields` says what becomes of them.
+    model_config = ConfigDict(extra="allow")
 
     temperature: float | None = Field(None, ge=0.0, le=2.0)
-    top_k: int | None = Field(None, ge=0, le=200)
-    top_p: float | None = Field(None, gt=0.0, le=1.0)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=2.0)  # logits divided by less could overflow
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    top_k: int | None = Field(None, ge=-1)
+    top_p: float | None = Field(None, ge=0.0, le=1.0)
+    min_p: float | None = Field(None, ge=0.0, le=1.0)
+    repetition_penalty: Penalty = None
+    repeat_penalty: Penalty = None
+    presence_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    logit_bias: dict[str, float] | list[tuple[int, float | bool]] | None = None
+    max_tokens: TokenLimit = None
+    max_completion_tokens: TokenLimit = None
+    n_predict: TokenLimit = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: NullIsFalse = False
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
         """The texts that end an answer."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(stop for stop in stops if stop)
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens asked for, by the newest of its names; None: not said; -1: as many as there is room for."""
+        return next((n for n in (self.max_completion_tokens, self.max_tokens, self.n_predict) if n is not None), None)
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        """How many alternatives of each token to tell, beside its log probability; None: nothing about it."""
+        return None
+
+    def biases(self) -> dict[int, float]:
+        """What `logit_bias` adds to the logits, by token.
+
+        Raises:
+            ValueError: a key is no token id, or a value is out of range.
+        """
+        if not self.logit_bias:
+            return {}
+        items = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
+        biases: dict[int, float] = {}
+        for key, value in items:
+            if not str(key).isdecimal():
+                raise ValueError(f"the keys of logit_bias must be token ids, got {str(key)[:40]!r}")
+            biases[int(key)] = -100.0 if value is False else float(value)  # false: never, as llama.cpp has it
+        if any(not -100.0 <= value <= 100.0 for value in biases.values()):
+            raise ValueError("the values of logit_bias must be between -100 and 100")
+        return biases
 
     def over(self, defaults: Sampling) -> Sampling:
         """The defaults, overridden by what this request says."""
-        # What `unsupported` refuses never gets here, but may be null, 0 or empty.
-        knobs = {field.name for field in dataclasses.fields(Sampling)} - {"logit_bias", "logprobs"}
-        return dataclasses.replace(defaults, **self.model_dump(include=knobs, exclude_none=True))
+        said: dict[str, Any] = {}
+        for field in dataclasses.fields(Sampling):
+            value = getattr(self, field.name, None)
+            if value is not None and field.name not in ("logit_bias", "logprobs"):
+                said[field.name] = value
+        if self.repetition_penalty is None and self.repeat_penalty is not None:
+            said["repetition_penalty"] = self.repeat_penalty
+        said["top_k"] = max(0, self.top_k) if self.top_k is not None else defaults.top_k
+        if self.top_p == 0.0:  # no share of the probability: the likeliest alone, as llama.cpp does it
+            said |= {"temperature": 0.0, "top_p": None}
+        if self.seed == -1:
+            said.pop("seed")
+        limit = self.limit
+        said["max_tokens"] = defaults.max_tokens if limit is None else None if limit == -1 else limit
+        if self.ignore_eos:
+            said["min_tokens"] = limit if limit is not None and limit > 0 else NO_END
+        return dataclasses.replace(
+            defaults,
+            **said,
+            logit_bias=tuple(self.biases().items()),
+            stop_tokens=tuple(self.stop_token_ids or ()),
+            logprobs=self.top_logprobs_asked,
+        )
 
 
-class ChatRequest(SamplingFields):
-    """POST /chat/completions: messages, always answered as a stream of events."""
+class ChatFields(SamplingFields):
+    """Fields of whatever asks with messages."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[dict[str, Any]] = Field(min_length=1)
+
+    @property
+    def chars(self) -> list[int]:
+        """The number of characters in each message's text."""
+        return [_count_chars(message.get("content")) for message in self.messages]
+
+
+def _count_chars(content: Any) -> int:
+    if isinstance(content, list):
+        return sum(_count_chars(part.get("text")) for part in content if isinstance(part, dict))
+    return len(content) if isinstance(content, str) else 0
+
+
+class ChatRequest(ChatFields):
+    """POST /chat/completions by nanochat's page: messages, always answered as a stream of events."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    """Tell of each token its log probability and this many alternatives."""
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        """See `logprobs`."""
+        return self.logprobs
 
     @model_validator(mode="after")
-    def _check_total(self) -> ChatRequest:
-        total = sum(message.chars for message in self.messages)
-        if total > MAX_CONVERSATION_CHARS:
-            raise ValueError(f"the conversation has {total} characters, the limit is {MAX_CONVERSATION_CHARS}")
+    def _check_chars(self) -> ChatRequest:
+        chars = self.chars
+        if max(chars) > MAX_MESSAGE_CHARS:
+            raise ValueError(f"a message may have {MAX_MESSAGE_CHARS} characters, one has {max(chars)}")
+        if sum(chars) > MAX_CONVERSATION_CHARS:
+            raise ValueError(f"the conversation has {sum(chars)} characters, the limit is {MAX_CONVERSATION_CHARS}")
         return self
 
 
@@ -108,61 +165,55 @@ class StreamOptions(BaseModel):
 
 
 class OpenAIRequest(SamplingFields):
-    """The fields that both kinds of completions share.
+    """The fields that both kinds of completions share."""
 
-    Fields that would change the answer and that this server does not know are refused unless they ask for nothing;
-    others (`user`, `metadata`, ...) are ignored.
-    """
-
-    model: str | None = Field(None, max_length=200)
+    model: Annotated[str, Field(max_length=500)] | None = None
     stream: NullIsFalse = False
     stream_options: StreamOptions | None = None
-    n: NullIsOne = Field(1, ge=1, le=MAX_CHOICES)
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, Any] | None = None
-    logprobs: bool | int | None = None
+    n: NullIsOne = Field(1, ge=1, le=128)
+    response_format: dict[str, Any] | None = None
+    json_schema: dict[str, Any] | bool | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_choice: list[str] | None = None
+    guided_regex: str | None = None
+    structured_outputs: dict[str, Any] | None = None
 
-    def unsupported(self) -> str | None:
-        """The name of a field that asks for something this server can't do."""
-        asked = ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "tools", "functions", "suffix")
-        return next((name for name in asked if getattr(self, name, None)), None)
+    @property
+    def format(self) -> tuple[dict[str, Any] | None, str]:
+        """(what the answer must be, the name of the field that says so)."""
+        return self.response_format, "response_format"
 
 
-class OpenAIChatRequest(OpenAIRequest, ChatRequest):
+class OpenAIChatRequest(OpenAIRequest, ChatFields):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    response_format: dict[str, Any] | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
+    logprobs: NullIsFalse = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    """Of an assistant's message that stands last: go on with it (the default), or begin another (false)."""
+    add_generation_prompt: bool | None = None
     truncation: Literal["disabled", "auto"] = "disabled"
     """Of a conversation that is longer than the model's context: refuse it, or forget its oldest messages."""
 
-    @model_validator(mode="after")
-    def _take_new_name(self) -> OpenAIChatRequest:
-        self.max_tokens = self.max_completion_tokens or self.max_tokens
-        return self
-
-    def unsupported(self) -> str | None:
-        """The name of a field that asks for something this server can't do."""
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            return "response_format"
-        return super().unsupported()
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        """See `top_logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(OpenAIRequest):
     """POST /v1/completions: goes on with a text, or with token ids."""
 
     prompt: (
-        PromptText
-        | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_CHOICES)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+        Text | Annotated[list[Text], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     )
     echo: NullIsFalse = False
-    suffix: str | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | bool | None = None
     best_of: int | None = None
+    add_special_tokens: bool = True
+    """Begin a text with bos, as every text of the training began."""
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -171,16 +222,13 @@ class CompletionRequest(OpenAIRequest):
             return [self.prompt]
         return list(self.prompt)
 
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        """See `logprobs`; true is 1, false is not set."""
+        return None if self.logprobs is False or self.logprobs is None else int(self.logprobs)
+
     @model_validator(mode="after")
     def _check_total(self) -> CompletionRequest:
-        if len(self.prompts) * self.n > MAX_CHOICES:
-            raise ValueError(f"{len(self.prompts)} prompts with n={self.n} are more than {MAX_CHOICES} answers")
-        if sum(map(len, self.prompts)) > MAX_CONVERSATION_CHARS:
-            raise ValueError(f"the prompts together are longer than {MAX_CONVERSATION_CHARS}")
+        if len(self.prompts) * self.n > MAX_ANSWERS:
+            raise ValueError(f"{len(self.prompts)} prompts with n={self.n} are more than {MAX_ANSWERS} answers")
         return self
-
-    def unsupported(self) -> str | None:
-        """The name of a field that asks for something this server can't do."""
-        if self.best_of not in (None, self.n):
-            return "best_of"
-        return super().unsupported()
