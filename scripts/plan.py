@@ -123,11 +123,17 @@ def target_card(cfg: Config) -> Target:
         fineweb=cfg.dataset == "fineweb_edu",
     )
     tflops = roofline.matmul_tflops(budget.dtype)
+    known = roofline.measured
     how = (
         f"Speed: roofline of {tflops:.1f} TFLOP/s in {budget.dtype} matmuls through PyTorch (× {GEMM_SHARE} in "
         f"training, × {ATTENTION_SHARE} in attention) and {card.bandwidth_gbs:g} GB/s × {BANDWIDTH_SHARE}, "
         f"{'compiled' if roofline.compiled else 'eager'}; the factors are guesses."
     )
+    if known is not None:
+        how = (
+            f"Speed: matmuls of {tflops:.1f} TFLOP/s in {budget.dtype} and {len(known.steps)} training steps, measured "
+            "on such a card (docs/cards.md)."
+        )
     return Target(f"{card.name}, {card.memory_gb:g} GB", budget, card_speed(roofline, budget), how)
 
 

@@ -16,6 +16,7 @@ import torch
 from nanochat.cards import Card
 from nanochat.data.sources import SHARD_BYTES, count_shards
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.plan.measured import measured_card
 from nanochat.plan.memory import MicroBatch, StepSetup, estimate_training_memory, largest_micro_batch
 from nanochat.plan.roofline import CardRoofline, best_dtype, tokens_per_second
 from nanochat.plan.scaling_law import predict_bpb
@@ -200,7 +201,8 @@ def on_card(
     fineweb: bool = False,
 ) -> tuple[Budget, CardRoofline]:
     """What is asked of a card, and its speed; the same on every machine."""
-    roofline = CardRoofline(card, compiled=card.capability >= (7, 0))  # Triton's condition
+    # Triton's condition
+    roofline = CardRoofline(card, compiled=card.capability >= (7, 0), measured=measured_card(card.name))
     budget = Budget(
         hours=hours,
         recipe=recipe,

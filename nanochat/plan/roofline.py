@@ -10,6 +10,7 @@ Letters: n tokens of a micro-batch, C = n_embd, V padded vocabulary, r bytes of 
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from dataclasses import dataclass
 
@@ -17,9 +18,10 @@ import torch
 
 from nanochat.cards import MEASURED_MATMUL, Card
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.plan.measured import CardRecord, measured_card
 from nanochat.plan.memory import switch_cost
 from nanochat.precision import DTYPE_NAMES, DTYPES, candidate_dtypes
-from nanochat.recipe import Preset
+from nanochat.recipe import PRESETS, Preset
 
 # Cards that nobody measured: shares of the data sheet. The first is the mean of the cards in MEASURED_MATMUL (0.65 to
 # 0.85 with tensor cores); without tensor cores the P100's share in float32.
@@ -164,9 +166,14 @@ class CardRoofline:
 
     card: Card
     compiled: bool = False
+    measured: CardRecord | None = None
+    """What an owner has measured on this card; goes before everything else."""
 
     def matmul_tflops(self, dtype: str) -> float:
-        """What matmuls reach through PyTorch: measured by others, else a share of the data sheet."""
+        """What matmuls reach through PyTorch: measured on this card, or by others, else a share of the data sheet."""
+        own = self.measured.matmul_tflops.get(dtype) if self.measured is not None else None
+        if own:
+            return own
         near = {"P100-PCIE-12GB": "P100", "P100-SXM2": "P100", "V100": "V100-SXM2", "V100-SXM2-32GB": "V100-SXM2"}
         measured = MEASURED_MATMUL.get(near.get(self.card.name, self.card.name))
         if measured is not None:
@@ -193,16 +200,29 @@ class CardRoofline:
         return max(busy, operation.kernels * LAUNCH_SECONDS)
 
 
+def step_correction(card: CardRoofline, dtype: str) -> float:
+    """Median of measured over planned seconds of this card's steps in `dtype`; 1 where none was measured."""
+    ratios = []
+    for step in card.measured.steps if card.measured is not None else ():
+        if step["dtype"] == dtype:
+            preset = PRESETS[step["recipe"]]
+            config = GPTConfig.from_depth(step["depth"], step["vocab_size"], step["sequence_len"], **preset.switches)
+            operations = step_operations(config, step["rows"], step["sequence_len"], 1, dtype, preset)
+            ratios.append(step["seconds"] / sum(op.count * card.seconds(op) for op in operations))
+    return statistics.median(ratios) if ratios else 1.0
+
+
 def tokens_per_second(
     card: CardRoofline, config: GPTConfig, rows: int, sequence_len: int, micro_batches: int, dtype: str, preset: Preset
 ) -> float:
     """Predicted speed of training on one card."""
     operations = step_operations(config, rows, sequence_len, micro_batches, dtype, preset)
-    return rows * sequence_len * micro_batches / sum(op.count * card.seconds(op) for op in operations)
+    seconds = sum(op.count * card.seconds(op) for op in operations) * step_correction(card, dtype)
+    return rows * sequence_len * micro_batches / seconds
 
 
 def best_dtype(card: Card) -> str:
     """The dtype training takes on this card (see `candidate_dtypes`): the fastest where there is a choice."""
-    roofline = CardRoofline(card)
+    roofline = CardRoofline(card, measured=measured_card(card.name))
     names = [DTYPE_NAMES[dtype] for dtype in candidate_dtypes("cuda", card.capability)]
     return max(names, key=roofline.matmul_tflops)
