@@ -60,7 +60,18 @@ COMMANDS = [
     *(f"scripts.tok_{name}" for name in ("cache", "eval", "train")),
     *(f"scripts.base_{name}" for name in ("eval", "loss", "train")),
     *(f"scripts.chat_{name}" for name in ("cli", "eval", "rl", "sft", "web")),
-    *(f"scripts.{name}" for name in ("export_hf", "import_classic", "import_hf", "infer_bench", "mid_train")),
+    *(
+        f"scripts.{name}"
+        for name in (
+            "export_gguf",
+            "export_hf",
+            "export_page",
+            "import_classic",
+            "import_hf",
+            "infer_bench",
+            "mid_train",
+        )
+    ),
     *(f"scripts.{name}" for name in ("monitor", "plan")),
 ]
 

@@ -49,7 +49,7 @@ function growInput() {
 
 function setNumber(name, label, text, low, high, whole) {
   if (text === "") {
-    conversation.note(`${label} is ${store.settings[name] ?? "the server's value"}.`);
+    conversation.note(`${label} is ${store.settings[name] ?? "the default"}.`);
     return;
   }
   const value = Number(text);
