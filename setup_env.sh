@@ -304,6 +304,16 @@ for device in [f"cuda:{i}" for i in usable] or ["cpu"]:
 PROOF
 }
 
+# An old card's torch has no successor: `pip install -U` in .venv must not put a build without its kernels in its place.
+hold_torch() {
+    local version
+    [[ "$1" == *cu126* || "$1" == torch==2.7.1 ]] || return 0
+    version="$("$PYTHON" -c 'import torch; print(torch.__version__)')"
+    printf 'torch==%s\n' "$version" > "$VENV/constraints.txt"
+    printf '[install]\nconstraint = %s\n' "$VENV/constraints.txt" > "$VENV/pip.conf"
+    echo "setup: torch $version is held in .venv (pip.conf there): newer ones have no kernels for this card"
+}
+
 install_project() {
     local extras="$1"
     step "installing the project and what it needs, building rustbpe" pip_install -e "$ROOT$extras" || return 1
@@ -318,6 +328,7 @@ install_project() {
 # Try one torch after another until one is shown to run here. Sizes are said before anything is downloaded.
 install_and_prove() {
     local extras="$1" num_cards="$2" candidate download disk
+    rm -f "$VENV/pip.conf"
     while IFS=$'\t' read -r -u 3 candidate download disk; do
         if [[ "$candidate" == *"$PYTORCH_INDEX"* && -z "${NANOCHAT_TORCH:-}" ]] && ! reachable "$PYTORCH_INDEX/"; then
             # A folder of wheels may still have it; the wrong build from PyPI must not come in its place.
@@ -330,6 +341,7 @@ install_and_prove() {
         if WANTED_MB="$(awk -v gb="${download:-0}" 'BEGIN { print int(gb * 1000) }')" step "installing $candidate" install_torch "$candidate" &&
             install_project "$extras" &&
             step "proving that this torch runs here" prove_torch "$num_cards"; then
+            hold_torch "$candidate"
             return
         fi
         tail -n 1 "$LOG"

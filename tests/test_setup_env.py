@@ -27,6 +27,7 @@ case "$*" in
             if [[ "$1" == -e ]] && command -v cargo > /dev/null; then : > "{checkout}/rustbpe/_rustbpe.so"; fi
             shift
         done ;;
+    "-c import torch"*) echo 2.14.0+cu126 ;;
     "-m nanochat."*) exec {python} "$@" ;;
     *) cat > /dev/null ;;
 esac
@@ -120,6 +121,23 @@ def test_the_size_is_said_before_torch_comes_and_a_line_while_it_comes(machine):
     assert size < first
     assert "GB on disk" in done.stdout[:first]
     assert done.stdout[first:].count("MB in .venv") >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "held"), [("Tesla P100-PCIE-16GB", "6.0", True), ("Tesla T4", "7.5", False)]
+)
+def test_an_old_cards_torch_is_held_against_upgrades(machine, name, capability, held):
+    answer = f'case "$1" in *compute_cap*) echo "{name}, {capability}, 16280, 580.95" ;; esac'
+    machine.tool("nvidia-smi", f"#!{shutil.which('bash')}\n{answer}\n")
+    machine.tool("curl", f"#!{shutil.which('bash')}\n")
+    done, _ = machine()
+    assert done.returncode == 0, done.stdout + done.stderr
+    venv = machine.checkout / ".venv"
+    assert (venv / "pip.conf").exists() == held
+    if held:
+        assert (venv / "constraints.txt").read_text() == "torch==2.14.0+cu126\n"
+        assert str(venv / "constraints.txt") in (venv / "pip.conf").read_text()
+        assert "is held in .venv" in done.stdout
 
 
 def test_no_python_that_fits_names_what_to_install(machine):
