@@ -381,6 +381,10 @@ main() {
     fi
     python="$(find_python)" ||
         die "no Python 3.10 to 3.14 with its venv module found: install one (Debian, Ubuntu: apt install python3 python3-venv)"
+    if [[ -e "${KFD:-/dev/kfd}" && -z "$(cards)" && -z "${NANOCHAT_TORCH:-}" ]]; then
+        echo "setup: an AMD card is here. Its torch is not chosen by itself, and nobody has tried it; to try it, name one" \
+            "of ROCm: NANOCHAT_TORCH='torch --index-url $PYTORCH_INDEX/rocm6.4' bash setup_env.sh. Going on for the CPU"
+    fi
     mkdir -p "$ROOT/logs"
     : > "$LOG"
     rm -f "$STAMP"

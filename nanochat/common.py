@@ -60,7 +60,7 @@ def autodetect_dtype(device_type: str) -> torch.dtype:
     """The dtype in which this machine computes best: the one rule that every script follows.
 
     CPU and MPS: float32. CUDA by the weakest card's capability: 8.0 and newer bfloat16, below 7.0 (P100) float16;
-    7.x (V100, T4, RTX 20xx) by measurement. See `nanochat.precision.candidate_dtypes`.
+    7.x (V100, T4, RTX 20xx) and AMD's cards by measurement. See `nanochat.precision.candidate_dtypes`.
     """
     if device_type != "cuda":
         return candidate_dtypes(device_type)[0]
@@ -68,7 +68,9 @@ def autodetect_dtype(device_type: str) -> torch.dtype:
     here = torch.cuda.current_device()
     if torch.cuda.get_device_capability(here) == torch.cuda.get_device_capability(weakest):
         weakest = here  # each rank measures its own card and needs no memory on another
-    candidates = candidate_dtypes("cuda", torch.cuda.get_device_capability(weakest))
+    # AMD's numbers are of another series (gfx906 is 9.0, without fast bfloat16): there too the measurement decides.
+    capability = (7, 0) if torch.version.hip else torch.cuda.get_device_capability(weakest)
+    candidates = candidate_dtypes("cuda", capability)
     return candidates[0] if len(candidates) == 1 else _fastest_dtype(candidates, f"cuda:{weakest}")
 
 

@@ -70,6 +70,15 @@ def test_both_measurements_are_printed_once(monkeypatch, capsys):
     assert capsys.readouterr().out == "measured matmul: float16 94.8, bfloat16 10.3 TFLOP/s\n"
 
 
+@pytest.mark.parametrize("fastest", [HALF, BRAIN])
+def test_an_amd_card_takes_what_is_measured_to_be_faster(monkeypatch, fastest):
+    FakeCards(monkeypatch, (9, 0), arches=("gfx906", "gfx90a"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(common, "measure_matmul", lambda dtype, device: 90.0 if dtype == fastest else 10.0)
+    assert common.autodetect_dtype("cuda") == fastest
+    common.check_wheel()  # its kernels have other names than NVIDIA's
+
+
 def test_without_a_measurement_volta_takes_bfloat16_and_says_so(monkeypatch, capsys):
     FakeCards(monkeypatch, (7, 0))
 

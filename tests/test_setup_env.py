@@ -140,6 +140,15 @@ def test_an_old_cards_torch_is_held_against_upgrades(machine, name, capability, 
         assert "is held in .venv" in done.stdout
 
 
+def test_an_amd_card_is_named_and_its_torch_too(machine, tmp_path):
+    (tmp_path / "kfd").write_text("")
+    done, _ = machine(KFD=str(tmp_path / "kfd"))
+    assert done.returncode == 0
+    assert "an AMD card is here" in done.stdout
+    assert "NANOCHAT_TORCH='torch --index-url" in done.stdout
+    assert "AMD" not in machine(KFD=str(tmp_path / "none"))[0].stdout
+
+
 def test_no_python_that_fits_names_what_to_install(machine):
     machine.tool("python3.11", f"#!{shutil.which('bash')}\nexit 1\n")
     done, _ = machine()
