@@ -9,13 +9,12 @@ NANOCHAT_API_KEY=... python -m scripts.chat_web --host 0.0.0.0
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import torch
-import uvicorn
 
 from nanochat.common import Compute, setup_compute
 from nanochat.config import Runtime, run_script, short
@@ -26,7 +25,8 @@ from nanochat.serve.answers import DRAIN_SECONDS
 from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.choose_model import find_model, load_chosen
-from nanochat.serve.guard import LOCAL_HOSTS, Access
+from nanochat.serve.guard import LOCAL_HOSTS, Access, parse_origin, parse_public_url, parse_root_path
+from nanochat.serve.http_server import listen, make_server
 from nanochat.serve.schemas import MAX_TOKENS
 
 KEY_VARIABLE = "NANOCHAT_API_KEY"
@@ -63,7 +63,12 @@ class Config:
     insecure: bool = False
     """Serve others than this machine without a key."""
     cors_origins: tuple[str, ...] = ()
-    """Other sites whose pages may call this server, as `https://example.org`."""
+    """Origins whose pages may call this server: https://example.org, http://localhost:*, app:// (every origin of that
+    scheme), null (pages opened as files), * (all)."""
+    public_url: str | None = None
+    """The address under which a proxy makes this server known, such as https://example.org/chat."""
+    root_path: str | None = None
+    """The path under which a proxy makes it known; default: that of --public_url."""
     weights: Weights = "auto"
     """What the weights are read as while generating: int8 (CPU) and bfloat16 are faster and less exact."""
     max_batch_size: int | None = None
@@ -83,18 +88,19 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-        for origin in self.cors_origins:
-            if not origin.startswith(("http://", "https://")) or origin.endswith("/"):
-                raise ValueError(f"--cors_origins takes origins such as https://example.org, got {origin}")
+        self.access(None)  # checks itself
 
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open the listening socket, before the model is loaded: so a port that is taken shows at once."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise RuntimeError(f"can't listen on {host}, port {port} ({error.strerror}): choose another --port") from error
+    def access(self, key: str | None) -> Access:
+        """The rules of access that the flags ask for, with `key`."""
+        public_url = parse_public_url(self.public_url) if self.public_url else None
+        path = urlsplit(public_url or "").path if self.root_path is None else self.root_path
+        return Access(
+            api_key=key,
+            cors_origins=tuple(map(parse_origin, self.cors_origins)),
+            local_only=self.host in LOCAL_HOSTS and key is None,
+            public_url=public_url,
+            root_path=parse_root_path(path),
+        )
 
 
 def choose_devices(device: torch.device, num_gpus: int) -> list[torch.device]:
@@ -149,7 +155,10 @@ def load_engines(cfg: Config, name: str, compute: Compute) -> tuple[list[BatchEn
         "step": meta["step"],
         "params": model.num_params(),
         "dtype": compute.precision.name,
-        "bpb": (meta.get("state") or {}).get("val"),
+        # Each stage is validated in its own way: by bits per byte, by the loss of answers, by problems solved.
+        "bpb": meta.get("val_bpb"),
+        "val_loss": meta.get("val_loss"),
+        "pass_at_1": meta.get("pass@1"),
         "n_layer": config.n_layer,
         "n_embd": config.n_embd,
         "vocab_size": config.vocab_size,
@@ -164,19 +173,20 @@ def main(cfg: Config) -> None:
     name = find_model(cfg.source, cfg.model_tag, cfg.hf_path)
     with listen(cfg.host, cfg.port) as server_socket, setup_compute(cfg.runtime) as compute:
         engines, tokenizer, info = load_engines(cfg, name, compute)
-        local = cfg.host in LOCAL_HOSTS
-        access = Access(api_key=key, cors_origins=cfg.cors_origins, local_only=local and key is None)
+        access = cfg.access(key)
         defaults = Sampling(temperature=cfg.temperature, top_k=cfg.top_k, max_tokens=cfg.max_tokens)
         app = create_app(engines, tokenizer, defaults, info, access, cfg.log_conversations)
-        if not local and key is None:
-            print(f"warning: everybody who can reach {cfg.host} can use this server; it asks for no key")
+        if key is None and (cfg.host not in LOCAL_HOSTS or "*" in access.cors_origins):
+            who = (
+                "every web page can use this server"
+                if cfg.host in LOCAL_HOSTS
+                else f"everybody who can reach {cfg.host} can use this server"
+            )
+            print(f"warning: {who}; it asks for no key")
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-        url = f"http://{host}:{server_socket.getsockname()[1]}"
+        url = access.public_url or f"http://{host}:{server_socket.getsockname()[1]}{access.root_path}"
         print(f"{info['name']}, step {info['step']}: {url} (OpenAI's API: {url}/v1)", flush=True)
-        config = uvicorn.Config(
-            app, log_level="warning", ws="none", timeout_graceful_shutdown=int(DRAIN_SECONDS), server_header=False
-        )
-        uvicorn.Server(config).run(sockets=[server_socket])
+        make_server(app, DRAIN_SECONDS).run(sockets=[server_socket])
 
 
 if __name__ == "__main__":

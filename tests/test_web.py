@@ -428,12 +428,6 @@ class TestScript:
         assert error.value.code == 1
         assert "scripts.chat_sft" in capsys.readouterr().err
 
-    def test_a_taken_port_is_named(self):
-        with chat_web.listen("127.0.0.1", 0) as taken:
-            port = taken.getsockname()[1]
-            with pytest.raises(RuntimeError, match=f"port {port}.*--port"):
-                chat_web.listen("127.0.0.1", port)
-
     def test_more_cards_than_there_are(self):
         with pytest.raises(ValueError, match="num_gpus=2"):
             chat_web.choose_devices(torch.device("cpu"), 2)

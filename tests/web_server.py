@@ -7,13 +7,17 @@ import time
 
 import httpx
 import torch
-import uvicorn
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from nanochat.generate.sampling import Sampling
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serve.answer_events import Event, Usage
 from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation
+from nanochat.serve.http_server import listen, make_server
 
 HELLO = [{"role": "user", "content": "The sky"}]
 INFO = {"id": "tiny-sft", "name": "tiny sft", "params": 12345, "dtype": "float32", "bpb": 1.234, "step": 7}
@@ -22,13 +26,12 @@ INFO = {"id": "tiny-sft", "name": "tiny sft", "params": 12345, "dtype": "float32
 @contextlib.contextmanager
 def serve(app, drain_seconds=5):
     """A client of a real server on a free port."""
-    config = uvicorn.Config(app, port=0, log_level="warning", ws="none", timeout_graceful_shutdown=drain_seconds)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    server, sock = make_server(app, drain_seconds), listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    port = sock.getsockname()[1]
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             client.server = server
@@ -104,3 +107,23 @@ def wait_until(condition, seconds=20.0):
     while not condition():
         assert time.monotonic() < end, "this did not happen in time"
         time.sleep(0.01)
+
+
+def reverse_proxy(target, path, strip=True, headers=()):
+    """An application that passes requests under `path` on to `target` as nginx does by default: with that one's Host.
+
+    With `strip` it takes the path away first; it adds `headers`.
+    """
+
+    async def forward(request):
+        kept = {k: v for k, v in request.headers.items() if k not in ("host", "connection", "accept-encoding")}
+        inner = request.url.path.removeprefix(path) if strip else request.url.path
+        client = httpx.AsyncClient(base_url=target, timeout=60)
+        asked = client.build_request(request.method, inner, headers=kept | dict(headers), content=await request.body())
+        response = await client.send(asked, stream=True)
+        told = {k: v for k, v in response.headers.items() if k not in ("transfer-encoding", "connection", "date")}
+        return StreamingResponse(
+            response.aiter_raw(), response.status_code, told, background=BackgroundTask(client.aclose)
+        )
+
+    return Starlette(routes=[Route(path + "{rest:path}", forward, methods=["GET", "POST", "OPTIONS", "HEAD"])])

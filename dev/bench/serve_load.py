@@ -29,7 +29,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anyio
 import httpx
@@ -67,8 +67,7 @@ class Load:
 
     def __init__(self, url: str, max_tokens: int) -> None:
         self.url, self.max_tokens, self.expected = url, max_tokens, {}
-        # The server closes connections that were idle for 5 s; the client must not reuse one at that moment.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=512, keepalive_expiry=2.0)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=512)
         self.http = httpx.AsyncClient(base_url=url, timeout=120, limits=limits)
 
     def body(self, question: str) -> dict[str, Any]:
@@ -181,13 +180,13 @@ class Load:
         raise RuntimeError("the server does not become idle: a slot was lost")
 
 
-def start_server(args: argparse.Namespace) -> tuple[subprocess.Popen[bytes], str]:
-    """Start the server; returns its process and its address as soon as it answers."""
+def start_server(args: argparse.Namespace, log: IO[bytes] | None = None) -> tuple[subprocess.Popen[bytes], str]:
+    """Start the server, which writes to `log`; returns its process and its address as soon as it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "scripts.chat_web", "-p", str(port), "--queue_size", str(args.queue)]
     command += ["-i", args.source, *(["-g", args.model_tag] if args.model_tag else []), *args.server_args]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ)
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     for _ in range(1200):
         if process.poll() is not None:

@@ -29,13 +29,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST as METRICS_TYPE
 from pydantic import Discriminator, Tag
-from starlette.middleware.cors import CORSMiddleware
 
 from nanochat.generate.sampling import Sampling
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, ConversationLog, EnginePool, Service
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.errors import AsciiJSON, add_error_handlers
-from nanochat.serve.guard import SECURITY_HEADERS, Access, Guard
+from nanochat.serve.guard import SECURITY_HEADERS, Access, add_guard
 from nanochat.serve.logprob_shapes import chat_logprobs
 from nanochat.serve.methods import AnyMethod
 from nanochat.serve.metrics import CountRequests
@@ -114,13 +113,17 @@ def create_app(
             if log is not None:
                 log.close()
 
-    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, lifespan=lifespan, default_response_class=AsciiJSON)
+    servers = [{"url": access.root_path}] if access.root_path else None
+    app = FastAPI(
+        title="nanochat",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        servers=servers,
+        default_response_class=AsciiJSON,
+    )
     app.add_middleware(AnyMethod, routes=app.routes)
-    app.add_middleware(Guard, access=access.opened(files))
-    if access.cors_origins:  # outermost, so that a page of an allowed origin can read the guard's refusals too
-        app.add_middleware(
-            CORSMiddleware, allow_origins=access.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-        )
+    add_guard(app, access.opened(files))
     app.add_middleware(CountRequests, metrics=service.metrics)
     add_error_handlers(app, SECURITY_HEADERS)
     for path, file in files.items():

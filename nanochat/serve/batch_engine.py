@@ -399,8 +399,10 @@ class BatchEngine:
 
     def _retry_after(self) -> int:
         """Seconds until a place in the queue should be free: when the first running answer ends at the latest."""
-        speed = self._speed()
-        if not speed or not self._running:
+        # A round takes longer the more places are taken, but not in proportion: only the fullest ones say how long now.
+        most = max((tokens for _, _, tokens in self._rate), default=0)
+        full = [seconds for _, seconds, tokens in self._rate if tokens >= 0.75 * most]
+        if not most or not self._running:
             return 1
         left = min(job.row.limit - job.row.count for job in self._running)
-        return max(1, min(60, math.ceil(left * len(self._running) / speed)))
+        return max(1, min(60, math.ceil(left * sum(full) / len(full))))

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import RedirectResponse
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.serve.errors import RequestError
@@ -37,14 +43,83 @@ class Access:
     open_paths: frozenset[str] = frozenset({"/health"})
     """Paths that need no key (the page's files are added)."""
     cors_origins: tuple[str, ...] = ()
-    """Other sites whose pages may call this server."""
+    """Origins whose pages may call this server: `https://example.org`, `http://localhost:*`, `app://` (every origin of
+    that scheme), `null` (pages from files), `*` (all)."""
     local_only: bool = False
     """Refuse requests that were sent to a host name other than this machine's: a web page elsewhere can point a name
     of its own at 127.0.0.1 (DNS rebinding) and then read what the server answers."""
+    public_url: str | None = None
+    """The address under which a proxy makes this server known, such as `https://example.org/chat`."""
+    root_path: str = ""
+    """The path under which it does, such as `/chat`; proxies may or may not take it away from what they pass on."""
 
     def opened(self, paths: Iterable[str]) -> Access:
         """A copy with more paths that need no key."""
         return dataclasses.replace(self, open_paths=self.open_paths | frozenset(paths))
+
+    @property
+    def public_host(self) -> str:
+        """The host of `public_url`, with its port if that is not the usual one; "" without one."""
+        return without_usual_port(urlsplit(self.public_url or "").netloc)
+
+    @property
+    def origin_pattern(self) -> str | None:
+        """A regular expression that matches the allowed origins and no other; None if there are none."""
+        if not self.cors_origins:
+            return None
+        # What a `*` stands for ends at a slash, so that `https://*.example.org` is that site's only.
+        named = (re.escape(origin).replace(r"\*", "[^/]*") for origin in self.cors_origins)
+        return "|".join(".*" if name == "[^/]*" else name for name in named)
+
+
+def parse_origin(text: str) -> str:
+    """The origin, or pattern of origins, that a user has named with --cors_origins.
+
+    Raises:
+        ValueError: it is none.
+    """
+    origin = text.strip().rstrip("/").lower() if not text.strip().endswith("://") else f"{text.strip().lower()}*"
+    if origin in ("*", "null") or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+        return origin
+    raise ValueError(f"--cors_origins takes origins such as https://example.org, app://, null or *, got {text!r}")
+
+
+def parse_public_url(text: str) -> str:
+    """The address that a user has named with --public_url, without a slash at its end.
+
+    Raises:
+        ValueError: it is none.
+    """
+    parts = urlsplit(text.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise ValueError(f"--public_url takes an address such as https://example.org/chat, got {text!r}")
+    return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
+
+
+def parse_root_path(text: str) -> str:
+    """The path that a user has named with --root_path: with a slash at its beginning, without one at its end.
+
+    Raises:
+        ValueError: it is no path.
+    """
+    path = "/" + text.strip().strip("/")
+    if not re.fullmatch(r"/|(/[\w.~%+@:-]+)+", path, re.ASCII):
+        raise ValueError(f"--root_path takes a path such as /chat, got {text!r}")
+    return "" if path == "/" else path
+
+
+def add_guard(app: FastAPI, access: Access) -> None:
+    """Put the checks before every route of `app`, and answer the questions of browsers about other sites' pages."""
+    app.add_middleware(Guard, access=access)
+    if access.cors_origins:  # outermost, so that a page of an allowed origin can read the guard's refusals too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=["*"] if "*" in access.cors_origins else [],
+            allow_origin_regex=access.origin_pattern,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
 
 
 class Guard:
@@ -52,6 +127,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self.app, self.access = app, access
+        self._origins = re.compile(access.origin_pattern or "(?!)")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -76,6 +152,14 @@ class Guard:
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
+        root = self.access.root_path
+        if root and scope["path"] == root:  # the page's own files are named relative to it: the slash is needed
+            await RedirectResponse(f"{root}/")(scope, receive, send_with_headers)
+            return
+        # A path that is a route already came through a proxy that takes the root away: under /chat, that of the page's
+        # question is /chat/completions either way.
+        if root and scope["path"].startswith(f"{root}/") and not _is_route(scope):
+            scope = {**scope, "path": scope["path"][len(root) :]}
         headers = Headers(scope=scope)
         refusal = self._refusal(scope["path"], scope["method"], headers)
         announced = headers.get("content-length", "0")
@@ -89,14 +173,22 @@ class Guard:
 
     def _refusal(self, path: str, method: str, headers: Headers) -> RequestError | None:
         access = self.access
-        host = host_name(headers.get("host", ""))
-        if access.local_only and host not in LOCAL_HOSTS:
-            return RequestError(403, f"this server answers on {', '.join(LOCAL_HOSTS)} only", code="wrong_host")
+        host = headers.get("host", "").lower()
+        if access.local_only and host_name(host) not in (*LOCAL_HOSTS, host_name(access.public_host) or LOCAL_HOSTS[0]):
+            return RequestError(
+                403,
+                f"this server answers on {', '.join(LOCAL_HOSTS)} only: start it with --public_url=ADDRESS if a proxy "
+                "makes it known under another name",
+                code="wrong_host",
+            )
+        is_file = path in access.open_paths and method in ("GET", "HEAD")  # of the page: no secret, and harmless
         origin = headers.get("origin")
-        same_site = origin is None or origin.split("://", 1)[-1].lower() == headers.get("host", "").lower()
-        if not same_site and origin not in access.cors_origins:
+        if origin is not None and not is_file and not self._may_ask(origin.lower(), host, headers):
             # Another site's page. Without this check it could not read the answers, but it could ask.
-            message = "pages of other sites may not call this server: allow them with --cors_origins"
+            message = (
+                f"pages of other sites may not call this server: allow them with --cors_origins={origin}, or, if this "
+                f"is the server's own page behind a proxy, start it with --public_url={origin}"
+            )
             return RequestError(403, message, code="wrong_origin")
         preflight = method == "OPTIONS"  # a browser's question whether it may ask; it carries no key
         if access.api_key is None or path in access.open_paths or preflight:
@@ -112,9 +204,30 @@ class Guard:
             headers={"WWW-Authenticate": "Bearer"},
         )
 
+    def _may_ask(self, origin: str, host: str, headers: Headers) -> bool:
+        """True for the server's own page, and for those of the allowed origins."""
+        # Behind a proxy Host may be the name of this machine; what the browser has asked for is in a header that other
+        # sites' pages can't set without a preflight, or in one that no page can set.
+        forwarded = headers.get("x-forwarded-host", "").partition(",")[0].strip().lower()
+        own = {without_usual_port(name) for name in (host, forwarded, self.access.public_host) if name}
+        return (
+            without_usual_port(origin.partition("://")[2]) in own
+            or headers.get("sec-fetch-site") == "same-origin"
+            or self._origins.fullmatch(origin) is not None
+        )
+
 
 def host_name(host: str) -> str:
     """The name in a Host header: `[::1]:8000` is ::1."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
+
+
+def _is_route(scope: Scope) -> bool:
+    return any(route.matches(scope)[0] is not Match.NONE for route in scope["app"].routes)
+
+
+def without_usual_port(host: str) -> str:
+    """`example.org:443` is example.org: browsers leave the usual port out, some proxies put it in."""
+    return host.lower().removesuffix(":443").removesuffix(":80")
