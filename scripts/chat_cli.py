@@ -9,6 +9,7 @@ In a conversation `/help` lists the commands, Alt-Enter starts a new line, Ctrl-
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import signal
@@ -26,10 +27,11 @@ from nanochat.generate.sampling import Sampling
 from nanochat.serve.answer_events import Event
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import Conversation
-from nanochat.serve.chat_commands import NAMES, Quit, is_command, run_command
+from nanochat.serve.chat_commands import NAMES, Quit, as_message, is_command, run_command
 from nanochat.serve.choose_model import find_model, load_chosen
 
 PREFILL_CHUNK = 1024  # nobody else waits, but Ctrl-C does
+BYTE_ORDER_MARK = "\ufeff"  # at the beginning of what some programs write; no part of a question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,24 @@ def prompt_reader(history: Path) -> Callable[[], str]:
     return lambda: session.prompt("\nYou: ")
 
 
+def from_pipe(read: Callable[[], str]) -> str:
+    """Return what `read` reads from standard input: UTF-8, or UTF-16 where its byte order mark says so (PowerShell).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    peek = getattr(getattr(sys.stdin, "buffer", None), "peek", None)
+    if peek is not None and codecs.lookup(sys.stdin.encoding).name == "utf-8":  # not set yet
+        utf16 = peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        sys.stdin.reconfigure(encoding="utf-16" if utf16 else "utf-8-sig", errors="strict")  # type: ignore[union-attr]
+    try:
+        return read()
+    except UnicodeError as error:
+        raise ValueError(
+            f"standard input is not UTF-8 text ({error}): convert it, for example with iconv -f latin1 -t utf-8"
+        ) from error
+
+
 class Interrupts:
     """Inside this context Ctrl-C interrupts reading, and stops an answer.
 
@@ -176,13 +196,13 @@ def converse(conversation: Conversation, read: Callable[[], str], terminal: bool
     """Read messages and answer them until the end of input or `/quit`."""
     while True:
         try:
-            line = read().strip()
+            line = read().strip().lstrip(BYTE_ORDER_MARK).strip()
         except EOFError:
             return
         except KeyboardInterrupt:
             say("(Ctrl-D or /quit ends the program)")
             continue
-        question: str | None = line
+        question: str | None = as_message(line)
         if is_command(line):
             try:
                 question = run_command(line, conversation, say)
@@ -215,8 +235,9 @@ def answer_once(conversation: Conversation, prompt: str, read: Callable[[], str]
     """Answer one prompt; standard output holds nothing but the answer. Ctrl-C ends it and the program."""
     if prompt == "-":
         prompt = read()
-        if not prompt.strip():
-            raise ValueError("--prompt=-: standard input is empty")
+    prompt = prompt.lstrip(BYTE_ORDER_MARK)
+    if not prompt.strip():
+        raise ValueError("there is no question: standard input, or the text of --prompt, is empty")
     with contextlib.closing(conversation.ask(prompt)) as parts:
         show(parts, terminal=sys.stdout.isatty())
     if conversation.stopped:
@@ -225,6 +246,10 @@ def answer_once(conversation: Conversation, prompt: str, read: Callable[[], str]
 
 def main(cfg: Config) -> None:
     """Load the model, then answer one prompt or hold a conversation."""
+    if sys.stdin is None and cfg.prompt in (None, "-"):
+        raise ValueError("standard input is closed, so no question can come: give one with --prompt=TEXT")
+    if sys.stdout is None:
+        raise ValueError("standard output is closed, so no answer can be shown: leave it open")
     # Standard output belongs to the answer; everything said on the way goes to standard error.
     with contextlib.redirect_stdout(sys.stderr):
         name = find_model(cfg.source, cfg.model_tag, cfg.hf_path)
@@ -239,13 +264,13 @@ def main(cfg: Config) -> None:
         try:
             with Interrupts(conversation) as interrupts:
                 if cfg.prompt is not None:
-                    answer_once(conversation, cfg.prompt, lambda: interrupts.read(sys.stdin.read))
+                    answer_once(conversation, cfg.prompt, lambda: interrupts.read(lambda: from_pipe(sys.stdin.read)))
                 elif sys.stdin.isatty() and sys.stdout.isatty():
                     say("Type a message; Alt-Enter starts a line, Ctrl-C stops an answer, /help lists the commands.")
                     read = prompt_reader(get_base_dir() / "chat_history")
                     converse(conversation, lambda: interrupts.read(read), terminal=True)
                 else:
-                    converse(conversation, lambda: interrupts.read(input), terminal=False)
+                    converse(conversation, lambda: interrupts.read(lambda: from_pipe(input)), terminal=False)
         except BrokenPipeError:
             # Whoever read the answer has gone. Python would complain about it once more at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from nanochat.common import get_base_dir
 from nanochat.config import parse_config, run_script
 from nanochat.generate.sampling import Sampling
 from nanochat.serve.answer_events import Event
+from nanochat.serve.app import UI_FOLDER
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import Conversation
-from nanochat.serve.chat_commands import HELP, Quit, is_command, run_command
+from nanochat.serve.chat_commands import ALIASES, HELP, Quit, is_command, run_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -367,3 +369,94 @@ def test_a_prompt_from_standard_input_and_a_reader_that_leaves(saved):
     assert len(result.stdout) <= 1
     assert b"Traceback" not in result.stderr
     assert b"Exception" not in result.stderr
+
+
+class TestWhatIsACommand:
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "/path what is this?",
+            "/etc/hosts",
+            "/usr/bin/env python",
+            "what is 1/2?",
+            "//clear",
+            "/",
+            "/ 3",
+            "quite right",
+        ],
+    )
+    def test_questions_are_none(self, line):
+        assert not is_command(line)
+
+    @pytest.mark.parametrize("line", ["/help", "/temperature 0.5", "/TOPK 3", "/system Be brief.", "/new", "exit"])
+    def test_known_words_are(self, line):
+        assert is_command(line)
+
+    @pytest.mark.parametrize("line", ["/temprature 0.5", "/nope", "/temprature -1", "/clear the table", "/help me"])
+    def test_a_slip_is_not_said_to_the_model_and_harms_nothing(self, conversation, line):
+        list(conversation.ask("one"))
+        assert is_command(line)
+        with pytest.raises(ValueError, match=f"write /{line}"):
+            run_command(line, conversation, str)
+        assert len(conversation.messages) == 2
+
+    def test_two_slashes_say_what_one_would_do(self, conversation, capsys):
+        lines = iter(["//clear the table", "// a comment", "/path what is this?"])
+        chat_cli.converse(conversation, lambda: next(lines, None) or end_of_input(), terminal=False)
+        said = [m["content"] for m in conversation.messages if m["role"] == "user"]
+        assert said == ["/clear the table", "// a comment", "/path what is this?"]
+
+    def test_the_page_knows_the_same(self):
+        script = (UI_FOLDER / "commands.js").read_text(encoding="utf-8")
+        listed = re.search(r"const HELP = \{(.*?)\};", script, re.DOTALL).group(1)
+        assert re.findall(r'^  "(/[^"]+)":', listed, re.MULTILINE) == list(HELP)
+        aliases = re.search(r"const ALIASES = \{(.*?)\};", script).group(1)
+        assert dict(re.findall(r'"(/\w+)": "(/\w+)"', aliases)) == ALIASES
+
+
+def end_of_input():
+    raise EOFError
+
+
+def test_save_takes_a_folder_and_says_what_it_replaces(conversation, tmp_path):
+    list(conversation.ask("one"))
+    said = []
+    run_command(f"/save {tmp_path}", conversation, said.append)
+    (file,) = tmp_path.iterdir()
+    assert str(file) in said[0]
+    assert len(json.loads(file.read_text())["messages"]) == 2
+    run_command(f"/save {tmp_path}/new/", conversation, said.append)
+    assert len(list((tmp_path / "new").iterdir())) == 1
+    run_command(f"/save {file}", conversation, said.append)
+    assert "in place of" in said[-1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_a_question(conversation, monkeypatch, encoding):
+    stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO("naïve?\n/undo\n".encode(encoding))), "utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    asked = []
+    monkeypatch.setattr(chat_cli, "reply", lambda conversation, question, terminal: asked.append(question))
+    chat_cli.converse(conversation, lambda: chat_cli.from_pipe(input), terminal=False)
+    assert asked == ["naïve?"]
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO("Zoë?\n".encode(encoding))), "utf-8")
+    )
+    list(conversation.ask("first"))
+    chat_cli.answer_once(conversation, "-", lambda: chat_cli.from_pipe(sys.stdin.read))
+    assert conversation.messages[-2]["content"].strip() == "Zoë?"
+
+
+def test_what_is_no_text_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"caf\xe9\n")), "utf-8"))
+    with pytest.raises(ValueError, match=r"not UTF-8 text.*iconv"):
+        chat_cli.from_pipe(sys.stdin.read)
+
+
+@pytest.mark.parametrize(("closed", "flags"), [("<&-", ""), ("<&-", "-p -"), (">&-", "-p Hello")])
+def test_closed_streams_are_said(saved, closed, flags):
+    shell = f"{sys.executable} -m scripts.chat_cli --device_type=cpu {flags} {closed}"
+    result = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, check=False, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: standard")
+    assert len(result.stderr.splitlines()) == 1

@@ -1,9 +1,11 @@
-"""The /commands of the terminal chat."""
+"""The /commands of the terminal chat. Those of the page (ui/commands.js) are the same words."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +25,15 @@ HELP = {
     "/top_p X": "choose among the likeliest that together reach this probability; 1: among all",
     "/repetition_penalty X": "above 1 makes tokens that occurred already less likely",
     "/max_tokens N": "the longest answer",
-    "/save FILE": "write the conversation to a JSON file",
+    "/save FILE": "write the conversation to a JSON file, or to a new file in a folder",
     "/quit": "end (also Ctrl-D)",
 }
 NAMES = [usage.split()[0] for usage in HELP]
+ALONE = {usage for usage in HELP if " " not in usage}
 PLAIN = {"clear": "/clear", "quit": "/quit", "exit": "/quit"}  # the classic words, without a slash
 ALIASES = {"/exit": "/quit", "/new": "/clear", "/topk": "/top_k", "/topp": "/top_p", "/regenerate": "/retry"}
+# A word alone, or with a number, was meant as a command; "/path what is this?" is a question.
+MISTYPED = re.compile(r"/[a-z_]+(\s+[-+]?[\d.]+)?", re.IGNORECASE)
 
 
 class Quit(Exception):
@@ -37,7 +42,13 @@ class Quit(Exception):
 
 def is_command(line: str) -> bool:
     """True if a line is for the program, not for the model."""
-    return line.startswith("/") or line.lower() in PLAIN
+    word = line.split(maxsplit=1)[0].lower() if line.startswith("/") else ""
+    return word in NAMES or word in ALIASES or line.lower() in PLAIN or MISTYPED.fullmatch(line) is not None
+
+
+def as_message(line: str) -> str:
+    """What a line that is no command says to the model: of two slashes at its beginning one is taken away."""
+    return line[1:] if re.match(r"//\S", line) else line
 
 
 def run_command(line: str, conversation: Conversation, say: Callable[[str], None]) -> str | None:
@@ -45,10 +56,13 @@ def run_command(line: str, conversation: Conversation, say: Callable[[str], None
 
     Raises:
         ValueError: there is no such command, or its value is not possible.
+        OSError: a file can't be written.
         Quit: the program shall end.
     """
-    word, _, value = PLAIN.get(line.lower(), line).partition(" ")
-    word, value = ALIASES.get(word.lower(), word.lower()), value.strip()
+    word, *rest = PLAIN.get(line.lower(), line).split(maxsplit=1)
+    word, value = ALIASES.get(word.lower(), word.lower()), "".join(rest).strip()
+    if word in ALONE and value:
+        raise ValueError(f"{word} stands alone: to say this to the model, write /{line}")
     if word == "/quit":
         raise Quit
     if word == "/help":
@@ -71,17 +85,25 @@ def run_command(line: str, conversation: Conversation, say: Callable[[str], None
         say(_show_settings(conversation.settings))
     elif word == "/save":
         if not value:
-            raise ValueError("/save needs the name of a file")
-        system = [{"role": "system", "content": conversation.system}] if conversation.system else []
-        messages = [*system, *conversation.messages]
-        write_text(Path(value).expanduser(), json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n")
-        say(f"({len(messages)} messages written to {value})")
+            raise ValueError("/save needs the name of a file or folder")
+        say(_save(conversation, value))
     elif word in NAMES:
         conversation.settings = _change(conversation.settings, word[1:], value)
         say(_show_settings(conversation.settings))
     else:
-        raise ValueError(f"there is no command {word}: /help lists them")
+        raise ValueError(f"there is no command {word}: /help lists them; to say it to the model, write /{line}")
     return None
+
+
+def _save(conversation: Conversation, name: str) -> str:
+    path = Path(name).expanduser()
+    if path.is_dir() or name.endswith("/"):
+        path /= time.strftime("chat-%Y%m%d-%H%M%S.json")
+    replaced = ", in place of what it held" if path.exists() else ""
+    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    messages = [*system, *conversation.messages]
+    write_text(path, json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n")
+    return f"({len(messages)} messages written to {path}{replaced})"
 
 
 def _change(settings: Sampling, name: str, value: str) -> Sampling:
