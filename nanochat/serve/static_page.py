@@ -136,7 +136,8 @@ def page_facts(
             "step": meta.get("step"),
             "params": model.num_params(),
             "dtype": kind,
-            "bpb": (meta.get("state") or {}).get("val"),
+            "bpb": meta.get("val_bpb"),
+            "val_loss": meta.get("val_loss"),
             "n_layer": config.n_layer,
             "n_embd": config.n_embd,
             "vocab_size": config.vocab_size,
@@ -170,9 +171,6 @@ def add_page(folder: Path, facts: Mapping[str, Any], wllama: Mapping[str, bytes]
     policy = POLICY.format(cdn="" if wllama is not None else f" {CDN}")
     head = '<meta name="color-scheme"'
     for old, new in {
-        # A page may lie in a folder of its host, so no address begins with a slash.
-        'href="/': 'href="./',
-        'src="/': 'src="./',
         head: f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n  {head}',
         "</head>": '  <link rel="stylesheet" href="./static.css">\n</head>',
         "<title>nanochat</title>": f"<title>{name}</title>",

@@ -14,7 +14,7 @@ async function request(path, options = {}) {
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
   let response;
   try {
-    response = await fetch(path, { ...options, headers });
+    response = await fetch(path, { ...options, headers }) // relative to the page, wherever a proxy has put it;
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The server can't be reached: is it still running?", 0);
@@ -31,12 +31,12 @@ async function request(path, options = {}) {
 }
 
 export async function getStats() {
-  return (await request("/stats")).json();
+  return (await request("stats")).json();
 }
 
 // Asks for an answer and calls handle(event) for each event of the stream.
 export async function ask(body, signal, handle) {
-  const response = await request("/chat/completions", {
+  const response = await request("chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),

@@ -1,6 +1,7 @@
 // The chat page: wires the message box, the keys and the commands to the conversation and to the panels.
 
-import { announce, byId, element } from "./dom.js";
+import { announce, byId, element, tellCuts } from "./dom.js";
+import { initHelp, obey } from "./commands.js";
 import { Conversation, limits } from "./conversation.js";
 import * as panels from "./panels.js";
 import * as store from "./store.js";
@@ -47,40 +48,14 @@ function growInput() {
   byId("send").disabled = !input.value.trim();
 }
 
-function setNumber(name, label, text, low, high, whole) {
-  if (text === "") {
-    conversation.note(`${label} is ${store.settings[name] ?? "the default"}.`);
-    return;
-  }
-  const value = Number(text);
-  if (!Number.isFinite(value) || value < low || value > high || (whole && !Number.isInteger(value))) {
-    conversation.note(`${label} must be ${whole ? "a whole number" : "a number"} from ${low} to ${high}.`, true);
-    return;
-  }
-  store.settings[name] = value;
-  store.saveSettings();
-  conversation.note(`${label} is now ${value}.`);
-}
-
-// Returns whether `text` was a command.
-function command(text) {
-  const match = /^\/(\w+)\s*(.*)$/.exec(text);
-  if (!match) return false;
-  const [, name, rest] = match;
-  if (name === "temperature") setNumber("temperature", "Temperature", rest, 0, 2, false);
-  else if (name === "topk") setNumber("top_k", "Top-k", rest, 0, 200, true);
-  else if (name === "clear") newChat();
-  else if (name === "help") byId("help").showModal();
-  else conversation.note(`There is no command /${name}: /help lists them.`, true);
-  return true;
-}
-
 function submit() {
   const text = input.value.trim();
   if (!text || conversation.running) return;
   input.value = "";
+  byId("cut").hidden = true;
   growInput();
-  if (!command(text)) conversation.say(text);
+  const question = obey(text, { conversation, newChat });
+  if (question !== null) conversation.say(question);
 }
 
 byId("composer").addEventListener("submit", (event) => {
@@ -88,6 +63,7 @@ byId("composer").addEventListener("submit", (event) => {
   submit();
 });
 input.addEventListener("input", growInput);
+tellCuts(input);
 input.addEventListener("keydown", (event) => {
   if (event.isComposing) return;
   if (event.key === "Enter" && !event.shiftKey) {
@@ -131,7 +107,7 @@ new MutationObserver(nameTheme).observe(document.documentElement, { attributes: 
 nameTheme();
 
 for (const id of ["new-chat", "new-chat-small"]) byId(id).addEventListener("click", newChat);
-byId("open-help").addEventListener("click", () => byId("help").showModal());
+initHelp();
 for (const dialog of document.querySelectorAll("dialog")) {
   // A click beside the box closes it.
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
@@ -145,10 +121,11 @@ for (const text of SUGGESTIONS) {
 }
 
 panels.initSidebar();
-panels.initSettings(() => {
+panels.initSettings(conversation, () => {
   store.deleteAllChats();
   newChat();
 });
+panels.initTransfer(limits, () => panels.showChats(conversation.chat.id, openChat, deleteChat));
 panels.initCard();
 panels.initKey(start);
 window.addEventListener("storage", () => panels.showChats(conversation.chat.id, openChat, deleteChat));
@@ -159,11 +136,12 @@ async function start() {
   if (stats?.limits) {
     Object.assign(limits, stats.limits);
     input.maxLength = limits.message_chars;
-    byId("set-max_tokens").max = limits.max_tokens;
+    byId("set-max_tokens").max = store.RANGES.max_tokens.high = limits.max_tokens;
   }
 }
 
 conversation.show((store.currentId() && store.loadChat(store.currentId())) || store.newChat());
+byId("unscripted").remove();
 growInput();
 input.focus();
 start();

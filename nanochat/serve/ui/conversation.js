@@ -4,6 +4,7 @@ import { ask } from "./api.js";
 import { announce, byId, element, textButton } from "./dom.js";
 import { MessageView, addPart, plainText } from "./messages.js";
 import * as store from "./store.js";
+import { ALTERNATIVES, remember } from "./tokens.js";
 
 const log = byId("log");
 const welcome = byId("welcome");
@@ -18,6 +19,7 @@ export class Conversation {
     this.chat = store.newChat();
     this.views = new Map();
     this.controller = null; // of the answer being written
+    this.horizon = null; // the line above which the model sees nothing
     this.actions = {
       edit: (message, text) => {
         this.forgetFrom(message);
@@ -38,10 +40,22 @@ export class Conversation {
     return this.views.get(this.chat.messages.findLast((message) => message.role === "user"));
   }
 
+  // What the model is told first: a chat keeps its own, and new ones begin with the last that was set.
+  get system() {
+    return this.chat.system ?? store.settings.system;
+  }
+
+  set system(text) {
+    this.chat.system = store.settings.system = text;
+    store.saveSettings();
+    if (this.chat.messages.length) store.saveChat(this.chat);
+  }
+
   show(chat) {
     this.stop();
     this.chat = chat;
     this.views.clear();
+    this.horizon = null;
     log.replaceChildren(welcome);
     for (const message of chat.messages) this.addView(message);
     welcome.hidden = chat.messages.length > 0;
@@ -54,7 +68,11 @@ export class Conversation {
     if (!this.chat.messages.length) return;
     this.chat.updated = Date.now();
     this.chat.title ||= plainText(this.chat.messages[0]).replace(/\s+/g, " ").slice(0, 60);
-    store.saveChat(this.chat);
+    const gone = store.saveChat(this.chat);
+    if (gone) {
+      const what = gone === 1 ? "The oldest chat was" : `The ${gone} oldest chats were`;
+      this.note(`${what} deleted to make room: this browser keeps no more. Settings can export them all to a file.`);
+    }
     this.hooks.changed();
   }
 
@@ -96,6 +114,30 @@ export class Conversation {
     this.controller?.abort();
   }
 
+  // Forgets the last question and what followed; returns whether there was one.
+  undo() {
+    const question = this.chat.messages.findLast((message) => message.role === "user");
+    if (!question) return false;
+    this.forgetFrom(question);
+    this.save();
+    if (!this.chat.messages.length) {
+      store.deleteChat(this.chat.id);
+      welcome.hidden = false;
+      this.hooks.changed();
+    }
+    return true;
+  }
+
+  // Answers the last question again; returns whether there was one.
+  retry() {
+    const index = this.chat.messages.findLastIndex((message) => message.role === "user");
+    if (index < 0) return false;
+    const next = this.chat.messages[index + 1];
+    if (next) this.forgetFrom(next);
+    this.answer();
+    return true;
+  }
+
   say(text) {
     const last = this.chat.messages.at(-1);
     if (last?.role === "user") this.forgetFrom(last); // it was never answered
@@ -106,7 +148,7 @@ export class Conversation {
 
   // What the server is sent: as many of the latest exchanges as it accepts (it drops more when the model's context is full).
   request() {
-    const system = store.settings.system.trim();
+    const system = this.system.trim();
     const size = (content) => (typeof content === "string" ? content.length : content.reduce((n, p) => n + p.text.length, 0));
     let messages = this.chat.messages.map((m) => {
       const parts = m.parts.map(({ type, text }) => ({ type, text }));
@@ -117,15 +159,16 @@ export class Conversation {
     while (messages.length > 2 && (messages.length + 1 > limits.messages || chars() > limits.conversation_chars)) {
       messages = messages.slice(2);
     }
+    const dropped = this.chat.messages.length - messages.length;
     if (system) messages.unshift({ role: "system", content: system });
-    const { temperature, top_k, top_p, max_tokens } = store.settings;
-    const chosen = Object.entries({ temperature, top_k, top_p, max_tokens }).filter(([, value]) => value !== null);
-    return { messages, ...Object.fromEntries(chosen) };
+    const chosen = Object.keys(store.RANGES).map((name) => [name, store.settings[name]]);
+    const extra = store.settings.tokens ? { logprobs: ALTERNATIVES } : {};
+    return { dropped, body: { messages, ...extra, ...Object.fromEntries(chosen.filter(([, value]) => value !== null)) } };
   }
 
   async answer() {
     this.stop();
-    const body = this.request();
+    const { dropped, body } = this.request();
     const controller = new AbortController();
     this.controller = controller;
     this.hooks.running(true);
@@ -133,9 +176,13 @@ export class Conversation {
     const message = { role: "assistant", parts: [] };
     const view = this.add(message);
     view.waiting = true;
+    let first = true;
     try {
       await ask(body, controller.signal, (event) => {
-        if (!controller.signal.aborted) this.receive(event, message, view);
+        if (controller.signal.aborted) return;
+        if (first) this.showHorizon(dropped + (event.left_out ?? 0));
+        first = false;
+        this.receive(event, message, view);
       });
       announce(`Assistant: ${plainText(message)}`);
     } catch (error) {
@@ -152,13 +199,10 @@ export class Conversation {
   }
 
   receive(event, message, view) {
-    if (event.left_out) {
-      const note = element("div", "note", element("p", "", "The model's context is full: it no longer sees the oldest messages."));
-      log.insertBefore(note, view.root);
-    }
     for (const [key, type] of [["token", "text"], ["python", "python"], ["python_output", "python_output"]]) {
       if (event[key] !== undefined) addPart(message.parts, type, event[key]);
     }
+    if (event.logprobs) remember(message, event.logprobs);
     if (event.usage) {
       const { completion } = event.usage;
       const speed = event.seconds > 0.05 ? ` · ${Math.round(completion / event.seconds)} tokens/s` : "";
@@ -167,6 +211,19 @@ export class Conversation {
     }
     const follow = this.endInSight();
     view.drawSoon(() => follow && this.scrollDown());
+  }
+
+  // The model does not see the first `count` messages: one line says so, and moves along.
+  showHorizon(count) {
+    const view = this.views.get(this.chat.messages[Math.min(count, this.chat.messages.length - 2)]);
+    if (!count || !view) {
+      this.horizon?.remove();
+      return;
+    }
+    const text = "The model's context is full: it no longer sees what is above this line.";
+    if (!this.horizon) announce(text);
+    this.horizon ??= element("div", "note horizon", element("p", "", text));
+    log.insertBefore(this.horizon, view.root);
   }
 
   failed(error, message) {

@@ -61,3 +61,17 @@ export async function copyText(text, button) {
 export function announce(text) {
   byId("status").textContent = text;
 }
+
+// A text box cuts what is longer than it may hold: says so while it happens, nobody should learn it from the answer.
+export function tellCuts(box) {
+  const said = byId("cut");
+  box.addEventListener("beforeinput", (event) => {
+    said.hidden = true;
+    if (!["insertFromPaste", "insertFromDrop", "insertReplacementText"].includes(event.inputType)) return;
+    const text = (event.data ?? event.dataTransfer?.getData("text/plain") ?? "").replace(/\r\n?/g, "\n");
+    const over = box.value.length - (box.selectionEnd - box.selectionStart) + text.length - box.maxLength;
+    if (over <= 0) return;
+    said.textContent = `The text is too long and was cut: a message may have ${box.maxLength.toLocaleString("en")} characters, the last ${over.toLocaleString("en")} are left out.`;
+    said.hidden = false;
+  });
+}

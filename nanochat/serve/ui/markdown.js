@@ -160,7 +160,7 @@ function table(lines) {
   const body = element("tbody", "", ...lines.slice(2).map((line) => row(line, "td")));
   const frame = element("div", "table", element("table", "", element("thead", "", row(lines[0], "th")), body));
   frame.tabIndex = 0;
-  frame.setAttribute("role", "region");
+  frame.setAttribute("role", "group");
   frame.setAttribute("aria-label", "Table");
   return frame;
 }
@@ -171,7 +171,7 @@ function codeBlock(lines, fence) {
   const text = lines.slice(1, closed ? -1 : undefined).join("\n");
   const pre = element("pre", "", element("code", "", ...colored(text, fence[2].toLowerCase())));
   pre.tabIndex = 0;
-  pre.setAttribute("role", "region");
+  pre.setAttribute("role", "group");
   pre.setAttribute("aria-label", "Code");
   const copy = iconButton("copy", "Copy the code", () => copyText(text, copy));
   return element("div", "code", element("div", "bar", element("span", "", fence[2] || "code"), copy), pre);

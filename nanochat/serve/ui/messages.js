@@ -1,7 +1,8 @@
 // How one message looks, and how it grows.
 
-import { copyText, element, icon, iconButton, textButton } from "./dom.js";
+import { byId, copyText, element, icon, iconButton, tellCuts, textButton } from "./dom.js";
 import { renderBlock, splitBlocks } from "./markdown.js";
+import { tokenView, tokensOf } from "./tokens.js";
 
 // Characters of Unicode's private area stand for tool calls while a text is cut into blocks.
 const FIRST_CHIP = 0xe000;
@@ -65,9 +66,13 @@ export class MessageView {
     this.root.setAttribute("aria-label", message.role === "user" ? "You" : "Assistant");
     this.content = this.root.appendChild(element("div", "content"));
     this.foot = this.root.appendChild(element("div", "foot"));
+    this.inside = iconButton("tokens", "Look inside: the tokens and their probabilities", () => {
+      this.asTokens = !this.asTokens;
+      this.draw();
+    });
     const copy = iconButton("copy", "Copy", () => copyText(plainText(message), copy));
     if (message.role === "user") this.foot.append(iconButton("edit", "Edit", () => this.edit()), copy);
-    else this.foot.append(copy, iconButton("redo", "Regenerate", () => actions.regenerate(message)));
+    else this.foot.append(copy, iconButton("redo", "Regenerate", () => actions.regenerate(message)), this.inside);
     this.stats = this.foot.appendChild(element("span", "stats"));
     this.draw();
   }
@@ -89,8 +94,23 @@ export class MessageView {
     cancelAnimationFrame(this.drawing);
     this.drawing = 0;
     if (this.message.role === "user") this.content.replaceChildren(element("p", "", plainText(this.message)));
-    else this.drawMarkdown();
+    else this.drawAnswer();
     this.stats.textContent = [this.message.note, this.message.stats].filter(Boolean).join(" · ");
+  }
+
+  drawAnswer() {
+    this.inside.hidden = !tokensOf(this.message).length;
+    this.asTokens ??= this.inside.hidden ? undefined : true;
+    this.inside.setAttribute("aria-pressed", String(Boolean(this.asTokens)));
+    if (!this.asTokens) {
+      this.tokens?.remove();
+      this.drawMarkdown();
+      return;
+    }
+    const view = tokenView(this.message);
+    this.blocks = [];
+    this.content.replaceChildren(view);
+    this.tokens = view;
   }
 
   drawMarkdown() {
@@ -109,13 +129,20 @@ export class MessageView {
       this.content.append(...nodes);
       this.blocks.push({ key, nodes });
     }
+    // For screen readers no level is left out, whatever the model did.
+    let level = 2;
+    for (const heading of this.content.querySelectorAll("h3, h4, h5, h6")) {
+      level = Math.min(level + 1, Number(heading.tagName[1]));
+      heading.setAttribute("aria-level", level);
+    }
   }
 
   // Turns the message into a text box, in its place.
   edit() {
     const box = element("textarea");
     box.value = plainText(this.message);
-    box.maxLength = 8000;
+    box.maxLength = byId("input").maxLength;
+    tellCuts(box);
     box.setAttribute("aria-label", "Edit the message");
     const close = () => {
       this.root.classList.remove("editing");

@@ -3,6 +3,7 @@
 import { getStats } from "./api.js";
 import { byId, element, iconButton } from "./dom.js";
 import * as store from "./store.js";
+import { download, readChats, record } from "./transfer.js";
 
 // --- chats -------------------------------------------------------------------------------------------------------------
 
@@ -66,20 +67,26 @@ export function initSidebar() {
 
 // --- settings ----------------------------------------------------------------------------------------------------------
 
-const NAMES = ["temperature", "top_k", "top_p", "max_tokens"];
-const defaults = { temperature: 0.8, top_k: 50, top_p: 1, max_tokens: 512 };
+const NAMES = Object.keys(store.RANGES);
+const defaults = { temperature: 0.8, top_k: 50, top_p: 1, repetition_penalty: 1, max_tokens: 512 };
 
-export function showSettings() {
+function fillSettings(conversation) {
   for (const name of NAMES) {
     const value = store.settings[name] ?? defaults[name];
     byId(`set-${name}`).value = value;
     byId(`out-${name}`).textContent = value;
   }
-  byId("set-system").value = store.settings.system;
+  byId("set-system").value = conversation.system;
+  byId("set-tokens").checked = store.settings.tokens;
+  byId("chats-moved").textContent = "";
 }
 
-export function initSettings(forgetAll) {
-  const dialog = byId("settings");
+export function showSettings(conversation) {
+  fillSettings(conversation);
+  byId("settings").showModal();
+}
+
+export function initSettings(conversation, forgetAll) {
   for (const name of NAMES) {
     byId(`set-${name}`).addEventListener("input", (event) => {
       store.settings[name] = Number(event.target.value);
@@ -87,15 +94,15 @@ export function initSettings(forgetAll) {
       store.saveSettings();
     });
   }
-  byId("set-system").addEventListener("input", (event) => {
-    store.settings.system = event.target.value;
+  byId("set-system").addEventListener("input", (event) => (conversation.system = event.target.value));
+  byId("set-tokens").addEventListener("change", (event) => {
+    store.settings.tokens = event.target.checked;
     store.saveSettings();
   });
   byId("reset-settings").addEventListener("click", () => {
     for (const name of NAMES) store.settings[name] = null;
-    store.settings.system = "";
-    store.saveSettings();
-    showSettings();
+    conversation.system = "";
+    fillSettings(conversation);
   });
   const forget = byId("forget-all");
   const label = forget.textContent;
@@ -104,13 +111,49 @@ export function initSettings(forgetAll) {
     if (forget.textContent === label) forget.textContent = "Really delete all?";
     else {
       forgetAll();
-      dialog.close();
+      byId("settings").close();
     }
   });
-  dialog.addEventListener("close", () => (forget.textContent = label));
-  byId("open-settings").addEventListener("click", () => {
-    showSettings();
-    dialog.showModal();
+  byId("settings").addEventListener("close", () => (forget.textContent = label));
+  byId("open-settings").addEventListener("click", () => showSettings(conversation));
+}
+
+// --- chats as files ----------------------------------------------------------------------------------------------------
+
+const count = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+
+async function importFiles(files, longest) {
+  const counts = { added: 0, known: 0, full: 0, unreadable: 0, long: 0 };
+  for (const file of files) {
+    const { chats, unreadable } = readChats(await file.text(), store.newChat);
+    counts.unreadable += unreadable;
+    for (const chat of chats) {
+      counts[store.addChat(chat)] += 1;
+      counts.long += chat.messages.filter((m) => m.parts.reduce((n, part) => n + part.text.length, 0) > longest).length;
+    }
+  }
+  return [
+    `${count(counts.added, "chat")} imported.`,
+    counts.known && `${count(counts.known, "chat")} left out: here already.`,
+    counts.full && `${count(counts.full, "chat")} left out: no room. Delete some first.`,
+    counts.unreadable && `${count(counts.unreadable, "line")} left out: no chat in the form {"messages": [{"role", "content"}, …]}.`,
+    counts.long && `${count(counts.long, "message")} longer than ${longest} characters: the model sees the beginning only.`,
+  ].filter(Boolean).join(" ");
+}
+
+// `changed()` hears that there are more chats; limits.message_chars is how much of a message the server takes.
+export function initTransfer(limits, changed) {
+  const said = byId("chats-moved");
+  byId("export-chats").addEventListener("click", () => {
+    const chats = store.listChats();
+    if (chats.length) download("nanochat-chats.jsonl", chats.map((chat) => `${JSON.stringify(record(chat))}\n`).join(""));
+    said.textContent = chats.length ? `${count(chats.length, "chat")} written to nanochat-chats.jsonl.` : "There is no chat yet.";
+  });
+  byId("import-chats").addEventListener("click", () => byId("import-file").click());
+  byId("import-file").addEventListener("change", async (event) => {
+    said.textContent = await importFiles([...event.target.files], limits.message_chars);
+    event.target.value = "";
+    changed();
   });
 }
 
@@ -134,6 +177,8 @@ function facts({ model, workers, running, waiting, uptime_seconds: uptime }) {
     ["Context", number(model.context_length, " tokens")],
     ["Training steps", number(model.step)],
     ["Bits per byte", model.bpb ? `${model.bpb.toFixed(3)} on held-out text` : null],
+    ["Validation loss", model.val_loss ? `${model.val_loss.toFixed(3)} nats per token of held-out answers` : null],
+    ["Problems solved", typeof model.pass_at_1 === "number" ? `${Math.round(100 * model.pass_at_1)} % of held-out ones, in one try` : null],
     ["Number format", model.dtype],
     ["Runs on", workers.map((worker) => worker.device).join(", ")],
     ["Speed", speeds.length ? `${Math.round(speeds.reduce((a, b) => a + b, 0)).toLocaleString("en")} tokens/s` : "not measured yet"],

@@ -1,8 +1,8 @@
 // What the browser keeps: chats and settings in localStorage, the API key in sessionStorage. Where storage is forbidden
 // or full everything works for as long as the page is open.
 //
-// A chat is {id, title, updated, messages: [{role, parts: [{type, text}], note, stats}]}, one entry per chat, so that a
-// new message rewrites only its own; the newest are listed first.
+// A chat is {id, title, updated, system, messages: [{role, parts: [{type, text}], note, stats}]}, one entry per chat, so
+// that a new message rewrites only its own; the newest are listed first.
 
 const PREFIX = "nanochat.serve.chat.";
 const MAX_CHATS = 200;
@@ -16,13 +16,14 @@ function read(key) {
   }
 }
 
+// Returns false if there is no room.
 function write(key, value) {
   memory.set(key, value);
   try {
     localStorage.setItem(key, JSON.stringify(value));
     return true;
-  } catch {
-    return false;
+  } catch (error) {
+    return error.name !== "QuotaExceededError"; // where storage is forbidden, the memory has to do
   }
 }
 
@@ -48,11 +49,12 @@ function chatKeys() {
 function isChat(chat) {
   const isPart = (part) => typeof part?.type === "string" && typeof part.text === "string";
   const isMessage = (m) => ["user", "assistant"].includes(m?.role) && Array.isArray(m.parts) && m.parts.every(isPart);
-  return typeof chat?.id === "string" && Array.isArray(chat.messages) && chat.messages.every(isMessage);
+  const known = typeof chat?.id === "string" && Array.isArray(chat.messages) && chat.messages.every(isMessage);
+  return known && ["string", "undefined"].includes(typeof chat.title) && ["string", "undefined"].includes(typeof chat.system);
 }
 
 export function listChats() {
-  const chats = chatKeys().map(read).filter(isChat);
+  const chats = chatKeys().flatMap((key) => [read(key)].filter((chat) => isChat(chat) && key === PREFIX + chat.id));
   return chats.sort((a, b) => (b.updated || 0) - (a.updated || 0));
 }
 
@@ -61,11 +63,24 @@ export function loadChat(id) {
   return isChat(chat) ? chat : null;
 }
 
-// Saves a chat; when the storage is full the oldest ones make room.
+// Saves a chat; when there are too many, or the storage is full, the oldest ones make room. Returns how many did.
 export function saveChat(chat) {
   const others = listChats().filter((other) => other.id !== chat.id);
+  const before = others.length;
   for (const old of others.splice(MAX_CHATS - 1)) remove(PREFIX + old.id);
   while (!write(PREFIX + chat.id, chat) && others.length) remove(PREFIX + others.pop().id);
+  return before - others.length;
+}
+
+// Adds a chat from a file: "added"; "known" if it is here already; "full" if there is no room. No other chat makes room.
+export function addChat(chat) {
+  const known = loadChat(chat.id);
+  if (known && known.updated >= chat.updated) return "known";
+  if (!known && chatKeys().length >= MAX_CHATS) return "full";
+  if (write(PREFIX + chat.id, chat)) return "added";
+  if (known) write(PREFIX + chat.id, known);
+  else remove(PREFIX + chat.id);
+  return "full";
 }
 
 export function deleteChat(id) {
@@ -79,10 +94,35 @@ export function deleteAllChats() {
 export function newChat() {
   // randomUUID exists on https and localhost only.
   const id = [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-  return { id, title: "", updated: Date.now(), messages: [] };
+  return { id, title: "", updated: Date.now(), system: settings.system, messages: [] };
 }
 
-export const settings = { temperature: null, top_k: null, top_p: null, max_tokens: null, system: "", ...read("nanochat.settings") };
+// What may be set, and between which values. The server may lower `high`.
+export const RANGES = {
+  temperature: { label: "Temperature", low: 0, high: 2 },
+  top_k: { label: "Top-k", low: 0, high: 200, whole: true },
+  top_p: { label: "Top-p", low: 0.01, high: 1 },
+  repetition_penalty: { label: "Repetition penalty", low: 0.01, high: 2 },
+  max_tokens: { label: "Longest answer", low: 1, high: 4096, whole: true },
+};
+export const MAX_SYSTEM = 2000;
+
+export function inRange(name, value) {
+  const { low, high, whole } = RANGES[name];
+  return typeof value === "number" && value >= low && value <= high && (!whole || Number.isInteger(value));
+}
+
+// What another version, another program or a hand has left in the storage is taken where it makes sense.
+function readSettings() {
+  const kept = read("nanochat.settings");
+  const result = { system: typeof kept?.system === "string" ? kept.system.slice(0, MAX_SYSTEM) : "" };
+  result.tokens = kept?.tokens === true;
+  for (const name of Object.keys(RANGES)) result[name] = inRange(name, kept?.[name]) ? kept[name] : null;
+  return result;
+}
+
+// null: the server's value.
+export const settings = readSettings();
 
 export function saveSettings() {
   write("nanochat.settings", settings);

@@ -5,13 +5,13 @@
   const systemDark = window.matchMedia("(prefers-color-scheme: dark)");
 
   function show() {
-    let chosen = null;
+    let chosen = null; // or whatever else is in the storage
     try {
       chosen = localStorage.getItem("nanochat.theme");
     } catch {
       // storage may be forbidden
     }
-    document.documentElement.dataset.theme = chosen || (systemDark.matches ? "dark" : "light");
+    document.documentElement.dataset.theme = ["light", "dark"].includes(chosen) ? chosen : (systemDark.matches ? "dark" : "light");
   }
 
   systemDark.addEventListener("change", show);
