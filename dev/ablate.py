@@ -67,6 +67,22 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "weight_decay": {f"{w}": f"--weight_decay={w}" for w in (0.0, 0.05, 0.28, 1.0)},
     "ramp": {f"{r}": f"--short_rows_ratio={r}" for r in (0.0, 0.3, 0.6)},
     # What small runs can change most: the batch, how fast to learn, and the modern model with the classic optimizer.
+    # What portable gives up, and what might win it back: only what folds into a Qwen3 model (but for the softcap).
+    "portable": {
+        "small": "--recipe=small",
+        "portable": "--recipe=portable",
+        "without factors": "--recipe=portable --residual_factors=False",
+        "with a softcap": "--recipe=portable --logit_softcap=15",
+        "qk 1.0": "--recipe=portable --qk_scale=1",
+        "qk 1.5": "--recipe=portable --qk_scale=1.5",
+        "rope 10000": "--recipe=portable --rope_base=10000",
+        "classic init": "--recipe=portable --init=classic",
+        "lm_head × 2": "--recipe=portable --unembedding_lr=0.008",
+        "embedding × 1.5": "--recipe=portable --embedding_lr=0.3",
+        "matrices 0.04": "--recipe=portable --matrix_lr=0.04",
+        "half the heads": "--recipe=portable --n_kv_head=1",
+        "short rows": "--recipe=portable --short_rows_ratio=0.5",
+    },
     "screen": {
         "classic 16k": "--recipe=classic --total_batch_size=16384",
         "classic 8k": "--recipe=classic --total_batch_size=8192",

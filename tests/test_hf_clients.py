@@ -166,10 +166,10 @@ def base(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     tokenizer.save(get_base_dir() / "tokenizer")
 
-    def save(name, tag="d2", **changes):
+    def save(name, tag="d2", stage="chatsft", **changes):
         model = random_model(tokenizer, **MODELS[name] | changes)
         meta = {"complete": True, "model_config": model.config.to_dict(), "tokenizer_hash": tokenizer.hash}
-        save_checkpoint(get_base_dir() / "chatsft_checkpoints" / tag, 5, model.state_dict(), None, meta)
+        save_checkpoint(get_base_dir() / f"{stage}_checkpoints" / tag, 5, model.state_dict(), None, meta)
         return model
 
     return save
@@ -238,17 +238,18 @@ def test_what_transformers_saved_again_is_imported(base, tmp_path, monkeypatch, 
         torch.testing.assert_close(again(ids), model(ids), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["small", "factors, no softcap"])
-def test_the_files_are_readable_and_the_cards_code_runs_as_printed(base, tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize(("name", "source"), [("small", "sft"), ("factors, no softcap", "base")])
+def test_the_files_are_readable_and_the_cards_code_runs_as_printed(base, tmp_path, monkeypatch, capsys, name, source):
     from scripts import export_hf
 
-    base(name)
-    export_hf.main(export_hf.Config(output=str(tmp_path / "my-model")))
+    base(name, stage={"sft": "chatsft", "base": "base"}[source])
+    export_hf.main(export_hf.Config(output=str(tmp_path / "my-model"), source=source))
     modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "my-model").iterdir()}
     assert len(modes) == 1
     card = (tmp_path / "my-model" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert "transformers>=5" in card
+    assert ("apply_chat_template" in code) == (source == "sft")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     exec(code, {})

@@ -10,6 +10,7 @@ from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 from nanochat.interop.hf_format import REMAINDER_FILE, read_hf_folder, write_hf_folder
 from nanochat.interop.qwen3 import fold, fold_weights, obstacles, unfold
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.lora import add_lora, lora_tensors, merged_weights
 
 FACTORS = {"qk_scale": 1.2, "rope_base": 100000.0, "residual_factors": True, "init": "modern"}
 MODELS = {
@@ -161,6 +162,18 @@ def test_a_modern_model_is_refused_with_every_reason():
     assert [reason.partition("=")[0] for reason in obstacles(config)] == [
         *("residual_scalars", "value_embeddings", "smear", "backout", "logit_softcap")
     ]
+
+
+@torch.no_grad()
+def test_a_lora_is_merged_before_the_export(tokenizer, tmp_path):
+    """What SFT with --lora_rank saves is the merged model: its export computes what the LoRA did."""
+    model = random_model(tokenizer.get_vocab_size(), n_kv_head=2)
+    add_lora(model, 4)
+    for p in lora_tensors(model).values():
+        p.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(5))
+    write_hf_folder(tmp_path / "m", merged_weights(model), model.config, tokenizer, "", form="qwen3")
+    ids = torch.randint(model.config.vocab_size, (2, 50), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(load_theirs(tmp_path / "m")(ids).logits, model(ids), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -27,6 +27,16 @@ NO_SOFTCAP = (
     "; nanochat bounds its logits by a tanh at {}, Qwen3 does not: greedy answers are the same, sampled ones a little "
     "less varied"
 )
+# A base model knows no conversation.
+PROMPTS = {
+    True: (
+        'messages = [{"role": "user", "content": "Why is the sky blue?"}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
+        ")"
+    ),
+    False: 'inputs = tokenizer("The sky is blue because", return_tensors="pt")',
+}
 CARD = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 
 
@@ -64,6 +74,7 @@ def model_card(
         name=name,
         # Qwen3 and the classic model have classes in transformers; the folder brings the code of any other along.
         trust="" if form == "qwen3" or is_classic(model.config) else ", trust_remote_code=True",
+        prompt=PROMPTS[source != "base"],
         form=FORMS[form if form == "qwen3" else "classic" if is_classic(model.config) else "own"]
         + (NO_SOFTCAP.format(model.config.logit_softcap) if form == "qwen3" and model.config.logit_softcap else ""),
         parameters=f"{model.num_params():,}",

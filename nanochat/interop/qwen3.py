@@ -194,8 +194,8 @@ class Difference:
     def __str__(self) -> str:
         before, after = self.bpb
         return (
-            f"on {self.tokens:,} tokens of validation text: mean KL {self.kl:.2e} nats per token; bits per byte "
-            f"{before:.4f} -> {after:.4f}; {self.greedy:.2%} of the greedy tokens differ"
+            f"on {self.tokens:,} tokens of the base model's validation text: mean KL {self.kl:.2e} nats per token; bits"
+            f" per byte {before:.4f} -> {after:.4f}; {self.greedy:.2%} of the greedy tokens differ"
         )
 
 
