@@ -48,12 +48,18 @@ class Bounds:
     def steps(self, decimals: int) -> tuple[int | None, int | None]:
         """(least, most) numbers within them, in units of the last of so many decimals; None: no bound."""
         unit = 10**decimals
-        lows = [math.ceil(Fraction(self.minimum) * unit)] if self.minimum is not None else []
+
+        def exact(bound: float) -> Fraction:
+            # Decimals are read as floats, as the bound was: the order of both as they were written is the order of what
+            # they are read as. Integers are read exactly, and compared with what the bound's float really is.
+            return (Fraction(repr(bound)) if decimals else Fraction(bound)) * unit
+
+        lows = [math.ceil(exact(self.minimum))] if self.minimum is not None else []
         if self.above is not None:
-            lows.append(self._next(math.floor(Fraction(self.above) * unit) + 1, unit, self.above, 1))
-        highs = [math.floor(Fraction(self.maximum) * unit)] if self.maximum is not None else []
+            lows.append(self._next(math.floor(exact(self.above)) + 1, unit, self.above, 1))
+        highs = [math.floor(exact(self.maximum))] if self.maximum is not None else []
         if self.below is not None:
-            highs.append(self._next(math.ceil(Fraction(self.below) * unit) - 1, unit, self.below, -1))
+            highs.append(self._next(math.ceil(exact(self.below)) - 1, unit, self.below, -1))
         return max(lows, default=None), min(highs, default=None)
 
     @staticmethod

@@ -146,9 +146,11 @@ class JsonValues:
                 f"uniqueItems is supported for enums of at most {MOST_UNIQUE} values, this has {len(values)}"
             )
         members = [(self._space.text(_written(value)), False) for value in values]
-        return self._space.then(
-            self._space.text(b"["), self._chain(members, least, most, lambda n: self._space.text(b"]"))
-        )
+
+        def ending(count: int) -> Language:
+            return self._space.text(b"]") if count >= least else self._space.nothing
+
+        return self._space.then(self._space.text(b"["), self._chain(members, least, most, ending))
 
     # --- objects ------------------------------------------------------------------------------------------------------
 
