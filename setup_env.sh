@@ -7,6 +7,7 @@
 #   bash setup_env.sh --print-torch   only print which torch it would install, best candidate first
 #   bash setup_env.sh --print-sizes   the same with GB to download and GB on disk, separated by tabs
 #
+# NANOCHAT_LOCKED=1 installs exactly the packages of requirements.lock (all but torch), whose hashes pip compares.
 # NANOCHAT_TORCH="torch==2.14.* --index-url https://download.pytorch.org/whl/cu126" overrides the choice.
 # Nothing is installed outside this folder but Rust in ~/.cargo, and by the package manager only what you allow:
 # NANOCHAT_INSTALL_SYSTEM=1 (CI=true counts as yes, at a terminal it asks).
@@ -316,6 +317,9 @@ hold_torch() {
 
 install_project() {
     local extras="$1"
+    if [[ "${NANOCHAT_LOCKED:-}" == 1 ]]; then
+        step "installing the locked packages" pip_install --require-hashes --no-deps -r "$ROOT/requirements.lock" || return 1
+    fi
     step "installing the project and what it needs, building rustbpe" pip_install -e "$ROOT$extras" || return 1
     if compgen -G "$ROOT/rustbpe/_rustbpe*" > /dev/null; then
         rm -rf "$PORTABLE"

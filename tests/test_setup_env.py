@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,25 @@ def test_an_old_cards_torch_is_held_against_upgrades(machine, name, capability, 
         assert (venv / "constraints.txt").read_text() == "torch==2.14.0+cu126\n"
         assert str(venv / "constraints.txt") in (venv / "pip.conf").read_text()
         assert "is held in .venv" in done.stdout
+
+
+def test_the_locked_packages_are_installed_by_their_hashes(machine):
+    _, log = machine(NANOCHAT_TORCH="torch==2.13.0", NANOCHAT_LOCKED="1")
+    assert log.index("--require-hashes") < log.index("install --no-input -e")
+
+
+def test_the_lock_has_every_package_that_a_run_needs_and_no_torch():
+    text = (ROOT / "requirements.lock").read_text()
+    locked = {name.lower().replace("_", "-") for name in re.findall(r"(?m)^([\w.-]+)==", text)}
+    block = re.search(r"(?s)^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert block is not None
+    wanted = re.findall(r'"([\w-]+)', block[1])
+    assert len(wanted) > 20
+    missing = {name.lower().replace("_", "-") for name in wanted} - locked - {"torch"}
+    assert not missing, "python -m dev.lock"
+    assert "torch" not in locked
+    for requirement in re.split(r"(?m)^(?=[\w.-]+==)", text)[1:]:
+        assert "--hash=sha256:" in requirement
 
 
 def test_an_amd_card_is_named_and_its_torch_too(machine, tmp_path):
