@@ -1,4 +1,4 @@
-"""Write requirements.lock: every package of pyproject.toml but torch, with hashes, for all supported versions of Python.
+"""Write requirements.lock: all packages of pyproject.toml but torch, with hashes, for every supported Python.
 
     python -m pip install uv
     python -m dev.lock
