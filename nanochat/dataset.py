@@ -24,7 +24,7 @@ from typing import Annotated
 import tyro
 
 from nanochat.config import run_script, short
-from nanochat.data.corpus import Corpus, list_shards, open_corpus, shard_chunks
+from nanochat.data.corpus import Corpus, is_prepared, list_shards, open_corpus, shard_chunks
 from nanochat.data.download import RemoteFile, download_all, matches, probe
 from nanochat.data.shards import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
 from nanochat.data.sources import SOURCES, file_request, is_remote, plan_source, source_folder, split_repo
@@ -206,12 +206,15 @@ def download_in_background(folder: Path) -> None:
 # --- what the scripts read --------------------------------------------------------------------------------------------
 
 
-def prepare_corpus(dataset: str | None = None, data_dir: str | Path | None = None) -> Path:
+def prepare_corpus(
+    dataset: str | None = None, data_dir: str | Path | None = None, text_column: str | None = None
+) -> Path:
     """Make sure the data is there as parquet shards; returns their folder (or the one parquet file) for `open_corpus`.
 
     Args:
         dataset: a source that was downloaded ("climbmix", "hf:owner/name", ...), or "demo" (`python -m tasks.demo`).
-        data_dir: a folder with .parquet (used in place) or texts (imported once), or one such file.
+        data_dir: a folder of prepared shards, or of texts of any kind (imported once), or one such file.
+        text_column: the column or field with the text; default $TEXT_COLUMN, else found by itself.
 
     Raises:
         ValueError: both were given, or the dataset is unknown.
@@ -221,7 +224,7 @@ def prepare_corpus(dataset: str | None = None, data_dir: str | Path | None = Non
         raise ValueError("give --dataset or --data_dir, not both")
     base_data = get_base_dir() / "base_data"
     if data_dir:
-        return _prepare_own(Path(data_dir).expanduser())
+        return prepare_own(Path(data_dir).expanduser(), text_column)
     if dataset == "demo":
         if not list_shards(base_data / "demo"):
             raise FileNotFoundError(f"no demo corpus in {base_data / 'demo'}: write it with `python -m tasks.demo`")
@@ -259,8 +262,16 @@ def _prepare_remote(dataset: str) -> Path:
     return folder
 
 
-def _prepare_own(path: Path, text_column: str | None = None) -> Path:
-    return path if list_shards(path) else import_path(path, text_column=text_column)
+def prepare_own(path: Path, text_column: str | None = None, show: bool = True) -> Path:
+    """The folder of shards for what a user gave: prepared shards are used in place, all else is imported.
+
+    Raises:
+        FileNotFoundError: nothing to read is there.
+        ValueError: it can't be learned from as it is; names the remedy.
+    """
+    if is_prepared(path):
+        return path
+    return import_path(path, text_column=text_column, show=show)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -322,7 +333,7 @@ def main(cfg: Config) -> None:
         path = Path(cfg.source).expanduser()
         if not path.exists():
             split_repo(cfg.source)  # says which sources there are
-        folder = _prepare_own(path, cfg.text_column)
+        folder = prepare_own(path, cfg.text_column)
     print_summary(folder, f"--dataset={cfg.source}" if cfg.import_path is None and is_remote(cfg.source) else None)
 
 

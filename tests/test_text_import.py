@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 
 from nanochat import dataset
 from nanochat.config import run_script
-from nanochat.data import shards, text_files, text_import
+from nanochat.data import shards, split, text_import
 from nanochat.data.corpus import open_corpus
+from nanochat.data.inventory import Inventory
 from nanochat.data.shards import load_manifest
-from nanochat.data.text_files import Repairs, find_texts, read_documents
+from nanochat.data.text_files import TextReader, file_of
 from nanochat.data.text_import import import_path, import_texts
+from nanochat.data.text_walk import ReadOptions, find_texts
 from nanochat.dataset import prepare_corpus
 
 
 def documents_of(file: Path, column: str | None = None) -> list[str]:
     """What is read of a file."""
-    return [text for _, text in read_documents(file, Repairs(), column)]
+    return [text for _, text in TextReader(ReadOptions(column), Inventory("test")).read(file_of(file))]
 
 
 def all_documents(folder: Path) -> list[str]:
@@ -45,20 +47,23 @@ def test_jsonl_and_txt_become_shards_once(tmp_path: Path, base_dir: Path, capsys
     (own / ".hidden" / "a.txt").write_text("hidden")
     lines: list[Any] = [{"text": f"document {i}", "id": i} for i in range(50)] + ["a plain string", {"text": "\ud800"}]
     (own / "a.jsonl").write_text("\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n\n", encoding="utf-8")
-    (own / "deeper" / "b.txt").write_bytes("zwölf".encode() + b" \xff\r\n")
-    (own / "c.txt").write_bytes("zwölf".encode() + b" \xff\r\n")
+    (own / "deeper" / "b.txt").write_bytes("zwölf".encode() * 40 + b" \xff\r\n")
+    (own / "c.txt").write_bytes("zwölf".encode() * 40 + b" \xff\r\n")
     (own / "blank.txt").write_text(" \n")
-    (own / "notes.rst").write_text("not read")
+    (own / "program.py").write_text("not read")
     folder = prepare_corpus(data_dir=own)
     said = capsys.readouterr().out
     assert folder.parent == base_dir / "base_data"
     assert sorted(all_documents(folder)) == sorted(
-        [f"document {i}" for i in range(50)] + ["a plain string", "\ufffd", "zwölf \ufffd\n"]
+        [f"document {i}" for i in range(50)] + ["a plain string", "\ufffd", "zwölf" * 40 + " \ufffd\n"]
     )
-    assert "imported 53 documents" in said
-    assert "left out 1 exact duplicates and 1 blank ones" in said
-    assert "3 characters were no valid UTF-8 and became U+FFFD: a.jsonl (1), c.txt (1), b.txt (1)" in said
-    assert "a sample:\n  '" in said
+    assert "1 jsonl, 3 txt" in said.replace("3 txt, 1 jsonl", "1 jsonl, 3 txt")
+    assert "not read: 1 .py: source code (SOURCE_CODE=1" in said
+    assert "1 folder: hidden" in said
+    assert "documents: 53" in said
+    assert "exact duplicates left out: 1, blank documents left out: 1" in said
+    assert "3 characters were no valid UTF-8 and became U+FFFD: a.jsonl (1), c.txt (1), deeper/b.txt (1)" in said
+    assert "sample: document " in said
     times = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert prepare_corpus(data_dir=own) == folder
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == times
@@ -151,7 +156,7 @@ def test_packed_files_and_tables(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "d.tsv.gz") == ["one"]
     assert documents_of(tmp_path / "e.csv") == ["only column"]
     assert documents_of(tmp_path / "f.parquet") == ["a", ""]
-    assert len(find_texts(tmp_path)) == 6
+    assert len(find_texts(tmp_path, ReadOptions(), Inventory("test"))) == 6
     assert sorted(all_documents(import_path(tmp_path))) == sorted(
         ["wörd", 'with "quotes",\nand lines', "plain", "one", "only column", "a"]
     )
@@ -160,9 +165,9 @@ def test_packed_files_and_tables(tmp_path: Path) -> None:
 def test_invalid_utf8_in_a_parquet_file_is_repaired(tmp_path: Path) -> None:
     raw = pa.array([b"fine", b"bad \xff\xfe"], pa.binary())
     pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 2, raw.buffers())}), tmp_path / "a.parquet")
-    repairs = Repairs()
-    assert [t for _, t in read_documents(tmp_path / "a.parquet", repairs)] == ["fine", "bad \ufffd\ufffd"]
-    assert repairs.characters == 2
+    reader = TextReader(ReadOptions(), Inventory("test"))
+    assert [t for _, t in reader.read(file_of(tmp_path / "a.parquet"))] == ["fine", "bad \ufffd\ufffd"]
+    assert reader.repairs.characters == 2
 
 
 def test_utf16_is_told_by_its_mark(tmp_path: Path) -> None:
@@ -205,7 +210,7 @@ def test_a_null_is_blank_and_other_things_are_named(tmp_path: Path) -> None:
 
 
 def test_markdown_is_cut_at_headings_but_not_in_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "SECTION_CHARS", 20)
+    monkeypatch.setattr(split, "SECTION_CHARS", 20)
     parts = ["# One\n\ntext text text text\n", "## Two\n```\n# no heading, a comment\n```\n### Three\n", "# Four\n"]
     (tmp_path / "a.md").write_text("".join(parts))
     assert documents_of(tmp_path / "a.md") == parts
@@ -227,9 +232,10 @@ def test_long_texts_are_cut_without_losing_a_character(
     text = "\n\n".join(paragraphs)
     file.write_text(text, encoding="utf-8", newline="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "DOCUMENT_CHARS", target)
-        patch.setattr(text_files, "SECTION_CHARS", target)
-        patch.setattr(text_files, "LONGEST_CHARS", longest)
+        patch.setattr(split, "DOCUMENT_CHARS", target)
+        patch.setattr(split, "SECTION_CHARS", target)
+        patch.setattr(split, "LIMIT_CHARS", longest)
+        patch.setattr(split, "LONGEST_CHARS", longest)
         documents = documents_of(file)
     assert "".join(documents) == text
     assert all(len(document) < 2 * longest for document in documents)
@@ -263,7 +269,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     bad: dict[str, tuple[bytes, str]] = {
         "a.jsonl.gz": (packed[:-10], "can't be unpacked"),
         "b.jsonl.zst": (b"no zstd", "can't be unpacked"),
-        "c.csv": (b"id,title\n1,x\n", r"no column 'text' \(it has: id, title\): say which one with --text_column"),
+        "c.csv": (
+            b"name,title\ny,x\n",
+            r"no column 'text' \(it has: name, title\): say which one with TEXT_COLUMN or --text",
+        ),
         "d.csv": (b"id,text\n1\n", "line 2: 1 fields, but the first line has 2"),
         "e.parquet": (b"", "not a readable parquet"),
     }
@@ -285,6 +294,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     flags = ["--import", str(tmp_path / "in.csv"), "--text_column", "body", "--out", str(tmp_path / "out")]
     run_script(dataset.main, dataset.Config, flags)
     said = capsys.readouterr().out
-    assert "imported 40 documents" in said
+    assert "documents: 40" in said
+    assert "column 'body'" in said
     assert f"--data_dir={tmp_path / 'out'}" in said
     assert sorted(all_documents(tmp_path / "out")) == sorted(f"text {i}" for i in range(40))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +24,12 @@ from nanochat.data.shards import Entry, Manifest, load_manifest, wait_for_shard
 from nanochat.env import print0
 
 TEXT_COLUMN = "text"
+SHARD_NAME = re.compile(r"shard_\d+\.parquet")  # nanochat's layout: shuffled, the last one is validation
+BESIDE = re.compile(r"\.|readme|license|manifest|.*\.(log|lock|sha256|crc)$", re.IGNORECASE)
+IN_PLACE_BYTES = (
+    4_000_000_000  # of parquet: more is not copied to be shuffled by documents, but read shuffled by row groups
+)
+SPREAD_CHUNKS, SPREAD_SHARE = 40, 100  # from so many row groups on, one in a hundred of them validates
 BLOCK_ROWS = 1024  # documents decoded at a time, however large the row group; the order inside a block is reshuffled
 
 
@@ -202,6 +210,21 @@ def list_shards(folder: str | Path) -> list[Path]:
     return sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
 
 
+def is_prepared(path: Path) -> bool:
+    """True if `path` holds nothing but shards in this project's layout, or parquet too large to copy: used in place.
+
+    Other parquet files are imported like all texts: that shuffles them, and leaves out duplicates.
+    """
+    shards = list_shards(path)
+    if not shards or load_manifest(path) is not None:
+        return bool(shards)
+    beside = [] if path.is_file() else [p for p in path.iterdir() if p not in shards and not BESIDE.match(p.name)]
+    if beside:
+        return False
+    layout = len(shards) > 1 and all(SHARD_NAME.fullmatch(shard.name) for shard in shards)
+    return layout or sum(shard.stat().st_size for shard in shards) > IN_PLACE_BYTES
+
+
 def open_corpus(folder: str | Path, skip_bad_shards: bool = False) -> Corpus:
     """A corpus from the metadata of the shards in `folder` (or of one parquet file).
 
@@ -224,7 +247,8 @@ def open_corpus(folder: str | Path, skip_bad_shards: bool = False) -> Corpus:
     if not shards:
         raise FileNotFoundError(f"no .parquet file in {folder}: give another --data_dir, or a --dataset to download")
     per_shard = [_usable_chunks(shard, TEXT_COLUMN, None, skip_bad_shards) for shard in shards]
-    train, val = _split([chunks for chunks in per_shard if chunks])
+    split = _split if all(SHARD_NAME.fullmatch(shard.name) for shard in shards) else _spread
+    train, val = split([chunks for chunks in per_shard if chunks])
     if not train:
         raise ValueError(f"the shards in {folder} hold no documents")
     return Corpus(str(folder), train, val, folder=folder, skip_bad_shards=skip_bad_shards)
@@ -323,3 +347,13 @@ def _split(per_shard: list[list[Chunk]]) -> tuple[list[Chunk], list[Chunk]]:
     val_bytes = whole.num_bytes * n_val // whole.stop
     train = replace(whole, stop=border, num_bytes=whole.num_bytes - val_bytes)
     return [train], [replace(whole, start=border, num_bytes=val_bytes)]
+
+
+def _spread(per_shard: list[list[Chunk]]) -> tuple[list[Chunk], list[Chunk]]:
+    """(train, val) of files in an order that may mean something: row groups shuffled, validation from all over them."""
+    chunks = [chunk for chunks in per_shard for chunk in chunks]
+    if len(chunks) < SPREAD_CHUNKS:
+        return _split(per_shard)
+    random.Random(len(chunks)).shuffle(chunks)  # the same each time the folder is opened
+    n_val = max(1, len(chunks) // SPREAD_SHARE)
+    return chunks[n_val:], chunks[:n_val]

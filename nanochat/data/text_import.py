@@ -12,90 +12,105 @@ memory; then bucket after bucket is sorted and written out.
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 
-from nanochat.data.shards import ShardWriter, name_shards
-from nanochat.data.text_files import COMPRESSIONS, Repairs, find_texts, read_documents
+from nanochat.data.inventory import Inventory, check_inventories, shortened
+from nanochat.data.packed import compression_of
+from nanochat.data.shards import MANIFEST, ShardWriter, load_manifest, name_shards
+from nanochat.data.split import best_cut
+from nanochat.data.text_files import TextReader, file_of
+from nanochat.data.text_look import Tally, stop_if_too_little
+from nanochat.data.text_walk import ReadOptions, TextFile, find_texts, fingerprint_of
 from nanochat.env import check_disk_space, get_base_dir, print0
 from nanochat.files import atomic_folder
 from nanochat.progress import Bar, progress
 
-VERSION = 2  # part of the folder's name: raise it when the same files would give other shards
+VERSION = 3  # part of the folder's name: raise it when the same files would give other shards
 VAL_SHARE = 1 / 20
 VAL_SHARE_IF_LARGE = 1 / 200
 LARGE_CHARS = 200_000_000
 BUCKET_BYTES = 32_000_000  # of text, about
 PENDING_BYTES = 64_000_000  # held in memory before buckets are written
 UNPACKED_TIMES = 4  # how many times as large a compressed file is taken to be unpacked
-SAMPLES, SAMPLE_CHARS = 3, 200
+SAMPLES = 3
+MIN_SPLIT_CHARS = 400  # of a single document, so that a part of it can validate
+PACKED_KINDS = ("parquet", "arrow", "archive", "epub", "docx", "odt")
 BUCKET_SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.string())])
 
 
-@dataclass
-class ImportCounts:
-    """Counts of an import."""
-
-    files: int = 0
-    documents: int = 0
-    """Written, without the duplicates."""
-    characters: int = 0
-    """Of these."""
-    duplicates: int = 0
-    blank: int = 0
-    """Documents of white space only, left out."""
-    repaired: dict[str, int] = field(default_factory=dict)
-    """Characters that were no valid UTF-8, by file."""
-
-    def lines(self) -> list[str]:
-        """The counts as sentences."""
-        lines = [
-            f"imported {self.documents:,} documents ({self.characters:,} characters) of {self.files} files; left out "
-            f"{self.duplicates:,} exact duplicates and {self.blank:,} blank ones"
-        ]
-        if self.repaired:
-            worst = sorted(self.repaired.items(), key=lambda item: -item[1])
-            names = ", ".join(f"{name} ({count:,})" for name, count in worst[:5])
-            more = f" and {len(worst) - 5} more files" if len(worst) > 5 else ""
-            count = sum(self.repaired.values())
-            lines.append(f"warning: {count:,} characters were no valid UTF-8 and became U+FFFD: {names}{more}")
-        return lines
-
-
-def import_path(path: Path, out: str | Path | None = None, text_column: str | None = None) -> Path:
+def import_path(
+    path: Path,
+    out: str | Path | None = None,
+    text_column: str | None = None,
+    options: ReadOptions | None = None,
+    show: bool = True,
+) -> Path:
     """Import a file or folder; returns the folder of the shards (`out`, or one in the base folder).
+
+    Args:
+        path: what to read.
+        out: the folder of the shards.
+        text_column: the column or field with the text, before that of the options.
+        options: what else the user said; default: by the environment.
+        show: print the inventory.
 
     Raises:
         FileNotFoundError: nothing to read is there.
+        UnusableInputError: more is left out than read.
         ValueError: `out` holds something else, or a file is malformed.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
-    files = find_texts(path)
+    options = options or ReadOptions.from_env(text_column)
+    inventory = Inventory(f"texts in {path}")
+    files = find_texts(path, options, inventory)
+    for file in files:
+        inventory.count(file.label, 1, file.size)
+    stop_if_too_little(inventory)
     if not files:
-        raise FileNotFoundError(f"{path} holds no .parquet, .jsonl, .txt, .md, .csv or .html file")
-    return import_texts(files, get_base_dir() / "base_data", text_column, Path(out).expanduser() if out else None)
+        raise FileNotFoundError(inventory.stop)
+    check_inventories([inventory])
+    return import_texts(
+        files, get_base_dir() / "base_data", options, Path(out).expanduser() if out else None, inventory, path, show
+    )
 
 
 def import_texts(
-    files: Sequence[Path], parent: Path, text_column: str | None = None, folder: Path | None = None
+    files: Sequence[Path | TextFile],
+    parent: Path,
+    options: ReadOptions | None = None,
+    folder: Path | None = None,
+    inventory: Inventory | None = None,
+    source: Path | None = None,
+    show: bool = True,
 ) -> Path:
     """Write the documents of `files` as shards into `folder`, default `parent/import-<hash>`; returns it.
+
+    Args:
+        files: what to read.
+        parent: where the folder goes by default; older imports of the same source are removed there.
+        options: what the user said about the texts.
+        folder: where the shards go.
+        inventory: what is known of the files; is kept in the manifest.
+        source: what the user gave.
+        show: print the inventory.
 
     Raises:
         ValueError: a file is malformed (names the place), there is no text at all, or `folder` holds something else.
         RuntimeError: the disk is too small.
     """
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps([VERSION, text_column, stats]).encode()).hexdigest()[:12]
+    options = options or ReadOptions()
+    texts = [file if isinstance(file, TextFile) else file_of(file) for file in files]
+    key = hashlib.sha256(f"{VERSION} {source} {fingerprint_of(texts, options)}".encode()).hexdigest()[:12]
     target = folder or parent / f"import-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):  # of several processes one imports, the others find it done
@@ -106,76 +121,135 @@ def import_texts(
         for old in target.parent.glob(f".{target.name}.*.tmp"):  # of an import that was killed
             shutil.rmtree(old, ignore_errors=True)
         sizes = [
-            size * (UNPACKED_TIMES if f.suffix in (*COMPRESSIONS, ".parquet") else 1)
-            for f, (_, size, _) in zip(files, stats, strict=True)
+            file.size * (UNPACKED_TIMES if compression_of(file.path.name) or file.kind in PACKED_KINDS else 1)
+            for file in texts
         ]
         check_disk_space(target.parent, int(1.5 * sum(sizes)), f"importing {len(files)} files")
+        if inventory is None:
+            inventory = Inventory("texts")
+            for file in texts:
+                inventory.count(file.label, 1, file.size)
         with atomic_folder(target) as tmp:
-            counts, samples = _Import(tmp, files, sizes, text_column, key).run()
-    for line in [*counts.lines(), "a sample:", *(f"  {text!r}" for text in samples), f"shards are in {target}"]:
+            _Import(tmp, texts, sizes, options, inventory, {"import": key, "source": str(source or "")}).run()
+    for line in inventory.lines(SAMPLES) if show else ():
         print0(line)
+    print0(f"shards are in {target}")
+    if folder is None and source is not None:
+        _remove_older(target, str(source))
     return target
 
 
 def _key_of(folder: Path) -> str:
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     return manifest.read_text(encoding="utf-8") if manifest.exists() else ""
+
+
+def _remove_older(target: Path, source: str) -> None:
+    """Remove the imports of the same source as it was before: else every change would leave a copy of all texts."""
+    for folder in target.parent.glob("import-*"):
+        if folder == target or not folder.is_dir():
+            continue
+        try:
+            manifest = load_manifest(folder)
+        except ValueError:
+            continue
+        if manifest is not None and manifest.facts.get("source") == source:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(f"{folder}.lock").unlink(missing_ok=True)
+            print0(f"removed {folder}, an import of the same texts as they were before")
+
+
+def inventory_of(folder: Path) -> Inventory | None:
+    """What an import found, None if the folder is no import."""
+    manifest = load_manifest(folder)
+    record = manifest.facts.get("inventory") if manifest else None
+    return Inventory.from_record(record) if record else None
 
 
 class _Import:
     """One import into the empty folder `tmp`."""
 
-    def __init__(self, tmp: Path, files: Sequence[Path], sizes: list[int], text_column: str | None, key: str) -> None:
-        self.tmp, self.files, self.sizes, self.column, self.key = tmp, files, sizes, text_column, key
-        self.counts, self.samples = ImportCounts(files=len(files)), list[str]()
+    def __init__(
+        self,
+        tmp: Path,
+        files: Sequence[TextFile],
+        sizes: list[int],
+        options: ReadOptions,
+        inventory: Inventory,
+        facts: dict[str, str],
+    ) -> None:
+        self.tmp, self.files, self.sizes, self.inventory, self.facts = tmp, files, sizes, inventory, facts
+        self.reader, self.tally = TextReader(options, inventory), Tally()
 
-    def run(self) -> tuple[ImportCounts, list[str]]:
-        """Both passes; returns what was met, and some documents."""
+    def run(self) -> None:
+        """Both passes; the inventory gets what was met."""
         buckets = Buckets(self.tmp / "buckets", 1 + sum(self.sizes) // BUCKET_BYTES)
         with progress(2.0, "importing") as bar:
             self._read(buckets, bar)
-            if buckets.num_chars == 0:
-                raise ValueError(f"no text in {', '.join(map(str, self.files[:5]))}")
+            stop_if_too_little(self.inventory)  # reading may have found files that are no text
+            if buckets.num_chars == 0 and not self.inventory.stop:
+                raise ValueError(f"no text in {shortened([str(file.path) for file in self.files])}")
+            self.tally.characters = buckets.num_chars
+            self.tally.check_broken(self.inventory, self.reader)
+            check_inventories([self.inventory])  # before the disk is filled
             self._write(buckets, bar)
         shutil.rmtree(buckets.folder)
-        return self.counts, self.samples
 
     def _read(self, buckets: Buckets, bar: Bar) -> None:
-        total, before = max(1, sum(f.stat().st_size for f in self.files)), 0
-        repairs = Repairs()
+        total, before = max(1, sum(file.size for file in self.files)), 0
+        repairs = self.reader.repairs
         for file in self.files:
-            repaired = repairs.characters
-            for done, document in read_documents(file, repairs, self.column):
+            broken = repairs.characters + repairs.nul
+            for done, document in self.reader.read(file):
                 if document.strip():
                     buckets.add(document)
                 else:
-                    self.counts.blank += 1
-                bar.set((before + done) / total, f"reading {file.name}")
-            before += file.stat().st_size
-            if repairs.characters > repaired:
-                self.counts.repaired[file.name] = repairs.characters - repaired
+                    self.tally.blank += 1
+                bar.set((before + done) / total, f"reading {file.path.name}")
+            before += file.size
+            if repairs.characters + repairs.nul > broken:
+                self.tally.broken[file.name] = repairs.characters + repairs.nul - broken
         buckets.flush()
 
     def _write(self, buckets: Buckets, bar: Bar) -> None:
-        share = VAL_SHARE if buckets.num_chars < LARGE_CHARS else VAL_SHARE_IF_LARGE
-        border = np.uint64(int(share * 2**64))  # hashes are uniform: so large a share of them lies below
         val, train = ShardWriter(self.tmp, "validation", one=True), ShardWriter(self.tmp, "shard")
-        for number, (hashes, texts) in enumerate(buckets.read()):
-            num_val = int(np.searchsorted(hashes, border))
-            if not self.counts.documents and len(hashes):
-                num_val = max(1, num_val)  # at least one document validates, however few there are
-            for i, text in enumerate(texts.to_pylist()):
-                (val if i < num_val else train).add(text)
-                self.counts.characters += len(text)
-                if i >= num_val and len(self.samples) < SAMPLES:
-                    self.samples.append(text[:SAMPLE_CHARS])
-            self.counts.documents += len(texts)
-            bar.set(1 + (number + 1) / buckets.count, "writing")
-        self.counts.duplicates = buckets.num_documents - self.counts.documents
+        tally = self.tally
+        tally.characters = 0
+        documents = self._documents(buckets, bar)
+        first = list(itertools.islice(documents, 2))
+        if len(first) == 1 and len(first[0][2]) >= MIN_SPLIT_CHARS:  # one text alone: its end validates
+            text = first[0][2]
+            cut = best_cut(text, int(0.9 * len(text)), int(0.95 * len(text)))
+            first = [(b"\xff" * 16, False, text[:cut]), (b"", True, text[cut:])]
+        for digest, validates, text in itertools.chain(first, documents):
+            (val if validates else train).add(text)
+            tally.documents += 1
+            tally.characters += len(text)
+            if not validates:
+                tally.sample(digest, text)
+        tally.duplicates = max(0, buckets.num_documents - tally.documents)
         train_entries, val_entries = train.close(), val.close()
         if not train_entries:  # too few documents: they go into one shard, which is split where it is read
-            train_entries, val_entries, self.samples = val_entries, [], [texts[0].as_py()[:SAMPLE_CHARS]]
-        name_shards(self.tmp, "import", train_entries, val_entries, {"import": self.key, **vars(self.counts)})
+            train_entries, val_entries = val_entries, []
+        tally.into(self.inventory, self.reader)
+        counts = {"documents": tally.documents, "characters": tally.characters, "duplicates": tally.duplicates}
+        facts = {**self.facts, "files": len(self.files), **counts, "blank": tally.blank}
+        name_shards(self.tmp, "import", train_entries, val_entries, {**facts, "inventory": self.inventory.record()})
+
+    def _documents(self, buckets: Buckets, bar: Bar) -> Iterator[tuple[bytes, bool, str]]:
+        """(hash, whether it validates, text) of every document once, in the order of the hashes."""
+        share = VAL_SHARE if buckets.num_chars < LARGE_CHARS else VAL_SHARE_IF_LARGE
+        border = np.uint64(int(share * 2**64))  # hashes are uniform: so large a share of them lies below
+        num_documents = 0
+        for number, (hashes, texts) in enumerate(buckets.read()):
+            num_val = int(np.searchsorted(hashes, border))
+            if not num_documents and len(hashes):
+                num_val = max(1, num_val)  # at least one document validates, however few there are
+            for i, text in enumerate(texts.to_pylist()):
+                yield int(hashes[i]).to_bytes(8, "big"), i < num_val, text
+            num_documents += len(texts)
+            self.tally.num_bytes += pc.sum(pc.binary_length(texts)).as_py() or 0
+            bar.set(1 + (number + 1) / buckets.count, "writing")
 
 
 class Buckets:

@@ -33,8 +33,10 @@ from filelock import FileLock, Timeout
 
 from nanochat.cards import DeviceInfo, describe_choice
 from nanochat.common import print_banner
+from nanochat.data.inventory import Inventory
 from nanochat.env import get_base_dir, require_wandb_login
 from nanochat.files import write_json
+from nanochat.pipeline.inputs import look_at_inputs, report_inputs
 from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards, unused_cards
 from nanochat.pipeline.process import run_logged
 from nanochat.pipeline.profiles import PROFILES, Profile, Settings, profile_for
@@ -49,8 +51,11 @@ STOPPED_CODES = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIG
 class Pipeline:
     """Runs stages in order, skips the finished ones, and keeps marks and logs in `folder`."""
 
-    def __init__(self, stages: Sequence[Stage], base_dir: Path, profile: Profile) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], base_dir: Path, profile: Profile, inventories: Sequence[Inventory] = ()
+    ) -> None:
         self.stages, self.base_dir, self.profile = list(stages), base_dir, profile
+        self.inventories = list(inventories)
         self.folder = base_dir / "pipeline"
 
     def mark_path(self, stage: Stage) -> Path:
@@ -110,6 +115,8 @@ class Pipeline:
             print(f"\n{title}: {stage.about} ({how_long})", flush=True)
             seconds = self.run_stage(stage, env)
             print(f"{title}: finished in {format_seconds(seconds)}", flush=True)
+            if stage.name == "report_reset":
+                report_inputs(self.inventories)
 
     def run_stage(self, stage: Stage, env: Mapping[str, str]) -> float:
         """Run one stage; returns its seconds."""
@@ -229,8 +236,13 @@ def main(cfg: Config) -> None:
     if settings.wandb_run != "dummy":
         require_wandb_login()  # not after the hours of data and tokenizer
     print_banner()
-    pipeline = Pipeline(stages, base_dir, profile)
-    with only_one(pipeline.folder):
+    with only_one(base_dir / "pipeline"):
+        try:
+            inventories = look_at_inputs(profile, settings)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        pipeline = Pipeline(stages, base_dir, profile, inventories)
         machine = machine_env(profile, devices, chosen)
         pipeline.run({**profile.env, **os.environ, **machine, "NANOCHAT_BASE_DIR": str(base_dir)})
     print("\n".join(closing_lines(profile, base_dir, time.monotonic() - start)), flush=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint.format import DAMAGED, META_FILE, read_meta, saved_steps, step_folder, weights_hash
+from nanochat.data.inventory import Inventory
 from nanochat.data.shards import MANIFEST, load_manifest
-from nanochat.data.text_files import COMPRESSIONS, KINDS
+from nanochat.data.text_walk import NO_TEXT, TOOL_FOLDERS, ReadOptions, find_texts, fingerprint_of
 from nanochat.files import sha256_file
 from nanochat.pipeline.profiles import Profile, Settings
 from nanochat.recipe import DEFAULT_RECIPE
@@ -23,7 +24,6 @@ QUESTION = "Why is the sky blue?"
 SMALL_FILE_BYTES = 1_000_000
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 READY_SHARDS = 8  # as many as the tokenizer reads; the others arrive while it learns and the base model trains
-TEXT_SUFFIXES = (*KINDS, *COMPRESSIONS, ".py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +116,26 @@ def _content_hash(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Changes when a file, or a text in a folder, changes (small files by content, large ones by size and time)."""
+    """Changes when a file, or one in a folder, changes (small files by content, large ones by size and time)."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file() and file.suffix in TEXT_SUFFIXES:
+        name = file.relative_to(path)
+        if (
+            file.is_file()
+            and file.suffix.lower() not in NO_TEXT
+            and not any(part.startswith(".") or part in TOOL_FOLDERS for part in name.parts)
+        ):
             stat = file.stat()
             large = stat.st_size > SMALL_FILE_BYTES
             content = f"{stat.st_size} {stat.st_mtime_ns}".encode() if large else file.read_bytes()
-            digest.update(f"{file.name}\n".encode() + hashlib.sha256(content).digest())
+            digest.update(f"{name}\n".encode("utf-8", "surrogateescape") + hashlib.sha256(content).digest())
     return digest.hexdigest()
+
+
+def texts_fingerprint(path: Path) -> str:
+    """The same of the texts that are read of a file or folder, and of how they are read."""
+    options = ReadOptions.from_env()
+    return fingerprint_of(find_texts(path, options, Inventory(str(path))), options)
 
 
 def demo_world() -> tuple[str, ...]:
@@ -204,7 +215,7 @@ class _Maker:
             *(f"--vocab_size={profile.vocab_size}", self.data),
             *(["--pattern=runtimes"] if profile.recipe == "portable" else []),  # what other programs know by name
             needs=("report_reset", *(["data"] if data else [])),
-            inputs=(fingerprint(own),) if own else (),
+            inputs=(texts_fingerprint(own),) if own else (),
             output="tokenizer/*",
         )
         first = [*([data] if data else []), train]

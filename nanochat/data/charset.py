@@ -1,0 +1,310 @@
+"""Bytes of any encoding as UTF-8, as they are read: marks, UTF-16 and UTF-32 without one, declared, else detected.
+
+A stream is taken for UTF-8 until the first byte that is none. If all before it was ASCII the encoding is guessed from
+what follows (charset-normalizer) and the rest is read in it. If there was real UTF-8 before, the file is damaged: what
+is no UTF-8 becomes U+FFFD and is counted.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+from collections.abc import Callable
+from typing import IO
+
+from charset_normalizer import from_bytes
+
+from nanochat.data.inventory import NotReadError
+
+WINDOW_BYTES = 1 << 18  # looked at when an encoding must be guessed
+BLOCK_BYTES = 1 << 18
+REPAIR = "nanochat_repair"  # the name of the codec error handler
+# Valid letters beyond ASCII for each broken one in a file that is taken for damaged UTF-8. In others hardly one letter
+# is valid by chance: about one in twenty in those of East Asia, none in the others.
+GOOD_SHARE = 0.3
+UNKNOWN = "encoding not recognised (ENCODING=cp1251, or its right name, says which)"
+BINARY = "no text (binary content)"
+MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16: its mark begins like this one
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+CONTROL_SHARE = 0.001  # of the bytes: more control characters than in any text, so it may be UTF-16
+NUL_SHARE = 0.05  # of bytes that are no UTF-16 either: then it is no text
+# The name in a file often means the larger set that Windows made of it (as browsers take it).
+LARGER = {
+    **dict.fromkeys(("ascii", "iso8859-1", "latin-1"), "cp1252"),
+    **dict.fromkeys(("gb2312", "gbk", "cp936"), "gb18030"),
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "big5": "big5hkscs",
+    "iso8859-9": "cp1254",
+    "tis-620": "cp874",
+}
+WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+# Tried by the detector; others are either contained in one of these or so rare that they are named by hand.
+GUESSES = (
+    *(
+        "utf_8",
+        "cp1252",
+        "cp1250",
+        "cp1251",
+        "cp1253",
+        "cp1254",
+        "cp1255",
+        "cp1256",
+        "cp1257",
+        "cp1258",
+        "koi8_r",
+        "koi8_u",
+    ),
+    *(
+        "cp866",
+        "cp874",
+        "gb18030",
+        "big5",
+        "big5hkscs",
+        "shift_jis",
+        "cp932",
+        "euc_jp",
+        "cp949",
+        "euc_kr",
+        "mac_cyrillic",
+    ),
+    *("mac_roman", "iso8859_2", "iso8859_5", "iso8859_7", "iso8859_8", "cp437", "cp850", "cp852"),
+)
+
+
+class Repairs:
+    """Counts the characters that had to be replaced, from when it was made."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self.nul = 0
+        """NUL characters, which are left out."""
+        codecs.register_error(REPAIR, self._replace)
+
+    def _replace(self, error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeDecodeError):
+            raise error
+        self.characters += 1
+        return "\ufffd", error.end
+
+    def surrogates(self, text: str) -> str:
+        """`text` as valid Unicode: paired surrogates joined, lone ones replaced by U+FFFD (JSON may hold such text)."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            self.characters += joined.count("\ufffd") - text.count("\ufffd")
+            return joined
+        return text
+
+
+def known_encoding(name: str) -> str:
+    """Python's name of an encoding, of the larger set where a name is used for that.
+
+    Raises:
+        ValueError: there is no such encoding.
+    """
+    try:
+        info = codecs.lookup(name)
+    except LookupError:
+        info = None
+    if info is None or not getattr(info, "_is_text_encoding", True):
+        raise ValueError(f"ENCODING={name}: there is no such encoding; examples: cp1251, gb18030, shift_jis, utf-16-le")
+    return LARGER.get(info.name, info.name)
+
+
+class Utf8Stream(io.RawIOBase):
+    """A stream of bytes in any encoding as UTF-8.
+
+    Args:
+        stream: the bytes.
+        repairs: counts what is replaced.
+        encoding: what it is in, if the user said so; nothing is detected then.
+        declared: what the file itself says, if it does.
+        found: told the name of an encoding that is not UTF-8, and whether it was guessed.
+
+    Raises:
+        NotReadError: (while reading) it is no text, or its encoding can't be told.
+    """
+
+    def __init__(
+        self,
+        stream: IO[bytes],
+        repairs: Repairs,
+        encoding: str | None = None,
+        declared: str | None = None,
+        found: Callable[[str, bool], None] = lambda name, guessed: None,
+    ) -> None:
+        self.stream, self.repairs, self.declared, self.found = stream, repairs, declared, found
+        self.ended = self._handed_out = False
+        self._out, self._at = b"", 0
+        self._held = b""  # bytes that are read but not decoded: the beginning of a character
+        self._letters = 0  # valid ones beyond ASCII so far
+        self._decoder: codecs.IncrementalDecoder | None = None  # None: UTF-8 as long as it lasts
+        self._start(encoding)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill the buffer."""
+        while self._at >= len(self._out) and not self.ended:
+            self._out, self._at = self._next(), 0
+        part = self._out[self._at : self._at + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        self._handed_out = self._handed_out or bool(part)
+        return len(part)
+
+    def _read(self, size: int) -> bytes:
+        """`size` bytes, fewer only at the end."""
+        parts, left = [], size
+        while left and (part := self.stream.read(left)):
+            parts.append(part)
+            left -= len(part)
+        self.ended = self.ended or left > 0
+        return b"".join(parts)
+
+    def _start(self, forced: str | None) -> None:
+        self._held = self._read(WINDOW_BYTES)
+        mark = next((mark for mark in MARKS if self._held.startswith(mark)), b"")
+        guess = None
+        if forced is not None:
+            self._use(forced, guessed=False)
+        elif mark:
+            self._held = self._held[len(mark) :]
+            self._use(MARKS[mark], guessed=False)
+        elif b"\x1b$" in self._held:
+            guess = _escaped(self._held)
+        elif control_share(self._held) > CONTROL_SHARE:
+            guess = wide_encoding(self._held)
+            if guess is None and self._held.count(0) > NUL_SHARE * len(self._held):
+                raise NotReadError(BINARY)
+        if guess is not None:
+            self._use(guess, guessed=True)
+        self._out = self._decoded(self._held)
+
+    def _use(self, name: str, guessed: bool) -> None:
+        if name != "utf-8":
+            self._decoder = codecs.getincrementaldecoder(name)(REPAIR)
+            self.found(name, guessed)
+
+    def _next(self) -> bytes:
+        return self._decoded(self._held + self._read(BLOCK_BYTES))
+
+    def _decoded(self, data: bytes) -> bytes:
+        """`data` as UTF-8; what may be the beginning of a character is held back."""
+        self._held = b""
+        if self._decoder is not None:
+            return self._clean(self._decoder.decode(data, self.ended))
+        if data.isascii():
+            return self._clean_bytes(data)
+        try:
+            text, used = codecs.utf_8_decode(data, "strict", self.ended)
+        except UnicodeDecodeError as error:
+            return self._not_utf8(data, error.start)
+        self._letters += used - len(text)  # each letter beyond ASCII has more bytes than characters
+        self._held = data[used:]
+        return self._clean_bytes(data[:used])
+
+    def _not_utf8(self, data: bytes, first: int) -> bytes:
+        """The first byte that is no UTF-8 is met: decide what it is."""
+        if not self.ended and len(data) - first < WINDOW_BYTES // 2:
+            data += self._read(WINDOW_BYTES)
+        text = data.decode("utf-8", "replace")
+        broken = text.count("\ufffd")
+        good = self._letters + sum(len(part) for part in re.findall(r"[^\x00-\x7f\ufffd]+", text))
+        if good >= GOOD_SHARE * broken:
+            name: str | None = "utf-8"
+        else:
+            name = self.declared if self.declared and _fits(data, self.declared) else detect(data)
+        if name is None and self._handed_out:
+            name = "utf-8"  # too late to leave the file out: what is replaced is counted
+        if name is None:
+            raise NotReadError(UNKNOWN)
+        if name == "utf-8":
+            self._decoder = codecs.getincrementaldecoder("utf-8")(REPAIR)
+        else:
+            self._use(name, guessed=name != self.declared)
+        return self._decoded(data)
+
+    def _clean(self, text: str) -> bytes:
+        return self._clean_bytes(text.encode("utf-8", "surrogatepass"))
+
+    def _clean_bytes(self, data: bytes) -> bytes:
+        """Without NUL characters."""
+        if b"\0" in data:
+            self.repairs.nul += data.count(b"\0")
+            return data.replace(b"\0", b"")
+        return data
+
+
+# --- telling an encoding ----------------------------------------------------------------------------------------------
+
+
+def control_share(data: bytes) -> float:
+    """The share of bytes that are control characters which no text has: in UTF-16 and UTF-32 they are halves."""
+    return sum(map(data.count, map(bytes, ([i] for i in (*range(9), *range(14, 27), *range(28, 32)))))) / max(
+        1, len(data)
+    )
+
+
+def wide_encoding(data: bytes) -> str | None:
+    """UTF-32 or UTF-16 without a mark, None if the bytes are neither."""
+    best, best_score = None, 0.9
+    letters = data.replace(b"\0", b"")
+    # Two letters of ASCII make one of UTF-16 that looks Chinese.
+    looks_ascii = len(letters.translate(None, bytes(range(9, 127)))) < 0.05 * len(letters)
+    for name in WIDE:
+        width = 4 if "32" in name else 2
+        part = data[: len(data) // width * width]
+        text = codecs.getincrementaldecoder(name)("replace").decode(part[: 1 << 16])
+        if not text or len(data) < width:
+            continue
+        score = sum(1 for letter in text if _is_usual(letter) and (letter < "\u0100" or not looks_ascii)) / len(text)
+        if score > best_score:
+            best, best_score = name, score
+    return best
+
+
+def _is_usual(letter: str) -> bool:
+    """True for characters that texts consist of."""
+    code = ord(letter)
+    if code < 0x20:
+        return letter in "\t\n\r\f"
+    # Latin to Thai, punctuation, kana, CJK, Hangul, full-width forms, emoji.
+    return (
+        *(code < 0x7F or 0xA0 <= code < 0x1200 or 0x1E00 <= code < 0x2070 or 0x20A0 <= code < 0x20C0,),
+        *(0x2100 <= code < 0x2200, 0x3000 <= code < 0x3130, 0x4E00 <= code < 0xA000, 0xAC00 <= code < 0xD7A4),
+        *(0xFF00 <= code < 0xFFF0, 0x1F300 <= code < 0x1FB00),
+    ).count(True) > 0
+
+
+def _escaped(data: bytes) -> str | None:
+    """ISO-2022-JP or -KR, whose letters stand between escape sequences."""
+    for name in ("iso2022_jp_2", "iso2022_kr"):
+        if _fits(data, name):
+            return name
+    return None
+
+
+def _fits(data: bytes, name: str) -> bool:
+    """True if the bytes are valid in an encoding, but for a cut character at the end."""
+    try:
+        codecs.getincrementaldecoder(name)("strict").decode(data)
+    except (UnicodeDecodeError, LookupError):
+        return False
+    return True
+
+
+def detect(data: bytes) -> str | None:
+    """The encoding of bytes that are no UTF-8, None if it can't be told surely."""
+    best = from_bytes(data[:WINDOW_BYTES], cp_isolation=list(GUESSES)).best()
+    return None if best is None else LARGER.get(best.encoding, best.encoding)

@@ -1,0 +1,230 @@
+"""The text of documents that are no plain text: books, office files, PDF, notebooks, subtitles, mails."""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import html
+import json
+import logging
+import posixpath
+import re
+import zipfile
+from collections.abc import Iterator
+from typing import IO, TextIO
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+from nanochat.data.inventory import NotReadError
+from nanochat.data.markup import visible_text
+
+try:
+    import pypdf
+except ImportError:
+    pypdf = None  # type: ignore[assignment]
+
+DOCUMENTS_EXTRA = "pip install 'nanochat-p100[documents]'"
+MAX_PART_BYTES = 256_000_000  # of one part of a book, unpacked
+_WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+_OPEN = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
+
+
+# --- books and office files: zipped XML -------------------------------------------------------------------------------
+
+
+def read_epub(data: IO[bytes]) -> Iterator[str]:
+    """The chapters of a book in reading order.
+
+    Raises:
+        NotReadError: it is protected, or no book.
+    """
+    with _zipped(data) as book:
+        names = set(book.namelist())
+        protected = "META-INF/encryption.xml" in names and b"EncryptedKey" in _part(book, "META-INF/encryption.xml")
+        if protected or "META-INF/rights.xml" in names:
+            raise NotReadError("protected by DRM")
+        container = _xml(book, "META-INF/container.xml")
+        package = next((e.get("full-path") for e in container.iter() if e.tag.endswith("}rootfile")), None)
+        if package is None or package not in names:
+            raise NotReadError("damaged (it names no contents)")
+        root, folder = _xml(book, package), posixpath.dirname(package)
+        files = {e.get("id"): e.get("href", "") for e in root.iter() if e.tag.endswith("}item")}
+        for reference in (e.get("idref") for e in root.iter() if e.tag.endswith("}itemref")):
+            name = posixpath.normpath(posixpath.join(folder, unquote(files.get(reference, ""))))
+            if name in names:
+                page = _part(book, name)
+                declared = re.search(rb"""encoding=["']([\w-]+)""", page[:200])
+                yield visible_text(page.decode(declared[1].decode() if declared else "utf-8", "replace"))
+
+
+def read_docx(data: IO[bytes]) -> Iterator[str]:
+    """The paragraphs of a Word file, one document.
+
+    Raises:
+        NotReadError: it is protected, or no such file.
+    """
+    with _zipped(data) as file:
+        body = _xml(file, "word/document.xml")
+
+    yield "\n\n".join("".join(_runs(paragraph)) for paragraph in body.iter(f"{_WORD}p"))
+
+
+def _runs(node: ElementTree.Element) -> Iterator[str]:
+    """The pieces of text in a paragraph; text boxes in it have paragraphs of their own."""
+    for child in node:
+        name = child.tag.rpartition("}")[2]
+        if name == "t":
+            yield child.text or ""
+        elif name in ("tab", "br", "cr"):
+            yield "\t" if name == "tab" else "\n"
+        elif name not in ("txbxContent", "Fallback", "pPr"):
+            yield from _runs(child)
+
+
+def read_odt(data: IO[bytes]) -> Iterator[str]:
+    """The paragraphs of an OpenDocument text, one document.
+
+    Raises:
+        NotReadError: it is no such file.
+    """
+    with _zipped(data) as file:
+        body = _xml(file, "content.xml")
+
+    def text_of(node: ElementTree.Element) -> str:
+        own = {f"{_OPEN}s": " " * int(node.get(f"{_OPEN}c", "1")), f"{_OPEN}tab": "\t", f"{_OPEN}line-break": "\n"}
+        inside = "".join(text_of(child) + (child.tail or "") for child in node if not child.tag.endswith("}annotation"))
+        return own.get(node.tag, "") + (node.text or "") + inside
+
+    yield "\n\n".join(text_of(node) for node in body.iter() if node.tag in (f"{_OPEN}p", f"{_OPEN}h"))
+
+
+def _zipped(data: IO[bytes]) -> zipfile.ZipFile:
+    head = data.read(8)
+    data.seek(0)
+    if head.startswith(b"\xd0\xcf\x11\xe0"):
+        raise NotReadError("protected by a password, or in the old .doc form (save it as .docx)")
+    try:
+        return zipfile.ZipFile(data)
+    except zipfile.BadZipFile:
+        raise NotReadError("damaged (get it again)") from None
+
+
+def _part(file: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        with file.open(name) as part:
+            return part.read(MAX_PART_BYTES)
+    except (KeyError, zipfile.BadZipFile):
+        raise NotReadError("damaged (get it again)") from None
+    except RuntimeError:
+        raise NotReadError("protected by a password") from None
+
+
+def _xml(file: zipfile.ZipFile, name: str) -> ElementTree.Element:
+    try:
+        return ElementTree.fromstring(_part(file, name))
+    except ElementTree.ParseError:
+        raise NotReadError("damaged (get it again)") from None
+
+
+# --- PDF --------------------------------------------------------------------------------------------------------------
+
+
+def can_read_pdf() -> bool:
+    """True if the library for PDF is installed."""
+    return pypdf is not None
+
+
+def read_pdf(data: IO[bytes]) -> Iterator[str]:
+    """The text layer of a PDF file, one document.
+
+    Raises:
+        NotReadError: it has none (a scan), is protected or damaged.
+    """
+    if pypdf is None:
+        raise NotReadError(f"needs pypdf ({DOCUMENTS_EXTRA})")
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of every page that is not quite by the rules
+    try:
+        reader = pypdf.PdfReader(data)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise NotReadError("protected by a password")
+        pages = [page.extract_text() for page in reader.pages]
+    except NotReadError:
+        raise
+    except Exception as error:  # whatever a file that is not by the rules makes a parser do
+        raise NotReadError(f"damaged ({type(error).__name__}; get it again)") from None
+    if sum(len(page.split()) for page in pages) < len(pages):
+        raise NotReadError("a scan without text (run OCR on it, for example ocrmypdf)")
+    yield "\n\n".join(page.strip() for page in pages)
+
+
+# --- plain forms with marks in between --------------------------------------------------------------------------------
+
+
+def read_notebook(lines: TextIO) -> Iterator[str]:
+    """A Jupyter notebook as Markdown: its text, and its code in fences; no outputs.
+
+    Raises:
+        NotReadError: it is no notebook.
+    """
+    try:
+        notebook = json.load(lines)
+        language = notebook.get("metadata", {}).get("language_info", {}).get("name", "python")
+        cells = notebook["cells"] if "cells" in notebook else notebook["worksheets"][0]["cells"]
+        texts = []
+        for cell in cells:
+            source = cell.get("source", cell.get("input", ""))
+            text = (source if isinstance(source, str) else "".join(source)).strip()
+            if text:
+                texts.append(f"```{language}\n{text}\n```" if cell.get("cell_type") == "code" else text)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise NotReadError("damaged (no notebook that can be read)") from None
+    yield "\n\n".join(texts) + "\n"
+
+
+_TIMES = re.compile(r"\s*(\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}\s*-->.*")
+_MARKS = re.compile(r"<[^<>]{0,80}>|\{\\[^{}]{0,80}\}")
+
+
+def read_subtitles(lines: TextIO) -> Iterator[str]:
+    """What is said in a .srt or .vtt file, line by line: no numbers, times and marks, no line twice in a row."""
+    said: list[str] = []
+    blocks = re.split(r"\n[ \t]*\n", lines.read())
+    for block in blocks:
+        rows = block.splitlines()
+        at = next((i for i, row in enumerate(rows) if _TIMES.fullmatch(row)), None)
+        if at is None:
+            if rows and rows[0].lstrip("\ufeff").split(" ")[0] in ("WEBVTT", "NOTE", "STYLE", "REGION"):
+                continue
+            at = -1
+        for row in rows[at + 1 :]:
+            if _TIMES.fullmatch(row) or (row.strip().isdecimal() and _TIMES.fullmatch(_after(rows, row))):
+                continue
+            text = html.unescape(_MARKS.sub("", row)).strip()
+            if text and (not said or said[-1] != text):  # live captions repeat the line before
+                said.append(text)
+    yield "\n".join(said) + "\n"
+
+
+def _after(rows: list[str], row: str) -> str:
+    at = rows.index(row) + 1
+    return rows[at] if at < len(rows) else ""
+
+
+def read_mail(data: IO[bytes]) -> Iterator[str]:
+    """A mail: its subject and its text.
+
+    Raises:
+        NotReadError: it has no text.
+    """
+    message = email.message_from_binary_file(data, policy=email.policy.default)
+    body = message.get_body(("plain", "html"))
+    try:
+        text = body.get_content() if body is not None else ""
+    except (LookupError, ValueError):
+        raise NotReadError("a mail whose encoding is not known") from None
+    if not isinstance(text, str) or not text.strip():
+        raise NotReadError("a mail without text")
+    if body is not None and body.get_content_type() == "text/html":
+        text = visible_text(text)
+    subject = message.get("subject")
+    yield (f"{subject}\n\n" if subject else "") + text

@@ -1,0 +1,209 @@
+"""Documents out of JSON: one value per line, or one value for the whole file, however long its lines are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from nanochat.data.inventory import NotReadError
+
+LONGEST_VALUE = 256_000_000  # characters: a line or an item beyond this is surely no document
+BLOCK_CHARS = 1 << 20
+SAMPLE_RECORDS = 100  # looked at before the field is chosen
+# Fields that hold the text, by name, in this order.
+TEXT_NAMES = (
+    *("text", "content", "body", "document", "article", "story", "passage", "raw_content", "page_content", "markdown"),
+    *("full_text", "plain_text", "message", "paragraph", "sentence", "abstract", "review", "tweet", "post", "lyrics"),
+)
+# A record with one of these sets of fields is a conversation, and no text: who speaks would not be learned.
+CHAT_NAMES = (
+    *(
+        {"messages"},
+        {"conversations"},
+        {"conversation"},
+        {"dialog"},
+        {"dialogue"},
+        {"role", "content"},
+        {"from", "value"},
+    ),
+    *({"instruction", "output"}, {"instruction", "response"}, {"prompt", "completion"}, {"prompt", "response"}),
+    *({"prompt", "chosen"}, {"question", "answer"}),
+)
+CHATS = "conversations, not texts (give them as CHAT_DATA)"
+CLEARLY_LONGER = 3  # times the next longest field: then it is the one with the text
+_SPACE = re.compile(r"[\s,]*")
+
+
+def choose_name(names: Sequence[str], lengths: Mapping[str, float], wanted: str | None) -> str | None:
+    """The field or column with the text: `wanted`, one that is named so, the only one, or by far the longest; or None.
+
+    Args:
+        names: the fields that hold text, in their order.
+        lengths: their mean number of characters, where known.
+        wanted: what the user said.
+    """
+    if wanted is not None:
+        return wanted if wanted in names else None
+    lower = {name.strip().lower(): name for name in reversed(names)}
+    if named := next((lower[name] for name in TEXT_NAMES if name in lower), None):
+        return named
+    if len(names) == 1:
+        return names[0]
+    longest = sorted(names, key=lambda name: -lengths.get(name, 0.0))
+    if len(names) > 1 and lengths.get(longest[0], 0.0) > CLEARLY_LONGER * max(1.0, lengths.get(longest[1], 0.0)):
+        return longest[0]
+    return None
+
+
+def read_json_lines(file: Path | str, lines: TextIO, wanted: str | None, found: Callable[[str], None]) -> Iterator[str]:
+    """A document per line: a string, or an object with the text in a field.
+
+    Args:
+        file: its name for messages.
+        lines: its characters.
+        wanted: the field, if the user named one.
+        found: told the field that was chosen.
+
+    Raises:
+        ValueError: a line is no such thing; names it.
+    """
+    return _texts_of(file, _lines(file, lines), wanted, found)
+
+
+def read_json_file(file: Path | str, lines: TextIO, wanted: str | None, found: Callable[[str], None]) -> Iterator[str]:
+    """The documents of a .json file: an array or an object with texts in it, or JSON lines under another name.
+
+    Raises:
+        ValueError: it is not JSON; names the place.
+        NotReadError: it holds no text, or conversations.
+    """
+    values = _values(file, lines)
+    first = list(itertools.islice(values, 2))
+    if len(first) == 1 and isinstance(first[0][1], dict) and (inner := _wrapped(first[0][1])):
+        return _texts_of(
+            file, ((f"item {i}", record) for i, record in enumerate(inner, 1)), wanted, found, strict=False
+        )
+    return _texts_of(file, itertools.chain(first, values), wanted, found, strict=False)
+
+
+def _lines(file: Path | str, lines: TextIO) -> Iterator[tuple[str, Any]]:
+    number = 0
+    while line := lines.readline(LONGEST_VALUE):
+        number += 1
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
+
+
+def _values(file: Path | str, lines: TextIO) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each item of an array, or of each value where several follow each other."""
+    decoder = json.JSONDecoder()
+    text, at, number, in_array, wants = "", 0, 0, False, BLOCK_CHARS
+    ended = False
+    while True:
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+        if at < len(text) and number == 0 and not in_array and text[at] == "[":
+            in_array, at = True, at + 1
+            continue
+        if at < len(text) and in_array and text[at] == "]":
+            in_array, at = False, at + 1
+            continue
+        if at < len(text):
+            try:
+                value, end = decoder.raw_decode(text, at)
+                # A number or name at the end of what was read may go on in the next block.
+                if end < len(text) or ended:
+                    number += 1
+                    yield f"item {number}", value
+                    at = end
+                    continue
+            except ValueError as error:
+                if ended or len(text) - at > LONGEST_VALUE:
+                    raise ValueError(f"{file}, item {number + 1}: not JSON ({error})") from None
+        if ended:
+            if in_array:
+                raise ValueError(f"{file}: the JSON array is not closed after item {number}: the file is cut off")
+            return
+        text, at = text[at:], 0
+        block = lines.read(max(BLOCK_CHARS, wants))
+        wants = len(text)  # twice as much each time an item is not whole yet: parsing it again stays cheap
+        ended = not block
+        text += block
+
+
+def _texts_of(
+    file: Path | str,
+    records: Iterator[tuple[str, Any]],
+    wanted: str | None,
+    found: Callable[[str], None],
+    strict: bool = True,
+) -> Iterator[str]:
+    head = list(itertools.islice(records, SAMPLE_RECORDS))
+    inside = [r[0] for _, r in head if isinstance(r, list) and r and isinstance(r[0], dict)]
+    if inside and all(map(_is_chat, inside)):
+        raise NotReadError(CHATS)
+    name = _choose_field(file, [record for _, record in head if isinstance(record, dict)], wanted, strict)
+    if name is not None:
+        found(name)
+    for place, record in itertools.chain(head, records):
+        text = record.get(name) if isinstance(record, dict) and name is not None else record
+        if text is None:
+            if strict and isinstance(record, dict) and name not in record:
+                raise ValueError(f"{file}, {place}: {_expected(name, record)}")
+            text = ""  # counts as blank, as a null in parquet does
+        if isinstance(text, list) and text and all(isinstance(part, str) for part in text):
+            text = "\n\n".join(text)  # paragraphs
+        if not isinstance(text, str):
+            if strict:
+                raise ValueError(f"{file}, {place}: {_expected(name, record)}")
+            text = ""
+        yield text
+
+
+def _wrapped(record: dict[str, Any]) -> list[Any] | None:
+    """The list of records that an object is about: the only list of objects in it, if no text is beside it."""
+    lists = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)]
+    named = any(isinstance(record.get(name), str) for name in TEXT_NAMES)
+    return lists[0] if len(lists) == 1 and not named and not _is_chat(record) else None
+
+
+def _is_chat(record: dict[str, Any]) -> bool:
+    """True if an object is a conversation, or a message of one."""
+    return any(names <= record.keys() for names in CHAT_NAMES)
+
+
+def _choose_field(file: Path | str, records: list[dict[str, Any]], wanted: str | None, strict: bool) -> str | None:
+    if not records:
+        return None
+    lengths: dict[str, float] = {}
+    for record in records:
+        for key, value in record.items():
+            if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], str)):
+                lengths[key] = lengths.get(key, 0.0) + len("".join(map(str, value)))
+    name = choose_name(list(lengths), {key: total / len(records) for key, total in lengths.items()}, wanted)
+    if wanted is None and all(map(_is_chat, records)) and not any("text" in record for record in records):
+        raise NotReadError(CHATS)
+    if name is None and any(wanted in record for record in records):
+        return wanted
+    if name is None and not strict:
+        raise NotReadError("no field that is surely the text (TEXT_COLUMN names it)")
+    if name is None:
+        raise ValueError(f"{file}, line 1: {_expected(wanted, records[0])}")
+    return name
+
+
+def _expected(name: str | None, record: Any) -> str:
+    name = name or "text"
+    found = type(record).__name__
+    if isinstance(record, dict):
+        found = f"an object with {', '.join(map(str, record))}"
+        if name in record:
+            found = f"a {type(record[name]).__name__} in {name!r}"
+    wanted = f'{{"{name}": "..."}}'
+    return f"expected {wanted} or a string, found {found:.200} (TEXT_COLUMN or --text_column names the field)"

@@ -1,0 +1,105 @@
+"""Packed files, unpacked as they are read: one stream (.gz .zst .xz .bz2), or an archive of files (.zip .tar)."""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", *(f".tar{suffix}" for suffix in COMPRESSIONS))
+_ALIASES = {".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz"}
+# `zstd --long=31` makes a window of 2 GiB, 2^31 bytes: what unpacks it must be told that it may be so large.
+WINDOW_LOG_MAX = 31
+DAMAGED = (
+    *(pa.ArrowException, zlib.error, lzma.LZMAError, zstd.ZstdError, EOFError),
+    *(zipfile.BadZipFile, tarfile.TarError, NotImplementedError),
+)
+
+
+class PackedFileError(ValueError):
+    """A packed file that is damaged, cut off, or protected by a password; the message names it."""
+
+
+def compression_of(name: str) -> str:
+    """The suffix that says how a file is packed, in lower case; empty if it is not, or if it is an archive."""
+    lower = name.lower()
+    return next((s for s in COMPRESSIONS if lower.endswith(s)), "") if not is_archive(name) else ""
+
+
+def is_archive(name: str) -> bool:
+    """True if a name says that the file holds other files."""
+    return name.lower().endswith(ARCHIVES)
+
+
+def unpacked(raw: IO[bytes], suffix: str) -> IO[bytes]:
+    """The content of a stream that is packed as `suffix` says ("" for not at all)."""
+    kind: Any = _ALIASES.get(suffix, suffix)
+    if kind == ".zst":
+        options = {int(zstd.DecompressionParameter.window_log_max): WINDOW_LOG_MAX}
+        return zstd.ZstdFile(raw, options=options)  # type: ignore[return-value]
+    if kind == ".xz":
+        return lzma.LZMAFile(raw)
+    if kind in (".gz", ".bz2"):  # Arrow is several times as fast as gzip in Python
+        return pa.CompressedInputStream(raw, "gzip" if kind == ".gz" else "bz2")
+    return raw
+
+
+@contextlib.contextmanager
+def damage_named(path: str | Path) -> Iterator[None]:
+    """Turn the errors of unpacking into one that names the file.
+
+    Raises:
+        PackedFileError: it is damaged, cut off or protected.
+    """
+    try:
+        yield
+    except DAMAGED as error:
+        raise PackedFileError(f"{path} can't be unpacked ({error}): it is damaged or cut off, get it again") from error
+    except OSError as error:
+        if error.errno is not None:  # without a number it is how Arrow says that the stream is cut off
+            raise
+        raise PackedFileError(f"{path} can't be unpacked ({error}): it is damaged or cut off, get it again") from error
+    except RuntimeError as error:
+        if "password" not in str(error):
+            raise
+        raise PackedFileError(f"{path} is protected by a password: unpack it yourself") from error
+
+
+@contextlib.contextmanager
+def open_packed(path: str | Path) -> Iterator[IO[bytes]]:
+    """The content of a file, unpacked if its name says that it is packed; not for archives (see `members`)."""
+    with open(path, "rb") as raw, damage_named(path):
+        yield unpacked(raw, compression_of(str(path)))
+
+
+def members(path: str | Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """(name, bytes, content) of each file of an archive, in its order. Read a content before you take the next one."""
+    lower = str(path).lower()
+    with damage_named(path):
+        if lower.endswith(".zip"):
+            with zipfile.ZipFile(path) as archive:
+                for info in archive.infolist():
+                    if not info.is_dir():
+                        with archive.open(info) as content:
+                            yield info.filename, info.file_size, content
+            return
+        suffix = next((s for s in (*_ALIASES, *COMPRESSIONS) if lower.endswith(s)), "")
+        with open(path, "rb") as raw, tarfile.open(fileobj=unpacked(raw, suffix), mode="r|") as tar:
+            for member in tar:
+                extracted = tar.extractfile(member) if member.isfile() else None
+                if extracted is not None:
+                    yield member.name, member.size, extracted

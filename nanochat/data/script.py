@@ -1,0 +1,57 @@
+"""The writing of a text: its scripts, whether it is English, how many of its characters are combining marks."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# The words that every English text is full of; other languages in Latin letters have few of them.
+_ENGLISH = "the of and to in is that it was for on with as be at by this from are have not but you"
+ENGLISH_WORDS = frozenset(_ENGLISH.split())
+ENGLISH_SHARE = 0.12  # of the words; English prose has about 0.3, German, French and the like below 0.05
+NAMES = {"CJK": "Chinese characters", "HIRAGANA": "Kana", "KATAKANA": "Kana", "HALFWIDTH": "Kana", "FULLWIDTH": "Latin"}
+SHOWN_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How some texts are written."""
+
+    scripts: dict[str, float]
+    """Shares of the letters, the largest first."""
+    english: bool
+    marks: float
+    """The share of combining marks among all characters, such as the vowel signs of Hindi and Thai."""
+
+    def __str__(self) -> str:
+        parts = [f"{name} {share:.0%}" for name, share in self.scripts.items() if share >= SHOWN_SHARE] or [
+            "no letters"
+        ]
+        if next(iter(self.scripts), "") == "Latin":
+            parts[0] += ", English" if self.english else ", probably not English"
+        return "; ".join(parts)
+
+
+def writing_of(texts: Sequence[str]) -> Writing:
+    """The scripts of these texts."""
+    characters = Counter[str]()
+    for text in texts:
+        characters.update(text)
+    scripts, marks = Counter[str](), 0
+    for character, count in characters.items():
+        category = unicodedata.category(character)
+        marks += count if category[0] == "M" else 0
+        if category[0] == "L":
+            name = unicodedata.name(character, "OTHER").split()[0].split("-")[0]
+            scripts[NAMES.get(name, name.capitalize())] += count
+    total = max(1, scripts.total())
+    words = re.findall(r"[^\W\d_]+", " ".join(texts).lower())
+    common = sum(word in ENGLISH_WORDS for word in words) / max(1, len(words))
+    return Writing(
+        {name: count / total for name, count in scripts.most_common()},
+        common >= ENGLISH_SHARE,
+        marks / max(1, characters.total()),
+    )

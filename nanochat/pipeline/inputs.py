@@ -1,0 +1,50 @@
+"""The texts and chats that a user gave, looked at before the first stage: what is learned of them, what stops a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nanochat.data.corpus import is_prepared, list_shards
+from nanochat.data.inventory import Inventory, check_inventories, format_bytes
+from nanochat.data.text_import import inventory_of
+from nanochat.dataset import prepare_own
+from nanochat.pipeline.profiles import Profile, Settings
+from nanochat.report import get_report
+
+SECTION = "Your data"
+
+
+def look_at_inputs(profile: Profile, settings: Settings) -> list[Inventory]:
+    """The inventories of DATA_DIR and CHAT_DATA, printed; the texts are imported on the way.
+
+    Raises:
+        UnusableInputError: they can't be learned from as they are; names the remedy.
+        ValueError: a file is malformed; names the place.
+    """
+    inventories = [found for found in (_texts(settings.data_dir),) if found is not None]
+    for inventory in inventories:
+        print("\n".join(inventory.lines()), flush=True)
+    check_inventories(inventories)
+    return inventories
+
+
+def _texts(path: Path | None) -> Inventory | None:
+    if path is None:
+        return None
+    if is_prepared(path):
+        shards = list_shards(path)
+        size = sum(shard.stat().st_size for shard in shards)
+        inventory = Inventory(f"texts in {path}")
+        inventory.count("parquet", len(shards), size)
+        inventory.notes.append(
+            f"prepared shards are used in place, the last of them for validation ({format_bytes(size)})"
+        )
+        return inventory
+    return inventory_of(prepare_own(path, show=False))
+
+
+def report_inputs(inventories: list[Inventory]) -> None:
+    """Write the inventories into the report."""
+    if inventories:
+        text = "\n".join(f"```\n{chr(10).join(inventory.lines())}\n```" for inventory in inventories)
+        get_report().log(section=SECTION, data=text)

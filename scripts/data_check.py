@@ -1,0 +1,63 @@
+"""Look at your own texts and chats before you train on them: what is read, as what, and what is not.
+
+    python -m scripts.data_check my_texts/ my_chats.jsonl
+    python -m scripts.data_check my_texts/ --show 5
+    python -m scripts.data_check --copies
+    python -m scripts.data_check --forget
+
+It says the same as the pipeline before its first stage, and learns nothing. The exit code is 2 if a run would refuse
+what is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from nanochat.config import run_script
+from nanochat.data.inventory import Inventory, UnusableInputError, check_inventories
+from nanochat.data.text_look import look_at_texts
+from nanochat.data.text_walk import ReadOptions
+from nanochat.env import print0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Look at texts and chats: what would be learned of them, and what not."""
+
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Files or folders."""
+    show: int = 0
+    """Print so many samples of what would be learned."""
+    text_column: str | None = None
+    """Column or field with the text; default $TEXT_COLUMN, else found by itself."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("give at least one file or folder")
+        if self.show < 0:
+            raise ValueError("--show must be at least 0")
+
+
+def look(path: Path, options: ReadOptions) -> Inventory:
+    """The inventory of one path."""
+    return look_at_texts(path, options)
+
+
+def main(cfg: Config) -> None:
+    """Print the inventories; stop as a run would."""
+    options = ReadOptions.from_env(cfg.text_column)
+    inventories = [look(Path(path).expanduser(), options) for path in cfg.paths]
+    for inventory in inventories:
+        print0("\n".join(inventory.lines(cfg.show)))
+    try:
+        check_inventories(inventories)
+    except UnusableInputError as error:
+        print0(f"a run would stop here: {error}")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
