@@ -77,12 +77,21 @@ def refuse_other_folder(folder: Path) -> None:
 
 
 def choose_form(cfg: Config, model: GPT) -> Form:
-    """The form to write; ValueError names what keeps the model from being a Qwen3 model, where that was asked for."""
-    if cfg.format == "auto":
-        return "native" if obstacles(model.config) else "qwen3"
-    if cfg.format == "qwen3":
+    """The form to write.
+
+    Raises:
+        ValueError: a Qwen3 model was asked for, and this is none; or the folder would be loaded in float16.
+    """
+    form: Form = cfg.format if cfg.format != "auto" else "native" if obstacles(model.config) else "qwen3"
+    if form == "qwen3":
         check_folds(model.config, without_softcap=True)
-    return cfg.format
+        # Our own code scales each row of squares. Others do not, and they compute in what a file is stored in.
+        if cfg.dtype == "float16":
+            raise ValueError(
+                "--dtype=float16 does not suit a Qwen3 model: the squares in its layers leave the range of float16; "
+                "store it in bfloat16 or float32, or take --format=native"
+            )
+    return form
 
 
 def uncapped(model: GPT, folder: Path) -> Callable[[Tensor], Tensor]:

@@ -1,5 +1,6 @@
 """What programs that build on transformers expect of an export: tokenizer settings, caches, losses, the card."""
 
+import dataclasses
 import json
 import re
 import stat
@@ -196,6 +197,11 @@ def test_the_format_is_qwen3_where_it_is_exact(base, tmp_path, capsys):
     assert "the difference is not measured" in said
     with pytest.raises(ValueError, match=r"smear=True.*--recipe=portable"):
         export_as("small", "qwen3")
+    float16 = export_hf.Config(output=str(tmp_path / "half"), model_tag="portable", dtype="float16")
+    with pytest.raises(ValueError, match=r"--dtype=float16.*bfloat16"):
+        export_hf.main(float16)
+    assert not (tmp_path / "half").exists()
+    export_hf.main(dataclasses.replace(float16, format="native"))
 
 
 def test_a_softcapped_model_says_what_its_export_lacks(base, tmp_path, capsys):

@@ -133,6 +133,15 @@ def test_without_the_remainder_the_function_is_the_same(exported, tmp_path):
         torch.testing.assert_close(again.eval()(ids), model(ids), atol=1e-4, rtol=0)
 
 
+def test_a_damaged_remainder_is_named(tokenizer, tmp_path):
+    model = random_model(tokenizer.get_vocab_size(), n_layer=1)
+    write_hf_folder(tmp_path / "m", model.state_dict(), model.config, tokenizer, "", form="qwen3")
+    for damage in (b"", b"PK\x03\x04 no zip", (tmp_path / "m" / REMAINDER_FILE).read_bytes()[:-99]):
+        (tmp_path / "m" / REMAINDER_FILE).write_bytes(damage)
+        with pytest.raises(ValueError, match=rf"{REMAINDER_FILE} is damaged .*without it"):
+            read_hf_folder(tmp_path / "m")
+
+
 def test_weights_that_were_trained_on_elsewhere_are_refused():
     model = random_model()
     weights = fold_weights(model.state_dict(), model.config)

@@ -15,7 +15,9 @@ under other names; a model with modern switches has no class there, so its folde
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import zipfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -246,8 +248,7 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPET
         config = GPTConfig.from_dict(own["model_config"]) if own else config_of(stored, weights)
         # In 16 bits nothing is exact, and what was noted of float32 no longer fits.
         exact = (folder / REMAINDER_FILE).exists() and all(w.dtype == torch.float32 for w in weights.values())
-        rest = np.load(folder / REMAINDER_FILE) if exact else {}
-        weights = unfold(weights, config, {name: torch.from_numpy(rest[name]) for name in rest})
+        weights = unfold(weights, config, _read_remainder(folder / REMAINDER_FILE) if exact else {})
     else:
         config = GPTConfig.from_dict(own["model_config"]) if own else own_config(stored)
     if own:
@@ -336,6 +337,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing: the folder must hold a model in the format of transformers")
     stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return stored
+
+
+def _read_remainder(path: Path) -> dict[str, Tensor]:
+    try:
+        # Without pickles: loading it can run nothing.
+        with np.load(io.BytesIO(path.read_bytes())) as rest:
+            return {name: torch.from_numpy(rest[name]) for name in rest}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): without it the import is the same but for rounding") from None
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ STAGES = {
     "rl": "pretrained, trained on conversations, finetuned, then trained by reinforcement on problems",
 }
 FORMS = {
-    "qwen3": "written as a Qwen3 model (`Qwen3ForCausalLM`), which computes the same",
+    "qwen3": "written as a Qwen3 model (`Qwen3ForCausalLM`), which computes the same; not for float16, whose range the "
+    "squares in its layers leave: bfloat16 or float32",
     "classic": "transformers' own `NanoChatForCausalLM`",
     "own": "a class of its own, in this folder",
 }

@@ -38,7 +38,7 @@ from nanochat.recipe import (
     plan_iterations,
     scale_hyperparameters,
 )
-from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer import PATTERNS, get_tokenizer
 from nanochat.train.clock import Clock
 from nanochat.train.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
 from nanochat.train.samples import print_samples
@@ -367,6 +367,11 @@ def _vocab_size(cfg: PretrainConfig) -> int:
 
 def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
     compute, tokenizer = run.compute, get_tokenizer()
+    if cfg.recipe == "portable" and tokenizer.pattern != PATTERNS["runtimes"]:
+        print0(
+            "warning: this tokenizer cuts text as only nanochat and transformers can: for a model that opens in "
+            "llama.cpp and others too, train it with `python -m scripts.tok_train --pattern=runtimes` first"
+        )
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir), cfg.skip_bad_shards)
     for split in ("train", "val"):
         corpus.chunks(split)  # a split without documents is an error now, not after hours
