@@ -131,7 +131,8 @@ def main(cfg: Config) -> None:
     card = model_card(
         cfg.push or folder.name, cfg.source, model, meta, Report(get_base_dir() / "report").sections(), cfg.dtype, form
     )
-    write_hf_folder(folder, model.state_dict(), model.config, tokenizer, card, DTYPES[cfg.dtype], form)
+    sampling = meta.get("sampling")  # what SFT found to suit the model
+    write_hf_folder(folder, model.state_dict(), model.config, tokenizer, card, DTYPES[cfg.dtype], form, sampling)
     plain = form == "qwen3" or is_classic(model.config)
     arguments = f"{str(folder)!r}" if plain else f"{str(folder)!r}, trust_remote_code=True"
     kind = "a Qwen3 model" if form == "qwen3" else "nanochat's own class"

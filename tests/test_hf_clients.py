@@ -77,6 +77,25 @@ def test_the_mask_of_what_is_learned_is_that_of_training(tokenizer, their_tokeni
     assert theirs["assistant_masks"] == mask
 
 
+@pytest.mark.parametrize(
+    ("sampling", "written"),
+    [
+        (None, {"do_sample": True, "temperature": 0.6, "top_k": 50}),
+        (
+            {"temperature": 0.4, "top_k": None, "min_p": 0.1, "seed": 3},
+            {"do_sample": True, "temperature": 0.4, "min_p": 0.1},
+        ),
+        ({"temperature": 0.0, "top_k": 50}, {"do_sample": False}),
+    ],
+)
+def test_generation_config_has_the_models_sampling_room_and_ends(tokenizer, tmp_path, sampling, written):
+    model = random_model(tokenizer)
+    write_hf_folder(tmp_path / "m", model.state_dict(), model.config, tokenizer, "", sampling=sampling)
+    bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
+    ids = {"max_new_tokens": 64, "bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": bos}
+    assert json.loads((tmp_path / "m" / "generation_config.json").read_text()) == written | ids
+
+
 # --- the own class ----------------------------------------------------------------------------------------------------
 
 

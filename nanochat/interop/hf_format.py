@@ -18,7 +18,7 @@ import contextlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -66,8 +66,9 @@ EXPORT_FILES = {WEIGHTS_FILE, OWN_FILE, REMAINDER_FILE, "README.md", *MODERN_FIL
 }
 # The fields that any classic model may set; `init` is how it began, not what it computes.
 CLASSIC_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init", "logit_softcap")
-# What chat_cli uses when it is not told otherwise.
-SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 50}
+# What chat_cli uses when it is not told otherwise, and what of it other programs know.
+SAMPLING = {"temperature": 0.6, "top_k": 50}
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def hf_name(name: str) -> str:
@@ -152,6 +153,13 @@ def special_ids(tokenizer: RustBPETokenizer) -> dict[str, Any]:
     return {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": bos}
 
 
+def generation_config(config: GPTConfig, tokenizer: RustBPETokenizer, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of generation_config.json; an answer gets half of the context unless a program asks for more."""
+    known = {name: sampling[name] for name in SAMPLING_FIELDS if sampling.get(name)}
+    drawn = {"do_sample": True, **known} if "temperature" in known else {"do_sample": False}
+    return drawn | {"max_new_tokens": config.sequence_len // 2} | special_ids(tokenizer)
+
+
 def tokenizer_config(config: GPTConfig, tokenizer: RustBPETokenizer) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
     bos = tokenizer.id_to_token(tokenizer.get_bos_token_id())
@@ -178,6 +186,7 @@ def write_hf_folder(
     card: str,
     dtype: torch.dtype = torch.float32,
     form: Form = "native",
+    sampling: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model as a folder that transformers loads; it appears whole, replacing an older one.
 
@@ -189,6 +198,7 @@ def write_hf_folder(
         card: the text of README.md.
         dtype: what the weights are stored in; float32 loses nothing.
         form: qwen3 or native. As qwen3 a softcapped model is written without its softcap.
+        sampling: how answers are drawn unless a program says otherwise, by the names of `generate.sampling.Sampling`.
 
     Raises:
         ValueError: the tokenizer has another number of ids than the model, or the model has something that Qwen3 lacks.
@@ -208,8 +218,7 @@ def write_hf_folder(
         save_file(weights, tmp / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(tmp / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")})
         (tmp / WEIGHTS_FILE).chmod((tmp / "config.json").stat().st_mode)  # safetensors lets nobody else read it
-        room = {"max_new_tokens": config.sequence_len // 2}
-        write_json(tmp / "generation_config.json", SAMPLING | room | special_ids(tokenizer))
+        write_json(tmp / "generation_config.json", generation_config(config, tokenizer, sampling or SAMPLING))
         write_json(tmp / "tokenizer.json", to_hf_json(tokenizer))
         write_json(tmp / "tokenizer_config.json", tokenizer_config(config, tokenizer))
         write_json(tmp / OWN_FILE, {"model_config": config.to_dict(), "tokenizer": tokenizer.to_dict()})
