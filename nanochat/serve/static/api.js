@@ -38,6 +38,7 @@ export async function getStats() {
 // Asks for an answer and calls handle(event) for each of its parts; loads the model first, if nobody has yet.
 export async function ask(body, signal, handle) {
   const { defaults } = await facts;
+  if ((body.repetition_penalty ?? 1) !== 1) throw new ServerError("This page has no repetition penalty: /repetition_penalty 1");
   const loaded = await load();
   signal.throwIfAborted();
   await writeAnswer(loaded, body, defaults, signal, (event) => {
