@@ -70,6 +70,10 @@ SIZES: dict[str, dict[str, object]] = {
 # Commands that are tested in another way, and how.
 DRY = {
     "scripts.chat_web": "its flags are parsed; tests/test_web*.py serve the page and ask it",
+    "scripts.export_gguf": "tests/test_export_gguf.py runs it",
+    "scripts.export_page": "tests/test_export_page.py runs it",
+    "dev.check_runtimes": "tests/test_export_gguf.py uses it; it needs programs from npm",
+    "http.server": "Python's own",
     "dev.docs": "`main` runs with --anchors; its output is compared below",
     "pydoc": "rendered below",
     "ruff": "run_tests.sh runs it",

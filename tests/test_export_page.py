@@ -372,12 +372,37 @@ def visit_cached(browser, folder):
     with contextlib.ExitStack() as stack:
         with static_host(folder) as address:
             page, _ = stack.enter_context(visit(browser, address))
-            page.wait_for_function("crossOriginIsolated")
-            page.wait_for_selector("#load button")
+            page.wait_for_function("() => crossOriginIsolated")
             page.click("#load button")
             page.wait_for_selector("body.loaded")
             page.wait_for_function(IN_CACHE)
         yield page
+
+
+def test_a_new_export_takes_the_place_of_the_old_one(browser, tmp_path, tokenizer):
+    model, files = portable_model(tokenizer), {"esm/index.js": b"//"}
+    page_folder = write_page(tmp_path / "page", model, tokenizer, files)
+    with static_host(page_folder) as address, visit(browser, address) as (page, _):
+        page.wait_for_function("() => crossOriginIsolated")
+        page.wait_for_selector("#load button")
+        (page_folder / "model.json").unlink()
+        page.reload()  # the service worker answers, from its cache
+        page.wait_for_selector("#load button")
+        add_page(page_folder, page_facts("Newer", model, tokenizer, {}, "f32"), None)
+        page.reload()
+        page.wait_for_function("() => document.title === 'Newer'")
+
+
+def test_it_says_what_is_missing(browser, tmp_path, tokenizer):
+    folder = write_page(tmp_path / "page", portable_model(tokenizer), tokenizer, wllama())
+    (folder / MODEL_FILE).write_bytes(b"GGUF")
+    with static_host(folder) as address, visit(browser, address, service_workers="block") as (page, _):
+        page.click("#load button")
+        page.wait_for_selector("#load p:text('has 4 bytes')")
+        page.fill("#input", "Hello")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".note.error:has-text('has 4 bytes')")
+        page.wait_for_selector("#load button", state="attached")
 
 
 def test_it_writes_what_our_engine_writes(browser, tmp_path, tokenizer):

@@ -9,6 +9,8 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,7 +284,7 @@ def modelfile(gguf_name: str, card: GGUFCard, context_length: int) -> str:
             "PARAMETER top_p 1",
             "PARAMETER repeat_penalty 1",
             f"PARAMETER num_ctx {context_length}",
-            f'LICENSE """{card.license}"""',
+            f'LICENSE "{card.license}"',
             "",
         ]
     )
@@ -290,12 +292,16 @@ def modelfile(gguf_name: str, card: GGUFCard, context_length: int) -> str:
 
 def how_to_open(path: Path, recipe: Path, chat: bool) -> list[str]:
     """Return a line for each program that opens the file; those that this project does not run itself are named so."""
-    name = path.stem.lower()
-    does = "chat" if chat else "complete"
+    file, name = shlex.quote(str(path)), re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower())
+    node = (
+        '`npx node-llama-cpp chat --systemPrompt "" --repeatPenalty 1 --model'
+        if chat
+        else "`npx node-llama-cpp complete --model"
+    )
     return [
-        f"node-llama-cpp: npx node-llama-cpp {does} --model {path}",
-        f"llama.cpp: llama-server -m {path} (not run here; the tests run the same code as node-llama-cpp)",
-        f"Ollama: ollama create {name} -f {recipe} && ollama run {name} (not run here)",
-        f"LM Studio: lms import {path} (not run here)",
-        "None of them runs the calculator: a program around them can (answer_with_tools in dev/check_runtimes.py).",
+        f"node-llama-cpp: {node} {file}`",
+        f"llama.cpp: `llama-server -m {file}` (not run here; the tests run its code inside node-llama-cpp)",
+        f"Ollama: `ollama create {name} -f {shlex.quote(str(recipe))} && ollama run {name}` (not run here)",
+        f"LM Studio: `lms import {file}` (not run here)",
+        "None of them runs the calculator: a program around them can, see answer_with_tools in dev/check_runtimes.py",
     ]

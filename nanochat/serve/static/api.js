@@ -54,7 +54,9 @@ const megabytes = (bytes) => `${(bytes / 1e6).toLocaleString("en", { maximumFrac
 function load() {
   model ??= showLoading().catch((error) => {
     model = null; // the next question tries again
-    throw new ServerError(`The model can't be loaded: ${error.message}`);
+    const failure = new ServerError(`The model can't be loaded: ${error.message}`);
+    offerModel(failure.message);
+    throw failure;
   });
   return model;
 }
@@ -65,41 +67,42 @@ async function showLoading() {
   bar.max = about.bytes;
   bar.setAttribute("aria-label", "Loading the model");
   const text = element("p", "", "");
-  byId("load").replaceChildren(bar, text);
+  place.replaceChildren(bar, text);
   const loaded = await loadModel(about, (bytes) => {
     bar.value = bytes;
     text.textContent = bytes < about.bytes ? `${megabytes(bytes)} of ${megabytes(about.bytes)}` : "starting …";
     byId("model").textContent = `${about.model.name} · loading ${Math.floor((100 * bytes) / about.bytes)} %`;
   });
   loadedAt = performance.now();
-  byId("load").replaceChildren();
+  place.replaceChildren();
   byId("model").textContent = `${about.model.name} · ${loaded.device}`;
   document.body.classList.add("loaded");
   return loaded;
 }
 
-async function offerModel() {
-  const place = element("div", "");
-  place.id = "load";
-  byId("suggestions").before(place);
-  const about = await facts;
-  const button = element("button", "primary", `Load the model (${megabytes(about.bytes)})`);
-  button.type = "button";
-  button.addEventListener("click", () => load().catch((error) => offer(error.message)));
-  const offer = (text) => place.replaceChildren(button, element("p", "", text));
-  offer("It comes once, stays in this browser, and runs here: nothing that you write leaves this device.");
+async function offerModel(text) {
+  try {
+    const about = await facts;
+    const button = element("button", "primary", `Load the model (${megabytes(about.bytes)})`);
+    button.type = "button";
+    button.addEventListener("click", () => load().catch(() => {})); // what went wrong is said where the button was
+    place.replaceChildren(button, element("p", "", text));
+  } catch (error) {
+    place.replaceChildren(element("p", "", error.message));
+  }
 }
 
 // A service worker keeps the files for times without a network and sends the headers under which threads are allowed.
-// Those count from the next visit of the page on, so it is visited once more: at once, before anything is written.
+// Both begin with the next visit: so the page is visited once more as soon as there is a worker, or a newer one, unless
+// the model is here already.
 async function serveMyself() {
   if (!navigator.serviceWorker || !isSecureContext) return;
+  navigator.serviceWorker.addEventListener("controllerchange", () => model ?? location.reload());
   await navigator.serviceWorker.register("./sw.js");
-  await navigator.serviceWorker.ready;
-  if (crossOriginIsolated || sessionStorage.getItem("nanochat.isolated")) return;
-  sessionStorage.setItem("nanochat.isolated", "tried");
-  location.reload();
 }
 
-offerModel().catch((error) => byId("load").replaceChildren(element("p", "", error.message)));
+const place = byId("suggestions").parentNode.insertBefore(element("div"), byId("suggestions"));
+place.id = "load";
+const kept = navigator.serviceWorker && isSecureContext ? "It comes once, stays in this browser, and" : "It";
+offerModel(`${kept} runs here: nothing that you write leaves this device.`);
 serveMyself().catch((error) => console.info(`Without a service worker: one thread, and no page without a network (${error.message})`));

@@ -25,7 +25,7 @@ async function download(path, bytes, progress) {
     size += value.length;
     progress(size);
   }
-  if (size !== bytes) throw new Error(`${path} has ${size} bytes, not ${bytes}: upload the folder anew`);
+  if (size !== bytes) throw new Error(`${path} has ${size} bytes, not ${bytes}: reload the page, or upload the folder anew`);
   return new Blob(parts);
 }
 
