@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from nanochat.engine import Engine
+from nanochat.engine import Engine, row_seed
 from nanochat.env import get_dist_info
 from nanochat.files import ResumeLog
 from nanochat.generate.sampling import Sampling
@@ -178,7 +177,9 @@ def _evaluate_generative(
     for offset in range(0, len(fitting), per_batch):
         batch = fitting[offset : offset + per_batch]
         rows = [prompts[i] for i in batch for _ in range(n)]
-        sequences, _ = engine.generate_prompts(rows, **vars(replace(sampling, seed=sampling.seed + batch[0])))
+        # By problem and answer: neither the batch nor the ranks nor an interruption may change what is drawn.
+        seeds = [row_seed(f"{sampling.seed}/{i}", j) for i in batch for j in range(n)]
+        sequences, _ = engine.generate_prompts(rows, seeds=seeds, **vars(sampling))
         answers = [tokenizer.decode(sequence[len(row) :]) for sequence, row in zip(sequences, rows, strict=True)]
         keep([_judge(task, i, answers[j * n : (j + 1) * n]) for j, i in enumerate(batch)])
 
@@ -186,11 +187,15 @@ def _evaluate_generative(
 def _judge(task: EvalTask, index: int, completions: list[str]) -> Record:
     problem = task[index]
     passes = [bool(task.evaluate(problem, completion)) for completion in completions]
+    # Only a task whose public judges differ has it (see tasks/common.py).
+    other_verdicts = getattr(task, "other_verdicts", lambda *_: {})
+    others = [other_verdicts(problem, completion) for completion in completions]
     return _about(problem, index) | {
         "passed": any(passes),
         "num_correct": sum(passes),
         "num_samples": len(passes),
         "completions": completions,
+        **({"by_rule": {name: any(o[name] for o in others) for name in others[0]}} if others and others[0] else {}),
     }
 
 

@@ -8,7 +8,7 @@ for a server. Greedy answers do not depend on which other sequences run beside t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nanochat.generate.fast_decode import Weights, make_decoder
@@ -101,23 +101,31 @@ class Engine:
         *,
         max_batch_tokens: int | None = None,
         keep_end: bool = False,
+        seeds: Sequence[int | str] | None = None,
         **settings: Any,
     ) -> Samples:
         """Continue many different prompts, batched: (sequences, masks) in their order, as from `generate_batch`.
 
         Greedy unless `settings` (those of `generate`) have a temperature; greedy results are those of one prompt at a
         time. `max_batch_tokens` bounds the memory: rows times the longest prompt and answer; None: what suits the
-        device. `keep_end` leaves the sampled token that ended an answer in it.
+        device. `keep_end` leaves the sampled token that ended an answer in it. `seeds` are those of the prompts, one
+        each, so that a sampled answer does not depend on which others are asked for; None: by place, from one seed.
         """
         # They need no sorting by length: when a sequence ends, the next prompt takes its slot at once, so no batch
         # waits for its longest answer.
         if max_batch_tokens is None:
             max_batch_tokens = BATCH_TOKENS.get(self.model.get_device().type, BATCH_TOKENS["cuda"])
-        rows = self._rows(prompts, max_tokens, Sampling(**{"temperature": 0.0, **settings}))
+        rows = self._rows(prompts, max_tokens, Sampling(**{"temperature": 0.0, **settings}), seeds)
         longest = max((len(row.context) + row.limit for row in rows), default=1)
         return self._collect(rows, max(1, max_batch_tokens // longest), keep_end)
 
-    def _rows(self, prompts: list[list[int]], max_tokens: int | None, sampling: Sampling) -> list[RowState]:
+    def _rows(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int | None,
+        sampling: Sampling,
+        seeds: Sequence[int | str] | None = None,
+    ) -> list[RowState]:
         """The state of each prompt's sequence: checked, with a seed of its own."""
         if max_tokens is not None and max_tokens < 0:
             raise ValueError(f"max_tokens must not be negative, got {max_tokens}")
@@ -128,7 +136,8 @@ class Engine:
             room = self.context_length - len(prompt)
             limit = room if max_tokens is None else min(room, max_tokens)
             check_sampling(self.model, sampling, limit)
-            rows.append(RowState(prompt, limit, sampling, row_seed(sampling.seed, i)))
+            seed = row_seed(sampling.seed, i) if seeds is None else seeds[i]
+            rows.append(RowState(prompt, limit, sampling, seed))
         return rows
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -183,8 +192,8 @@ class Engine:
         return sequences, masks
 
 
-def row_seed(seed: int, row: int) -> int | str:
-    """The seed of sequence `row` of a call."""
+def row_seed(seed: int | str, row: int) -> int | str:
+    """The seed of sequence `row` of a call, or of answer `row` to a problem that has this seed."""
     # Each needs its own, or all samples of a prompt would be the same. The first one's is the call's, so that it says
     # the same alone and as the first of many. A text, not seed + row: that would be the next call's seed.
     return seed if row == 0 else f"{seed}:{row}"

@@ -276,9 +276,16 @@ class TaskScore:
         }
 
     def pass_at(self, k: int) -> float:
-        """Unbiased pass@k of a generative task, from at least k samples per problem."""
+        """Unbiased pass@k of a generative task, from at least k samples per problem; a problem without any failed."""
         counts = [(record["num_samples"], record["num_correct"]) for record in self.records]
-        return sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
+        return sum(pass_at_k(n, c, k) if n else 0.0 for n, c in counts) / len(counts)
+
+    def by_rule(self) -> dict[str, float]:
+        """The share of problems solved by each other rule that the task knows (see `Task.other_verdicts`)."""
+        names = {name: None for record in self.records for name in record.get("by_rule", ())}
+        return {
+            name: sum(r.get("by_rule", {}).get(name, False) for r in self.records) / len(self.records) for name in names
+        }
 
 
 def mean_centered(scores: Sequence[TaskScore]) -> tuple[float, float]:

@@ -126,7 +126,11 @@ def print_score(cfg: Config, score: TaskScore) -> None:
     for label, part in {score.name: score, **score.groups()}.items():
         indent = "" if part is score else "  "
         print0(f"{indent}{label}: {100 * part.accuracy:.2f}% ± {100 * part.stderr:.2f} ({len(part.records)} problems)")
-    if cfg.num_samples > 1 and all(record.get("num_samples") == cfg.num_samples for record in score.records):
+    if rules := score.by_rule():
+        shown = ", ".join(f"{name} {100 * share:.2f}%" for name, share in rules.items())
+        print0(f"  by lm-evaluation-harness's rules: {shown}")
+    # A prompt that fills the context has no answers, and counts as failed.
+    if cfg.num_samples > 1 and all(record.get("num_samples") in (0, cfg.num_samples) for record in score.records):
         powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= cfg.num_samples]
         print0("  " + ", ".join(f"pass@{k} {100 * score.pass_at(k):.2f}%" for k in powers))
 

@@ -53,6 +53,10 @@ class Task:
         """Returns True (or 1) if `completion` (a letter or a whole answer, see eval_type) solves `problem`."""
         raise NotImplementedError(f"{self.name} is a training task: it can't be evaluated")
 
+    def other_verdicts(self, problem: Conversation, completion: str) -> dict[str, bool]:
+        """Whether an answer is right by rules besides `evaluate`, by name: none but where a public one differs."""
+        return {}
+
     def __len__(self) -> int:
         total = self.num_examples()
         return len(range(self.start, total if self.stop is None else min(self.stop, total), self.step))

@@ -126,6 +126,23 @@ def test_several_samples_pass_when_any_does(evaluate):
     assert again.records == score.records
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 40])
+def test_sampled_answers_do_not_depend_on_the_batch_or_on_an_interruption(evaluate, tmp_path, batch_size):
+    sampling = Sampling(temperature=1.0, seed=5, max_tokens=8)
+    whole = [r["completions"] for r in evaluate(Writing(), sampling=sampling, num_samples=2, batch_size=10).records]
+    evaluate(Writing(), sampling=sampling, num_samples=2, max_problems=3, finished=ResumeLog(tmp_path))
+    again = evaluate(Writing(), sampling=sampling, num_samples=2, batch_size=batch_size, finished=ResumeLog(tmp_path))
+    assert [record["completions"] for record in again.records] == whole
+    assert len({text for texts in whole for text in texts}) > 7
+
+
+def test_pass_at_k_counts_a_prompt_that_fills_the_context_as_failed(evaluate):
+    score = evaluate(Writing(), sampling=Sampling(temperature=1.0, max_tokens=8), num_samples=4)
+    counts = [record["num_correct"] for record in score.records]
+    assert score.records[3]["num_samples"] == 0
+    assert score.pass_at(1) == pytest.approx(sum(counts) / 4 / 7)
+
+
 def test_groups_are_scored_apart_and_finished_problems_are_not_asked_again(tiny_model, tiny_tokenizer, tmp_path):
     asked: list[int] = []
 

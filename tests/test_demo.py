@@ -373,6 +373,20 @@ def test_counting_reads_the_number_after_the_marks(world):
     assert task.evaluate({"expected": 2}, "#### 3") == 0
 
 
+def test_counting_is_right_only_by_a_call_for_the_word_and_letter_asked_for(world):
+    task = chat.DemoCounting(1, "test", world)
+    problem = {"expected": 2, "word": "river", "letter": "r"}
+
+    def answer(call):
+        return f"Check: <|python_start|>{call}<|python_end|><|output_start|>2<|output_end|>\n#### 2<|assistant_end|>"
+
+    for call in ('"river".count("r")', "'river'.count('r')", ' "river".count("r") '):
+        assert task.evaluate(problem, answer(call)) == 1, call
+    for call in ('"error".count("r")', '"river".count("i")', '"rivers".count("r")', "1+1", '"river".count("r"'):
+        assert task.evaluate(problem, answer(call)) == 0, call
+    assert task.evaluate(problem, "r1 i1 v1 e1 r2\n#### 2") == 0
+
+
 def test_fact_tests_have_two_halves(world):
     both = chat.DemoFacts(100, "test", world)
     groups = [problem["group"] for problem in both]

@@ -18,7 +18,7 @@ from tasks import sources, spellingbee
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, TaskSequence, render_mc, shuffled_indices
 from tasks.customjson import CustomJSON
-from tasks.gsm8k import GSM8K, extract_answer, split_tool_calls
+from tasks.gsm8k import GSM8K, extract_answer, flexible_extract, split_tool_calls, strict_match
 from tasks.humaneval import HumanEval, build_solution, extract_code
 from tasks.mmlu import MMLU
 from tasks.registry import CLASSIC_TASKS, get_task, load_available
@@ -176,8 +176,32 @@ RIGHT = [  # (what a model wrote, the number)
     ("5 + 5 = 10\n#### 10\n", "10"),
     ("#### 12345678901234567890", "12345678901234567890"),
     ("#### 10<|assistant_end|>", "10"),
+    ("#### 5 - 10 = -5", "-5"),
+    ("#### 20*5 = 100", "100"),
+    ("#### x = 5", "5"),
+    ("#### 5 000", "5000"),
+    ("#### 12 345 678.5", "12345678.5"),
+    ("#### 1'000", "1000"),
+    ("#### 9{,}500", "9500"),
+    ("#### 9\\,500", "9500"),
+    ("#### $\\boxed{18}$", "18"),
+    ("#### \\$18", "18"),
+    ("#### 1e3", "1000"),
+    ("#### 2.5E-1", "0.25"),
+    ("#### 10 apples. He has 5 left", "10"),
+    ("#### 10\n5 + 5 = 10", "10"),
+    ("#### 10 m", "10"),
+    ("#### $10/hour", "10"),
+    ("#### `10`", "10"),
 ]
 WRONG = ["", "10", "the answer is 10", "####", "#### ten", "### 10", "#### 1,2,3", "#### 10,50", "#### 3 #### none"]
+WRONG += [
+    f"#### {a}" for a in ("1/2", "12:30", "3 or 4", "5-10", "5 - 10", "3^2", "2*3", "2**3", "1.5 million", "2.5.3")
+]
+WRONG += [
+    f"#### {a}" for a in ("3 1/2", "3½", "5k", "2 dozen", "3 and a half", "3, 4", "3; 4", "3 and 4", "\\frac{1}{2}")
+]
+WRONG += [f"#### {a}" for a in ("5 feet 3 inches", "0x10", "1,0000", "10 = ten", "5 2/3", "10^6", "1e3e4")]
 
 
 @pytest.mark.parametrize(("text", "value"), RIGHT)
@@ -193,6 +217,22 @@ def test_gsm8k_reads_no_answer_where_there_is_none(text):
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**12), max_value=10**12))
 def test_gsm8k_reads_any_number_as_python_writes_it(value):
     assert extract_answer(f"so #### ${value:,}.") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("so #### 1,234", "1234", "1234"),
+        ("#### 10 and not 12.", "10", "12"),
+        ("#### $18.", None, "18"),  # the strict rule knows no dollar sign
+        ("the answer is $1,018.00.", None, "1018.00"),
+        ("#### 5\n#### 6", "5", "6"),
+        ("it is -7", None, "-7"),
+        ("nothing", None, None),
+    ],
+)
+def test_gsm8k_by_the_rules_of_lm_evaluation_harness(text, strict, flexible):
+    assert (strict_match(text), flexible_extract(text)) == (strict, flexible)
 
 
 def test_gsm8k_calculator_notes_become_tool_calls(task_files):
@@ -213,6 +253,14 @@ def test_gsm8k_calculator_notes_become_tool_calls(task_files):
     assert task.evaluate(task[0], "thus #### $1006.")
     assert not task.evaluate(task[0], "thus #### 1007")
     assert task.reward(task[0], "#### 1006") == 1.0
+    assert task.other_verdicts(task[0], "#### 1006, or 7") == {"strict-match": True, "flexible-extract": False}
+    assert task.other_verdicts(task[0], "#### 1,006") == {"strict-match": True, "flexible-extract": True}
+
+
+def test_gsm8k_teaches_what_the_calculator_says():
+    for note, output in (("48/2=24", "24"), ("10/3=3.33", "3.33333333333"), (".5*4=2.00", "2"), ("3x=9", "9")):
+        parts = split_tool_calls(f"so <<{note}>> it is")
+        assert parts[2] == {"type": "python_output", "text": output}
 
 
 def test_gsm8k_answers_without_notes_are_one_text():

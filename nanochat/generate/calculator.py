@@ -3,7 +3,10 @@
 It knows numbers (also with thousands commas), + - * / // % **, unary signs, parentheses, "text".count("t") and
 len("text"), and nothing else. The text passes two fences, a list of allowed tokens and a list of allowed syntax nodes,
 and is computed by walking the tree: no eval, no names, no attributes. Every size is bounded, so that it is quick
-in any thread without a timer. What it answers is what Python's `str(...)` of the same expression would be.
+in any thread without a timer.
+
+It answers with the value that Python computes, written as people and GSM8K write it: a whole number without ".0" (48/2
+is 24), other floats with at most DIGITS digits (0.1 + 0.2 is 0.3).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import re
 from collections.abc import Callable
 
 MAX_EXPRESSION_CHARS = 500
+DIGITS = 12  # of a float: what lies behind them is rounding
 MAX_INT_BITS = 2048  # about 600 digits: more than any sum a small model is asked, little enough to be instant
 
 Number = int | float
@@ -41,7 +45,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
 
 
 def use_calculator(expression: str) -> str | None:
-    """Compute `expression` and return the result as Python's str(), or None if it is not one the tool knows.
+    """Compute `expression` and return the result as text, or None if it is not one the tool knows.
 
     Example: `use_calculator("1,200 * 3")` is "3600", `use_calculator("'berry'.count('r')")` is "2".
     """
@@ -49,9 +53,17 @@ def use_calculator(expression: str) -> str | None:
     if source is None:
         return None
     try:
-        return str(_number(ast.parse(source, mode="eval").body))
+        return _written(_number(ast.parse(source, mode="eval").body))
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
+
+
+def _written(value: Number) -> str:
+    """A number as text: whole ones as integers as far as a float counts exactly, others with DIGITS digits."""
+    if isinstance(value, int):
+        return str(value)
+    rounded = float(f"{value:.{DIGITS}g}")
+    return str(int(rounded)) if rounded.is_integer() and abs(rounded) < 2**53 else str(rounded)
 
 
 def _python_source(expression: str) -> str | None:

@@ -200,11 +200,20 @@ class DemoCounting(WordTask):
         question = rng.choice(requests).format(l=letter, w=word)
         if not self.held_out:
             question = _maybe_wrapped(rng, question)
-        return conversation((question, skills.count_answer(word, letter)), expected=word.count(letter))
+        answer = skills.count_answer(word, letter)
+        return conversation((question, answer), expected=word.count(letter), word=word, letter=letter)
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 if the number after the last "####" is right."""
-        return int(extract_answer(completion) == problem["expected"])
+        """1 if the calculator was asked for this letter of this word, and the number after the last "####" is right."""
+        return int(asked_to_count(problem, completion) and extract_answer(completion) == problem["expected"])
+
+
+def asked_to_count(problem: Conversation, completion: str) -> bool:
+    """True if a call of the calculator counts the problem's letter in its word; of a problem without them, always."""
+    if "word" not in problem:
+        return True
+    asked = rf"""\s*(['"]){re.escape(problem["word"])}\1\.count\((['"]){re.escape(problem["letter"])}\2\)\s*"""
+    return any(re.fullmatch(asked, call) for call in tool_calls(completion))
 
 
 class DemoSmallTalk(DemoTask):
