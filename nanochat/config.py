@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
+from nanochat.env import error_text, printable
+
 T = TypeVar("T")
 # The flags that `--help` of a script shows if it has more than MANY_FLAGS; `--help_all` shows all.
 MANY_FLAGS = 12
@@ -102,7 +104,7 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
             message = _one_line(said.getvalue())
             if "Unrecognized options" in message:
                 message += _instead_of_nanochats(args)
-            print(f"error: {message} (--help lists all flags)", file=sys.stderr)
+            print(f"error: {printable(message)} (--help lists all flags)", file=sys.stderr)
         raise
 
 
@@ -184,10 +186,10 @@ def run_script(main: Callable[[Any], Any], config: type[Any], argv: Sequence[str
         sys.stdout.flush()
     except BrokenPipeError:
         raise _leave_closed_pipe() from None
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if os.environ.get("NANOCHAT_TRACEBACK") == "1":
             raise
-        text = str(error) or type(error).__name__
+        text = printable(error_text(error))
         rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"error{rank}: {text}", file=sys.stderr)
         raise SystemExit(1) from None

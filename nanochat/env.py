@@ -5,11 +5,20 @@ Imports neither torch nor anything of the project, so that any module may import
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+
+# What can move the cursor, change colours or reorder what stands behind it, and halves of characters, which can't be
+# printed: a file's name may hold any of them. Line breaks and tabs stay.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SYSTEM = {*_FORBIDDEN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # an OSError as the safetensors package tells it
 
 
 def require_wandb_login() -> None:
@@ -34,9 +43,42 @@ def require_wandb_login() -> None:
 
 def get_base_dir() -> Path:
     """The folder of everything that a run writes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created if missing."""
-    folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    folder = _base_path()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _base_path() -> Path:
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+
+
+def is_system_error(error: BaseException) -> bool:
+    """True for an error that says nothing about a file's content: memory, open files, permissions, a full disk."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _SYSTEM
+    told = _RUST_ERROR.search(str(error))
+    return isinstance(error, MemoryError) or (told is not None and int(told[1]) in _SYSTEM)
+
+
+def error_text(error: BaseException) -> str:
+    """The sentence for an error that a user can cause; for one of the system also what to do."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is used up ({text}): close other programs, or take a smaller model or batch"
+    if not isinstance(error, OSError):
+        return text
+    if error.errno in _FORBIDDEN:
+        path = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, (str, bytes)) else None
+        if path is not None and path.is_relative_to(_base_path().absolute()):
+            return f"{text}: give yourself the right to it, or set NANOCHAT_BASE_DIR to a folder that you may write to"
+        return f"{text}: give yourself the right to it, or name another place"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{text}: close other programs, or raise the limit (ulimit -n 65536)"
+    if error.errno == errno.ENOMEM:
+        return f"{text}: close other programs, or take a smaller model or batch"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{text}: free some space, or set NANOCHAT_BASE_DIR to another disk"
+    return text
 
 
 def get_dist_info() -> tuple[bool, int, int, int]:
@@ -46,10 +88,15 @@ def get_dist_info() -> tuple[bool, int, int, int]:
     return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def printable(text: str) -> str:
+    """`text` with what would act on a terminal, such as an ESC in a file's name, as an escape; line breaks stay."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 def print0(text: str = "", **kwargs: Any) -> None:
-    """Print on rank 0 only."""
+    """Print on rank 0 only, control characters as escapes."""
     if get_dist_info()[1] == 0:
-        print(text, flush=True, **kwargs)
+        print(printable(str(text)), flush=True, **kwargs)
 
 
 def check_disk_space(folder: str | Path, needed_bytes: int, what: str) -> None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,13 +27,14 @@ import numpy.typing as npt
 import torch
 
 from nanochat.env import get_base_dir
-from nanochat.files import atomic_path, write_text
+from nanochat.files import write_bytes, write_text
 from nanochat.messages import PARTS, Conversation, check_messages
 
 if TYPE_CHECKING:
     import rustbpe
 
 TOKENIZER_FOLDER = "tokenizer"  # under the base dir
+LENGTHS_FILE = "token_bytes.pt"
 # Marks that no text can contain: `encode` takes even "<|bos|>" for seven ordinary characters. Their ids follow the
 # mergeable ones in this order, and every model is trained on them: a new one can only be added at the end.
 SPECIAL_TOKENS = [
@@ -228,10 +231,15 @@ class RustBPETokenizer:
         """Write `tokenizer.json` and `token_bytes.pt`, each whole, the old pair never mixed with the new."""
         folder = Path(tokenizer_dir)
         # First, so that a crash in between leaves no lengths rather than those of another vocabulary.
-        (folder / "token_bytes.pt").unlink(missing_ok=True)
+        (folder / LENGTHS_FILE).unlink(missing_ok=True)
         write_text(folder / "tokenizer.json", json.dumps(self.to_dict(), indent=1) + "\n")
-        with atomic_path(folder / "token_bytes.pt") as tmp:
-            torch.save(torch.from_numpy(self.token_lengths()), tmp)
+        self.save_lengths(folder / LENGTHS_FILE)
+
+    def save_lengths(self, path: Path) -> None:
+        """Write `token_lengths()` as a tensor; the same bytes for the same tokenizer."""
+        buffer = io.BytesIO()  # given a file, torch would write its (temporary) name into it
+        torch.save(torch.from_numpy(self.token_lengths()), buffer)
+        write_bytes(path, buffer.getvalue())
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -412,8 +420,9 @@ def get_tokenizer() -> RustBPETokenizer:
 
 def get_token_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
     """Raw bytes of each token, int32 (vocab,), 0 for special tokens: what turns nats per token into bits per byte."""
-    path = get_base_dir() / TOKENIZER_FOLDER / "token_bytes.pt"
+    # The file is for other programs: what follows from tokenizer.json is never read from anywhere else.
+    tokenizer, path = get_tokenizer(), get_base_dir() / TOKENIZER_FOLDER / LENGTHS_FILE
     if not path.exists():
-        raise FileNotFoundError(f"no {path}: train the tokenizer with `python -m scripts.tok_train`")
-    lengths: torch.Tensor = torch.load(path, map_location=device, weights_only=True)  # runs no code of a pickle
-    return lengths
+        with contextlib.suppress(OSError):
+            tokenizer.save_lengths(path)
+    return torch.from_numpy(tokenizer.token_lengths()).to(device)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.data.shards import Entry, Manifest, load_manifest, wait_for_shard
-from nanochat.env import print0
+from nanochat.env import is_system_error, print0
 
 TEXT_COLUMN = "text"
 SHARD_NAME = re.compile(r"shard_\d+\.parquet")  # nanochat's layout: shuffled, the last one is validation
@@ -48,6 +48,8 @@ def open_parquet(path: Path, part: str = "") -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
+        if is_system_error(error):
+            raise
         raise BadShardError(
             f"{part}{path} is not a readable parquet file ({error}): replace it, or delete it and fetch it again"
         ) from error

@@ -14,6 +14,7 @@ from nanochat.checkpoint.format import DAMAGED, META_FILE, read_meta, saved_step
 from nanochat.data.inventory import Inventory
 from nanochat.data.shards import MANIFEST, load_manifest
 from nanochat.data.text_walk import NO_TEXT, TOOL_FOLDERS, ReadOptions, find_texts, fingerprint_of
+from nanochat.env import is_system_error
 from nanochat.files import sha256_file
 from nanochat.pipeline.profiles import Profile, Settings
 from nanochat.recipe import DEFAULT_RECIPE
@@ -82,7 +83,9 @@ def _checkpoint_hash(folder: Path) -> str | None:
     try:
         newest = step_folder(folder, saved_steps(folder)[-1])
         return weights_hash(newest) if read_meta(newest)["complete"] else None
-    except (*DAMAGED, IndexError):
+    except (*DAMAGED, IndexError) as error:
+        if is_system_error(error):  # the run may be whole: hours must not be trained again for it
+            raise
         return None
 
 
@@ -216,7 +219,7 @@ class _Maker:
             *(["--pattern=runtimes"] if profile.recipe == "portable" else []),  # what other programs know by name
             needs=("report_reset", *(["data"] if data else [])),
             inputs=(texts_fingerprint(own),) if own else (),
-            output="tokenizer/*",
+            output="tokenizer/tokenizer.json",  # the lengths of its tokens follow from it
         )
         first = [*([data] if data else []), train]
         # A reset forgets every section of the report, so it must come only when all stages run again: its key follows

@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from nanochat.common import autodetect_device_type, autodetect_dtype
-from nanochat.env import get_base_dir, get_dist_info, git_state
+from nanochat.env import get_base_dir, get_dist_info, git_state, print0
 from nanochat.files import write_json, write_text
 from nanochat.hardware import cpu_name
 from nanochat.report.run_data import Run, cost_line, read_json, read_run
@@ -103,7 +103,7 @@ class Report:
         """Write report.md and report.html from what there is, and a copy of the first to `copy_to`.
 
         Args:
-            copy_to: where the copy goes; None: nowhere.
+            copy_to: where the copy goes; None: nowhere. One that can't be written is left out with a message.
             price: US dollars an hour of the machine; None: by the price table.
 
         Returns:
@@ -118,7 +118,10 @@ class Report:
         path = self.folder / "report.md"
         write_text(path, text)
         if copy_to is not None and copy_to.resolve() != path.resolve():
-            write_text(copy_to, text)
+            try:
+                write_text(copy_to, text)
+            except OSError as error:  # the working folder may be read-only
+                print0(f"no copy of the report: {error}")
         write_text(path.with_suffix(".html"), render_html(run, price))
         return path
 

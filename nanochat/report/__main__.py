@@ -80,7 +80,8 @@ def main(cfg: Config) -> None:
     copy = Path.cwd() / "report.md"
     path = report.generate(copy, cfg.price)
     sys.stdout.write("\n".join(render_summary(report.sections())) + "\n")
-    print(f"wrote {path}, {path.with_suffix('.html')} and {copy}")
+    copied = [copy] if copy.is_file() and copy.read_bytes() == path.read_bytes() else []
+    print("wrote " + ", ".join(map(str, [path, path.with_suffix(".html"), *copied])))
 
 
 if __name__ == "__main__":
