@@ -30,7 +30,7 @@ from nanochat.checkpoint.format import (
 )
 from nanochat.checkpoint.keep import Keep
 from nanochat.checkpoint.writer import Snapshot, host_copy, write_snapshot
-from nanochat.env import get_base_dir, get_dist_info, print0
+from nanochat.env import get_base_dir, get_dist_info, is_system_error, print0
 from nanochat.files import sha256_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.stages import TRAINED
@@ -75,6 +75,8 @@ def load_checkpoint(folder: Path, step: int | None = None, with_optimizer: bool 
         try:
             return _read(path, with_optimizer)
         except DAMAGED as error:
+            if is_system_error(error):  # it may be whole: an older one in its place would lose steps without need
+                raise
             problems.append(f"{path}: {error}")
             print0(f"warning: damaged checkpoint skipped: {problems[-1]}")
     raise RuntimeError("damaged checkpoint: " + "; ".join(problems))
@@ -154,8 +156,9 @@ def choose_tag(source: str, model_tag: str | None = None) -> tuple[Path, str]:
                 f"no {source} checkpoint with tag {model_tag!r} in {root}: train it with `{command}`"
             )
         return root / model_tag, "asked for"
-    # A run that a fresh start has moved aside is taken only when it is named.
-    tags = [p for p in root.iterdir() if p.suffix != ".old" and saved_steps(p)] if root.is_dir() else []
+    # A run that a fresh start has moved aside is taken only when it is named, one that has just begun not at all.
+    found = [p for p in root.iterdir() if p.suffix != ".old" and not p.name.startswith(".")] if root.is_dir() else []
+    tags = [p for p in found if saved_steps(p)]
     if not tags:
         raise FileNotFoundError(
             f"no {source} checkpoint in {root}: train one with `{command}` (or everything: `bash speedrun_p100.sh`)"

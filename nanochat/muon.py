@@ -102,7 +102,9 @@ def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Te
     update = update.to(second_moment.dtype)
     over = -1 if second_moment.shape[-1] == 1 else -2
     square = update.square().mean(over, keepdim=True)  # (N, R, 1) or (N, 1, C)
-    averaged = second_moment.lerp(square, 1 - beta2)
+    # A matrix without an update (see `MuonStack.look_ahead`) keeps its moment, too.
+    alive = (square.amax((-2, -1), keepdim=True) != 0).to(square.dtype)  # (N, 1, 1)
+    averaged = second_moment.lerp(square, (1 - beta2) * alive)
     scale = averaged.clamp_min(1e-10).rsqrt()
     before = square.sum((-2, -1), keepdim=True)  # (N, 1, 1), squared norm up to a constant
     after = (square * scale.square()).sum((-2, -1), keepdim=True).clamp_min(1e-10)
@@ -193,11 +195,17 @@ class MuonStack:
         self.apply([self.own[i] for i in self.active], self.update)
 
     def look_ahead(self, grad: Tensor, momentum: Tensor) -> Tensor:
-        """Nesterov's momentum (K, R, C); overwrites grad and the momentum, and needs no memory."""
+        """Nesterov's momentum (K, R, C); overwrites grad and the momentum, and needs no memory.
+
+        A matrix whose gradient is exactly 0 keeps its momentum, and gets no update: 0.
+        """
+        # Orthogonalised momentum has the same size however small it is: without a signal it would go on moving the
+        # matrix as far as before, for ever. As numbers, and not as a choice of matrices: no host sync.
+        alive = (torch.linalg.vector_norm(grad, float("inf"), dim=(-2, -1), keepdim=True) != 0).to(grad.dtype)  # K,1,1
         # Before orthogonalising, not after: the average of gradients is what has meaningful singular directions; a mean
         # of orthogonal matrices would not be orthogonal any more.
-        momentum.lerp_(grad, 1 - self.group["momentum"])
-        return grad.lerp_(momentum, self.group["momentum"])
+        momentum.lerp_(grad, (1 - self.group["momentum"]) * alive)
+        return grad.lerp_(momentum, self.group["momentum"] * alive)
 
     def direction(self, update: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The orthogonalised update (K, R, C); overwrites the second moment when all else is done."""

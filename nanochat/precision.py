@@ -175,6 +175,8 @@ class StepResult:
     grad_norm: float
     retry: bool = False
     """Skipped because the scaled gradients overflowed: the same batch can succeed at the scale that is set now."""
+    without_signal: bool = False
+    """No update was made, since every gradient is exactly 0: the batch had nothing to learn from."""
 
 
 class Precision:
@@ -246,6 +248,9 @@ class Precision:
     ) -> StepResult:
         """Average, unscale, check, clip and apply the gradients: all optimizers on all ranks, or none.
 
+        A gradient that is exactly 0 is not applied. Adam's and Muon's updates do not shrink with it: a step that has
+        nothing to learn from would move the model as far as any other, along the momentum of earlier steps.
+
         Args:
             optimizers: all of the run.
             grad_clip: the largest global norm of the gradient; None doesn't clip.
@@ -270,7 +275,8 @@ class Precision:
         scaled_norm, bad_gradient, *rest = torch.cat([norm[None], bad]).tolist()
         bad_loss, finite = any(rest), not (bad_gradient or any(rest))
         scale = self.scaler.get_scale()
-        if finite:
+        without_signal = finite and scaled_norm == 0.0
+        if finite and not without_signal:
             # Unscaling and clipping are both a factor on every gradient. As one number it is multiplied in where the
             # optimizer reads the gradients anyway, without a pass over memory of its own.
             multiplier = 1.0 / scale
@@ -278,12 +284,12 @@ class Precision:
                 multiplier = grad_clip / scaled_norm
             for optimizer in optimizers:
                 optimizer.step(multiplier)
-        if not bad_loss:
+        if not (bad_loss or without_signal):  # what says nothing about overflow leaves the scale alone
             self.scaler.found_inf(not finite)
             self.scaler.update()
         self._count(finite, "loss" if bad_loss else "gradient")
         retry = not finite and not bad_loss and self.scaler.is_enabled()
-        return StepResult(not finite, scaled_norm / scale, retry)
+        return StepResult(not finite, scaled_norm / scale, retry, without_signal)
 
     def _count(self, finite: bool, what: str) -> None:
         self.skipped += not finite

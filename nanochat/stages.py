@@ -43,5 +43,12 @@ STAGES = {
         StageNames("answer"),
     )
 }
+
+
+def pending_name(tag: str) -> str:
+    """The folder, beside that of `tag`, in which a fresh start trains while an older run still has the tag's."""
+    return f".{tag}.new"
+
+
 # The stages that train, by the source of their models: base, mid, sft, rl.
 TRAINED = {stage.source: stage for stage in STAGES.values() if stage.folder}

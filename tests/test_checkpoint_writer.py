@@ -46,6 +46,45 @@ def test_a_finished_run_whose_last_is_best_keeps_only_that(tmp_path):
     assert cm.saved_steps(tmp_path) == [3]
 
 
+@pytest.mark.parametrize("record", [{"val_goal": "highest"}, {"pass@1": 0.5}])
+def test_of_shares_of_problems_solved_the_highest_is_the_best(tmp_path, record):
+    for step, val in ((60, 0.10), (120, 0.55), (180, 0.30), (240, 0.20), (300, 0.25)):
+        meta = {"complete": False, "state": {"val": val}, **record}
+        cw.write_snapshot(tmp_path, cw.Snapshot(step, {"w": torch.zeros(1)}, {"o": torch.zeros(1)}, meta), Keep(2))
+    assert cm.saved_steps(tmp_path) == [120, 240, 300]
+
+
+def test_a_value_that_is_no_number_is_never_the_best(tmp_path):
+    for step, val in ((1, float("nan")), (2, 2.0), (3, float("-inf")), (4, 3.0), (5, 3.0)):
+        write(tmp_path, step, Keep(last=1), val=val)
+    assert cm.saved_steps(tmp_path) == [2, 5]
+
+
+def test_nothing_is_dropped_while_records_cannot_be_read(tmp_path, monkeypatch):
+    for step, val in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        write(tmp_path, step, Keep(None), val=val)
+
+    def no_files(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr("nanochat.checkpoint.keep.read_meta", no_files)
+    write(tmp_path, 4, Keep(1), val=4.0)
+    assert cm.saved_steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_an_error_of_the_system_is_not_taken_for_damage(tmp_path, monkeypatch, capsys):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+
+    def no_permission(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(cm, "load_file", no_permission)
+    with pytest.raises(PermissionError):
+        cm.load_checkpoint(tmp_path)
+    assert "damaged" not in capsys.readouterr().out
+
+
 def test_the_same_step_again_replaces_it(tmp_path):
     write(tmp_path, 5)
     write(tmp_path, 5, complete=True)

@@ -237,6 +237,26 @@ def test_batched_equals_one_by_one(extra, monkeypatch):
         assert (a - c).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("extra", [{}, EVERYTHING | {"weight_decay": 0.0}], ids=["classic", "everything"])
+def test_a_gradient_of_exactly_zero_moves_nothing(extra):
+    """Orthogonalised momentum is as long after a step without a signal as with one: it must not be applied."""
+    still, alone = parameters((12, 20), (12, 20)), parameters((12, 20), (12, 20))
+    optimizers = [MuonAdamW([{"kind": "muon", "params": params, **extra}]) for params in (still, alone)]
+    for step in range(5):
+        for params in (still, alone):
+            set_gradients(params, step)
+        if step in (2, 3):
+            still[0].grad.zero_()
+            alone[0].grad = None  # the same as no gradient at all: momentum and second moment stay, too
+        before = [p.detach().clone() for p in still]
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(still[0], before[0]) == (step in (2, 3))
+        assert not torch.equal(still[1], before[1])
+    for a, b in zip(still, alone, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
 # --- the class
 
 

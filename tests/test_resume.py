@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from nanochat.checkpoint.saver import pending_folder
 from nanochat.checkpoint_manager import checkpoint_folder, load_model, save_checkpoint, saved_steps
 from nanochat.train.resume import differences, find_resume, run_lock, saved_dtype
 
@@ -50,11 +51,11 @@ def test_another_model_to_start_from_is_refused_and_another_tokenizer_always(bas
     assert "--force" not in str(refused.value)
 
 
-def test_a_finished_run_is_given_back_if_it_is_the_same_else_moved_aside(base_dir):
+def test_a_finished_run_is_given_back_if_it_is_the_same_else_left_alone(base_dir):
     save(base_dir / "t", complete=True)
     assert find(base_dir / "t").meta["complete"]
     assert find(base_dir / "t", inputs={**INPUTS, "model": "m2"}) is None
-    assert saved_steps(base_dir / "t.old") == [5]
+    assert saved_steps(base_dir / "t") == [5]  # nothing is moved before the new run has a checkpoint
 
 
 def test_never_starts_over_but_not_when_torchrun_restarts_the_same_run(base_dir, monkeypatch):
@@ -63,7 +64,32 @@ def test_never_starts_over_but_not_when_torchrun_restarts_the_same_run(base_dir,
     assert find(base_dir / "t", resume="never").meta["step"] == 5
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert find(base_dir / "t", resume="never") is None
-    assert saved_steps(base_dir / "t") == []
+    assert saved_steps(base_dir / "t") == [5]
+
+
+def test_torchrun_restarts_a_fresh_start_that_had_no_checkpoint_yet_from_the_beginning(base_dir, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "before")
+    save(base_dir / "t")
+    meta = {"complete": True, "config": CONFIG, "inputs": INPUTS, "launch": "before", "state": {}}
+    save_checkpoint(base_dir / "t", 9, {"w": torch.ones(2)}, None, meta)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find(base_dir / "t", resume="never").meta["step"] == 9  # its own, from before the restart
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "now")
+    assert find(base_dir / "t", resume="never") is None
+    assert find(base_dir / "t").meta["step"] == 9
+
+
+def test_a_fresh_start_has_the_tag_from_its_first_checkpoint_on(base_dir, capsys):
+    folder, pending = base_dir / "t", pending_folder(base_dir / "t")
+    save(folder, complete=True)
+    save(base_dir / "t.old", step=1)
+    with run_lock(folder):
+        pending.mkdir()  # begun, and killed before it had a checkpoint
+    assert (saved_steps(folder), saved_steps(base_dir / "t.old"), pending.exists()) == ([5], [1], False)
+    save(pending, step=2)  # killed after the first one
+    with run_lock(folder):
+        assert (saved_steps(folder), saved_steps(base_dir / "t.old"), pending.exists()) == ([2], [5], False)
+    assert "the one before is t.old" in capsys.readouterr().out
 
 
 def test_a_resume_keeps_the_dtype(base_dir):

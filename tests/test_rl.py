@@ -1,18 +1,28 @@
 """Reinforcement learning: the loss is the policy gradient, rewards rise, and a killed run goes on exactly."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, save_checkpoint
+from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, save_checkpoint, saved_steps
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, parse_config
 from nanochat.data.loader import Batch
-from nanochat.engine import Engine
+from nanochat.engine import Engine, row_seed
 from nanochat.scoring import pass_at_k
 from nanochat.train.rl import RLConfig, RLTasks, evaluate_pass_at_k, policy_loss, reinforce
-from nanochat.train.rollouts import Rollout, RolloutConfig, RolloutLoader, attempt_problems, group_advantages, to_rows
+from nanochat.train.rollouts import (
+    MAX_TRIES,
+    FittingProblems,
+    Rollout,
+    RolloutConfig,
+    RolloutLoader,
+    attempt_problems,
+    group_advantages,
+    to_rows,
+)
 from nanochat.train.tracking import METRICS_FILE
 from nanochat.train.trainer import Trainer
 from scripts import chat_rl
@@ -42,6 +52,7 @@ class SayVowels:
 
 
 TASKS = RLTasks(SayVowels(), SayVowels(8))
+SMALL = {"examples_per_step": 1, "num_samples": 2, "max_new_tokens": 2, "eval_examples": 2, "eval_samples": 1}
 
 
 def config(**changes):
@@ -78,11 +89,11 @@ def metrics(name):
     return [record[name] for record in map(json.loads, lines) if name in record]
 
 
-def make_loader(model, tokenizer, state=None, micro_batches=1, **settings):
-    compute = setup_compute(CPU)
+def make_loader(model, tokenizer, state=None, micro_batches=1, task=TASKS.train, ranks=(0, 1), **settings):
+    compute = replace(setup_compute(CPU), rank=ranks[0], world_size=ranks[1])
     cfg = RolloutConfig(**({"examples_per_step": 3, "num_samples": 4, "max_new_tokens": 6} | settings))
     state = json.loads(json.dumps(state))
-    return RolloutLoader(model, tokenizer, TASKS.train, compute, cfg, micro_batches=micro_batches, state=state)
+    return RolloutLoader(model, tokenizer, task, compute, cfg, micro_batches=micro_batches, state=state)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -134,7 +145,7 @@ def attempts(monkeypatch, engine, prompt, count):
     """Answers to a prompt of ids."""
     monkeypatch.setattr(engine.tokenizer, "render_for_completion", lambda problem: prompt)
     cfg = RolloutConfig(max_new_tokens=8)
-    return attempt_problems(engine, engine.tokenizer, TASKS.train, [TASKS.train[0]], count, cfg, seed=3)[0]
+    return attempt_problems(engine, engine.tokenizer, TASKS.train, [TASKS.train[0]], count, cfg, [3])[0]
 
 
 def test_an_answer_ends_with_a_chosen_end_unless_it_was_cut(tiny_model, tiny_tokenizer, monkeypatch):
@@ -186,11 +197,105 @@ def test_an_epoch_shows_every_problem_once(tiny_model, tiny_tokenizer):
     seen = []
     for rollout in range(5):
         loader._rollouts = rollout
-        seen += loader._problems(0)
+        seen += [loader._problem(place, 0) for place in range(4)]
     assert sorted(seen) == list(range(20))
 
 
+def answers_of(loader):
+    """The answers of the next rollout as (tokens, learned, advantage), in some fixed order."""
+    x, y, _, extras = next(loader)
+    rows = zip(x.tolist(), y.tolist(), extras["advantage"].tolist(), strict=True)
+    return sorted(([t for t in a if t], [t for t in b if t >= 0], c) for a, b, c in rows if max(b) >= 0)
+
+
+def test_answers_do_not_depend_on_the_number_of_ranks(tiny_model, tiny_tokenizer):
+    alone = make_loader(tiny_model, tiny_tokenizer, examples_per_step=4)
+    pair = [make_loader(tiny_model, tiny_tokenizer, examples_per_step=4, ranks=(rank, 2)) for rank in range(2)]
+    for _ in range(2):
+        whole = answers_of(alone)
+        assert whole == sorted(answers_of(pair[0]) + answers_of(pair[1]))
+        assert len(whole) >= 8
+
+
+class Judged(SayVowels):
+    """Problems whose even ones fill a context of 128, judged by a rule for (number of the problem, answer)."""
+
+    def __init__(self, rule, too_long=True):
+        super().__init__(8)
+        self.rule, self.too_long = rule, too_long
+
+    def __getitem__(self, i):
+        content = "word " * 80 if self.too_long and i % 2 == 0 else f"{i}"
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}], "n": i}
+
+    def reward(self, problem, completion):
+        return float(self.rule(problem["n"], completion))
+
+
+def test_problems_that_do_not_fit_are_left_out_with_a_count(tiny_tokenizer, capsys):
+    problems = FittingProblems(Judged(lambda n, text: n), tiny_tokenizer, 128)
+    assert [problem["n"] for problem in problems] == [1, 3, 5, 7]
+    assert problems.reward(problems[1], "") == 3.0
+    assert "SayVowels: 4 of 8 problems do not fit into the model's context of 128 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no problem of SayVowels leaves room"):
+        FittingProblems(SayVowels(), tiny_tokenizer, 3)
+    with pytest.raises(ValueError, match="has no problems"):
+        FittingProblems(SayVowels(0), tiny_tokenizer, 128)
+
+
+def test_a_problem_that_does_not_fit_or_teaches_nothing_is_replaced(tiny_model, tiny_tokenizer):
+    task = Judged(lambda n, text: n == 5 or (n == 7 and "e" in text))  # only 7 ever teaches
+    loader = make_loader(tiny_model, tiny_tokenizer, task=task, examples_per_step=1)
+    shares, redrawn = [], []
+    for _ in range(8):
+        answers = answers_of(loader)
+        assert (not answers) == (loader.metrics["useful_share"] == 0)
+        shares.append(loader.metrics["useful_share"])
+        redrawn.append(loader.metrics["problems_redrawn"])
+    assert 0 < sum(share > 0 for share in shares) < 8  # nothing is learned where all tries are in vain: no error
+    assert max(redrawn) == MAX_TRIES - 1
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_without_signal_moves_nothing_and_the_run_says_so(saved_sft, tiny_model, monkeypatch, capsys):
+    """All answers have the same reward: the gradient is 0, and neither Muon's nor Adam's momentum is applied."""
+    monkeypatch.setattr(SayVowels, "reward", lambda self, problem, completion: 0.0)
+    checkpoint = train(num_iterations=11, **SMALL)
+    assert metrics("grad_norm") == [0.0] * 11
+    assert metrics("share_without_signal") == [1.0] * 11
+    assert all(torch.equal(value, checkpoint.model[name]) for name, value in tiny_model.state_dict().items())
+    assert "steps had nothing to learn from and were not made: choose an easier --task" in capsys.readouterr().out
+
+
+def test_a_run_on_a_context_that_few_problems_fit_ends_well(saved_sft, capsys):
+    tasks = RLTasks(Judged(lambda n, text: "e" in text), Judged(lambda n, text: "e" in text))
+    reinforce(config(num_iterations=4, **SMALL), lambda meta: tasks)
+    assert load_checkpoint(checkpoint_folder("rl", "d2")).meta["complete"]
+    assert capsys.readouterr().out.count("4 of 8 problems do not fit") == 2  # training and held-out ones
+
+
+def test_the_best_checkpoint_of_a_run_stays(saved_sft, monkeypatch):
+    scores = iter([0.1, 0.2, 0.6, 0.3, 0.4, 0.1, 0.1])
+    monkeypatch.setattr("nanochat.train.rl.evaluate_pass_at_k", lambda *_: {"pass@1": next(scores)})
+    train(num_iterations=6, eval_every=1, save_every=1, keep_last=1, **SMALL)
+    assert saved_steps(checkpoint_folder("rl", "d2")) == [2, 6]
+    meta = load_checkpoint(checkpoint_folder("rl", "d2")).meta
+    assert (meta["val_goal"], meta["state"]["best_val"], meta["recipe"]) == ("highest", 0.6, "classic")
+
+
+@pytest.mark.parametrize(("rows", "samples"), [(8, 8), (1, 4)])
+def test_an_evaluation_does_not_depend_on_the_batch_or_the_ranks(
+    tiny_model, tiny_tokenizer, monkeypatch, rows, samples
+):
+    cfg, compute = config(eval_examples=8, eval_samples=samples), setup_compute(CPU)
+    expected = evaluate_pass_at_k(cfg, tiny_model, tiny_tokenizer, TASKS.val, compute)
+    monkeypatch.setattr("nanochat.train.rl.EVAL_ROWS", rows)
+    assert evaluate_pass_at_k(cfg, tiny_model, tiny_tokenizer, TASKS.val, compute) == expected
+    parts = [replace(compute, rank=rank, world_size=2) for rank in range(2)]
+    halves = [evaluate_pass_at_k(cfg, tiny_model, tiny_tokenizer, TASKS.val, part) for part in parts]
+    assert {name: halves[0][name] + halves[1][name] for name in expected} == pytest.approx(expected)
 
 
 def test_rewards_rise(saved_sft):
@@ -233,7 +338,8 @@ def test_pass_at_k_agrees_with_sampling_by_hand(tiny_model, tiny_tokenizer):
     assert list(scores.values()) == sorted(scores.values())
     rows = [tiny_tokenizer.render_for_completion(p) for p in (TASKS.val[i] for i in range(8)) for _ in range(8)]
     engine = Engine(tiny_model, tiny_tokenizer)
-    answers, _ = engine.generate_prompts(rows, 6, temperature=1.0, seed=CPU.seed, keep_end=True)
+    seeds = [row_seed(f"{CPU.seed}/{i}", n) for i in range(8) for n in range(8)]
+    answers, _ = engine.generate_prompts(rows, 6, temperature=1.0, seeds=seeds, keep_end=True)
     right = [
         TASKS.val.reward({}, tiny_tokenizer.decode(ids[len(row) :])) for ids, row in zip(answers, rows, strict=True)
     ]

@@ -1,5 +1,6 @@
 """The training loop: it learns, micro-batches don't matter, and a killed run goes on exactly."""
 
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 from nanochat.checkpoint import saver as saving
 from nanochat.checkpoint import writer as checkpoint_writer
+from nanochat.checkpoint.saver import pending_folder
 from nanochat.checkpoint_manager import load_checkpoint, rng_state, saved_steps
 from nanochat.common import setup_compute
 from nanochat.config import Runtime
@@ -24,7 +26,7 @@ from nanochat.precision import NonFiniteError
 from nanochat.recipe import Schedule, parameter_groups
 from nanochat.signals import EXIT_STOPPED
 from nanochat.train import compiling
-from nanochat.train.resume import find_resume, saved_dtype
+from nanochat.train.resume import find_resume, run_lock, saved_dtype
 from nanochat.train.tracking import METRICS_FILE
 from nanochat.train.trainer import Trainer, TrainSettings
 
@@ -49,7 +51,7 @@ class CountingData:
         return {"n": self.n}
 
 
-def make(folder, steps=8, rows=4, accum=1, dtype="float32", n=0, **settings):
+def make(folder, steps=8, rows=4, accum=1, dtype="float32", n=0, replaces=None, **settings):
     compute = setup_compute(Runtime(device_type="cpu", dtype=dtype, seed=5))
     model = GPT(GPTConfig(T, VOCAB, 2, 2, 1, 32))
     model.init_weights()
@@ -64,6 +66,7 @@ def make(folder, steps=8, rows=4, accum=1, dtype="float32", n=0, **settings):
             schedule=Schedule(num_iterations=steps), grad_accum_steps=accum, grad_clip=1.0, **settings
         ),
         folder=folder,
+        replaces=replaces,
         meta={"config": {"steps": steps}},
     )
 
@@ -145,11 +148,80 @@ def test_an_unfinished_run_with_other_settings_is_refused_by_name(base_dir):
     assert find_resume(base_dir / "t", {"steps": 9}, "auto", {"steps"}) is not None
 
 
-def test_a_fresh_start_keeps_the_old_run_aside(base_dir):
-    make(base_dir / "t", steps=2).run()
-    assert find_resume(base_dir / "t", {}, "auto", set()) is None  # complete: train again
-    assert saved_steps(base_dir / "t") == []
-    assert saved_steps(base_dir / "t.old") == [2]
+def test_a_fresh_start_moves_the_old_run_aside_with_its_first_checkpoint(base_dir):
+    folder, pending = base_dir / "t", pending_folder(base_dir / "t")
+    make(folder, steps=2).run()
+    assert find_resume(folder, {}, "auto", set()) is None  # complete: train again
+    trainer = make(pending, steps=6, replaces=folder, save_every=3)
+    seen, original = [], trainer.train_step
+
+    def train_step():
+        trainer.saver.writer.wait()  # as on a fast disk
+        seen.append((saved_steps(folder), saved_steps(base_dir / "t.old")))
+        return original()
+
+    trainer.train_step = train_step
+    trainer.run()
+    assert seen[:4] == [([2], [])] * 4  # the fourth step follows the first save
+    assert seen[4:] == [([3], [2])] * 2  # and at its end the tag is the new run's
+    assert (saved_steps(folder), saved_steps(base_dir / "t.old"), pending.exists()) == ([6], [2], False)
+    assert len(losses(folder)) == 6  # the whole log has moved along
+
+
+def test_a_run_that_dies_before_its_first_checkpoint_costs_nothing(base_dir):
+    folder = base_dir / "t"
+    make(folder, steps=2).run()
+    before = load_checkpoint(folder).model
+    trainer = make(pending_folder(folder), steps=6, replaces=folder)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.fill_(float("nan"))
+    with run_lock(folder), pytest.raises(NonFiniteError, match="there is no checkpoint of this run yet"):
+        trainer.run()
+    assert all(torch.equal(before[name], value) for name, value in load_checkpoint(folder).model.items())
+    assert sorted(path.name for path in base_dir.iterdir() if path.is_dir()) == ["t"]
+
+
+class _Mute(CountingData):
+    """Only every `heard`-th batch has targets, if any; the gradients of a step on another are exactly 0."""
+
+    def __init__(self, rows, heard=None):
+        super().__init__(rows)
+        self.heard = heard
+
+    def __next__(self):
+        x, y = super().__next__()
+        return x, (y if self.heard and (self.n // self.rows - 1) % self.heard == 0 else y.fill_(-1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_step_without_a_target_moves_nothing_and_is_counted(base_dir, capsys, dtype):
+    trainer = make(base_dir / "t", steps=6, dtype=dtype, accum=1)
+    trainer.loader = _Mute(4, heard=2)
+    states, original = [], trainer.train_step
+
+    def train_step():
+        states.append([p.detach().clone() for p in trainer.model.parameters()])
+        return original()
+
+    trainer.train_step = train_step
+    trainer.run()
+    states.append([p.detach() for p in trainer.model.parameters()])
+    still = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(states)]
+    assert still == [False, True] * 3
+    assert (trainer.state.step, trainer.state.without_signal) == (6, 3)
+    assert all(loss == loss for loss in losses(base_dir / "t"))
+    assert load_checkpoint(base_dir / "t").meta["state"]["without_signal"] == 3
+    assert "had nothing to learn from" not in capsys.readouterr().out  # no more than half
+
+
+def test_a_run_that_mostly_has_no_signal_says_what_to_do(base_dir, capsys):
+    trainer = make(base_dir / "t", steps=25)
+    trainer.loader = _Mute(4)
+    trainer.no_signal_advice = "take another task"
+    trainer.run()
+    out = capsys.readouterr().out
+    assert "warning: 10 of 10 steps had nothing to learn from and were not made: take another task" in out
+    assert out.count("had nothing to learn from") == 2  # at 10 steps and at 20
 
 
 def test_a_nan_stops_the_run_and_names_the_layer(base_dir):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from nanochat.checkpoint.format import DAMAGED, read_meta, saved_steps, step_folder
+from nanochat.env import is_system_error
+
+Goal = Literal["lowest", "highest"]
+"""The better of two validation values: of a loss the lower one, of a share of problems solved the higher one."""
 
 
 @dataclass(frozen=True)
 class Keep:
-    """The checkpoints to keep: the `last` so many, the one of the lowest validation loss, and every `every` steps.
+    """The checkpoints to keep: the `last` so many, the one with the best validation value, and every `every` steps.
 
-    None as `last` keeps all. The validation loss of an unfinished checkpoint is the last one measured before it.
+    None as `last` keeps all. The value of an unfinished checkpoint is the last one measured before it; its record says
+    which values are better (`goal_of`).
     """
 
     last: int | None = 2
@@ -23,24 +31,33 @@ class Keep:
     best: bool = True
 
 
+def goal_of(meta: Mapping[str, Any]) -> Goal:
+    """Whether the lowest or the highest validation value is the best, by a checkpoint's record."""
+    # Checkpoints of reinforcement learning had no such entry at first; what they were measured by is there.
+    goal: Goal = meta.get("val_goal") or ("highest" if "pass@1" in meta else "lowest")
+    return goal
+
+
 def dropped_steps(folder: Path, keep: Keep) -> list[int]:
     """Return the saved steps that `keep` does not keep, ascending. Of its last ones a finished run keeps one."""
     steps = saved_steps(folder)
     if keep.last is None or not steps:
         return []
-    losses, complete = {}, False
+    badness, complete = {}, False
     for step in steps:
         try:
             meta = read_meta(step_folder(folder, step))
-        except DAMAGED:
+        except DAMAGED as error:
+            if is_system_error(error):  # nothing is known of its value: it may be the best
+                return []
             continue
         complete = bool(meta.get("complete"))
-        loss = (meta.get("state") or {}).get("val")
-        if loss is not None:
-            losses[step] = loss
+        value = (meta.get("state") or {}).get("val")
+        if value is not None and math.isfinite(value):
+            badness[step] = -value if goal_of(meta) == "highest" else value
     kept = set(steps[-1:] if complete else steps[-keep.last :])
-    if keep.best and losses:
-        kept.add(min(losses, key=lambda step: (losses[step], -step)))
+    if keep.best and badness:
+        kept.add(min(badness, key=lambda step: (badness[step], -step)))  # of equals the newest
     return [step for step in steps if step not in kept and not (keep.every and step % keep.every == 0)]
 
 

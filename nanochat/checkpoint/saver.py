@@ -1,5 +1,8 @@
 """Decides when a run saves, and what happens when the disk can't take it: the policy above checkpoint/writer.py.
 
+A fresh start over an older run trains beside it, in the folder `.<tag>.new`. With its first checkpoint it takes the
+tag's folder, and the older run moves to `<tag>.old`: until then the tag is the older model's, whatever happens.
+
 All ranks decide the same, by `Compute.any_rank`. A checkpoint that can't be written does not stop the training: it is
 tried again later, and a finished model waits for room.
 """
@@ -7,6 +10,8 @@ tried again later, and a finished model waits for room.
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +23,9 @@ from nanochat.checkpoint.keep import Keep
 from nanochat.checkpoint.writer import CheckpointWriter, Snapshot, clean_leftovers
 from nanochat.common import Compute
 from nanochat.env import print0
+from nanochat.files import fsync_folder
 from nanochat.signals import Stopped
+from nanochat.stages import pending_name
 
 RETRY_SECONDS = 30.0  # after a checkpoint that could not be written
 WORTH_SAVING = 60.0  # seconds of training that a checkpoint before the last evaluation is worth
@@ -38,6 +45,26 @@ class SaveSettings:
     """Time for which the finished model waits for room on the disk."""
 
 
+def pending_folder(folder: Path) -> Path:
+    """Where a fresh start trains while an older run has the tag's `folder`."""
+    return folder.with_name(pending_name(folder.name))
+
+
+def take_over(pending: Path, folder: Path) -> None:
+    """Make `pending` the tag's `folder`; the run that was there moves to `<tag>.old`, and what was there is removed."""
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.exists():  # not after a kill between the last two renames
+        trash = folder.with_name(f".{folder.name}.trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        if old.exists():
+            os.replace(old, trash)
+        os.replace(folder, old)
+        shutil.rmtree(trash, ignore_errors=True)
+    os.replace(pending, folder)
+    fsync_folder(folder.parent)
+    print0(f"{folder.name}: this run has the tag now, the one before is {old.name}")
+
+
 class Saver:
     """Keeps the checkpoints of one run in `folder`."""
 
@@ -49,6 +76,8 @@ class Saver:
         settings: SaveSettings,
         snapshot: Callable[[bool, int], Snapshot],
         run_seconds: float | None,
+        moved: Callable[[Path], None],
+        replaces: Path | None = None,
     ) -> None:
         """Nothing is written yet.
 
@@ -59,7 +88,10 @@ class Saver:
             settings: how often, and what stays.
             snapshot: a copy of the run's state, given whether the run is complete and the number of the attempt.
             run_seconds: how long the run is to be, where that is known.
+            moved: called on every rank with the folder's new place.
+            replaces: the folder of an older run, whose place `folder` takes with the first checkpoint.
         """
+        self.replaces, self._moved = replaces, moved
         self.label, self.folder, self.compute, self.settings = label, folder, compute, settings
         self._snapshot = snapshot
         self.writer = CheckpointWriter(folder, Keep(settings.keep_last, settings.keep_every))
@@ -78,12 +110,16 @@ class Saver:
         now = time.monotonic()
         # Clocks and disks differ between ranks; all must take the same branch, or one waits in a collective for ever.
         due = now - self._last_save >= self._between or (self._retry_at is not None and now >= self._retry_at)
-        stopping, due, busy, failed = self.compute.any_rank(
-            stop_requested, due and self.compute.rank == 0, self.writer.busy, self.writer.error is not None
+        first = self.compute.rank == 0
+        written = first and self.replaces is not None and self._saves > 0 and bool(saved_steps(self.folder))
+        stopping, due, busy, failed, written = self.compute.any_rank(
+            stop_requested, due and first, self.writer.busy, self.writer.error is not None, written
         )
         due = due or self._owed or bool(self.settings.save_every and step % self.settings.save_every == 0)
         if failed:
             self._has_failed()
+        if written and not busy:
+            self._take_over()
         if stopping:
             saved = self.save(complete=False)
             print0(f"{self.label}: stopped at step {step}" + (", saved" if saved else ", NOT saved"))
@@ -116,7 +152,19 @@ class Saver:
         (failed,) = self.compute.any_rank(self.writer.error is not None)
         if failed:
             self._has_failed()
+        elif self.replaces is not None:
+            self._take_over()
         return not failed
+
+    def _take_over(self) -> None:
+        """Take the older run's place; no rank is writing."""
+        assert self.replaces is not None
+        if self.compute.rank == 0:
+            take_over(self.folder, self.replaces)
+        self.folder, self.replaces = self.replaces, None
+        self.writer.folder = self.folder
+        self._moved(self.folder)
+        self.compute.any_rank(False)  # a barrier: no rank writes before the folder is there
 
     def before_the_end(self) -> None:
         """Begin to save before the last evaluation, so that its failure costs no training."""

@@ -20,7 +20,7 @@ from nanochat.progress import format_seconds
 from nanochat.report.metrics_log import read_metrics
 from nanochat.report.plots import thin
 from nanochat.report.run_data import METRICS_FILE, is_number, read_json
-from nanochat.stages import STAGES
+from nanochat.stages import STAGES, pending_name
 
 LOG_LINES, LOG_BYTES = 4, 8192
 QUIET_SECONDS = 120.0  # after which a stage that writes nothing is worth a word
@@ -141,7 +141,8 @@ class Watcher:
         found = list((self.base_dir / folder).glob(f"*/{METRICS_FILE}"))
         tags = [flag.partition("=")[2] for flag in mark.get("flags", []) if str(flag).startswith("--model_tag=")]
         if mark.get("state") == "started" and tags:
-            return self.base_dir / folder / tags[-1] / METRICS_FILE
+            pending = self.base_dir / folder / pending_name(tags[-1]) / METRICS_FILE
+            return pending if pending.exists() else self.base_dir / folder / tags[-1] / METRICS_FILE
         return max(found, key=_modified, default=None)
 
     def _written(self, stage: str, mark: Mapping[str, Any]) -> float:

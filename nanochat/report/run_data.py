@@ -123,7 +123,7 @@ def read_run(folder: Path, header: Mapping[str, Any], sections: Sequence[Mapping
 
 
 def _read_stage(source: str, title: str, section: Mapping[str, Any], folder: Path) -> StageRun | None:
-    logs = {path.parent.name: path for path in folder.glob(f"*/{METRICS_FILE}")}
+    logs = {path.parent.name: path for path in folder.glob(f"[!.]*/{METRICS_FILE}")}
     settings = next((item for item in section.get("data", []) if isinstance(item, dict)), {})
     tag = settings.get("model_tag") or (f"d{settings['depth']}" if "depth" in settings else None)
     if tag not in logs and logs:

@@ -57,6 +57,11 @@ class FinetuneConfig(StageConfig):
     eval_batches: int = 20
     """Batches per evaluation."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_seq_len is not None and self.max_seq_len < 2:
+            raise ValueError(f"--max_seq_len must be at least 2, got {self.max_seq_len}: a token predicts the next one")
+
 
 @dataclass(frozen=True)
 class FinetuneStage:
@@ -168,6 +173,8 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
         compute, tokenizer = run.compute, start.tokenizer
         model_config = GPTConfig.from_dict(start.checkpoint.meta["model_config"])
         sequence_len = min(cfg.max_seq_len or model_config.sequence_len, model_config.sequence_len)
+        if cfg.max_seq_len is not None and cfg.max_seq_len > sequence_len:
+            print0(f"warning: --max_seq_len={cfg.max_seq_len} is lowered to {sequence_len}, the model's context")
         budget = plan_budget(cfg, model_config, compute, saved_meta(run.folder, cfg.resume))
         data = load_data(budget)
         inputs = start.inputs(conversations=sample_hash(data.train))
@@ -181,7 +188,7 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
         position = checkpoint.meta["loader"] if checkpoint else None
         loader = make_loader(cfg, compute, data.train, tokenizer, rows, sequence_len, position)
         epoch_tokens = max(1, loader.rows_per_epoch * sequence_len)
-        schedule = make_schedule(cfg, loader.rows_per_epoch * sequence_len / batch.total_tokens)
+        schedule = make_schedule(cfg, loader.rows_per_epoch * sequence_len / batch.total_tokens, start.preset)
         print0(f"{stage.name}: data {data.name}, one epoch is {loader.forecast}")
         print0(f"{stage.name}: {describe_horizon(schedule)}, {batch.total_tokens:,} tokens per step")
         if batch.total_tokens > epoch_tokens:

@@ -148,6 +148,8 @@ class PretrainConfig(RunConfig, PretrainSettings):
         super().__post_init__()
         if self.depth < 1:
             raise ValueError(f"--depth must be at least 1, got {self.depth}")
+        if self.max_seq_len < 2:
+            raise ValueError(f"--max_seq_len must be at least 2, got {self.max_seq_len}: a token predicts the next one")
         if self.num_iterations == 0:
             raise ValueError("--num_iterations must be positive, got 0 (leave it out, or -1, for another horizon)")
         if self.target_param_data_ratio is not None and self.target_param_data_ratio == 0:
@@ -441,10 +443,10 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
         "FLOPs per token": plan.flops_per_token,
         "tokens per parameter": state.tokens / plan.num_params,
         "total FLOPs": float(state.tokens * plan.flops_per_token),
-        "share of time waiting for data": loader.wait_seconds / max(state.seconds, 1e-9),
+        "share of time waiting for data": state.waited / max(state.seconds, 1e-9),
         "epochs begun": loader.epoch + 1,
         "share of tokens cropped": loader.counts.cropped_share,
-        "minimum validation bpb": state.min_val,
+        "minimum validation bpb": state.best_val,
         "final validation bpb": state.val,
     }
     run.report("Base model training", trainer, facts, {"val bpb": state.val}, f"val bpb {state.val:.4f}, ")

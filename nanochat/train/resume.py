@@ -13,9 +13,10 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from nanochat.checkpoint.format import DAMAGED, read_meta, saved_steps, step_folder, weights_hash
+from nanochat.checkpoint.saver import pending_folder, take_over
 from nanochat.checkpoint.writer import clean_leftovers
 from nanochat.checkpoint_manager import Checkpoint, load_checkpoint
-from nanochat.env import get_dist_info, print0
+from nanochat.env import get_dist_info, is_system_error, print0
 
 # Settings that change how a run is watched and saved, but not what it computes: a resumed run may have others.
 MAY_CHANGE = {
@@ -49,11 +50,24 @@ def run_lock(folder: Path, needed: bool = True) -> Iterator[None]:
             f"another run is training in {folder}: wait for it, or choose another --model_tag or NANOCHAT_BASE_DIR"
         ) from None
     try:
+        _settle(folder)
         clean_leftovers(folder)
         _barrier()
         yield
     finally:
+        _settle(folder)
         lock.release()
+
+
+def _settle(folder: Path) -> None:
+    """Finish what a fresh start has left beside the tag's folder: its checkpoint takes the tag, or nothing is left."""
+    pending = pending_folder(folder)
+    with contextlib.suppress(OSError):
+        if saved_steps(pending):  # killed between its first checkpoint and the next step
+            clean_leftovers(pending)
+            take_over(pending, folder)
+        elif pending.exists():
+            shutil.rmtree(pending)
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,8 +100,11 @@ def saved_meta(folder: Path, resume: str) -> dict[str, Any] | None:
     """The record of the run in `folder` that `resume` would continue, finished or not; None if there is none."""
     if effective_resume(resume) == "auto":
         for step in reversed(saved_steps(folder)):
-            with contextlib.suppress(*DAMAGED):
+            try:
                 return read_meta(step_folder(folder, step))
+            except DAMAGED as error:
+                if is_system_error(error):
+                    raise
     return None
 
 
@@ -105,9 +122,10 @@ def find_resume(
     inputs: dict[str, Any] | None = None,
     force: bool = False,
 ) -> Checkpoint | None:
-    """The checkpoint to continue in `folder`, or None for a fresh start (an older run there is moved to `<tag>.old`).
+    """The checkpoint to continue in `folder`, or None for a fresh start.
 
-    A finished run of the same settings and inputs is given back too: there is nothing left to train.
+    A finished run of the same settings and inputs is given back too: there is nothing left to train. Any other stays
+    where it is: the new one takes its place with its first checkpoint (see `Saver`), when all that can refuse has.
 
     Args:
         folder: the tag's checkpoint folder.
@@ -124,6 +142,8 @@ def find_resume(
         return None
     if effective_resume(resume) == "auto":
         checkpoint = load_checkpoint(folder, with_optimizer=True)
+        if resume == "never" and checkpoint.meta.get("launch", launch_id()) != launch_id():
+            return None  # torchrun has restarted the ranks before the first checkpoint: this one is of an older run
         changed = differences(checkpoint.meta["config"], config, ignore)
         changed += differences(checkpoint.meta.get("inputs", {}), inputs or {}, set())
         if not changed:
@@ -139,14 +159,12 @@ def find_resume(
                 f"an unfinished run with other settings is in {folder}:{lines}\n"
                 f"use its settings, another --model_tag{remedy}, or --resume=never to start over"
             )
-    _barrier()  # every rank has seen the same folder
-    if get_dist_info()[1] == 0:
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        print0(f"a run was in {folder}: moved to {old.name}")
-    _barrier()
     return None
+
+
+def launch_id() -> str | None:
+    """The name of the torchrun command that has started this process, the same when it restarts it; None without."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def _barrier() -> None:

@@ -21,10 +21,18 @@ from nanochat.common import Compute, print0, print_banner
 from nanochat.data.loader import Batch
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.recipe import recipe_of
 from nanochat.scoring import pass_at_k
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.clock import Clock
-from nanochat.train.rollouts import RewardTask, RolloutConfig, RolloutLoader, Scorer, attempt_problems
+from nanochat.train.rollouts import (
+    FittingProblems,
+    RewardTask,
+    RolloutConfig,
+    RolloutLoader,
+    Scorer,
+    attempt_problems,
+)
 from nanochat.train.samples import print_answers
 from nanochat.train.stage import (
     StageConfig,
@@ -139,19 +147,20 @@ def evaluate_pass_at_k(
     """
     engine, k = Engine(model, tokenizer, compute.precision), cfg.eval_samples
     count = min(cfg.eval_examples, len(task))
-    ks = [n for n in (2**i for i in range(k.bit_length())) if n <= k]
-    totals = torch.zeros(len(ks), dtype=torch.float64)
+    solved = [0] * (k + 1)  # problems by how many of their answers passed: whole numbers add up alike in any order
     mine = list(range(compute.rank, count, compute.world_size))
     per_batch = max(1, EVAL_ROWS // k)
     for first in range(0, len(mine), per_batch):
-        problems = [task[i] for i in mine[first : first + per_batch]]
-        for answers in attempt_problems(engine, tokenizer, task, problems, k, cfg, cfg.runtime.seed + mine[first]):
-            passed = sum(answer.reward >= 1.0 for answer in answers)
-            totals += torch.tensor([pass_at_k(k, passed, n) for n in ks], dtype=torch.float64)
-    totals = totals.float().to(compute.device)
+        chosen = mine[first : first + per_batch]
+        problems, seeds = [task[i] for i in chosen], [f"{cfg.runtime.seed}/{i}" for i in chosen]
+        for answers in attempt_problems(engine, tokenizer, task, problems, k, cfg, seeds):
+            solved[sum(answer.reward >= 1.0 for answer in answers)] += 1
     if compute.ddp:
+        totals = torch.tensor(solved, device=compute.device)
         dist.all_reduce(totals)
-    return {f"pass@{n}": value / count for n, value in zip(ks, totals.tolist(), strict=True)}
+        solved = totals.tolist()
+    ks = [n for n in (2**i for i in range(k.bit_length())) if n <= k]
+    return {f"pass@{n}": sum(pass_at_k(k, c, n) * times for c, times in enumerate(solved)) / count for n in ks}
 
 
 def reinforce(cfg: RLConfig, load_tasks: Callable[[dict[str, Any]], RLTasks]) -> None:
@@ -168,8 +177,10 @@ def reinforce(cfg: RLConfig, load_tasks: Callable[[dict[str, Any]], RLTasks]) ->
     with start_run("rl", cfg, start.tag, clock, start.checkpoint.meta.get("dtype")) as run:
         # Every step has sequences of another length: compiling would start again and again.
         run.compute = compute = replace(run.compute, compile=False, measure_compile=False)
+        context = start.checkpoint.meta["model_config"]["sequence_len"]
+        tasks = RLTasks(*(FittingProblems(task, tokenizer, context) for task in tasks))
         steps_per_epoch = len(tasks.train) / cfg.examples_per_step * cfg.updates_per_rollout
-        schedule = make_schedule(cfg, steps_per_epoch)
+        schedule = make_schedule(cfg, steps_per_epoch, start.preset)
         print0(
             f"rl: {tasks.train.name}, {len(tasks.train):,} problems, {describe_horizon(schedule)} of "
             f"{cfg.examples_per_step} problems × {cfg.num_samples} answers"
@@ -191,9 +202,15 @@ def reinforce(cfg: RLConfig, load_tasks: Callable[[dict[str, Any]], RLTasks]) ->
             schedule,
             loader.micro_batches,
             inputs,
-            {"chat_data": start.checkpoint.meta.get("chat_data"), "task": tasks.train.name},
+            {
+                "chat_data": start.checkpoint.meta.get("chat_data"),
+                "task": tasks.train.name,
+                "recipe": recipe_of(start.checkpoint.meta),
+            },
             evaluate=lambda: evaluate_pass_at_k(cfg, model, tokenizer, tasks.val, compute),
             val_name="pass@1",
+            val_goal="highest",
+            no_signal_advice="choose an easier --task, raise --num_samples, or train the SFT model for longer",
             objective=objective,
             extra_metrics=lambda: loader.metrics,
             sample=lambda: print_answers(model, tokenizer, compute),

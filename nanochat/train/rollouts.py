@@ -2,10 +2,11 @@
 
 A step draws problems, lets the model answer each several times with the tools it has, and rewards the answers. An
 answer's advantage is its reward less the mean reward of its group, so a group whose answers are all right or all wrong
-teaches nothing and is left out; if no group is left, other problems are drawn.
+teaches nothing: it is left out, and another problem takes its place, a few times at most. A step for which nothing is
+left is not made (see `Trainer.train_step`).
 
-Everything that is drawn follows from (seed, rollout number, try, rank): a resume needs only that number, and the
-answers still to be learned from.
+Everything that is drawn follows from (seed, rollout number, place among the step's problems, try), so it does not
+depend on the number of ranks, and a resume needs only the rollout's number and the answers still to be learned from.
 
 Shapes: B sequences, T tokens.
 """
@@ -23,12 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.common import Compute
-from nanochat.engine import Engine
+from nanochat.engine import Engine, row_seed
+from nanochat.env import print0
 from nanochat.gpt import GPT
 from nanochat.messages import Conversation
 from nanochat.tokenizer import RustBPETokenizer
 
-MAX_TRIES = 4  # draws of problems before a step is made without anything to learn
+MAX_TRIES = 4  # problems drawn for each place of a step, until the answers to one differ in reward
 
 
 class RewardTask(Protocol):
@@ -77,6 +79,46 @@ class Rollout(NamedTuple):
     """Tokens of the answer."""
 
 
+class FittingProblems:
+    """The problems of a task whose prompts leave room for an answer in a context of so many tokens.
+
+    Raises:
+        ValueError: none does.
+    """
+
+    def __init__(self, task: RewardTask, tokenizer: RustBPETokenizer, context: int) -> None:
+        self.task, self.name = task, task.name
+        lengths = (len(tokenizer.render_for_completion(task[i])) for i in range(len(task)))
+        self.indices = [i for i, length in enumerate(lengths) if length < context]
+        if len(task) == 0:
+            raise ValueError(f"task {task.name} has no problems")
+        if not self.indices:
+            raise ValueError(
+                f"no problem of {task.name} leaves room for an answer in the model's context of {context} tokens: "
+                "train a model with a longer one"
+            )
+        if self.too_long:
+            print0(
+                f"{task.name}: {self.too_long:,} of {len(task):,} problems do not fit into the model's context of "
+                f"{context} tokens and are left out"
+            )
+
+    @property
+    def too_long(self) -> int:
+        """Problems that were left out."""
+        return len(self.task) - len(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.task[self.indices[index]]
+
+    def reward(self, problem: Conversation, completion: str) -> float:
+        """The task's judgement."""
+        return self.task.reward(problem, completion)
+
+
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """Loss in nats of each target: x, y (B, T) -> (B, T)."""
 
@@ -88,9 +130,9 @@ def attempt_problems(
     problems: Sequence[Conversation],
     count: int,
     cfg: RolloutConfig,
-    seed: int,
+    seeds: Sequence[int | str],
 ) -> list[list[Rollout]]:
-    """`count` answers to each problem with their rewards; none to one that fills the context."""
+    """`count` answers to each problem with their rewards; none to one that fills the context. `seeds`: by problem."""
     prompts = [tokenizer.render_for_completion(problem) for problem in problems]
     owners = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.context_length for _ in range(count)]
     sequences, masks = engine.generate_prompts(
@@ -98,7 +140,7 @@ def attempt_problems(
         cfg.max_new_tokens,
         temperature=cfg.temperature,
         top_k=cfg.top_k or None,
-        seed=seed,
+        seeds=[row_seed(seeds[i], n % count) for n, i in enumerate(owners)],
         keep_end=True,  # the model chose to end there: that is learned too
     )
     rollouts: list[list[Rollout]] = [[] for _ in problems]
@@ -175,6 +217,7 @@ class RolloutLoader:
         """Of the last rollout, over all ranks."""
         self._rollouts = 0 if state is None else int(state["rollouts"])
         self._uses_left = 0 if state is None else int(state["uses_left"])
+        self._epoch_order: tuple[int, list[int]] | None = None
         self._queue: list[tuple[Any, ...]] = []
         self._batches: list[tuple[Any, ...]] = []
         self._saved: list[Any] = []
@@ -204,62 +247,62 @@ class RolloutLoader:
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
-    def _problems(self, attempt: int) -> list[int]:
-        """This rank's problems: a shuffled pass over the task; further tries draw anew."""
-        per_step, count = self.cfg.examples_per_step, len(self.task)
-        first = self._rollouts * per_step
+    def _problem(self, place: int, attempt: int) -> int:
+        """The problem at a place of the step: of a shuffled pass over the task; further tries draw anew."""
+        count = len(self.task)
         if attempt:
-            rng = random.Random(f"{self.seed}/{self._rollouts}/{attempt}")
-            drawn = [rng.randrange(count) for _ in range(per_step)]
-        else:
-            epochs = range(first // count, (first + per_step - 1) // count + 1)
-            orders = {epoch: self._order(epoch) for epoch in epochs}
-            drawn = [orders[n // count][n % count] for n in range(first, first + per_step)]
-        return drawn[self.compute.rank :: self.compute.world_size]
+            return random.Random(self._draw_seed(place, attempt)).randrange(count)
+        epoch, position = divmod(self._rollouts * self.cfg.examples_per_step + place, count)
+        return self._order(epoch)[position]
 
     def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.task)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return order
+        if self._epoch_order is None or self._epoch_order[0] != epoch:
+            order = list(range(len(self.task)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._epoch_order = epoch, order
+        return self._epoch_order[1]
+
+    def _draw_seed(self, place: int, attempt: int) -> str:
+        return f"{self.seed}/{self._rollouts}/{attempt}/{place}"
 
     def _roll_out(self) -> list[Rollout]:
-        """This rank's answers for the next step; those without an advantage only if there are no others."""
+        """This rank's answers for the next step, those without an advantage left out: perhaps none."""
         totals: dict[str, float] = {}
-        answers: list[Rollout] = []
         useful: list[Rollout] = []
+        places = list(range(self.compute.rank, self.cfg.examples_per_step, self.compute.world_size))
         for attempt in range(MAX_TRIES):
-            answers = self._answer(attempt, totals)
-            useful = [a for a in answers if abs(a.advantage) > 1e-9]
-            if useful:
+            groups = self._answer(places, attempt, totals)
+            taught = [any(abs(answer.advantage) > 1e-9 for answer in group) for group in groups]
+            useful += [answer for group, yes in zip(groups, taught, strict=True) if yes for answer in group]
+            places = [place for place, yes in zip(places, taught, strict=True) if not yes]
+            if not places:
                 break
         self._rollouts += 1
         self.metrics = self._means(totals)
-        if not answers:
-            raise ValueError(
-                f"no problem of {self.task.name} leaves room for an answer in the model's context of "
-                f"{self.engine.context_length} tokens: train a model with a longer one"
-            )
-        return useful or answers
+        return [answer for answer in useful if abs(answer.advantage) > 1e-9]
 
     @torch.inference_mode()
-    def _answer(self, attempt: int, totals: dict[str, float]) -> list[Rollout]:
-        problems = [self.task[i] for i in self._problems(attempt)]
-        seed = random.Random(f"{self.seed}/{self._rollouts}/{attempt}/{self.compute.rank}").getrandbits(62)
-        tries, cfg = self.cfg.num_samples, self.cfg
-        groups = attempt_problems(self.engine, self.tokenizer, self.task, problems, tries, cfg, seed)
+    def _answer(self, places: list[int], attempt: int, totals: dict[str, float]) -> list[list[Rollout]]:
+        """The answers to the problems of these places, with their advantages; none to one that fills the context."""
+        problems = [self.task[self._problem(place, attempt)] for place in places]
+        seeds = [self._draw_seed(place, attempt) for place in places]
+        cfg = self.cfg
+        groups = attempt_problems(self.engine, self.tokenizer, self.task, problems, cfg.num_samples, cfg, seeds)
         answers = [answer for group in groups for answer in group]
         rewards = [answer.reward for answer in answers]
-        advantages = group_advantages(rewards, tries)
+        advantages = iter(group_advantages(rewards, cfg.num_samples))
+        groups = [[answer._replace(advantage=next(advantages)) for answer in group] for group in groups]
         count = {
             "answers": len(answers),
             "reward": sum(rewards),
             "answer_tokens": sum(answer.length for answer in answers),
-            "useful": sum(abs(a) > 1e-9 for a in advantages),
+            "useful": sum(abs(answer.advantage) > 1e-9 for group in groups for answer in group),
             "too_long": sum(not group for group in groups),
+            "redrawn": len(places) if attempt else 0,
         }
         for name, value in count.items():
             totals[name] = totals.get(name, 0.0) + value
-        return [answer._replace(advantage=a) for answer, a in zip(answers, advantages, strict=True)]
+        return groups
 
     def _means(self, totals: dict[str, float]) -> dict[str, float]:
         values = torch.tensor(list(totals.values()), dtype=torch.float32, device=self.compute.device)
@@ -272,6 +315,7 @@ class RolloutLoader:
             **means,
             "useful_share": sums["useful"] / answers,
             "problems_too_long": sums["too_long"],
+            "problems_redrawn": sums["redrawn"],
             "answers": sums["answers"],
         }
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from nanochat.checkpoint.format import saved_steps
+from nanochat.checkpoint.saver import pending_folder
 from nanochat.checkpoint_manager import (
     Checkpoint,
     build_model,
@@ -27,7 +29,7 @@ from nanochat.config import Runtime, positive
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
-from nanochat.recipe import PRESETS, Schedule, parameter_groups, recipe_of
+from nanochat.recipe import PRESETS, Preset, Schedule, parameter_groups, recipe_of
 from nanochat.report import get_report
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 from nanochat.train.clock import Clock
@@ -77,7 +79,7 @@ class RunConfig:
     save_every_minutes: float = 10.0
     """Minutes between checkpoints."""
     keep_last: int = 2
-    """Checkpoints of an unfinished run that stay, besides the one of the lowest validation loss."""
+    """Checkpoints of an unfinished run that stay, besides the best by its validation loss (RL: pass@1)."""
     keep_every: int = 0
     """Also keep those whose step is a multiple of this, for good (0: none)."""
     dry_run: bool = False
@@ -144,10 +146,19 @@ class TrainingRun:
     folder: Path
     compute: Compute
     clock: Clock
+    replaces: Path | None = None
+    """`folder`, where a fresh start takes it over from an older run."""
 
     def find_checkpoint(self, inputs: dict[str, str]) -> Checkpoint | None:
         """The checkpoint to resume from, if the run has the same settings and was made from the same `inputs`."""
-        return find_resume(self.folder, asdict(self.cfg), self.cfg.resume, inputs=inputs, force=self.cfg.force)
+        found = find_resume(self.folder, asdict(self.cfg), self.cfg.resume, inputs=inputs, force=self.cfg.force)
+        if found is None and saved_steps(self.folder):
+            self.replaces = self.folder
+            print0(
+                f"a run is in {self.folder}: it stays there until this one has its first checkpoint, and moves to "
+                f"{self.folder.name}.old then"
+            )
+        return found
 
     def make_trainer(
         self,
@@ -182,7 +193,8 @@ class TrainingRun:
             loader=loader,
             compute=self.compute,
             settings=settings,
-            folder=self.folder,
+            folder=self.folder if self.replaces is None else pending_folder(self.replaces),
+            replaces=self.replaces,
             meta={"config": config, "inputs": inputs, "tokenizer_hash": inputs["tokenizer"]} | meta,
             clock=self.clock,
             tracker=init_tracker(cfg.tracker, cfg.run, project, config),
@@ -201,6 +213,7 @@ class TrainingRun:
             "training time": format_seconds(state.seconds),
             "tokens per second": state.tokens / max(state.seconds, 1e-9),
             "skipped steps": precision.skipped,
+            **({"steps without signal, not made": state.without_signal} if state.without_signal else {}),
             "loss scale": precision.scaler.get_scale(),
             "peak memory (GB)": self.compute.peak_memory_bytes() / 1e9,
         }
@@ -252,8 +265,8 @@ def describe_horizon(schedule: Schedule) -> str:
 # --- where a stage starts, and what it trains -------------------------------------------------------------------------
 
 
-def make_schedule(cfg: StageConfig, steps_per_epoch: float) -> Schedule:
-    """Steps for the asked epochs, or the asked time."""
+def make_schedule(cfg: StageConfig, steps_per_epoch: float, preset: Preset) -> Schedule:
+    """Steps for the asked epochs, or the asked time; momentum and decay take the course of the base's `preset`."""
     iterations = positive(cfg.num_iterations)
     seconds = cfg.hours * 3600 if cfg.hours and iterations is None else None
     if iterations is None and seconds is None:
@@ -264,6 +277,8 @@ def make_schedule(cfg: StageConfig, steps_per_epoch: float) -> Schedule:
         warmup_ratio=cfg.warmup_ratio,
         warmdown_ratio=cfg.warmdown_ratio,
         final_lr_frac=cfg.final_lr_frac,
+        momentum=preset.momentum,
+        decay_to_zero=preset.decay_to_zero,
     )
 
 
@@ -274,6 +289,11 @@ class Start(NamedTuple):
     """Name of the checkpoint folder."""
     checkpoint: Checkpoint
     tokenizer: RustBPETokenizer
+
+    @property
+    def preset(self) -> Preset:
+        """The recipe of the base model."""
+        return PRESETS[recipe_of(self.checkpoint.meta)]
 
     def inputs(self, **own: str) -> dict[str, str]:
         """Hashes by name of all that the run is made from, the stage's `own` among them."""

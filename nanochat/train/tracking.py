@@ -109,15 +109,22 @@ class TrainState:
     step: int = 0
     seconds: float = 0.0
     """Spent in steps."""
+    waited: float = 0.0
+    """Of these, waiting for data."""
     smooth_loss: float = 0.0
     tokens: int = 0
     val: float | None = None
-    min_val: float | None = None
+    val_step: int | None = None
+    """The step after which `val` was measured."""
+    best_val: float | None = None
+    without_signal: int = 0
+    """Steps that were not made, since there was nothing to learn from."""
 
-    def count_step(self, seconds: float, loss: float) -> None:
+    def count_step(self, seconds: float, loss: float, waited: float = 0.0) -> None:
         """An update was made."""
         self.step += 1
         self.seconds += seconds
+        self.waited += waited
         self.smooth_loss = LOSS_SMOOTHING * self.smooth_loss + (1 - LOSS_SMOOTHING) * loss
 
     @property
@@ -181,6 +188,8 @@ class RunLog:
         )
         if metrics["data_wait_share"] > WORTH_SAYING:
             note += f" waiting for data {metrics['data_wait_share']:.0%}"
+        if metrics.get("share_without_signal"):
+            note += f" without signal {metrics['share_without_signal']:.0%}"
         if metrics["skipped"]:
             note += f" skipped {metrics['skipped']:.0f} scale {metrics['scale']:g}"
         bar.set(done, note)

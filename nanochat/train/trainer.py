@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat.checkpoint.format import saved_steps
+from nanochat.checkpoint.keep import Goal
 from nanochat.checkpoint.saver import Saver, SaveSettings
 from nanochat.checkpoint.writer import Snapshot, host_copy
 from nanochat.checkpoint_manager import restore_rng_state, rng_state
@@ -44,9 +46,11 @@ from nanochat.signals import StopRequest
 from nanochat.train.clock import Clock
 from nanochat.train.compiling import compiled, should_compile
 from nanochat.train.micro_batch import smaller_micro_batch
+from nanochat.train.resume import launch_id
 from nanochat.train.tracking import RunLog, Tracker, TrainState
 
 EXTRA_STATE = "more."  # prefix of the tensors of `extra_state` in a checkpoint
+FEW_STEPS = 10  # too few to say that a run has nothing to learn from
 
 
 class Loader(Protocol):
@@ -81,10 +85,15 @@ class Trainer:
     compute: Compute
     settings: TrainSettings
     folder: Path
+    """Where the checkpoints are; `pending_folder(replaces)` until the first one of a run that replaces an older."""
     meta: dict[str, Any]
     evaluate: Callable[[], float | dict[str, float]] | None = None
     """The value to follow, called `val_name`; or several values by name, that one among them."""
     val_name: str = "val_bpb"
+    val_goal: Goal = "lowest"
+    """Which values of it are the better ones: checkpoints are kept by it."""
+    no_signal_advice: str = "the batches have no target in them: check the data"
+    """What to do when most steps have nothing to learn from."""
     objective: Callable[[GPT, Tensor, Batch], Tensor] | None = None
     """The loss of hidden states (B, T, C), summed over the supervised tokens; None: cross entropy."""
     extra_metrics: Callable[[], dict[str, float]] | None = None
@@ -97,6 +106,8 @@ class Trainer:
     tracker: Tracker = field(default_factory=DummyWandb)
     state: TrainState = field(default_factory=TrainState)
     clock: Clock = field(default_factory=Clock)
+    replaces: Path | None = None
+    """The folder of an older run of this tag, see `Saver`."""
     micro: MicroBatch | None = None
     """The pieces that batches are cut into; None: they go through the model whole, until memory runs out."""
 
@@ -109,7 +120,8 @@ class Trainer:
         self._use_compiled(None if compute.measure_compile else compute.compile)
         compute.precision.plan_steps(schedule.num_iterations)
         self.clock.seconds, self.clock.agree = schedule.seconds, compute.broadcast
-        self.saver = Saver(self.label, self.folder, compute, self.settings, self._snapshot, schedule.seconds)
+        saved = self.settings, self._snapshot, schedule.seconds, self._moved, self.replaces
+        self.saver = Saver(self.label, self.folder, compute, *saved)
         flops = self.model.estimate_flops(self.model.config.sequence_len)
         self.log = RunLog(self.label, self.folder, compute, self.tracker, flops)
         # The loop's own, not in a checkpoint.
@@ -117,6 +129,7 @@ class Trainer:
         self.last_evaluation: dict[str, float] = {}
         self._row_split = 1
         self._data_seconds = 0.0
+        self._look_at_signal = FEW_STEPS  # the step at which it is worth saying that most steps have no signal
         if compute.device.type == "cpu":
             keep_freed_memory()  # every step allocates the same tensors: without page faults a step is faster
         shapes = layer_shapes(self.model.config.n_embd, 4096)
@@ -151,6 +164,7 @@ class Trainer:
         if self._compile is None:  # only now is it known how many rows fit, and so which shape is compiled
             self._measure_compile(next(self._pieces(batches[0])).x)
         self.state.tokens += sum(batch.x.numel() for batch in batches) * self.compute.world_size
+        self.state.without_signal += result.without_signal
         metrics = {
             "loss": loss,
             "lr_multiplier": multiplier,
@@ -158,6 +172,8 @@ class Trainer:
             "skipped": precision.skipped,
             "scale": precision.scaler.get_scale(),
         }
+        if self.state.without_signal:
+            metrics["share_without_signal"] = self.state.without_signal / (self.state.step + 1)
         return metrics if self.extra_metrics is None else metrics | self.extra_metrics()
 
     def _next_batches(self) -> list[Batch]:
@@ -178,8 +194,9 @@ class Trainer:
         count = torch.stack([(batch.y >= 0).sum() for batch in batches]).sum()
         if self.compute.ddp:
             dist.all_reduce(count)
-        # reduce_gradients averages over ranks, hence the factor world_size.
-        weight = self.compute.world_size / count
+        # reduce_gradients averages over ranks, hence the factor world_size. Without a target anywhere all gradients are
+        # 0, and `Precision.step` makes no update.
+        weight = self.compute.world_size / count.clamp(min=1)
         while (total := self._backward(batches, weight)) is None:
             rows = max(len(batch.x) // self._row_split for batch in batches)
             self.micro = smaller_micro_batch(self.model, self.optimizer, self.compute, self.micro, rows)
@@ -239,6 +256,16 @@ class Trainer:
         step = self.state.step + 1
         print0(f"{self.label}: step {step} skipped ({reason}), {how}; {precision.skipped} skipped so far")
 
+    def _report_signal(self) -> None:
+        """Say once in a while that most steps had nothing to learn from, and what to do."""
+        state = self.state
+        if state.step >= self._look_at_signal and 2 * state.without_signal > state.step:
+            self._look_at_signal = 2 * state.step
+            print0(
+                f"{self.label}: warning: {state.without_signal} of {state.step} steps had nothing to learn from and "
+                f"were not made: {self.no_signal_advice}"
+            )
+
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> TrainState:
@@ -278,6 +305,7 @@ class Trainer:
         with progress(schedule.num_iterations or schedule.seconds or 1.0, self.label) as bar:
             while not (last or schedule.finished(state.step, 0.0)):
                 self._evaluate_on_the_way()
+                self._sample_on_the_way()
                 last = clock.is_last()  # decided before the step, which then ends the schedule
                 start, tokens = clock.now(), state.tokens
                 try:
@@ -286,9 +314,14 @@ class Trainer:
                     raise self._explain(error) from error
                 self.compute.synchronize()  # the update is still running on the device: without it steps look faster
                 seconds = clock.count_step(clock.now() - start)
-                state.count_step(seconds, metrics["loss"])
+                state.count_step(seconds, metrics["loss"], self._data_seconds)
                 metrics |= self.log.speed(state.tokens - tokens, seconds, self._data_seconds)
                 self.log.write_step(bar, state, clock, schedule.num_iterations, metrics)
+                self._report_signal()
+                # Before the save, so that a checkpoint is kept or dropped by its own value. Who wants the run to stop
+                # does not wait for it: it is made up for when the run resumes.
+                if not (last or stop.requested or schedule.finished(state.step, 0.0)):
+                    self._evaluate_on_the_way()
                 self.saver.after_step(state.step, stop.requested)  # may stop here: after a whole step, never within one
                 if clock.wants_rehearsal():
                     self._rehearse()
@@ -297,8 +330,12 @@ class Trainer:
 
     def _evaluate_on_the_way(self) -> None:
         s, step = self.settings, self.state.step
-        if step and s.eval_every and step % s.eval_every == 0 and self.clock.has_time_for("evaluation"):
+        due = step and s.eval_every and step % s.eval_every == 0 and self.state.val_step != step
+        if due and self.clock.has_time_for("evaluation"):
             self.run_evaluation()
+
+    def _sample_on_the_way(self) -> None:
+        s, step = self.settings, self.state.step
         if step and s.sample_every and step % s.sample_every == 0 and self.clock.has_time_for("samples"):
             self.run_sample()
 
@@ -331,13 +368,19 @@ class Trainer:
         self.model.train()
         state = self.state
         self.last_evaluation = result if isinstance(result, dict) else {self.val_name: result}
-        state.val = self.last_evaluation[self.val_name]
-        state.min_val = state.val if state.min_val is None else min(state.val, state.min_val)
+        state.val, state.val_step = self.last_evaluation[self.val_name], state.step
+        better = min if self.val_goal == "lowest" else max
+        state.best_val = state.val if state.best_val is None else better(state.val, state.best_val)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.last_evaluation.items())
         print0(f"{self.label}: step {state.step} {shown}")
         self.log.write({"step": state.step, "seconds": round(state.seconds, 3), **self.last_evaluation})
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _moved(self, folder: Path) -> None:
+        """The run's files have moved to this folder."""
+        self.folder = folder
+        self.log.metrics.path = folder / self.log.metrics.path.name
 
     def _snapshot(self, complete: bool, attempt: int) -> Snapshot:
         """A copy of all that the next step depends on; training continues while it is written."""
@@ -364,6 +407,8 @@ class Trainer:
             "code": git_state(),
             "torch": torch.__version__,
             self.val_name: self.state.val,
+            "val_goal": self.val_goal,
+            "launch": launch_id(),
         }
         return Snapshot(
             self.state.step,
@@ -383,6 +428,9 @@ class Trainer:
         """
         saved = dict(checkpoint_meta["state"])
         clock, metrics_bytes = saved.pop("clock", 0.0), saved.pop("metrics_bytes", 0)
+        if "min_val" in saved:  # an older checkpoint, which took the lowest value for the best in every stage
+            lowest = saved.pop("min_val")
+            saved["best_val"] = lowest if self.val_goal == "lowest" else saved["val"]
         self.state = TrainState(**saved)
         self.log.resume(metrics_bytes, self.state.step)
         if self.compute.broadcast(self.state.step) != self.state.step:
@@ -426,7 +474,9 @@ class Trainer:
         where = next((name for name in found if name), None)
         layer = f"the first layer with non-finite activations is {where}" if where else "all activations are finite"
         doubt = " or --dtype=float32" if self.compute.precision.scaler.is_enabled() else ""
+        steps = saved_steps(self.folder)
+        left = f"the checkpoint of step {steps[-1]} stays" if steps else "there is no checkpoint of this run yet"
         return NonFiniteError(
             f"training stopped at step {self.state.step}: {error}; {layer}. Lower the learning rates "
-            f"(--matrix_lr, --embedding_lr), set --grad_clip=1.0{doubt}; the last checkpoint stays"
+            f"(--matrix_lr, --embedding_lr), set --grad_clip=1.0{doubt}; {left}"
         )
