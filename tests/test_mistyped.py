@@ -36,7 +36,7 @@ MISTAKES = [
     ("base", "--depth=-4"),
     ("base", "--depth=four"),
     ("base", "--depht=4"),
-    ("base", "--depth=4000"),  # more than any memory
+    ("base", "--aspect_ratio=4000000 --device_batch_size=auto"),  # more than any memory
     ("base", "--num_iterations=0"),
     ("base", "--num_iterations=1.5"),
     ("base", "--max_seq_len=1"),
@@ -68,7 +68,7 @@ MISTAKES = [
     ("mid", "--eval_batches=two"),
     ("sft", "--chat_data={long}"),
     ("sft", "--chat_data={empty}"),
-    ("sft", "--lora_rank=0"),
+    ("sft", "--lora_rank=999"),
     ("sft", "--lora_rank=2 --last_layers=1"),
     ("sft", "--last_layers=9"),
     ("sft", "--num_epochs=0"),
