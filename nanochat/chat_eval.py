@@ -188,7 +188,7 @@ def _judge(task: EvalTask, index: int, completions: list[str]) -> Record:
     problem = task[index]
     passes = [bool(task.evaluate(problem, completion)) for completion in completions]
     # Only a task whose public judges differ has it (see tasks/common.py).
-    other_verdicts = getattr(task, "other_verdicts", lambda *_: {})
+    other_verdicts: Callable[..., dict[str, bool]] = getattr(task, "other_verdicts", lambda *_: {})
     others = [other_verdicts(problem, completion) for completion in completions]
     return _about(problem, index) | {
         "passed": any(passes),

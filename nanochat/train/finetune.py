@@ -57,11 +57,6 @@ class FinetuneConfig(StageConfig):
     eval_batches: int = 20
     """Batches per evaluation."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_seq_len is not None and self.max_seq_len < 2:
-            raise ValueError(f"--max_seq_len must be at least 2, got {self.max_seq_len}: a token predicts the next one")
-
 
 @dataclass(frozen=True)
 class FinetuneStage:

@@ -148,8 +148,6 @@ class PretrainConfig(RunConfig, PretrainSettings):
         super().__post_init__()
         if self.depth < 1:
             raise ValueError(f"--depth must be at least 1, got {self.depth}")
-        if self.max_seq_len < 2:
-            raise ValueError(f"--max_seq_len must be at least 2, got {self.max_seq_len}: a token predicts the next one")
         if self.num_iterations == 0:
             raise ValueError("--num_iterations must be positive, got 0 (leave it out, or -1, for another horizon)")
         if self.target_param_data_ratio is not None and self.target_param_data_ratio == 0:

@@ -90,6 +90,9 @@ class RunConfig:
             raise ValueError(f"--hours must be positive, got {self.hours}")
         if self.keep_last < 1:
             raise ValueError(f"--keep_last must be at least 1, got {self.keep_last}")
+        length = getattr(self, "max_seq_len", None)  # of the stages that read text
+        if length is not None and length < 2:
+            raise ValueError(f"--max_seq_len must be at least 2, got {length}: a token predicts the next one")
 
 
 @dataclass(frozen=True, kw_only=True)

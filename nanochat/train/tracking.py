@@ -23,6 +23,7 @@ NO_RUN = "dummy"
 LOSS_SMOOTHING = 0.9
 METRICS_FILE = "metrics.jsonl"
 WORTH_SAYING = 0.01  # share of a step spent waiting for data
+FEW_STEPS = 10  # too few to say that a run has nothing to learn from
 
 
 class Tracker(Protocol):
@@ -136,8 +137,17 @@ class TrainState:
 class RunLog:
     """Sends out a run's numbers: records to metrics.jsonl and the tracker, a note behind the progress bar."""
 
-    def __init__(self, label: str, folder: Path, compute: Compute, tracker: Tracker, flops_per_token: int) -> None:
+    def __init__(
+        self,
+        label: str,
+        folder: Path,
+        compute: Compute,
+        tracker: Tracker,
+        flops_per_token: int,
+        no_signal_advice: str = "",
+    ) -> None:
         self.label, self.compute, self.tracker, self.flops_per_token = label, compute, tracker, flops_per_token
+        self._no_signal_advice, self._look_at_signal = no_signal_advice, FEW_STEPS
         self.metrics = MetricsLog(folder / METRICS_FILE)
         self._throttling = ThrottleWatcher(compute.device)
         self._peak_tflops = 1.0
@@ -195,6 +205,7 @@ class RunLog:
         bar.set(done, note)
         if (slower := self._throttling.poll()) is not None:
             print0(f"{self.label}: {slower}")
+        self._warn_of_silence(state)
         record = {
             "step": state.step,
             "seconds": round(state.seconds, 3),
@@ -203,3 +214,12 @@ class RunLog:
             "clock": round(clock.ticked, 3),
         }
         self.write(record | {name: float(f"{value:.9g}") for name, value in metrics.items()})
+
+    def _warn_of_silence(self, state: TrainState) -> None:
+        """Say, at 10 steps and each time they have doubled, that most of them had nothing to learn from."""
+        if state.step >= self._look_at_signal and 2 * state.without_signal > state.step:
+            self._look_at_signal = 2 * state.step
+            print0(
+                f"{self.label}: warning: {state.without_signal} of {state.step} steps had nothing to learn from and "
+                f"were not made: {self._no_signal_advice}"
+            )

@@ -38,7 +38,7 @@ from nanochat.ops.fp16_gemm import choose_half_gemm, layer_shapes
 from nanochat.ops.linear import use_half_gemm
 from nanochat.optim import MuonAdamW
 from nanochat.plan.memory import MicroBatch
-from nanochat.precision import NonFiniteError, StepResult, first_nonfinite_module
+from nanochat.precision import NonFiniteError, StepResult
 from nanochat.progress import progress
 from nanochat.recipe import Schedule
 from nanochat.report.metrics_log import last_value
@@ -46,11 +46,11 @@ from nanochat.signals import StopRequest
 from nanochat.train.clock import Clock
 from nanochat.train.compiling import compiled, should_compile
 from nanochat.train.micro_batch import smaller_micro_batch
+from nanochat.train.nonfinite import explained
 from nanochat.train.resume import launch_id
 from nanochat.train.tracking import RunLog, Tracker, TrainState
 
 EXTRA_STATE = "more."  # prefix of the tensors of `extra_state` in a checkpoint
-FEW_STEPS = 10  # too few to say that a run has nothing to learn from
 
 
 class Loader(Protocol):
@@ -123,13 +123,12 @@ class Trainer:
         saved = self.settings, self._snapshot, schedule.seconds, self._moved, self.replaces
         self.saver = Saver(self.label, self.folder, compute, *saved)
         flops = self.model.estimate_flops(self.model.config.sequence_len)
-        self.log = RunLog(self.label, self.folder, compute, self.tracker, flops)
+        self.log = RunLog(self.label, self.folder, compute, self.tracker, flops, self.no_signal_advice)
         # The loop's own, not in a checkpoint.
         self.complete = False
         self.last_evaluation: dict[str, float] = {}
         self._row_split = 1
         self._data_seconds = 0.0
-        self._look_at_signal = FEW_STEPS  # the step at which it is worth saying that most steps have no signal
         if compute.device.type == "cpu":
             keep_freed_memory()  # every step allocates the same tensors: without page faults a step is faster
         shapes = layer_shapes(self.model.config.n_embd, 4096)
@@ -188,7 +187,7 @@ class Trainer:
 
     def _attempt(self, batches: list[Batch]) -> tuple[StepResult, float]:
         """Try an update with these micro-batches; returns what became of it and the mean loss."""
-        self._batches = batches  # should the run end here, `_explain` passes them through the model again
+        self._batches = batches  # should the run end here, `explained` passes them through the model again
         # The loss is a sum over tokens, divided by the supervised tokens of all micro-batches and ranks. A mean per
         # micro-batch would weigh a token more where fewer are supervised, and the result would depend on the split.
         count = torch.stack([(batch.y >= 0).sum() for batch in batches]).sum()
@@ -256,23 +255,13 @@ class Trainer:
         step = self.state.step + 1
         print0(f"{self.label}: step {step} skipped ({reason}), {how}; {precision.skipped} skipped so far")
 
-    def _report_signal(self) -> None:
-        """Say once in a while that most steps had nothing to learn from, and what to do."""
-        state = self.state
-        if state.step >= self._look_at_signal and 2 * state.without_signal > state.step:
-            self._look_at_signal = 2 * state.step
-            print0(
-                f"{self.label}: warning: {state.without_signal} of {state.step} steps had nothing to learn from and "
-                f"were not made: {self.no_signal_advice}"
-            )
-
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> TrainState:
         """Train to the end of the schedule; the last checkpoint is marked complete.
 
         Raises:
-            NonFiniteError: the run can't continue; names the first layer that is not finite. The last checkpoint stays.
+            NonFiniteError: the run can't continue; names the first layer that is not finite.
             Stopped: a signal asked to stop; the run is saved.
         """
         if self.complete:
@@ -311,13 +300,14 @@ class Trainer:
                 try:
                     metrics = self.train_step()
                 except NonFiniteError as error:
-                    raise self._explain(error) from error
+                    raise explained(
+                        error, self.model, self.compute, self._batches, state.step, saved_steps(self.folder)
+                    ) from error
                 self.compute.synchronize()  # the update is still running on the device: without it steps look faster
                 seconds = clock.count_step(clock.now() - start)
                 state.count_step(seconds, metrics["loss"], self._data_seconds)
                 metrics |= self.log.speed(state.tokens - tokens, seconds, self._data_seconds)
                 self.log.write_step(bar, state, clock, schedule.num_iterations, metrics)
-                self._report_signal()
                 # Before the save, so that a checkpoint is kept or dropped by its own value. Who wants the run to stop
                 # does not wait for it: it is made up for when the run resumes.
                 if not (last or stop.requested or schedule.finished(state.step, 0.0)):
@@ -454,29 +444,3 @@ class Trainer:
             self._use_compiled(checkpoint_meta.get("compile"))
         restore_rng_state(optimizer, self.compute.device)  # last: what was built above has drawn from the generators
         print0(f"{self.label}: resumes at step {self.state.step}")
-
-    # --- when nothing helps -------------------------------------------------------------------------------------------
-
-    def _explain(self, error: NonFiniteError) -> NonFiniteError:
-        """The error with the first layer that is not finite and what to do; passes the last batches through again."""
-
-        def forward() -> None:
-            with self.compute.precision.autocast():
-                for batch in self._batches:
-                    x = self.model.hidden(batch.x, segments=batch.segments)
-                    self.model.logits_at(x[:, -1])
-
-        # Hidden states and the logits of one position are enough: what is not finite at the end was so in a layer.
-        found = [first_nonfinite_module(self.model, forward)]
-        if self.compute.ddp:  # all ranks stopped at this step, but only one may have met the batch
-            mine, found = found[0], [None] * self.compute.world_size
-            dist.all_gather_object(found, mine)
-        where = next((name for name in found if name), None)
-        layer = f"the first layer with non-finite activations is {where}" if where else "all activations are finite"
-        doubt = " or --dtype=float32" if self.compute.precision.scaler.is_enabled() else ""
-        steps = saved_steps(self.folder)
-        left = f"the checkpoint of step {steps[-1]} stays" if steps else "there is no checkpoint of this run yet"
-        return NonFiniteError(
-            f"training stopped at step {self.state.step}: {error}; {layer}. Lower the learning rates "
-            f"(--matrix_lr, --embedding_lr), set --grad_clip=1.0{doubt}; {left}"
-        )
