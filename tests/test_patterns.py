@@ -10,7 +10,7 @@ import random
 import pyarrow as pa
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import rustbpe
@@ -106,6 +106,8 @@ def test_the_same_ids_in_every_language(forms, language):
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(text=STRINGS)
 def test_the_same_ids_for_random_strings(forms, text):
+    # Theirs reads a special token's name in a text as that token; ours never does.
+    assume(not any(name in text for name in forms.ours.get_special_tokens()))
     forms.check(text)
 
 

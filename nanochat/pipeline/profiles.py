@@ -98,7 +98,7 @@ DEMO = Profile(
     dataset="demo",
     chat_data="demo",
     bfloat16_on_cpu=True,
-    recipe="classic",
+    recipe="portable",  # the first model that people show around should open anywhere
     steps={"base_train": 390, "mid_train": 290, "chat_sft": 230},
     flags={
         "tok_eval": ("--no-compare",),
