@@ -36,6 +36,8 @@ check_rust() {
 }
 
 bash setup_env.sh --dev
+# The clients of tests/test_clients.py; without them (no network, no npm) those tests are skipped.
+bash tests/clients/setup.sh || echo "clients: not installed, their tests are skipped"
 check "ruff check" "$PYTHON" -m ruff check .
 check "ruff format" "$PYTHON" -m ruff format --check .
 check "mypy" "$PYTHON" -m mypy

@@ -123,6 +123,10 @@ class Service:
         """The name by which clients know the model."""
         return str(self.model_info.get("id", "nanochat"))
 
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; special ones are none."""
+        return self.tokenizer.decode([token for token in tokens if token not in self.special_tokens])
+
     def generations(
         self, tokens: list[int], asked: SamplingFields, n: int = 1, constraint: Constraint | None = None
     ) -> list[GenerationRequest]:
@@ -299,10 +303,10 @@ class AnswerStream:
                 self._fail(event.text or "cancelled")
             if event.kind == "done":
                 self._running -= 1
-                usage = event.usage
-                if usage is not None and ended is not None:
-                    event = dataclasses.replace(event, usage=dataclasses.replace(usage, completion_tokens=ended))
-                yield i, event if ended is None else dataclasses.replace(event, finish_reason="stop")
+                if ended is not None:
+                    usage = event.usage and dataclasses.replace(event.usage, completion_tokens=ended)
+                    event = Event("done", finish_reason="stop", usage=usage)
+                yield i, event
             elif ended is None:
                 yield i, event
                 if event.kind == "python" and self._ends_with(event.text):

@@ -119,7 +119,7 @@ async def text_completion(service: Service, body: CompletionRequest, request: Re
         for generation in service.generations(tokens, body, body.n, constraint)
     ]
     completion = _Completion(service, "text_completion", sum(map(len, prompts)), warnings)
-    texts = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in body.prompts]
+    texts = [p if isinstance(p, str) else service.text_of(p) for p in body.prompts]
     said = [text for text in texts for _ in range(body.n)]
     completion.echo = said if body.echo else []
     return await completion.respond(body, request, asked, said)
@@ -132,6 +132,11 @@ def check_request(service: Service, body: OpenAIRequest) -> list[str]:
         RequestError: 400, a field asks for something this server can't do.
     """
     warnings = check_other_fields(body.model_extra or {})
+    vocab_size = service.tokenizer.get_vocab_size()
+    pieces = [t for t in body.stop_token_ids or [] if t < vocab_size and t not in service.special_tokens]
+    if pieces:  # ids of another model, most likely
+        names = ", ".join(f"{token} is {service.tokenizer.id_to_token(token)!r}" for token in pieces[:5])
+        warnings.append(f"stop_token_ids are taken as this model's: {names}, which stays in the answer")
     if body.model and body.model != service.model_id:
         warnings.append(f"there is one model here, {service.model_id}: it answers for {body.model[:100]!r}")
     return warnings
@@ -267,11 +272,12 @@ class _Choice:
                 found.append(self._piece({"tool_calls": [{"index": self._num_calls, **describe_call(new)}]}))
                 self._num_calls += 1
             elif new.kind == "done":
-                found.append(self._piece({} if self.is_chat else "", finish_reason=self._reason(new)))
+                reason = self._reason(new)
+                found.append(self._piece({} if self.is_chat else "", self._shown(new), finish_reason=reason))
             elif new.kind == "prompt":
-                found.append(self._piece(self._echo, new.logprobs))
+                found.append(self._piece(self._echo, self._shown(new)))
             elif new.kind == "text":
-                found.append(self._piece({"content": new.text} if self.is_chat else new.text, new.logprobs))
+                found.append(self._piece({"content": new.text} if self.is_chat else new.text, self._shown(new)))
             elif self.is_chat:
                 found.append(self._piece({"content": "", "part": {"type": new.kind, "text": new.text}}))
         return found
@@ -283,7 +289,7 @@ class _Choice:
         said = [new for new in read if isinstance(new, Event)]
         parts = join_events(said)
         text = "".join(part["text"] for part in parts if part["type"] == "text")
-        tokens = [token for new in said if new.kind in ("prompt", "text") for token in new.logprobs]
+        tokens = [token for new in said for token in self._shown(new)]
         choice = {"index": self.index, "logprobs": self._shape(tokens), "finish_reason": self._reason(events[-1])}
         if not self.is_chat:
             return {**choice, "text": self._echo + text}
@@ -298,6 +304,14 @@ class _Choice:
         key = "delta" if self.is_chat else "text"
         logprobs = self._shape(tokens) if tokens else None
         return {"index": self.index, key: new, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _shown(self, event: Event) -> Sequence[TokenLogprob]:
+        """The tokens of an event that are told of."""
+        if event.kind in ("prompt", "text"):
+            return event.logprobs
+        # The last tokens may be half a character or the end itself, or else a stop text: no part of the answer.
+        is_cut = event.finish_reason == "stop" and event.tokens and event.tokens[-1] not in self._special
+        return event.logprobs if event.kind == "done" and not is_cut else ()
 
     def _shape(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._wants_logprobs:
