@@ -49,6 +49,17 @@ def everything(raw):
     return received
 
 
+def closed(raw):
+    """True if the server has closed the connection."""
+    raw.setblocking(False)
+    try:
+        return not raw.recv(1)
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
 def test_small_packets_are_sent_at_once(client):
     assert client.get("/health").status_code == 200
     server_side = [c.transport.get_extra_info("socket") for c in client.server.server_state.connections]
@@ -103,6 +114,10 @@ def test_when_all_connections_are_taken_the_silent_ones_make_room(tiny_tokenizer
         assert len(client.server.server_state.connections) <= 20
         for answer in answers:  # who is being answered is not disturbed
             assert "".join(answer.iter_lines()).endswith("[DONE]")
+        # All at once, while the loop of the server can do nothing else: not more of them go than must.
+        raws = [stack.enter_context(connect(client)) for _ in range(15)]
+        assert client.get("/health").status_code == 200
+        assert sum(not closed(raw) for raw in raws) > 5
     assert len([r for r in caplog.records if "connections are taken" in r.message]) == 1
 
 

@@ -146,7 +146,7 @@ async def measure(url: str, process: psutil.Process, log: Path, args: argparse.N
     load = Load(url, args.max_tokens)
     for question in QUESTIONS:
         await load.ask(question, Tally())
-    await leavers(load, args.clients, args.seconds / 4)  # what is allocated only once is allocated now
+    await leavers(load, args.clients, args.seconds / 2)  # what is allocated only once is allocated now
     before, memory = await load.idle(), process.memory_info().rss
     tally, left = await leavers(load, args.clients, args.seconds)
     after, grown = await load.idle(), (process.memory_info().rss - memory) / 2**20

@@ -120,8 +120,7 @@ class LimitedConnection(H11Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._since, self._received, self._seen = time.monotonic(), 0, self._state()
         self._paused_since: float | None = None
-        if len(self.connections) > cast(ServerConfig, self.config).max_connections:
-            self._make_room()
+        self._make_room(cast(ServerConfig, self.config).max_connections)
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
@@ -175,10 +174,15 @@ class LimitedConnection(H11Protocol):
             return 0, self._since  # it has never asked for anything
         return (1 if self._state()[1] == "body" else 2), self._since
 
-    def _make_room(self) -> None:
-        limit = len(self.connections) - 1
-        others = (cast(LimitedConnection, c) for c in self.connections if c is not self)
-        waiting = [c for c in others if c._state()[1] != "answer" and not c.transport.is_closing()]
+    def _make_room(self, limit: int) -> None:
+        if len(self.connections) <= limit:
+            return
+        # Those that were closed a moment ago are still listed.
+        others = [cast(LimitedConnection, c) for c in self.connections if c is not self]
+        others = [c for c in others if not c.transport.is_closing()]
+        if len(others) < limit:
+            return
+        waiting = [c for c in others if c._state()[1] != "answer"]
         logger.warning("all %d connections are taken: those without a request make room for new ones", limit)
         if not waiting:
             self._close("503 Service Unavailable", f"all {limit} connections are in use: try again")

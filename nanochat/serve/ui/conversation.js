@@ -202,7 +202,7 @@ export class Conversation {
     for (const [key, type] of [["token", "text"], ["python", "python"], ["python_output", "python_output"]]) {
       if (event[key] !== undefined) addPart(message.parts, type, event[key]);
     }
-    if (event.logprobs) remember(message, event.logprobs);
+    if (store.settings.tokens) remember(message, event);
     if (event.usage) {
       const { completion } = event.usage;
       const speed = event.seconds > 0.05 ? ` · ${Math.round(completion / event.seconds)} tokens/s` : "";

@@ -4,16 +4,20 @@ import { announce, byId, element } from "./dom.js";
 
 export const ALTERNATIVES = 5; // what the server is asked for
 
-// By message: [{token, logprob, top_logprobs}]. Not in the storage of the browser, where it would soon take all the room.
+// By message: [{token, logprob, top_logprobs}], and {chip} for what the calculator was asked and has answered. Not in the
+// storage of the browser, where it would soon take all the room.
 const known = new WeakMap();
 
-export function remember(message, logprobs) {
-  if (!known.has(message)) known.set(message, []);
-  known.get(message).push(...logprobs);
+// Keeps what an event of the stream tells about tokens.
+export function remember(message, { logprobs = [], python, python_output }) {
+  const chips = [python, python_output].filter((text) => text !== undefined).map((chip) => ({ chip }));
+  if (logprobs.length + chips.length && !known.has(message)) known.set(message, []);
+  known.get(message)?.push(...logprobs, ...chips);
 }
 
 export function tokensOf(message) {
-  return known.get(message) ?? [];
+  const tokens = known.get(message) ?? [];
+  return tokens.some((token) => !token.chip) ? tokens : []; // a server may know none
 }
 
 const percent = (logprob) => {
@@ -56,13 +60,15 @@ function hide() {
 // The tokens of a message. With the mouse, or with the arrow keys, one is looked at.
 export function tokenView(message) {
   const tokens = tokensOf(message);
-  const nodes = tokens.map(({ token, logprob }) => element("span", `token s${surprise(logprob)}`, token.replaceAll("\n", "↵\n")));
+  const nodes = tokens.map(({ token, logprob, chip }) =>
+    chip ? element("span", "chip", element("code", "", chip)) : element("span", `token s${surprise(logprob)}`, token.replaceAll("\n", "↵\n")),
+  );
   const view = element("div", "tokens", ...nodes);
   let current = -1;
   const look = (index) => {
     nodes[current]?.classList.remove("looked-at");
     current = index;
-    if (!nodes[current]) return hide();
+    if (!nodes[current] || tokens[current].chip) return hide();
     nodes[current].classList.add("looked-at");
     return peek(nodes[current], tokens[current]);
   };
@@ -75,14 +81,15 @@ export function tokenView(message) {
   view.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (event.key === "Escape") look(-1);
-    if (!step) return;
+    if (!step) return undefined;
     event.preventDefault();
     look(Math.max(0, Math.min(nodes.length - 1, current + step)));
     nodes[current].scrollIntoView({ block: "nearest" });
-    const { token, logprob, top_logprobs: rivals } = tokens[current];
+    const { token, logprob, chip, top_logprobs: rivals } = tokens[current];
+    if (chip) return announce(chip);
     const others = (rivals ?? []).filter((rival) => rival.token !== token).slice(0, 2);
     const said = others.map((rival) => `${visible(rival.token)} ${percent(rival.logprob)}`);
-    announce([`${visible(token)} ${percent(logprob)}`, ...said].join(", "));
+    return announce([`${visible(token)} ${percent(logprob)}`, ...said].join(", "));
   });
   return view;
 }
