@@ -86,7 +86,10 @@ class PretrainSettings:
     vocab_size: int | None = None
     """Vocabulary to plan for with --dry_run before a tokenizer exists; a run takes its tokenizer's."""
     data_dir: str | None = None
-    """Folder (or file) of parquet, txt, md, jsonl, csv or html text; default: what the dataset step prepared."""
+    """Folder (or file) of texts of any kind (txt, jsonl, csv, html, pdf, parquet …); default: what the dataset
+    step prepared."""
+    text_column: str | None = None
+    """Column or field with the text; default $TEXT_COLUMN, else found by itself."""
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     packing: Mode = "stream"
@@ -372,7 +375,7 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
             "warning: this tokenizer cuts text as only nanochat and transformers can: for a model that opens in "
             "llama.cpp and others too, train it with `python -m scripts.tok_train --pattern=runtimes` first"
         )
-    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir), cfg.skip_bad_shards)
+    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column), cfg.skip_bad_shards)
     for split in ("train", "val"):
         corpus.chunks(split)  # a split without documents is an error now, not after hours
     inputs = {"tokenizer": tokenizer.hash}
