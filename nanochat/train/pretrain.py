@@ -91,7 +91,7 @@ class PretrainSettings:
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     packing: Mode = "stream"
-    """Documents to sequences: stream (one after the other, as in classic), bestfit (each begins a sequence, ends cropped)."""
+    """Documents to sequences: stream (one after the other, as in classic), bestfit (each begins one, ends are cropped)."""
     skip_bad_shards: bool = False
     """Pass over shards that can't be read, with a warning, instead of stopping."""
     token_cache: bool = False
@@ -369,7 +369,7 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
     compute, tokenizer = run.compute, get_tokenizer()
     if cfg.recipe == "portable" and tokenizer.pattern != PATTERNS["runtimes"]:
         print0(
-            "warning: this tokenizer cuts text as only nanochat and transformers can: for a model that opens in llama.cpp "
+            "warning: this tokenizer cuts text as only nanochat and transformers can: for one that opens in llama.cpp "
             "and others too, train it with `python -m scripts.tok_train --pattern=runtimes` first"
         )
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column), cfg.skip_bad_shards)
