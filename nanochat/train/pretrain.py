@@ -91,7 +91,7 @@ class PretrainSettings:
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     packing: Mode = "stream"
-    """Documents to sequences: stream (one after the other, as in classic), bestfit (each begins one, ends are cropped)."""
+    """Documents to sequences: stream (one after the other, as in classic), bestfit (each begins one, ends cropped)."""
     skip_bad_shards: bool = False
     """Pass over shards that can't be read, with a warning, instead of stopping."""
     token_cache: bool = False
