@@ -160,7 +160,7 @@ def main(cfg: Config) -> None:
     lengths = tokenizer.token_lengths()
     lengths = lengths[lengths > 0]
     facts = {
-        "pattern": pattern,
+        "cuts by the pattern": pattern,
         "tokens": size,
         "special tokens": len(tokenizer.get_special_tokens()),
         "documents": reading.documents,
