@@ -22,7 +22,7 @@ from torch import Tensor
 from nanochat.files import atomic_path
 from nanochat.gpt import GPT
 from nanochat.interop.hf_format import SAMPLING
-from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, to_hf_json
+from nanochat.interop.hf_tokenizer import PLAIN_TEMPLATE, to_hf_json
 from nanochat.interop.model_card import STAGES
 from nanochat.interop.qwen3 import check_folds
 from nanochat.tokenizer import RUNTIMES_PATTERN, SPLIT_PATTERN, RustBPETokenizer
@@ -251,7 +251,7 @@ def _add_tokenizer(writer: Any, fields: TokenizerFields, tokenizer: RustBPEToken
         # bos ends an answer too (see nanochat.generate.scheduler.ToolMachine); this is the name that is left for it.
         writer.add_eom_token_id(bos)
         writer.add_add_bos_token(False)  # the template writes it
-        writer.add_chat_template(CHAT_TEMPLATE)
+        writer.add_chat_template(PLAIN_TEMPLATE)
     else:
         writer.add_eos_token_id(bos)
         writer.add_add_bos_token(True)  # what the model learned to begin a document with
