@@ -6,6 +6,8 @@ the problems and exchange their records at the end, so the result does not depen
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -203,3 +205,73 @@ def _about(problem: Mapping[str, Any], index: int) -> Record:
     question = [message["content"] for message in problem["messages"] if message["role"] == "user"][-1]
     record = {"index": index, "question": str(question), "answer": problem["messages"][-1]["content"]}
     return record | ({"group": problem["group"]} if "group" in problem else {})
+
+
+# --- sampling that suits a model --------------------------------------------------------------------------------------
+
+# Colder to warmer. A small model is often unsure which word is right, and then every draw is a risk.
+TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
+TOP_K = 50
+DRAWS = 3  # answers to each conversation
+TRIED_CONVERSATIONS = 256
+TRIED_TOKENS = 64  # of an answer
+RIGHT = 0.75  # the agreement from which on an answer says what the reference says, in a few other words at most
+FEWEST_RIGHT = 20  # below it nothing can be said
+# Of the right answers, the share that drawing may spoil. People ask in words that are farther from the training's than
+# held-out conversations are: on the demo model they lose four times as many (dev/LOG.md).
+TOLERANCE = 0.002
+
+
+def choose_sampling(
+    engine: Engine, tokenizer: RustBPETokenizer, conversations: Sequence[Mapping[str, Any]]
+) -> dict[str, float | int]:
+    """The warmest setting that spoils (next to) no answer that is right without drawing.
+
+    An answer is right when its words are those of the reference (F1 of at least RIGHT), and spoiled when a drawn one
+    has less than half of that agreement. TOLERANCE is the share that may be.
+
+    Args:
+        engine: writes the answers.
+        tokenizer: its.
+        conversations: held out of training; each ends with the assistant's reference answer.
+
+    Returns:
+        temperature, and top_k above temperature 0: fields of `Sampling`. Empty when fewer than FEWEST_RIGHT answers are
+        right: of open-ended ones nobody can say by a reference.
+    """
+    count = min(TRIED_CONVERSATIONS, len(conversations))
+    if count < FEWEST_RIGHT:
+        return {}
+    prompts, references = [], []
+    for i in range(count):
+        *asked, answer = tokenizer.render_turns(conversations[i * len(conversations) // count])  # type: ignore[arg-type]
+        prompt = [*(token for ids, _ in asked for token in ids), answer[0][0]]  # up to assistant_start
+        if asked and len(prompt) + 8 <= engine.context_length:
+            prompts.append(prompt)
+            references.append(_words(tokenizer.decode(answer[0][:TRIED_TOKENS])))
+
+    def agreements(rows: list[list[int]], wanted: list[Counter[str]], temperature: float) -> list[float]:
+        sequences, _ = engine.generate_prompts(rows, TRIED_TOKENS, temperature=temperature, top_k=TOP_K)
+        answers = [_words(tokenizer.decode(s[len(row) :])) for s, row in zip(sequences, rows, strict=True)]
+        return [_f1(answer, reference) for answer, reference in zip(answers, wanted, strict=True)]
+
+    known = agreements(prompts, references, 0.0)
+    right = [i for i, value in enumerate(known) if value >= RIGHT for _ in range(DRAWS)]
+    if len(right) < FEWEST_RIGHT * DRAWS:
+        return {}
+    chosen = 0.0
+    for temperature in TEMPERATURES:
+        drawn = agreements([prompts[i] for i in right], [references[i] for i in right], temperature)
+        spoiled = sum(value < known[i] / 2 for i, value in zip(right, drawn, strict=True))
+        if spoiled > TOLERANCE * len(right):
+            break
+        chosen = temperature
+    return {"temperature": chosen, "top_k": TOP_K} if chosen else {"temperature": 0.0}
+
+
+def _words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\w+", re.sub(r"<\|\w+\|>", " ", text).lower()))
+
+
+def _f1(answer: Counter[str], reference: Counter[str]) -> float:
+    return 2 * (answer & reference).total() / max(1, answer.total() + reference.total())

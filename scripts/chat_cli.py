@@ -15,10 +15,10 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script, short
@@ -28,8 +28,9 @@ from nanochat.serve.answer_events import Event
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import Conversation
 from nanochat.serve.chat_commands import NAMES, Quit, as_message, is_command, run_command
-from nanochat.serve.choose_model import find_model, load_chosen
+from nanochat.serve.choose_model import choose_drawing, find_model, load_chosen
 
+USUAL = {"temperature": 0.6, "top_k": 50}
 PREFILL_CHUNK = 1024  # nobody else waits, but Ctrl-C does
 BYTE_ORDER_MARK = "\ufeff"  # at the beginning of what some programs write; no part of a question
 
@@ -43,10 +44,11 @@ class Config:
     """Which stage's model to talk to."""
     prompt: Annotated[str | None, short("-p")] = None
     """Ask this, print the answer and stop; "-" reads it from standard input. Default: a conversation."""
-    temperature: Annotated[float, short("-t")] = 0.6
-    """0 takes the likeliest token every time; higher is more varied."""
-    top_k: Annotated[int, short("-k")] = 50
-    """Choose among the k likeliest tokens; 0: among all."""
+    temperature: Annotated[float | None, short("-t")] = None
+    """0 takes the likeliest token every time; higher is more varied. Default: what SFT found to suit the model, else
+    0.6."""
+    top_k: Annotated[int | None, short("-k")] = None
+    """Choose among the k likeliest tokens; 0: among all. Default: what SFT found to suit the model, else 50."""
     top_p: float | None = None
     """Choose among the likeliest tokens that together reach this probability; default: among all."""
     repetition_penalty: float = 1.0
@@ -65,17 +67,18 @@ class Config:
     """Talk to a nanochat in the format of transformers instead: a folder, or a hub repository (owner/name)."""
 
     def __post_init__(self) -> None:
-        self.sampling()  # checks itself
+        self.sampling({})  # checks itself
         if self.max_tokens < 1:
             raise ValueError(f"--max_tokens must be at least 1, got {self.max_tokens}")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("--prompt is empty: ask something, or leave it out for a conversation")
 
-    def sampling(self) -> Sampling:
-        """The settings of answers, checked."""
+    def sampling(self, meta: Mapping[str, Any], tell: Callable[[str], None] = lambda text: None) -> Sampling:
+        """The settings of answers by a model with this meta, checked; `tell` hears where they come from."""
+        drawing, why = choose_drawing(meta, self.temperature, self.top_k, USUAL)
+        tell(why)
         return Sampling(
-            temperature=self.temperature,
-            top_k=self.top_k,
+            **drawing,
             max_tokens=self.max_tokens,
             seed=self.runtime.seed,
             top_p=self.top_p,
@@ -259,7 +262,7 @@ def main(cfg: Config) -> None:
     with BatchEngine(
         model, tokenizer, compute.precision, max_batch_size=1, prefill_chunk=PREFILL_CHUNK, weights=cfg.weights
     ) as engine:
-        conversation = Conversation(engine, tokenizer, cfg.sampling(), lambda text: say(f"({text})"))
+        conversation = Conversation(engine, tokenizer, cfg.sampling(meta, say), lambda text: say(f"({text})"))
         conversation.system = cfg.system
         try:
             with Interrupts(conversation) as interrupts:

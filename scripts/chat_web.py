@@ -24,11 +24,12 @@ from nanochat.generate.sampling import Sampling
 from nanochat.serve.answers import DRAIN_SECONDS
 from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine
-from nanochat.serve.choose_model import find_model, load_chosen
+from nanochat.serve.choose_model import choose_drawing, find_model, load_chosen
 from nanochat.serve.guard import LOCAL_HOSTS, Access, parse_origin, parse_public_url, parse_root_path
 from nanochat.serve.http_server import listen, make_server
 from nanochat.serve.schemas import MAX_TOKENS
 
+USUAL = {"temperature": 0.8, "top_k": 50}
 KEY_VARIABLE = "NANOCHAT_API_KEY"
 
 
@@ -41,10 +42,12 @@ class Config:
     """Which stage's model to serve."""
     num_gpus: Annotated[int, short("-n")] = 1
     """How many cards to use, each with its own copy of the model."""
-    temperature: Annotated[float, short("-t")] = 0.8
-    """Used when a request doesn't say: 0 takes the likeliest token every time."""
-    top_k: Annotated[int, short("-k")] = 50
-    """Used when a request doesn't say: choose among the k likeliest tokens; 0: among all."""
+    temperature: Annotated[float | None, short("-t")] = None
+    """Used when a request doesn't say: 0 takes the likeliest token every time. Default: what SFT found to suit the
+    model, else 0.8."""
+    top_k: Annotated[int | None, short("-k")] = None
+    """Used when a request doesn't say: choose among the k likeliest tokens; 0: among all. Default: what SFT found to
+    suit the model, else 50."""
     max_tokens: Annotated[int, short("-m")] = 512
     """Used when a request doesn't say: the longest answer, in tokens."""
     model_tag: Annotated[str | None, short("-g")] = None
@@ -82,8 +85,9 @@ class Config:
     def __post_init__(self) -> None:
         ranges = {"temperature": (0, 2), "top_k": (0, 200), "max_tokens": (1, MAX_TOKENS), "port": (0, 65535)}
         for name, (least, most) in ranges.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"--{name} must be between {least} and {most}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"--{name} must be between {least} and {most}, got {value}")
         for name, least in {"num_gpus": 1, "queue_size": 0, "max_batch_size": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -163,6 +167,7 @@ def load_engines(cfg: Config, name: str, compute: Compute) -> tuple[list[BatchEn
         "n_embd": config.n_embd,
         "vocab_size": config.vocab_size,
         "context_length": config.sequence_len,
+        "sampling": meta.get("sampling"),
     }
     return engines, tokenizer, info
 
@@ -174,7 +179,8 @@ def main(cfg: Config) -> None:
     with listen(cfg.host, cfg.port) as server_socket, setup_compute(cfg.runtime) as compute:
         engines, tokenizer, info = load_engines(cfg, name, compute)
         access = cfg.access(key)
-        defaults = Sampling(temperature=cfg.temperature, top_k=cfg.top_k, max_tokens=cfg.max_tokens)
+        drawing, why = choose_drawing(info, cfg.temperature, cfg.top_k, USUAL)
+        defaults = Sampling(**drawing, max_tokens=cfg.max_tokens)
         app = create_app(engines, tokenizer, defaults, info, access, cfg.log_conversations)
         if key is None and (cfg.host not in LOCAL_HOSTS or "*" in access.cors_origins):
             who = (
@@ -185,7 +191,8 @@ def main(cfg: Config) -> None:
             print(f"warning: {who}; it asks for no key")
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         url = access.public_url or f"http://{host}:{server_socket.getsockname()[1]}{access.root_path}"
-        print(f"{info['name']}, step {info['step']}: {url} (OpenAI's API: {url}/v1)", flush=True)
+        print(f"{info['name']}, step {info['step']}: {url} (OpenAI's API: {url}/v1)")
+        print(why, flush=True)
         make_server(app, DRAIN_SECONDS).run(sockets=[server_socket])
 
 

@@ -22,6 +22,7 @@ from nanochat.serve.app import UI_FOLDER
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import Conversation
 from nanochat.serve.chat_commands import ALIASES, HELP, Quit, is_command, run_command
+from nanochat.serve.choose_model import choose_drawing
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +61,7 @@ def test_flags_of_the_classic_script():
     assert (cfg.source, cfg.prompt, cfg.temperature, cfg.top_k) == ("mid", "hi", 0.1, 5)
     assert (cfg.model_tag, cfg.step, cfg.runtime.dtype) == ("d4", 3, "float32")
     cfg = parse("--device-type", "cpu")
-    assert (cfg.source, cfg.prompt, cfg.temperature, cfg.top_k) == ("sft", None, 0.6, 50)
+    assert (cfg.source, cfg.prompt, cfg.temperature, cfg.top_k) == ("sft", None, None, None)
     assert cfg.runtime.device_type == "cpu"
 
 
@@ -460,3 +461,18 @@ def test_closed_streams_are_said(monkeypatch, capsys, stream, flags):
         run_script(chat_cli.main, chat_cli.Config, ["--device_type=cpu", *flags])
     assert error.value.code == 1
     assert re.fullmatch(r"error: standard .* is closed, so .*\n", capsys.readouterr().err)
+
+
+def test_answers_are_drawn_as_asked_for_else_as_the_checkpoint_says_else_as_usual():
+    usual, meta = {"temperature": 0.6, "top_k": 50}, {"sampling": {"temperature": 0.2, "top_k": 20}}
+    for known, asked, drawn, why in (
+        (meta, (None, None), (0.2, 20), "SFT found"),
+        (meta, (0.9, None), (0.9, 20), "SFT found"),
+        (meta, (0.0, 0), (0.0, 0), "as asked for"),
+        ({"sampling": {"temperature": 0.0}}, (None, None), (0.0, 50), "SFT found"),
+        ({}, (None, None), (0.6, 50), "usual"),  # a checkpoint from before
+    ):
+        drawing, said = choose_drawing(known, *asked, usual)
+        assert (drawing["temperature"], drawing["top_k"]) == drawn
+        assert why in said
+        assert f"temperature {drawn[0]:g}, top_k {drawn[1]}" in said

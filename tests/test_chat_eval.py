@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.chat_eval import evaluate_chat_task
+from nanochat.chat_eval import choose_sampling, evaluate_chat_task
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import compute_cleanup
 from nanochat.config import run_script
@@ -424,3 +424,43 @@ def test_base_eval_without_a_bundle(trained, base_dir, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         run_script(base_eval.main, base_eval.Config, [])
     assert error.value.code == 1
+
+
+class Unsure:
+    """An engine whose answers are the references as long as it is cold enough, and of some prompts only."""
+
+    context_length = 128
+
+    def __init__(self, references, warmest, known):
+        self.references, self.warmest, self.known = references, warmest, known
+
+    def generate_prompts(self, rows, max_tokens, temperature, top_k):
+        answers = []
+        for i, row in enumerate(rows):
+            reference = self.references[tuple(row)]
+            spoiled = temperature > self.warmest and i % 50 == 0
+            wrong = spoiled or int(reference[-1]) % 10 >= self.known  # the last word tells which question it was
+            answers.append(row + self.tokenizer.encode("something else entirely" if wrong else reference))
+        return answers, None
+
+
+@pytest.mark.parametrize(
+    ("warmest", "known", "chosen"),
+    [(2.0, 10, {"temperature": 0.8, "top_k": 50}), (0.3, 10, {"temperature": 0.3, "top_k": 50}),
+     (0.3, 6, {"temperature": 0.3, "top_k": 50}), (0.0, 10, {"temperature": 0.0}), (2.0, 0, {})],
+)  # fmt: skip
+def test_the_warmest_setting_that_spoils_nothing_is_chosen(tiny_tokenizer, warmest, known, chosen):
+    conversations = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Why {i}?"},
+                {"role": "assistant", "content": f"It is so because {i}"},
+            ]
+        }
+        for i in range(60)
+    ]
+    prompts = {tuple(tiny_tokenizer.render_for_completion(c)): c["messages"][1]["content"] for c in conversations}
+    engine = Unsure(prompts, warmest, known)
+    engine.tokenizer = tiny_tokenizer
+    assert choose_sampling(engine, tiny_tokenizer, conversations) == chosen
+    assert choose_sampling(engine, tiny_tokenizer, conversations[:5]) == {}  # too few to say

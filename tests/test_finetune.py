@@ -281,3 +281,20 @@ def test_the_users_identity_replaces_the_shipped_one(base_dir):
     assert "nanochat" in str(shipped[0][0]) + str(shipped[0][5]) + str(shipped[0][9])
     (base_dir / "identity_conversations.jsonl").write_text(json.dumps(chat(1)) + "\n")
     assert _identities(5)[0][0] == chat(1)
+
+
+def test_sft_records_how_its_answers_are_best_drawn(saved_mid, monkeypatch, capsys):
+    """In the finished checkpoint, and only SFT: what comes before it is not asked for answers."""
+    seen = []
+    monkeypatch.setattr(
+        "nanochat.train.finetune.choose_sampling",
+        lambda engine, tokenizer, conversations: seen.append(conversations) or {"temperature": 0.3, "top_k": 50},
+    )
+    before = sft(num_iterations=2).model
+    assert load_checkpoint(checkpoint_folder("sft", "d2")).meta["sampling"] == {"temperature": 0.3, "top_k": 50}
+    assert seen == [DATA.val]
+    assert "temperature 0.3, top_k 50" in capsys.readouterr().out
+    monkeypatch.setattr("nanochat.train.finetune.choose_sampling", lambda *args: {})
+    again = sft(num_iterations=2, resume="never")
+    assert "sampling" not in again.meta  # nothing could be said
+    assert all(torch.equal(again.model[name], tensor) for name, tensor in before.items())

@@ -52,6 +52,7 @@ def check(schema, text, last, room):
     jsonschema.Draft202012Validator(schema).validate(json.loads(text))
 
 
+@pytest.mark.timeout(0 if SCHEMAS > 100 else 300)
 def test_random_schemas_are_satisfied_by_every_answer(engine, grammars):
     seen, passed, refused = [], [], []
 
@@ -67,7 +68,7 @@ def test_random_schemas_are_satisfied_by_every_answer(engine, grammars):
         least = constraint.least_tokens
         if least > 100:
             return
-        asked = [(max(least, 40), 1.0), (max(least, 40), 2.0), (least, 2.0), (least + 2, 1.0)]
+        asked = [(max(least, 32), 1.0), (max(least, 32), 2.0), (least + len(seen) % 3, 2.0)]
         generations = [ask(engine, constraint, room, len(seen) + room, t) for room, t in asked]
         for (room, _), generation in zip(asked, generations, strict=True):
             check(schema, *answer(generation), room)
@@ -78,7 +79,11 @@ def test_random_schemas_are_satisfied_by_every_answer(engine, grammars):
 
     satisfied()
     assert len(passed) > 2 * len(seen)  # most schemas were supported and fit
-    assert not [e for e in refused if not re.search("satisfies all|multipleOf|formats .* at once|minProperties", e)]
+    assert not [
+        e
+        for e in refused
+        if not re.search("satisfies all|back to itself|multipleOf|formats .* at once|minProperties", e)
+    ]
 
 
 SATISFIABLE = {
@@ -174,7 +179,8 @@ def test_what_people_ask_for_works(engine, grammars, name):
         ({"type": "integer", "multipleOf": 100, "minimum": 1, "maximum": 99}, "satisfies all"),
         ({"properties": {"a": False}, "required": ["a"], "type": "object"}, "satisfies all"),
         ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "satisfies all"),
-        ({"$ref": "#"}, "satisfies all"),
+        ({"$ref": "#"}, "back to itself"),
+        ({"anyOf": [{"type": "null"}, {"$ref": "#"}]}, "back to itself"),
         ({"enum": []}, "satisfies all"),
         (False, "satisfies all"),
         ([], "object, true or false"),

@@ -1,7 +1,10 @@
-"""The choice of a chat script's model: a checkpoint of ours, or a folder in the format of transformers."""
+"""The choice of a chat script's model, a checkpoint of ours or a folder in the format of transformers, and of how its
+answers are drawn.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +37,27 @@ def load_chosen(
     if hf_path is not None:
         return load_nanochat_folder(hf_path, device)
     return load_model(source, device, "eval", model_tag, step)
+
+
+def choose_drawing(
+    meta: Mapping[str, Any], temperature: float | None, top_k: int | None, usual: Mapping[str, float | int]
+) -> tuple[dict[str, Any], str]:
+    """How answers are drawn where nobody says otherwise.
+
+    Args:
+        meta: of the model; SFT records in it what suits the model (`sampling`).
+        temperature: what the user asks for, if anything.
+        top_k: likewise.
+        usual: both, for a model that records nothing.
+
+    Returns:
+        (temperature and top_k, a sentence that says where they come from).
+    """
+    recorded = meta.get("sampling") or {}
+    asked = {name: value for name, value in (("temperature", temperature), ("top_k", top_k)) if value is not None}
+    drawing = {name: asked.get(name, recorded.get(name, value)) for name, value in usual.items()}
+    if len(asked) == len(usual):
+        why = "as asked for"
+    else:
+        why = "what SFT found to suit this model" if recorded else "the usual ones: this model records none of its own"
+    return drawing, f"answers: temperature {drawing['temperature']:g}, top_k {drawing['top_k']} ({why})"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
+from nanochat.chat_eval import choose_sampling
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import Compute, print0, print_banner
 from nanochat.config import positive, short
 from nanochat.data.chat_loader import ConversationLoader
 from nanochat.data.loader import Batch
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan.memory import MicroBatch, divisors
 from nanochat.recipe import BatchPlan, plan_batch, recipe_of
@@ -212,6 +215,7 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
             ),
             val_name="val_loss",
             sample=lambda: print_answers(model, tokenizer, compute),
+            finish=(lambda: find_sampling(model, tokenizer, compute, data.val)) if stage is SFT else None,
             **checkpoint_hooks(cfg, model),
         )
         train(trainer, checkpoint, answers_before=True)
@@ -226,6 +230,24 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
             "validation loss (nats per supervised token)": state.val,
         }
         run.report(stage.section, trainer, facts, {"val loss": state.val})
+
+
+def find_sampling(
+    model: GPT, tokenizer: RustBPETokenizer, compute: Compute, conversations: Sequence[Any]
+) -> dict[str, Any]:
+    """How answers of this model are best drawn, for its checkpoint's meta: rank 0 tries, the others have nothing."""
+    if compute.rank != 0:
+        return {}
+    model.eval()
+    start = time.perf_counter()
+    chosen = choose_sampling(Engine(model, tokenizer, compute.precision), tokenizer, conversations)
+    model.train()
+    shown = (
+        ", ".join(f"{name} {value}" for name, value in chosen.items())
+        or "not found, too few answers agree with the held-out ones"
+    )
+    print0(f"sft: sampling that costs no right answers: {shown} ({time.perf_counter() - start:.0f} s)")
+    return {"sampling": chosen} if chosen else {}
 
 
 def check_validation(loader: ConversationLoader, name: str) -> None:

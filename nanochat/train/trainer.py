@@ -103,6 +103,8 @@ class Trainer:
     extra_state: Callable[[], dict[str, Tensor]] | None = None
     """Tensors that an unfinished checkpoint needs besides those weights; `resume` leaves them to the caller."""
     sample: Callable[[], None] | None = None
+    finish: Callable[[], dict[str, Any]] | None = None
+    """Asked once, when training has ended: what the finished checkpoint's meta has besides."""
     tracker: Tracker = field(default_factory=DummyWandb)
     state: TrainState = field(default_factory=TrainState)
     clock: Clock = field(default_factory=Clock)
@@ -275,6 +277,8 @@ class Trainer:
                 if self.sample is not None:
                     print0(f"{self.label}: samples after {self.state.step} steps")
                     self.run_sample()
+                if self.finish is not None:
+                    self.meta = self.meta | self.finish()
                 self.saver.save_finished()
                 self.complete = True
                 used, seconds = self.clock.tick(), self.clock.seconds

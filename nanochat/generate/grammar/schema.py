@@ -98,9 +98,9 @@ class SchemaReader:
         groups = [[own]]
         if "$ref" in schema:
             target = schema["$ref"]
-            # A reference that leads back to itself, with no value in between, allows nothing that wasn't allowed yet.
-            again = target in following
-            groups.append([] if again else self.alternatives(self._find(target), following | {target}))
+            if target in following:  # draft 2020-12 leaves open what that means, and validators never end
+                raise BadSchema(f"the reference {target!r} leads back to itself without a step into the value")
+            groups.append(self.alternatives(self._find(target), following | {target}))
         groups += [self.alternatives(part, following) for part in schema.get("allOf", ())]
         for name in ("anyOf", "oneOf"):
             if name in schema:
