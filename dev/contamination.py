@@ -200,7 +200,10 @@ class Config:
     """Count the n-grams that training text and evaluation share."""
 
     data_dir: str | None = None
-    """Folder (or file) of parquet, txt, md, jsonl, csv or html text; default: what the dataset step prepared."""
+    """Folder (or file) of texts of any kind (txt, jsonl, csv, html, pdf, parquet …); default: what the dataset
+    step prepared."""
+    text_column: str | None = None
+    """Column or field with the text; default $TEXT_COLUMN, else found by itself."""
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     n: int = 13
@@ -237,7 +240,7 @@ def eval_sets(cfg: Config, corpus: Corpus) -> tuple[list[EvalSet], list[str]]:
 
 def main(cfg: Config) -> None:
     """Read, count, print."""
-    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
+    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column))
     sets, absent = eval_sets(cfg, corpus)
     for line in absent:
         print(f"left out: {line}")

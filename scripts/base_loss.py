@@ -29,7 +29,10 @@ class Config:
     eval_tokens: int = 20 * 524288
     """Most tokens of each split to read (all of it when it is smaller)."""
     data_dir: str | None = None
-    """Folder (or file) of parquet, txt, md, jsonl, csv or html text; default: what the dataset step prepared."""
+    """Folder (or file) of texts of any kind (txt, jsonl, csv, html, pdf, parquet …); default: what the dataset
+    step prepared."""
+    text_column: str | None = None
+    """Column or field with the text; default $TEXT_COLUMN, else found by itself."""
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     model_tag: Annotated[str | None, short("-g")] = None
@@ -63,7 +66,7 @@ def main(cfg: Config) -> None:
     print_banner()
     with setup_compute(cfg.runtime) as compute:
         model, tokenizer, meta = load_model("base", compute.device, "eval", cfg.model_tag, cfg.step)
-        corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
+        corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column))
         bpb = {}
         for split in ("train", "val"):
             bpb[f"{split} bpb"] = split_bpb(cfg, split, model, corpus, tokenizer, compute)

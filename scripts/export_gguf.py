@@ -21,6 +21,7 @@ from nanochat.interop.gguf_file import (
     GGUFType,
     check_exact,
     how_to_open,
+    import_gguf,
     modelfile,
     refuse_other_file,
     write_gguf,
@@ -54,6 +55,7 @@ def main(cfg: Config) -> None:
     """Export, and say how to open the file."""
     path = Path(cfg.output)
     refuse_other_file(path)
+    import_gguf()
     model, tokenizer, _ = load_model(cfg.source, torch.device("cpu"), "eval", cfg.model_tag, cfg.step)
     for note in check_exact(model, tokenizer, cfg.approximate):
         print0(note)

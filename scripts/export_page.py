@@ -16,7 +16,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.config import run_script, short
 from nanochat.env import print0
 from nanochat.files import atomic_folder
-from nanochat.interop.gguf_file import GGUFCard, GGUFType, check_exact, write_gguf
+from nanochat.interop.gguf_file import GGUFCard, GGUFType, check_exact, import_gguf, write_gguf
 from nanochat.interop.qwen3 import fold
 from nanochat.serve.static_page import (
     MODEL_FILE,
@@ -26,6 +26,8 @@ from nanochat.serve.static_page import (
     wllama_files,
     wllama_tarball,
 )
+
+BROWSER_BYTES = 2**31 - 1  # of one piece of memory, in which the page keeps the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ def main(cfg: Config) -> None:
     """Export, and say how to look at it."""
     folder = Path(cfg.output)
     refuse_other_page(folder)
+    import_gguf()
     wllama = None if cfg.cdn else wllama_files(wllama_tarball(cfg.wllama))
     model, tokenizer, meta = load_model(cfg.source, torch.device("cpu"), "eval", cfg.model_tag, cfg.step)
     for note in check_exact(model, tokenizer, cfg.approximate):
@@ -70,6 +73,8 @@ def main(cfg: Config) -> None:
         add_page(tmp, page_facts(name, model, tokenizer, meta, cfg.type), wllama)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print0(f"wrote {folder} ({size / 1e6:.1f} MB)")
+    if (folder / MODEL_FILE).stat().st_size > BROWSER_BYTES:
+        print0("warning: browsers load no model above 2 GB: export a smaller --type, or a smaller model")
     print0(f"look at it: python -m http.server --directory {folder} 8080, then http://localhost:8080")
     print0(
         "any static host serves it: GitHub Pages, a web space, a USB stick with the line above; not a click on the file"

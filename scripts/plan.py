@@ -268,7 +268,10 @@ def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
         target.how + " Communication, evaluation and checkpoints are not counted.",
         f"Bits per byte: nanochat/plan/scaling_law.py, for {cfg.dataset}, ± {ERROR:.0%} (root mean square over "
         "published runs that the law had not seen); a run of a few hundred steps ends about 10 % higher."
-        + (" For the small recipe the law of modern stands in." if cfg.recipe == "small" else ""),
+        + {
+            "small": " For the small recipe the law of modern stands in.",
+            "portable": " For portable the law of modern stands in, some of whose switches it lacks.",
+        }.get(cfg.recipe, ""),
     ]
     if best is None or micro is None:
         return [

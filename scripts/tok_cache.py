@@ -19,7 +19,10 @@ class Config:
     """Tokenize a corpus once, for many runs with --token_cache."""
 
     data_dir: str | None = None
-    """Folder (or file) of parquet, txt, md, jsonl, csv or html text; default: what the dataset step prepared."""
+    """Folder (or file) of texts of any kind (txt, jsonl, csv, html, pdf, parquet …); default: what the dataset
+    step prepared."""
+    text_column: str | None = None
+    """Column or field with the text; default $TEXT_COLUMN, else found by itself."""
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     num_threads: int = 2
@@ -28,7 +31,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Tokenize what is not cached yet."""
-    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
+    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column))
     cache = TokenCache(get_tokenizer())
     tokens = cache.build(corpus, cfg.num_threads)
     size = tokens * cache.tokenizer.dtype.itemsize / 1e9

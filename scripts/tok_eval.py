@@ -33,7 +33,10 @@ class Config:
     runtime: Runtime = field(default_factory=Runtime)
     """Taken as by every script; a tokenizer counts, so device and precision change nothing here."""
     data_dir: str | None = None
-    """Folder (or file) of parquet, txt, md, jsonl, csv or html text: both of its splits are measured too."""
+    """Folder (or file) of texts of any kind (txt, jsonl, csv, html, pdf, parquet …): both of its splits are
+    measured too."""
+    text_column: str | None = None
+    """Column or field with the text; default $TEXT_COLUMN, else found by itself."""
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo, in place of data_dir."""
     num_documents: int = 500
@@ -69,7 +72,7 @@ def load_reference(tiktoken_name: str) -> RustBPETokenizer | None:
 def own_texts(cfg: Config) -> dict[str, str]:
     """The beginning of the corpus's two splits; nothing if there is no corpus and none was asked for."""
     try:
-        corpus: Corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
+        corpus: Corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column))
     except FileNotFoundError as error:
         if cfg.dataset or cfg.data_dir:
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,9 @@ from nanochat.progress import format_seconds, progress
 from nanochat.report import get_report
 from nanochat.tokenizer import PATTERNS, TOKENIZER_FOLDER, RustBPETokenizer, mergeable_size
 
+DOC_CAP = 10_000  # characters
+SMALL_CORPUS_BYTES = 100_000_000  # below this a tokenizer sees all of the text, however long its documents are
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -32,8 +35,9 @@ class Config:
     """Taken as by every script; a tokenizer counts, so device and precision change nothing here."""
     max_chars: int = 2_000_000_000
     """Read at most this many characters."""
-    doc_cap: int = 10_000
-    """Of each document take only this many characters, so that no long one dominates."""
+    doc_cap: int | None = None
+    """Of each document take only this many characters, so that no long one dominates; default 10,000, and all of a
+    corpus below 100 MB."""
     vocab_size: int = 65536
     """Tokens in all: 256 bytes, merges, 9 special tokens."""
     pattern: Literal["auto", "nanochat", "runtimes"] = "auto"
@@ -41,13 +45,15 @@ class Config:
     combining marks with their letters); auto takes nanochat, and runtimes for scripts whose vowels are marks (Hindi,
     Thai …): from 1 % of the characters on."""
     data_dir: str | None = None
-    """Folder (or file) of parquet, txt, md, jsonl, csv or html text."""
+    """Folder (or file) of texts of any kind (txt, md, html, jsonl, csv, docx, pdf, parquet …)."""
+    text_column: str | None = None
+    """Column or field with the text; default $TEXT_COLUMN, else found by itself."""
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
 
     def __post_init__(self) -> None:
         mergeable_size(self.vocab_size)  # raises if it is too small
-        if self.max_chars < 1 or self.doc_cap < 1:
+        if self.max_chars < 1 or (self.doc_cap is not None and self.doc_cap < 1):
             raise ValueError("--max_chars and --doc_cap must be at least 1")
 
 
@@ -79,7 +85,7 @@ def choose_pattern(cfg: Config, arrays: Iterator[pa.Array]) -> str:
     if cfg.pattern == "runtimes":
         print0(f"pattern runtimes, as asked for: {digits}")
         return cfg.pattern
-    share = share_of_marks(arrays, cfg.doc_cap, min(cfg.max_chars, MARKS_SAMPLE))
+    share = share_of_marks(arrays, cfg.doc_cap or DOC_CAP, min(cfg.max_chars, MARKS_SAMPLE))
     if share < MARKS_SHARE:
         return "nanochat"
     print0(f"pattern runtimes, since {share:.1%} of the characters are combining marks: {digits}")
@@ -98,7 +104,7 @@ def read(arrays: Iterator[pa.Array], cfg: Config, reading: Reading) -> Iterator[
     """Pass arrays on until `max_chars` characters (capped per document) have been read; counts them."""
     for texts in arrays:
         lengths = pc.fill_null(pc.utf8_length(texts), 0).to_numpy(zero_copy_only=False)
-        total = np.cumsum(np.minimum(lengths, cfg.doc_cap)) + reading.chars
+        total = np.cumsum(np.minimum(lengths, cfg.doc_cap or DOC_CAP)) + reading.chars
         keep = min(len(texts), int(np.searchsorted(total, cfg.max_chars)) + 1)  # with the one that reaches the limit
         reading.documents += keep
         reading.chars = min(int(total[keep - 1]), cfg.max_chars)
@@ -109,9 +115,11 @@ def read(arrays: Iterator[pa.Array], cfg: Config, reading: Reading) -> Iterator[
 
 def main(cfg: Config) -> None:
     """Read, train, save, report."""
-    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir))
+    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column))
     folder = get_base_dir() / TOKENIZER_FOLDER
     num_bytes = max(1, min(corpus.num_bytes("train"), cfg.max_chars))
+    if cfg.doc_cap is None:
+        cfg = replace(cfg, doc_cap=DOC_CAP if corpus.num_bytes("train") > SMALL_CORPUS_BYTES else cfg.max_chars)
     print0(f"training a tokenizer of {cfg.vocab_size:,} tokens on about {num_bytes / 1e6:,.0f} MB of {corpus.name}")
     pattern = choose_pattern(cfg, corpus.arrays("train"))
     trainer, reading = rustbpe.Tokenizer(), Reading()
@@ -128,7 +136,7 @@ def main(cfg: Config) -> None:
                 read(corpus.arrays("train"), cfg, reading),
                 mergeable_size(cfg.vocab_size),
                 pattern=PATTERNS[pattern],
-                doc_cap=cfg.doc_cap,
+                doc_cap=cfg.doc_cap or DOC_CAP,
                 max_chars=cfg.max_chars,
                 progress=show,
             )
@@ -152,7 +160,7 @@ def main(cfg: Config) -> None:
     lengths = tokenizer.token_lengths()
     lengths = lengths[lengths > 0]
     facts = {
-        "pattern": pattern,
+        "cuts by the pattern": pattern,
         "tokens": size,
         "special tokens": len(tokenizer.get_special_tokens()),
         "documents": reading.documents,

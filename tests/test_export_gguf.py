@@ -16,7 +16,7 @@ from nanochat.config import run_script
 from nanochat.engine import Engine
 from nanochat.env import get_base_dir
 from nanochat.interop.gguf_file import GGUFCard, check_exact, modelfile, tokenizer_fields, write_gguf
-from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE
+from nanochat.interop.hf_tokenizer import PLAIN_TEMPLATE
 from nanochat.interop.qwen3 import fold
 from nanochat.tokenizer import TOKENIZER_FOLDER, RustBPETokenizer
 from scripts import export_gguf
@@ -69,7 +69,7 @@ class TestFile:
             "general.license": "mit",
             "qwen3.context_length": 128,
             "tokenizer.ggml.pre": "qwen35",
-            "tokenizer.chat_template": CHAT_TEMPLATE,
+            "tokenizer.chat_template": PLAIN_TEMPLATE,
             "tokenizer.ggml.add_bos_token": False,
             "tokenizer.ggml.bos_token_id": tokenizer.get_bos_token_id(),
             "tokenizer.ggml.eos_token_id": tokenizer.encode_special("<|assistant_end|>"),

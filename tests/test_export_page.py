@@ -100,7 +100,8 @@ def test_the_page_calculates_like_python():
     whole = [expression(rng, 4) for _ in range(3000)]
     small = [f"{rng.randrange(1, 99)}{'.' * (i % 2)}{rng.choice(' *+-/%')}{rng.randrange(9)}" for i in range(500)]
     powers = [f"{rng.uniform(0, 50):.3g} ** {rng.choice(['-3', '0.5', '2.7', '17', '1/3', '100'])}" for _ in range(500)]
-    every = [*whole, *small, *powers, *(damaged(rng, e) for e in whole)]
+    halves = [f"{rng.randrange(10**9, 10**10)} + {rng.randrange(8)}/8" for _ in range(200)]  # between two of 12 digits
+    every = [*whole, *small, *powers, *halves, *(damaged(rng, e) for e in whole)]
     expected = [use_calculator(e) for e in every]
     wrong = [
         (e, a, b) for e, a, b in zip(every, run_node(ANSWER, "calculator.js", every), expected, strict=True) if a != b
@@ -339,7 +340,7 @@ def test_without_headers_and_service_worker_it_runs_in_one_thread(browser, scrip
     with static_host(scripted_page) as address, visit(browser, address, service_workers="block") as (page, asked):
         page.wait_for_selector("#load button")
         size = (scripted_page / MODEL_FILE).stat().st_size / 1e6
-        assert page.inner_text("#load button") == f"Load the model ({size:.1f} MB)"
+        assert page.inner_text("#load button") == f"Load the model ({size:.1f} MB, and 3.1 MB of program)"
         assert not any(url.endswith((".gguf", ".wasm")) for url in asked)  # nobody has asked for it yet
         page.click("#load button")
         page.wait_for_selector("body.loaded")
@@ -391,6 +392,23 @@ def test_a_new_export_takes_the_place_of_the_old_one(browser, tmp_path, tokenize
         add_page(page_folder, page_facts("Newer", model, tokenizer, {}, "f32"), None)
         page.reload()
         page.wait_for_function("() => document.title === 'Newer'")
+
+
+def test_a_delivery_network_may_hold_the_program(browser, tmp_path, tokenizer):
+    folder = write_page(tmp_path / "page", scripted_model(tokenizer, *CALCULATION), tokenizer, None)
+    files = wllama()
+    cdn = f"https://cdn.jsdelivr.net/npm/@wllama/wllama@{WLLAMA_VERSION}/"
+
+    def answer(route):
+        name = route.request.url.removeprefix(cdn)
+        kind = "text/javascript" if name.endswith(".js") else "application/wasm"
+        route.fulfill(body=files[name], content_type=kind, headers={"Access-Control-Allow-Origin": "*"})
+
+    with static_host(folder) as address, browser.new_context(service_workers="block") as context:
+        page = context.new_page()
+        page.route(f"{cdn}**", answer)
+        page.goto(address)
+        assert say(page, "6*7?").startswith("Let")
 
 
 def test_it_says_what_is_missing(browser, tmp_path, tokenizer):

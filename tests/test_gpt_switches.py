@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from nanochat.checkpoint_manager import Checkpoint, load_weights
 from nanochat.generate.kv_cache import KVCache
 from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 from nanochat.ops.pointwise import offset_keys
@@ -272,6 +273,17 @@ def test_configs_of_old_checkpoints_and_of_nanochat_load():
     assert GPTConfig.from_nanochat(old, switched({}).state_dict().keys()) == GPTConfig(**old)
     with pytest.raises(ValueError, match="resid_lambdas"):
         GPTConfig.from_nanochat(old, ["resid_lambdas", "x0_lambdas"])
+
+
+def test_a_checkpoint_of_before_a_switch_holds_the_same_model(tmp_path):
+    """Else no run from before could be resumed."""
+    model = switched({"smear": True})
+    config = model.config.to_dict()
+    del config["logit_softcap"], config["residual_factors"]
+    load_weights(model, Checkpoint(tmp_path, {"model_config": config}, model.state_dict(), {}))
+    free = switched({"smear": True, "logit_softcap": None})
+    with pytest.raises(ValueError, match=r"logit_softcap 15\.0 -> None"):
+        load_weights(free, Checkpoint(tmp_path, {"model_config": config}, model.state_dict(), {}))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from nanochat.checkpoint_manager import load_model, save_checkpoint
 from nanochat.common import get_base_dir
 from nanochat.interop.hf_format import write_hf_folder
+from nanochat.interop.hf_tokenizer import PLAIN_TEMPLATE
 from nanochat.tokenizer import RustBPETokenizer
 from tests.test_hf import MODELS, TEXT, load_theirs, random_model
 
@@ -64,6 +65,15 @@ def test_texts_as_parts_and_a_system_message_alone(tokenizer, their_tokenizer):
     assert written(system) == "<|bos|><|user_start|>Say no<|user_end|><|assistant_start|>"
     with pytest.raises(Exception, match="part of type image"):
         written(USER | {"content": [{"type": "image"}]})
+
+
+def test_without_the_marks_of_what_is_learned_the_template_writes_the_same(their_tokenizer):
+    tool = [{"type": "text", "text": "so"}, {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
+    messages = [USER, ANSWER, USER, {"role": "assistant", "content": tool}, USER]
+    assert "generation %}" not in PLAIN_TEMPLATE
+    for settings in ({"tokenize": False}, {"tokenize": False, "add_generation_prompt": True}):
+        plain = their_tokenizer.apply_chat_template(messages, chat_template=PLAIN_TEMPLATE, **settings)
+        assert plain == their_tokenizer.apply_chat_template(messages, **settings)
 
 
 def test_the_mask_of_what_is_learned_is_that_of_training(tokenizer, their_tokenizer):

@@ -164,7 +164,7 @@ def test_tok_train_takes_the_pattern_that_the_text_needs(tmp_path, base_dir, cap
     assert get_tokenizer().pattern == PATTERNS[pattern]
     assert ("pattern runtimes" in said) == (pattern == "runtimes")
     assert ("combining marks: " in said) == (pattern == "runtimes" and not flags)
-    assert f"pattern: {pattern}" in (base_dir / "report" / "tokenizer-training.md").read_text()
+    assert f"cuts by the pattern: {pattern}\n" in (base_dir / "report" / "tokenizer-training.md").read_text()
 
 
 def test_marks_are_counted_within_the_caps():

@@ -79,7 +79,7 @@ def test_empty_shards_and_large_vocabularies(tmp_path: Path) -> None:
 
 def test_command_builds_once(tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     BYTES.save(base_dir / "tokenizer")
-    write_shard(tmp_path / "a.parquet", [["one", "two"]])
+    write_shard(tmp_path / "shard_00000.parquet", [["one", "two"]])
     run_script(tok_cache.main, tok_cache.Config, [f"--data_dir={tmp_path}"])
     assert "6 tokens" in capsys.readouterr().out
     ids = next((base_dir / "token_cache").rglob("ids.bin"))

@@ -298,7 +298,8 @@ def test_tok_train_stops_at_what_the_text_supports(own_data: Path, capsys: pytes
 
 
 def test_tok_train_names_a_corpus_without_text(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["", None, "", "x"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["", None, ""]}), tmp_path / "shard_00000.parquet")
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "shard_00001.parquet")
     with pytest.raises(ValueError, match=r"training documents of .* are all empty"):
         tok_train.main(tok_train.Config(data_dir=str(tmp_path)))
 

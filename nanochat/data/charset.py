@@ -13,16 +13,13 @@ import re
 from collections.abc import Callable
 from typing import IO
 
-from charset_normalizer import from_bytes
-
+from nanochat.data.charset_guess import LARGER, detect, fits
 from nanochat.data.inventory import NotReadError
 
 WINDOW_BYTES = 1 << 18  # looked at when an encoding must be guessed
 BLOCK_BYTES = 1 << 18
 REPAIR = "nanochat_repair"  # the name of the codec error handler
-# Valid letters beyond ASCII for each broken one in a file that is taken for damaged UTF-8. In others hardly one letter
-# is valid by chance: about one in twenty in those of East Asia, none in the others.
-GOOD_SHARE = 0.3
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 UNKNOWN = "encoding not recognised (ENCODING=cp1251, or its right name, says which)"
 BINARY = "no text (binary content)"
 MARKS = {
@@ -33,49 +30,8 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 CONTROL_SHARE = 0.001  # of the bytes: more control characters than in any text, so it may be UTF-16
-NUL_SHARE = 0.05  # of bytes that are no UTF-16 either: then it is no text
-# The name in a file often means the larger set that Windows made of it (as browsers take it).
-LARGER = {
-    **dict.fromkeys(("ascii", "iso8859-1", "latin-1"), "cp1252"),
-    **dict.fromkeys(("gb2312", "gbk", "cp936"), "gb18030"),
-    "shift_jis": "cp932",
-    "euc_kr": "cp949",
-    "big5": "big5hkscs",
-    "iso8859-9": "cp1254",
-    "tis-620": "cp874",
-}
+BINARY_SHARE = 0.05  # of bytes that are no UTF-16 either: then it is no text
 WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
-# Tried by the detector; others are either contained in one of these or so rare that they are named by hand.
-GUESSES = (
-    *(
-        "utf_8",
-        "cp1252",
-        "cp1250",
-        "cp1251",
-        "cp1253",
-        "cp1254",
-        "cp1255",
-        "cp1256",
-        "cp1257",
-        "cp1258",
-        "koi8_r",
-        "koi8_u",
-    ),
-    *(
-        "cp866",
-        "cp874",
-        "gb18030",
-        "big5",
-        "big5hkscs",
-        "shift_jis",
-        "cp932",
-        "euc_jp",
-        "cp949",
-        "euc_kr",
-        "mac_cyrillic",
-    ),
-    *("mac_roman", "iso8859_2", "iso8859_5", "iso8859_7", "iso8859_8", "cp437", "cp850", "cp852"),
-)
 
 
 class Repairs:
@@ -185,7 +141,7 @@ class Utf8Stream(io.RawIOBase):
             guess = _escaped(self._held)
         elif control_share(self._held) > CONTROL_SHARE:
             guess = wide_encoding(self._held)
-            if guess is None and self._held.count(0) > NUL_SHARE * len(self._held):
+            if guess is None and control_share(self._held) > BINARY_SHARE:
                 raise NotReadError(BINARY)
         if guess is not None:
             self._use(guess, guessed=True)
@@ -218,13 +174,13 @@ class Utf8Stream(io.RawIOBase):
         """The first byte that is no UTF-8 is met: decide what it is."""
         if not self.ended and len(data) - first < WINDOW_BYTES // 2:
             data += self._read(WINDOW_BYTES)
-        text = data.decode("utf-8", "replace")
-        broken = text.count("\ufffd")
-        good = self._letters + sum(len(part) for part in re.findall(r"[^\x00-\x7f\ufffd]+", text))
-        if good >= GOOD_SHARE * broken:
+        # Words of another encoding hardly ever are valid UTF-8 as a whole, though parts of them may be.
+        words = _BEYOND_ASCII.findall(data.decode("utf-8", "replace"))
+        broken = sum("\ufffd" in word for word in words)
+        if self._letters > 0 or len(words) >= 2 * broken:
             name: str | None = "utf-8"
         else:
-            name = self.declared if self.declared and _fits(data, self.declared) else detect(data)
+            name = self.declared if self.declared and fits(data, self.declared) else detect(data)
         if name is None and self._handed_out:
             name = "utf-8"  # too late to leave the file out: what is replaced is counted
         if name is None:
@@ -290,21 +246,6 @@ def _is_usual(letter: str) -> bool:
 def _escaped(data: bytes) -> str | None:
     """ISO-2022-JP or -KR, whose letters stand between escape sequences."""
     for name in ("iso2022_jp_2", "iso2022_kr"):
-        if _fits(data, name):
+        if fits(data, name):
             return name
     return None
-
-
-def _fits(data: bytes, name: str) -> bool:
-    """True if the bytes are valid in an encoding, but for a cut character at the end."""
-    try:
-        codecs.getincrementaldecoder(name)("strict").decode(data)
-    except (UnicodeDecodeError, LookupError):
-        return False
-    return True
-
-
-def detect(data: bytes) -> str | None:
-    """The encoding of bytes that are no UTF-8, None if it can't be told surely."""
-    best = from_bytes(data[:WINDOW_BYTES], cp_isolation=list(GUESSES)).best()
-    return None if best is None else LARGER.get(best.encoding, best.encoding)

@@ -223,7 +223,7 @@ def is_prepared(path: Path) -> bool:
     beside = [] if path.is_file() else [p for p in path.iterdir() if p not in shards and not BESIDE.match(p.name)]
     if beside:
         return False
-    layout = len(shards) > 1 and all(SHARD_NAME.fullmatch(shard.name) for shard in shards)
+    layout = all(SHARD_NAME.fullmatch(shard.name) for shard in shards)
     return layout or sum(shard.stat().st_size for shard in shards) > IN_PLACE_BYTES
 
 

@@ -162,13 +162,13 @@ class _Walk:
         try:
             stat = os.stat(path)
             if (stat.st_dev, stat.st_ino) in self.seen:
-                self.inventory.leave_out("a link to what is read already", "folder", shown, matters=False)
+                self.inventory.leave_out("a link to what is read already", "folder", shown.rstrip("/"), matters=False)
                 return
             self.seen.add((stat.st_dev, stat.st_ino))
             with os.scandir(path) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
-            self.inventory.leave_out((error.strerror or str(error)).lower(), "folder", shown)
+            self.inventory.leave_out((error.strerror or str(error)).lower(), "folder", shown.rstrip("/"))
             return
         for entry in entries:
             name, below = entry.name, f"{shown}{entry.name}"

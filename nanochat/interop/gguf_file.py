@@ -22,7 +22,7 @@ from torch import Tensor
 from nanochat.files import atomic_path
 from nanochat.gpt import GPT
 from nanochat.interop.hf_format import SAMPLING
-from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, to_hf_json
+from nanochat.interop.hf_tokenizer import PLAIN_TEMPLATE, to_hf_json
 from nanochat.interop.model_card import STAGES
 from nanochat.interop.qwen3 import check_folds
 from nanochat.tokenizer import RUNTIMES_PATTERN, SPLIT_PATTERN, RustBPETokenizer
@@ -51,7 +51,10 @@ class GGUFCard:
     def of(cls, name: str, model: GPT, source: str, license: str) -> GGUFCard:
         """The card of a stage's model."""
         description = f"A nanochat model of {model.num_params():,} parameters, {STAGES[source]}."
-        return cls(name=name, description=description, license=license, chat=source != "base")
+        chat = source != "base"
+        if chat:
+            description += " Its sums need a program that computes what stands between python_start and python_end."
+        return cls(name=name, description=description, license=license, chat=chat)
 
 
 def refuse_other_file(path: Path) -> None:
@@ -233,7 +236,7 @@ def tokenizer_fields(tokenizer: RustBPETokenizer, nearest: bool = False) -> Toke
 
 
 def _add_tokenizer(writer: Any, fields: TokenizerFields, tokenizer: RustBPETokenizer, card: GGUFCard) -> None:
-    bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
+    bos = tokenizer.get_bos_token_id()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(fields.pre)
     writer.add_token_list(fields.tokens)
@@ -242,12 +245,13 @@ def _add_tokenizer(writer: Any, fields: TokenizerFields, tokenizer: RustBPEToken
     writer.add_bos_token_id(bos)
     writer.add_pad_token_id(bos)
     if card.chat:
+        end = tokenizer.encode_special("<|assistant_end|>")
         writer.add_eos_token_id(end)
         writer.add_eot_token_id(end)
         # bos ends an answer too (see nanochat.generate.scheduler.ToolMachine); this is the name that is left for it.
         writer.add_eom_token_id(bos)
         writer.add_add_bos_token(False)  # the template writes it
-        writer.add_chat_template(CHAT_TEMPLATE)
+        writer.add_chat_template(PLAIN_TEMPLATE)
     else:
         writer.add_eos_token_id(bos)
         writer.add_add_bos_token(True)  # what the model learned to begin a document with

@@ -8,6 +8,7 @@ happened to join would give other ids for some texts.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from nanochat.tokenizer import RustBPETokenizer
 # What render_for_completion writes: bos, user and assistant in turn, a leading system message at the head of the first
 # user message, an assistant's parts (text, tool call, tool output) in their brackets.
 CHAT_TEMPLATE = (Path(__file__).parent / "hf_code" / "chat_template.jinja").read_text(encoding="utf-8")
+# The same for programs that do not know transformers' marks of what is learned.
+PLAIN_TEMPLATE = re.sub(r"{% (end)?generation %}", "", CHAT_TEMPLATE)
 
 
 def byte_characters() -> list[str]:

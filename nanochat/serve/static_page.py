@@ -144,7 +144,7 @@ def page_facts(
             "context_length": config.sequence_len,
         },
         "special": {token: tokenizer.encode_special(token) for token in sorted(tokenizer.get_special_tokens())},
-        "defaults": DEFAULTS,
+        "defaults": {**DEFAULTS, "max_tokens": min(DEFAULTS["max_tokens"], config.sequence_len)},
         "limits": {**LIMITS, "max_tokens": config.sequence_len},
     }
 
@@ -162,10 +162,13 @@ def add_page(folder: Path, facts: Mapping[str, Any], wllama: Mapping[str, bytes]
             shutil.copyfile(path, folder / path.name)
     for name, data in (wllama or {}).items():
         write_bytes(folder / "wllama" / name, data)
+    program = sum(len((wllama or {}).get(WLLAMA_FILES[key], b"")) for key in ("module", "multi"))
     base = "./wllama/" if wllama is not None else f"{CDN}/npm/{WLLAMA}@{WLLAMA_VERSION}/"
     addresses = {key: base + name for key, name in WLLAMA_FILES.items()}
     size = (folder / MODEL_FILE).stat().st_size
-    write_json(folder / FACTS_FILE, {**facts, "file": MODEL_FILE, "bytes": size, "wllama": addresses})
+    write_json(
+        folder / FACTS_FILE, {**facts, "file": MODEL_FILE, "bytes": size, "program_bytes": program, "wllama": addresses}
+    )
     page = (folder / "index.html").read_text(encoding="utf-8")
     name = html.escape(str(facts["model"]["name"]))
     policy = POLICY.format(cdn="" if wllama is not None else f" {CDN}")

@@ -75,8 +75,7 @@ class PretrainSettings:
     architecture: Architecture = field(default_factory=Architecture)
     recipe: Literal["small", "portable", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
     """Preset of model and optimizer: small is for one card or a CPU and some hours, portable the same without what
-    llama.cpp, Ollama and others lack (its numbers are small's), classic is nanochat of December 2025, modern that of
-    July 2026; every flag that is given goes before it."""
+    llama.cpp and others lack, classic is nanochat of December 2025, modern of July 2026; given flags go before it."""
     depth: int = 20
     """Layers; the width follows: aspect_ratio × depth channels, rounded up to whole heads of 128."""
     aspect_ratio: int = 64
@@ -86,12 +85,13 @@ class PretrainSettings:
     vocab_size: int | None = None
     """Vocabulary to plan for with --dry_run before a tokenizer exists; a run takes its tokenizer's."""
     data_dir: str | None = None
-    """Folder (or file) of parquet, txt, md, jsonl, csv or html text; default: what the dataset step prepared."""
+    """Folder or file of texts of any kind; default: what the dataset step prepared."""
+    text_column: str | None = None
+    """Column or field with the text; default $TEXT_COLUMN, else found by itself."""
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     packing: Mode = "stream"
-    """The way documents become sequences: stream (one after the other, as in classic nanochat), or bestfit (each begins
-    at a document, the ends of some are cropped; the share is reported)."""
+    """Documents to sequences: stream (one after the other, as in classic), bestfit (each begins one, ends cropped)."""
     skip_bad_shards: bool = False
     """Pass over shards that can't be read, with a warning, instead of stopping."""
     token_cache: bool = False
@@ -369,10 +369,10 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
     compute, tokenizer = run.compute, get_tokenizer()
     if cfg.recipe == "portable" and tokenizer.pattern != PATTERNS["runtimes"]:
         print0(
-            "warning: this tokenizer cuts text as only nanochat and transformers can: for a model that opens in "
-            "llama.cpp and others too, train it with `python -m scripts.tok_train --pattern=runtimes` first"
+            "warning: this tokenizer cuts text as only nanochat and transformers can: for one that opens in llama.cpp "
+            "and others too, train it with `python -m scripts.tok_train --pattern=runtimes` first"
         )
-    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir), cfg.skip_bad_shards)
+    corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column), cfg.skip_bad_shards)
     for split in ("train", "val"):
         corpus.chunks(split)  # a split without documents is an error now, not after hours
     inputs = {"tokenizer": tokenizer.hash}

@@ -83,7 +83,8 @@ async function showLoading() {
 async function offerModel(text) {
   try {
     const about = await facts;
-    const button = element("button", "primary", `Load the model (${megabytes(about.bytes)})`);
+    const program = about.program_bytes ? `, and ${megabytes(about.program_bytes)} of program` : "";
+    const button = element("button", "primary", `Load the model (${megabytes(about.bytes)}${program})`);
     button.type = "button";
     button.addEventListener("click", () => load().catch(() => {})); // what went wrong is said where the button was
     place.replaceChildren(button, element("p", "", text));

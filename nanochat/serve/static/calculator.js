@@ -1,7 +1,7 @@
 // The calculator of nanochat/generate/calculator.py in JavaScript: the same small language, the same answers.
 //
 // Whole numbers are BigInt, as long as Python's; all others are doubles, which both languages have. What differs between
-// them is written out here: division of long numbers, remainders of negative ones, powers, and how a float is printed.
+// them is written out here: division of long numbers, remainders of negative ones, powers, and how a float is written.
 
 const MAX_EXPRESSION_CHARS = 500;
 const MAX_INT_BITS = 2048;
@@ -17,7 +17,7 @@ function refuse(why) {
   throw new Refused(why);
 }
 
-// Returns the result as Python's str() would write it, or null if the expression is not one the tool knows.
+// Returns the result as text, or null if the expression is not one the tool knows.
 export function useCalculator(expression) {
   try {
     return write(new Parser(pythonTokens(fence(expression))).parse());
@@ -313,11 +313,27 @@ function exponential(power, mantissa, exponent) {
   return twos < 0n ? quotient(sum, ONE << -twos) : quotient(sum << twos, ONE);
 }
 
-// --- a value as Python writes it ---------------------------------------------------------------------------------------
+// --- a value as text -----------------------------------------------------------------------------------------------------
+
+const DIGITS = 12; // of a float: what lies behind them is rounding
 
 function write(value) {
   if (typeof value === "bigint") return value.toString();
-  if (value === 0) return Object.is(value, -0) ? "-0.0" : "0.0";
+  const rounded = round(value);
+  return Number.isInteger(rounded) && Math.abs(rounded) < 2 ** 53 ? BigInt(rounded).toString() : asPython(rounded);
+}
+
+// To DIGITS digits; of two that are equally near the even one, like Python. toPrecision takes the larger.
+function round(value) {
+  const [, sign, first, rest, exponent] = /^(-?)(\d)\.(\d+)e([+-]\d+)$/.exec(value.toExponential(100));
+  const [kept, beyond] = [BigInt(first + rest.slice(0, DIGITS - 1)), rest.slice(DIGITS - 1)];
+  const half = "5".padEnd(beyond.length, "0");
+  const up = beyond > half || (beyond === half && kept & 1n) ? 1n : 0n;
+  return Number(`${sign}${kept + up}e${Number(exponent) - DIGITS + 1}`);
+}
+
+// As Python's str() has it: JavaScript turns to exponents elsewhere.
+function asPython(value) {
   const [, sign, first, rest = "", exponent] = /^(-?)(\d)(?:\.(\d+))?e([+-]\d+)$/.exec(value.toExponential());
   const digits = first + rest;
   const point = Number(exponent) + 1; // digits before the point

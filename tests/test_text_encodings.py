@@ -1,0 +1,159 @@
+"""Texts in the encodings that people have, in every container: read right, and never learned wrong."""
+
+# ruff: noqa: E501 (letters of East Asia count twice)
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from nanochat.data.charset_guess import detect
+from nanochat.data.inventory import Inventory
+from nanochat.data.text_files import TextReader, file_of
+from nanochat.data.text_look import look_at_texts
+from nanochat.data.text_walk import ReadOptions
+
+TEXTS = {
+    "ru": "Вчера утром мы поехали на дачу, потому что погода была хорошая. Дорога заняла около двух часов, и по пути мы "
+    "остановились у магазина, чтобы купить хлеба и яблок. Бабушка уже ждала нас у ворот. Вечером мы развели костёр. ",
+    "zh": "昨天早上我们一家人去了乡下的老房子，因为天气很好。路上花了大约两个小时，我们在一家小商店门口停下来，买了面包和一些苹果。"
+    "奶奶已经在门口等着我们，马上带我们去看菜园。晚上我们点起篝火，听爷爷讲他年轻时候的故事。",
+    "tw": "昨天早上我們一家人去了鄉下的老房子，因為天氣很好。路上花了大約兩個小時，我們在一家小商店門口停下來，買了麵包和一些蘋果。"
+    "奶奶已經在門口等著我們，馬上帶我們去看菜園。晚上我們點起營火，聽爺爺講他年輕時候的故事。",
+    "ja": "昨日の朝、私たちは家族で田舎の古い家へ行きました。天気がよかったからです。道は二時間ほどかかり、途中で小さな店に寄って、"
+    "パンとりんごを買いました。おばあさんはもう門のところで待っていて、すぐに畑を見せてくれました。",
+    "ko": "어제 아침에 우리는 가족과 함께 시골에 있는 오래된 집으로 갔습니다. 날씨가 좋았기 때문입니다. 도중에 작은 가게에 들러 빵과 "
+    "사과를 샀습니다. 할머니는 벌써 문 앞에서 우리를 기다리고 계셨고, 곧바로 텃밭을 보여 주셨습니다. ",
+    "de": "Gestern früh fuhren wir aufs Land, weil das Wetter schön war. Unterwegs hielten wir vor einem kleinen Laden, um "
+    "ein paar Äpfel zu kaufen. Großmutter wartete schon am Tor und sagte: „Für 5 € gibt es Käse“ – immerhin. ",
+    "en": "We didn\u2019t know what to do with the day. \u201cCome in,\u201d she said \u2013 and the caf\u00e9 was warm. ",
+    "fr": "Hier matin, nous sommes allés à la campagne parce qu'il faisait beau. Où étiez-vous, çà et là ? L’été s’achève. ",
+    "es": "Ayer por la mañana fuimos al campo porque hacía buen tiempo. ¿Dónde está el niño? ¡Aquí está! ",
+    "pl": "Wczoraj rano pojechaliśmy na wieś, ponieważ świeciło słońce. Droga zajęła około dwóch godzin. Łąka i gęś. ",
+    "cs": "Včera ráno jsme jeli na venkov, protože svítilo slunce. Příští týden přijde babička, už se na ni těšíme. ",
+    "tr": "Dün sabah köye gittik, çünkü hava güzeldi ve güneş parlıyordu. Büyükannem bizi bekliyordu. ",
+    "el": "Χθες το πρωί πήγαμε στην εξοχή, γιατί ο καιρός ήταν καλός και ο ήλιος έλαμπε. Η γιαγιά μάς περίμενε. ",
+}
+WITH_MARK = [("utf-8-sig", "zh"), ("utf-16", "ru"), ("utf-32", "ko")]
+WITHOUT = [
+    *(("utf-8", "ru"), ("utf-16-le", "zh"), ("utf-16-be", "ja"), ("utf-16-le", "de"), ("utf-32-le", "de")),
+    *(("cp1252", "de"), ("cp1251", "ru"), ("gbk", "zh"), ("shift_jis", "ja"), ("big5", "tw"), ("euc_kr", "ko")),
+]
+CONTAINERS = ("txt", "csv", "jsonl", "html", "txt.gz")
+
+
+def documents(lang: str, num_chars: int) -> list[str]:
+    """Made-up documents of together so many characters, each with a number."""
+    text = TEXTS[lang]
+    return [f"{i + 1}. {text.strip()}" for i in range(num_chars // len(text) + 1)]
+
+
+def packed(texts: list[str], container: str, encoding: str) -> bytes:
+    """A file with these documents."""
+    if container == "csv":
+        table = io.StringIO()
+        csv.writer(table).writerows([["id", "text"], *([i, text] for i, text in enumerate(texts))])
+        content = table.getvalue()
+    elif container == "jsonl":
+        content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    elif container == "html":
+        content = "<html><body>" + "".join(f"<p>{text}</p>\n" for text in texts) + "</body></html>"
+    else:
+        content = "\n\n".join(texts) + "\n"
+    data = content.encode(encoding)
+    return gzip.compress(data) if container.endswith("gz") else data
+
+
+def read(file: Path, options: ReadOptions | None = None) -> tuple[list[str], Inventory]:
+    """(documents, what was not read) of a file."""
+    inventory = Inventory("test")
+    return [text for _, text in TextReader(options or ReadOptions(), inventory).read(file_of(file))], inventory
+
+
+@pytest.mark.parametrize(("encoding", "lang"), WITH_MARK + WITHOUT)
+def test_every_encoding_in_every_container(tmp_path: Path, encoding: str, lang: str) -> None:
+    texts = documents(lang, 1200)
+    for container in CONTAINERS:
+        file = tmp_path / f"a.{container}"
+        file.write_bytes(packed(texts, container, encoding))
+        found, inventory = read(file)
+        assert not inventory.left_out, container
+        wanted = texts if container in ("csv", "jsonl") else ["\n\n".join(texts)]
+        assert [text.strip() for text in found] == wanted, container
+
+
+@pytest.mark.parametrize(
+    ("encoding", "lang"),
+    [
+        *(("cp1252", lang) for lang in ("en", "fr", "es", "de")),
+        *(
+            ("cp1250", "pl"),
+            ("iso8859_2", "pl"),
+            ("cp1250", "cs"),
+            ("iso8859_2", "cs"),
+            ("cp1254", "tr"),
+            ("cp1253", "el"),
+        ),
+        *(("koi8_r", "ru"), ("cp866", "ru"), ("iso8859_5", "ru"), ("euc_jp", "ja"), ("cp949", "ko"), ("gb18030", "zh")),
+    ],
+)
+@pytest.mark.parametrize("num_chars", [300, 3000])
+def test_the_guess_is_right_for_short_texts_too(encoding: str, lang: str, num_chars: int) -> None:
+    text = "\n".join(documents(lang, num_chars))
+    data = text.encode(encoding, "ignore")
+    guessed = detect(data)
+    assert guessed is not None
+    assert data.decode(guessed) == data.decode(encoding)
+
+
+def test_iso_2022_jp_and_declared_encodings(tmp_path: Path) -> None:
+    text = "\n".join(documents("ja", 600))
+    (tmp_path / "a.txt").write_bytes(text.encode("iso2022_jp"))
+    assert "".join(read(tmp_path / "a.txt")[0]) == text
+    (tmp_path / "b.html").write_bytes(b'<meta charset="windows-1252"><p>caf\xe9</p>')
+    (tmp_path / "c.html").write_bytes(
+        b'<?xml version="1.0" encoding="koi8-r"?><p>' + "привет".encode("koi8-r") + b"</p>"
+    )
+    (tmp_path / "d.html").write_bytes('<meta charset="windows-1252"><p>zwölf</p>'.encode())  # says so, but is UTF-8
+    assert [read(tmp_path / name)[0] for name in ("b.html", "c.html", "d.html")] == [["café"], ["привет"], ["zwölf"]]
+
+
+def test_an_encoding_that_comes_late_in_a_long_file(tmp_path: Path) -> None:
+    plain = "plain words of no interest at all\n" * 20_000
+    (tmp_path / "a.txt").write_bytes((plain + "".join(documents("ru", 500))).encode("cp1251"))
+    text = "".join(read(tmp_path / "a.txt")[0])
+    assert text.startswith(plain[:1000])
+    assert "Вчера утром мы поехали" in text
+    assert "\ufffd" not in text
+
+
+def test_encoding_forces_and_a_wrong_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("Привет".encode("cp866"))
+    assert read(tmp_path / "a.txt", ReadOptions(encoding="cp866"))[0] == ["Привет"]
+    with pytest.raises(ValueError, match="ENCODING=klingon: there is no such encoding"):
+        read(tmp_path / "a.txt", ReadOptions(encoding="klingon"))
+
+
+def test_damaged_utf8_is_repaired_and_much_damage_stops(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("größer und schöner\n".encode() * 50 + b"one byte \xff is wrong\n")
+    inventory = look_at_texts(tmp_path)
+    assert "1 characters were no valid UTF-8 and became U+FFFD: a.txt (1)" in inventory.warnings[0]
+    assert not inventory.stop
+    (tmp_path / "a.txt").write_bytes("größer und schöner\n".encode() * 50 + b"\xff text " * 40)
+    assert "characters are broken" in look_at_texts(tmp_path).stop
+    assert "ENCODING" in look_at_texts(tmp_path).stop
+
+
+def test_binary_content_and_nul_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "b.txt").write_bytes(b"a text with few NUL bytes, as a crash leaves them" * 100 + b"\0\0\0")
+    inventory = look_at_texts(tmp_path)
+    assert "binary content" in inventory.left_out_line()
+    assert inventory.read == {"txt": 1}
+    assert "3 NUL characters were left out" in inventory.warnings[0]
+    assert "\0" not in inventory.samples[0]

@@ -1,0 +1,419 @@
+"""Files of every form that people bring: each becomes readable documents, or is named with the reason."""
+
+from __future__ import annotations
+
+import email.message
+import json
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat.config import run_script
+from nanochat.data import text_walk
+from nanochat.data.corpus import open_corpus
+from nanochat.data.inventory import Inventory, UnusableInputError
+from nanochat.data.text_files import TextReader, file_of
+from nanochat.data.text_import import import_path, inventory_of
+from nanochat.data.text_look import look_at_texts
+from nanochat.data.text_walk import ReadOptions
+from scripts import data_check
+
+SENTENCE = "The cat sat on the mat and looked at the rain for a long while. "
+
+
+def read(file: Path, column: str | None = None) -> list[str]:
+    """What is read of one file; NotReadError's reasons are refused."""
+    inventory = Inventory("test")
+    found = [text for _, text in TextReader(ReadOptions(column), inventory).read(file_of(file))]
+    assert not inventory.left_out, inventory.left_out_line()
+    return found
+
+
+def all_documents(folder: Path) -> set[str]:
+    """Train and validation of an imported folder."""
+    corpus = open_corpus(folder)
+    return {*corpus.documents("train"), *(corpus.documents("val") if corpus.val else [])}
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_source_code_stops_and_is_learned_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "src").mkdir()
+    for i in range(40):
+        (tmp_path / "src" / f"m{i}.py").write_text(f"def f{i}():\n    return {i}\n")
+    (tmp_path / "README.md").write_text("# My project\n")
+    (tmp_path / "requirements.txt").write_text("torch\n")
+    with pytest.raises(UnusableInputError, match=r"more is left out than read .*40 \.py: source code \(SOURCE_CODE=1"):
+        import_path(tmp_path)
+    monkeypatch.setenv("SOURCE_CODE", "0")  # left out on purpose: the run goes on
+    assert len(all_documents(import_path(tmp_path))) == 2
+    monkeypatch.setenv("SOURCE_CODE", "1")
+    inventory = inventory_of(import_path(tmp_path))
+    assert inventory is not None
+    assert inventory.read == {"py": 40, "md": 1, "txt": 1}
+    assert not inventory.left_out
+    assert inventory.facts["documents"] == 42
+
+
+def test_parquet_hides_nothing(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [f"top {i}" for i in range(5)]}), tmp_path / "a.parquet")
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"text": [f"sub {i}" for i in range(5)]}), tmp_path / "data" / "b.PARQUET")
+    (tmp_path / "book.txt").write_text("a book")
+    (tmp_path / "more.jsonl").write_text('{"text": "json doc"}\n')
+    documents = all_documents(import_path(tmp_path))
+    assert documents == {*(f"top {i}" for i in range(5)), *(f"sub {i}" for i in range(5)), "a book", "json doc"}
+
+
+def test_parquet_sorted_by_topic_is_shuffled_and_has_no_duplicate_in_validation(tmp_path: Path) -> None:
+    texts = [f"{topic} {i}" for topic in ("law", "sports") for i in range(400)]
+    pq.write_table(pa.table({"text": [*texts, *texts[:100]]}), tmp_path / "train-00000-of-00001.parquet")
+    corpus = open_corpus(import_path(tmp_path))
+    train, val = list(corpus.documents("train")), list(corpus.documents("val"))
+    assert {text.split()[0] for text in val} == {"law", "sports"}
+    assert len({*train}) == len(train)
+    assert not {*train} & {*val}
+    assert train[:50] != sorted(train[:50])
+
+
+def test_prepared_shards_stay_in_place(tmp_path: Path) -> None:
+    from nanochat.dataset import prepare_corpus
+
+    for i in range(2):
+        pq.write_table(pa.table({"text": [f"{i} {j}" for j in range(9)]}), tmp_path / f"shard_{i:05d}.parquet")
+    assert prepare_corpus(data_dir=tmp_path) == tmp_path
+    (tmp_path / "book.txt").write_text("beside the shards")
+    assert "beside the shards" in all_documents(prepare_corpus(data_dir=tmp_path))
+
+
+def test_links_hidden_and_own_folders(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own"
+    for name in ("texts", ".git", "node_modules", "runs/base_data", "elsewhere"):
+        (own / name).mkdir(parents=True)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(own / "runs"))
+    monkeypatch.setenv("CHAT_DATA", str(own / "chats.jsonl"))
+    for name in (
+        "texts/a.txt",
+        ".git/b.txt",
+        "node_modules/c.txt",
+        "runs/base_data/d.txt",
+        "texts/._a.txt",
+        "chats.jsonl",
+    ):
+        (own / name).write_text(f"text of {name}")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "far.TXT").write_text("behind a link")
+    (own / "linked").symlink_to(outside)
+    (own / "again").symlink_to(outside)
+    (own / "texts" / "loop").symlink_to(own)
+    (own / "texts" / "nothing.txt").symlink_to(own / "gone.txt")
+    os.mkfifo(own / "pipe.txt")
+    inventory = look_at_texts(own)
+    assert inventory.read == {"txt": 2}
+    line = inventory.left_out_line()
+    for said in ("hidden", "1 folder: of a tool", "1 folder: the run's own", "given as CHAT_DATA", "a link to nothing"):
+        assert said in line
+    assert "2 folders: a link to what is read already" in line
+    assert "no ordinary file" in line
+    assert not inventory.stop
+
+
+def test_what_can_not_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "secret").mkdir()
+    scan = os.scandir
+
+    def denied(path: str) -> object:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(text_walk.os, "scandir", denied)
+    assert "1 folder: permission denied (secret)" in look_at_texts(tmp_path).left_out_line()
+
+
+def test_lfs_pointers_images_and_unknown_kinds(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n"
+    (tmp_path / "book.txt").write_text(pointer)
+    assert "git lfs pull" in look_at_texts(tmp_path).stop
+    (tmp_path / "notes.txt").write_text("notes " * 100)
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(b"\x89PNG" + bytes(5000))
+    (tmp_path / "table.xlsx").write_bytes(b"PK\3\4")
+    (tmp_path / "odd.foo").write_text("text of an unknown kind")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "README").write_text("a name without a suffix")
+    inventory = look_at_texts(tmp_path)
+    assert inventory.read == {"txt": 1, "no suffix": 1}
+    line = inventory.left_out_line()
+    for said in ("5 .png: no text", "1 .xlsx: save as .csv", "1 .foo: unknown kind (rename to .txt", "1 .txt: empty"):
+        assert said in line
+
+
+def test_archives_are_read_like_folders(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# One\n")
+    (tmp_path / "b.py").write_text("code")
+    with zipfile.ZipFile(tmp_path / "pack.zip", "w") as archive:
+        for name in ("a.md", "b.py"):
+            archive.write(tmp_path / name, f"x/{name}")
+        archive.writestr("__MACOSX/._a.md", b"\0\5")
+        archive.writestr("x/latin.txt", "Äpfel und Öl sind schön".encode("cp1252"))
+    with tarfile.open(tmp_path / "pack.tar.xz", "w:xz") as tar:
+        tar.add(tmp_path / "a.md", "y/other.txt")
+    assert read_archive(tmp_path / "pack.zip") == ["# One\n", "Äpfel und Öl sind schön"]
+    assert read_archive(tmp_path / "pack.tar.xz") == ["# One\n"]
+    (tmp_path / "bad.zip").write_bytes((tmp_path / "pack.zip").read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"bad\.zip can't be unpacked"):
+        read_archive(tmp_path / "bad.zip")
+
+
+def read_archive(file: Path) -> list[str]:
+    """What is read of an archive."""
+    return [text for _, text in TextReader(ReadOptions(), Inventory("test")).read(file_of(file))]
+
+
+# --- books and other documents ----------------------------------------------------------------------------------------
+
+
+def test_books_and_office_files(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.epub", "w") as book:
+        root = '<container><rootfiles xmlns="urn:c"><rootfile full-path="O/b.opf"/></rootfiles></container>'
+        book.writestr("META-INF/container.xml", root)
+        items = "".join(f'<item id="{i}" href="c{i}.xhtml"/>' for i in (2, 1))
+        spine = '<spine><itemref idref="1"/><itemref idref="2"/></spine>'
+        book.writestr("O/b.opf", f'<package xmlns="urn:p"><manifest>{items}</manifest>{spine}</package>')
+        for i in (1, 2):
+            book.writestr(f"O/c{i}.xhtml", f"<html><head><title>t</title></head><body><p>chapter {i}</p></body></html>")
+    assert read(tmp_path / "a.epub") == ["chapter 1", "chapter 2"]
+    word = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    with zipfile.ZipFile(tmp_path / "a.docx", "w") as file:
+        runs = (
+            "<w:p><w:r><w:t>First </w:t></w:r><w:r><w:t>line</w:t></w:r></w:p><w:p><w:r><w:t>Second</w:t></w:r></w:p>"
+        )
+        file.writestr("word/document.xml", f"<w:document {word}><w:body>{runs}</w:body></w:document>")
+    assert read(tmp_path / "a.docx") == ["First line\n\nSecond"]
+    name = "urn:oasis:names:tc:opendocument:xmlns:text:1.0"
+    with zipfile.ZipFile(tmp_path / "a.odt", "w") as file:
+        body = "<t:h>Title</t:h><t:p>one<t:s t:c='2'/>two</t:p>"
+        file.writestr("content.xml", f"<o:d xmlns:o='urn:o' xmlns:t='{name}'>{body}</o:d>")
+    assert read(tmp_path / "a.odt") == ["Title\n\none  two"]
+    (tmp_path / "b.docx").write_bytes(b"\xd0\xcf\x11\xe0 old or protected")
+    (tmp_path / "c.epub").write_bytes(b"no zip")
+    line = look_at_texts(tmp_path).left_out_line()
+    assert "save it as .docx" in line
+    assert "damaged" in line
+
+
+def test_pdf_and_its_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pypdf = pytest.importorskip("pypdf", reason="the library for PDF is not installed")
+    stream = b"BT /F1 12 Tf 72 700 Td (Text of a page) Tj ET"
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 800]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    content, table = b"%PDF-1.4\n", b"xref\n0 6\n0000000000 65535 f \n"
+    for i, body in enumerate(objects):
+        table += b"%010d 00000 n \n" % len(content)
+        content += b"%d 0 obj\n%s\nendobj\n" % (i + 1, body)
+    end = b"trailer<</Root 1 0 R/Size 6>>\nstartxref\n%d\n%%%%EOF" % len(content)
+    (tmp_path / "a.pdf").write_bytes(content + table + end)
+    assert [text.strip() for text in read(tmp_path / "a.pdf")] == ["Text of a page"]
+    writer = pypdf.PdfWriter()
+    writer.add_blank_page(100, 100)
+    writer.write(tmp_path / "scan.pdf")
+    assert "1 file: a scan without text (run OCR" in look_at_texts(tmp_path).left_out_line()
+    monkeypatch.setattr(text_walk, "can_read_pdf", lambda: False)
+    assert "[documents]" in look_at_texts(tmp_path).stop
+
+
+def test_notebooks_subtitles_and_mails(tmp_path: Path) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "words"]},
+        {"cell_type": "code", "source": "x = 1", "outputs": [1]},
+    ]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}}))
+    assert read(tmp_path / "a.ipynb") == ["# Title\nwords\n\n```python\nx = 1\n```\n"]
+    (tmp_path / "a.srt").write_text(
+        "1\n00:00:01,000 --> 00:00:02,000\n<i>Hello</i>\n\n2\n00:00:03,000 --> 00:00:04,000\nthere\n"
+    )
+    assert read(tmp_path / "a.srt") == ["Hello\nthere\n"]
+    (tmp_path / "a.vtt").write_text(
+        "WEBVTT\n\nNOTE x\n\n00:01.000 --> 00:02.000 align:start\nHi\n\n00:02.000 --> 00:03.000\nHi\n"
+    )
+    assert read(tmp_path / "a.vtt") == ["Hi\n"]
+    mail = email.message.EmailMessage()
+    mail["Subject"] = "Grüße"
+    mail.set_content("Körper\n")
+    (tmp_path / "a.eml").write_bytes(mail.as_bytes())
+    assert read(tmp_path / "a.eml") == ["Grüße\n\nKörper\n"]
+
+
+def test_json_of_every_shape(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    for value, expected in (
+        ({"title": "t", "text": "one"}, ["one"]),
+        ([{"id": 1, "content": "one"}, {"id": 2, "content": "two"}], ["one", "two"]),
+        (["one", "two"], ["one", "two"]),
+        ({"data": [{"text": "one"}, {"text": None}]}, ["one", ""]),
+        ([{"name": "x", "what": SENTENCE}, {"name": "y", "what": SENTENCE * 2}], [SENTENCE, SENTENCE * 2]),
+    ):
+        for indent in (None, 2):
+            file.write_text(json.dumps(value, indent=indent))
+            assert read(file) == expected
+    file.write_text('{"text": "a"}\n{"text": "b"}\n')  # JSON lines under another name
+    assert read(file) == ["a", "b"]
+    file.write_text('[{"text": "a"}, {"text": ')
+    with pytest.raises(ValueError, match=r"a\.json, item 2: not JSON"):
+        read(file)
+    (tmp_path / "b.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "hi"}]}]))
+    file.write_text('"fine"')
+    assert (
+        "1 file: conversations, not texts (give them as CHAT_DATA) (b.json)" in look_at_texts(tmp_path).left_out_line()
+    )
+
+
+def test_a_json_file_of_one_long_line_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanochat.data.json_text.BLOCK_CHARS", 64)
+    texts = [f'text {i} with [brackets], {{braces}} and "quotes" {"x" * (i % 200)}' for i in range(300)]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text, "n": 12} for text in texts]))
+    assert read(tmp_path / "a.json") == texts
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_tables_with_stray_quotation_marks(tmp_path: Path) -> None:
+    rows = ['"Hello, he said.', "next row", 'another "quoted" row', '"Bye" she said', '"last row', "end"]
+    (tmp_path / "a.tsv").write_text("id\ttext\n" + "".join(f"{i}\t{row}\n" for i, row in enumerate(rows)))
+    assert read(tmp_path / "a.tsv") == rows
+    lines = ['"open quote never closed', *(f"row {i}" for i in range(20))]
+    (tmp_path / "b.csv").write_text("text\n" + "\n".join(lines) + "\n")
+    assert read(tmp_path / "b.csv") == lines
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "id,text\n" + "".join(f"{i},fine row\n" for i in range(600)) + '600,"open\n' + "601,x\n" * 5,
+        "id,text\n" + "".join(f"{i},fine row\n" for i in range(600)) + '600,"open\n601,lost\n602,also lost"\n603,x\n',
+        "id,text\n1,fine\n2,too,many\n",
+    ],
+)
+def test_rows_that_would_be_joined_are_refused_with_their_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.csv, line (602|3): "):
+        read(tmp_path / "a.csv")
+
+
+def test_texts_with_line_breaks_and_commas_are_no_swallowed_rows(tmp_path: Path) -> None:
+    text = "Dear Ann,\nthank you, and see you soon,\nBob"
+    (tmp_path / "a.csv").write_text("id,text,n\n" + "".join(f'{i},"{text}",7\n' for i in range(20)))
+    assert read(tmp_path / "a.csv") == [text] * 20
+    (tmp_path / "b.csv").write_text("id|text\n1|a, b\n2|c\n")
+    assert read(tmp_path / "b.csv") == ["a, b", "c"]
+    (tmp_path / "c.csv").write_text('id,text\n1,"say \\"hi\\", then go"\n2,x\n')
+    assert read(tmp_path / "c.csv") == ['say "hi", then go', "x"]
+
+
+def test_headers_and_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"First sentence of my corpus"\n"Second sentence"\n"Third sentence"\n')
+    assert read(tmp_path / "a.csv") == ["First sentence of my corpus", "Second sentence", "Third sentence"]
+    (tmp_path / "b.csv").write_text("review\n" + (SENTENCE + "\n") * 3)
+    assert read(tmp_path / "b.csv") == [SENTENCE] * 3
+    (tmp_path / "c.csv").write_text(f"1,{SENTENCE},good\n2,{SENTENCE},bad\n")
+    assert read(tmp_path / "c.csv") == [SENTENCE] * 2
+    (tmp_path / "d.csv").write_text("who,what\nann,tea\nbob,rum\n")
+    with pytest.raises(ValueError, match="TEXT_COLUMN"):
+        read(tmp_path / "d.csv")
+    assert read(tmp_path / "d.csv", "what") == read(tmp_path / "d.csv", "2") == ["tea", "rum"]
+
+
+# --- html and long texts ----------------------------------------------------------------------------------------------
+
+
+def test_html_keeps_lines_of_code_and_survives_open_tags(tmp_path: Path) -> None:
+    code = "def f():\n    if x:\n        return 1"
+    (tmp_path / "a.html").write_text(f"<h1>Head</h1><p>a  b</p><pre>\n{code}\n</pre><p>End</p>")
+    assert read(tmp_path / "a.html") == [f"Head\n\na b\n\n{code}\n\nEnd"]
+    for tag in ("noscript", "style", "script", "template"):
+        (tmp_path / "b.html").write_text(f"<body><p>one</p><{tag}><p>two</p><p>three</p></body>")
+        (text,) = read(tmp_path / "b.html")
+        assert text.split() == ["one", "two", "three"], tag
+    (tmp_path / "c.html").write_text("<p>one<noscript>enable js</noscript><style>p{}</style><p>two")
+    assert read(tmp_path / "c.html") == ["one\n\ntwo"]
+
+
+@pytest.mark.parametrize("kind", ["txt", "html", "json", "csv", "docx"])
+def test_long_texts_without_blank_lines_are_cut_at_sentences(tmp_path: Path, kind: str) -> None:
+    text = "".join(f"{i}. {SENTENCE}" for i in range(1800)).strip()
+    if kind == "docx":
+        word = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+        with zipfile.ZipFile(tmp_path / "a.docx", "w") as file:
+            file.writestr("word/document.xml", f"<w:d {word}><w:p><w:r><w:t>{text}</w:t></w:r></w:p></w:d>")
+    else:
+        forms = {"txt": text, "html": f"<p>{text}</p>", "json": json.dumps({"text": text}), "csv": f'text\n"{text}"\n'}
+        (tmp_path / f"a.{kind}").write_text(forms[kind])
+    documents = read(tmp_path / f"a.{kind}")
+    assert "".join(documents) == text
+    assert all(4_000 <= len(document) <= 10_000 for document in documents[:-1])
+    assert all(document.endswith(". ") for document in documents[:-1])
+
+
+def test_one_text_alone_gives_two_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(SENTENCE * 40)
+    corpus = open_corpus(import_path(tmp_path / "a.txt"))
+    (train,), (val,) = list(corpus.documents("train")), list(corpus.documents("val"))
+    assert train + val == SENTENCE * 40
+    assert len(train) > 5 * len(val)
+
+
+def test_an_exported_chat_is_cut_between_days(tmp_path: Path) -> None:
+    days = [f"{d:02d}/03/2025, 1{i}:30 - Ann: are you coming tonight?\n" for d in range(1, 29) for i in range(9)]
+    (tmp_path / "WhatsApp Chat with Ann.txt").write_text("".join(days))
+    documents = read(tmp_path / "WhatsApp Chat with Ann.txt")
+    assert len(documents) > 2
+    assert "".join(documents) == "".join(days)
+    assert all("1" + str(0) + ":30" in document.splitlines()[0] for document in documents)  # each begins with a morning
+
+
+# --- imports and the command ------------------------------------------------------------------------------------------
+
+
+def test_a_changed_folder_replaces_its_import(tmp_path: Path, base_dir: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "a.txt").write_text(SENTENCE * 20)
+    first = import_path(own)
+    stat = (own / "a.txt").stat()
+    (own / "a.txt").write_text((SENTENCE * 20).replace("cat", "dog"))
+    os.utime(own / "a.txt", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size and time: told by its content
+    second = import_path(own)
+    assert second != first
+    assert not first.exists()
+    assert second.exists()
+
+
+def test_data_check_prints_what_a_run_would_and_stops_like_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("Привет, мир! Это текст на русском языке. " * 5, encoding="cp1251")
+    run_script(data_check.main, data_check.Config, [str(tmp_path), "--show", "1"])
+    said = capsys.readouterr().out
+    for part in ("1 txt", "documents: 1", "script: Cyrillic 100%", "read as cp1251 (guessed", "sample: Привет, мир!"):
+        assert part in said
+    for i in range(5):
+        (tmp_path / f"{i}.py").write_text("code")
+    with pytest.raises(SystemExit) as stop:
+        run_script(data_check.main, data_check.Config, [str(tmp_path)])
+    assert stop.value.code == 2
+    assert "5 .py: source code (SOURCE_CODE=1" in capsys.readouterr().out
