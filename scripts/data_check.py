@@ -17,10 +17,11 @@ from pathlib import Path
 import tyro
 
 from nanochat.config import run_script
+from nanochat.data.copies import copies_lines, find_copies, forget
 from nanochat.data.inventory import Inventory, UnusableInputError, check_inventories
 from nanochat.data.text_look import look_at_texts
 from nanochat.data.text_walk import ReadOptions
-from nanochat.env import print0
+from nanochat.env import get_base_dir, print0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,16 @@ class Config:
     """Print so many samples of what would be learned."""
     text_column: str | None = None
     """Column or field with the text; default $TEXT_COLUMN, else found by itself."""
+    copies: bool = False
+    """List every place that your texts and chats were copied to: imports, token caches, logs, reports."""
+    forget: bool = False
+    """Delete these copies, all but models and tokenizers."""
 
     def __post_init__(self) -> None:
-        if not self.paths:
-            raise ValueError("give at least one file or folder")
+        if not self.paths and not self.copies and not self.forget:
+            raise ValueError("give at least one file or folder, or --copies")
+        if self.paths and (self.copies or self.forget):
+            raise ValueError("--copies and --forget go through the base folder: give no paths with them")
         if self.show < 0:
             raise ValueError("--show must be at least 0")
 
@@ -48,6 +55,10 @@ def look(path: Path, options: ReadOptions) -> Inventory:
 
 def main(cfg: Config) -> None:
     """Print the inventories; stop as a run would."""
+    if cfg.copies or cfg.forget:
+        copies = find_copies(get_base_dir(), Path.cwd())
+        print0("\n".join(forget(copies) if cfg.forget else copies_lines(copies)))
+        return
     options = ReadOptions.from_env(cfg.text_column)
     inventories = [look(Path(path).expanduser(), options) for path in cfg.paths]
     for inventory in inventories:

@@ -417,3 +417,35 @@ def test_data_check_prints_what_a_run_would_and_stops_like_one(
         run_script(data_check.main, data_check.Config, [str(tmp_path)])
     assert stop.value.code == 2
     assert "5 .py: source code (SOURCE_CODE=1" in capsys.readouterr().out
+
+
+def test_copies_are_listed_and_forgotten(
+    tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, secret = tmp_path / "own", "my secret diary"
+    own.mkdir()
+    (own / "a.txt").write_text(f"{secret}. {SENTENCE * 9}")
+    import_path(own)
+    for name in (
+        "pipeline/base_train.log",
+        "report/base.md",
+        "report/_header.json",
+        "token_cache/x/y",
+        "tokenizer/t.json",
+    ):
+        (base_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (base_dir / name).write_text(secret)
+    (base_dir / "base_checkpoints" / "d1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report.md").write_text(f"# nanochat training report\n{secret}")
+    run_script(data_check.main, data_check.Config, ["--copies"])
+    said = capsys.readouterr().out
+    for part in (f"all texts of {own}", "base_train.log", "base.md", "token_cache", "report.md", "tokenizer"):
+        assert part in said
+    run_script(data_check.main, data_check.Config, ["--forget"])
+    assert "kept, because they are models" in capsys.readouterr().out
+    left = [file for file in base_dir.rglob("*") if file.is_file()]
+    assert {file.name for file in left} == {"_header.json", "t.json"}
+    assert (base_dir / "base_checkpoints" / "d1").is_dir()
+    assert not (tmp_path / "report.md").exists()
+    assert (own / "a.txt").exists()
