@@ -1,5 +1,7 @@
 """What clients of other servers send, and what they mean by it: messages, numbers, other fields, paths, methods."""
 
+import json
+
 import httpx
 import pytest
 from web_server import HELLO, INFO, ScriptedEngine, serve, tiny_app, tiny_chat_model, wait_until
@@ -419,3 +421,22 @@ def test_defaults_are_the_servers(model, tiny_tokenizer, prompts):
     for request in prompts:
         sampling = request.sampling
         assert (sampling.temperature, sampling.top_k, sampling.max_tokens, sampling.min_p) == (0.5, 7, 3, 0.2)
+
+
+def test_a_required_calculator_gets_an_expression(client, prompts, tiny_tokenizer):
+    """The call is begun for the model, which goes on as it has learned to, not in JSON."""
+    schema = {"type": "object", "properties": {"sum": {"type": "string"}}, "required": ["sum"]}
+    tools = [{"type": "function", "function": {"name": "calculator", "parameters": schema}}]
+    special = tiny_tokenizer.encode_special
+    choice = fine(chat(client, tools=tools, tool_choice="required", max_tokens=6))["choices"][0]
+    asked = tiny_tokenizer.render_for_completion({"messages": HELLO})
+    assert prompts[0].tokens == [*asked, special("<|python_start|>")]
+    assert prompts[0].sampling.stop_tokens == (special("<|python_end|>"),)
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "calculator"
+    assert set(json.loads(call["function"]["arguments"])) == {"sum"}
+    # More than an expression is asked for: then the arguments are JSON of the schema.
+    schema["properties"]["places"] = {"type": "integer", "minimum": 0, "maximum": 9}
+    schema["required"].append("places")
+    choice = fine(chat(client, tools=tools, tool_choice="required", max_tokens=60))["choices"][0]
+    assert 0 <= json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])["places"] <= 9

@@ -98,8 +98,7 @@ async def chat_completion(service: Service, body: OpenAIChatRequest, request: Re
     tokens, _, notes = await service.chat_prompt(
         body.messages, body.limit, forget=body.truncation == "auto", new_turn=body.continue_final_message is False
     )
-    constraint = await constraint_of(service, body, tools)
-    asked = service.generations(tokens, body, body.n, constraint)
+    asked = await chat_generations(service, body, tools, tokens)
     completion = _Completion(service, "chat.completion", len(tokens), warnings + notes + tools.warnings(), tools)
     return await completion.respond(body, request, asked, [body.messages] * body.n)
 
@@ -112,7 +111,7 @@ async def text_completion(service: Service, body: CompletionRequest, request: Re
     wants_prompt_logprobs = body.echo and body.top_logprobs_asked is not None
     room = 0 if wants_prompt_logprobs and body.limit == 0 else 1
     prompts = await run_in_threadpool(_encode, service, body, room)
-    constraint = await constraint_of(service, body, NO_TOOLS)
+    constraint = await compiled(service, wanted_form(body))
     asked = [
         dataclasses.replace(generation, prompt_logprobs=wants_prompt_logprobs)
         for tokens in prompts
@@ -142,18 +141,33 @@ def check_request(service: Service, body: OpenAIRequest) -> list[str]:
     return warnings
 
 
-async def constraint_of(service: Service, body: OpenAIRequest, tools: Tools) -> Constraint | None:
-    """What the answer must be: a required call of a tool, or what the request's fields say; None: any text.
+async def chat_generations(
+    service: Service, body: OpenAIRequest, tools: Tools, tokens: list[int]
+) -> list[GenerationRequest]:
+    """The generations that answer a conversation: a required call of a tool, a form, or any text.
 
     Raises:
-        RequestError: 400, naming the field.
+        RequestError: 400, naming the field that can't be followed.
     """
     form = wanted_form(body)
+    if form is not None and tools.required:
+        message = f"{form.param} and tool_choice both say what the answer must be: leave one out"
+        raise RequestError(400, message, param=form.param)
     if tools.schema is not None:
-        if form is not None:
-            message = f"{form.param} and tool_choice both say what the answer must be: leave one out"
-            raise RequestError(400, message, param=form.param)
         form = AnswerForm("json", tools.schema, "tools")
+    if tools.expression_of is None:
+        return service.generations(tokens, body, body.n, await compiled(service, form))
+    # The call is begun, and the model goes on with it: what it writes up to the end of the call is the expression.
+    begun = [*tokens, service.tokenizer.encode_special("<|python_start|>")]
+    ends = (service.tokenizer.encode_special("<|python_end|>"),)
+    return [
+        dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, stop_tokens=ends))
+        for asked in service.generations(begun, body, body.n)
+    ]
+
+
+async def compiled(service: Service, form: AnswerForm | None) -> Constraint | None:
+    """The form of an answer as the engine needs it; it is made in another thread, which may take a moment."""
     return None if form is None else await run_in_threadpool(form.compile, service.grammars)
 
 

@@ -19,7 +19,7 @@ from nanochat.serve.answer_events import Event, Usage, join_events
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, Service
 from nanochat.serve.errors import AsciiJSON, RequestError
 from nanochat.serve.logprob_shapes import chat_logprobs
-from nanochat.serve.openai_api import CLIENT_GONE, check_request, constraint_of, count_usage
+from nanochat.serve.openai_api import CLIENT_GONE, chat_generations, check_request, count_usage
 from nanochat.serve.other_fields import unsupported
 from nanochat.serve.schemas import OpenAIRequest, Text, TokenLimit
 from nanochat.serve.tools import CallReader, ToolCall, read_tools
@@ -78,7 +78,7 @@ def add_responses_route(app: FastAPI, service: Service) -> None:
         tools = read_tools(body.tools, body.tool_choice)
         messages = to_messages(body)
         tokens, _, notes = await service.chat_prompt(messages, body.limit, forget=body.truncation == "auto")
-        generations = service.generations(tokens, body, 1, await constraint_of(service, body, tools))
+        generations = await chat_generations(service, body, tools, tokens)
         answer = AnswerStream(service, generations, [messages], ends_with=tools.call_of)
         written = _Response(service, body, CallReader(tools), len(tokens), warnings + notes + tools.warnings())
         if body.stream:

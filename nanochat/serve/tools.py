@@ -43,9 +43,21 @@ class Tools:
     """Functions of which one must be called; empty: the model decides."""
 
     @property
+    def expression_of(self) -> str | None:
+        """The parameter of a required calculator that takes the expression, if that is all it takes.
+
+        The model then writes the expression as it has learned to; JSON it has not. None: not such a call.
+        """
+        if len(self.required) != 1 or self.required[0] not in CALCULATOR_NAMES:
+            return None
+        schema = self.parameters[self.required[0]]
+        name, needed = _text_parameter(schema), schema.get("required")
+        return name if not isinstance(needed, list) or set(map(str, needed)) <= {name} else None
+
+    @property
     def schema(self) -> dict[str, Any] | None:
-        """What a required call must fit; None: none is required."""
-        if not self.required:
+        """What a required call must fit; None: none is required, or it is an expression."""
+        if not self.required or self.expression_of is not None:
             return None
         if len(self.required) == 1:
             return self.parameters[self.required[0]]
@@ -73,7 +85,8 @@ class Tools:
     def required_call(self, text: str) -> ToolCall:
         """The call in an answer that had to be one."""
         if len(self.required) == 1:
-            return ToolCall(self.required[0], text)
+            name = self.expression_of
+            return ToolCall(self.required[0], text if name is None else json.dumps({name: text}))
         try:
             call = json.loads(text)
             return ToolCall(call["name"], json.dumps(call["arguments"], ensure_ascii=False))
