@@ -27,7 +27,6 @@ from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.choose_model import choose_drawing, find_model, load_chosen
 from nanochat.serve.guard import LOCAL_HOSTS, Access, parse_origin, parse_public_url, parse_root_path
 from nanochat.serve.http_server import listen, make_server
-from nanochat.serve.schemas import MAX_TOKENS
 
 USUAL = {"temperature": 0.8, "top_k": 50}
 KEY_VARIABLE = "NANOCHAT_API_KEY"
@@ -48,8 +47,8 @@ class Config:
     top_k: Annotated[int | None, short("-k")] = None
     """Used when a request doesn't say: choose among the k likeliest tokens; 0: among all. Default: what SFT found to
     suit the model, else 50."""
-    max_tokens: Annotated[int, short("-m")] = 512
-    """Used when a request doesn't say: the longest answer, in tokens."""
+    max_tokens: Annotated[int | None, short("-m")] = None
+    """Used when a request doesn't say: the longest answer, in tokens; default: as many as the context has room for."""
     model_tag: Annotated[str | None, short("-g")] = None
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
@@ -83,12 +82,12 @@ class Config:
     """Append what is asked and answered to this file; default: conversations are not kept."""
 
     def __post_init__(self) -> None:
-        ranges = {"temperature": (0, 2), "top_k": (0, 200), "max_tokens": (1, MAX_TOKENS), "port": (0, 65535)}
+        ranges = {"temperature": (0, 2), "top_k": (0, 200), "port": (0, 65535)}
         for name, (least, most) in ranges.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"--{name} must be between {least} and {most}, got {value}")
-        for name, least in {"num_gpus": 1, "queue_size": 0, "max_batch_size": 1}.items():
+        for name, least in {"num_gpus": 1, "queue_size": 0, "max_batch_size": 1, "max_tokens": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")

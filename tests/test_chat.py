@@ -77,9 +77,13 @@ def test_as_much_as_fits_is_kept(tiny_tokenizer, sizes, system, room):
         assert fit_context(tiny_tokenizer, messages, room) == (render(fitting[0]), fitting[0])
 
 
-def test_a_conversation_must_end_with_the_user(tiny_tokenizer):
-    with pytest.raises(ValueError, match="last message"):
-        fit_context(tiny_tokenizer, conversation(3, 3), 100)
+def test_an_answer_that_stands_last_is_continued_or_ended(tiny_tokenizer):
+    talk = conversation(3, 3)
+    whole, _ = tiny_tokenizer.render_conversation({"messages": talk})
+    assert fit_context(tiny_tokenizer, talk, 100) == (whole[:-1], 0)
+    begin = tiny_tokenizer.encode_special("<|assistant_start|>")
+    assert fit_context(tiny_tokenizer, talk, 100, new_turn=True) == ([*whole, begin], 0)
+    assert fit_context(tiny_tokenizer, talk * 40, len(whole) - 1) == (whole[:-1], 78)
     with pytest.raises(ValueError, match="non-empty"):
         fit_context(tiny_tokenizer, [], 100)
 

@@ -440,3 +440,14 @@ def test_a_required_calculator_gets_an_expression(client, prompts, tiny_tokenize
     schema["required"].append("places")
     choice = fine(chat(client, tools=tools, tool_choice="required", max_tokens=60))["choices"][0]
     assert 0 <= json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])["places"] <= 9
+
+
+def test_of_a_long_conversation_the_newest_part_is_read(client, tiny_tokenizer):
+    """Sixty thousand messages are not rendered to find out that they don't fit."""
+    turns = [QUESTION if i % 2 == 0 else ANSWER for i in range(60_001)]
+    fitted = fine(chat(client, turns, truncation="auto", max_tokens=1))
+    assert 64 < fitted["usage"]["prompt_tokens"] < 128
+    continued = fine(chat(client, turns[:-1], truncation="auto", max_tokens=1))
+    assert 64 < continued["usage"]["prompt_tokens"] < 128
+    message = refused(chat(client, turns, max_tokens=1), "messages")
+    assert "truncation" in message

@@ -14,7 +14,7 @@ from nanochat.generate.grammar import Grammars
 from nanochat.generate.sampling import Constraint
 from nanochat.serve.errors import RequestError
 from nanochat.serve.other_fields import unsupported
-from nanochat.serve.schemas import OpenAIRequest
+from nanochat.serve.schemas import MAX_REGEX, OpenAIRequest
 
 # Settings of vLLM's that forbid what is not done here anyway.
 NO_FORM = ("disable_fallback", "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
@@ -76,7 +76,7 @@ def _forms(body: OpenAIRequest) -> Iterator[AnswerForm]:
             yield AnswerForm("json", {"type": "object"} if key == "json_object" else _as_schema(value, param), param)
         elif key == "choice" and isinstance(value, list) and all(isinstance(text, str) for text in value):
             yield AnswerForm("choice", value, param)
-        elif key == "regex" and isinstance(value, str):
+        elif key == "regex" and isinstance(value, str) and len(value) <= MAX_REGEX:
             yield AnswerForm("regex", value, param)
         else:
             raise unsupported(param)

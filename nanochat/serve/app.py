@@ -181,7 +181,11 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
         available = sum(s["running"] < s["max_batch_size"] for s in workers)
         return {
             "model": service.model_info,
-            "defaults": {name: getattr(defaults, name) for name in ("temperature", "top_k", "max_tokens")},
+            "defaults": {
+                "temperature": defaults.temperature,
+                "top_k": defaults.top_k,
+                "max_tokens": min(defaults.max_tokens or pool.context_length, pool.context_length, MAX_TOKENS),
+            },
             "limits": LIMITS,
             "uptime_seconds": round(time.monotonic() - started, 1),
             "total_workers": len(workers),

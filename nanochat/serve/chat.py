@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nanochat.generate.sampling import Sampling
+from nanochat.messages import check_messages
 from nanochat.serve.answer_events import Event, join_events
 from nanochat.serve.batch_engine import BatchEngine, Generation, GenerationRequest
 from nanochat.tokenizer import RustBPETokenizer
@@ -123,10 +124,14 @@ def fit_context(
     Raises:
         ValueError: the messages are malformed, or the last question is too long by itself.
     """
-    sizes = [len(ids) for ids, _ in tokenizer.render_turns({"messages": messages})]
+    check_messages(messages)
     continues = messages[-1]["role"] == "assistant" and not new_turn
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
+    # A turn has two marks at least: those before the last room / 2 can't fit, and need not be read to know it.
+    early = max(0, len(turns) - max(2, room // 2)) // 2 * 2
+    turns = turns[early:]
+    sizes = [len(ids) for ids, _ in tokenizer.render_turns({"messages": [*system, *turns]})]
     system_size = len(tokenizer.encode(system[0]["content"])) if system else 0
     left_out, size = 0, sum(sizes)
     while True:
@@ -137,7 +142,7 @@ def fit_context(
             tokens = [token for ids, _ in tokenizer.render_turns(kept) for token in ids]
             tokens = tokens[:-1] if continues else [*tokens, tokenizer.encode_special("<|assistant_start|>")]
             if len(tokens) <= room:
-                return tokens, left_out
+                return tokens, early + left_out
         last = size + extra
         size -= sum(sizes[left_out : left_out + 2])
         left_out += 2

@@ -111,7 +111,7 @@ async def text_completion(service: Service, body: CompletionRequest, request: Re
     wants_prompt_logprobs = body.echo and body.top_logprobs_asked is not None
     room = 0 if wants_prompt_logprobs and body.limit == 0 else 1
     prompts = await run_in_threadpool(_encode, service, body, room)
-    constraint = await compiled(service, wanted_form(body))
+    constraint = await compiled_form(service, wanted_form(body))
     asked = [
         dataclasses.replace(generation, prompt_logprobs=wants_prompt_logprobs)
         for tokens in prompts
@@ -156,7 +156,7 @@ async def chat_generations(
     if tools.schema is not None:
         form = AnswerForm("json", tools.schema, "tools")
     if tools.expression_of is None:
-        return service.generations(tokens, body, body.n, await compiled(service, form))
+        return service.generations(tokens, body, body.n, await compiled_form(service, form))
     # The call is begun, and the model goes on with it: what it writes up to the end of the call is the expression.
     begun = [*tokens, service.tokenizer.encode_special("<|python_start|>")]
     ends = (service.tokenizer.encode_special("<|python_end|>"),)
@@ -166,7 +166,7 @@ async def chat_generations(
     ]
 
 
-async def compiled(service: Service, form: AnswerForm | None) -> Constraint | None:
+async def compiled_form(service: Service, form: AnswerForm | None) -> Constraint | None:
     """The form of an answer as the engine needs it; it is made in another thread, which may take a moment."""
     return None if form is None else await run_in_threadpool(form.compile, service.grammars)
 
@@ -174,7 +174,7 @@ async def compiled(service: Service, form: AnswerForm | None) -> Constraint | No
 def _encode(service: Service, body: CompletionRequest, room: int) -> list[list[int]]:
     """The token ids of every prompt; texts begin with bos."""
     context = service.pool.context_length
-    first = [service.tokenizer.get_bos_token_id()] if body.add_special_tokens else []
+    first = [service.tokenizer.get_bos_token_id()] if body.add_special_tokens is not False else []
     encoded = [[*first, *service.tokenizer.encode(p)] if isinstance(p, str) else p for p in body.prompts]
     longest = max(map(len, encoded))
     if longest > context - room:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nanochat.serve.answer_events import Event, Usage, join_events
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, Service
@@ -49,6 +49,12 @@ class ResponsesRequest(OpenAIRequest):
     truncation: Literal["disabled", "auto"] | None = None
     metadata: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> ResponsesRequest:
+        # These are repeated in the answer. Python reads NaN and Infinity where JSON has none.
+        json.dumps([self.text, self.tools, self.tool_choice, self.metadata], allow_nan=False)
+        return self
 
     @property
     def limit(self) -> int | None:

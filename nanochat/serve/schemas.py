@@ -19,6 +19,7 @@ MAX_CONVERSATION_CHARS = 32000
 MAX_TOKENS = 4096  # what the page offers; a request may ask for more and gets what the context has room for
 MAX_ANSWERS = 1024  # prompts of one request times answers of each; they take their turns
 MAX_STOPS = 100
+MAX_REGEX = 5000  # characters
 NO_END = 2**31  # tokens before an answer may end: more than any context has
 MAX_BODY_BYTES = 4 * 2**20  # 256 prompts of 2048 tokens, written as numbers
 
@@ -175,7 +176,7 @@ class OpenAIRequest(SamplingFields):
     json_schema: dict[str, Any] | bool | None = None
     guided_json: dict[str, Any] | str | bool | None = None
     guided_choice: list[str] | None = None
-    guided_regex: str | None = None
+    guided_regex: Annotated[str, Field(max_length=MAX_REGEX)] | None = None
     structured_outputs: dict[str, Any] | None = None
 
     @property
@@ -194,7 +195,7 @@ class OpenAIChatRequest(OpenAIRequest, ChatFields):
     continue_final_message: bool | None = None
     """Of an assistant's message that stands last: go on with it (the default), or begin another (false)."""
     add_generation_prompt: bool | None = None
-    truncation: Literal["disabled", "auto"] = "disabled"
+    truncation: Literal["disabled", "auto"] | None = None
     """Of a conversation that is longer than the model's context: refuse it, or forget its oldest messages."""
 
     @property
@@ -212,8 +213,8 @@ class CompletionRequest(OpenAIRequest):
     echo: NullIsFalse = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | bool | None = None
     best_of: int | None = None
-    add_special_tokens: bool = True
-    """Begin a text with bos, as every text of the training began."""
+    add_special_tokens: bool | None = None
+    """Begin a text with bos, as every text of the training began; null: yes."""
 
     @property
     def prompts(self) -> list[str | list[int]]:
