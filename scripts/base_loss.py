@@ -16,7 +16,7 @@ from nanochat.gpt import GPT
 from nanochat.loss_eval import corpus_bpb
 from nanochat.report import get_report
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.samples import BASE_PROMPTS, sample_texts
+from nanochat.train.samples import base_prompts, sample_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def main(cfg: Config) -> None:
             bpb[f"{split} bpb"] = split_bpb(cfg, split, model, corpus, tokenizer, compute)
             print0(f"{split} bpb: {bpb[f'{split} bpb']:.4f}")
         if compute.rank == 0:
-            samples = sample_texts(model, tokenizer, compute, BASE_PROMPTS)
+            samples = sample_texts(model, tokenizer, compute, base_prompts(corpus))
             for text in samples:
                 print0(f"  {text!r}")
             get_report().log(

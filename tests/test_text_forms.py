@@ -17,10 +17,14 @@ from nanochat.config import run_script
 from nanochat.data import text_walk
 from nanochat.data.corpus import open_corpus
 from nanochat.data.inventory import Inventory, UnusableInputError
+from nanochat.data.script import own_prompts
 from nanochat.data.text_files import TextReader, file_of
 from nanochat.data.text_import import import_path, inventory_of
 from nanochat.data.text_look import look_at_texts
 from nanochat.data.text_walk import ReadOptions
+from nanochat.pipeline.inputs import language_advice
+from nanochat.pipeline.profiles import Settings, choose_profile
+from nanochat.pipeline.stages import QUESTION, Stage, ask_instead
 from scripts import data_check
 
 SENTENCE = "The cat sat on the mat and looked at the rain for a long while. "
@@ -417,6 +421,18 @@ def test_data_check_prints_what_a_run_would_and_stops_like_one(
         run_script(data_check.main, data_check.Config, [str(tmp_path)])
     assert stop.value.code == 2
     assert "5 .py: source code (SOURCE_CODE=1" in capsys.readouterr().out
+
+
+def test_prompts_come_from_a_corpus_that_is_not_english() -> None:
+    german = "Die Katze saß auf der Matte und sah lange in den Regen, der nicht aufhören wollte."
+    assert own_prompts([german, "# Der Hund\nschläft."], 7) == ("Die Katze saß auf der", "Der Hund")
+    assert own_prompts(["昨天早上我们一家人去了乡下的老房子，因为天气很好。"], 7) == ("昨天早上我们一家人去了乡",)
+    assert own_prompts([SENTENCE * 3], 7) == ()
+    stage = Stage(name="answer", about="", module="m", flags=("-p", QUESTION))
+    assert ask_instead(stage, "Die Katze").flags == ("-p", "Die Katze")
+    advice = language_advice(choose_profile(Settings(data_dir=Path("/texts")), 0))
+    assert "the demo's English chats" in advice[0]
+    assert "CHAT_DATA=none" in advice[0]
 
 
 def test_copies_are_listed_and_forgotten(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # The words that every English text is full of; other languages in Latin letters have few of them.
@@ -14,6 +15,9 @@ ENGLISH_WORDS = frozenset(_ENGLISH.split())
 ENGLISH_SHARE = 0.12  # of the words; English prose has about 0.3, German, French and the like below 0.05
 NAMES = {"CJK": "Chinese characters", "HIRAGANA": "Kana", "KATAKANA": "Kana", "HALFWIDTH": "Kana", "FULLWIDTH": "Latin"}
 SHOWN_SHARE = 0.01
+SAMPLE_DOCUMENTS, SAMPLE_CHARS = 50, 2000  # looked at to tell whether a corpus is English
+PROMPT_WORDS, PROMPT_CHARS = 5, 12
+MEAN_WORD = 15  # characters: where words are longer on average, no spaces stand between them
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,23 @@ def writing_of(texts: Sequence[str]) -> Writing:
         common >= ENGLISH_SHARE,
         marks / max(1, characters.total()),
     )
+
+
+def own_prompts(documents: Iterable[str], count: int) -> tuple[str, ...]:
+    """The first words of some documents, to see how a model continues them; none if the documents are English.
+
+    Args:
+        documents: those of validation, which no model has learned.
+        count: how many prompts.
+    """
+    texts = [text.strip()[:SAMPLE_CHARS] for text in itertools.islice(documents, SAMPLE_DOCUMENTS) if text.strip()]
+    if not texts or writing_of(texts).english:
+        return ()
+    return tuple(dict.fromkeys(map(opening, texts)))[:count]
+
+
+def opening(text: str) -> str:
+    """The first words of a text, or where words are not set apart, its first characters."""
+    line = next((line.strip(" #*>-\t") for line in text.splitlines() if line.strip(" #*>-\t")), "")
+    words = line.split()[:PROMPT_WORDS]
+    return " ".join(words) if len(line) <= MEAN_WORD * len(line.split()) else line[:PROMPT_CHARS]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanochat.data.corpus import is_prepared, list_shards
+from nanochat.data.corpus import is_prepared, list_shards, open_corpus
 from nanochat.data.inventory import Inventory, check_inventories, format_bytes
+from nanochat.data.script import own_prompts
 from nanochat.data.text_import import inventory_of
 from nanochat.dataset import prepare_own
 from nanochat.pipeline.profiles import Profile, Settings
@@ -41,6 +42,25 @@ def _texts(path: Path | None) -> Inventory | None:
         )
         return inventory
     return inventory_of(prepare_own(path, show=False))
+
+
+def own_question(settings: Settings) -> str:
+    """The question to the finished model if the texts of DATA_DIR are not English, their first words; else empty."""
+    if settings.data_dir is None:
+        return ""
+    corpus = open_corpus(prepare_own(settings.data_dir, show=False))
+    return next(iter(own_prompts(corpus.documents("val"), 1)), "") if corpus.val else ""
+
+
+def language_advice(profile: Profile) -> list[str]:
+    """What to know where the texts are in another language than the chats that come with this project."""
+    chats = {"demo": "the demo's English chats", None: "nanochat's English chats"}.get(profile.chat_data)
+    if chats is None:
+        return []
+    return [
+        f"your texts do not look English, but without CHAT_DATA the model learns to answer from {chats}: "
+        "CHAT_DATA=/your/chats teaches it yours, CHAT_DATA=none talks to the base model"
+    ]
 
 
 def report_inputs(inventories: list[Inventory]) -> None:

@@ -36,11 +36,11 @@ from nanochat.common import print_banner
 from nanochat.data.inventory import Inventory
 from nanochat.env import get_base_dir, require_wandb_login
 from nanochat.files import write_json
-from nanochat.pipeline.inputs import look_at_inputs, report_inputs
+from nanochat.pipeline.inputs import language_advice, look_at_inputs, own_question, report_inputs
 from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards, unused_cards
 from nanochat.pipeline.process import run_logged
 from nanochat.pipeline.profiles import PROFILES, Profile, Settings, profile_for
-from nanochat.pipeline.stages import Stage, expected_seconds, make_stages
+from nanochat.pipeline.stages import Stage, ask_instead, expected_seconds, make_stages
 from nanochat.progress import PROGRESS_FILE, format_seconds
 from nanochat.signals import EXIT_STOPPED, Stopped
 
@@ -242,6 +242,9 @@ def main(cfg: Config) -> None:
         except (ValueError, FileNotFoundError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        if question := own_question(settings):
+            print("\n".join(language_advice(profile)), flush=True)
+            stages = [ask_instead(stage, question) for stage in stages]
         pipeline = Pipeline(stages, base_dir, profile, inventories)
         machine = machine_env(profile, devices, chosen)
         pipeline.run({**profile.env, **os.environ, **machine, "NANOCHAT_BASE_DIR": str(base_dir)})

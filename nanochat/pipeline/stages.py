@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +293,14 @@ class _Maker:
         ask = ("-i", "sft", "-p", QUESTION, "-t", "0", self.tag)
         about = f"asks the model: {QUESTION}"
         return [report, self.stage("answer", about, *ask, module="scripts.chat_cli", needs=("chat_sft",))]
+
+
+def ask_instead(stage: Stage, question: str) -> Stage:
+    """The stage that asks the finished model, with another question; other stages as they are."""
+    if stage.name != "answer":
+        return stage
+    flags = tuple(question if flag == QUESTION else flag for flag in stage.flags)
+    return replace(stage, flags=flags, about=f"asks the model: {question}")
 
 
 def expected_seconds(profile: Profile, stage: str) -> float | None:

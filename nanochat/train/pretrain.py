@@ -431,7 +431,7 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
             max_rows=max(1, plan.eval_tokens // cfg.max_seq_len),
             skip_bad_shards=cfg.skip_bad_shards,
         ),
-        sample=lambda: print_samples(model, tokenizer, compute),
+        sample=lambda: print_samples(model, tokenizer, compute, corpus),
     )
     train(trainer, checkpoint)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from nanochat.common import Compute
+from nanochat.data.corpus import Corpus
+from nanochat.data.script import own_prompts
 from nanochat.engine import Engine
 from nanochat.env import print0
 from nanochat.gpt import GPT
@@ -49,10 +51,15 @@ def _complete(
     return [tokenizer.decode(s[1:] if keep_prompt else s[len(r) :]) for s, r in zip(sequences, rows, strict=True)]
 
 
-def print_samples(model: GPT, tokenizer: RustBPETokenizer, compute: Compute) -> None:
+def base_prompts(corpus: Corpus) -> tuple[str, ...]:
+    """The prompts for a model of this corpus: the beginnings of validation documents, unless it is English."""
+    return own_prompts(corpus.documents("val"), len(BASE_PROMPTS)) or BASE_PROMPTS
+
+
+def print_samples(model: GPT, tokenizer: RustBPETokenizer, compute: Compute, corpus: Corpus) -> None:
     """Print the base model's continuations (rank 0 computes them)."""
     if compute.rank == 0:
-        for text in sample_texts(model, tokenizer, compute, BASE_PROMPTS):
+        for text in sample_texts(model, tokenizer, compute, base_prompts(corpus)):
             print0(f"  {text!r}")
 
 
