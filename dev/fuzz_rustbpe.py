@@ -28,7 +28,13 @@ CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
     r"|\s+(?!\S)|\s"
 )
-PATTERNS = [rustbpe.NANOCHAT_PATTERN, rustbpe.GPT4_PATTERN, rustbpe.GPT2_PATTERN, CL100K_PATTERN]
+PATTERNS = [
+    rustbpe.NANOCHAT_PATTERN,
+    rustbpe.GPT4_PATTERN,
+    rustbpe.GPT2_PATTERN,
+    rustbpe.RUNTIMES_PATTERN,
+    CL100K_PATTERN,
+]
 PARTS = [
     " ",
     "  ",
@@ -47,6 +53,7 @@ PARTS = [
     "漢",
     "🙂",
     "\u0301",
+    "\u093f",
     "!",
     "--",
 ]

@@ -12,7 +12,7 @@ import pytest
 
 from nanochat.config import run_script
 from nanochat.generate.calculator import use_calculator
-from nanochat.tokenizer import SPLIT_PATTERN
+from nanochat.tokenizer import PATTERNS
 from tasks.demo import chat, corpus, phrasings, skills
 from tasks.demo.__main__ import Config, main
 from tasks.demo.world import (
@@ -296,12 +296,13 @@ def test_held_out_search_ignores_case_and_marks_but_not_words():
 # --- skills: forms that a tokenizer keeps apart -----------------------------------------------------------------------
 
 
-def test_spelled_letters_are_pieces_of_their_own(world):
+@pytest.mark.parametrize("name", PATTERNS)
+def test_spelled_letters_are_pieces_of_their_own(world, name):
     regex = pytest.importorskip("regex")
     for word in (*world.words, *world.unseen_words):
-        pieces = regex.findall(SPLIT_PATTERN, skills.spelling_answer(word))
+        pieces = regex.findall(PATTERNS[name], skills.spelling_answer(word))
         assert pieces[-len(word) - 1 : -1] == [f" {letter}" for letter in word]
-        pieces = regex.findall(SPLIT_PATTERN, " " + skills.running_count(word, word[0]))
+        pieces = regex.findall(PATTERNS[name], " " + skills.running_count(word, word[0]))
         assert pieces[::2] == [f" {letter}" for letter in word]
 
 

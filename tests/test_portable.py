@@ -9,7 +9,12 @@ import pytest
 import rustbpe
 from rustbpe import portable
 
-TEXTS = ["the cat sat on the mat, 1234 times\n", "the hat of the cat: Grüße, 你好 😀", "", "that cat\u2028" * 9]
+TEXTS = [
+    "नदी की नदी, the cat sat on the mat, 1234 times\n",
+    "the hat of the cat: Grüße, 你好 😀",
+    "",
+    "that cat\u2028" * 9,
+]
 
 
 class Classic:
@@ -40,12 +45,13 @@ def without_a_compiler(monkeypatch):
     return tokenizer
 
 
+@pytest.mark.parametrize("pattern", [rustbpe.NANOCHAT_PATTERN, rustbpe.RUNTIMES_PATTERN], ids=["nanochat", "runtimes"])
 @pytest.mark.parametrize("limits", [{}, {"doc_cap": 20}, {"max_chars": 40}])
-def test_the_same_merges_and_the_same_ids(without_a_compiler, limits):
+def test_the_same_merges_and_the_same_ids(without_a_compiler, limits, pattern):
     ours, theirs = rustbpe.Tokenizer(), without_a_compiler()
     column = pa.chunked_array([TEXTS[:2], [None, *TEXTS[2:]]])
     for tokenizer in (ours, theirs):
-        tokenizer.train_from_arrow(column, 290, pattern=rustbpe.NANOCHAT_PATTERN, **limits)
+        tokenizer.train_from_arrow(column, 290, pattern=pattern, **limits)
     assert theirs.get_mergeable_ranks() == ours.get_mergeable_ranks()
     assert theirs.get_pattern() == ours.get_pattern()
     assert (theirs.training_stats.documents, theirs.training_stats.text_bytes) == (

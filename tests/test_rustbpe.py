@@ -33,6 +33,7 @@ PATTERNS = {
     "gpt4": rustbpe.GPT4_PATTERN,
     "gpt2": rustbpe.GPT2_PATTERN,
     "cl100k": CL100K_PATTERN,
+    "runtimes": rustbpe.RUNTIMES_PATTERN,
 }
 WORDS = (
     "the quick brown fox jumps over a lazy dog while 12 or 345 birds sing; it's we'll THEY'RE naïve Ünïcödé 漢字かな"
