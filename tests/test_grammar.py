@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import time
 
 import pytest
 import torch
@@ -189,6 +190,39 @@ def test_what_people_ask_for_works(engine, grammars, name):
 def test_what_cannot_be_met_is_refused_by_name(grammars, schema, named):
     with pytest.raises(ValueError, match=named):
         grammars.json_schema(schema)
+
+
+HOSTILE = {
+    "references that multiply": {
+        "properties": {"x": {"allOf": [{"$ref": "#"}, {"$ref": "#/$defs/b"}]}, "y": {"allOf": [{"$ref": "#/$defs/b"}]}},
+        "required": ["x"],
+        "$defs": {"b": {"properties": {"x": {"$ref": "#"}, "z": {"allOf": [{"$ref": "#"}, {"$ref": "#/$defs/b"}]}}}},
+    },
+    "alternatives that multiply": {"allOf": [{"anyOf": [{"minLength": i} for i in range(20)]}] * 5},
+    "a thousand levels": json.loads('{"items":' * 300 + "{}" + "}" * 300),
+    "an enum of beginnings": {"enum": ["a" * n for n in range(1500)]},
+    "a thousand properties": {"properties": {f"p{i}": {} for i in range(400)}, "minProperties": 300},
+    "repetitions of repetitions": {"type": "string", "pattern": "^(?:(?:a{1,2000}){1,2000}b?){1,2000}$"},
+    "a pattern with exponentially many states": {"type": "string", "pattern": "^[ab]*a[ab]{60}$", "minLength": 90},
+    "a long bounded pattern": {"type": "string", "pattern": "(?:.*x){40}", "minLength": 900, "maxLength": 1000},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_schemas_cost_little_and_stop_nobody_else(engine, grammars, name):
+    """Each is either refused, or answered, or ends alone."""
+    start = time.process_time()
+    schema = HOSTILE[name]
+    try:
+        generation = ask(engine, grammars.json_schema(schema), 100, temperature=2.0)
+    except ValueError:
+        generation = None
+    if generation is not None:
+        *_, last = generation.events()
+        assert last.finish_reason == "stop" or "too complex" in last.text
+    assert time.process_time() - start < 10
+    text, last = answer(ask(engine, grammars.choice(["fine"]), 9))
+    assert (text, last.finish_reason) == ("fine", "stop")
 
 
 def test_a_schema_is_compiled_once_and_any_thread_s_answers_share_it(grammars):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from nanochat.generate.grammar.characters import plain_character
-from nanochat.generate.grammar.language import Language, Languages
+from nanochat.generate.grammar.language import Language, Languages, TooComplex
 from nanochat.generate.grammar.patterns import pattern_language, writer
 from nanochat.generate.grammar.schema import SUPPORTED, BadSchema, SchemaReader
 from nanochat.generate.grammar.token_masks import GrammarConstraint, TokenTree
@@ -26,7 +26,8 @@ from nanochat.generate.grammar.values import JsonValues
 __all__ = ["SUPPORTED", "BadSchema", "GrammarConstraint", "Grammars"]
 
 KEPT = 32  # constraints, with what they have learned about the tokens
-MOST_STATES = 100_000  # a constraint that has met more is made anew: each takes about 2 KB
+MOST_STATES = 50_000  # a constraint that has met more is made anew: each takes about 2 KB
+MOST_STATES_OF_ALL = 200_000  # the constraint that was used longest ago goes first
 
 
 class ByteTokenizer(Protocol):
@@ -98,12 +99,18 @@ class Grammars:
             found = self._made.get((kind, key))
             if found is None or found.states > MOST_STATES:
                 space = Languages()
-                found = GrammarConstraint(space, make(space), self._token_tree())
+                try:
+                    found = GrammarConstraint(space, make(space), self._token_tree())
+                except RecursionError:
+                    raise TooComplex from None
             self._made[kind, key] = found
             self._made.move_to_end((kind, key))
-            if len(self._made) > KEPT:
+            while len(self._made) > 1 and (len(self._made) > KEPT or self._states() > MOST_STATES_OF_ALL):
                 self._made.popitem(last=False)
             return found
+
+    def _states(self) -> int:
+        return sum(constraint.states for constraint in self._made.values())
 
     def _token_tree(self) -> TokenTree:
         if self._tree is None:

@@ -18,11 +18,15 @@ Kind = Literal["bytes", "set", "then", "either", "repeat", "both", "not", "multi
 
 ALL_BYTES = (1 << 256) - 1
 NEVER = 1 << 30  # the length of the shortest string of a language without any
-MAX_SEARCHED = 20_000  # states looked at to find the shortest string of one language
+MAX_SEARCHED = 5_000  # states looked at to find the shortest string of one language
+MAX_PARTS = 400_000  # of all expressions of one automaton together
 
 
 class TooComplex(ValueError):
-    """Raised when an expression has too many states to find out what its shortest string is."""
+    """Raised when an automaton would get too large."""
+
+    def __init__(self) -> None:
+        super().__init__("the asked form is too complex: make its patterns, bounds or alternatives simpler")
 
 
 class Language:
@@ -60,6 +64,7 @@ class Languages:
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], Language] = {}
         self.states: list[Language] = []  # by their index
+        self._parts = 0
         self.nothing = self._make("either", (), False)  # no string at all
         self.empty = self._make("bytes", (b"",), True)  # the empty string
         self.everything = self._make("not", (self.nothing,), True)
@@ -69,6 +74,9 @@ class Languages:
         key = (kind, *parts)
         found = self._made.get(key)
         if found is None:
+            self._parts += 1 + len(parts)
+            if self._parts > MAX_PARTS:
+                raise TooComplex
             found = self._made[key] = Language(self, kind, parts, nullable, len(self.states))
             self.states.append(found)
         return found
@@ -266,7 +274,7 @@ class Languages:
                     least, step = least + 1, before[step]
                 return
             if len(before) > MAX_SEARCHED:
-                raise TooComplex("a pattern with these bounds has too many states: make it simpler or shorter")
+                raise TooComplex
             for _, rest in state.edges:
                 if rest not in before and rest._least != NEVER:
                     before[rest] = state

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
+from nanochat.generate.grammar.language import TooComplex
 from nanochat.generate.grammar.numbers import MOST_BOUND, MOST_MULTIPLE
 from nanochat.generate.grammar.strings import FORMATS
 
@@ -37,6 +38,7 @@ REMARKS = {
 KNOWN = {*GENERAL, *REMARKS, *(name for names in KEYWORDS.values() for name in names)}
 SUPPORTED = ", ".join([*GENERAL, *(name for names in KEYWORDS.values() for name in names if name != "patterns")])
 MOST_ALTERNATIVES = 200
+MOST_READ = 20_000  # schemas within each other, those that references lead to again and again included
 MOST_CHARACTERS = 100_000
 _UPPER = {"minLength", "minItems", "minProperties", "minimum", "exclusiveMinimum"}
 _LOWER = {"maxLength", "maxItems", "maxProperties", "maximum", "exclusiveMaximum"}
@@ -73,6 +75,7 @@ class SchemaReader:
         except RecursionError:
             raise BadSchema("the JSON schema is nested too deeply") from None
         self._document = document
+        self._read = 0
         self._validator = Draft202012Validator(document)
 
     def alternatives(self, schema: Schema | bool, following: frozenset[str] = frozenset()) -> list[Schema]:
@@ -87,6 +90,9 @@ class SchemaReader:
         """
         if isinstance(schema, bool):
             return [{}] if schema else []
+        self._read += 1
+        if self._read > MOST_READ:
+            raise TooComplex
         self._check(schema)
         own = {k: v for k, v in schema.items() if k not in REMARKS and k not in ("$ref", "allOf", "anyOf", "oneOf")}
         if "const" in own:

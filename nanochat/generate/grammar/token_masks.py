@@ -20,10 +20,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanochat.generate.grammar.language import NEVER, Language, Languages
+from nanochat.generate.grammar.language import NEVER, Language, Languages, TooComplex
 
 Ints = npt.NDArray[np.int32]
 KEPT_BYTES = 64 << 20  # of the masks of one language; the one that was used longest ago goes first
+MOST_NEW_STATES = 10_000  # made to find one mask: about half a second
 LONGEST = 1 << 16  # bytes of a shortest answer
 _DEAD = 0  # the state that nothing leads out of; state i of a language has the number i + 1 in the table
 
@@ -152,7 +153,10 @@ class TokenMasks:
         tree = self.tree
         reached = np.zeros(len(tree.value), np.int32)
         nodes, states = np.zeros(1, np.int32), np.array([start], np.int32)
+        most = len(self.space.states) + MOST_NEW_STATES
         while len(nodes):
+            if len(self.space.states) > most:  # everybody's next token waits for this mask
+                raise TooComplex
             self._fill(np.unique(states))
             counts = tree.children[nodes]
             ends = np.cumsum(counts)
@@ -226,7 +230,9 @@ class GrammarConstraint:
 
     def __init__(self, space: Languages, language: Language, tree: TokenTree) -> None:
         if language.least >= NEVER:
-            raise ValueError("no answer satisfies all that is asked of its form: make some of the conditions weaker")
+            raise ValueError(
+                "no answer satisfies all that is asked of its form (values may be 24 deep within each other)"
+            )
         if language.least > LONGEST:
             raise ValueError(f"the shortest answer of the asked form has {language.least} bytes, the most is {LONGEST}")
         self._masks = TokenMasks(space, language, tree)
