@@ -94,6 +94,10 @@ def test_a_16_bit_export_comes_back_close(tokenizer, tmp_path, dtype):
     model = random_model(tokenizer.get_vocab_size(), **MODELS["GQA"])
     write_hf_folder(tmp_path / "m", model.state_dict(), model.config, tokenizer, "", dtype, "qwen3")
     state, config, _ = read_hf_folder(tmp_path / "m")
+    torch.testing.assert_close(state["resid_logs"], model.resid_logs.detach())
+    torch.testing.assert_close(
+        state["transformer.wte.weight"][:300], model.wte.weight.detach()[:300], rtol=0.01, atol=1e-4
+    )
     again = GPT(config)
     again.load_state_dict(state)
     ids = torch.randint(config.vocab_size, (2, 50), generator=torch.Generator().manual_seed(1))

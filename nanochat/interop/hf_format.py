@@ -40,7 +40,7 @@ from nanochat.gpt import (
     GPTConfig,
 )
 from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, from_hf_json, to_hf_json
-from nanochat.interop.qwen3 import check_folds, config_of, fold_weights, qwen3_config, remainder, unfold
+from nanochat.interop.qwen3 import ULPS, check_folds, config_of, fold_weights, qwen3_config, remainder, unfold
 from nanochat.tokenizer import RustBPETokenizer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -224,7 +224,9 @@ def write_hf_folder(
         write_json(tmp / OWN_FILE, {"model_config": config.to_dict(), "tokenizer": tokenizer.to_dict()})
         write_text(tmp / "README.md", card)
         if form == "qwen3":
-            rest: dict[str, Any] = {name: value.numpy() for name, value in remainder(state, config).items()}
+            # The last bits are of use only where all others are stored.
+            kept = {n: v for n, v in remainder(state, config).items() if dtype == torch.float32 or ULPS not in n}
+            rest: dict[str, Any] = {name: value.numpy() for name, value in kept.items()}
             np.savez_compressed(tmp / REMAINDER_FILE, **rest)
         elif not is_classic(config):
             for name in MODERN_FILES:
@@ -255,9 +257,8 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPET
     weights = _read_weights(folder)
     if stored.get("model_type") == "qwen3":
         config = GPTConfig.from_dict(own["model_config"]) if own else config_of(stored, weights)
-        # In 16 bits nothing is exact, and what was noted of float32 no longer fits.
-        exact = (folder / REMAINDER_FILE).exists() and all(w.dtype == torch.float32 for w in weights.values())
-        weights = unfold(weights, config, _read_remainder(folder / REMAINDER_FILE) if exact else {})
+        there = (folder / REMAINDER_FILE).exists()
+        weights = unfold(weights, config, _read_remainder(folder / REMAINDER_FILE) if there else {})
     else:
         config = GPTConfig.from_dict(own["model_config"]) if own else own_config(stored)
     if own:
