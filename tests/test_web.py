@@ -431,3 +431,24 @@ class TestScript:
     def test_more_cards_than_there_are(self):
         with pytest.raises(ValueError, match="num_gpus=2"):
             chat_web.choose_devices(torch.device("cpu"), 2)
+
+
+def test_every_client_gets_every_event(model, tiny_tokenizer):
+    """Some split a stream where Python's splitlines does, which is more than at line feeds."""
+    requests = pytest.importorskip("requests")
+    text = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh"
+    app, engine = tiny_app(model, tiny_tokenizer, ScriptedEngine)
+    engine.script = [("text", text), ("text", "end")]
+    body = {"messages": HELLO, "stream": True}
+    with serve(app) as client:
+        for path in ("/chat/completions", "/v1/chat/completions"):
+            with client.stream("POST", path, json=body) as response:
+                by_httpx = list(response.iter_lines())
+            with requests.post(f"{client.base_url}{path}", json=body, stream=True) as response:
+                response.encoding = "utf-8"
+                by_requests = list(response.iter_lines(decode_unicode=True))
+            for lines in (by_httpx, by_requests):
+                events = [event for event in events_of(lines) if event != "[DONE]"]
+                deltas = [choice["delta"] for event in events for choice in event.get("choices", [])]
+                pieces = [event.get("token", "") for event in events] + [d.get("content", "") for d in deltas]
+                assert "".join(pieces) == f"{text}end"
