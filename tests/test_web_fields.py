@@ -304,6 +304,12 @@ class TestPaths:
         assert "".join(vllm["token_strs"][1:]) == "The sky"
         pieces = fine(client.post("/tokenize", json={"content": "The sky", "with_pieces": True}))["tokens"]
         assert [piece["id"] for piece in pieces] == ids
+        info = fine(client.get("/tokenizer_info"))
+        assert fine(client.post("/tokenize", json={"prompt": info["bos_token"], "add_special_tokens": False}))[
+            "tokens"
+        ] == [bos]
+        spelled = fine(client.post("/tokenize", json={"content": info["bos_token"], "parse_special": False}))["tokens"]
+        assert len(spelled) > 1
         answer = fine(client.post("/detokenize", json={"tokens": ids}))
         assert answer["content"] == answer["prompt"] == "The sky"
         refused(client.post("/detokenize", json={"tokens": [99999]}), "tokens")

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, for clients of llama-server and of vLLM."""
+"""POST /tokenize, /detokenize and GET /tokenizer_info, for clients of llama-server and of vLLM (lm_eval is one)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class TokenizeRequest(BaseModel):
     add_special: bool | None = None
     add_special_tokens: bool | None = None
     """Begin with bos; default: for a prompt, as /v1/completions does."""
-    with_pieces: bool = False
+    parse_special: bool | None = None
+    """A text that is nothing but the name of a special token is that token; null: yes."""
+    with_pieces: bool | None = False
     return_token_strs: bool | None = False
 
 
@@ -33,7 +35,7 @@ class DetokenizeRequest(BaseModel):
 
 
 def add_tokenize_routes(app: FastAPI, service: Service) -> None:
-    """Add both routes. An answer has the fields of either server."""
+    """Add the routes. An answer has the fields of either server."""
     tokenizer = service.tokenizer
 
     @app.post("/tokenize")
@@ -42,7 +44,10 @@ def add_tokenize_routes(app: FastAPI, service: Service) -> None:
             tokens, _, _ = await service.chat_prompt(body.messages, None, forget=False)
         elif (text := body.content if body.content is not None else body.prompt) is not None:
             wanted = body.add_special if body.add_special is not None else body.add_special_tokens
-            tokens = await run_in_threadpool(tokenizer.encode, text)
+            if body.parse_special is not False and text in tokenizer.get_special_tokens():
+                tokens = [tokenizer.encode_special(text)]
+            else:
+                tokens = await run_in_threadpool(tokenizer.encode, text)
             if wanted if wanted is not None else body.content is None:
                 tokens = [tokenizer.get_bos_token_id(), *tokens]
         else:
@@ -54,6 +59,16 @@ def add_tokenize_routes(app: FastAPI, service: Service) -> None:
         if body.with_pieces:
             answer["tokens"] = [{"id": token, "piece": piece} for token, piece in zip(tokens, pieces, strict=True)]
         return answer
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return {
+            "tokenizer_class": "RustBPETokenizer",
+            "bos_token": tokenizer.id_to_token(tokenizer.get_bos_token_id()),
+            "eos_token": "<|assistant_end|>",
+            "vocab_size": tokenizer.get_vocab_size(),
+            "model_max_length": service.pool.context_length,
+        }
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
