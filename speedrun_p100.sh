@@ -22,7 +22,9 @@ error: 1). Settings come from the environment:
                      hour), SFT a sixth (at most 20 minutes)
   RECIPE             small (default), portable (opens in llama.cpp, Ollama and others), classic or modern
   DATASET            climbmix, fineweb_edu (both downloaded) or demo
-  DATA_DIR           your own text instead: a folder (or file) of txt, md, html, jsonl, csv or parquet
+  DATA_DIR           your own text instead: a folder (or file) of nearly any form (docs/own_data.md)
+  TEXT_COLUMN        the column or field with the text, ENCODING what its files are saved in (default: found by itself)
+  SOURCE_CODE        1 learns the source code in DATA_DIR too, 0 leaves it out on purpose
   CHAT_DATA          your own conversations (.jsonl or .parquet), "demo", or "nanochat" for its mixture from the hub
   NPROC              processes, one per card (default: all cards of one kind; of several kinds the fastest group)
   WANDB_RUN          name of a Weights & Biases run (default: none)

@@ -289,7 +289,7 @@ class Config:
     """climbmix, fineweb_edu, demo, hf:owner/name[/folder], urls:FILE_OR_URL (lines "URL [SHA-256]"), the URL of a
     .parquet file, or a local folder or file."""
     import_path: Annotated[str | None, tyro.conf.arg(name="import")] = None
-    """File or folder of texts to import: txt, md, html, jsonl, csv, also .gz and .zst, or parquet."""
+    """File or folder of texts to import (docs/own_data.md lists the forms)."""
     out: str | None = None
     """Folder for the imported shards; default base_data/import-<hash> in the base folder."""
     text_column: str | None = None

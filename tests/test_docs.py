@@ -220,6 +220,9 @@ def test_a_command_of_a_document_runs(command, workshop, monkeypatch, capsys):
         run_module(name, resized(flags, SIZES[name]))
     elif name == "scripts.chat_web":
         assert parse_config(importlib.import_module(name).Config, flags)
+    elif name == "scripts.data_check":
+        run_module(name, [str(ROOT / "docs") if flag.startswith("/your") else flag for flag in flags])
+        assert "md" in capsys.readouterr().out
     elif name == "dev.docs":
         run_module(name, ["--anchors"])
         assert "nanochat/gpt.py:" in capsys.readouterr().out
