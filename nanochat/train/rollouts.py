@@ -2,8 +2,9 @@
 
 A step draws problems, lets the model answer each several times with the tools it has, and rewards the answers. An
 answer's advantage is its reward less the mean reward of its group, so a group whose answers are all right or all wrong
-teaches nothing: it is left out, and another problem takes its place, a few times at most. A step for which nothing is
-left is not made (see `Trainer.train_step`).
+teaches nothing. So a few answers are sampled first, to twice the problems: of two, the first whose answers differ in
+reward takes a place in the step, and gets the rest of its answers. A step for which nothing is left is not made (see
+`Precision.step`).
 
 Everything that is drawn follows from (seed, rollout number, place among the step's problems, try), so it does not
 depend on the number of ranks, and a resume needs only the rollout's number and the answers still to be learned from.
@@ -13,7 +14,9 @@ Shapes: B sequences, T tokens.
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +33,8 @@ from nanochat.gpt import GPT
 from nanochat.messages import Conversation
 from nanochat.tokenizer import RustBPETokenizer
 
-MAX_TRIES = 4  # problems drawn for each place of a step, until the answers to one differ in reward
+COUNTED = ("answers", "probes", "reward", "answer_tokens", "useful", "too_long", "flat")  # of a rollout
+CANDIDATES = 2  # problems drawn for each place of a step: the first whose answers differ in reward takes it
 
 
 class RewardTask(Protocol):
@@ -131,8 +135,12 @@ def attempt_problems(
     count: int,
     cfg: RolloutConfig,
     seeds: Sequence[int | str],
+    first: int = 0,
 ) -> list[list[Rollout]]:
-    """`count` answers to each problem with their rewards; none to one that fills the context. `seeds`: by problem."""
+    """`count` answers to each problem with their rewards; none to one that fills the context.
+
+    `seeds` are those of the problems; the answers to each are numbered from `first` on, and drawn by their number.
+    """
     prompts = [tokenizer.render_for_completion(problem) for problem in problems]
     owners = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.context_length for _ in range(count)]
     sequences, masks = engine.generate_prompts(
@@ -140,7 +148,7 @@ def attempt_problems(
         cfg.max_new_tokens,
         temperature=cfg.temperature,
         top_k=cfg.top_k or None,
-        seeds=[row_seed(seeds[i], n % count) for n, i in enumerate(owners)],
+        seeds=[row_seed(seeds[i], first + n % count) for n, i in enumerate(owners)],
         keep_end=True,  # the model chose to end there: that is learned too
     )
     rollouts: list[list[Rollout]] = [[] for _ in problems]
@@ -161,6 +169,12 @@ def to_rows(answers: Sequence[Rollout], device: torch.device) -> tuple[Tensor, T
         x[i, :n] = ids[:-1]
         y[i, :n] = torch.where(torch.tensor(a.mask[1:]) == 1, ids[1:], -1)
     return x.to(device), y.to(device), torch.tensor([[a.advantage] for a in answers], device=device)
+
+
+def with_advantages(group: Sequence[Rollout]) -> list[Rollout]:
+    """The answers to one problem with their advantages."""
+    advantages = group_advantages([answer.reward for answer in group], len(group))
+    return [answer._replace(advantage=a) for answer, a in zip(group, advantages, strict=True)]
 
 
 def group_advantages(rewards: Sequence[float], group: int) -> list[float]:
@@ -265,57 +279,60 @@ class RolloutLoader:
     def _draw_seed(self, place: int, attempt: int) -> str:
         return f"{self.seed}/{self._rollouts}/{attempt}/{place}"
 
+    @torch.inference_mode()
     def _roll_out(self) -> list[Rollout]:
         """This rank's answers for the next step, those without an advantage left out: perhaps none."""
-        totals: dict[str, float] = {}
-        useful: list[Rollout] = []
-        places = list(range(self.compute.rank, self.cfg.examples_per_step, self.compute.world_size))
-        for attempt in range(MAX_TRIES):
-            groups = self._answer(places, attempt, totals)
-            taught = [any(abs(answer.advantage) > 1e-9 for answer in group) for group in groups]
-            useful += [answer for group, yes in zip(groups, taught, strict=True) if yes for answer in group]
-            places = [place for place, yes in zip(places, taught, strict=True) if not yes]
-            if not places:
-                break
+        cfg, totals = self.cfg, Counter[str]()
+        # A few answers tell whether a problem teaches anything; the others are sampled only where it does.
+        probes = min(cfg.num_samples, max(2, math.isqrt(cfg.num_samples)))
+        places = range(self.compute.rank, cfg.examples_per_step, self.compute.world_size)
+        drawn = [(place, attempt) for place in places for attempt in range(CANDIDATES)]
+        problems = [self.task[self._problem(*draw)] for draw in drawn]
+        seeds = [self._draw_seed(*draw) for draw in drawn]
+        groups = self._answer(problems, seeds, probes, totals)
+        found: dict[int, tuple[Conversation, str, list[Rollout]]] = {}  # by place
+        for (place, _), *candidate, group in zip(drawn, problems, seeds, groups, strict=True):
+            # Problems are drawn at random, and these answers say how good the model is at them; the rest would not.
+            totals["probes"] += len(group)
+            totals["reward"] += sum(answer.reward for answer in group)
+            totals["too_long"] += not group
+            if len({answer.reward for answer in group}) > 1:
+                found.setdefault(place, (*candidate, group))
+        chosen = list(found.values())
+        rest = self._answer([c[0] for c in chosen], [c[1] for c in chosen], cfg.num_samples - probes, totals, probes)
+        useful = [
+            answer
+            for (*_, first), more in zip(chosen, rest, strict=True)
+            for answer in with_advantages([*first, *more])
+            if abs(answer.advantage) > 1e-9
+        ]
+        totals["useful"] += len(useful)
+        totals["flat"] += len(places) - len(chosen)
         self._rollouts += 1
         self.metrics = self._means(totals)
-        return [answer for answer in useful if abs(answer.advantage) > 1e-9]
+        return useful
 
-    @torch.inference_mode()
-    def _answer(self, places: list[int], attempt: int, totals: dict[str, float]) -> list[list[Rollout]]:
-        """The answers to the problems of these places, with their advantages; none to one that fills the context."""
-        problems = [self.task[self._problem(place, attempt)] for place in places]
-        seeds = [self._draw_seed(place, attempt) for place in places]
-        cfg = self.cfg
-        groups = attempt_problems(self.engine, self.tokenizer, self.task, problems, cfg.num_samples, cfg, seeds)
-        answers = [answer for group in groups for answer in group]
-        rewards = [answer.reward for answer in answers]
-        advantages = iter(group_advantages(rewards, cfg.num_samples))
-        groups = [[answer._replace(advantage=next(advantages)) for answer in group] for group in groups]
-        count = {
-            "answers": len(answers),
-            "reward": sum(rewards),
-            "answer_tokens": sum(answer.length for answer in answers),
-            "useful": sum(abs(answer.advantage) > 1e-9 for group in groups for answer in group),
-            "too_long": sum(not group for group in groups),
-            "redrawn": len(places) if attempt else 0,
-        }
-        for name, value in count.items():
-            totals[name] = totals.get(name, 0.0) + value
+    def _answer(
+        self, problems: list[Conversation], seeds: list[str], count: int, totals: Counter[str], first: int = 0
+    ) -> list[list[Rollout]]:
+        """`count` answers to each problem, numbered from `first` on; none to one that fills the context."""
+        groups = attempt_problems(self.engine, self.tokenizer, self.task, problems, count, self.cfg, seeds, first)
+        totals["answers"] += sum(map(len, groups))
+        totals["answer_tokens"] += sum(answer.length for group in groups for answer in group)
         return groups
 
-    def _means(self, totals: dict[str, float]) -> dict[str, float]:
-        values = torch.tensor(list(totals.values()), dtype=torch.float32, device=self.compute.device)
+    def _means(self, totals: Counter[str]) -> dict[str, float]:
+        values = torch.tensor([totals[name] for name in COUNTED], dtype=torch.float32, device=self.compute.device)
         if self.compute.ddp:
             dist.all_reduce(values)
-        sums = dict(zip(totals, values.tolist(), strict=True))
+        sums = dict(zip(COUNTED, values.tolist(), strict=True))
         answers = max(1.0, sums["answers"])
-        means = {name: sums[name] / answers for name in ("reward", "answer_tokens")}
         return {
-            **means,
+            "reward": sums["reward"] / max(1.0, sums["probes"]),
+            "answer_tokens": sums["answer_tokens"] / answers,
             "useful_share": sums["useful"] / answers,
             "problems_too_long": sums["too_long"],
-            "problems_redrawn": sums["redrawn"],
+            "problems_without_spread": sums["flat"],
             "answers": sums["answers"],
         }
 
