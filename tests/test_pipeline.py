@@ -26,6 +26,7 @@ from nanochat.pipeline.machine import (
 from nanochat.pipeline.profiles import CPU, D20, DEMO, P100, TINY, Profile, Settings, choose_profile
 from nanochat.pipeline.run import Pipeline, only_one
 from nanochat.pipeline.stages import READY_SHARDS, Stage, expected_seconds, fingerprint, make_stages
+from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
@@ -324,6 +325,35 @@ def test_after_a_redo_was_interrupted_later_stages_are_not_trusted(runs, base_di
         runs()
     (base_dir / "fail-base").unlink()
     assert runs() == ["base --resume=auto", "eval", "mid"]
+
+
+def test_a_mistake_that_changes_nothing_leaves_what_was_finished(runs, base_dir):
+    runs()
+    marks = {path.name: path.read_bytes() for path in (base_dir / "pipeline").glob("*.json")}
+    for name in ("tok", "base", "eval"):
+        (base_dir / f"fail-{name}").touch()
+        with pytest.raises(RuntimeError, match=f"the stage {name} failed"):
+            runs(**{name: {"flags": (name, "--mistyped")}})
+        (base_dir / f"fail-{name}").unlink()
+        assert {path.name: path.read_bytes() for path in (base_dir / "pipeline").glob("*.json")} == marks
+    assert runs() == []
+
+
+def test_the_tokenizer_is_known_by_its_content(base_dir, tiny_tokenizer):
+    """A stray file beside it, or one that follows from it and is gone, must not make base training start over."""
+    stage = next(stage for stage in make_stages(TINY, Settings(), base_dir) if stage.name == "tok_train")
+    assert stage.result(base_dir) is None
+    folder = base_dir / "tokenizer"
+    tiny_tokenizer.save(folder)
+    before, lengths = stage.result(base_dir), (folder / "token_bytes.pt").read_bytes()
+    (folder / "notes.txt").write_text("stray")
+    (folder / "token_bytes.pt").unlink()
+    assert stage.result(base_dir) == before
+    assert get_token_bytes().tolist() == tiny_tokenizer.token_lengths().tolist()
+    assert (folder / "token_bytes.pt").read_bytes() == lengths  # made again, the same bytes
+    assert torch.load(folder / "token_bytes.pt", weights_only=True).dtype == torch.int32
+    RustBPETokenizer.train_from_iterator(iter(["other text, other merges"] * 9), 280).save(folder)
+    assert stage.result(base_dir) != before
 
 
 def test_an_unfinished_run_with_other_settings_is_not_continued(runs, base_dir):

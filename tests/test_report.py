@@ -84,6 +84,16 @@ def test_wall_clock_runs_from_reset_to_the_last_section(report):
     assert "Total wall clock time: 2h30m" in report.generate().read_text(encoding="utf-8")
 
 
+def test_a_reset_keeps_the_report_that_was_there(report):
+    report.log("Anything", {"value": 1})
+    report.reset()
+    report.reset()  # nothing was logged: the older one stays
+    assert not report.sections()
+    assert [s["section"] for s in Report(report.folder.with_name(f"{report.folder.name}.old")).sections()] == [
+        "Anything"
+    ]
+
+
 def test_logging_again_replaces_and_reset_forgets(report):
     report.log("SFT", [{"run": "first"}])
     report.log("SFT", [{"run": "second"}])

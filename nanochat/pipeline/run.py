@@ -35,7 +35,7 @@ from nanochat.cards import DeviceInfo, describe_choice
 from nanochat.common import print_banner
 from nanochat.data.inventory import Inventory
 from nanochat.env import get_base_dir, require_wandb_login
-from nanochat.files import write_json
+from nanochat.files import write_bytes, write_json
 from nanochat.pipeline.inputs import language_advice, look_at_inputs, own_question, report_inputs
 from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards, unused_cards
 from nanochat.pipeline.process import run_logged
@@ -122,8 +122,11 @@ class Pipeline:
         """Run one stage; returns its seconds."""
         before, inputs = self.mark(stage), self.inputs(stage)
         resume = before.get("state") == "started" and before.get("inputs") == inputs
-        for other in self.dependents(stage):
-            self.mark_path(other).unlink(missing_ok=True)
+        paths = [self.mark_path(other) for other in (stage, *self.dependents(stage))]
+        old_marks = {path: path.read_bytes() for path in paths if path.exists()}
+        old_result = stage.result(self.base_dir) if b'"state": "done"' in old_marks.get(paths[0], b"") else None
+        for path in paths:
+            path.unlink(missing_ok=True)
         record = {"key": stage.key, "flags": [*stage.flags, *stage.unmarked_flags], "inputs": inputs}
         write_json(self.mark_path(stage), {"state": "started", **record})
         start = time.monotonic()
@@ -140,6 +143,10 @@ class Pipeline:
         if code != 0:
             reason = f"was killed by signal {-code}" if code < 0 else f"exit code {code}"
             hint = " (9 often means that the machine ran out of memory)" if code == -9 else ""
+            if old_result is not None and stage.result(self.base_dir) == old_result:
+                # A mistake in the settings has changed nothing: without it, all that was finished still is.
+                for path, mark in old_marks.items():
+                    write_bytes(path, mark)
             raise RuntimeError(
                 f"the stage {stage.name} failed: {reason}{hint}. Its output is in {self.log_path(stage)}. "
                 "To go on, run the same command again: finished stages are skipped"

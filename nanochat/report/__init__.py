@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -74,9 +75,16 @@ class Report:
         return f"{section}: {part}" if set(stored) - set(metrics) else section
 
     def reset(self) -> None:
-        """Forget every section and note machine, code and time: the wall clock starts now."""
-        for kind in ("json", "md", "html"):
-            for path in self.folder.glob(f"*.{kind}"):
+        """Begin without sections and note machine, code and time: the wall clock starts now.
+
+        The report that was there moves to `<folder>.old`, in place of an older one.
+        """
+        if self.sections():
+            old = self.folder.with_name(f"{self.folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.folder, old)
+        for path in self.folder.glob("*.*"):  # what is no section: a header, a page
+            if path.suffix in (".json", ".md", ".html"):
                 path.unlink(missing_ok=True)
         write_json(self.folder / f"{HEADER}.json", {"time": _now(), "environment": environment()})
 
