@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -282,7 +282,7 @@ class RolloutLoader:
     @torch.inference_mode()
     def _roll_out(self) -> list[Rollout]:
         """This rank's answers for the next step, those without an advantage left out: perhaps none."""
-        cfg, totals = self.cfg, Counter[str]()
+        cfg, totals = self.cfg, defaultdict[str, float](float)
         # A few answers tell whether a problem teaches anything; the others are sampled only where it does.
         probes = min(cfg.num_samples, max(2, math.isqrt(cfg.num_samples)))
         places = range(self.compute.rank, cfg.examples_per_step, self.compute.world_size)
@@ -291,13 +291,13 @@ class RolloutLoader:
         seeds = [self._draw_seed(*draw) for draw in drawn]
         groups = self._answer(problems, seeds, probes, totals)
         found: dict[int, tuple[Conversation, str, list[Rollout]]] = {}  # by place
-        for (place, _), *candidate, group in zip(drawn, problems, seeds, groups, strict=True):
+        for (place, _), problem, seed, group in zip(drawn, problems, seeds, groups, strict=True):
             # Problems are drawn at random, and these answers say how good the model is at them; the rest would not.
             totals["probes"] += len(group)
             totals["reward"] += sum(answer.reward for answer in group)
             totals["too_long"] += not group
             if len({answer.reward for answer in group}) > 1:
-                found.setdefault(place, (*candidate, group))
+                found.setdefault(place, (problem, seed, group))
         chosen = list(found.values())
         rest = self._answer([c[0] for c in chosen], [c[1] for c in chosen], cfg.num_samples - probes, totals, probes)
         useful = [
@@ -313,7 +313,7 @@ class RolloutLoader:
         return useful
 
     def _answer(
-        self, problems: list[Conversation], seeds: list[str], count: int, totals: Counter[str], first: int = 0
+        self, problems: list[Conversation], seeds: list[str], count: int, totals: dict[str, float], first: int = 0
     ) -> list[list[Rollout]]:
         """`count` answers to each problem, numbered from `first` on; none to one that fills the context."""
         groups = attempt_problems(self.engine, self.tokenizer, self.task, problems, count, self.cfg, seeds, first)
@@ -321,7 +321,7 @@ class RolloutLoader:
         totals["answer_tokens"] += sum(answer.length for group in groups for answer in group)
         return groups
 
-    def _means(self, totals: Counter[str]) -> dict[str, float]:
+    def _means(self, totals: dict[str, float]) -> dict[str, float]:
         values = torch.tensor([totals[name] for name in COUNTED], dtype=torch.float32, device=self.compute.device)
         if self.compute.ddp:
             dist.all_reduce(values)
