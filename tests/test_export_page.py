@@ -12,6 +12,7 @@ from portable_model import CALCULATION, TEXT, portable_model, portable_tokenizer
 
 from dev.check_runtimes import CHROMIUM, node_folder, static_host, wllama_package
 from nanochat.engine import Engine
+from nanochat.env import get_base_dir
 from nanochat.generate.calculator import use_calculator
 from nanochat.interop.gguf_file import GGUFCard, write_gguf
 from nanochat.interop.qwen3 import fold
@@ -288,6 +289,9 @@ class TestFolder:
             wllama_tarball(other)
         with pytest.raises(RuntimeError, match="is no file"):
             wllama_tarball(tmp_path / "missing.tgz")
+        kept = get_base_dir() / "wllama" / f"wllama-{WLLAMA_VERSION}.tgz"
+        kept.parent.mkdir()
+        kept.write_bytes(b"damaged")  # it is downloaded anew
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(RuntimeError, match=r"npm is not installed.*--wllama.*--cdn"):
             wllama_tarball(None)

@@ -101,12 +101,14 @@ def import_gguf() -> Any:
     """Return the package that writes GGUF files.
 
     Raises:
-        RuntimeError: it is not installed; says how to get it.
+        RuntimeError: it is not installed, or too old; says how to get it.
     """
     try:
         import gguf
     except ImportError as error:
         raise RuntimeError("GGUF files need the package gguf (the extra [export]): pip install gguf") from error
+    if not hasattr(gguf.GGUFWriter, "add_sampling_temp"):
+        raise RuntimeError("the package gguf that is installed is older than 0.19: pip install --upgrade gguf")
     return gguf
 
 

@@ -56,18 +56,14 @@ def wllama_tarball(given: Path | None) -> bytes:
         RuntimeError: it cannot be had; says what to do.
         ValueError: it is not the file that this code was made for.
     """
+    if given is not None:
+        if not given.is_file():
+            raise RuntimeError(f"--wllama={given} is no file: `npm pack {WLLAMA}@{WLLAMA_VERSION}` makes it")
+        return _checked(given.read_bytes(), str(given))
     kept = get_base_dir() / "wllama" / f"wllama-{WLLAMA_VERSION}.tgz"
-    path = given or kept
-    if given is None and not kept.exists():
-        data = _download()
-        _check(data, "what npm downloaded")
-        write_bytes(kept, data)
-        return data
-    if not path.is_file():
-        raise RuntimeError(f"--wllama={path} is no file: `npm pack {WLLAMA}@{WLLAMA_VERSION}` makes it")
-    data = path.read_bytes()
-    _check(data, str(path))
-    return data
+    if not kept.exists() or _hash(kept.read_bytes()) != WLLAMA_HASH:
+        write_bytes(kept, _checked(_download(), "what npm downloaded"))
+    return kept.read_bytes()
 
 
 def _download() -> bytes:
@@ -86,9 +82,14 @@ def _download() -> bytes:
         return files[0].read_bytes()
 
 
-def _check(data: bytes, name: str) -> None:
-    if base64.b64encode(hashlib.sha512(data).digest()).decode() != WLLAMA_HASH:
+def _hash(data: bytes) -> str:
+    return base64.b64encode(hashlib.sha512(data).digest()).decode()
+
+
+def _checked(data: bytes, name: str) -> bytes:
+    if _hash(data) != WLLAMA_HASH:
         raise ValueError(f"{name} is not {WLLAMA} {WLLAMA_VERSION}: its SHA-512 is another; get it anew")
+    return data
 
 
 def wllama_files(tarball: bytes) -> dict[str, bytes]:
