@@ -139,7 +139,6 @@ def test_a_static_cache_gives_the_same_answers(tokenizer, tmp_path, name):
 
 @torch.no_grad()
 def test_ids_beyond_16_bits_are_remembered_in_bfloat16():
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     folder = Path(__file__).parents[1] / "nanochat" / "interop" / "hf_code"
