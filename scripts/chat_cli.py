@@ -253,6 +253,8 @@ def main(cfg: Config) -> None:
         raise ValueError("standard input is closed, so no question can come: give one with --prompt=TEXT")
     if sys.stdout is None:
         raise ValueError("standard output is closed, so no answer can be shown: leave it open")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - else `print` would take standard output instead
     # Standard output belongs to the answer; everything said on the way goes to standard error.
     with contextlib.redirect_stdout(sys.stderr):
         name = find_model(cfg.source, cfg.model_tag, cfg.hf_path)

@@ -98,7 +98,8 @@ def run_command(line: str, conversation: Conversation, say: Callable[[str], None
 def _save(conversation: Conversation, name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir() or name.endswith("/"):
-        path /= time.strftime("chat-%Y%m%d-%H%M%S.json")
+        names = (time.strftime(f"chat-%Y%m%d-%H%M%S{more}.json") for more in ("", *(f"-{i}" for i in range(2, 1000))))
+        path = next(path / name for name in names if not (path / name).exists())
     replaced = ", in place of what it held" if path.exists() else ""
     system = [{"role": "system", "content": conversation.system}] if conversation.system else []
     messages = [*system, *conversation.messages]
@@ -110,7 +111,9 @@ def _change(settings: Sampling, name: str, value: str) -> Sampling:
     try:
         number = int(value) if name in ("top_k", "max_tokens") else float(value)
     except ValueError:
-        raise ValueError(f"/{name} needs a number, got {value!r}") from None
+        raise ValueError(
+            f"/{name} needs a {'whole ' if name in ('top_k', 'max_tokens') else ''}number, got {value!r}"
+        ) from None
     if name == "max_tokens" and number < 1:
         raise ValueError(f"/max_tokens must be at least 1, got {value}")
     return dataclasses.replace(settings, **{name: number})  # type: ignore[arg-type]
