@@ -173,6 +173,13 @@ def test_archives_are_read_like_folders(tmp_path: Path) -> None:
         tar.add(tmp_path / "a.md", "y/other.txt")
     assert read_archive(tmp_path / "pack.zip") == ["# One\n", "Äpfel und Öl sind schön"]
     assert read_archive(tmp_path / "pack.tar.xz") == ["# One\n"]
+    (tmp_path / "b.py").unlink()
+    inventory = look_at_texts(tmp_path)
+    assert "1 .py: source code (SOURCE_CODE=1" in inventory.left_out_line()
+    assert inventory.samples == [
+        "(a.md) # One\n",
+        "(pack.zip) Äpfel und Öl sind schön",
+    ]  # one of every kind, none twice
     (tmp_path / "bad.zip").write_bytes((tmp_path / "pack.zip").read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"bad\.zip can't be unpacked"):
         read_archive(tmp_path / "bad.zip")
@@ -413,7 +420,13 @@ def test_data_check_prints_what_a_run_would_and_stops_like_one(
     (tmp_path / "a.txt").write_text("Привет, мир! Это текст на русском языке. " * 5, encoding="cp1251")
     run_script(data_check.main, data_check.Config, [str(tmp_path), "--show", "1"])
     said = capsys.readouterr().out
-    for part in ("1 txt", "documents: 1", "script: Cyrillic 100%", "read as cp1251 (guessed", "sample: Привет, мир!"):
+    for part in (
+        "1 txt",
+        "documents: 1",
+        "script: Cyrillic 100%",
+        "read as cp1251 (guessed",
+        "sample: (a.txt) Привет, мир!",
+    ):
         assert part in said
     for i in range(5):
         (tmp_path / f"{i}.py").write_text("code")

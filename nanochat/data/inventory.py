@@ -103,7 +103,9 @@ class Inventory:
 
     def lines(self, samples: int = 0) -> list[str]:
         """The inventory for people, line by line, with this many samples of what would be learned."""
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.read.items(), key=lambda item: -item[1]))
+        kinds = ", ".join(
+            f"{count:,} {kind}" for kind, count in sorted(self.read.items(), key=lambda item: -item[1]) if count
+        )
         if self.noun != "file" and kinds:
             kinds = f"{plural(self.num_read, self.noun)} ({kinds})"
         read = kinds + (f", {format_bytes(self.num_bytes)}" if kinds and self.num_bytes else "")

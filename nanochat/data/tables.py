@@ -48,7 +48,7 @@ class Dialect:
         )
 
     def __str__(self) -> str:
-        names = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", ONE_COLUMN: "nothing"}
+        names = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
         name = names.get(self.delimiter, repr(self.delimiter))
         return f"{name} between fields" + ("" if self.quoted else ", quotation marks are text")
 
@@ -84,7 +84,7 @@ def read_csv(
             start = counter.number + 1
         header, at = _choose(file, [row for _, row in sample if row], wanted)
         found(f"column {header[at]!r}" if header else f"column {at + 1}, no header line")
-        if dialect.delimiter in ";|" or not dialect.quoted:
+        if dialect.delimiter in ";|" or (dialect.delimiter != ONE_COLUMN and not dialect.quoted):
             found(str(dialect))
         width = len(header) if header else max(len(row) for _, row in sample)
         body = [pair for pair in sample if pair[1]]

@@ -38,7 +38,7 @@ from nanochat.data.markup import declared_charset, visible_text
 from nanochat.data.packed import compression_of, damage_named, is_archive, members, unpacked
 from nanochat.data.split import split_long, split_text
 from nanochat.data.tables import read_arrow, read_csv, read_parquet
-from nanochat.data.text_walk import ReadOptions, TextFile, kind_of
+from nanochat.data.text_walk import CODE_REASON, ReadOptions, TextFile, is_code, kind_of
 
 BUFFER_BYTES = 1 << 18
 MAX_BINARY_BYTES = 1_000_000_000  # of a book or PDF in an archive: it is held in memory
@@ -106,7 +106,10 @@ class TextReader:
                 self.inventory.leave_out("hidden", "file", shown, matters=False)
             elif kind in ("archive", "parquet", "arrow"):
                 self.inventory.leave_out("in an archive (unpack it)", "file", shown, size)
-            elif kind is None:
+            elif is_code(name) and not self.options.source_code:
+                matters = self.options.source_code is None
+                self.inventory.leave_out(CODE_REASON, os.path.splitext(name)[1], shown, size, matters=matters)
+            elif kind is None and not is_code(name):
                 suffix = os.path.splitext(name)[1].lower()
                 self.inventory.leave_out(
                     "in an archive, no text by its name", suffix or "file", shown, size, matters=False
@@ -115,10 +118,10 @@ class TextReader:
                 try:
                     with damage_named(f"{file.path}, {name}"):
                         for document in self._documents(
-                            kind, Path(shown), shown, unpacked(content, compression_of(name))
+                            kind or "txt", Path(shown), shown, unpacked(content, compression_of(name))
                         ):
                             yield done, document
-                    self.note(f"in archives: {kind}", shown)
+                    self.note(f"in archives: {kind or 'code'}", shown)
                 except NotReadError as error:
                     self.inventory.leave_out(str(error), "file", shown, size)
             done = min(file.size, done + size)

@@ -100,8 +100,9 @@ def look_at_texts(path: Path, options: ReadOptions | None = None) -> Inventory:
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     options = options or ReadOptions.from_env()
     inventory, tally, seen = Inventory(f"texts in {path}"), Tally(), set[bytes]()
-    reader = TextReader(options, inventory)
+    reader, firsts = TextReader(options, inventory), dict[str, str]()
     for file in find_texts(path, options, inventory):
+        new_kind = not inventory.read.get(file.label)
         inventory.count(file.label, 1, file.size)
         before = reader.repairs.characters + reader.repairs.nul
         try:
@@ -119,11 +120,16 @@ def look_at_texts(path: Path, options: ReadOptions | None = None) -> Inventory:
                 tally.characters += len(document)
                 tally.num_bytes += len(content)
                 tally.sample(digest, document)
+                if new_kind:  # one sample of every kind, so that a person sees how each is read
+                    firsts[document[:SAMPLE_CHARS]] = file.name
+                    new_kind = False
         except ValueError as error:
             inventory.stop = inventory.stop or str(error)
         if broken := reader.repairs.characters + reader.repairs.nul - before:
             tally.broken[file.name] = broken
     tally.into(inventory, reader)
+    others = [text for text in inventory.samples if text not in firsts]
+    inventory.samples = [*(f"({name}) {text}" for text, name in firsts.items()), *others[:NUM_SHOWN]]
     tally.check_broken(inventory, reader)
     stop_if_too_little(inventory)
     return inventory

@@ -13,7 +13,7 @@ from pathlib import Path
 from nanochat.data.documents import DOCUMENTS_EXTRA, can_read_pdf
 from nanochat.data.inventory import Inventory
 from nanochat.data.packed import compression_of, is_archive
-from nanochat.env import get_base_dir
+from nanochat.env import get_base_dir, printable
 
 KINDS = {
     **dict.fromkeys((".txt", ".text", ".log", ".rst", ".tex", ".org", ".asc", ".adoc", ".asciidoc", ".textile"), "txt"),
@@ -56,6 +56,7 @@ CONVERT = {
     **dict.fromkeys((".djvu", ".ps"), "convert to .txt"),
     **dict.fromkeys((".xml", ".mbox", ".mhtml", ".warc"), "convert to .txt, .html or .jsonl"),
 }
+CODE_REASON = "source code (SOURCE_CODE=1 learns it too, SOURCE_CODE=0 says to leave it out)"
 TOOL_FOLDERS = frozenset({"node_modules", "__pycache__", "__macosx", "site-packages", "venv", "$recycle.bin"})
 OWN_FOLDERS = frozenset({"base_data", "tokenizer", "pipeline", "report", "token_cache", "eval_bundle"})
 LFS_HEAD = b"version https://git-lfs.github.com/spec/"
@@ -123,6 +124,11 @@ def kind_of(name: str) -> str | None:
     return None if packed and kind in ("parquet", "arrow") else kind
 
 
+def is_code(name: str) -> bool:
+    """True if a file is source code, by its name."""
+    return os.path.splitext(name)[1].lower() in CODE or os.path.basename(name).lower() in CODE_NAMES
+
+
 def find_texts(path: Path, options: ReadOptions, inventory: Inventory) -> list[TextFile]:
     """The files below `path` (or it itself) that are texts, by name; the inventory gets the others.
 
@@ -130,7 +136,7 @@ def find_texts(path: Path, options: ReadOptions, inventory: Inventory) -> list[T
     folder, pointers of git-lfs, conversations that are given as CHAT_DATA, and what is no text.
     """
     if not path.is_dir():
-        entry = _File(str(path), path.name, path.name)
+        entry = _File(str(path), path.name, printable(path.name).replace("\n", "\\n"))
         found = _classify(entry, options, inventory, given=True)
         return [found] if found else []
     walk = _Walk(path, options, inventory)
@@ -171,7 +177,7 @@ class _Walk:
             self.inventory.leave_out((error.strerror or str(error)).lower(), "folder", shown.rstrip("/"))
             return
         for entry in entries:
-            name, below = entry.name, f"{shown}{entry.name}"
+            name, below = entry.name, f"{shown}{printable(entry.name)}".replace("\n", "\\n")
             try:
                 is_dir, is_file = entry.is_dir(), entry.is_file()
             except OSError as error:
@@ -228,10 +234,9 @@ def _classify(entry: _File, options: ReadOptions, inventory: Inventory, given: b
     if not os.access(entry.path, os.R_OK):
         return leave_out("permission denied")
     kind = kind_of(entry.name)
-    if suffix in CODE or entry.name.lower() in CODE_NAMES:
+    if is_code(entry.name):
         if not options.source_code and not given:
-            reason = "source code (SOURCE_CODE=1 learns it too, SOURCE_CODE=0 says to leave it out)"
-            return leave_out(reason if options.source_code is None else "source code", options.source_code is None)
+            return leave_out(CODE_REASON, options.source_code is None)
         kind = "txt"
     elif kind is None and not given:
         if suffix in NO_TEXT:
