@@ -8,7 +8,7 @@ from nanochat.engine import Engine
 from nanochat.generate.decode_linear import Int8Linear
 from nanochat.generate.fast_decode import make_decoder, unknown_parts
 from nanochat.generate.kv_cache import KVCache
-from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
+from nanochat.gpt import GPT, MLP, NANOCHAT_2026, GPTConfig
 from nanochat.precision import Precision
 from nanochat.train.lora import add_lora, merged_weights
 
@@ -148,6 +148,20 @@ def test_what_it_does_not_know_is_left_to_the_model_and_said_once(tiny_tokenizer
     assert "slower: transformer.h.attn.gain is unknown to fast_decode.py" in record.getMessage()
     with pytest.raises(ValueError, match=r"weights=int8 does not work for models with transformer\.h\.attn\.gain"):
         make_decoder(model, None, "int8")
+
+
+def test_a_block_of_another_class_is_left_to_the_model(tiny_tokenizer, caplog):
+    class Gelu(MLP):
+        def forward(self, x):
+            return self.c_proj(torch.nn.functional.gelu(self.c_fc(x)))
+
+    model = make_model(tiny_tokenizer)
+    model.blocks[1].mlp = Gelu(model.config)
+    assert unknown_parts(model) == ["transformer.h.mlp (Gelu)"]
+    prompt = tiny_tokenizer.encode("The sky is")
+    ours = Engine(model, tiny_tokenizer).generate_batch(prompt, max_tokens=9, temperature=0.0)
+    assert ours == Engine(model, tiny_tokenizer, weights="model").generate_batch(prompt, max_tokens=9, temperature=0.0)
+    assert "transformer.h.mlp (Gelu) is unknown to fast_decode.py" in caplog.text
 
 
 def test_every_switch_is_known(tiny_tokenizer):

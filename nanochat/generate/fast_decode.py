@@ -22,11 +22,11 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanochat.generate.decode_linear import FixedLinear, Int8Linear, best_form
 from nanochat.generate.kv_cache import KVCache
-from nanochat.gpt import GPT, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, GPTConfig, unnumbered
+from nanochat.gpt import GPT, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, Block, GPTConfig, Linear, unnumbered
 from nanochat.ops.cpu import ThreadChoice
 from nanochat.ops.pointwise import scaled_square
 from nanochat.precision import DTYPES, NARROW_RANGE, Precision
@@ -52,13 +52,23 @@ KNOWN_SETTINGS = {
     *("residual_scalars", "residual_factors", "value_embeddings", "smear", "backout", "bigram_buckets"),
     *("qk_scale", "rope_base", "key_offset", "window_pattern", "logit_softcap"),
 }
+# A block may have the old names and another class: its arithmetic is another.
+KNOWN_MODULES = {GPT, Block, Attention, MLP, Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList}
 
 
 def unknown_parts(model: GPT) -> list[str]:
-    """The names of a model's parameters, and of its settings that are not at their default, that are not known here."""
+    """The parameters of a model, its modules' classes, and its settings not at their default, that are not known here.
+
+    Subclasses of GPT and LoRA's layers are not among them: `make_decoder` knows both.
+    """
     parameters = {unnumbered(name) for name, _ in model.named_parameters()}
+    modules = {f"{unnumbered(name)} ({type(m).__name__})" for name, m in model.named_modules() if not _is_known(m)}
     settings = {f.name for f in fields(GPTConfig) if getattr(model.config, f.name) != f.default}
-    return sorted((parameters - KNOWN_PARAMETERS) | (settings - KNOWN_SETTINGS))
+    return sorted((parameters - KNOWN_PARAMETERS) | modules | (settings - KNOWN_SETTINGS))
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module) in KNOWN_MODULES or isinstance(module, GPT) or hasattr(module, "lora_a")
 
 
 def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "auto") -> FastDecoder | None:
