@@ -92,6 +92,15 @@ class TestMessages:
         ended = [*begun, special("<|assistant_end|>"), special("<|assistant_start|>")]
         assert [request.tokens for request in prompts] == [begun, begun, ended]
         refused(chat(client, continue_final_message=True), "continue_final_message")
+        prompts.clear()
+        for messages in ([SYSTEM, ANSWER], [ANSWER]):  # nobody asked
+            fine(chat(client, messages, max_tokens=1))
+        instructed = tiny_tokenizer.render_for_completion(
+            {"messages": [{"role": "user", "content": SYSTEM["content"]}]}
+        )
+        nothing = tiny_tokenizer.render_for_completion({"messages": [{"role": "user", "content": ""}]})
+        said = tiny_tokenizer.encode("is blue")
+        assert [request.tokens for request in prompts] == [[*instructed, *said], [*nothing, *said]]
 
     def test_calls_of_tools_and_their_results_come_back(self, client, prompts, tiny_tokenizer):
         history = [

@@ -104,10 +104,16 @@ def answer_room(context_length: int, max_tokens: int | None) -> int:
 
 
 def question_of(messages: list[Message]) -> list[Message]:
-    """The messages of a request, so that somebody asks something: instructions alone are what the user says."""
-    if all(isinstance(m, dict) and m.get("role") in ("system", "developer") for m in messages):
-        return [{**message, "role": "user"} for message in messages]
-    return messages
+    """The messages of a request, so that somebody asks something.
+
+    Without a user, instructions are what the user says; an assistant's text alone is continued after an empty question.
+    """
+    roles = {str(m.get("role")) if isinstance(m, dict) else "" for m in messages}
+    if not messages or not roles <= {"system", "developer", "assistant"}:
+        return messages
+    if "assistant" in roles and len(roles) == 1:
+        return [{"role": "user", "content": ""}, *messages]
+    return [m if m["role"] == "assistant" else {**m, "role": "user"} for m in messages]
 
 
 def fit_context(
