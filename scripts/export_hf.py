@@ -29,6 +29,7 @@ from nanochat.interop.hf_format import EXPORT_FILES, OWN_FILE, Form, is_classic,
 from nanochat.interop.model_card import model_card
 from nanochat.interop.qwen3 import check_folds, compare_logits, obstacles
 from nanochat.precision import DTYPES
+from nanochat.recipe import recipe_of
 from nanochat.report import Report
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -132,7 +133,8 @@ def main(cfg: Config) -> None:
         cfg.push or folder.name, cfg.source, model, meta, Report(get_base_dir() / "report").sections(), cfg.dtype, form
     )
     sampling = meta.get("sampling")  # what SFT found to suit the model
-    write_hf_folder(folder, model.state_dict(), model.config, tokenizer, card, DTYPES[cfg.dtype], form, sampling)
+    state, dtype = model.state_dict(), DTYPES[cfg.dtype]
+    write_hf_folder(folder, state, model.config, tokenizer, card, dtype, form, sampling, recipe_of(meta))
     plain = form == "qwen3" or is_classic(model.config)
     arguments = f"{str(folder)!r}" if plain else f"{str(folder)!r}, trust_remote_code=True"
     kind = "a Qwen3 model" if form == "qwen3" else "nanochat's own class"

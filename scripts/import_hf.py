@@ -13,7 +13,7 @@ from nanochat.checkpoint.format import checkpoint_folder, saved_steps
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.config import run_script, short
 from nanochat.env import get_base_dir, print0
-from nanochat.interop.hf_format import model_folder, read_hf_folder
+from nanochat.interop.hf_format import model_folder, read_hf_folder, recorded_facts
 from nanochat.tokenizer import TOKENIZER_FOLDER, RustBPETokenizer
 
 
@@ -45,6 +45,7 @@ def main(cfg: Config) -> None:
         "model_config": config.to_dict(),
         "tokenizer_hash": tokenizer.hash,
         "dtype": cfg.dtype,
+        **recorded_facts(folder),
     }
     path = save_checkpoint(target, 0, state, None, meta)
     print0(f"imported into {path}: python -m scripts.chat_cli -i {cfg.source} -g {cfg.model_tag}")

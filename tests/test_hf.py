@@ -16,6 +16,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interop.hf_format import is_classic, own_config, read_hf_folder, write_hf_folder
 from nanochat.interop.hf_tokenizer import byte_characters, from_hf_json, to_hf_json
+from nanochat.recipe import recipe_of
 from nanochat.tokenizer import RustBPETokenizer
 
 TEXT = [
@@ -335,6 +336,8 @@ def checkpoint(tokenizer, tmp_path, monkeypatch):
         "tokenizer_hash": tokenizer.hash,
         "val_bpb": 1.2345,
         "config": {"dataset": "demo"},
+        "recipe": "portable",
+        "sampling": {"temperature": 0.3, "top_k": None},
         "state": {"tokens": 1000, "seconds": 75.0},
     }
     save_checkpoint(get_base_dir() / "chatsft_checkpoints" / "d2", 5, model.state_dict(), None, meta)
@@ -346,13 +349,15 @@ def test_export_and_import_scripts(checkpoint, tmp_path, monkeypatch):
 
     folder = tmp_path / "out"
     export_hf.main(export_hf.Config(output=str(folder)))
+    assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.3
     card = (folder / "README.md").read_text()
     assert "1.2345" in card
     assert "data: demo" in card
     assert f"{checkpoint.num_params():,} parameters" in card
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "other"))
     import_hf.main(import_hf.Config(path=str(folder)))
-    model, tokenizer, _ = load_model("sft", torch.device("cpu"), model_tag="imported")
+    model, tokenizer, meta = load_model("sft", torch.device("cpu"), model_tag="imported")
+    assert (recipe_of(meta), meta["sampling"]) == ("portable", {"temperature": 0.3, "top_k": None})
     ids = torch.tensor([tokenizer.encode("The quick brown fox", prepend="<|bos|>")])
     with torch.no_grad():
         assert torch.equal(model(ids), checkpoint(ids))

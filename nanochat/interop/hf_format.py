@@ -187,6 +187,7 @@ def write_hf_folder(
     dtype: torch.dtype = torch.float32,
     form: Form = "native",
     sampling: Mapping[str, Any] | None = None,
+    recipe: str | None = None,
 ) -> None:
     """Write a model as a folder that transformers loads; it appears whole, replacing an older one.
 
@@ -199,6 +200,7 @@ def write_hf_folder(
         dtype: what the weights are stored in; float32 loses nothing.
         form: qwen3 or native. As qwen3 a softcapped model is written without its softcap.
         sampling: how answers are drawn unless a program says otherwise, by the names of `generate.sampling.Sampling`.
+        recipe: of its base model; later stages follow it after an import too.
 
     Raises:
         ValueError: the tokenizer has another number of ids than the model, or the model has something that Qwen3 lacks.
@@ -221,7 +223,8 @@ def write_hf_folder(
         write_json(tmp / "generation_config.json", generation_config(config, tokenizer, sampling or SAMPLING))
         write_json(tmp / "tokenizer.json", to_hf_json(tokenizer))
         write_json(tmp / "tokenizer_config.json", tokenizer_config(config, tokenizer))
-        write_json(tmp / OWN_FILE, {"model_config": config.to_dict(), "tokenizer": tokenizer.to_dict()})
+        record = {"recipe": recipe, "sampling": None if sampling is None else dict(sampling)}
+        write_json(tmp / OWN_FILE, {"model_config": config.to_dict(), "tokenizer": tokenizer.to_dict(), **record})
         write_text(tmp / "README.md", card)
         if form == "qwen3":
             # The last bits are of use only where all others are stored.
@@ -277,6 +280,12 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPET
             missing = max(0, config.padded_vocab_size - len(state[name]))
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, missing))[: config.padded_vocab_size]
     return state, config, tokenizer
+
+
+def recorded_facts(folder: Path) -> dict[str, Any]:
+    """Return what an export of ours says of its checkpoint besides the model: the recipe and the sampling, if known."""
+    own = _read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else {}
+    return {name: own[name] for name in ("recipe", "sampling") if own.get(name)}
 
 
 def load_nanochat_folder(path_or_repo: str, device: torch.device) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
