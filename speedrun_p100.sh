@@ -25,7 +25,10 @@ error: 1). Settings come from the environment:
   DATA_DIR           your own text instead: a folder (or file) of nearly any form (docs/own_data.md)
   TEXT_COLUMN        the column or field with the text, ENCODING what its files are saved in (default: found by itself)
   SOURCE_CODE        1 learns the source code in DATA_DIR too, 0 leaves it out on purpose
-  CHAT_DATA          your own conversations (.jsonl or .parquet), "demo", or "nanochat" for its mixture from the hub
+  CHAT_DATA          your own conversations in any usual form: a file, a folder or hf:owner/name; "demo", "nanochat" for its
+                     mixture from the hub, or "none" (chat with the base model)
+  CHAT_ME            of chats between people (WhatsApp, Telegram ...): whose messages the model learns to write
+  CHAT_COLUMNS       question,answer: the two fields of CHAT_DATA, where their names don't say it
   NPROC              processes, one per card (default: all cards of one kind; of several kinds the fastest group)
   WANDB_RUN          name of a Weights & Biases run (default: none)
   NANOCHAT_BASE_DIR  folder for everything (default ~/.cache/nanochat)
@@ -51,7 +54,7 @@ esac
 make_absolute DATA_DIR
 make_absolute NANOCHAT_BASE_DIR
 case "${CHAT_DATA:-}" in
-    demo | nanochat) ;;
+    demo | nanochat | none | hf:*) ;;
     *) make_absolute CHAT_DATA ;;
 esac
 bash "$ROOT/setup_env.sh"

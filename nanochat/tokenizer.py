@@ -357,7 +357,8 @@ class RustBPETokenizer:
                 ids += self.encode(text, prepend="<|user_start|>", append="<|user_end|>")
                 yield ids, [0] * len(ids)  # read, not learned: the model is to answer, not to ask
             else:
-                yield self._render_assistant(message["content"])
+                ids, mask = self._render_assistant(message["content"])
+                yield ids, mask if message.get("weight") != 0 else [0] * len(mask)  # marked: read, not learned
 
     def _render_assistant(self, content: str | list[dict[str, str]]) -> tuple[list[int], list[int]]:
         ids, mask = [self.encode_special("<|assistant_start|>")], [0]  # the engine writes it when a user has ended

@@ -81,7 +81,10 @@ def choose_tasks(
 ) -> tuple[dict[str, Task], dict[str, str]]:
     """(tasks to evaluate, why others are not available). Tasks asked for by name must be there."""
     if task_name is not None:
-        named = [get_task(name, allow_weak_isolation=allow_weak_isolation) for name in task_name.split("|")]
+        names = list(dict.fromkeys(name.strip() for name in task_name.split("|")))
+        if "" in names:
+            raise ValueError(f'--task_name (-a) is {task_name!r}, with a blank name: give tasks as "GSM8K|ARC-Easy"')
+        named = [get_task(name, allow_weak_isolation=allow_weak_isolation) for name in names]
         return {task.name: task for task in named}, {}
     if meta.get("chat_data") == "demo" or meta.get("config", {}).get("dataset") == "demo":
         return demo_tasks(), {}

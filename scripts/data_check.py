@@ -17,6 +17,8 @@ from pathlib import Path
 import tyro
 
 from nanochat.config import run_script
+from nanochat.data.chat_files import HUB
+from nanochat.data.chats import ChatSource, look_at_chats
 from nanochat.data.copies import copies_lines, find_copies, forget
 from nanochat.data.inventory import Inventory, UnusableInputError, check_inventories
 from nanochat.data.text_look import look_at_texts
@@ -48,9 +50,13 @@ class Config:
             raise ValueError("--show must be at least 0")
 
 
-def look(path: Path, options: ReadOptions) -> Inventory:
-    """The inventory of one path."""
-    return look_at_texts(path, options)
+def look(path: str, options: ReadOptions) -> Inventory:
+    """The inventory of one path: of chats if it holds any, else of texts."""
+    folder = Path(path).expanduser()
+    chats = look_at_chats(ChatSource.from_env(path)) if path.startswith(HUB) or folder.exists() else None
+    if chats is not None and (chats.num_read or "CHAT_ME" in chats.stop or path.startswith(HUB)):
+        return chats
+    return look_at_texts(folder, options)
 
 
 def main(cfg: Config) -> None:
@@ -60,7 +66,7 @@ def main(cfg: Config) -> None:
         print0("\n".join(forget(copies) if cfg.forget else copies_lines(copies)))
         return
     options = ReadOptions.from_env(cfg.text_column)
-    inventories = [look(Path(path).expanduser(), options) for path in cfg.paths]
+    inventories = [look(path, options) for path in cfg.paths]
     for inventory in inventories:
         print0("\n".join(inventory.lines(cfg.show)))
     try:

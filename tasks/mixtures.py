@@ -7,21 +7,24 @@ sees them more often, instead of a little of everything.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanochat.data.chat_loader import load_conversations
-from nanochat.env import get_base_dir
+from nanochat.env import get_base_dir, print0
+from nanochat.messages import Conversation
 from nanochat.train.finetune import Conversations, DataBudget
 from nanochat.train.rl import RLTasks
 from tasks.arc import ARC
-from tasks.common import Task, TaskMixture
+from tasks.common import Task, TaskMixture, TaskSequence
 from tasks.customjson import CustomJSON
 from tasks.demo.chat import DemoIdentity, demo_eval_tasks, demo_mid_mixture, demo_sft_mixture
 from tasks.demo.wordsums import DemoWordSums
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
+from tasks.sources import Rows
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # Written by dev/gen_synthetic_data.py. Without it the assistant's identity is tasks/demo/world/identity.txt.
@@ -42,26 +45,57 @@ def conversations(stage: str, chat_data: str | None, budget: DataBudget) -> Conv
 
     Args:
         stage: which mixture.
-        chat_data: "demo", a file of conversations, or None for nanochat's mixture from the hub.
+        chat_data: "demo", a file or folder of conversations, "nanochat" for its mixture from the hub, or None for what
+            the model to start from has learned from, else that mixture.
         budget: how much will be read, and by which model.
     """
+    chat_data = chat_data or budget.chat_data or "nanochat"
     if chat_data == "demo":
         return _demo(stage)
-    if chat_data is not None:
-        return _own(chat_data)
+    if chat_data != "nanochat":
+        return _own(chat_data, budget.fits)
     return _nanochat_mid(budget) if stage == "mid" else _nanochat_sft(budget)
 
 
-def _own(path: str) -> Conversations:
+def _own(path: str, fits: Callable[[Conversation], bool] = lambda conversation: True) -> Conversations:
+    """The user's conversations: one in VAL_STRIDE is held out, of those that fit and are not in training as well.
+
+    One that is given several times is learned several times; so it is only held out if there is no other.
+    """
     rows = load_conversations(path)
-    if len(rows) < 2:
-        raise ValueError(f"--chat_data={path} has {len(rows)} conversations: at least 2 are needed, one for validation")
-    chosen = set(range(0, len(rows), VAL_STRIDE))
-    if len(chosen) == 1:  # few conversations: one of median length, since the first may be the longest
-        by_length = sorted(range(len(rows)), key=lambda i: len(json.dumps(rows[i])))
-        chosen = {by_length[len(rows) // 2]}
-    train = [row for i, row in enumerate(rows) if i not in chosen]
-    return Conversations(train, [rows[i] for i in sorted(chosen)], path)
+    copies = Counter(map(rows.digest, range(len(rows))))
+    held_out = _hold_out(rows, fits, lambda i: copies[rows.digest(i)] == 1) or _hold_out(rows, fits, lambda i: True)
+    if not held_out:
+        raise ValueError(
+            f"none of the conversations of {path} has an answer that fits into the context: shorten the longest ones, "
+            "or train a base model with a larger --max_seq_len"
+        )
+    validated = {rows.digest(i) for i in held_out}
+    train = [i for i in range(len(rows)) if rows.digest(i) not in validated]
+    if len(copies) < len(rows):
+        print0(
+            f"{path}: {len(rows) - len(copies):,} conversations are repeated: each is learned as often as it is given"
+        )
+    if not train:
+        print0(f"warning: {path} has only one conversation that fits: it is learned and validated as well")
+        train = list(range(len(rows)))
+    return Conversations(Rows(rows, train), Rows(rows, held_out), path, own=True)
+
+
+def _hold_out(
+    rows: Sequence[Conversation], fits: Callable[[Conversation], bool], may: Callable[[int], bool]
+) -> list[int]:
+    """The first that may and fits of every VAL_STRIDE conversations; of few, the one of median length."""
+    if len(rows) > VAL_STRIDE:
+        blocks = (range(start, min(start + VAL_STRIDE, len(rows))) for start in range(0, len(rows), VAL_STRIDE))
+        found = [next((i for i in block if may(i) and fits(rows[i])), None) for block in blocks]
+        return [i for i in found if i is not None]
+    # The first may be the longest: begin in the middle and go to both sides.
+    by_length = sorted((i for i in range(len(rows)) if may(i)), key=lambda i: len(json.dumps(rows[i])))
+    middle = len(by_length) // 2
+    nearest = sorted(range(len(by_length)), key=lambda place: (abs(place - middle), place))
+    chosen = next((by_length[place] for place in nearest if fits(rows[by_length[place]])), None)
+    return [] if chosen is None else [chosen]
 
 
 def _demo(stage: str) -> Conversations:
@@ -70,11 +104,10 @@ def _demo(stage: str) -> Conversations:
     return Conversations(train, TaskMixture(list(demo_eval_tasks().values())), "demo")
 
 
-def mid_sizes(budget: DataBudget) -> dict[str, int]:
+def mid_sizes(budget: DataBudget, identity: int = 2 * IDENTITY_SIZE) -> dict[str, int]:
     """Conversations of each task for mid-training. All shrink by the same factor to what can be read once; tasks that a
-    small model can't learn are left out, and identity keeps its size up to a tenth of the budget."""
+    small model can't learn are left out, and `identity` keeps its size up to a tenth of the budget."""
     tasks = {name: n for name, n in MID_TASKS.items() if budget.depth >= SMALL_DEPTH or name in SMALL_TASKS}
-    identity = 2 * IDENTITY_SIZE
     if budget.tokens is None:
         return {**tasks, "identity": identity}
     identity = max(1, min(identity, budget.tokens // 10 // TOKENS_EACH["identity"]))
@@ -83,14 +116,29 @@ def mid_sizes(budget: DataBudget) -> dict[str, int]:
     return {**{name: max(1, round(share * n)) for name, n in tasks.items()}, "identity": identity}
 
 
-def _identity(size: int) -> Task:
-    """The assistant's identity: the user's own file, else the one that comes with nanochat."""
+def _own_identity() -> Task | None:
+    """The user's own identity conversations, all of them; None: those that come with nanochat are taken."""
     path = get_base_dir() / IDENTITY_FILE
-    return CustomJSON(path, stop=size) if path.is_file() else DemoIdentity(size, "train")
+    return CustomJSON(path) if path.is_file() else None
+
+
+def _identities(size: int, own: Task | None = None) -> list[Task]:
+    """`size` identity conversations, in passes over the user's `own` or over IDENTITY_SIZE of those that come along.
+
+    A file with more than IDENTITY_SIZE is read to its end; where only a part of a pass is wanted, it is spread over it.
+    """
+    own = own or _own_identity()
+    whole = max(IDENTITY_SIZE, len(own or ()))
+    sizes = [min(whole, size - done) for done in range(0, size, whole)]
+    if own is None:
+        return [DemoIdentity(n, "train") for n in sizes]
+    steps = [max(1, len(own) // n) if len(own) > IDENTITY_SIZE else 1 for n in sizes]
+    return [TaskSequence([own], stop=n * step, step=step) for n, step in zip(sizes, steps, strict=True)]
 
 
 def _nanochat_mid(budget: DataBudget) -> Conversations:
-    sizes = mid_sizes(budget)
+    own = _own_identity()
+    sizes = mid_sizes(budget, 2 * max(IDENTITY_SIZE, len(own or ())))
     build: Mapping[str, Callable[[int], Task]] = {
         "smoltalk": lambda n: SmolTalk(split="train", stop=n),
         "mmlu": lambda n: MMLU(subset="auxiliary_train", split="train", stop=n),
@@ -99,7 +147,7 @@ def _nanochat_mid(budget: DataBudget) -> Conversations:
         "spelling_bee": lambda n: SpellingBee(size=n, split="train"),
     }
     train = TaskMixture(
-        [*(build[name](n) for name, n in sizes.items() if name != "identity"), *_identities(sizes["identity"])]
+        [*(build[name](n) for name, n in sizes.items() if name != "identity"), *_identities(sizes["identity"], own)]
     )
     val: list[Task] = [SmolTalk(split="test")]
     if "mmlu" in sizes:
@@ -107,14 +155,11 @@ def _nanochat_mid(budget: DataBudget) -> Conversations:
     return Conversations(train, TaskMixture(val), "nanochat")
 
 
-def _identities(size: int) -> list[Task]:
-    """`size` identity conversations in passes of at most IDENTITY_SIZE."""
-    return [_identity(min(IDENTITY_SIZE, size - done)) for done in range(0, size, IDENTITY_SIZE)]
-
-
 def _nanochat_sft(budget: DataBudget) -> Conversations:
     smoltalk = SmolTalk(split="train", stop=10_000)
-    train: list[Task] = [smoltalk, _identity(IDENTITY_SIZE), SimpleSpelling(size=300, split="train")]
+    own = _own_identity()
+    identities = _identities(max(IDENTITY_SIZE, len(own or ())), own)
+    train: list[Task] = [smoltalk, *identities, SimpleSpelling(size=300, split="train")]
     if budget.depth >= SMALL_DEPTH:
         train += [
             ARC(subset="ARC-Easy", split="train"),

@@ -275,17 +275,14 @@ def test_bad_files_name_the_line(tmp_path: Path) -> None:
         load_conversations(path)
     for line, complaint in [
         ("{", "not valid JSON"),
-        ('{"text": "a"}', "a non-empty list of messages"),
+        ('{"text": "a"}', r"no known form of a conversation \(its keys: text\)"),
         (json.dumps(PAIR[1:]), "needs a message of the user"),
     ]:
         path.write_text(json.dumps(PAIR) + "\n" + line + "\n")
         with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: .*{complaint}"):
             load_conversations(path)
-    path.write_bytes((json.dumps(PAIR) + "\n").encode() + '["café"]'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not UTF-8"):
-        load_conversations(path)
     path.write_text("\n")
-    with pytest.raises(ValueError, match="holds no conversations"):
+    with pytest.raises(ValueError, match="nothing is in it"):
         load_conversations(path)
 
 
@@ -295,7 +292,7 @@ def test_bad_parquet_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet"):
         load_conversations(path)
     pq.write_table(pa.table({"text": ["a"]}), path)
-    with pytest.raises(ValueError, match=r"no column 'messages' \(it has: text\)"):
+    with pytest.raises(ValueError, match=r"row 0: no known form of a conversation \(its keys: text\)"):
         load_conversations(path)
     pq.write_table(pa.table({"messages": [PAIR, [{"role": "narrator", "content": "q"}]]}), path)
     with pytest.raises(ValueError, match=r"a\.parquet, row 1: message 0 has role 'narrator'"):

@@ -11,6 +11,7 @@ from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, load
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, parse_config, run_script
 from nanochat.recipe import PRESETS
+from nanochat.report import get_report
 from nanochat.train.finetune import MID, SFT, Conversations, DataBudget, FinetuneConfig, finetune, plan_budget
 from nanochat.train.stage import prepare_model
 from nanochat.train.tracking import METRICS_FILE
@@ -247,6 +248,48 @@ def test_of_few_conversations_a_middling_one_validates(tmp_path):
     assert len(own.train) == 4
 
 
+def own(tmp_path, texts, fits=lambda conversation: True):
+    """The split of conversations with these questions: (learned, held out)."""
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(chat_of(text)) + "\n" for text in texts))
+    data = conversations("sft", str(path), DataBudget(None, 4, fits))
+    return tuple([c["messages"][0]["content"] for c in part] for part in (data.train, data.val))
+
+
+def chat_of(text):
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]
+
+
+def test_without_repeats_every_fiftieth_is_held_out(tmp_path):
+    texts = [str(i) for i in range(120)]
+    assert own(tmp_path, texts) == ([t for t in texts if t not in ("0", "50", "100")], ["0", "50", "100"])
+
+
+def test_what_is_held_out_fits_and_is_not_learned_too(tmp_path, capsys):
+    texts = ["who?", *(str(i) for i in range(1, 60)), *["who?"] * 60]
+    learned, held_out = own(tmp_path, texts, lambda c: c["messages"][0]["content"] not in ("1", "2"))
+    assert held_out == ["3", "50"]  # not the first: it is given 61 times, on purpose; nor those that don't fit
+    assert learned == [t for t in texts if t not in held_out]
+    assert "60 conversations are repeated" in capsys.readouterr().out
+    learned, held_out = own(tmp_path, [str(i) for i in range(5)], lambda c: c["messages"][0]["content"] != "2")
+    assert held_out == ["1"]
+    assert len(learned) == 4
+    with pytest.raises(ValueError, match=r"none of the conversations .* fits into the context"):
+        own(tmp_path, ["a", "b"], lambda c: False)
+
+
+def test_one_conversation_alone_is_learned_and_said(tmp_path, capsys):
+    assert own(tmp_path, ["a"] * 3) == (["a"] * 3, ["a"])
+    assert "learned and validated as well" in capsys.readouterr().out
+
+
+def test_sft_goes_on_with_the_chats_that_its_model_has_learned(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(chat_of(text)) + "\n" for text in "abc"))
+    assert conversations("sft", None, DataBudget(None, 4, chat_data=str(path))).name == str(path)
+    assert conversations("sft", None, DataBudget(None, 4, chat_data="demo")).name == "demo"
+
+
 def test_validation_that_cannot_fit_is_refused_before_training(saved_mid):
     data = DATA._replace(val=[chat(63), chat(70)])
     with pytest.raises(ValueError, match="kept for validation"):
@@ -279,8 +322,40 @@ def test_the_users_identity_replaces_the_shipped_one(base_dir):
     shipped = _identities(1500)
     assert [len(task) for task in shipped] == [1000, 500]
     assert "nanochat" in str(shipped[0][0]) + str(shipped[0][5]) + str(shipped[0][9])
-    (base_dir / "identity_conversations.jsonl").write_text(json.dumps(chat(1)) + "\n")
+    path = base_dir / "identity_conversations.jsonl"
+    path.write_text(json.dumps(chat(1)) + "\n")
     assert _identities(5)[0][0] == chat(1)
+    path.write_text("".join(json.dumps(chat_of(str(i))) + "\n" for i in range(2500)))
+    passes = _identities(5000)
+    assert [len(task) for task in passes] == [2500, 2500]
+    assert passes[1][2499]["messages"][0]["content"] == "2499"
+    (part,) = _identities(1000)
+    assert len(part) == 1000
+    assert part[999]["messages"][0]["content"] == "1998"
+
+
+def test_the_report_shows_held_out_chats_before_and_after(saved_mid, capsys):
+    """Before is what the model said that no stage had taught these chats: SFT does not ask again."""
+    chats = [
+        {"messages": [{"role": "system", "content": "s"}, *chat_of("who|am\nI"), {"role": "user", "content": "x"}]},
+        {"messages": [*chat_of("two")]},
+    ]
+    data = DATA._replace(val=chats, own=True)
+    finetune(SFT, config(), lambda budget: data)
+    text = (get_report().folder / "your-chats-before-and-after.md").read_text()
+    header, _, first, second = [line for line in text.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        *("question", "answer before", "answer after", "the chat says"),
+    ]
+    assert first.startswith("| who\\|am I |")
+    assert first.rstrip(" |").endswith("a")
+    assert second.startswith("| two |")
+    assert "2 held-out chats" in capsys.readouterr().out
+    known = json.loads((get_report().folder / "held_out_chats.json").read_text())
+    known["before"] = ["from before", "from before"]
+    (get_report().folder / "held_out_chats.json").write_text(json.dumps(known))
+    finetune(SFT, config(resume="never"), lambda budget: data)
+    assert (get_report().folder / "your-chats-before-and-after.md").read_text().count("from before") == 2
 
 
 def test_sft_records_how_its_answers_are_best_drawn(saved_mid, monkeypatch, capsys):

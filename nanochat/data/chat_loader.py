@@ -7,8 +7,7 @@ Padding and everything unsupervised is -1 in y, and every sequence supervises so
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,57 +15,25 @@ from typing import Any
 import torch
 
 from nanochat.data.chat_rows import ChatCursor, Packer, PackingStats, Supervise
-from nanochat.data.corpus import open_parquet
+from nanochat.data.chats import Chats, ChatSource, load_chats
 from nanochat.data.loader import BatchLoader
 from nanochat.env import print0
-from nanochat.files import json_lines
-from nanochat.messages import Conversation, to_conversation
+from nanochat.messages import Conversation
 from nanochat.tokenizer import RustBPETokenizer
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load_conversations(path: str | Path) -> list[Conversation]:
-    """The conversations of a .jsonl file or of a .parquet file with a column `messages`.
-
-    A line of JSONL is a list of messages or {"messages": [...]}. What had to be changed is printed with its count.
+def load_conversations(path: str | Path) -> Chats:
+    """The conversations of a file or folder in any form that people have (see chats.py); prints what was found.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a conversation is malformed; names the file, the line and the message.
+        ValueError: they can't be learned from; names the file, the line and what is there.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no conversations at {path}: give a .jsonl file, or a .parquet with a column 'messages'"
-        )
-    if path.suffix == ".parquet":
-        records = _read_parquet(path)
-    else:
-        records = ((f"line {number}", value) for number, value in json_lines(path))
-    conversations = []
-    notes: Counter[str] = Counter()
-    for place, record in records:
-        try:
-            conversations.append(to_conversation(record, notes))
-        except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
-    if not conversations:
-        raise ValueError(f"{path} holds no conversations")
-    for note, count in notes.most_common():
-        print0(f"{path}: {count:,} × {note}")
-    return conversations
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    with open_parquet(path) as file:
-        if "messages" not in file.schema_arrow.names:
-            raise ValueError(f"{path} has no column 'messages' (it has: {', '.join(file.schema_arrow.names)})")
-        row = 0
-        for batch in file.iter_batches(columns=["messages"]):
-            for messages in batch.column(0).to_pylist():
-                yield f"row {row}", messages
-                row += 1
+    chats, inventory = load_chats(ChatSource.from_env(str(path)))
+    print0("\n".join(inventory.lines()))
+    return chats
 
 
 # --- training batches -------------------------------------------------------------------------------------------------

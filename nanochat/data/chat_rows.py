@@ -28,6 +28,8 @@ WINDOW = 1024  # conversations packed together: more pack tighter, fewer start a
 CACHE_BYTES = 512_000_000  # rendered conversations kept for the next epoch
 FORECAST_WINDOWS = 4  # read to predict how many sequences an epoch has
 
+CUT_SHARE = 0.05  # of the conversations may be too long before that is a warning
+
 Supervise = Literal["all", "assistant"]
 
 
@@ -54,6 +56,16 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def has_fitting_answer(conversation: Conversation, tokenizer: RustBPETokenizer, capacity: int) -> bool:
+    """True if a first answer that is learned ends within `capacity` tokens of the conversation."""
+    length = 0
+    for ids, mask in tokenizer.render_turns(conversation):
+        length += len(ids)
+        if length > capacity or any(mask):
+            return length <= capacity
+    return False
+
+
 @dataclass
 class PackingStats(Counts):
     """Counts of what was packed, over all ranks."""
@@ -65,7 +77,7 @@ class PackingStats(Counts):
     truncated: int = 0
     """Of these, cut at a turn's end because they were longer than a sequence."""
     dropped: int = 0
-    """Left out because not even their first assistant turn fits into a sequence, or they have none."""
+    """Left out because not even their first assistant turn fits into a sequence."""
     tokens: int = 0
     """In the sequences, without padding."""
     supervised: int = 0
@@ -77,6 +89,18 @@ class PackingStats(Counts):
     def padding_share(self) -> float:
         """Padding as a share of all positions."""
         return self.padding / max(1, self.padding + self.tokens)
+
+    @property
+    def cut_warning(self) -> str:
+        """What to do where many conversations are longer than a sequence; empty where few are."""
+        cut, all_of_them = self.truncated + self.dropped, self.conversations + self.dropped
+        if cut <= CUT_SHARE * all_of_them:
+            return ""
+        return (
+            f"{cut / all_of_them:.0%} of the conversations are longer than the context: {self.truncated:,} are cut "
+            f"after an answer, {self.dropped:,} left out since their first answer does not fit; a base model with a "
+            "longer context (--max_seq_len) reads them whole"
+        )
 
     def __str__(self) -> str:
         return (
@@ -231,18 +255,20 @@ class Packer:
         ids: list[int] = []
         mask: list[int] = []
         end_of_fitting = 0  # tokens up to the last assistant turn that fits
-        for turn_ids, turn_mask in self.tokenizer.render_turns(conversation):
+        turns = [message for message in conversation["messages"] if message["role"] != "system"]
+        for message, (turn_ids, turn_mask) in zip(turns, self.tokenizer.render_turns(conversation), strict=True):
             ids += turn_ids
-            mask += turn_mask
             if any(turn_mask) and len(ids) <= self.capacity:
                 end_of_fitting = len(ids)
+            if self.supervise == "all" and message.get("weight") != 0:
+                turn_mask = [1] * len(turn_mask)
+            mask += turn_mask
         truncated = len(ids) > self.capacity
         keep = end_of_fitting if truncated else len(ids)
         supervised = np.array(mask[:keep], dtype=np.bool_)
-        if self.supervise == "all":
-            # All but bos: in a packed sequence the token before it is the end of another conversation, and nothing in
-            # that says what begins now.
-            supervised[1:] = True
+        # Not bos: in a packed sequence the token before it is the end of another conversation, and nothing in that says
+        # what begins now.
+        supervised[:1] = False
         if not supervised.any():
             return None
         return Rendered(np.array(ids[:keep], dtype=self.tokenizer.dtype), supervised, truncated)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nanochat.data.chats import ChatSource, is_own_chats, look_at_chats
 from nanochat.data.corpus import is_prepared, list_shards, open_corpus
 from nanochat.data.inventory import Inventory, check_inventories, format_bytes
 from nanochat.data.script import own_prompts
@@ -22,11 +23,18 @@ def look_at_inputs(profile: Profile, settings: Settings) -> list[Inventory]:
         UnusableInputError: they can't be learned from as they are; names the remedy.
         ValueError: a file is malformed; names the place.
     """
-    inventories = [found for found in (_texts(settings.data_dir),) if found is not None]
-    for inventory in inventories:
-        print("\n".join(inventory.lines()), flush=True)
-    check_inventories(inventories)
+    inventories = []
+    for look in (lambda: _chats(profile.chat_data), lambda: _texts(settings.data_dir)):
+        inventory = look()
+        if inventory is not None:
+            print("\n".join(inventory.lines()), flush=True)
+            check_inventories([inventory])
+            inventories.append(inventory)
     return inventories
+
+
+def _chats(chat_data: str | None) -> Inventory | None:
+    return look_at_chats(ChatSource.from_env(chat_data)) if is_own_chats(chat_data) else None
 
 
 def _texts(path: Path | None) -> Inventory | None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.cards import DeviceInfo, find_card, training_speed
+from nanochat.data.chat_files import HUB
+from nanochat.data.chats import is_own_chats
 from nanochat.data.sources import SOURCES
 from nanochat.gpt import GPTConfig
 from nanochat.plan.planning import DEPTHS, Row, card_speed, on_card, plan
@@ -40,7 +42,7 @@ class Profile:
     nproc: int = 1
     dataset: str | None
     chat_data: str | None
-    """A file of conversations, "demo", or None for nanochat's own mixture from the hub."""
+    """The user's conversations (see data/chats.py), "demo", None for nanochat's own mixture from the hub, or "none"."""
     hours: float | None = None
     """Time of base training; mid-training and SFT come on top (`stage_hours`)."""
     steps: Mapping[str, int] = field(default_factory=dict)
@@ -300,12 +302,12 @@ class Settings:
             raise ValueError("DATASET and DATA_DIR are both set: unset one of them")
         if settings.data_dir and not settings.data_dir.exists():
             raise FileNotFoundError(f"DATA_DIR={settings.data_dir}: there is no such file or folder")
-        if settings.chat_data not in (None, "demo", "nanochat"):
+        if is_own_chats(settings.chat_data) and not settings.chat_data.startswith(HUB):
             path = Path(settings.chat_data).expanduser().absolute()
-            if not path.is_file():
+            if not path.exists():
                 raise FileNotFoundError(
-                    f'CHAT_DATA={path}: there is no such file; give a .jsonl or .parquet file, "demo", or "nanochat" '
-                    "for its mixture from the hub"
+                    f"CHAT_DATA={path}: there is no such file or folder; give conversations in a file or folder, "
+                    f'{HUB}owner/name, "demo", "nanochat" for its mixture from the hub, or "none"'
                 )
             return replace(settings, chat_data=str(path))
         return settings

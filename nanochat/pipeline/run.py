@@ -190,14 +190,15 @@ def closing_lines(profile: Profile, base_dir: Path, seconds: float) -> list[str]
     """What to do with the result."""
     default = Path.home() / ".cache" / "nanochat"
     env = "" if base_dir == default else f"NANOCHAT_BASE_DIR={base_dir} "
+    model = f"-i base -g {profile.tag}" if profile.chat_data == "none" else f"-g {profile.tag}"
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     peak = peak / 1024 if sys.platform == "darwin" else peak  # bytes there, KiB elsewhere
     return [
         "",
         f"done in {format_seconds(seconds)}" + (f", at most {peak:.1f} GiB in one process" if peak >= 0.1 else ""),
         f"report:       {base_dir / 'report' / 'report.html'}",
-        f"talk to it:   {env}{sys.executable} -m scripts.chat_cli -g {profile.tag}",
-        f"in a browser: {env}{sys.executable} -m scripts.chat_web -g {profile.tag}",
+        f"talk to it:   {env}{sys.executable} -m scripts.chat_cli {model}",
+        f"in a browser: {env}{sys.executable} -m scripts.chat_web {model}",
     ]
 
 

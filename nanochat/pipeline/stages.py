@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint.format import DAMAGED, META_FILE, read_meta, saved_steps, step_folder, weights_hash
+from nanochat.data.chat_files import HUB
+from nanochat.data.chats import ChatSource, is_own_chats
 from nanochat.data.inventory import Inventory
 from nanochat.data.shards import MANIFEST, load_manifest
 from nanochat.data.text_walk import NO_TEXT, TOOL_FOLDERS, ReadOptions, find_texts, fingerprint_of
@@ -141,6 +143,12 @@ def texts_fingerprint(path: Path) -> str:
     return fingerprint_of(find_texts(path, options, Inventory(str(path))), options)
 
 
+def chats_identity(chat_data: str) -> tuple[str, ...]:
+    """What the user's conversations depend on: the files, and what was said about them."""
+    files = chat_data if chat_data.startswith(HUB) else fingerprint(Path(chat_data))
+    return (files, json.dumps(ChatSource.from_env(chat_data).key()))
+
+
 def demo_world() -> tuple[str, ...]:
     """What the demo's texts and conversations depend on: the code that draws them, and the tables of the world."""
     code = ROOT / "tasks" / "demo"
@@ -262,7 +270,9 @@ class _Maker:
         """Mid-training, SFT, and an evaluation after each."""
         profile, chats = self.profile, self.profile.chat_data
         data = (f"--chat_data={chats}",) if chats else ()
-        inputs = () if chats is None else demo_world() if chats == "demo" else (fingerprint(Path(chats)),)
+        if chats == "none":
+            return []
+        inputs = demo_world() if chats == "demo" else chats_identity(chats) if is_own_chats(chats) else ()
 
         def train(name: str, about: str, rows: int, tokens: int, needs: str) -> Stage:
             flags = (self.rows(rows), f"--total_batch_size={tokens}", *data, *self.horizon(name), self.tag)
@@ -290,9 +300,10 @@ class _Maker:
             needs=tuple(before),
             output="report/report.md",
         )
-        ask = ("-i", "sft", "-p", QUESTION, "-t", "0", self.tag)
+        source, newest = ("sft", "chat_sft") if "chat_sft" in before else ("base", "base_train")
+        ask = ("-i", source, "-p", QUESTION, "-t", "0", self.tag)
         about = f"asks the model: {QUESTION}"
-        return [report, self.stage("answer", about, *ask, module="scripts.chat_cli", needs=("chat_sft",))]
+        return [report, self.stage("answer", about, *ask, module="scripts.chat_cli", needs=(newest,))]
 
 
 def ask_instead(stage: Stage, question: str) -> Stage:

@@ -16,13 +16,16 @@ from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import Compute, print0, print_banner
 from nanochat.config import positive, short
 from nanochat.data.chat_loader import ConversationLoader
+from nanochat.data.chat_rows import has_fitting_answer
 from nanochat.data.loader import Batch
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.messages import Conversation
 from nanochat.plan.memory import MicroBatch, divisors
 from nanochat.recipe import BatchPlan, plan_batch, recipe_of
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.clock import Clock
+from nanochat.train.held_out import HeldOutChats
 from nanochat.train.micro_batch import choose_micro_batch
 from nanochat.train.resume import saved_meta
 from nanochat.train.samples import print_answers
@@ -124,6 +127,10 @@ class DataBudget(NamedTuple):
     tokens: int | None
     """None: as much as there is."""
     depth: int
+    fits: Callable[[Conversation], bool] = lambda conversation: True
+    """True of a conversation with an answer that fits into the context."""
+    chat_data: str | None = None
+    """What the model to start from has learned conversations from, if it has."""
 
 
 def plan_budget(
@@ -154,6 +161,8 @@ class Conversations(NamedTuple):
     train: Sequence[Any]
     val: Sequence[Any]
     name: str
+    own: bool = False
+    """The user's: the report shows answers to the held-out ones."""
 
 
 def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[DataBudget], Conversations]) -> None:
@@ -174,7 +183,12 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
         if cfg.max_seq_len is not None and cfg.max_seq_len > sequence_len:
             print0(f"warning: --max_seq_len={cfg.max_seq_len} is lowered to {sequence_len}, the model's context")
         budget = plan_budget(cfg, model_config, compute, saved_meta(run.folder, cfg.resume))
-        data = load_data(budget)
+        data = load_data(
+            budget._replace(
+                fits=lambda conversation: has_fitting_answer(conversation, tokenizer, sequence_len + 1),
+                chat_data=start.checkpoint.meta.get("chat_data"),
+            )
+        )
         inputs = start.inputs(conversations=sample_hash(data.train))
         checkpoint, model, optimizer = None, None, None
         if not cfg.dry_run:
@@ -188,6 +202,8 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
         epoch_tokens = max(1, loader.rows_per_epoch * sequence_len)
         schedule = make_schedule(cfg, loader.rows_per_epoch * sequence_len / batch.total_tokens, start.preset)
         print0(f"{stage.name}: data {data.name}, one epoch is {loader.forecast}")
+        if loader.forecast.cut_warning:
+            print0(f"warning: {loader.forecast.cut_warning}")
         print0(f"{stage.name}: {describe_horizon(schedule)}, {batch.total_tokens:,} tokens per step")
         if batch.total_tokens > epoch_tokens:
             print0(
@@ -218,7 +234,10 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
             finish=(lambda: find_sampling(model, tokenizer, compute, data.val)) if stage is SFT else None,
             **checkpoint_hooks(cfg, model),
         )
+        held_out = HeldOutChats(data.val if data.own else (), start.tag)
+        held_out.ask_before(model, tokenizer, compute, resumed=checkpoint is not None)
         train(trainer, checkpoint, answers_before=True)
+        held_out.report(model, tokenizer, compute)
 
         state = trainer.state
         passes = state.tokens / epoch_tokens

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nanochat.common import Compute
 from nanochat.data.corpus import Corpus
 from nanochat.data.script import own_prompts
 from nanochat.engine import Engine
 from nanochat.env import print0
 from nanochat.gpt import GPT
+from nanochat.messages import Message
 from nanochat.tokenizer import RustBPETokenizer
 
 BASE_PROMPTS = (
@@ -31,21 +34,32 @@ def sample_texts(model: GPT, tokenizer: RustBPETokenizer, compute: Compute, prom
 
 def sample_answers(model: GPT, tokenizer: RustBPETokenizer, compute: Compute, prompts: tuple[str, ...]) -> list[str]:
     """Greedy answers of the assistant to one-message conversations."""
-    rows = []
-    for p in prompts:
-        messages = [{"role": "user", "content": p}, {"role": "assistant", "content": ""}]
-        rows.append(tokenizer.render_for_completion({"messages": messages}))
+    rows = [tokenizer.render_for_completion({"messages": [{"role": "user", "content": p}]}) for p in prompts]
     return _complete(model, tokenizer, compute, rows, keep_prompt=False)
 
 
+def answer_greedily(
+    model: GPT, tokenizer: RustBPETokenizer, compute: Compute, prompts: Sequence[list[Message]], max_tokens: int
+) -> list[str]:
+    """Greedy answers to conversations that end with the user, each asked by itself."""
+    rows = [tokenizer.render_for_completion({"messages": messages}) for messages in prompts]
+    answers = (_complete(model, tokenizer, compute, [row], keep_prompt=False, max_tokens=max_tokens) for row in rows)
+    return [answer for (answer,) in answers]
+
+
 def _complete(
-    model: GPT, tokenizer: RustBPETokenizer, compute: Compute, rows: list[list[int]], keep_prompt: bool
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    compute: Compute,
+    rows: list[list[int]],
+    keep_prompt: bool,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[str]:
     model.eval()
     engine = Engine(model, tokenizer, compute.precision)
     room = model.config.sequence_len - 1  # what is longer keeps its end: a sample must never end a run
     rows = [r if len(r) <= room else r[:1] + r[len(r) - room + 1 :] for r in rows]
-    budget = max(1, min(MAX_TOKENS, model.config.sequence_len - max(map(len, rows))))
+    budget = max(1, min(max_tokens, model.config.sequence_len - max(map(len, rows))))
     sequences, _ = engine.generate_prompts(rows, max_tokens=budget, temperature=0.0)
     model.train()
     return [tokenizer.decode(s[1:] if keep_prompt else s[len(r) :]) for s, r in zip(sequences, rows, strict=True)]

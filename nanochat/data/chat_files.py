@@ -1,0 +1,214 @@
+"""Records out of whatever holds them: JSON of any layout, tables, parquet, Arrow, text; packed, in folders, on the hub.
+
+What a file is, is seen from its first bytes; its name is asked only where these say nothing (a table, or a text).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+import pyarrow as pa
+
+from nanochat.data.charset import Repairs, Utf8Stream
+from nanochat.data.chat_forms import is_message
+from nanochat.data.chat_logs import read_entry
+from nanochat.data.corpus import open_parquet
+from nanochat.data.inventory import Inventory, NotReadError
+from nanochat.data.json_stream import Broken, Placed, json_records
+from nanochat.data.packed import damage_named, is_archive, members, unpacked
+from nanochat.data.tables import LONGEST_FIELD, SAMPLE_LINES, detect_dialect
+from nanochat.data.text_walk import CODE, NO_TEXT
+
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\x00": ".xz", b"BZh": ".bz2"}
+TABLES = (".csv", ".tsv", ".tab", ".psv")
+ARROW_STREAM = b"\xff\xff\xff\xff"
+# Parts of a data set that are kept for measuring: not learned where there are others.
+KEPT_BACK = re.compile(r"(test|val|valid|validation|eval|dev)([-_.].*)?", re.IGNORECASE)
+KEPT_BACK_REASON = "kept for measuring, by its name (give the file itself to learn it)"
+NO_CHATS = NO_TEXT | CODE | {".pdf", ".html", ".htm", ".md", ".css"}
+HUB = "hf:"  # hf:owner/name, hf:owner/name@split, hf:owner/name:config@split
+BATCH = 256  # rows of parquet or Arrow in memory
+
+Content = tuple[str, IO[bytes], Path | None]  # (name for people, bytes, where it lies if it is a plain file)
+
+
+def open_contents(path: Path, inventory: Inventory) -> Iterator[Content]:
+    """The files that may hold conversations: the file itself, those of an archive, or those of a folder, one by one.
+
+    What is in a folder or archive and can't be such a file is noted in the inventory.
+
+    Raises:
+        ValueError: a packed file is damaged; names it.
+    """
+    if (path / "dataset_dict.json").is_file():  # what `datasets` saves: a folder for each split
+        names = sorted(folder.name for folder in path.iterdir() if (folder / "state.json").is_file())
+        for name in _learned(names, inventory, "split"):
+            yield from open_contents(path / name, inventory)
+    elif path.is_dir():
+        saved = (path / "state.json").is_file()
+        files = [file for file in sorted(path.glob("data-*.arrow") if saved else path.rglob("*")) if file.is_file()]
+        shown = [file.relative_to(path).as_posix() for file in files]
+        for name in _learned(shown, inventory, "file"):
+            yield from _open_file(path / name, name, inventory)
+    else:
+        yield from _open_file(path, str(path), inventory)
+
+
+def _learned(names: list[str], inventory: Inventory, kind: str) -> list[str]:
+    """Without what is hidden, can't be a conversation, or is kept for measuring."""
+    wanted = []
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            inventory.leave_out("hidden", kind, name, matters=False)
+        elif PurePosixPath(name).suffix.lower() in NO_CHATS:
+            inventory.leave_out("no conversations", PurePosixPath(name).suffix.lower(), name, matters=False)
+        else:
+            wanted.append(name)
+    kept = [name for name in wanted if KEPT_BACK.fullmatch(PurePosixPath(name).name)]
+    for name in kept if len(kept) < len(wanted) else ():
+        inventory.leave_out(KEPT_BACK_REASON, kind, name, matters=False)
+    return [name for name in wanted if name not in kept] or wanted
+
+
+def _open_file(path: Path, shown: str, inventory: Inventory) -> Iterator[Content]:
+    if not is_archive(path.name):
+        with open(path, "rb") as raw:
+            yield shown, raw, path
+        return
+    wanted = set(_learned([name for name, _, _ in members(path)], inventory, "file"))
+    for name, _, content in members(path):
+        if name in wanted:
+            yield f"{shown}/{name}", content, None
+
+
+def file_records(
+    content: Content, encoding: str | None, repairs: Repairs, note: Callable[[str], None]
+) -> Iterator[Placed]:
+    """The records of a file with their places; of a text, one record {"text": ..., "name": ...}.
+
+    Args:
+        content: the file.
+        encoding: what it is in, if the user said so.
+        repairs: counts the characters that are replaced.
+        note: told what was found out about it.
+
+    Raises:
+        NotReadError: it is of no kind that can be read.
+        ValueError: it is damaged; names the file and the place.
+    """
+    name, raw, path = content
+    with damage_named(name):
+        stream, packed = _unpacked(raw)
+        head = stream.peek(64)[:64]
+        if head.startswith(b"PAR1") or name.lower().endswith(".parquet"):
+            yield from _parquet_rows(path if path is not None and not packed else io.BytesIO(stream.read()))
+        elif head.startswith((b"ARROW1", ARROW_STREAM)):
+            yield from _arrow_rows(stream, is_file=head.startswith(b"ARROW1"))
+        else:
+
+            def found(code: str, guessed: bool) -> None:
+                note(f"{name}: read as {code}" + (", guessed (ENCODING=... says another)" if guessed else ""))
+
+            utf8 = io.BufferedReader(Utf8Stream(stream, repairs, encoding, found=found))
+            try:
+                yield from _text_records(name, cast("io.BufferedReader", utf8), note)
+            except NotReadError:
+                raise
+            except ValueError as error:
+                raise ValueError(f"{name}, {error}") from None
+
+
+def _unpacked(raw: IO[bytes]) -> tuple[io.BufferedReader, bool]:
+    """(the bytes of a file without its packing, whether it had one)."""
+    stream = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(cast("Any", raw))
+    packed = False
+    while suffix := next((s for magic, s in MAGIC.items() if stream.peek(8).startswith(magic)), None):
+        stream, packed = io.BufferedReader(cast("Any", unpacked(stream, suffix))), True
+    return stream, packed
+
+
+def _text_records(name: str, utf8: io.BufferedReader, note: Callable[[str], None]) -> Iterator[Placed]:
+    start = utf8.peek(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    is_table = any(suffix in TABLES for suffix in suffixes)
+    text = io.TextIOWrapper(utf8, "utf-8-sig", errors="replace", newline="" if is_table else None)
+    if is_table:
+        yield from _table_rows(text, note)
+    elif start in (b"{", b"[") or ".json" in suffixes or ".jsonl" in suffixes:
+        yield from json_records(text, lambda value: is_message(value) and read_entry(value) is None)
+    else:
+        yield "the text", {"text": text.read(), "name": name}
+
+
+def _table_rows(text: io.TextIOWrapper, note: Callable[[str], None]) -> Iterator[Placed]:
+    csv.field_size_limit(LONGEST_FIELD)
+    head = list(itertools.islice(text, SAMPLE_LINES))
+    if not head:
+        return
+    dialect = detect_dialect(head, None, len(head) < SAMPLE_LINES)
+    if head[0].lower().startswith("sep="):  # Excel's way to say what is between the fields
+        del head[0]
+    rows: Any = dialect.rows(itertools.chain(head, text))
+    header = [name.strip() for name in next(rows, [])]
+    try:
+        for row in rows:
+            if len(row) == len(header):
+                yield f"line {rows.line_num}", dict(zip(header, row, strict=True))
+            elif row:
+                yield f"line {rows.line_num}", Broken(f"{len(row)} fields, but the first line has {len(header)}")
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num}: not a table that can be read surely ({error})") from None
+
+
+def _parquet_rows(source: Any) -> Iterator[Placed]:
+    with open_parquet(source) as file:
+        names = [name for name in file.schema_arrow.names if not pa.types.is_binary(file.schema_arrow.field(name).type)]
+        yield from _number(file.iter_batches(BATCH, columns=names))
+
+
+def _arrow_rows(stream: io.BufferedReader, is_file: bool) -> Iterator[Placed]:
+    if is_file:
+        reader = pa.ipc.open_file(stream)
+        yield from _number(reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        yield from _number(pa.ipc.open_stream(stream))
+
+
+def hub_records(name: str) -> Iterator[Placed]:
+    """The rows of a data set of the Hugging Face hub, "hf:owner/name"; of its training split, unless the name says one.
+
+    Raises:
+        ValueError: it can't be had; says why and what to do.
+    """
+    import datasets  # lazy: slow to import
+
+    repository, _, split = name.removeprefix(HUB).partition("@")
+    repository, _, config = repository.partition(":")
+    try:
+        splits = datasets.get_dataset_split_names(repository, config or None)
+        chosen = split or next((s for s in ("train", *splits) if s in splits and s.startswith("train")), splits[0])
+        rows = datasets.load_dataset(repository, config or None, split=chosen)
+    except Exception as error:  # the hub client raises many kinds: no network, no such data set, gated, no such split
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{name} can't be loaded from the Hugging Face hub ({reason:.300}): check the name and the network, or "
+            "download it and give the folder"
+        ) from error
+    for number, row in enumerate(rows):
+        yield f"row {number}", row
+
+
+def _number(batches: Iterable[pa.RecordBatch]) -> Iterator[Placed]:
+    row = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH):
+            for record in batch.slice(start, BATCH).to_pylist():
+                yield f"row {row}", record
+                row += 1

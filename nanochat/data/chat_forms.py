@@ -1,0 +1,371 @@
+"""The forms in which people have conversations, one record each: which form a record has, and its messages.
+
+A form is recognised by its keys. Read are the forms of OpenAI (messages), ShareGPT, Alpaca, Dolly, Gemini, UltraChat,
+TRL, LLaMA-Factory, Axolotl and Anthropic, questions with answers under many names, preference data (its good side),
+ChatGPT's and Claude's own exports, and text with the marks of a chat template.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections import Counter
+from typing import Any
+
+from nanochat.data.chat_templates import ROLE_OF, read_template
+from nanochat.messages import BETWEEN, Message
+
+ROLE_KEYS = ("role", "from", "author", "speaker", "sender", "user", "name")
+TEXT_KEYS = ("content", "value", "text", "parts", "message", "utterance", "content_text")
+LIST_KEYS = (
+    *("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "turns", "chat", "contents"),
+    *("data", "items", "history", "thread"),
+)
+SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "systemPrompt")
+# Questions and answers go by these names; a record with one of each is a conversation of two turns.
+ASKED_KEYS = (
+    *("instruction", "prompt", "question", "query", "input", "inputs", "problem", "user", "human", "q", "ask", "asked"),
+    *("source_text", "input_text", "prompt_text", "user_message", "message_1", "question_text"),
+    *(
+        "frage",
+        "pregunta",
+        "domanda",
+        "pergunta",
+        "vraag",
+        "pytanie",
+        "вопрос",
+        "问题",
+        "問題",
+        "質問",
+        "질문",
+        "سؤال",
+        "प्रश्न",
+    ),
+)
+ANSWER_KEYS = (
+    *("output", "completion", "response", "answer", "outputs", "target", "targets", "solution", "assistant", "bot"),
+    *("a", "reply", "gpt", "target_text", "output_text", "model_output", "assistant_message", "message_2", "answers"),
+    *("antwort", "respuesta", "réponse", "reponse", "risposta", "resposta", "antwoord", "odpowiedź", "ответ"),
+    *("回答", "答案", "답변", "جواب", "उत्तर"),
+)
+CONTEXT_KEYS = ("context", "input", "passage", "document")
+TEMPLATE_KEYS = ("text", "content", "conversation", "prompt", "input", "chosen", "formatted", "sample")
+GOOD_KEYS, BAD_KEYS = ("chosen", "preferred_output", "chosen_response"), ("rejected", "non_preferred_output")
+# Marks that say what must not be learned: such a value of one is "no".
+MARKS = ("weight", "train", "loss_weight", "label", "kto_tag")
+# Keys that say nothing about the meaning of a conversation.
+HARMLESS = re.compile(
+    r".*(id|ids|idx|index|hash|url|link|source|dataset|model|date|time|timestamp|lang|language|created.*|updated.*|tokens?"
+    r"|count|num.*|score.*|rating|quality|category|topic|task|type|subset|split|license|name|title|metadata|meta|tags?"
+    r"|version|rank|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|deleted|review.*|synthetic)",
+    re.IGNORECASE,
+)
+SEVERAL = "several answers, of which the first is learned"
+FRACTION = "a weight other than 0 and 1, taken for 1"
+PREFERENCE = "preference data, of which the good side is learned"
+
+
+class NotAConversation(ValueError):
+    """A record of a form that is not known, or without what its form needs."""
+
+
+class Marked(ValueError):
+    """A record that is marked as not to be learned."""
+
+
+def is_off(value: Any) -> bool:
+    """True if the value of a mark says that something must not be learned."""
+    return str(value).strip().lower() in ("0", "0.0", "false", "no")
+
+
+def is_message(value: Any) -> bool:
+    """True of one message of a conversation, in any form: an array of them is one conversation."""
+    if not isinstance(value, dict):
+        return isinstance(value, str | int | float)
+    return (
+        _first(value, ROLE_KEYS) is not None and _first(value, (*TEXT_KEYS, "tool_calls", "function_call")) is not None
+    )
+
+
+def read_chat_record(record: Any, columns: tuple[str, str] | None, notes: Counter[str]) -> tuple[str, list[Message]]:
+    """(name of its form, messages) of a record; the messages are still to be normalised.
+
+    Args:
+        record: a value of JSON, or a row of a table as a dict.
+        columns: the names of question and answer, where the user has said them.
+        notes: counts what was left out or guessed.
+
+    Raises:
+        NotAConversation: its form is not known; names its keys.
+        Marked: it must not be learned.
+    """
+    if isinstance(record, list):
+        return _read_list(record, notes)
+    if not isinstance(record, dict):
+        raise NotAConversation(f"expected an object or a list of messages, found {record!r:.60}")
+    record = {key: value for key, value in record.items() if value is not None and isinstance(key, str)}
+    for mark in MARKS:
+        if mark in record and is_off(record[mark]):
+            raise Marked(f"marked as not to be learned ({mark}: {record[mark]})")
+    used: set[str] = set()
+    form, messages = _read_dict(record, columns, notes, used)
+    for key in record.keys() - used:
+        if key not in MARKS and record[key] not in ("", [], {}) and not HARMLESS.fullmatch(key):
+            notes[f"the key {key!r}, which is not used"] += 1
+    return form, messages
+
+
+def _read_dict(
+    record: dict[str, Any], columns: tuple[str, str] | None, notes: Counter[str], used: set[str]
+) -> tuple[str, list[Message]]:
+    if columns is not None:
+        asked, answer = columns
+        if asked not in record or answer not in record:
+            raise NotAConversation(f"has no {asked!r} and {answer!r} (it has: {_keys(record)})")
+        used |= {asked, answer, *SYSTEM_KEYS}
+        return f"{asked}/{answer}", [*_system(record), *_pair(record[asked], record[answer], notes)]
+    if isinstance(record.get("mapping"), dict):
+        used |= {"mapping", "current_node"}
+        return "chatgpt export", _read_chatgpt(record, notes)
+    if isinstance(record.get("chat_messages"), list):
+        used |= {"chat_messages", "account", "summary"}
+        return "claude export", [_claude_message(m, notes) for m in record["chat_messages"]]
+    good, bad = _first(record, GOOD_KEYS), _first(record, BAD_KEYS)
+    if good is not None and (bad is not None or _first(record, LIST_KEYS) is not None or _asked(record)):
+        notes[PREFERENCE] += 1
+        used |= {good, *BAD_KEYS}
+        return "preference", _read_preference(record, good, notes, used)
+    for key in LIST_KEYS:
+        value = _decoded(record.get(key))
+        if isinstance(value, list) and value and not (key == "history" and _first(record, ANSWER_KEYS)):
+            used |= {key, *SYSTEM_KEYS}
+            form, messages = _read_list(value, notes)
+            return _list_form(key, form), [*_system(record, messages), *messages]
+    for name in TEMPLATE_KEYS:
+        if name in ASKED_KEYS and _first(record, ANSWER_KEYS):
+            continue  # a question that may quote a dialogue
+        if isinstance(record.get(name), str) and (found := read_template(record[name])):
+            used.add(name)
+            return found
+    return _read_pair(record, notes, used)
+
+
+# --- lists of messages ------------------------------------------------------------------------------------------------
+
+
+def _read_list(values: list[Any], notes: Counter[str]) -> tuple[str, list[Message]]:
+    """(form, messages) of a list that is one conversation."""
+    if not values:
+        raise NotAConversation("an empty list of messages")
+    if all(isinstance(value, str) for value in values):
+        roles = ("user", "assistant")
+        return "list of turns", [{"role": roles[i % 2], "content": text} for i, text in enumerate(values)]
+    if all(isinstance(value, list) for value in values):
+        return "list of pairs", [m for pair in values for m in _history_pair(pair)]
+    if not all(isinstance(value, dict) for value in values):
+        raise NotAConversation("a list of things of different kinds")
+    if any(is_message(value) for value in values):
+        return ("sharegpt" if "from" in values[0] else "messages"), [_message(value, notes) for value in values]
+    messages: list[Message] = []
+    for value in values:
+        form, pair = _read_pair(value, notes, set())
+        messages += pair
+    return f"list of {form}", messages
+
+
+def _list_form(key: str, form: str) -> str:
+    if form == "messages":
+        return {"messages": "messages", "contents": "gemini"}.get(key, f"{key} (role, content)")
+    return "ultrachat" if form == "list of turns" and key == "data" else form
+
+
+def _history_pair(pair: Any) -> list[Message]:
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str | None) for text in pair):
+        raise NotAConversation("a list that is no pair of question and answer")
+    return [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+
+
+def _message(value: dict[str, Any], notes: Counter[str]) -> Message:
+    """A message of any form with nanochat's names; its role stays as it is if it is not known."""
+    value = {key: v for key, v in value.items() if v is not None}
+    role_key, text_key = _first(value, ROLE_KEYS), _first(value, TEXT_KEYS)
+    said = value.get(role_key) if role_key else None
+    if isinstance(said, dict):  # {"author": {"role": "user"}}
+        said = said.get("role") or said.get("name")
+    role = ROLE_OF.get(str(said).strip().lower(), str(said))
+    content = value.get(text_key) if text_key else None
+    if role == "call":  # ShareGPT with tools
+        call = _decoded(content)
+        calls = call if isinstance(call, list) else [call]
+        return {"role": "assistant", "content": None, "tool_calls": [{"function": c} for c in calls]}
+    message: Message = {"role": role, "content": str(content) if isinstance(content, int | float) else content}
+    for key in ("tool_calls", "function_call", "tool_call_id", "tool_use_id"):
+        if value.get(key):
+            message[key] = value[key]
+    for mark in MARKS:
+        if mark in value and is_off(value[mark]):
+            message["weight"] = 0
+        elif mark in ("weight", "loss_weight") and mark in value and str(value[mark]) not in ("1", "1.0", "True"):
+            notes[FRACTION] += 1
+    for key in value.keys() - {role_key, text_key, *message, *MARKS}:
+        if value[key] not in ("", [], {}) and not HARMLESS.fullmatch(key):
+            notes[f"the key {key!r} of a message, which is not used"] += 1
+    return message
+
+
+def _system(record: dict[str, Any], messages: list[Message] | None = None) -> list[Message]:
+    """The system message that stands beside the turns; none if they have one of their own."""
+    key = _first(record, SYSTEM_KEYS)
+    text = record[key] if key else None
+    if isinstance(text, dict):  # Gemini
+        text = text.get("parts") or text.get("text")
+    if not text or (messages and messages[0]["role"] == "system"):
+        return []
+    return [{"role": "system", "content": text}]
+
+
+# --- questions with answers -------------------------------------------------------------------------------------------
+
+
+def _asked(record: dict[str, Any]) -> str | None:
+    """The key of the question."""
+    return _first(record, ASKED_KEYS)
+
+
+def _read_pair(record: dict[str, Any], notes: Counter[str], used: set[str]) -> tuple[str, list[Message]]:
+    """(form, messages) of a record with a question and its answer."""
+    keys = {key.strip().lower(): key for key in record}
+    low = {key: record[name] for key, name in keys.items()}
+    answer = _first(low, ANSWER_KEYS)
+    asked = next((key for key in ASKED_KEYS if key in low and key != answer), None)
+    if asked is None or answer is None:
+        raise NotAConversation(f"no known form of a conversation (its keys: {_keys(record)})")
+    context = next((key for key in CONTEXT_KEYS if key in low and key not in (asked, answer)), None)
+    used |= {keys[key] for key in (asked, answer, context) if key} | {*SYSTEM_KEYS, "history"}
+    question = low[asked]
+    if context and str(low[context]).strip() and isinstance(question, str):
+        # Alpaca and Dolly say what to do first; a question about a passage stands behind it.
+        parts = [question, str(low[context])] if asked == "instruction" else [str(low[context]), question]
+        question = BETWEEN.join(part for part in parts if part.strip())
+    history = low.get("history") or []
+    before = [m for pair in history for m in _history_pair(pair)] if isinstance(history, list) else []
+    form = {("instruction", "output"): "alpaca", ("instruction", "response"): "dolly"}.get((asked, answer))
+    return form or f"{asked}/{answer}", [*_system(record), *before, *_pair(question, low[answer], notes)]
+
+
+def _pair(question: Any, answer: Any, notes: Counter[str]) -> list[Message]:
+    """The messages of a question and its answer; TRL has lists of messages for both."""
+    question, answer = _decoded(question), _decoded(answer)
+    before = _read_list(question, notes)[1] if isinstance(question, list) else [{"role": "user", "content": question}]
+    if isinstance(answer, list) and answer and isinstance(answer[0], dict):
+        return [*before, *_read_list(answer, notes)[1]]
+    if isinstance(question, str):
+        if found := read_template(question + " ", whole=True):
+            before = found[1]
+        else:
+            before = [{"role": "user", "content": question.strip()}]
+    return [*before, {"role": "assistant", "content": _answer_text(answer, notes)}]
+
+
+def _answer_text(answer: Any, notes: Counter[str]) -> Any:
+    if isinstance(answer, dict) and isinstance(answer.get("text"), list):  # SQuAD
+        answer = answer["text"]
+    if isinstance(answer, list) and answer and all(isinstance(text, str) for text in answer):
+        notes[SEVERAL] += len(answer) > 1
+        answer = answer[0]
+    if isinstance(answer, int | float):
+        return str(answer)
+    return answer.strip() if isinstance(answer, str) else answer
+
+
+def _read_preference(record: dict[str, Any], good: str, notes: Counter[str], used: set[str]) -> list[Message]:
+    """The conversation with the preferred answer."""
+    answer = _decoded(record[good])
+    if isinstance(answer, dict):
+        answer = [answer]
+    listed: str | None = next(
+        (key for key in LIST_KEYS if isinstance(_decoded(record.get(key)), list) and record[key]), None
+    )
+    asked = listed or _asked(record)
+    if asked is not None:
+        used |= {asked, *SYSTEM_KEYS}
+    before: Any = record.get(asked) if asked else None
+    if isinstance(before, dict):  # OpenAI: {"input": {"messages": [...]}}
+        before = before.get("messages")
+    if isinstance(answer, list):
+        messages = _read_list(answer, notes)[1]
+        if len(messages) > 1 or before is None:  # the whole conversation stands in it
+            return [*_system(record, messages), *messages]
+        return [*_system(record), *_pair(before, answer, notes)]
+    if isinstance(answer, str) and (found := read_template(answer)):
+        return found[1]
+    if before is None:
+        raise NotAConversation(f"an answer without a question (its keys: {_keys(record)})")
+    return [*_system(record), *_pair(before, answer, notes)]
+
+
+# --- exports of assistants --------------------------------------------------------------------------------------------
+
+
+def _read_chatgpt(record: dict[str, Any], notes: Counter[str]) -> list[Message]:
+    """The branch that was shown last, of the tree that ChatGPT exports."""
+    mapping = record["mapping"]
+    node = record.get("current_node")
+    if node not in mapping:  # the newest leaf
+        node = next((name for name, n in reversed(mapping.items()) if not n.get("children")), None)
+    messages: list[Message] = []
+    seen: set[Any] = set()
+    while node in mapping and node not in seen:
+        seen.add(node)
+        message = mapping[node].get("message") or {}
+        node = mapping[node].get("parent")
+        role = (message.get("author") or {}).get("role")
+        content = message.get("content") or {}
+        if role not in ("user", "assistant"):
+            notes["a message of a tool or system, left out"] += role == "tool"
+            continue
+        if message.get("weight") == 0 or (message.get("recipient") or "all") != "all":
+            notes["a message to a tool, left out"] += role == "assistant"
+            continue
+        if content.get("content_type") not in ("text", "multimodal_text"):
+            continue  # thoughts, and what the user says about itself
+        parts = content.get("parts") or []
+        text = "\n".join(part for part in parts if isinstance(part, str) and part)
+        notes["an image or file, left out"] += sum(not isinstance(part, str) for part in parts)
+        if text.strip():
+            messages.append({"role": role, "content": text})
+    if not messages:
+        raise NotAConversation("no messages with text")
+    return messages[::-1]
+
+
+def _claude_message(value: dict[str, Any], notes: Counter[str]) -> Message:
+    parts = [p for p in value.get("content") or [] if isinstance(p, dict) and p.get("type") == "text"]
+    text = BETWEEN.join(str(p.get("text", "")) for p in parts) or str(value.get("text") or "")
+    attached = [str(a["extracted_content"]) for a in value.get("attachments") or [] if a.get("extracted_content")]
+    notes["an image or file, left out"] += len(value.get("files") or [])
+    return {"role": ROLE_OF.get(str(value.get("sender")), "user"), "content": BETWEEN.join([*attached, text])}
+
+
+# --- small helpers ----------------------------------------------------------------------------------------------------
+
+
+def _first(record: dict[str, Any], keys: tuple[str, ...]) -> str | None:
+    """The first of these keys that the record has."""
+    return next((key for key in keys if record.get(key) is not None), None)
+
+
+def _keys(record: dict[str, Any]) -> str:
+    return ", ".join(f"{key:.30}" for key in list(record)[:12]) or "none"
+
+
+def _decoded(value: Any) -> Any:
+    """A list or object that a table holds as text."""
+    if isinstance(value, str) and value[:1] in ("[", "{") and value.rstrip()[-1:] in ("]", "}"):
+        for read in (json.loads, ast.literal_eval):  # pandas writes the second way
+            try:
+                return read(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return value

@@ -1,0 +1,408 @@
+"""The conversations that a user gives: found, recognised, brought into one shape, and counted; nothing silently lost.
+
+`look_at_chats` reads everything and says what it found, before anything is trained; `load_chats` does the same and
+keeps the conversations, on disk where they are many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import weakref
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard, overload
+
+from nanochat.data.charset import Repairs
+from nanochat.data.chat_files import HUB, Content, file_records, hub_records, open_contents
+from nanochat.data.chat_forms import Marked, NotAConversation, read_chat_record
+from nanochat.data.chat_logs import (
+    NO_TIME,
+    LogEntry,
+    UnknownPersonError,
+    conversations_of_log,
+    grow_trees,
+    is_tree,
+    is_tree_row,
+    looks_like_whatsapp,
+    read_entry,
+    read_row,
+    read_whatsapp,
+    threads,
+)
+from nanochat.data.inventory import Inventory, NotReadError, UnusableInputError
+from nanochat.data.json_stream import Broken, Placed
+from nanochat.env import get_base_dir
+from nanochat.messages import Conversation, Message, normalise
+
+EMPTY_ANSWER = "an empty answer, which is not learned"
+NO_ANSWER = "without an answer to learn"
+MARKED = "marked as not to be learned"
+UNUSABLE = "can't be used"
+IN_MEMORY_BYTES = 64_000_000  # conversations beyond this lie in a file without a name, which ends with the process
+BYTES_PER_TOKEN = 4.0  # about, of English with a vocabulary of some ten thousand
+TRIED = 1000  # records; if most of so many are unusable, the others are not even read
+SAMPLES = 20
+HOW = (
+    'give each as {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or say '
+    "which two fields are question and answer with CHAT_COLUMNS=question,answer"
+)
+
+
+WORDS = ("demo", "nanochat", "none")  # what CHAT_DATA may be beside a source
+
+
+def is_own_chats(chat_data: str | None) -> TypeGuard[str]:
+    """True if a value of CHAT_DATA names conversations of the user."""
+    return chat_data is not None and chat_data not in WORDS
+
+
+@dataclass(frozen=True)
+class ChatSource:
+    """Where conversations are, and what the user says about them."""
+
+    path: str
+    """A file or folder, or hf:owner/name."""
+    me: str | None = None
+    """In chats between people: whose messages the model learns to write."""
+    columns: tuple[str, str] | None = None
+    """The fields of question and answer, where their names don't say it."""
+    encoding: str | None = None
+    """Of every file; None: it is found out."""
+
+    @classmethod
+    def from_env(cls, path: str, env: Mapping[str, str] = os.environ) -> ChatSource:
+        """With CHAT_ME, CHAT_COLUMNS and ENCODING.
+
+        Raises:
+            ValueError: CHAT_COLUMNS does not have two names.
+        """
+        columns = tuple(name.strip() for name in env.get("CHAT_COLUMNS", "").split(",") if name.strip())
+        if columns and len(columns) != 2:
+            raise ValueError(
+                f"CHAT_COLUMNS={env['CHAT_COLUMNS']}: must be two names, of question and answer, with a comma"
+            )
+        return cls(path, env.get("CHAT_ME") or None, columns or None, env.get("ENCODING") or None)  # type: ignore[arg-type]
+
+    def key(self) -> list[Any]:
+        """What of it decides about what is learned, beside the files."""
+        return [self.me, self.columns, self.encoding]
+
+
+class Chats(Sequence[Conversation]):
+    """Conversations in a file that has no name, or in memory if they are few; reading one takes about 10 µs."""
+
+    def __init__(self, conversations: Iterable[Conversation]) -> None:
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, dir=str(get_base_dir()))  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._ends, self._digests = array("q", [0]), array("Q")
+        self._lock = threading.Lock()
+        for conversation in conversations:
+            line = json.dumps(conversation).encode()
+            self._file.write(line)
+            self._ends.append(self._ends[-1] + len(line))
+            self._digests.append(_digest(line))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        with self._lock:
+            self._file.seek(self._ends[i])
+            line = self._file.read(self._ends[i + 1] - self._ends[i])
+        conversation: Conversation = json.loads(line)
+        return conversation
+
+    def digest(self, i: int) -> int:
+        """A number that is the same for equal conversations, and for no others."""
+        return self._digests[i]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _digest(line: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
+
+
+def load_chats(source: ChatSource) -> tuple[Chats, Inventory]:
+    """All conversations of a source, and what was found.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UnusableInputError: they can't be learned from; names the place, what is there and the remedy.
+    """
+    reader = _Reader(source)
+    chats = Chats(reader.conversations())
+    reader.finish()
+    if reader.inventory.stop:
+        raise UnusableInputError(reader.inventory.stop)
+    return chats, reader.inventory
+
+
+def look_at_chats(source: ChatSource) -> Inventory:
+    """What is in a source, read to its end; `stop` says why it can't be learned from.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    reader = _Reader(source)
+    seen: set[int] = set()
+    repeated = 0
+    try:
+        for conversation in reader.conversations():
+            number = _digest(json.dumps(conversation).encode())
+            repeated += number in seen
+            seen.add(number)
+            if len(reader.inventory.samples) < SAMPLES:
+                reader.inventory.samples.append(show_learned(conversation))
+        if repeated:
+            reader.inventory.facts["repeated"] = repeated
+        reader.finish()
+    except ValueError as error:
+        reader.inventory.stop = f"{error}"
+    return reader.inventory
+
+
+def show_learned(conversation: Conversation) -> str:
+    """A conversation for people, with « » around what the model learns to write."""
+    lines = []
+    for message in conversation["messages"]:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        learned = message["role"] == "assistant" and message.get("weight") != 0
+        texts = [f"«{p['text']}»" if learned and p["type"] != "python_output" else f"[{p['text']}]" for p in parts]
+        lines.append(f"{message['role']}: " + ("".join(texts) if message["role"] == "assistant" else str(content)))
+    return "\n".join(lines)
+
+
+class _Reader:
+    """Reads a source once and fills its inventory."""
+
+    def __init__(self, source: ChatSource) -> None:
+        self.source = source
+        self.inventory = Inventory(f"conversations in {source.path}", noun="conversation")
+        self.notes: Counter[str] = Counter()
+        self.turns = self.characters = self.learned = 0
+        self.unusable = 0
+        self.rejected: list[str] = []
+        """Of the file that is read: where, and why."""
+        self.first_reason = ""
+        self.repairs = Repairs()
+        self.name = ""  # of the file that is read
+
+    # --- from files to conversations ---------------------------------------------------------------------------------
+
+    def conversations(self) -> Iterator[Conversation]:
+        """Each that can be learned from, in the order of the files."""
+        if self.source.path.startswith(HUB):
+            yield from self._of_records(hub_records(self.source.path), self.source.path)
+            self._file_ends(before=0)
+            return
+        path = Path(self.source.path).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"no conversations at {path}: there is no such file or folder; {HOW}")
+        for content in open_contents(path, self.inventory):
+            self.name = content[0] if content[0] != str(path) else ""
+            before, self.rejected = self.inventory.num_read, []
+            try:
+                yield from self._of_file(content)
+            except NotReadError as error:
+                self.rejected.append(str(error))
+            self._file_ends(before)
+
+    def _file_ends(self, before: int) -> None:
+        """Count what could not be used of a file; `before` it, so many conversations were read."""
+        if self.name and self.rejected and self.inventory.num_read == before:
+            # A file of something else among others, such as the settings in an export: it is no damage.
+            self.inventory.leave_out(f"no conversations ({self.rejected[0]})", "file", self.name)
+        else:
+            self.unusable += len(self.rejected)
+            for reason in self.rejected:
+                self.inventory.leave_out(UNUSABLE, "record", reason)
+        self.first_reason = self.first_reason or next(iter(self.rejected), "")
+
+    def _of_file(self, content: Content) -> Iterator[Conversation]:
+        records = file_records(content, self.source.encoding, self.repairs, self._note)
+        yield from self._of_records(records, content[0])
+
+    def _of_records(self, records: Iterable[Placed], name: str) -> Iterator[Conversation]:
+        entries: list[LogEntry] = []
+        program = ""
+        tree_rows: list[dict[str, Any]] = []
+        thread: tuple[str, list[Message], str] | None = None
+        for place, record in records:
+            where = f"{self.name}, {place}" if self.name else place
+            if isinstance(record, Broken):
+                self._reject(where, record.reason)
+                continue
+            row = read_row(record)
+            if thread is not None and (row is None or row[0] != thread[0]):
+                yield from self._finish("rows of messages", thread[1], thread[2])
+                thread = None
+            if row is not None:
+                thread = thread or (row[0], [], where)
+                thread[1].append(row[1])
+            elif (found := read_entry(record)) is not None:
+                program = found[0]
+                entries.append(found[1])
+            elif is_tree_row(record):
+                tree_rows.append(record)
+            else:
+                yield from self._of_record(where, record)
+        if thread is not None:
+            yield from self._finish("rows of messages", thread[1], thread[2])
+        if entries:
+            yield from self._of_log(program, entries, name)
+        for root in grow_trees(tree_rows):
+            yield from self._of_tree(root, name)
+
+    def _of_record(self, where: str, record: Any) -> Iterator[Conversation]:
+        if isinstance(record, dict) and record.keys() == {"text", "name"} and where.endswith("the text"):
+            yield from self._of_text(record["text"], where)
+            return
+        if is_tree(record):
+            yield from self._of_tree(record["prompt"], where)
+            return
+        inner = record.get("messages") if isinstance(record, dict) else None
+        if isinstance(inner, list) and any(read_entry(value) for value in inner[:5]):
+            found = [entry for entry in map(read_entry, inner) if entry is not None]
+            yield from self._of_log(found[0][0], [entry for _, entry in found], where)
+            return
+        inner = record.get("chats") if isinstance(record, dict) else None
+        if isinstance(inner, dict) and isinstance(inner.get("list"), list):  # all chats of Telegram
+            for chat in inner["list"]:
+                yield from self._of_record(where, chat)
+            return
+        try:
+            form, messages = read_chat_record(record, self.source.columns, self.notes)
+        except Marked as error:
+            self.inventory.leave_out(MARKED, "conversation", f"{where}: {error}", matters=False)
+        except NotAConversation as error:
+            self._reject(where, str(error))
+        else:
+            yield from self._finish(form, messages, where)
+
+    def _of_text(self, text: str, where: str) -> Iterator[Conversation]:
+        if looks_like_whatsapp(text):
+            yield from self._of_log("whatsapp", list(read_whatsapp(text.splitlines(keepends=True))), where)
+            return
+        for piece in text.split("<|endoftext|>"):
+            if piece.strip():
+                yield from self._of_record(f"{where}:", {"text": piece})
+
+    def _of_log(self, program: str, entries: Sequence[LogEntry], where: str) -> Iterator[Conversation]:
+        untimed = sum(entry.hours is None for entry in entries)
+        if untimed:
+            self.notes[NO_TIME] += untimed
+        try:
+            for messages in conversations_of_log(entries, self.source.me, self.notes):
+                yield from self._finish(program, messages, where)
+        except UnknownPersonError as error:
+            if not self.name:
+                raise UnusableInputError(f"CHAT_DATA={self.source.path}: {program}, {error}") from None
+            self.rejected.append(f"{program}, {error}")
+
+    def _of_tree(self, root: dict[str, Any], where: str) -> Iterator[Conversation]:
+        for messages in threads(root):
+            yield from self._finish("oasst", messages, where)
+
+    # --- from messages to one shape ----------------------------------------------------------------------------------
+
+    def _finish(self, form: str, messages: list[Message], where: str) -> Iterator[Conversation]:
+        """The conversation of these messages, if there is something to learn in it."""
+        if any(m.get("role") == "user" and m.get("content") in (None, []) for m in messages):
+            self._reject(where, "a message of the user without text")
+            return
+        try:
+            turns, notes = normalise(messages)
+        except ValueError as error:
+            self._reject(where, str(error))
+            return
+        self.notes.update(notes)
+        for turn in turns:
+            if turn["role"] == "assistant" and not _says_something(turn["content"]):
+                turn["weight"] = 0
+                self.notes[EMPTY_ANSWER] += 1
+        if turns[-1].get("weight") == 0 and not _says_something(turns[-1]["content"]):
+            turns.pop()
+        answers = [turn for turn in turns if turn["role"] == "assistant"]
+        learned = [turn for turn in answers if turn.get("weight") != 0]
+        if not learned:
+            marked = any(_says_something(turn["content"]) for turn in answers)
+            self.inventory.leave_out(MARKED if marked else NO_ANSWER, "conversation", where, matters=False)
+            return
+        self.inventory.count(form)
+        self.turns += len(turns)
+        self.learned += len(learned)
+        self.characters += sum(_length(turn["content"]) for turn in turns)
+        yield {"messages": turns}
+
+    def _reject(self, where: str, reason: str) -> None:
+        """Count a record that can't be used.
+
+        Raises:
+            UnusableInputError: most of the first TRIED records are such.
+        """
+        self.rejected.append(f"{where}: {reason}")
+        if len(self.rejected) >= TRIED and len(self.rejected) > self.inventory.num_read and not self.name:
+            self.unusable, self.first_reason = len(self.rejected), self.rejected[0]
+            raise UnusableInputError(self._why_not())
+
+    def _note(self, text: str) -> None:
+        if text not in self.inventory.notes:
+            self.inventory.notes.append(text)
+
+    # --- what became of it -------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Complete the inventory when everything has been read."""
+        inventory, good = self.inventory, self.inventory.num_read
+        inventory.facts = {
+            "turns": self.turns,
+            "answers learned": self.learned,
+            "characters": self.characters,
+            "tokens (about)": round(self.characters / BYTES_PER_TOKEN),
+            **inventory.facts,
+        }
+        inventory.notes += [f"{count:,} × {note}" for note, count in self.notes.most_common() if count]
+        if self.repairs.characters:
+            inventory.warnings.append(f"{self.repairs.characters:,} characters were no text and are replaced by U+FFFD")
+        if good == 0 or self.unusable >= good:
+            inventory.stop = self._why_not()
+        elif good < 2:
+            inventory.warnings.append("there is only one conversation: it is learned and validated as well")
+
+    def _why_not(self) -> str:
+        good = self.inventory.num_read
+        left_out = self.inventory.left_out_line()
+        if self.unusable:
+            counted = f"{self.unusable:,} of {self.unusable + good:,} conversations can't be used"
+            why = f"{self.first_reason} ({counted})"
+        else:
+            why = f"no conversation with an answer to learn ({left_out or 'nothing is in it'})"
+        return f"CHAT_DATA={self.source.path}{', ' if self.unusable else ': '}{why}; {HOW}"
+
+
+def _says_something(content: Any) -> bool:
+    """True if a content has text or a call."""
+    return bool(content.strip()) if isinstance(content, str) else any(part["text"].strip() for part in content)
+
+
+def _length(content: Any) -> int:
+    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)

@@ -1,0 +1,711 @@
+"""Conversations in the forms that people have: each is recognised by itself, and nothing in it is lost silently."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat.data import chats
+from nanochat.data.chats import ChatSource, load_chats, look_at_chats, show_learned
+from nanochat.data.inventory import Inventory, UnusableInputError
+from nanochat.pipeline.profiles import Settings, choose_profile
+from nanochat.pipeline.run import Config as PipelineConfig
+from nanochat.pipeline.run import main as run_pipeline
+from nanochat.pipeline.stages import make_stages
+
+U, A = "user", "assistant"
+PAIR = [{"role": U, "content": "Hi"}, {"role": A, "content": "Hello!"}]
+
+
+def look(path: Path, **said: Any) -> tuple[list[str], Inventory]:
+    """(each conversation as text with what is learned marked, inventory)."""
+    loaded, inventory = load_chats(ChatSource(str(path), **said))
+    return [show_learned(c) for c in loaded], inventory
+
+
+def dump(path: Path, *records: Any) -> Path:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+HI = "user: Hi\nassistant: «Hello!»"
+TWO = HI + "\nuser: 2+2?\nassistant: «4»"
+SYS = "system: Be brief\n"
+ONE = {
+    # OpenAI, Mistral, TRL, Axolotl, unsloth, LLaMA-Factory
+    "messages": ({"messages": PAIR, "id": 3, "source": "x"}, HI),
+    "list": (PAIR, HI),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}, HI),
+    "sharegpt, system beside": (
+        {"system": "Be brief", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
+        SYS + HI,
+    ),
+    "sharegpt in messages": ({"messages": [{"from": "user", "value": "Hi"}, {"from": "bot", "value": "Hello!"}]}, HI),
+    "conversations with roles": ({"conversations": PAIR}, HI),
+    "conversation with speakers": (
+        {"conversation": [{"speaker": "User", "text": "Hi"}, {"speaker": "Assistant", "text": "Hello!"}]},
+        HI,
+    ),
+    "dialogue": ({"dialogue": PAIR, "topic": "greeting"}, HI),
+    "xtuner": ({"conversation": [{"system": "Be brief", "input": "Hi", "output": "Hello!"}]}, SYS + HI),
+    "firefly": ({"conversation": [{"human": "Hi", "assistant": "Hello!"}, {"human": "2+2?", "assistant": "4"}]}, TWO),
+    "alpaca": ({"instruction": "Hi", "input": "", "output": "Hello!"}, HI),
+    "alpaca, input": (
+        {"instruction": "Say", "input": "Hi", "output": "Hello!"},
+        "user: Say\n\nHi\nassistant: «Hello!»",
+    ),
+    "alpaca, history": (
+        {"instruction": "2+2?", "input": "", "output": "4", "system": "Be brief", "history": [["Hi", "Hello!"]]},
+        SYS + TWO,
+    ),
+    "dolly": (
+        {"instruction": "Who?", "context": "Ann did it.", "response": "Ann", "category": "qa"},
+        "user: Who?\n\nAnn did it.\nassistant: «Ann»",
+    ),
+    "openorca": ({"id": "1", "system_prompt": "Be brief", "question": "Hi", "response": "Hello!"}, SYS + HI),
+    "gemini": (
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "Be brief"}]},
+            "contents": [{"role": U, "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Hello!"}]}],
+        },
+        SYS + HI,
+    ),
+    "prompt/completion": ({"prompt": "Hi", "completion": " Hello!"}, HI),
+    "prompt/completion of messages": ({"prompt": PAIR[:1], "completion": PAIR[1:]}, HI),
+    "prompt/response": ({"prompt": "Hi", "response": "Hello!"}, HI),
+    "question/answer": ({"question": "Hi", "answer": "Hello!"}, HI),
+    "Question/Answer": ({"Question": "Hi", "Answer": "Hello!"}, HI),
+    "input/output": ({"input": "Hi", "output": "Hello!"}, HI),
+    "query/response": ({"query": "Hi", "response": "Hello!"}, HI),
+    "user/assistant": ({"user": "Hi", "assistant": "Hello!", "system": "Be brief"}, SYS + HI),
+    "Frage/Antwort": ({"Frage": "Hi", "Antwort": "Hello!"}, HI),
+    "问题/答案": ({"问题": "Hi", "答案": "Hello!"}, HI),
+    "inputs/targets": ({"inputs": "Hi", "targets": "Hello!"}, HI),
+    "problem/solution": ({"problem": "Hi", "solution": "Hello!"}, HI),
+    "squad": (
+        {"context": "Ann did it.", "question": "Who?", "answers": {"text": ["Ann", "she"], "answer_start": [0, 0]}},
+        "user: Ann did it.\n\nWho?\nassistant: «Ann»",
+    ),
+    "number as answer": ({"instruction": "2+2?", "output": 4}, "user: 2+2?\nassistant: «4»"),
+    "anthropic completion": ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " Hello!"}, HI),
+    "ultrachat": ({"id": "0", "data": ["Hi", "Hello!", "2+2?", "4"]}, TWO),
+    "pairs": ({"conversation": [["Hi", "Hello!"], ["2+2?", "4"]]}, TWO),
+    # preference data
+    "dpo": ({"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away"}, HI),
+    "dpo of messages": ({"prompt": PAIR[:1], "chosen": PAIR[1:], "rejected": [{"role": A, "content": "Go"}]}, HI),
+    "dpo, whole": ({"chosen": PAIR, "rejected": [PAIR[0], {"role": A, "content": "Go"}]}, HI),
+    "dpo, both": ({"prompt": "Hi", "chosen": PAIR, "rejected": [PAIR[0], {"role": A, "content": "Go"}]}, HI),
+    "orca dpo": ({"system": "Be brief", "question": "Hi", "chosen": "Hello!", "rejected": "Go"}, SYS + HI),
+    "llama-factory dpo": (
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Hello!"},
+            "rejected": {"from": "gpt", "value": "Go"},
+        },
+        HI,
+    ),
+    "alpaca dpo": ({"instruction": "Hi", "input": "", "chosen": "Hello!", "rejected": "Go"}, HI),
+    "hh": ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: Go"}, HI),
+    "openai preference": (
+        {
+            "input": {"messages": PAIR[:1]},
+            "preferred_output": PAIR[1:],
+            "non_preferred_output": [{"role": A, "content": "Go"}],
+        },
+        HI,
+    ),
+    "kto": ({"prompt": "Hi", "completion": "Hello!", "label": True}, HI),
+    # text with marks
+    "chatml": (
+        {
+            "text": "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\nHello!<|im_end|>\n"
+        },
+        SYS + HI,
+    ),
+    "llama 3": (
+        {
+            "text": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+        },
+        HI,
+    ),
+    "llama 2": (
+        {"text": "<s>[INST] <<SYS>>\nBe brief\n<</SYS>>\n\nHi [/INST] Hello! </s><s>[INST] 2+2? [/INST] 4 </s>"},
+        SYS + TWO,
+    ),
+    "gemma": ({"text": "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n"}, HI),
+    "zephyr": ({"text": "<|system|>\nBe brief</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello!</s>"}, SYS + HI),
+    "phi": ({"text": "<|user|>\nHi<|end|>\n<|assistant|>\nHello!<|end|>"}, HI),
+    "guanaco": ({"text": "### Human: Hi### Assistant: Hello!### Human: 2+2?### Assistant: 4"}, TWO),
+    "alpaca text": ({"text": "Below is an instruction.\n\n### Instruction:\nHi\n\n### Response:\nHello!"}, HI),
+    "vicuna": ({"text": "A chat. USER: Hi ASSISTANT: Hello!</s>USER: 2+2? ASSISTANT: 4</s>"}, TWO),
+    "role: text": ({"text": "User: Hi\nAssistant: Hello!\nUser: 2+2?\nAssistant: 4"}, TWO),
+    "baize": ({"input": "The conversation\n[|Human|] Hi\n[|AI|] Hello!\n[|Human|] "}, HI + "\nuser: "),
+    "code keeps its indentation": (
+        {"text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n    return 1\n<|im_end|>"},
+        "user: Hi\nassistant: «    return 1»",
+    ),
+    # what assistants export
+    "chatgpt": (
+        {
+            "title": "t",
+            "mapping": {
+                "r": {"message": None, "parent": None, "children": ["s"]},
+                "s": {
+                    "message": {"author": {"role": "system"}, "content": {"content_type": "text", "parts": [""]}},
+                    "parent": "r",
+                },
+                "u": {
+                    "message": {"author": {"role": U}, "content": {"content_type": "text", "parts": ["Hi"]}},
+                    "parent": "s",
+                },
+                "old": {
+                    "message": {"author": {"role": A}, "content": {"content_type": "text", "parts": ["Other"]}},
+                    "parent": "u",
+                },
+                "th": {
+                    "message": {"author": {"role": A}, "content": {"content_type": "thoughts", "thoughts": []}},
+                    "parent": "u",
+                },
+                "a": {
+                    "message": {
+                        "author": {"role": A},
+                        "content": {"content_type": "multimodal_text", "parts": ["Hello!", {"x": 1}]},
+                    },
+                    "parent": "th",
+                },
+            },
+            "current_node": "a",
+        },
+        HI,
+    ),
+    "claude": (
+        {
+            "uuid": "1",
+            "name": "n",
+            "chat_messages": [
+                {"sender": "human", "text": "Hi", "content": [{"type": "text", "text": "Hi"}], "attachments": []},
+                {"sender": A, "text": "", "content": [{"type": "text", "text": "Hello!"}], "files": []},
+            ],
+        },
+        HI,
+    ),
+    "oasst tree": (
+        {
+            "message_tree_id": "t",
+            "prompt": {
+                "text": "Hi",
+                "role": "prompter",
+                "replies": [{"text": "Hello!", "role": A, "rank": 0, "replies": []}],
+            },
+        },
+        HI,
+    ),
+    # marks
+    "weight 0": (
+        {"messages": [PAIR[0], {**PAIR[1], "weight": 0}, {"role": U, "content": "2+2?"}, {"role": A, "content": "4"}]},
+        "user: Hi\nassistant: [Hello!]\nuser: 2+2?\nassistant: «4»",
+    ),
+    "train false": (
+        {
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Hello!", "train": False},
+                {"from": "human", "value": "2+2?"},
+                {"from": "gpt", "value": "4", "train": True},
+            ]
+        },
+        "user: Hi\nassistant: [Hello!]\nuser: 2+2?\nassistant: «4»",
+    ),
+    "empty answer": (
+        {
+            "messages": [
+                PAIR[0],
+                {"role": A, "content": " "},
+                {"role": U, "content": "2+2?"},
+                {"role": A, "content": "4"},
+            ]
+        },
+        "user: Hi\nassistant: [ ]\nuser: 2+2?\nassistant: «4»",
+    ),
+    "sharegpt with a tool": (
+        {
+            "conversations": [
+                {"from": "human", "value": "2+2?"},
+                {"from": "function_call", "value": '{"name": "calculator", "arguments": {"expression": "2+2"}}'},
+                {"from": "observation", "value": "4"},
+                {"from": "gpt", "value": "4!"},
+            ],
+            "tools": "[]",
+        },
+        "user: 2+2?\nassistant: «2+2»[4]«4!»",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_every_form_is_read(name: str, tmp_path: Path) -> None:
+    record, expected = ONE[name]
+    texts, inventory = look(dump(tmp_path / "a.jsonl", record, record))
+    assert texts == [expected] * 2
+    assert inventory.num_read == 2
+    assert not inventory.left_out
+    texts, again = look(dump(tmp_path / "b.json", [record, record]))
+    assert texts == [expected] * 2
+    assert again.read == inventory.read
+
+
+@pytest.mark.parametrize(
+    ("record", "form"),
+    [
+        (ONE["sharegpt"][0], "sharegpt"),
+        (ONE["alpaca"][0], "alpaca"),
+        (ONE["dolly"][0], "dolly"),
+        (ONE["gemini"][0], "gemini"),
+        (ONE["messages"][0], "messages"),
+        (ONE["ultrachat"][0], "ultrachat"),
+        (ONE["dpo"][0], "preference"),
+        (ONE["chatml"][0], "chatml"),
+        (ONE["chatgpt"][0], "chatgpt export"),
+        (ONE["claude"][0], "claude export"),
+        (ONE["oasst tree"][0], "oasst"),
+        (ONE["Question/Answer"][0], "question/answer"),
+    ],
+)
+def test_the_form_is_named_and_counted(record: Any, form: str, tmp_path: Path) -> None:
+    _, inventory = look(dump(tmp_path / "a.jsonl", *[record] * 3))
+    assert inventory.read == {form: 3}
+    assert f"3 {form}" in "\n".join(inventory.lines())
+
+
+# --- containers -------------------------------------------------------------------------------------------------------
+
+RECORDS = [{"messages": PAIR}, {"messages": [{"role": U, "content": "2+2? ü"}, {"role": A, "content": "4"}]}]
+SAME = ["user: Hi\nassistant: «Hello!»", "user: 2+2? ü\nassistant: «4»"]
+ROWS = [{"question": "Hi", "answer": "Hello!"}, {"question": "2+2? ü", "answer": "4"}]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
+LAYOUTS = {
+    "lines.jsonl": LINES,
+    "lines without an end.jsonl": "\n\n" + LINES.strip(),
+    "one line.json": json.dumps(RECORDS),
+    "pretty.json": json.dumps(RECORDS, indent=2),
+    "data.json": json.dumps({"version": 1, "data": RECORDS}),
+    "pretty data.json": json.dumps({"tags": ["a"], "data": RECORDS, "n": {"a": []}}, indent=1),
+    "list of lists.json": json.dumps([record["messages"] for record in RECORDS]),
+    "lists.jsonl": "".join(json.dumps(record["messages"]) + "\n" for record in RECORDS),
+    "pretty values.json": "\n".join(json.dumps(record, indent=4) for record in RECORDS),
+    "array in lines.json": "[\n" + ",\n".join(json.dumps(record) for record in RECORDS) + "\n]",
+    "table.csv": 'question,answer\nHi,Hello!\n"2+2? ü",4\n',
+    "excel.csv": "sep=;\nquestion;answer\nHi;Hello!\n2+2? ü;4\n",
+    "excel without sep.csv": "\ufeffquestion;answer\r\nHi;Hello!\r\n2+2? ü;4\r\n",
+    "table.tsv": "question\tanswer\nHi\tHello!\n2+2? ü\t4\n",
+    "table with json.csv": 'messages,id\n"'
+    + '",1\n"'.join(json.dumps(r["messages"]).replace('"', '""') for r in RECORDS)
+    + '",2\n',
+    "rows.csv": "conversation_id,role,content\n1,user,Hi\n1,assistant,Hello!\n2,user,2+2? ü\n2,assistant,4\n",
+    "no suffix": LINES,
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_and_packing(name: str, tmp_path: Path) -> None:
+    data = LAYOUTS[name].encode("utf-8")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr(f"folder/{name}", data)
+        archive.writestr("__MACOSX/._x", b"\0")
+    zstd = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(zstd, "zstd") as stream:
+        stream.write(data)
+    files = {
+        name: data,
+        f"{name}.gz": gzip.compress(data),
+        f"{name}.bz2": bz2.compress(data),
+        f"{name}.xz": lzma.compress(data),
+        f"{name}.zst": zstd.getvalue().to_pybytes(),
+        f"{name}.zip": packed.getvalue(),
+    }
+    for number, (file, content) in enumerate(files.items()):
+        path = tmp_path / str(number) / file
+        path.parent.mkdir()
+        path.write_bytes(content)
+        assert look(path)[0] == SAME, file
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "cp1252"])
+def test_other_encodings(encoding: str, tmp_path: Path) -> None:
+    lines = LINES + json.dumps({"prompt": "Größe?", "completion": "Über zwölf Fuß, schön!"}, ensure_ascii=False) * 3
+    (tmp_path / "a.jsonl").write_bytes(lines.replace("}{", "}\n{").encode(encoding))
+    assert look(tmp_path / "a.jsonl")[0] == [*SAME, *["user: Größe?\nassistant: «Über zwölf Fuß, schön!»"] * 3]
+
+
+def test_parquet_and_folders_of_datasets(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(RECORDS)
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert look(tmp_path / "a.parquet")[0] == SAME
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset(table)
+    saved.save_to_disk(tmp_path / "saved")
+    assert look(tmp_path / "saved")[0] == SAME
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "dict")
+    texts, inventory = look(tmp_path / "dict")
+    assert texts == SAME
+    assert [entry.examples for entry in inventory.left_out.values()] == [["test"]]
+
+
+def test_a_folder_of_many_forms(tmp_path: Path) -> None:
+    dump(tmp_path / "a.jsonl", *RECORDS)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.csv").write_text(LAYOUTS["table.csv"], encoding="utf-8")
+    dump(tmp_path / "test.jsonl", RECORDS[0])
+    (tmp_path / "settings.json").write_text('{"id": 1, "email": "x"}')
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\0")
+    texts, inventory = look(tmp_path)
+    assert texts == SAME * 2
+    assert inventory.read == {"messages": 2, "question/answer": 2}
+    assert "test.jsonl" in next(e for reason, e in inventory.left_out.items() if "measuring" in reason).examples
+    assert "no known form of a conversation (its keys: id, email)" in inventory.left_out_line()
+    assert not inventory.stop
+
+
+def test_the_export_of_chatgpt_as_it_comes(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        archive.writestr("conversations.json", json.dumps([ONE["chatgpt"][0]] * 2))
+        archive.writestr("user.json", '{"id": "user-1", "email": "x@example.org"}')
+        archive.writestr("message_feedback.json", "[]")
+        archive.writestr("chat.html", "<html>")
+    texts, inventory = look(tmp_path / "export.zip")
+    assert texts == [HI] * 2
+    assert inventory.read == {"chatgpt export": 2}
+
+
+def test_many_are_kept_on_disk_and_equal_ones_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chats, "IN_MEMORY_BYTES", 1000)
+    records = [[{"role": U, "content": f"{i % 90}"}, {"role": A, "content": "x" * 40}] for i in range(100)]
+    loaded, _ = load_chats(ChatSource(str(dump(tmp_path / "a.jsonl", *records))))
+    assert loaded._file._rolled
+    assert [c["messages"][0]["content"] for c in loaded] == [f"{i % 90}" for i in range(100)]
+    assert loaded[-1] == loaded[99]
+    assert len({loaded.digest(i) for i in range(100)}) == 90
+    assert "repeated: 10" in "\n".join(look_at_chats(ChatSource(str(tmp_path / "a.jsonl"))).lines())
+
+
+# --- chats of people --------------------------------------------------------------------------------------------------
+
+WHATSAPP = """01/03/2025, 09:00 - Messages and calls are end-to-end encrypted.
+13/03/2025, 10:08 - Ann: are you coming tonight?
+13/03/2025, 11:36 - Bob: yes, at eight
+and one more line
+13/03/2025, 11:37 - Bob: see you
+13/03/2025, 12:54 - Ann: <Media omitted>
+13/03/2025, 12:55 - Ann: look: a bag
+13/03/2025, 12:56 - Bob: nice <This message was edited>
+14/03/2025, 10:31 - Bob: good morning
+14/03/2025, 10:32 - Ann: hi
+14/03/2025, 10:33 - Bob: IMG-20250314-WA0001.jpg (file attached)
+14/03/2025, 10:34 - Bob: did you see it?
+"""
+ANN_AND_BOB = [
+    "user: are you coming tonight?\nassistant: «yes, at eight\nand one more line\nsee you»\n"
+    "user: look: a bag\nassistant: «nice»",
+    "user: hi\nassistant: «did you see it?»",
+]
+
+
+def iphone(text: str) -> str:
+    """The same chat as an iPhone exports it, in a country that writes the month first."""
+    lines = []
+    for line in text.splitlines():
+        date, _, rest = line.partition(" - ")
+        if not rest:
+            lines.append(line)
+            continue
+        day, month, clock = date[:2], date[3:5], date[12:]
+        hour = int(clock[:2])
+        clock = f"{(hour - 1) % 12 + 1}:{clock[3:]}:07\u202f{'PM' if hour > 11 else 'AM'}"
+        rest = rest.replace("<Media omitted>", "\u200eimage omitted")
+        lines.append(f"\u200e[{int(month)}/{int(day)}/25, {clock}] {rest}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("text", [WHATSAPP, iphone(WHATSAPP)])
+def test_whatsapp(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "WhatsApp Chat with Ann.txt"
+    path.write_text(text, encoding="utf-8")
+    texts, inventory = look(path, me="bob")
+    assert texts == ANN_AND_BOB
+    assert inventory.read == {"whatsapp": 2}
+    assert "3 × a line of the system, or a photo" in "\n".join(inventory.lines())
+    for me, complaint in [(None, "CHAT_ME"), ("Bert", "'Bert' has no messages there")]:
+        with pytest.raises(UnusableInputError, match=complaint + r".*there are Bob \(\d\), Ann \(\d\)"):
+            look(path, me=me)
+
+
+def entry(day: int, hour: int, who: str, text: Any) -> dict[str, Any]:
+    return {
+        "id": 1,
+        "type": "message",
+        "date": f"2025-03-{day}T{hour:02}:00:00",
+        "from": who,
+        "from_id": "u",
+        "text": text,
+    }
+
+
+TELEGRAM = [
+    {"id": 0, "type": "service", "date": "2025-03-13T09:00:00", "actor": "Ann", "action": "phone_call", "text": ""},
+    entry(13, 10, "Ann", "are you coming tonight?"),
+    entry(13, 11, "Bob", ["yes, at ", {"type": "bold", "text": "eight"}, "\nand one more line"]),
+    entry(13, 11, "Bob", "see you"),
+    {**entry(13, 12, "Ann", ""), "photo": "x.jpg"},
+    entry(13, 12, "Ann", "look: a bag"),
+    entry(13, 12, "Bob", "nice"),
+    entry(14, 10, "Bob", "good morning"),
+    entry(14, 10, "Ann", "hi"),
+    entry(14, 11, "Bob", "did you see it?"),
+]
+
+
+def test_telegram_and_its_kin(tmp_path: Path) -> None:
+    chat = {"name": "Ann", "type": "personal_chat", "id": 1, "messages": TELEGRAM}
+    whole = {"about": "x", "chats": {"about": "y", "list": [chat, {**chat, "messages": []}]}}
+    for number, value in enumerate((chat, whole)):
+        for indent in (None, 1):
+            path = tmp_path / f"{number}{indent}.json"
+            path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
+            texts, inventory = look(path, me="Bob")
+            assert texts == ANN_AND_BOB
+            assert inventory.read == {"telegram": 2}
+    said = [e for e in TELEGRAM if e["type"] == "message" and e["text"]]
+    plain = ["".join(p if isinstance(p, str) else p["text"] for p in e["text"]) for e in said]
+    discord = [
+        {"id": "1", "type": "Default", "timestamp": e["date"] + "+00:00", "content": t, "author": {"name": e["from"]}}
+        for e, t in zip(said, plain, strict=True)
+    ]
+    slack = [
+        {"type": "message", "user": e["from"], "text": t, "ts": str(chats_hours(e["date"]) * 3600)}
+        for e, t in zip(said, plain, strict=True)
+    ]
+    messenger = [
+        {"sender_name": e["from"], "timestamp_ms": chats_hours(e["date"]) * 3600_000, "content": t, "type": "Generic"}
+        for e, t in zip(said, plain, strict=True)
+    ]
+    exports = {
+        "discord": {"guild": {"id": 1}, "messages": discord},
+        "slack": slack,
+        "messenger": {"participants": [{"name": "Ann"}], "messages": messenger[::-1]},
+    }
+    for program, value in exports.items():
+        path = tmp_path / f"{program}.json"
+        path.write_text(json.dumps(value), encoding="utf-8")
+        texts, inventory = look(path, me="Bob")
+        assert inventory.read == {program: 2}
+        assert sorted(texts) == sorted(ANN_AND_BOB), program
+
+
+def chats_hours(date: str) -> float:
+    from nanochat.data.chat_logs import read_entry
+
+    found = read_entry({"date": date, "type": "message", "from": "x", "text": ""})
+    assert found is not None
+    assert found[1].hours is not None
+    return found[1].hours
+
+
+def test_in_a_group_the_names_stand_before_what_others_say(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    log = [
+        entry(13, 10, "Ann", "hi"),
+        entry(13, 10, "Cy", "hello"),
+        entry(13, 10, "Cy", "all"),
+        entry(13, 10, "Bob", "yo"),
+    ]
+    path.write_text(json.dumps({"name": "g", "messages": log}))
+    assert look(path, me="Bob")[0] == ["user: Ann: hi\nCy: hello\nall\nassistant: «yo»"]
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tree_is_read_along_every_branch_and_learned_once(tmp_path: Path) -> None:
+    def row(name: str, parent: str | None, role: str, text: str, rank: int | None = None) -> dict[str, Any]:
+        return {"message_id": name, "parent_id": parent, "role": role, "text": text, "rank": rank, "lang": "en"}
+
+    rows = [
+        row("c", "b", "prompter", "why?"),
+        row("a", None, "prompter", "Hi"),
+        row("b2", "a", A, "Go", 1),
+        row("b", "a", A, "Hello!", 0),
+        row("d", "c", A, "so", None),
+        row("e", "c", A, "because", 0),
+    ]
+    texts, inventory = look(dump(tmp_path / "a.jsonl", *rows))
+    assert texts == [
+        "user: Hi\nassistant: «Hello!»\nuser: why?\nassistant: «because»",
+        "user: Hi\nassistant: [Hello!]\nuser: why?\nassistant: «so»",
+        "user: Hi\nassistant: «Go»",
+    ]
+    assert inventory.read == {"oasst": 3}
+
+
+# --- what is left out, and what stops ---------------------------------------------------------------------------------
+
+
+def test_everything_left_out_is_counted_under_its_own_reason(tmp_path: Path) -> None:
+    bad = {"messages": PAIR, "label": False}
+    nothing = {"messages": PAIR[:1]}
+    empty = {"messages": [PAIR[0], {"role": A, "content": ""}]}
+    null = {"messages": [{"role": U, "content": None}, PAIR[1]]}
+    image = {"messages": [{"role": U, "content": [{"type": "image_url"}]}, PAIR[1]]}
+    unweighted = {"messages": [PAIR[0], {**PAIR[1], "weight": 0}]}
+    odd = {"messages": PAIR, "tools": [{"name": "w"}], "lang": "en"}
+    records = [*RECORDS * 3, bad, bad, nothing, empty, null, image, unweighted, odd]
+    texts, inventory = look(dump(tmp_path / "a.jsonl", *records))
+    assert len(texts) == 7
+    assert {reason: entry.count for reason, entry in inventory.left_out.items()} == {
+        chats.MARKED: 3,
+        chats.NO_ANSWER: 2,
+        chats.UNUSABLE: 2,
+    }
+    said = "\n".join(inventory.lines())
+    assert "1 × the key 'tools', which is not used" in said
+    assert "lang" not in said
+    assert "1 × an empty answer, which is not learned" in said
+    assert "line 11: a message of the user without text" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"text": "a"}\n' * 3, r"a\.jsonl, line 1: no known form of a conversation \(its keys: text\).*CHAT_COLUMNS"),
+        ('{"foo": "a", "bar": "b"}\n' * 3, r"line 1: no known form.*its keys: foo, bar"),
+        (LINES + '{"a": 1}\n' * 5, r"line 3: no known form.*5 of 7 conversations can't be used"),
+        ('{"messages": [\n', r"item 1: not valid JSON.*is the file cut off"),
+        ('[{"messages": [{"role": "user", "content": "Hi"', r"line 1: not valid JSON"),
+        (json.dumps(RECORDS)[:-30], r"item 2: not valid JSON"),
+        ("", "nothing is in it"),
+        ("just a text", r"line 1: not valid JSON"),
+        ("[" * 100_000, "nested too deeply|not valid JSON"),
+        ("1\n2\n3\n", "line 1: expected an object or a list"),
+    ],
+)
+def test_what_cannot_be_used_stops_with_place_keys_and_remedy(content: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        look(path)
+    inventory = look_at_chats(ChatSource(str(path)))
+    assert "a.jsonl" in inventory.stop
+    assert not Path(tmp_path / "b").exists()
+
+
+def test_a_large_file_of_something_else_is_given_up_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chats, "TRIED", 5)
+    seen = []
+    monkeypatch.setattr(chats, "read_row", lambda record: seen.append(record))
+    assert "no known form" in look_at_chats(ChatSource(str(dump(tmp_path / "a.jsonl", *[{"x": 1}] * 50)))).stop
+    assert len(seen) == 5
+
+
+def test_two_columns_of_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("nr,vraagje,weerwoord\n1,Hi,Hello!\n2,2+2? ü,4\n", encoding="utf-8")
+    with pytest.raises(UnusableInputError, match="its keys: nr, vraagje, weerwoord"):
+        look(path)
+    texts, inventory = look(path, columns=("vraagje", "weerwoord"))
+    assert texts == SAME
+    assert inventory.read == {"vraagje/weerwoord": 2}
+    with pytest.raises(UnusableInputError, match="has no 'x' and 'weerwoord'"):
+        look(path, columns=("x", "weerwoord"))
+    assert ChatSource.from_env("p", {"CHAT_COLUMNS": "a, b", "CHAT_ME": "Bob"}) == ChatSource("p", "Bob", ("a", "b"))
+    with pytest.raises(ValueError, match="CHAT_COLUMNS=a: must be two names"):
+        ChatSource.from_env("p", {"CHAT_COLUMNS": "a"})
+
+
+def test_well_formed_lines_come_as_they_are(tmp_path: Path) -> None:
+    """What could be read before is the same to the last character."""
+    odd = [
+        {"role": "system", "content": " s \n"},
+        {"role": U, "content": "\n a\u2028b \ud83d"},
+        {"role": A, "content": [{"type": "text", "text": " x "}, {"type": "python", "text": "1"}]},
+        {"role": U, "content": ""},
+        {"role": A, "content": " spaces "},
+        {"role": U, "content": "open"},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(odd) + "\n" + json.dumps({"messages": PAIR, "x": 1}) + "\n")
+    loaded, inventory = load_chats(ChatSource(str(path)))
+    assert list(loaded) == [{"messages": odd}, {"messages": PAIR}]
+    assert not [note for note in inventory.notes if "key" not in note]
+
+
+# --- in the pipeline --------------------------------------------------------------------------------------------------
+
+
+def test_the_pipeline_stops_before_its_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = dump(tmp_path / "a.jsonl", {"foo": "a", "bar": "b"}, {"foo": "c", "bar": "d"})
+    for name, value in {"PROFILE": "tiny", "CHAT_DATA": str(path), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}.items():
+        monkeypatch.setenv(name, value)
+    for given, complaint in [(path, "line 1: no known form"), (tmp_path / "missing.jsonl", "no such file or folder")]:
+        monkeypatch.setenv("CHAT_DATA", str(given))
+        with pytest.raises(SystemExit) as stopped:
+            run_pipeline(PipelineConfig())
+        assert stopped.value.code == 2
+        said = capsys.readouterr()
+        assert complaint in said.err
+        assert "[1/" not in said.out  # no stage has begun
+    assert "its keys: foo, bar" in look_at_chats(ChatSource(str(path))).stop
+
+
+def test_stages_follow_from_the_chats_and_what_was_said_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dump(tmp_path / "a.jsonl", *RECORDS)
+
+    def stages(chat_data: str) -> dict[str, Any]:
+        settings = Settings.from_env({"PROFILE": "tiny", "CHAT_DATA": chat_data})
+        return {s.name: s for s in make_stages(choose_profile(settings, 0), settings, tmp_path)}
+
+    key = stages(str(path))["chat_sft"].key
+    assert stages(str(path))["chat_sft"].key == key
+    monkeypatch.setenv("CHAT_ME", "Bob")
+    assert stages(str(path))["chat_sft"].key != key
+    monkeypatch.delenv("CHAT_ME")
+    dump(path, *RECORDS, RECORDS[0])
+    assert stages(str(path))["chat_sft"].key != key
+    without = stages("none")
+    assert not {"mid_train", "chat_sft"} & without.keys()
+    assert without["answer"].needs == ("base_train",)
+    assert "base" in without["answer"].flags
+    assert "--chat_data=hf:a/b" in stages("hf:a/b")["mid_train"].flags
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *args: ["test_sft", "train_sft"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: asked.append((args, more)) or RECORDS)
+    loaded, inventory = load_chats(ChatSource("hf:owner/name:part"))
+    assert [show_learned(c) for c in loaded] == SAME
+    assert asked == [(("owner/name", "part"), {"split": "train_sft"})]
+    assert inventory.read == {"messages": 2}
+
+    def refuse(*args: Any) -> list[str]:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
+    assert "hf:owner/name can't be loaded" in look_at_chats(ChatSource("hf:owner/name")).stop
