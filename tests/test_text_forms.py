@@ -24,7 +24,7 @@ from nanochat.data.text_look import look_at_texts
 from nanochat.data.text_walk import ReadOptions
 from nanochat.pipeline.inputs import language_advice
 from nanochat.pipeline.profiles import Settings, choose_profile
-from nanochat.pipeline.stages import QUESTION, Stage, ask_instead
+from nanochat.pipeline.stages import QUESTION, Stage, ask_instead, fingerprint, texts_fingerprint
 from scripts import data_check
 
 SENTENCE = "The cat sat on the mat and looked at the rain for a long while. "
@@ -283,6 +283,9 @@ def test_json_of_every_shape(tmp_path: Path) -> None:
             assert read(file) == expected
     file.write_text('{"text": "a"}\n{"text": "b"}\n')  # JSON lines under another name
     assert read(file) == ["a", "b"]
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"a\.json, item 1: not JSON"):
+        read(file)
     file.write_text('[{"text": "a"}, {"text": ')
     with pytest.raises(ValueError, match=r"a\.json, item 2: not JSON"):
         read(file)
@@ -412,6 +415,23 @@ def test_a_changed_folder_replaces_its_import(tmp_path: Path, base_dir: Path) ->
     assert second != first
     assert not first.exists()
     assert second.exists()
+
+
+def test_a_changed_input_changes_its_stage(tmp_path: Path) -> None:
+    chats = tmp_path / "chats.json"
+    chats.write_text("[1]")
+    before = fingerprint(chats)
+    chats.write_text("[2]")
+    assert fingerprint(chats) != before
+    own = tmp_path / "own"
+    (own / "sub").mkdir(parents=True)
+    prints = set()
+    for name, text in (("a.docx", "one"), ("a.docx", "two"), ("sub/a.docx", "two"), ("b.epub", "three")):
+        (own / name).write_text(text)
+        prints.add(texts_fingerprint(own))
+    (own / "photo.png").write_bytes(b"\x89PNG")  # not read: nothing changes
+    assert texts_fingerprint(own) in prints
+    assert len(prints) == 4
 
 
 def test_data_check_prints_what_a_run_would_and_stops_like_one(

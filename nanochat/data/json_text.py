@@ -97,7 +97,7 @@ def _lines(file: Path | str, lines: TextIO) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
 
 
@@ -123,8 +123,8 @@ def _values(file: Path | str, lines: TextIO) -> Iterator[tuple[str, Any]]:
                     yield f"item {number}", value
                     at = end
                     continue
-            except ValueError as error:
-                if ended or len(text) - at > LONGEST_VALUE:
+            except (ValueError, RecursionError) as error:
+                if ended or isinstance(error, RecursionError) or len(text) - at > LONGEST_VALUE:
                     raise ValueError(f"{file}, item {number + 1}: not JSON ({error})") from None
         if ended:
             if in_array:

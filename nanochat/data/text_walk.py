@@ -238,11 +238,11 @@ def _classify(entry: _File, options: ReadOptions, inventory: Inventory, given: b
         if not options.source_code and not given:
             return leave_out(CODE_REASON, options.source_code is None)
         kind = "txt"
+    elif suffix in CONVERT:
+        return leave_out(CONVERT[suffix])
     elif kind is None and not given:
         if suffix in NO_TEXT:
             return leave_out("no text", matters=False)
-        if suffix in CONVERT:
-            return leave_out(CONVERT[suffix])
         if suffix and suffix[1:].isalpha():
             head = _head(entry.path, SNIFF_BYTES)
             texty = not packed and not _is_binary(head)
