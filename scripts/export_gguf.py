@@ -56,11 +56,11 @@ def main(cfg: Config) -> None:
     path = Path(cfg.output)
     refuse_other_file(path)
     import_gguf()
-    model, tokenizer, _ = load_model(cfg.source, torch.device("cpu"), "eval", cfg.model_tag, cfg.step)
+    model, tokenizer, meta = load_model(cfg.source, torch.device("cpu"), "eval", cfg.model_tag, cfg.step)
     for note in check_exact(model, tokenizer, cfg.approximate):
         print0(note)
     config, state = fold(model, cfg.approximate)
-    card = GGUFCard.of(cfg.name or path.stem, model, cfg.source, cfg.license)
+    card = GGUFCard.of(cfg.name or path.stem, model, cfg.source, cfg.license, meta.get("sampling"))
     write_gguf(path, config, state, tokenizer, card, cfg.type, cfg.approximate)
     recipe = path.with_suffix(".Modelfile")
     write_text(recipe, modelfile(path.name, card, model.config.sequence_len))

@@ -68,7 +68,7 @@ def main(cfg: Config) -> None:
     name = cfg.name or folder.resolve().name
     with atomic_folder(folder) as tmp:
         config, state = fold(model, cfg.approximate)
-        card = GGUFCard.of(name, model, cfg.source, cfg.license)
+        card = GGUFCard.of(name, model, cfg.source, cfg.license, meta.get("sampling"))
         write_gguf(tmp / MODEL_FILE, config, state, tokenizer, card, cfg.type, cfg.approximate)
         add_page(tmp, page_facts(name, model, tokenizer, meta, cfg.type), wllama)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -88,6 +88,15 @@ class TestFile:
         assert field(reader, "tokenizer.ggml.add_bos_token") is True
         assert "{{ .Prompt }}" in modelfile("x.gguf", GGUFCard.of("x", model, "base", "mit"), 128)
 
+    def test_the_sampling_that_sft_recorded_is_passed_on(self, model):
+        for recorded, lines in (
+            (None, ("temperature 0.6", "top_k 50")),
+            ({"temperature": 0.2, "top_k": 20}, ("temperature 0.2", "top_k 20")),
+            ({"temperature": 0.0}, ("temperature 0.0", "top_k 50")),
+        ):
+            text = modelfile("x.gguf", GGUFCard.of("x", model, "sft", "mit", recorded), 128)
+            assert all(f"PARAMETER {line}\n" in text for line in lines)
+
     @pytest.mark.parametrize(("kind", "worst"), [("f32", 0.0), ("bf16", 2**-8), ("q8_0", 2**-6), ("q4_0", 2**-2)])
     def test_weights_are_stored_as_told(self, folder, model, tokenizer, kind, worst):
         reader = gguf.GGUFReader(written(folder, model, tokenizer, kind))

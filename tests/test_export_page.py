@@ -441,3 +441,10 @@ def test_it_writes_what_our_engine_writes(browser, tmp_path, tokenizer):
         )
         parts = found["messages"][-1]["parts"]
     assert "".join(part["text"] for part in parts) == tokenizer.decode_bytes(ids).decode("utf-8", errors="ignore")
+
+
+def test_a_page_draws_answers_as_the_checkpoint_says(tiny_model, tiny_tokenizer):
+    for recorded, expected in ((None, (0.8, 50)), ({"temperature": 0.3, "top_k": 20}, (0.3, 20))):
+        defaults = page_facts("x", tiny_model, tiny_tokenizer, {"sampling": recorded}, "f32")["defaults"]
+        assert (defaults["temperature"], defaults["top_k"]) == expected
+        assert defaults["max_tokens"] == min(512, tiny_model.config.sequence_len)

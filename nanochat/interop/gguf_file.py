@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,15 +46,20 @@ class GGUFCard:
     license: str
     chat: bool
     """It was trained on conversations: the file gets the chat template. Otherwise texts begin with the bos token."""
+    sampling: Mapping[str, float | int] = field(default_factory=lambda: SAMPLING)
+    """How programs draw answers unless they are told otherwise: temperature and top_k."""
 
     @classmethod
-    def of(cls, name: str, model: GPT, source: str, license: str) -> GGUFCard:
-        """The card of a stage's model."""
+    def of(
+        cls, name: str, model: GPT, source: str, license: str, sampling: Mapping[str, float | int] | None = None
+    ) -> GGUFCard:
+        """The card of a stage's model; `sampling` is what its checkpoint records, if anything."""
         description = f"A nanochat model of {model.num_params():,} parameters, {STAGES[source]}."
         chat = source != "base"
         if chat:
             description += " Its sums need a program that computes what stands between python_start and python_end."
-        return cls(name=name, description=description, license=license, chat=chat)
+        drawn = SAMPLING | dict(sampling or {})
+        return cls(name=name, description=description, license=license, chat=chat, sampling=drawn)
 
 
 def refuse_other_file(path: Path) -> None:
@@ -193,8 +198,8 @@ def _add_facts(
     writer.add_value_length(config["head_dim"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_sampling_temp(SAMPLING["temperature"])
-    writer.add_sampling_top_k(SAMPLING["top_k"])
+    writer.add_sampling_temp(card.sampling["temperature"])
+    writer.add_sampling_top_k(card.sampling["top_k"])
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -284,8 +289,8 @@ def modelfile(gguf_name: str, card: GGUFCard, context_length: int) -> str:
             f"FROM ./{gguf_name}",
             f'TEMPLATE """{template}"""',
             *(f'PARAMETER stop "{stop}"' for stop in stops),
-            f"PARAMETER temperature {SAMPLING['temperature']}",
-            f"PARAMETER top_k {SAMPLING['top_k']}",
+            f"PARAMETER temperature {card.sampling['temperature']}",
+            f"PARAMETER top_k {card.sampling['top_k']}",
             # Ollama's own values would cut and penalize, which our engine does not.
             "PARAMETER top_p 1",
             "PARAMETER repeat_penalty 1",

@@ -26,7 +26,8 @@ from nanochat.tokenizer import RustBPETokenizer
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 FACTS_FILE, MODEL_FILE = "model.json", "model.gguf"
-DEFAULTS = {"temperature": 0.8, "top_k": 50, "max_tokens": 512}  # those of chat_web
+DEFAULTS = {"temperature": 0.8, "top_k": 50}  # those of chat_web, and so is:
+MAX_TOKENS = 512
 
 WLLAMA = "@wllama/wllama"
 WLLAMA_VERSION = "2.4.0"
@@ -145,7 +146,8 @@ def page_facts(
             "context_length": config.sequence_len,
         },
         "special": {token: tokenizer.encode_special(token) for token in sorted(tokenizer.get_special_tokens())},
-        "defaults": {**DEFAULTS, "max_tokens": min(DEFAULTS["max_tokens"], config.sequence_len)},
+        # As chat_web: what SFT found to suit the model goes before the usual settings.
+        "defaults": DEFAULTS | (meta.get("sampling") or {}) | {"max_tokens": min(MAX_TOKENS, config.sequence_len)},
         "limits": {**LIMITS, "max_tokens": config.sequence_len},
     }
 
