@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ from nanochat.data.text_files import TextReader, file_of
 from nanochat.data.text_import import import_path, inventory_of
 from nanochat.data.text_look import look_at_texts
 from nanochat.data.text_walk import ReadOptions
-from nanochat.pipeline.inputs import language_advice
+from nanochat.pipeline.inputs import language_advice, look_at_inputs
 from nanochat.pipeline.profiles import Settings, choose_profile
 from nanochat.pipeline.stages import QUESTION, Stage, ask_instead, fingerprint, texts_fingerprint
 from scripts import data_check
@@ -381,6 +382,16 @@ def test_long_texts_without_blank_lines_are_cut_at_sentences(tmp_path: Path, kin
     assert "".join(documents) == text
     assert all(4_000 <= len(document) <= 10_000 for document in documents[:-1])
     assert all(document.endswith(". ") for document in documents[:-1])
+
+
+def test_a_pipeline_stops_before_its_first_stage_when_there_is_too_little(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("too short to be cut in two")
+    settings = Settings(data_dir=tmp_path)
+    with pytest.raises(UnusableInputError, match="at least two are needed"):
+        look_at_inputs(choose_profile(replace(settings, chat_data="demo"), 0), settings)
+    (tmp_path / "b.txt").write_text("another short text")
+    (inventory,) = look_at_inputs(choose_profile(replace(settings, chat_data="demo"), 0), settings)
+    assert inventory.facts["documents"] == 2
 
 
 def test_one_text_alone_gives_two_documents(tmp_path: Path) -> None:

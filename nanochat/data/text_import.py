@@ -42,7 +42,7 @@ BUCKET_BYTES = 32_000_000  # of text, about
 PENDING_BYTES = 64_000_000  # held in memory before buckets are written
 UNPACKED_TIMES = 4  # how many times as large a compressed file is taken to be unpacked
 SAMPLES = 3
-MIN_SPLIT_CHARS = 400  # of a single document, so that a part of it can validate
+MIN_SPLIT_CHARS = 100  # of a single document, so that a part of it can validate
 PACKED_KINDS = ("parquet", "arrow", "archive", "epub", "docx", "odt")
 BUCKET_SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.string())])
 

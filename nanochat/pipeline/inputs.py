@@ -49,7 +49,12 @@ def _texts(path: Path | None) -> Inventory | None:
             f"prepared shards are used in place, the last of them for validation ({format_bytes(size)})"
         )
         return inventory
-    return inventory_of(prepare_own(path, show=False))
+    found = inventory_of(prepare_own(path, show=False))
+    if found is not None and found.facts["documents"] < 2:
+        found.stop = (
+            f"{found.name}: a single short document is too little, at least two are needed (one to validate with)"
+        )
+    return found
 
 
 def own_question(settings: Settings) -> str:
