@@ -1,12 +1,14 @@
 """What clients of other servers send, and what they mean by it: messages, numbers, other fields, paths, methods."""
 
 import json
+import threading
 
 import httpx
 import pytest
 from web_server import HELLO, INFO, ScriptedEngine, serve, tiny_app, tiny_chat_model, wait_until
 
 from nanochat.generate.sampling import Sampling
+from nanochat.serve.answer_form import AnswerForm
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.guard import Access
 
@@ -466,3 +468,27 @@ def test_of_a_long_conversation_the_newest_part_is_read(client, tiny_tokenizer):
     assert 64 < continued["usage"]["prompt_tokens"] < 128
     message = refused(chat(client, turns, max_tokens=1), "messages")
     assert "truncation" in message
+
+
+def test_forms_are_made_one_at_a_time_and_not_for_those_who_have_left(model, tiny_tokenizer, monkeypatch):
+    made, gate, answers = [], threading.Event(), []
+    compile_form = AnswerForm.compile
+
+    def slowly(self, grammars):
+        made.append(self.value)
+        gate.wait(20)
+        return compile_form(self, grammars)
+
+    monkeypatch.setattr(AnswerForm, "compile", slowly)
+    with serve(tiny_app(model, tiny_tokenizer)[0]) as client:
+        first = threading.Thread(target=lambda: answers.append(chat(client, guided_choice=["yes"])))
+        first.start()
+        wait_until(lambda: made)
+        with httpx.Client(base_url=client.base_url, timeout=0.3) as other, pytest.raises(httpx.ReadTimeout):
+            chat(other, guided_choice=["no"])
+        assert fine(client.post("/v1/completions", json={"prompt": "The sky", "max_tokens": 1}))["choices"]
+        gate.set()
+        first.join()
+        wait_until(lambda: 'status="499"} 1.0' in client.get("/metrics").text)
+    assert fine(answers[0])["choices"][0]["message"]["content"] == "yes"
+    assert made == [["yes"]]

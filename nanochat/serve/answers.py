@@ -114,7 +114,7 @@ class Service:
     ) -> None:
         self.pool, self.tokenizer, self.defaults, self.model_info, self.log = pool, tokenizer, defaults, model_info, log
         self.metrics = ServerMetrics(pool.stats)
-        self.grammars = Grammars(tokenizer)
+        self.grammars, self.compiling = Grammars(tokenizer), asyncio.Lock()
         self.created = int(time.time())
         self.special_tokens = frozenset(tokenizer.encode_special(name) for name in tokenizer.get_special_tokens())
 

@@ -98,7 +98,7 @@ async def chat_completion(service: Service, body: OpenAIChatRequest, request: Re
     tokens, _, notes = await service.chat_prompt(
         body.messages, body.limit, forget=body.truncation == "auto", new_turn=body.continue_final_message is False
     )
-    asked = await chat_generations(service, body, tools, tokens)
+    asked = await chat_generations(service, body, tools, tokens, request)
     completion = _Completion(service, "chat.completion", len(tokens), warnings + notes + tools.warnings(), tools)
     return await completion.respond(body, request, asked, [body.messages] * body.n)
 
@@ -111,7 +111,7 @@ async def text_completion(service: Service, body: CompletionRequest, request: Re
     wants_prompt_logprobs = body.echo and body.top_logprobs_asked is not None
     room = 0 if wants_prompt_logprobs and body.limit == 0 else 1
     prompts = await run_in_threadpool(_encode, service, body, room)
-    constraint = await compiled_form(service, wanted_form(body))
+    constraint = await compiled_form(service, wanted_form(body), request)
     asked = [
         dataclasses.replace(generation, prompt_logprobs=wants_prompt_logprobs)
         for tokens in prompts
@@ -142,7 +142,7 @@ def check_request(service: Service, body: OpenAIRequest) -> list[str]:
 
 
 async def chat_generations(
-    service: Service, body: OpenAIRequest, tools: Tools, tokens: list[int]
+    service: Service, body: OpenAIRequest, tools: Tools, tokens: list[int], request: Request
 ) -> list[GenerationRequest]:
     """The generations that answer a conversation: a required call of a tool, a form, or any text.
 
@@ -156,7 +156,7 @@ async def chat_generations(
     if tools.schema is not None:
         form = AnswerForm("json", tools.schema, "tools")
     if tools.expression_of is None:
-        return service.generations(tokens, body, body.n, await compiled_form(service, form))
+        return service.generations(tokens, body, body.n, await compiled_form(service, form, request))
     # The call is begun, and the model goes on with it: what it writes up to the end of the call is the expression.
     begun = [*tokens, service.tokenizer.encode_special("<|python_start|>")]
     ends = (service.tokenizer.encode_special("<|python_end|>"),)
@@ -166,9 +166,14 @@ async def chat_generations(
     ]
 
 
-async def compiled_form(service: Service, form: AnswerForm | None) -> Constraint | None:
+async def compiled_form(service: Service, form: AnswerForm | None, request: Request) -> Constraint | None:
     """The form of an answer as the engine needs it; it is made in another thread, which may take a moment."""
-    return None if form is None else await run_in_threadpool(form.compile, service.grammars)
+    if form is None:
+        return None
+    async with service.compiling:  # one at a time: those that wait must not hold all threads meanwhile
+        if await request.is_disconnected():
+            raise RequestError(CLIENT_GONE, "the client has gone")
+        return await run_in_threadpool(form.compile, service.grammars)
 
 
 def _encode(service: Service, body: CompletionRequest, room: int) -> list[list[int]]:

@@ -84,7 +84,7 @@ def add_responses_route(app: FastAPI, service: Service) -> None:
         tools = read_tools(body.tools, body.tool_choice)
         messages = to_messages(body)
         tokens, _, notes = await service.chat_prompt(messages, body.limit, forget=body.truncation == "auto")
-        generations = await chat_generations(service, body, tools, tokens)
+        generations = await chat_generations(service, body, tools, tokens, request)
         answer = AnswerStream(service, generations, [messages], ends_with=tools.call_of)
         written = _Response(service, body, CallReader(tools), len(tokens), warnings + notes + tools.warnings())
         if body.stream:
