@@ -464,3 +464,10 @@ def test_the_warmest_setting_that_spoils_nothing_is_chosen(tiny_tokenizer, warme
     engine.tokenizer = tiny_tokenizer
     assert choose_sampling(engine, tiny_tokenizer, conversations) == chosen
     assert choose_sampling(engine, tiny_tokenizer, conversations[:5]) == {}  # too few to say
+
+
+def test_blank_task_names_are_refused_and_repeated_ones_asked_once():
+    with pytest.raises(ValueError, match="with a blank name"):
+        chat_eval.choose_tasks("DemoWordSums|", {})
+    tasks, _ = chat_eval.choose_tasks("DemoWordSums| demowordsums |DemoWordSums", {})
+    assert list(tasks) == ["DemoWordSums"]

@@ -73,6 +73,7 @@ class HeldOutChats:
         questions = [_text(prompt[-1]["content"]) for prompt in self.prompts]
         rows = [[_cell(text) for text in row] for row in zip(questions, before, after, self.expected, strict=True)]
         table = to_markdown([["question", "answer before", "answer after", "the chat says"], *rows])
+        table[1] = "|---" * 4 + "|"  # texts, no numbers
         get_report().log(section=SECTION, data="\n".join(table))
         print0(f"the report shows the answers to {len(rows)} held-out chats, before and after")
 
@@ -83,5 +84,5 @@ def _text(content: str | list[dict[str, str]]) -> str:
 
 def _cell(text: str) -> str:
     """A text as one cell of a table."""
-    text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
-    return text if len(text) <= CELL_CHARS else text[:CELL_CHARS].rstrip("\\") + " …"
+    text = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+    return text if len(text) <= CELL_CHARS else text[:CELL_CHARS] + " …"
