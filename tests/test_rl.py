@@ -15,6 +15,7 @@ from nanochat.engine import Engine, row_seed
 from nanochat.scoring import pass_at_k
 from nanochat.train.rl import RLConfig, RLTasks, evaluate_pass_at_k, policy_loss, reinforce
 from nanochat.train.rollouts import (
+    MAX_TRIES,
     FittingProblems,
     Rollout,
     RolloutConfig,
@@ -247,14 +248,15 @@ def test_problems_that_do_not_fit_are_left_out_with_a_count(tiny_tokenizer, caps
 def test_a_problem_that_does_not_fit_or_teaches_nothing_is_replaced(tiny_model, tiny_tokenizer):
     task = Judged(lambda n, text: n == 5 or (n in (3, 7) and len(text) % 2))  # the others never teach
     loader = make_loader(tiny_model, tiny_tokenizer, task=task, examples_per_step=1, num_samples=9)
-    shares, flat = [], []
+    shares, redrawn = [], []
     for _ in range(8):
         answers = answers_of(loader)
         assert (not answers) == (loader.metrics["useful_share"] == 0)
         shares.append(loader.metrics["useful_share"])
-        flat.append(loader.metrics["problems_without_spread"])
+        redrawn.append(loader.metrics["problems_redrawn"])
     assert 0 < sum(share > 0 for share in shares) < 8  # nothing is learned where all tries are in vain: no error
-    assert flat == [float(share == 0) for share in shares]
+    assert max(redrawn) == MAX_TRIES - 1
+    assert all(times == MAX_TRIES - 1 for share, times in zip(shares, redrawn, strict=True) if share == 0)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -2,9 +2,8 @@
 
 A step draws problems, lets the model answer each several times with the tools it has, and rewards the answers. An
 answer's advantage is its reward less the mean reward of its group, so a group whose answers are all right or all wrong
-teaches nothing. So a few answers are sampled first, to twice the problems: of two, the first whose answers differ in
-reward takes a place in the step, and gets the rest of its answers. A step for which nothing is left is not made (see
-`Precision.step`).
+teaches nothing: it is left out. While fewer than a quarter of a step's problems are left, others take the place of
+those that teach nothing, a few times at most. A step for which nothing is left is not made (see `Precision.step`).
 
 Everything that is drawn follows from (seed, rollout number, place among the step's problems, try), so it does not
 depend on the number of ranks, and a resume needs only the rollout's number and the answers still to be learned from.
@@ -14,7 +13,6 @@ Shapes: B sequences, T tokens.
 
 from __future__ import annotations
 
-import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -33,8 +31,9 @@ from nanochat.gpt import GPT
 from nanochat.messages import Conversation
 from nanochat.tokenizer import RustBPETokenizer
 
-COUNTED = ("answers", "probes", "reward", "answer_tokens", "useful", "too_long", "flat")  # of a rollout
-CANDIDATES = 2  # problems drawn for each place of a step: the first whose answers differ in reward takes it
+COUNTED = ("answers", "reward", "answer_tokens", "useful", "too_long", "redrawn")  # of a rollout
+MAX_TRIES = 4  # draws of problems for a place of a step
+ENOUGH = 0.25  # share of a step's places whose problems must teach something; until then the others are drawn anew
 
 
 class RewardTask(Protocol):
@@ -135,12 +134,8 @@ def attempt_problems(
     count: int,
     cfg: RolloutConfig,
     seeds: Sequence[int | str],
-    first: int = 0,
 ) -> list[list[Rollout]]:
-    """`count` answers to each problem with their rewards; none to one that fills the context.
-
-    `seeds` are those of the problems; the answers to each are numbered from `first` on, and drawn by their number.
-    """
+    """`count` answers to each problem with their rewards; none to one that fills the context. `seeds`: by problem."""
     prompts = [tokenizer.render_for_completion(problem) for problem in problems]
     owners = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.context_length for _ in range(count)]
     sequences, masks = engine.generate_prompts(
@@ -148,7 +143,7 @@ def attempt_problems(
         cfg.max_new_tokens,
         temperature=cfg.temperature,
         top_k=cfg.top_k or None,
-        seeds=[row_seed(seeds[i], first + n % count) for n, i in enumerate(owners)],
+        seeds=[row_seed(seeds[i], n % count) for n, i in enumerate(owners)],
         keep_end=True,  # the model chose to end there: that is learned too
     )
     rollouts: list[list[Rollout]] = [[] for _ in problems]
@@ -283,41 +278,42 @@ class RolloutLoader:
     def _roll_out(self) -> list[Rollout]:
         """This rank's answers for the next step, those without an advantage left out: perhaps none."""
         cfg, totals = self.cfg, defaultdict[str, float](float)
-        # A few answers tell whether a problem teaches anything; the others are sampled only where it does.
-        probes = min(cfg.num_samples, max(2, math.isqrt(cfg.num_samples)))
-        places = range(self.compute.rank, cfg.examples_per_step, self.compute.world_size)
-        drawn = [(place, attempt) for place in places for attempt in range(CANDIDATES)]
-        problems = [self.task[self._problem(*draw)] for draw in drawn]
-        seeds = [self._draw_seed(*draw) for draw in drawn]
-        groups = self._answer(problems, seeds, probes, totals)
-        found: dict[int, tuple[Conversation, str, list[Rollout]]] = {}  # by place
-        for (place, _), problem, seed, group in zip(drawn, problems, seeds, groups, strict=True):
-            # Problems are drawn at random, and these answers say how good the model is at them; the rest would not.
-            totals["probes"] += len(group)
-            totals["reward"] += sum(answer.reward for answer in group)
-            totals["too_long"] += not group
-            if len({answer.reward for answer in group}) > 1:
-                found.setdefault(place, (problem, seed, group))
-        chosen = list(found.values())
-        rest = self._answer([c[0] for c in chosen], [c[1] for c in chosen], cfg.num_samples - probes, totals, probes)
-        useful = [
-            answer
-            for (*_, first), more in zip(chosen, rest, strict=True)
-            for answer in with_advantages([*first, *more])
-            if abs(answer.advantage) > 1e-9
-        ]
+        places = list(range(self.compute.rank, cfg.examples_per_step, self.compute.world_size))
+        useful: list[Rollout] = []
+        for attempt in range(MAX_TRIES):
+            seeds = [self._draw_seed(place, attempt) for place in places]
+            groups = self._answer([self.task[self._problem(place, attempt)] for place in places], seeds, totals)
+            flat = []
+            for place, group in zip(places, groups, strict=True):
+                if len({answer.reward for answer in group}) > 1:
+                    useful += [answer for answer in with_advantages(group) if abs(answer.advantage) > 1e-9]
+                else:
+                    flat.append(place)
+            places = flat
+            # All ranks together, so that they decide alike, and as one rank would.
+            if self._total(len(places)) <= cfg.examples_per_step * (1 - ENOUGH):
+                break
+            totals["redrawn"] += len(places) if attempt + 1 < MAX_TRIES else 0
         totals["useful"] += len(useful)
-        totals["flat"] += len(places) - len(chosen)
         self._rollouts += 1
         self.metrics = self._means(totals)
         return useful
 
-    def _answer(
-        self, problems: list[Conversation], seeds: list[str], count: int, totals: dict[str, float], first: int = 0
-    ) -> list[list[Rollout]]:
-        """`count` answers to each problem, numbered from `first` on; none to one that fills the context."""
-        groups = attempt_problems(self.engine, self.tokenizer, self.task, problems, count, self.cfg, seeds, first)
+    def _total(self, count: int) -> int:
+        """The sum over all ranks."""
+        if not self.compute.ddp:
+            return count
+        total = torch.tensor(count, device=self.compute.device)
+        dist.all_reduce(total)
+        return int(total)
+
+    def _answer(self, problems: list[Conversation], seeds: list[str], totals: dict[str, float]) -> list[list[Rollout]]:
+        """The answers to each problem; none to one that fills the context."""
+        cfg = self.cfg
+        groups = attempt_problems(self.engine, self.tokenizer, self.task, problems, cfg.num_samples, cfg, seeds)
         totals["answers"] += sum(map(len, groups))
+        totals["reward"] += sum(answer.reward for group in groups for answer in group)
+        totals["too_long"] += sum(not group for group in groups)
         totals["answer_tokens"] += sum(answer.length for group in groups for answer in group)
         return groups
 
@@ -328,11 +324,11 @@ class RolloutLoader:
         sums = dict(zip(COUNTED, values.tolist(), strict=True))
         answers = max(1.0, sums["answers"])
         return {
-            "reward": sums["reward"] / max(1.0, sums["probes"]),
+            "reward": sums["reward"] / answers,
             "answer_tokens": sums["answer_tokens"] / answers,
             "useful_share": sums["useful"] / answers,
             "problems_too_long": sums["too_long"],
-            "problems_without_spread": sums["flat"],
+            "problems_redrawn": sums["redrawn"],
             "answers": sums["answers"],
         }
 
