@@ -299,16 +299,7 @@ def load_nanochat_folder(path_or_repo: str, device: torch.device) -> tuple[GPT, 
     model = GPT(config)
     model.load_state_dict(state)
     meta = {"step": 0, "model_config": config.to_dict(), "imported_from": path_or_repo}
-    return model.to(device).eval(), tokenizer, meta | {"sampling": recorded_sampling(folder)}
-
-
-def recorded_sampling(folder: Path) -> dict[str, Any]:
-    """How a folder says that answers are best drawn: temperature and top_k; empty where it doesn't say."""
-    path = folder / "generation_config.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if not stored.get("do_sample"):
-        return {"temperature": 0.0} if "do_sample" in stored else {}
-    return {name: stored[name] for name in ("temperature", "top_k") if stored.get(name) is not None}
+    return model.to(device).eval(), tokenizer, meta | recorded_facts(folder)
 
 
 def own_config(stored: dict[str, Any]) -> GPTConfig:
