@@ -54,7 +54,10 @@ def look(path: str, options: ReadOptions) -> Inventory:
     """The inventory of one path: of chats if it holds any, else of texts."""
     folder = Path(path).expanduser()
     chats = look_at_chats(ChatSource.from_env(path)) if path.startswith(HUB) or folder.exists() else None
-    if chats is not None and (chats.num_read or "CHAT_ME" in chats.stop or path.startswith(HUB)):
+    others = (
+        0 if chats is None else sum(entry.kinds.get("file", 0) for entry in chats.left_out.values() if entry.matters)
+    )
+    if chats is not None and (path.startswith(HUB) or (chats.num_read and not chats.stop and not others)):
         return chats
     return look_at_texts(folder, options)
 

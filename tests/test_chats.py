@@ -18,10 +18,12 @@ import pytest
 from nanochat.data import chats
 from nanochat.data.chats import ChatSource, load_chats, look_at_chats, show_learned
 from nanochat.data.inventory import Inventory, UnusableInputError
+from nanochat.data.text_walk import ReadOptions
 from nanochat.pipeline.profiles import Settings, choose_profile
 from nanochat.pipeline.run import Config as PipelineConfig
 from nanochat.pipeline.run import main as run_pipeline
 from nanochat.pipeline.stages import make_stages
+from scripts import data_check
 
 U, A = "user", "assistant"
 PAIR = [{"role": U, "content": "Hi"}, {"role": A, "content": "Hello!"}]
@@ -709,3 +711,16 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     assert "hf:owner/name can't be loaded" in look_at_chats(ChatSource("hf:owner/name")).stop
+
+
+def test_data_check_tells_chats_from_texts(tmp_path: Path) -> None:
+    """A chat of people is a text until somebody says whose side is learned; a folder of both is one of texts."""
+    folder = tmp_path / "both"
+    folder.mkdir()
+    (folder / "a.txt").write_text("A story of some length. " * 50)
+    dump(folder / "b.jsonl", *RECORDS)
+    options = ReadOptions()
+    assert data_check.look(str(dump(tmp_path / "c.jsonl", *RECORDS)), options).noun == "conversation"
+    assert data_check.look(str(folder), options).noun != "conversation"
+    (tmp_path / "WhatsApp Chat.txt").write_text(WHATSAPP)
+    assert data_check.look(str(tmp_path / "WhatsApp Chat.txt"), options).noun != "conversation"
