@@ -18,6 +18,7 @@ from nanochat.train.tracking import METRICS_FILE
 from nanochat.train.trainer import Trainer
 from scripts import chat_sft, mid_train
 from tasks.mixtures import MID_TASKS, TOKENS_EACH, conversations, mid_sizes
+from tasks.sources import Rows
 
 CPU = Runtime(device_type="cpu", dtype="float32")
 
@@ -340,7 +341,7 @@ def test_the_report_shows_held_out_chats_before_and_after(saved_mid, capsys):
         {"messages": [{"role": "system", "content": "s"}, *chat_of("who|am\nI"), {"role": "user", "content": "x"}]},
         {"messages": [*chat_of("two")]},
     ]
-    data = DATA._replace(val=chats, own=True)
+    data = DATA._replace(val=Rows(chats, range(2)), own=True)
     finetune(SFT, config(), lambda budget: data)
     text = (get_report().folder / "your-chats-before-and-after.md").read_text()
     header, _, first, second = [line for line in text.splitlines() if line.startswith("|")]

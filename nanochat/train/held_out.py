@@ -41,8 +41,8 @@ class HeldOutChats:
         self.before: list[str] = []
         self.prompts: list[list[Message]] = []
         self.expected: list[str] = []
-        for conversation in conversations[:QUESTIONS] if conversations else ():
-            messages = conversation["messages"]
+        for number in range(min(QUESTIONS, len(conversations))):  # of a Rows, which has no slices
+            messages = conversations[number]["messages"]
             at = next((i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0), None)
             if at is not None:
                 self.prompts.append(messages[:at])
