@@ -231,6 +231,17 @@ ONE = {
         },
         "user: Hi\nassistant: [Hello!]\nuser: 2+2?\nassistant: «4»",
     ),
+    "training false (axolotl)": (
+        {
+            "messages": [
+                PAIR[0],
+                {**PAIR[1], "training": False},
+                {"role": U, "content": "2+2?"},
+                {"role": A, "content": "4"},
+            ]
+        },
+        "user: Hi\nassistant: [Hello!]\nuser: 2+2?\nassistant: «4»",
+    ),
     "empty answer": (
         {
             "messages": [
@@ -438,7 +449,8 @@ def iphone(text: str) -> str:
         hour = int(clock[:2])
         clock = f"{(hour - 1) % 12 + 1}:{clock[3:]}:07\u202f{'PM' if hour > 11 else 'AM'}"
         rest = rest.replace("<Media omitted>", "\u200eimage omitted")
-        lines.append(f"\u200e[{int(month)}/{int(day)}/25, {clock}] {rest}")
+        mark = "\u200e" if "\u200e" in rest else ""  # before what the program says, not before what people say
+        lines.append(f"{mark}[{int(month)}/{int(day)}/25, {clock}] {rest}")
     return "\n".join(lines)
 
 
@@ -573,7 +585,7 @@ def test_everything_left_out_is_counted_under_its_own_reason(tmp_path: Path) -> 
     image = {"messages": [{"role": U, "content": [{"type": "image_url"}]}, PAIR[1]]}
     unweighted = {"messages": [PAIR[0], {**PAIR[1], "weight": 0}]}
     odd = {"messages": PAIR, "tools": [{"name": "w"}], "lang": "en"}
-    records = [*RECORDS * 3, bad, bad, nothing, empty, null, image, unweighted, odd]
+    records = [*RECORDS * 3, bad, {**bad, "label": -1}, nothing, empty, null, image, unweighted, odd]
     texts, inventory = look(dump(tmp_path / "a.jsonl", *records))
     assert len(texts) == 7
     assert {reason: entry.count for reason, entry in inventory.left_out.items()} == {

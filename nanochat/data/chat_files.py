@@ -32,6 +32,8 @@ ARROW_STREAM = b"\xff\xff\xff\xff"
 KEPT_BACK = re.compile(r"(test|val|valid|validation|eval|dev)([-_.].*)?", re.IGNORECASE)
 KEPT_BACK_REASON = "kept for measuring, by its name (give the file itself to learn it)"
 NO_CHATS = NO_TEXT | CODE | {".pdf", ".html", ".htm", ".md", ".css"}
+# A conversation is an object or an array of messages; "[05.01.24, 21:03:11] Ann: hi" is a line of a chat's export.
+JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{|\[\s*(?:[\[{"\]]|\Z))')
 HUB = "hf:"  # hf:owner/name, hf:owner/name@split, hf:owner/name:config@split
 BATCH = 256  # rows of parquet or Arrow in memory
 
@@ -135,13 +137,13 @@ def _unpacked(raw: IO[bytes]) -> tuple[io.BufferedReader, bool]:
 
 
 def _text_records(name: str, utf8: io.BufferedReader, note: Callable[[str], None]) -> Iterator[Placed]:
-    start = utf8.peek(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    is_json = JSON_START.match(utf8.peek(1 << 10)) is not None
     suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
     is_table = any(suffix in TABLES for suffix in suffixes)
     text = io.TextIOWrapper(utf8, "utf-8-sig", errors="replace", newline="" if is_table else None)
     if is_table:
         yield from _table_rows(text, note)
-    elif start in (b"{", b"[") or ".json" in suffixes or ".jsonl" in suffixes:
+    elif is_json or ".json" in suffixes or ".jsonl" in suffixes:
         yield from json_records(text, lambda value: is_message(value) and read_entry(value) is None)
     else:
         yield "the text", {"text": text.read(), "name": name}

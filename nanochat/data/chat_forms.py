@@ -53,7 +53,7 @@ CONTEXT_KEYS = ("context", "input", "passage", "document")
 TEMPLATE_KEYS = ("text", "content", "conversation", "prompt", "input", "chosen", "formatted", "sample")
 GOOD_KEYS, BAD_KEYS = ("chosen", "preferred_output", "chosen_response"), ("rejected", "non_preferred_output")
 # Marks that say what must not be learned: such a value of one is "no".
-MARKS = ("weight", "train", "loss_weight", "label", "kto_tag")
+MARKS = ("weight", "train", "training", "loss_weight", "label", "kto_tag")
 # Keys that say nothing about the meaning of a conversation.
 HARMLESS = re.compile(
     r".*(id|ids|idx|index|hash|url|link|source|dataset|model|date|time|timestamp|lang|language|created.*|updated.*|tokens?"
@@ -76,7 +76,7 @@ class Marked(ValueError):
 
 def is_off(value: Any) -> bool:
     """True if the value of a mark says that something must not be learned."""
-    return str(value).strip().lower() in ("0", "0.0", "false", "no")
+    return str(value).strip().lower() in ("0", "0.0", "-1", "-1.0", "false", "no")
 
 
 def is_message(value: Any) -> bool:
