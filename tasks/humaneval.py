@@ -6,6 +6,7 @@ Data set: openai/openai_humaneval on the hub, or humaneval/HumanEval.jsonl under
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
 
@@ -31,6 +32,7 @@ def defines(entry_point: str) -> re.Pattern[str]:
 def extract_code(completion: str, entry_point: str = "") -> str:
     """Return the code of an answer: its first fenced block, or the first that defines `entry_point` if one does.
 
+    Blocks that only import or define what that one lacks stand before it.
     An answer without a block is code as a whole, except for sentences around a definition; so is what stands before
     a fence that closes a block which was never opened.
     """
@@ -44,7 +46,7 @@ def extract_code(completion: str, entry_point: str = "") -> str:
         return blocks[0] if blocks else completion
     for code in blocks:
         if definition.search(code):
-            return code
+            return _with_helpers(code, blocks)
     outside = _CODE_BLOCK.split(completion, 1)[0]  # before the first fence, if there is one
     if not definition.search(outside):
         is_body = outside.strip() and outside.lstrip("\n")[0].isspace()
@@ -60,6 +62,36 @@ def extract_code(completion: str, entry_point: str = "") -> str:
         open_quotes ^= (lines[stop].count('"""') + lines[stop].count("'''")) % 2 == 1
         stop += 1
     return "\n".join(lines[start:stop])
+
+
+def _with_helpers(code: str, blocks: list[str]) -> str:
+    """A block after those beside it that only import or define names, none of which it or another has defined."""
+    known = _defined(code, only=False) or set()
+    helpers = []
+    for block in blocks:
+        names = _defined(block, only=True)
+        if names and block != code and not names & known:
+            known |= names
+            helpers.append(block)
+    # An import from __future__ must stay the first statement.
+    return "\n".join([*helpers, code]) if helpers and "from __future__" not in code else code
+
+
+def _defined(code: str, only: bool) -> set[str] | None:
+    """The names that a source imports or defines at its top level; None if it can't be read, or (`only`) does more."""
+    try:
+        statements = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    names: set[str] = set()
+    for statement in statements:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(statement.name)
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
+        elif only:
+            return None
+    return names
 
 
 def build_solution(prompt: str, entry_point: str, completion: str) -> str:

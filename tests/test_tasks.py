@@ -329,6 +329,18 @@ def test_humaneval_program_keeps_the_imports_and_helpers_of_the_prompt():
     assert extract_code("x = 1") == "x = 1"
 
 
+def test_humaneval_joins_helpers_that_stand_in_blocks_of_their_own():
+    def program(*blocks: str) -> str:
+        return extract_code("\n".join(f"So:\n```python\n{block}\n```" for block in blocks), "f")
+
+    helper, solution = "def inc(v):\n    return v + 1", "def f(x):\n    return inc(x)"
+    assert program(helper, solution) == program(solution, helper) == f"{helper}\n{solution}"
+    assert program("import math", solution, "print(f(1))") == f"import math\n{solution}"
+    both = f"{helper}\n{solution}"
+    for other in ("def inc(v):\n    return v", "pip install x", "x = f(1)", solution):  # a draft, a shell, a use
+        assert program(both, other) == both
+
+
 # --- spelling ---------------------------------------------------------------------------------------------------------
 
 
