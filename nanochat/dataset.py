@@ -25,11 +25,12 @@ import tyro
 
 from nanochat.config import run_script, short
 from nanochat.data.corpus import Corpus, is_prepared, list_shards, open_corpus, shard_chunks
-from nanochat.data.download import RemoteFile, download_all, matches, probe
+from nanochat.data.download import RemoteFile, download_all, probe
 from nanochat.data.shards import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
 from nanochat.data.sources import SOURCES, file_request, is_remote, plan_source, source_folder, split_repo
 from nanochat.data.text_import import import_path
 from nanochat.env import get_base_dir, get_dist_info, print0
+from nanochat.files import matches
 
 __all__ = ["Corpus", "download_shards", "open_corpus", "prepare_corpus"]
 

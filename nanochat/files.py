@@ -98,6 +98,23 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def matches(path: Path, size: int | None, digest: str | None) -> bool:
+    """True if a file has the size, and the digest "sha256:<hex>" or "git:<hex>", that are stated (None: anything)."""
+    if size is not None and path.stat().st_size != size:
+        return False
+    kind, _, expected = (digest or "").partition(":")
+    if kind == "git":  # what git hashes is the content behind a header
+        found = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    elif kind in ("sha256", ""):
+        found = hashlib.sha256()
+    else:
+        raise ValueError(f"unknown kind of digest {kind!r}")
+    with open(path, "rb") as f:
+        while digest and (block := f.read(1 << 20)):
+            found.update(block)
+    return not digest or found.hexdigest() == expected
+
+
 def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
     """(line number, value) of each line of a .jsonl or .jsonl.gz file that is not blank.
 

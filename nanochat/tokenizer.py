@@ -236,10 +236,11 @@ class RustBPETokenizer:
         self.save_lengths(folder / LENGTHS_FILE)
 
     def save_lengths(self, path: Path) -> None:
-        """Write `token_lengths()` as a tensor; the same bytes for the same tokenizer."""
+        """Write `token_lengths()` as a tensor, unless it is there; the same bytes for the same tokenizer."""
         buffer = io.BytesIO()  # given a file, torch would write its (temporary) name into it
         torch.save(torch.from_numpy(self.token_lengths()), buffer)
-        write_bytes(path, buffer.getvalue())
+        if not path.is_file() or path.read_bytes() != buffer.getvalue():
+            write_bytes(path, buffer.getvalue())
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -421,9 +422,9 @@ def get_tokenizer() -> RustBPETokenizer:
 
 def get_token_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
     """Raw bytes of each token, int32 (vocab,), 0 for special tokens: what turns nats per token into bits per byte."""
-    # The file is for other programs: what follows from tokenizer.json is never read from anywhere else.
-    tokenizer, path = get_tokenizer(), get_base_dir() / TOKENIZER_FOLDER / LENGTHS_FILE
-    if not path.exists():
-        with contextlib.suppress(OSError):
-            tokenizer.save_lengths(path)
+    # The file is for other programs: what follows from tokenizer.json is never read from anywhere else. One that is
+    # missing, damaged or of another tokenizer is made again.
+    tokenizer = get_tokenizer()
+    with contextlib.suppress(OSError):
+        tokenizer.save_lengths(get_base_dir() / TOKENIZER_FOLDER / LENGTHS_FILE)
     return torch.from_numpy(tokenizer.token_lengths()).to(device)

@@ -1,5 +1,6 @@
 """Corpora: which documents are validation, what is waited for, and what is said about bad data."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ from local_hub import write_shard
 
 from nanochat.data import corpus as corpus_module
 from nanochat.data.corpus import BadShardError, open_corpus
-from nanochat.data.shards import Entry, Manifest, writing
+from nanochat.data.shards import DEMO_STAMP, Entry, Manifest, ShardWriter, find_damage, name_shards, writing
 from nanochat.dataloader import PretrainLoader
+from nanochat.files import sha256_file, write_json
 from nanochat.tokenizer import RustBPETokenizer
 
 BYTES = RustBPETokenizer.from_ranks([bytes([i]) for i in range(256)])
@@ -217,3 +219,82 @@ def test_one_listed_shard_is_split_as_if_it_stood_alone(tmp_path: Path) -> None:
     corpus = open_corpus(tmp_path)
     for split in ("train", "val"):
         assert list(corpus.documents(split)) == list(alone.documents(split))
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def finished(folder: Path, kind: str) -> list[Path]:
+    """Two training shards and one for validation, listed with their hashes as an import or the demo lists them."""
+    folder.mkdir()
+    writers = [ShardWriter(folder, name, one=True) for name in "abv"]
+    for i, writer in enumerate(writers):
+        for j in range(60):
+            writer.add(f"shard {i}, document {j}: {'word ' * (j % 7)}")
+    entries = [entry for writer in writers for entry in writer.close()]
+    name_shards(folder, "texts", entries[:2], entries[2:], {"import": "0"} if kind == "import" else {})
+    shards = sorted(folder.glob("*.parquet"))
+    if kind == "demo":
+        (folder / "manifest.json").unlink()
+        write_json(folder / DEMO_STAMP, {"fingerprint": "", "sha256": {p.name: sha256_file(p) for p in shards}})
+    return shards
+
+
+def read_all(folder: Path) -> None:
+    corpus = open_corpus(folder)
+    assert [*corpus.documents("train"), *corpus.documents("val")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [("import", "delete the folder"), ("demo", "tasks.demo"), ("download", "nanochat.dataset")]
+)
+def test_a_flipped_bit_a_swap_and_a_loss_are_found_and_say_the_remedy(kind: str, remedy: str, tmp_path: Path) -> None:
+    shards = finished(tmp_path / "x", kind)
+    read_all(tmp_path / "x")
+    right = {shard: shard.read_bytes() for shard in shards}
+    for number, shard in enumerate(shards):
+        stat = shard.stat()
+        for at in range(number, len(right[shard]), len(right[shard]) // 9):
+            flipped = bytearray(right[shard])
+            flipped[at] ^= 1 << at % 8
+            shard.write_bytes(flipped)
+            os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the time alone says nothing
+            with pytest.raises(BadShardError, match=rf"{shard.name}.*{remedy}"):
+                read_all(tmp_path / "x")
+        shard.write_bytes(right[shards[number - 1]])
+        with pytest.raises(BadShardError, match=rf"{shard.name}.*{remedy}"):
+            read_all(tmp_path / "x")
+        shard.unlink()
+        with pytest.raises(FileNotFoundError, match=rf"{shard.name}.*{remedy}"):
+            read_all(tmp_path / "x")
+        shard.write_bytes(right[shard])
+        read_all(tmp_path / "x")
+
+
+def test_a_bit_that_flips_after_opening_is_found_where_it_is_read(tmp_path: Path) -> None:
+    shard = finished(tmp_path / "x", "import")[0]
+    corpus, right = open_corpus(tmp_path / "x"), shard.read_bytes()
+    texts = list(corpus.documents("train"))
+    first, size, found = 4, pq.ParquetFile(shard).metadata.row_group(0).column(0).total_compressed_size, 0
+    tries = range(first, first + size, 11)
+    for at in tries:
+        shard.write_bytes(right[:at] + bytes([right[at] ^ 1]) + right[at + 1 :])
+        try:
+            assert list(corpus.documents("train")) == texts
+        except BadShardError as error:
+            found += str(shard) in str(error)
+    assert found > len(tries) * 0.8  # the others are in statistics, which no text depends on
+
+
+def test_a_hash_is_compared_once(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = finished(tmp_path / "x", "demo")
+    read_all(tmp_path / "x")
+    with monkeypatch.context() as patch:
+        patch.setattr("nanochat.data.shards.matches", lambda *args: pytest.fail("the content was read again"))
+        read_all(tmp_path / "x")
+    assert find_damage(shards[0], Entry(shards[0].name, digest="sha256:0")) is not None
+    (base_dir / ".verified_shards.json").write_text("[damaged")
+    read_all(tmp_path / "x")
+    write_json(tmp_path / "x" / DEMO_STAMP, [])
+    with pytest.raises(ValueError, match=r"corpus\.json can't be understood.*tasks\.demo"):
+        open_corpus(tmp_path / "x")

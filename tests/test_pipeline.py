@@ -352,6 +352,9 @@ def test_the_tokenizer_is_known_by_its_content(base_dir, tiny_tokenizer):
     assert get_token_bytes().tolist() == tiny_tokenizer.token_lengths().tolist()
     assert (folder / "token_bytes.pt").read_bytes() == lengths  # made again, the same bytes
     assert torch.load(folder / "token_bytes.pt", weights_only=True).dtype == torch.int32
+    (folder / "token_bytes.pt").write_bytes(lengths[:-90] + b"!" + lengths[-89:])  # damaged: made again too
+    assert get_token_bytes().tolist() == tiny_tokenizer.token_lengths().tolist()
+    assert (folder / "token_bytes.pt").read_bytes() == lengths
     RustBPETokenizer.train_from_iterator(iter(["other text, other merges"] * 9), 280).save(folder)
     assert stage.result(base_dir) != before
 

@@ -20,7 +20,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.data.shards import Entry, Manifest, load_manifest, wait_for_shard
+from nanochat.data.shards import (
+    DEMO_STAMP,
+    Entry,
+    Manifest,
+    demo_entries,
+    find_damage,
+    load_manifest,
+    remedy,
+    wait_for_shard,
+)
 from nanochat.env import is_system_error, print0
 
 TEXT_COLUMN = "text"
@@ -45,7 +54,8 @@ def open_parquet(path: Path, part: str = "") -> Iterator[pq.ParquetFile]:
         BadShardError: it is none, or damaged where it is read; names it, with `part` ("row group 0 of ") before it.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        # Pages that were written with a checksum, as ours are, are compared with it where they are read.
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         if is_system_error(error):
@@ -248,7 +258,10 @@ def open_corpus(folder: str | Path, skip_bad_shards: bool = False) -> Corpus:
     shards = list_shards(folder)
     if not shards:
         raise FileNotFoundError(f"no .parquet file in {folder}: give another --data_dir, or a --dataset to download")
-    per_shard = [_usable_chunks(shard, TEXT_COLUMN, None, skip_bad_shards) for shard in shards]
+    listed = demo_entries(folder)
+    if missing := sorted(set(listed) - {shard.name for shard in shards}):
+        raise FileNotFoundError(f"{folder / missing[0]} is listed in {DEMO_STAMP} but is not there: {remedy(folder)}")
+    per_shard = [_usable_chunks(shard, TEXT_COLUMN, listed.get(shard.name), skip_bad_shards) for shard in shards]
     split = _split if all(SHARD_NAME.fullmatch(shard.name) for shard in shards) else _spread
     train, val = split([chunks for chunks in per_shard if chunks])
     if not train:
@@ -284,11 +297,8 @@ def _open_listed(folder: Path, manifest: Manifest, skip_bad_shards: bool) -> Cor
 def _usable_chunks(shard: Path, column: str, entry: Entry | None, skip_bad: bool) -> list[Chunk]:
     """The chunks of a shard; none, and a warning, if it is bad and bad ones are to be skipped."""
     try:
-        if entry is not None and entry.size is not None and shard.stat().st_size != entry.size:
-            raise BadShardError(
-                f"{shard} has {shard.stat().st_size} bytes, but its manifest says {entry.size}: "
-                "delete the file and fetch it again"
-            )
+        if entry is not None and (damage := find_damage(shard, entry)):
+            raise BadShardError(f"{damage}: {remedy(shard.parent)}")
         return shard_chunks(shard, column)
     except BadShardError as error:
         if not skip_bad:

@@ -33,7 +33,7 @@ import httpx
 from filelock import FileLock
 
 from nanochat.env import check_disk_space, get_base_dir, print0
-from nanochat.files import fsync_folder
+from nanochat.files import fsync_folder, matches
 from nanochat.progress import Bar, format_seconds, progress
 
 RETRIED = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be different the next time
@@ -60,23 +60,6 @@ class RemoteFile:
 
 class StoppedError(RuntimeError):
     """Another download failed for good or the user interrupted."""
-
-
-def matches(path: Path, size: int | None, digest: str | None) -> bool:
-    """True if a file has the size and digest that are stated (None: anything)."""
-    if size is not None and path.stat().st_size != size:
-        return False
-    kind, _, expected = (digest or "").partition(":")
-    if kind == "git":  # what git hashes is the content behind a header
-        found = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    elif kind in ("sha256", ""):
-        found = hashlib.sha256()
-    else:
-        raise ValueError(f"unknown kind of digest {kind!r}")
-    with open(path, "rb") as f:
-        while digest and (block := f.read(READ_BYTES)):
-            found.update(block)
-    return not digest or found.hexdigest() == expected
 
 
 def setting(name: str, default: float) -> float:

@@ -24,11 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from nanochat.env import print0
-from nanochat.files import sha256_file, write_json
+from nanochat.env import get_base_dir, print0
+from nanochat.files import matches, sha256_file, write_json
 
 MANIFEST = "manifest.json"
 LOCK = ".download.lock"
+DEMO_STAMP = "corpus.json"  # the demo corpus has this instead of a manifest
+VERIFIED = ".verified_shards.json"  # in the base folder: shards whose hash was compared, as they were then
 VERSION = 1  # of the manifest
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -113,6 +115,63 @@ def load_manifest(folder: str | Path) -> Manifest | None:
         raise ValueError(f"{path} can't be understood ({error}): delete it and run the download again") from error
 
 
+# --- is it still the file that was listed? ----------------------------------------------------------------------------
+
+
+def demo_entries(folder: Path) -> dict[str, Entry]:
+    """The shards that the demo corpus's stamp lists, by name, with their hashes; empty if the folder has none.
+
+    Raises:
+        ValueError: the stamp can't be understood.
+    """
+    path = folder / DEMO_STAMP
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        return {name: Entry(str(name), digest=f"sha256:{digest}") for name, digest in sums.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} can't be understood ({error}): run `python -m tasks.demo` again") from error
+
+
+def find_damage(shard: Path, entry: Entry) -> str | None:
+    """What of a shard is not as it was listed, None if all is; a content that was compared once is not read again.
+
+    Size and times stand for the content: the change time too, which no program can set back.
+    """
+    stat = shard.stat()
+    if entry.size is not None and stat.st_size != entry.size:
+        return f"{shard} has {stat.st_size} bytes, but its manifest says {entry.size}"
+    state = [entry.digest, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    known, name = _verified(), str(shard.absolute())
+    if entry.digest is None or known.get(name) == state:
+        return None
+    if not matches(shard, entry.size, entry.digest):
+        return f"{shard} is not the file that was listed, its hash is another"
+    with contextlib.suppress(OSError):  # a base folder that can't be written to costs time, nothing else
+        there = {path: seen for path, seen in known.items() if Path(path).exists()}
+        write_json(get_base_dir() / VERIFIED, there | {name: state})
+    return None
+
+
+def remedy(folder: Path) -> str:
+    """What brings back the shards of a folder that are missing or not as they were listed."""
+    if (folder / DEMO_STAMP).exists():
+        return "run `python -m tasks.demo` again"
+    manifest = load_manifest(folder)
+    if manifest is not None and "import" in manifest.facts:
+        return f"delete the folder {folder}, then import its texts again"
+    return "delete the file if it is there, then run the `python -m nanochat.dataset` command of this folder again"
+
+
+def _verified() -> dict[str, Any]:
+    try:
+        known = json.loads((get_base_dir() / VERIFIED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
 # --- the lock, and waiting for a shard --------------------------------------------------------------------------------
 
 
@@ -156,8 +215,7 @@ def wait_for_shard(path: Path, stopped: Callable[[], bool] = lambda: False) -> b
             return False
         if not is_written(path.parent) and not path.exists():  # it may have come between the two looks
             raise FileNotFoundError(
-                f"{path} is listed in {MANIFEST} but is not there, and no download is running: "
-                "run the `python -m nanochat.dataset` command that made this folder again"
+                f"{path} is listed in {MANIFEST} but is not there, and no download is running: {remedy(path.parent)}"
             )
         if not announced:
             print0(f"waiting for {path.name}, which is still on its way")
@@ -199,7 +257,9 @@ class ShardWriter:
             return
         if self._writer is None:
             path = self.folder / f"{self.name}-{len(self.entries)}.tmp"
-            self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd", compression_level=3)
+            self._writer = pq.ParquetWriter(
+                path, SCHEMA, compression="zstd", compression_level=3, write_page_checksum=True
+            )
         self._writer.write_table(pa.table([self._pending], schema=SCHEMA))
         self._rows += len(self._pending)
         self._chars += self._pending_chars

@@ -17,6 +17,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanochat.data.shards import DEMO_STAMP
 from nanochat.env import get_base_dir
 from nanochat.files import atomic_folder, sha256_file, write_json
 from tasks.demo.phrasings import ask_fact, upper_first
@@ -38,7 +39,7 @@ SEED = 1
 VAL_SHARE = 0.04
 TRAIN_SHARDS = 2
 ROW_GROUP_DOCS = 256
-STAMP = "corpus.json"
+STAMP = DEMO_STAMP
 
 
 def article(rng: random.Random, world: World, number: int) -> str:
@@ -209,4 +210,11 @@ def write_corpus(
 
 def _write_shard(path: Path, texts: list[str]) -> None:
     table = pa.table({"text": pa.array(texts, type=pa.string())})
-    pq.write_table(table, path, row_group_size=ROW_GROUP_DOCS, compression="zstd", compression_level=3)
+    pq.write_table(
+        table,
+        path,
+        row_group_size=ROW_GROUP_DOCS,
+        compression="zstd",
+        compression_level=3,
+        write_page_checksum=True,
+    )
