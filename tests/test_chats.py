@@ -577,6 +577,17 @@ def test_a_tree_is_read_along_every_branch_and_learned_once(tmp_path: Path) -> N
 # --- what is left out, and what stops ---------------------------------------------------------------------------------
 
 
+def test_a_folder_of_texts_is_refused_in_one_short_sentence(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / f"d{i:02}.txt").write_text(f"a text, number {i}")
+    with pytest.raises(
+        UnusableInputError, match=r"40 files: no conversations in it; the first: d00\.txt, the text: no known"
+    ) as no:
+        look(tmp_path)
+    assert len(str(no.value)) < 800
+    assert "d10.txt" not in str(no.value)
+
+
 def test_everything_left_out_is_counted_under_its_own_reason(tmp_path: Path) -> None:
     bad = {"messages": PAIR, "label": False}
     nothing = {"messages": PAIR[:1]}

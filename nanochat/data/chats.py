@@ -230,7 +230,8 @@ class _Reader:
         """Count what could not be used of a file; `before` it, so many conversations were read."""
         if self.name and self.rejected and self.inventory.num_read == before:
             # A file of something else among others, such as the settings in an export: it is no damage.
-            self.inventory.leave_out(f"no conversations ({self.rejected[0]})", "file", self.name)
+            why = self.rejected[0].removeprefix(f"{self.name}, ")  # one reason for all: there may be thousands of files
+            self.inventory.leave_out("no conversations in it", "file", f"{self.name}: {why}")
         else:
             self.unusable += len(self.rejected)
             for reason in self.rejected:
@@ -304,7 +305,7 @@ class _Reader:
             return
         for piece in text.split("<|endoftext|>"):
             if piece.strip():
-                yield from self._of_record(f"{where}:", {"text": piece})
+                yield from self._of_record(where, {"text": piece})
 
     def _of_log(self, program: str, entries: Sequence[LogEntry], where: str) -> Iterator[Conversation]:
         untimed = sum(entry.hours is None for entry in entries)
@@ -395,7 +396,8 @@ class _Reader:
             counted = f"{self.unusable:,} of {self.unusable + good:,} conversations can't be used"
             why = f"{self.first_reason} ({counted})"
         else:
-            why = f"no conversation with an answer to learn ({left_out or 'nothing is in it'})"
+            first = f"; the first: {self.first_reason}" if self.first_reason else ""
+            why = f"no conversation with an answer to learn ({left_out or 'nothing is in it'}{first})"
         return f"CHAT_DATA={self.source.path}{', ' if self.unusable else ': '}{why}; {HOW}"
 
 
