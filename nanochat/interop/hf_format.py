@@ -15,9 +15,6 @@ under other names; a model with modern switches has no class there, so its folde
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochat.files import atomic_folder, write_json, write_text
@@ -39,11 +36,22 @@ from nanochat.gpt import (
     VALUE_GATE_CHANNELS,
     GPTConfig,
 )
+from nanochat.interop.foreign import (
+    MALFORMED,
+    WEIGHTS_FILE,
+    check_config,
+    check_finite,
+    check_ids,
+    check_shapes,
+    one_line,
+    read_json_object,
+    read_remainder,
+    read_weights,
+)
 from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, from_hf_json, to_hf_json
 from nanochat.interop.qwen3 import ULPS, check_folds, config_of, fold_weights, qwen3_config, remainder, unfold
 from nanochat.tokenizer import RustBPETokenizer
 
-WEIGHTS_FILE = "model.safetensors"
 OWN_FILE = "nanochat.json"
 REMAINDER_FILE = "nanochat.npz"
 Form = Literal["qwen3", "native"]
@@ -255,19 +263,31 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPET
         FileNotFoundError: a file is missing; names it.
         ValueError: the model is of another kind, or computes something ours doesn't; names the field.
     """
-    stored = _read_json(folder / "config.json")
-    own = _read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else None
-    weights = _read_weights(folder)
+    # Nothing of a folder that somebody else made is trusted: a field of the wrong kind is named wherever it is met.
+    try:
+        return _read_checked(folder)
+    except MALFORMED as error:
+        raise ValueError(f"{folder} holds no model that can be read ({one_line(error)})") from None
+
+
+def _read_checked(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPETokenizer]:
+    stored = read_json_object(folder / "config.json")
+    own = read_json_object(folder / OWN_FILE) if (folder / OWN_FILE).exists() else None
+    weights = read_weights(folder)
+    recorded_facts(folder)
     if stored.get("model_type") == "qwen3":
         config = GPTConfig.from_dict(own["model_config"]) if own else config_of(stored, weights)
-        there = (folder / REMAINDER_FILE).exists()
-        weights = unfold(weights, config, _read_remainder(folder / REMAINDER_FILE) if there else {})
+        check_config(config, weights, str(folder))
+        there, size = (folder / REMAINDER_FILE).exists(), 4 * sum(map(Tensor.numel, weights.values())) + (1 << 20)
+        weights = unfold(weights, config, read_remainder(folder / REMAINDER_FILE, size) if there else {})
     else:
         config = GPTConfig.from_dict(own["model_config"]) if own else own_config(stored)
+        check_config(config, weights, str(folder))
+    check_ids(own["tokenizer"]["special_tokens"].values() if own else _added_ids(folder), config, folder)
     if own:
         tokenizer = RustBPETokenizer.from_dict(own["tokenizer"])
     else:
-        tokenizer = from_hf_json(_read_json(folder / "tokenizer.json"), bos_token(folder))
+        tokenizer = from_hf_json(read_json_object(folder / "tokenizer.json"), bos_token(folder))
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} ids, the model only {config.vocab_size}"
@@ -276,15 +296,26 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPET
     state = {own_name(name): value.float() for name, value in weights.items()}
     for name in state:
         if has_a_row_per_token(name):
+            if len(state[name]) < config.vocab_size:
+                raise ValueError(f"{folder}: {name} has {len(state[name])} rows for {config.vocab_size} token ids")
             # (vocabulary, C) -> (padded vocabulary, C), cut first if another program padded further.
             missing = max(0, config.padded_vocab_size - len(state[name]))
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, missing))[: config.padded_vocab_size]
+    check_shapes(state, config, str(folder))
+    check_finite(state, str(folder))
     return state, config, tokenizer
+
+
+def _added_ids(folder: Path) -> list[Any]:
+    return [token["id"] for token in read_json_object(folder / "tokenizer.json").get("added_tokens", [])]
 
 
 def recorded_facts(folder: Path) -> dict[str, Any]:
     """Return what an export of ours says of its checkpoint besides the model: the recipe and the sampling, if known."""
-    own = _read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else {}
+    own = read_json_object(folder / OWN_FILE) if (folder / OWN_FILE).exists() else {}
+    for name, kind in (("recipe", str), ("sampling", dict)):
+        if own.get(name) and not isinstance(own[name], kind):
+            raise ValueError(f"{folder / OWN_FILE}: {name} is {own[name]!r}")
     return {name: own[name] for name in ("recipe", "sampling") if own.get(name)}
 
 
@@ -342,38 +373,11 @@ def own_config(stored: dict[str, Any]) -> GPTConfig:
 
 def bos_token(folder: Path) -> str:
     """Return the token that starts a document, by tokenizer_config.json."""
-    value = _read_json(folder / "tokenizer_config.json").get("bos_token")
+    value = read_json_object(folder / "tokenizer_config.json").get("bos_token")
     name = value["content"] if isinstance(value, dict) else value
     if not name:
         raise ValueError(f"{folder / 'tokenizer_config.json'} names no bos_token")
     return str(name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder must hold a model in the format of transformers")
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return stored
-
-
-def _read_remainder(path: Path) -> dict[str, Tensor]:
-    try:
-        # Without pickles: loading it can run nothing.
-        with np.load(io.BytesIO(path.read_bytes())) as rest:
-            return {name: torch.from_numpy(rest[name]) for name in rest}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}): without it the import is the same but for rounding") from None
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS_FILE]
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: only safetensors weights can be imported")
-        weights |= load_file(folder / name)
-    return weights
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------

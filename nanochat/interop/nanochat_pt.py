@@ -17,7 +17,10 @@ from torch import Tensor
 
 from nanochat.checkpoint.format import checkpoint_folder, saved_steps
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.env import is_system_error
+from nanochat.gpt import GPTConfig
+from nanochat.interop.foreign import MALFORMED, check_config, check_finite, check_shapes, one_line
+from nanochat.interop.hf_format import has_a_row_per_token
 from nanochat.stages import TRAINED
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -47,24 +50,20 @@ def read_classic(folder: Path, step: int | None = None) -> tuple[dict[str, Tenso
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         meta = json.loads((folder / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
-        weights = {name.removeprefix(_COMPILED): value.float() for name, value in weights.items()}
+        weights = {name.removeprefix(_COMPILED): value for name, value in weights.items()}
         config = GPTConfig.from_nanochat(meta["model_config"], weights)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no checkpoint of nanochat ({type(error).__name__}: {error})") from None
-    # Shapes only: no memory is spent on a model before its file is known to fit it.
-    with torch.device("meta"):
-        expected = {name: value.shape for name, value in GPT(config).state_dict().items()}
-    problems = [f"{name} is missing" for name in sorted(set(expected) - set(weights))]
-    problems += [f"{name} is unknown" for name in sorted(set(weights) - set(expected))]
-    for name in sorted(set(expected) & set(weights)):
-        value, shape = weights[name], expected[name]
-        if value.shape[1:] == shape[1:] and value.shape[0] > shape[0] and "transformer.h" not in name:
-            value = value[: shape[0]]  # the original may pad its vocabulary
-        if value.shape != shape:
-            problems.append(f"{name} is {tuple(value.shape)}, not {tuple(shape)}")
-        weights[name] = value.contiguous()
-    if problems:
-        raise ValueError(f"{path} holds another model: {'; '.join(problems[:5])}")
+        check_config(config, weights, str(path))
+    except (pickle.UnpicklingError, EOFError, OSError, ValueError, *MALFORMED) as error:
+        if is_system_error(error):
+            raise
+        raise ValueError(f"{path} is no checkpoint of nanochat ({one_line(error)})") from None
+    for name in sorted(set(weights)):
+        if has_a_row_per_token(name) and len(weights[name]) > config.padded_vocab_size:
+            weights[name] = weights[name][: config.padded_vocab_size]  # the original may pad its vocabulary
+    check_shapes(weights, config, str(path))
+    # Only now: a tensor may claim to be larger than its file, and a copy would be.
+    weights = {name: value.float().contiguous() for name, value in weights.items()}
+    check_finite(weights, str(path))
     return weights, {**meta, "step": step, "model_config": config.to_dict()}
 
 

@@ -1,0 +1,191 @@
+"""Read model folders that were changed at random: no traceback, no hang, no memory spent on what a file only claims.
+
+python -m dev.fuzz_folders --tries=2000
+
+Each try changes one thing of a small export: a value of a JSON file, bytes of a file, a tensor, the index. Reading
+it must succeed or raise one sentence (ValueError or FileNotFoundError), in 10 seconds and 1 GB of further memory.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanochat.config import run_script
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.interop.foreign import WEIGHTS_FILE
+from nanochat.interop.hf_format import OWN_FILE, load_nanochat_folder, write_hf_folder
+from nanochat.interop.nanochat_pt import read_classic
+from nanochat.tokenizer import RustBPETokenizer
+
+SECONDS, GROWTH_KB = 10, 1 << 20
+VALUES: list[Any] = [10**9, 10**30, -1, 0, 1.5, 1e308, float("nan"), None, True, "x", "../../x", [], {}, [[[]]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of the fuzzer."""
+
+    tries: int = 2000
+    """Folders to change and read."""
+    seed: int = 0
+    """Of the changes."""
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, inner in items for place in places(inner, (*path, key)))]
+
+
+def change_json(rng: random.Random, path: Path) -> None:
+    """Replace or remove one value."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    *way, last = rng.choice(places(content)[1:])
+    inner = content
+    for key in way:
+        inner = inner[key]
+    if rng.random() < 0.2:
+        del inner[last]
+    else:
+        inner[last] = rng.choice(VALUES)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def change_bytes(rng: random.Random, path: Path) -> None:
+    """Cut the file, flip a bit, put noise into its head, or make it empty or deeply nested."""
+    data = bytearray(path.read_bytes())
+    kind = rng.randrange(5)
+    if kind == 0:
+        data = data[: rng.randrange(len(data))]
+    elif kind == 1:
+        data[rng.randrange(min(len(data), 400))] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        data[:8] = rng.randbytes(8)
+    path.write_bytes(data if kind < 3 else b"" if kind == 3 else b"[" * 100_000)
+
+
+def change_tensor(rng: random.Random, path: Path) -> None:
+    """Drop, reshape, fill or cast one tensor."""
+    weights = load_file(path)
+    name = rng.choice(sorted(weights))
+    value = weights.pop(name)
+    made = [
+        None,
+        value[:1],
+        value.flatten(),
+        value.new_full(value.shape, float("nan")),
+        value.long(),
+        value.repeat(2, 1),
+    ]
+    change = rng.choice(made)
+    if change is not None:
+        weights[name] = change.contiguous().clone()
+    save_file(weights, path)
+
+
+def change_index(rng: random.Random, path: Path) -> None:
+    """Add an index that points somewhere."""
+    where = rng.choice(["../other.safetensors", "/etc/passwd", "gone.safetensors", 7, None, "config.json"])
+    path.with_name(f"{WEIGHTS_FILE}.index.json").write_text(json.dumps({"weight_map": {"a": where}}))
+
+
+def originals(folder: Path) -> list[Path]:
+    """Small exports in every form, with our record and without it, and a checkpoint of nanochat itself."""
+    tokenizer = RustBPETokenizer.train_from_iterator(["a few words to learn merges from, and a few more"] * 4, 280)
+    shape = {"sequence_len": 32, "vocab_size": 280, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    made = []
+    for name, form, switches in (
+        ("classic", "native", {}),
+        ("modern", "native", {"smear": True, "value_embeddings": True, "residual_scalars": True}),
+        ("qwen3", "qwen3", {"logit_softcap": None, "residual_factors": True}),
+    ):
+        config = GPTConfig(**shape, **switches)
+        model = GPT(config)
+        model.init_weights()
+        write_hf_folder(folder / name, model.state_dict(), config, tokenizer, "", form=form)  # type: ignore[arg-type]
+        shutil.copytree(folder / name, folder / f"{name}_without")
+        (folder / f"{name}_without" / OWN_FILE).unlink()
+        made += [folder / name, folder / f"{name}_without"]
+    (folder / "pt").mkdir()
+    config = GPTConfig(**shape)
+    model = GPT(config)
+    torch.save(model.state_dict(), folder / "pt" / "model_000001.pt")
+    record = {key: getattr(config, key) for key in shape}
+    (folder / "pt" / "meta_000001.json").write_text(json.dumps({"model_config": record}))
+    return [*made, folder / "pt"]
+
+
+def read(folder: Path) -> str:
+    """Read a folder; "read", or the kind of the error that says in one sentence why not."""
+    try:
+        if folder.name == "pt":
+            read_classic(folder)
+        else:
+            load_nanochat_folder(str(folder), torch.device("cpu"))
+    except (ValueError, FileNotFoundError) as error:
+        if "\n" in str(error) or not str(error):
+            raise AssertionError(f"not one sentence: {error!r}") from error
+        return type(error).__name__
+    return "read"
+
+
+def fuzz(tries: int, seed: int) -> Counter[str]:
+    """Change and read `tries` folders; returns how many ended how.
+
+    Raises:
+        Exception: of a read that neither succeeded nor said why in one sentence; notes the try.
+    """
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as tmp:
+        made = originals(Path(tmp))
+        for folder in made:
+            if read(folder) != "read":
+                raise AssertionError(f"{folder.name} can't be read unchanged")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for number in range(tries):
+            rng = random.Random(f"{seed} {number}")
+            folder = Path(tmp) / "changed" / rng.choice(made).name
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            shutil.copytree(Path(tmp) / folder.name, folder)
+            file = rng.choice(sorted(p for p in folder.iterdir() if p.suffix not in (".md", ".py")))
+            changes = [change_bytes]
+            changes += [change_json] * 4 if file.suffix == ".json" else []
+            changes += [change_tensor, change_tensor, change_index] if file.suffix == ".safetensors" else []
+            change = rng.choice(changes)
+            change(rng, file)
+            start = time.monotonic()
+            try:
+                signal.alarm(SECONDS)
+                counts[read(folder)] += 1
+            except BaseException:
+                print(f"try {number}: {change.__name__} of {folder.name}/{file.name}")
+                raise
+            finally:
+                signal.alarm(0)
+            if time.monotonic() - start > SECONDS:
+                raise AssertionError(f"try {number} took {time.monotonic() - start:.0f} s")
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > GROWTH_KB:
+            raise AssertionError("reading took more than 1 GB")
+    return counts
+
+
+def main(cfg: Config) -> None:
+    """Fuzz, then say how the tries ended."""
+    print(", ".join(f"{kind}: {count}" for kind, count in sorted(fuzz(cfg.tries, cfg.seed).items())))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

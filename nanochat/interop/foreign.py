@@ -1,0 +1,138 @@
+"""Checks of model files that somebody else made, before anything is built or allocated by what they say."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanochat.env import is_system_error
+from nanochat.gpt import GPT, GPTConfig
+
+WEIGHTS_FILE = "model.safetensors"
+LONGEST_CONTEXT = 1 << 20
+# What reading fields of the wrong kind raises.
+MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, RuntimeError)
+
+
+def check_config(config: GPTConfig, weights: Mapping[str, Tensor], where: str) -> None:
+    """Check a stranger's config before anything is built by it: kinds of fields, and sizes against the weights.
+
+    Raises:
+        ValueError: names the first field that can't be.
+    """
+    for f in fields(GPTConfig):
+        value, kind = getattr(config, f.name), str(f.type)
+        if kind.startswith("float"):
+            fits = type(value) in (int, float) or (value is None and "None" in kind)
+        else:
+            fits = type(value) is {"int": int, "bool": bool}.get(kind, str)
+        if not fits or (isinstance(value, (int, float)) and not abs(value) < 1 << 40):
+            raise ValueError(f"{where}: {f.name} of its config is {value!r}")
+    if config.n_layer > len(weights):  # each layer has several weights
+        raise ValueError(f"{where}: its config says {config.n_layer} layers, but there are {len(weights)} weights")
+    if config.sequence_len > LONGEST_CONTEXT:  # a table of rotations is as long
+        raise ValueError(f"{where}: its config says a context of {config.sequence_len}, at most {LONGEST_CONTEXT} fit")
+    wrong = next((name for name, value in weights.items() if not value.is_floating_point()), None)
+    if wrong:
+        raise ValueError(f"{where}: {wrong} holds {weights[wrong].dtype}, expected floating-point numbers")
+
+
+def check_shapes(state: Mapping[str, Tensor], config: GPTConfig, where: str) -> None:
+    """Raise ValueError, which names up to five, if the weights are not those of a model with this config."""
+    with torch.device("meta"):  # shapes only: no memory is spent on a model before its weights are known to fit it
+        expected = {name: value.shape for name, value in GPT(config).state_dict().items()}
+    problems = [f"{name} is missing" for name in sorted(set(expected) - set(state))]
+    problems += [f"{name} is unknown" for name in sorted(set(state) - set(expected))]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name])}"
+        for name in sorted(set(expected) & set(state))
+        if state[name].shape != expected[name]
+    ]
+    if problems:
+        raise ValueError(f"{where} holds another model than its config says: {'; '.join(problems[:5])}")
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError, which names the first, if weights are not finite numbers."""
+    for name, value in state.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{where}: {name} holds values that are no finite numbers: get the file again")
+
+
+def check_ids(ids: Iterable[Any], config: GPTConfig, folder: Path) -> None:
+    """Refuse ids outside the model's vocabulary: a table as long as the largest is made from them."""
+    for i in ids:
+        if type(i) is not int or not 0 <= i < config.vocab_size:
+            raise ValueError(f"{folder}: the tokenizer has the id {i!r}, the model's are 0 to {config.vocab_size - 1}")
+
+
+def one_line(error: Exception) -> str:
+    """An error's kind and the first line of what it says."""
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to load without its check: no advice to pass on
+        return "UnpicklingError: it is damaged, or holds more than weights"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; FileNotFoundError or ValueError names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder must hold a model in the format of transformers")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({one_line(error)}): get the file again") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds {type(stored).__name__}, expected an object")
+    return stored
+
+
+def read_remainder(path: Path, most_bytes: int) -> dict[str, Tensor]:
+    """The arrays of an .npz file that unpack to at most `most_bytes`; ValueError if it is damaged."""
+    try:
+        # Without pickles: loading it can run nothing.
+        packed = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(packed) as members:
+            size = sum(member.file_size for member in members.infolist())
+        if size > most_bytes:
+            raise ValueError(f"it unpacks to {size} bytes, more than the weights")
+        with np.load(packed) as rest:
+            return {name: torch.from_numpy(rest[name]) for name in rest}
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, NotImplementedError) as error:
+        raise ValueError(
+            f"{path} is damaged ({one_line(error)}): without it the import is the same but for rounding"
+        ) from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's safetensors files; ValueError or FileNotFoundError names the file."""
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    names = sorted(set(read_json_object(index)["weight_map"].values())) if index.exists() else [WEIGHTS_FILE]
+    if outside := [name for name in names if Path(name).name != name or "\\" in name]:
+        raise ValueError(f"{index} names {outside[0]!r}, which is no file of this folder")
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: only safetensors weights can be imported")
+        try:
+            weights |= load_file(folder / name)
+        except (SafetensorError, ValueError, KeyError) as error:
+            if is_system_error(error):
+                raise
+            raise ValueError(f"{folder / name} is damaged ({one_line(error)}): get the file again") from None
+    return weights
