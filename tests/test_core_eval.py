@@ -486,7 +486,10 @@ def test_downloaded_zip_is_unpacked_whole_and_a_damaged_one_removed(bundle_folde
         for path in bundle_folder.rglob("*"):
             if path.is_file():
                 z.write(path, f"eval_bundle/{path.relative_to(bundle_folder)}")
+    killed = base_dir / ".eval_bundle.0123abcd.tmp"  # what a killed run leaves of its unpacking
+    (killed / "eval_data").mkdir(parents=True)
     assert load_bundle(get_bundle_folder()).missing == ["gone"]
+    assert not killed.exists()
 
 
 def test_no_network_says_how_to_go_on(base_dir, monkeypatch):
