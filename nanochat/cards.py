@@ -262,7 +262,7 @@ PYTORCH_INDEX = "https://download.pytorch.org/whl"
 TORCH_CPU = TorchBuild(f"torch==2.13.0+cpu --extra-index-url {PYTORCH_INDEX}/cpu", 0.2, 0.8)
 TORCH_MAC = TorchBuild("torch==2.13.0", 0.1, 0.4)
 TORCH_PYPI = TorchBuild("torch==2.13.0", 2.6, 4.5)  # with CUDA, for a CPU too where pytorch.org is out of reach
-TORCH_NEWEST = TorchBuild("torch>=2.7,<2.15", 2.6, 4.5)
+TORCH_NEWEST = TorchBuild("torch>=2.7,<2.16", 2.6, 4.5)
 TORCH_CU126 = TorchBuild(f"torch==2.14.* --index-url {PYTORCH_INDEX}/cu126", 3.0, 5.5)
 TORCH_MAXWELL = TorchBuild("torch==2.7.1", 3.0, 5.5)  # from PyPI, with kernels from 5.0 on; for Python up to 3.13
 OTHER_PACKAGES = TorchBuild("", 0.3, 1.0)  # everything else that the project installs

@@ -117,7 +117,7 @@ def test_wheel_without_kernels_is_refused_with_the_remedy(monkeypatch, capabilit
 
 def test_a_new_card_is_not_sent_to_the_wheel_for_old_ones(monkeypatch):
     FakeCards(monkeypatch, (12, 0), arches=("sm_80", "sm_90"))
-    with pytest.raises(RuntimeError, match=r"pip install --force-reinstall 'torch>=2.7,<2.15'$"):
+    with pytest.raises(RuntimeError, match=r"pip install --force-reinstall 'torch>=2.7,<2.16'$"):
         common.check_wheel()
 
 

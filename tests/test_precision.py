@@ -428,10 +428,13 @@ NAMES_DTYPES = {
     "decode_linear.py",
     "import_hf.py",
     "import_classic.py",
+    "card_session.py",
+    # of a GGUF file
+    *("gguf_file.py", "export_gguf.py", "check_runtimes.py"),
 }
 
 
-COMPUTES_NOTHING = ("__init__", "monitor", "tok_cache")
+COMPUTES_NOTHING = ("__init__", "monitor", "tok_cache", "data_check", "export_gguf", "export_page")
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem not in COMPUTES_NOTHING)
 
 
@@ -457,7 +460,7 @@ def test_no_script_that_computes_is_without_a_precision():
     for path in sorted((ROOT / "scripts").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         # An export computes nothing; the worker of a bench is told its device and dtype.
-        exempt = path.name == "export_hf.py"
+        exempt = path.name.startswith("export_")
         if not exempt and ("load_model" in text or "GPT(" in text):
             assert "setup_compute(" in text, path.name
             assert "autocast(dtype" not in text.replace("torch.", ""), path.name

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci" / "run"]
 CU126 = "torch==2.14.* --index-url https://download.pytorch.org/whl/cu126"
-NEWEST = "torch>=2.7,<2.15"
+NEWEST = "torch>=2.7,<2.16"
 MAXWELL = "torch==2.7.1"
 CPU = "torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
 SETTINGS = [
