@@ -491,6 +491,7 @@ def test_copies_are_listed_and_forgotten(
         "report/base.md",
         "report/_header.json",
         "token_cache/x/y",
+        "chat_history",
         "tokenizer/t.json",
     ):
         (base_dir / name).parent.mkdir(parents=True, exist_ok=True)

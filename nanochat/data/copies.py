@@ -48,6 +48,7 @@ def _places(base: Path, work_folder: Path) -> Iterator[Copy]:
     for file in sorted((base / "report").glob("*")):
         if file.name != "_header.json":  # the folder and its header stay: without them all stages would run again
             yield Copy(file, "a report: the inventory, and samples")
+    yield Copy(base / "chat_history", "what was typed into the terminal chat")
     if _is_report(work_folder / "report.md"):
         yield Copy(work_folder / "report.md", "a copy of the report")
     yield Copy(base / "tokenizer", "a tokenizer: the frequent words of the texts", is_model=True)
