@@ -284,7 +284,11 @@ def outcome(cfg: Config, base_dir: Path) -> dict[str, Any]:
     for stage in cfg.stages:
         folder = base_dir / TRAINED[stage] / "d1"
         checkpoint = load_checkpoint(folder)
-        state = {k: v for k, v in checkpoint.meta["state"].items() if k not in ("seconds", "clock", "metrics_bytes")}
+        state = {
+            k: v
+            for k, v in checkpoint.meta["state"].items()
+            if k not in ("seconds", "waited", "clock", "metrics_bytes")
+        }
         found[f"{stage}: weights"] = weights_hash(checkpoint.folder)
         found[f"{stage}: position in the data"] = checkpoint.meta["loader"]
         found[f"{stage}: counters"] = (state, checkpoint.meta["precision"], checkpoint.meta["complete"])

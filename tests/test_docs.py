@@ -61,7 +61,7 @@ SIZES: dict[str, dict[str, object]] = {
         "eval_samples": 1,
     },
     "scripts.chat_eval": {**CHAT, "task_name": "DemoFacts", "max_problems": 2, "max_new_tokens": 4},
-    "scripts.chat_cli": {**CHAT, "max_tokens": 4},
+    "scripts.chat_cli": {**CHAT, "max_tokens": 4, "prompt": "Hi"},
     "scripts.export_hf": {},
     "nanochat.report": {},
     "dev.house": {},
