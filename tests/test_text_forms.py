@@ -449,11 +449,16 @@ def test_data_check_prints_what_a_run_would_and_stops_like_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("Привет, мир! Это текст на русском языке. " * 5, encoding="cp1251")
+    with pytest.raises(SystemExit) as stop:
+        run_script(data_check.main, data_check.Config, [str(tmp_path)])
+    assert stop.value.code == 2
+    assert "a single short document is too little" in capsys.readouterr().out
+    (tmp_path / "b.txt").write_text("Второй текст, тоже на русском языке. " * 5, encoding="cp1251")
     run_script(data_check.main, data_check.Config, [str(tmp_path), "--show", "1"])
     said = capsys.readouterr().out
     for part in (
-        "1 txt",
-        "documents: 1",
+        "2 txt",
+        "documents: 2",
         "script: Cyrillic 100%",
         "read as cp1251 (guessed",
         "sample: (a.txt) Привет, мир!",

@@ -137,6 +137,13 @@ def check_inventories(inventories: Iterable[Inventory]) -> None:
     Raises:
         UnusableInputError: one of the inventories says stop; the message is that of all of these.
     """
+    inventories = list(inventories)
+    for inventory in inventories:
+        if not inventory.stop and inventory.facts.get("documents", 2) < 2:
+            inventory.stop = (
+                f"{inventory.name}: a single short document is too little, at least two are needed (one to validate "
+                "with)"
+            )
     stops = [inventory.stop for inventory in inventories if inventory.stop]
     if stops:
         raise UnusableInputError("; ".join(stops))
