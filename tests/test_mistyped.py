@@ -59,8 +59,6 @@ MISTAKES = [
     ("base", "--data_dir={broken}"),
     ("base", "--data_dir={texts} --token_cache=maybe"),
     ("mid", "--chat_data={missing}"),
-    ("mid", "--chat_data={torn}"),
-    ("mid", "--chat_data={alone}"),
     ("mid", "--step=99"),
     ("mid", "--model_tag=d99"),
     ("mid", "--total_batch_size=100"),
