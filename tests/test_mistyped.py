@@ -59,6 +59,7 @@ MISTAKES = [
     ("base", "--data_dir={broken}"),
     ("base", "--data_dir={texts} --token_cache=maybe"),
     ("mid", "--chat_data={missing}"),
+    ("mid", "--chat_data={torn}"),  # every line; a single one is left out, and counted
     ("mid", "--step=99"),
     ("mid", "--model_tag=d99"),
     ("mid", "--total_batch_size=100"),
@@ -109,9 +110,9 @@ def files(tmp_path_factory):
         return folder / name
 
     good = chats("good.jsonl", [f"Here is {i}." for i in range(60)])
-    (folder / "torn.jsonl").write_text(good.read_text()[:-20])
+    (folder / "torn.jsonl").write_text("".join(line[:-20] + "\n" for line in good.read_text().splitlines()))
     places = {name: folder / name for name in ("texts", "empty", "broken", "missing")}
-    places |= {"torn": folder / "torn.jsonl", "alone": chats("alone.jsonl", ["one"]), "good": good}
+    places |= {"torn": folder / "torn.jsonl", "good": good}
     places["long"] = chats("long.jsonl", ["word " * 200 for _ in range(60)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
