@@ -34,9 +34,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "dev")]
+sys.path[:0] = [str(ROOT), str(ROOT / "dev"), str(ROOT / "dev" / "bench")]
 
 import gpu_check  # noqa: E402
+from infer_bench_worker import PlainTokenizer  # noqa: E402
 
 from nanochat.cards import find_card  # noqa: E402
 from nanochat.common import Compute, setup_compute  # noqa: E402
@@ -261,39 +262,11 @@ def part_memory(arguments: argparse.Namespace, folder: Path) -> Result:
     return {"ok": fits, "cap_gib": min(15.8, total)}
 
 
-class Bytes:
-    """A tokenizer that no answer needs: the engine only asks it for special tokens."""
-
-    def encode_special(self, name: str) -> int:
-        """An id that no model emits."""
-        return 10**9 + len(name)
-
-    def get_special_tokens(self) -> set[str]:
-        """None."""
-        return set()
-
-    def get_bos_token_id(self) -> int:
-        """An id that no model emits."""
-        return 10**9
-
-    def encode(self, text: str) -> list[int]:
-        """One token."""
-        return [0]
-
-    def decode(self, ids: Any) -> str:
-        """Nothing."""
-        return ""
-
-    def decode_bytes(self, ids: Any) -> bytes:
-        """Nothing."""
-        return b""
-
-
 def part_decode(arguments: argparse.Namespace, folder: Path) -> Result:
     """Greedy answers: the same alone and together, and their speed."""
     compute, size = compute_of(arguments), sizes(arguments)
     model, _ = make(compute, GPTConfig.from_depth(size["depth"], size["vocab"], size["T"]))
-    engine = Engine(model.eval(), Bytes(), compute.precision)  # type: ignore[arg-type]
+    engine = Engine(model.eval(), PlainTokenizer(), compute.precision)  # type: ignore[arg-type]
     prompt, count = [1, 2, 3, 4], size["tokens"]
     found: Result = {}
     answers = {}

@@ -30,7 +30,7 @@ from nanochat.messages import normalise
 from nanochat.serve.answer_events import Event, join_events
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation, GenerationRequest, QueueFull
 from nanochat.serve.chat import answer_room, fit_context, question_of
-from nanochat.serve.errors import RequestError
+from nanochat.serve.errors import CLIENT_GONE, RequestError
 from nanochat.serve.metrics import ServerMetrics
 from nanochat.serve.schemas import SamplingFields
 from nanochat.tokenizer import RustBPETokenizer
@@ -332,13 +332,21 @@ class AnswerStream:
             collected[i].append(event)
         return collected
 
-    async def collect_for(self, request: Request) -> list[list[Event]] | None:
-        """Like `collect`, but None as soon as the client has gone away; then the generations are cancelled."""
+    async def collect_for(self, request: Request) -> list[list[Event]]:
+        """Like `collect`, but only while the client is there; when it has gone, the generations are cancelled.
+
+        Raises:
+            RequestError: the client has gone, or a generation failed.
+        """
         work = asyncio.ensure_future(self.collect())
         gone = asyncio.ensure_future(_disconnect(request))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            return work.result() if work.done() else None
+            if not work.done():
+                raise RequestError(CLIENT_GONE, "the client has gone")
+            return work.result()
+        except AnswerFailed as error:
+            raise RequestError(500, str(error), kind="server_error") from error
         finally:
             self.cancel()
             work.cancel()

@@ -11,6 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+CLIENT_GONE = 499  # nobody reads this; the number is the one nginx logs
+
 # What pydantic calls a body that is missing or no JSON object.
 NO_OBJECT = ("missing", "model_attributes_type", "dict_type", "model_type")
 

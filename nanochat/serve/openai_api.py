@@ -25,13 +25,11 @@ from nanochat.serve.answer_events import Event, Usage, join_events
 from nanochat.serve.answer_form import AnswerForm, wanted_form
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, Service
 from nanochat.serve.batch_engine import GenerationRequest
-from nanochat.serve.errors import AsciiJSON, RequestError, error_body
+from nanochat.serve.errors import CLIENT_GONE, AsciiJSON, RequestError, error_body
 from nanochat.serve.logprob_shapes import CompletionLogprobs, chat_logprobs
 from nanochat.serve.other_fields import check_other_fields, unsupported
 from nanochat.serve.schemas import CompletionRequest, OpenAIChatRequest, OpenAIRequest
 from nanochat.serve.tools import NO_TOOLS, CallReader, ToolCall, Tools, read_tools
-
-CLIENT_GONE = 499  # nobody reads this; the number is the one nginx logs
 
 
 def add_openai_routes(app: FastAPI, service: Service) -> None:
@@ -223,12 +221,7 @@ class _Completion:
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return AnswerResponse(answer, self._stream(answer, choices, body.n, include_usage))
-        try:
-            collected = await answer.collect_for(request)
-        except AnswerFailed as error:
-            raise RequestError(500, str(error), kind="server_error") from error
-        if collected is None:
-            return Response(status_code=CLIENT_GONE)
+        collected = await answer.collect_for(request)
         whole = [choice.whole(events) for choice, events in zip(choices, collected, strict=True)]
         usage = count_usage(self.prompt_tokens, [events[-1].usage for events in collected], body.n)
         return AsciiJSON({**self.head, "choices": whole, "usage": usage, **self.warnings})

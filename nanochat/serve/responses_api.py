@@ -19,7 +19,7 @@ from nanochat.serve.answer_events import Event, Usage, join_events
 from nanochat.serve.answers import AnswerFailed, AnswerResponse, AnswerStream, Service
 from nanochat.serve.errors import AsciiJSON, RequestError
 from nanochat.serve.logprob_shapes import chat_logprobs
-from nanochat.serve.openai_api import CLIENT_GONE, chat_generations, check_request, count_usage
+from nanochat.serve.openai_api import chat_generations, check_request, count_usage
 from nanochat.serve.other_fields import unsupported
 from nanochat.serve.schemas import OpenAIRequest, Text, TokenLimit
 from nanochat.serve.tools import CallReader, ToolCall, read_tools
@@ -89,12 +89,7 @@ def add_responses_route(app: FastAPI, service: Service) -> None:
         written = _Response(service, body, CallReader(tools), len(tokens), warnings + notes + tools.warnings())
         if body.stream:
             return AnswerResponse(answer, _stream(answer, written))
-        try:
-            collected = await answer.collect_for(request)
-        except AnswerFailed as error:
-            raise RequestError(500, str(error), kind="server_error") from error
-        if collected is None:
-            return Response(status_code=CLIENT_GONE)
+        collected = await answer.collect_for(request)
         for event in collected[0]:
             written.take(event)
         return AsciiJSON(written.state())
