@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanochat.config import run_script
-from nanochat.train.pretrain import PretrainConfig, pretrain
+from nanochat.train.pretrain import pretrain
+from nanochat.train.pretrain_config import PretrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from nanochat.config import parse_config
 from nanochat.gpt import NANOCHAT_2026, GPTConfig
 from nanochat.plan.local_speed import hours_sentence
 from nanochat.recipe import MODERN, PRESETS
-from nanochat.train.pretrain import Architecture, make_plan
+from nanochat.train.pretrain import make_plan
+from nanochat.train.pretrain_config import Architecture
 from scripts.base_train import Config, main
 
 

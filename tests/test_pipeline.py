@@ -148,7 +148,8 @@ def test_a_night_on_a_p100_needs_a_few_shards_and_more_cards_or_hours_need_more(
 @pytest.mark.parametrize("recipe", ["classic", "modern"])
 def test_without_hours_the_recipes_own_horizon_counts(recipe):
     """As many tokens as base_train plans for with the same flags."""
-    from nanochat.train.pretrain import PretrainConfig, make_plan
+    from nanochat.train.pretrain import make_plan
+    from nanochat.train.pretrain_config import PretrainConfig
 
     profile = modern(D20) if recipe == "modern" else D20
     config = PretrainConfig(depth=20, recipe=recipe, total_batch_size=524288, device_batch_size=32)
