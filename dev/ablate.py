@@ -3,31 +3,44 @@
     python dev/ablate.py --data FOLDER --experiment switches --seconds 300 --seeds 0
     python dev/ablate.py --data FOLDER --experiment vocabulary --flops 2e14 --seeds 0 1 2
     python dev/ablate.py --data FOLDER --experiment recipes --seconds 1200 --seeds 0 1 2 --dtype bfloat16
+    python dev/ablate.py --data FOLDER --experiment shape --ladder --seeds 0
 
 Every run is `scripts.base_train` in a process of its own, with a base folder for each vocabulary (its tokenizer is
 trained on first use). A finished run is one line in the results file and is not repeated, so a matrix that was killed
 resumes. The validation text is the same for every vocabulary: the tokenizer's bytes per token determine the number of
 tokens. Times are comparable only on a machine that does nothing else; on a busy one use --flops.
+
+A setting that wins at one size may lose at the next. `--ladder` trains each at three, prints its gain over the first
+setting at every rung, and fits how its loss falls with compute.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dev.fit_scaling_law import power_law  # noqa: E402
 from nanochat.config import run_script  # noqa: E402
 from nanochat.gpt import NANOCHAT_2026  # noqa: E402
+
+LADDER = (4e13, 1.6e14, 5.6e14)  # training FLOPs of the rungs; each is about four times the one before
+NEXT_RUNG = 2.2e15  # for which the ladder's fit makes a prediction
+# How far seeds scatter, as a share of the loss, where a setting has one seed only: three seeds of `small` at 5.56e14
+# FLOPs, 1.4220 ± 0.0052 (dev/LOG.md).
+SEED_NOISE = 0.0037
 
 SWITCHES = {
     "residual_scalars": "--residual_scalars=True",
@@ -121,6 +134,8 @@ class Config:
     """Training time of each run."""
     flops: float | None = None
     """Training FLOPs of each run, instead of a time."""
+    ladder: bool = False
+    """Every setting at 4e13, 1.6e14 and 5.6e14 FLOPs, instead of a time: does its gain last?"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every setting is run once with each."""
     base: str = "--recipe=classic --depth=4 --max_seq_len=512 --device_batch_size=8 --total_batch_size=16384"
@@ -139,15 +154,15 @@ class Config:
     """Folder for tokenizers and the runs' logs."""
 
     def __post_init__(self) -> None:
-        if (self.seconds is None) == (self.flops is None):
-            raise ValueError("give --seconds or --flops: equal compute for every run")
+        if (self.seconds is not None) + (self.flops is not None) + self.ladder != 1:
+            raise ValueError("give one of --seconds, --flops and --ladder: equal compute for every run")
         if unknown := set(self.only) - set(EXPERIMENTS[self.experiment]):
             raise ValueError(f"--only names {sorted(unknown)}; there is {list(EXPERIMENTS[self.experiment])}")
 
 
-def merged_flags(cfg: Config, flags: str, seed: int) -> dict[str, str]:
+def merged_flags(cfg: Config, flags: str, seed: int, flops: float | None) -> dict[str, str]:
     """Flags of one run by name; later ones replace earlier ones."""
-    compute = f"--hours={cfg.seconds / 3600}" if cfg.seconds else f"--target_flops={cfg.flops}"
+    compute = f"--hours={cfg.seconds / 3600}" if cfg.seconds else f"--target_flops={flops}"
     common = f"--vocab_size={cfg.vocab_size} --dtype={cfg.dtype} --seed={seed} {compute} {cfg.base}"
     words = [word.removeprefix("--").split("=", 1) for word in f"{common} {flags}".split()]
     merged = dict(words)
@@ -202,7 +217,7 @@ def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, float]:
     return {"val_bpb": bpb, "steps": last["step"], "tokens": last["tokens"], "seconds": last["seconds"]}
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> str:
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Mean and spread (sample deviation) of each setting, best first."""
     lines = ["| setting | val bpb | ± | runs | steps | million tokens |", "|---|---|---|---|---|---|"]
     for label, runs in sorted(rows.items(), key=lambda item: statistics.mean(r["val_bpb"] for r in item[1])):
@@ -215,15 +230,28 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main(cfg: Config) -> None:
-    """Run whatever is missing, all settings seed by seed; print the table after each seed."""
+def corpus_bytes(cfg: Config) -> int:
+    """Bytes of training text, by the shards' own count."""
+    import pyarrow.parquet as pq
+
+    shards = [pq.ParquetFile(path) for path in sorted(Path(cfg.data).glob("*.parquet"))[:-1]]
+    columns = [shard.schema_arrow.get_field_index("text") for shard in shards]
+    return sum(
+        shard.metadata.row_group(i).column(column).total_uncompressed_size
+        for shard, column in zip(shards, columns, strict=True)
+        for i in range(shard.num_row_groups)
+    )
+
+
+def run_rung(cfg: Config, flops: float | None) -> dict[str, list[dict[str, Any]]]:
+    """Run whatever is missing at one amount of compute, all settings seed by seed; print the table after each seed."""
     path = Path(cfg.results)
     done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     settings = {k: v for k, v in EXPERIMENTS[cfg.experiment].items() if not cfg.only or k in cfg.only}
-    rows: dict[str, list[dict[str, float]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for seed in cfg.seeds:
         for label, own in settings.items():
-            flags = merged_flags(cfg, own, seed)
+            flags = merged_flags(cfg, own, seed, flops)
             result = next((r for r in done if r["flags"] == flags and r["eval_bytes"] == cfg.eval_bytes), None)
             if result is None:
                 start = time.time()
@@ -234,6 +262,70 @@ def main(cfg: Config) -> None:
                 print(f"{label}, seed {seed}: {result['val_bpb']:.4f} ({time.time() - start:.0f} s)", flush=True)
             rows.setdefault(label, []).append(result)
         print(table(rows), flush=True)
+    return rows
+
+
+def verdict(gains: Sequence[float], noise: float) -> str:
+    """What a setting's gains at the rungs, as shares of the first setting's loss, say: counts, shrinks or loses.
+
+    It counts when it is better at every rung but the lowest, and its gain at the last is no smaller than at the one
+    before by more than `noise`, the deviation of one gain.
+    """
+    if min(gains[1:]) <= 0:
+        return "loses"
+    return "shrinks" if gains[-1] < gains[-2] - noise else "counts"
+
+
+def ladder_table(rungs: dict[float, dict[str, list[dict[str, Any]]]]) -> str:
+    """Every setting at every rung, its gain over the first setting, its law L(C) and what that says of the next rung.
+
+    `rungs`: FLOPs -> setting -> its runs.
+    """
+    means = {
+        flops: {label: statistics.mean(run["val_bpb"] for run in runs) for label, runs in rows.items()}
+        for flops, rows in rungs.items()
+    }
+    groups = [[run["val_bpb"] for run in runs] for rows in rungs.values() for runs in rows.values()]
+    spreads = [statistics.stdev(g) / statistics.mean(g) for g in groups if len(g) > 1]
+    noise = statistics.mean(spreads) if spreads else SEED_NOISE  # of one run
+    base, *_ = labels = list(next(iter(rungs.values())))
+    gain_noise = noise * math.sqrt(2 / min(map(len, groups)))  # of a difference of two means
+    head = " | ".join(f"{flops:.3g} FLOPs" for flops in rungs)
+    lines = [f"| setting | {head} | against {base} | law | at {NEXT_RUNG:.3g} |", "|---" * (len(rungs) + 4) + "|"]
+    for label in labels:
+        gains = [1 - mean[label] / mean[base] for mean in means.values()]
+        against = "" if label == base else ", ".join(f"{-gain:+.1%}" for gain in gains)
+        against += "" if label == base else f": {verdict(gains, gain_noise)}"
+        runs = [(flops, run["val_bpb"]) for flops, rows in rungs.items() for run in rows[label]]
+        best, others = power_law(runs, noise)
+        e, a = [law.floor for law in others], [law.exponent for law in others]
+        at = [law.bpb(NEXT_RUNG) for law in others]
+        law = (
+            f"{best.floor:.2f} + {best.scale:.2f}·(C/1e15)^−{best.exponent:.2f} "
+            f"(floor {min(e):.2f} to {max(e):.2f}, exponent {min(a):.2f} to {max(a):.2f})"
+        )
+        values = " | ".join(f"{mean[label]:.4f}" for mean in means.values())
+        lines.append(
+            f"| {label} | {values} | {against} | {law} | {best.bpb(NEXT_RUNG):.3f} ({min(at):.3f} to {max(at):.3f}) |"
+        )
+    return "\n".join(lines)
+
+
+def main(cfg: Config) -> None:
+    """Run the matrix, once or at every rung of the ladder; print the tables."""
+    if not cfg.ladder:
+        run_rung(cfg, cfg.flops)
+        return
+    text, rungs = corpus_bytes(cfg), {}
+    for flops in LADDER:
+        print(f"\n{flops:.3g} FLOPs", flush=True)
+        rows = rungs[flops] = run_rung(cfg, flops)
+        epochs = {}
+        for label, runs in rows.items():
+            bytes_per_token = prepare(cfg, int(runs[0]["flags"]["vocab_size"]))[1]
+            epochs[label] = runs[0]["tokens"] * bytes_per_token / text
+        print("epochs: " + ", ".join(f"{label} {share:.2f}" for label, share in epochs.items()), flush=True)
+    print(f"\n{ladder_table(rungs)}", flush=True)
 
 
 if __name__ == "__main__":

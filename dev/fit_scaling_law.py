@@ -1,6 +1,8 @@
 """Fits the law of nanochat/plan/scaling_law.py to published runs, and prints its numbers.
 
 python -m dev.fit_scaling_law
+
+`power_law` is for a ladder of own runs (dev/ablate.py --ladder): one recipe at several amounts of compute.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 
 from nanochat.plan.scaling_law import ALPHA, BETA, BYTES, PARAMS, Law, bytes_per_token
 
+FLOPS = 1e15  # unit of compute in a PowerLaw
 # How much the optimum of a sweep counts in the fit, against a run's bits per byte.
 OPTIMUM_WEIGHT = 0.1
 
@@ -78,6 +81,52 @@ def fit(runs: Sequence[Run], steps: int = 200, softness: float = 0.01) -> Law:
         weight = (1 + (r / softness) ** 2) ** -0.25
         x = x + 0.5 * torch.linalg.lstsq(weight[:, None] * jacobian, -weight * r).solution
     return Law(*(math.exp(value) for value in x.tolist()))
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """Bits per byte over training FLOPs C: floor + scale·(C/FLOPS)^−exponent."""
+
+    floor: float
+    scale: float
+    exponent: float
+
+    def bpb(self, flops: float) -> float:
+        """Predicted bits per byte."""
+        return self.floor + self.scale * (flops / FLOPS) ** -self.exponent
+
+
+def power_law(runs: Sequence[tuple[float, float]], noise: float) -> tuple[PowerLaw, list[PowerLaw]]:
+    """The law closest to runs of (FLOPs, bits per byte), and all others within one standard deviation of it.
+
+    Few rungs fix the floor badly, so it is tried from 0 up to the best run: for each floor the rest is a line in
+    logarithms. Those whose Σ (error/noise)² is at most 1 above the least are within one deviation.
+
+    Args:
+        runs: of at least three different amounts of compute.
+        noise: how far seeds scatter, as a share of the loss.
+
+    Raises:
+        ValueError: fewer than three amounts, or more compute never helped.
+    """
+    if len({flops for flops, _ in runs}) < 3:
+        raise ValueError("a power law with a floor needs runs at three amounts of compute or more")
+    x = torch.tensor([math.log(flops / FLOPS) for flops, _ in runs], dtype=torch.float64)
+    y = torch.tensor([bpb for _, bpb in runs], dtype=torch.float64)
+    found = []
+    for floor in torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1].tolist():
+        rest = y - floor * y.min()
+        weight = rest / y  # a relative error of the rest is so much less of the whole
+        columns = torch.stack([torch.ones_like(x), -x], dim=1)  # (runs, 2)
+        line = torch.linalg.lstsq(weight[:, None] * columns, weight * rest.log()).solution
+        law = PowerLaw(floor * y.min().item(), math.exp(line[0]), line[1].item())
+        errors = [(law.bpb(flops) / bpb - 1) / noise for flops, bpb in runs]
+        if law.exponent > 0:
+            found.append((sum(e * e for e in errors), law))
+    if not found:
+        raise ValueError("more compute did not lower the loss: there is no power law to fit")
+    least, best = min(found, key=lambda pair: pair[0])
+    return best, [law for square, law in found if square <= least + 1]
 
 
 if __name__ == "__main__":
