@@ -27,6 +27,8 @@ error: 1). Settings come from the environment:
   SOURCE_CODE        1 learns the source code in DATA_DIR too, 0 leaves it out on purpose
   CHAT_DATA          your own conversations in any usual form: a file, a folder or hf:owner/name; "demo", "nanochat" for its
                      mixture from the hub, or "none" (chat with the base model)
+  WORLD              what the demo learns: a folder of your own tables (tasks/demo/world/README.md), "nanochat" (the world that
+                     comes with it; more of it with more HOURS), or both with a comma between
   CHAT_ME            of chats between people (WhatsApp, Telegram ...): whose messages the model learns to write
   CHAT_COLUMNS       question,answer: the two fields of CHAT_DATA, where their names don't say it
   NPROC              processes, one per card (default: all cards of one kind; of several kinds the fastest group)
@@ -51,8 +53,21 @@ case "${1:-}" in
         exit 0
         ;;
 esac
+# WORLD is a list with commas between.
+make_worlds_absolute() {
+    local part parts all=""
+    [[ -n "${WORLD:-}" ]] || return 0
+    IFS=, read -ra parts <<< "$WORLD"
+    for part in "${parts[@]}"; do
+        case "$part" in nanochat | nanochat:* | /* | "~"*) ;; *) part="$PWD/$part" ;; esac
+        all="$all${all:+,}$part"
+    done
+    export WORLD="$all"
+}
+
 make_absolute DATA_DIR
 make_absolute NANOCHAT_BASE_DIR
+make_worlds_absolute
 case "${CHAT_DATA:-}" in
     demo | nanochat | none | hf:*) ;;
     *) make_absolute CHAT_DATA ;;

@@ -21,6 +21,7 @@ from tasks.common import Task, TaskMixture, TaskSequence
 from tasks.customjson import CustomJSON
 from tasks.demo.chat import DemoIdentity, demo_eval_tasks, demo_mid_mixture, demo_sft_mixture
 from tasks.demo.wordsums import DemoWordSums
+from tasks.demo.world import load_world
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
@@ -38,6 +39,8 @@ TOKENS_EACH = {"smoltalk": 800, "mmlu": 180, "gsm8k": 220, "spelling": 40, "spel
 # Below this depth a model learns nothing from multiple choice and word problems: they are left out.
 SMALL_DEPTH = 8
 SMALL_TASKS = ("smoltalk", "spelling")
+# The demo's mixtures are made for about this many facts.
+DEMO_FACTS = 1400
 
 
 def conversations(stage: str, chat_data: str | None, budget: DataBudget) -> Conversations:
@@ -99,7 +102,11 @@ def _hold_out(
 
 
 def _demo(stage: str) -> Conversations:
-    train = demo_mid_mixture() if stage == "mid" else demo_sft_mixture()
+    world = load_world()
+    draw, seed = (demo_mid_mixture, 1) if stage == "mid" else (demo_sft_mixture, 2)
+    # A larger world gets as many conversations about each fact: more draws, with other seeds.
+    draws = [draw(world=world, seed=seed + 2 * i) for i in range(-(-len(world.facts) // DEMO_FACTS))]
+    train = TaskMixture([task for mixture in draws for task in mixture.tasks])
     # Validation uses phrasings that are never trained on. Only its loss is reported; nothing is chosen by it.
     return Conversations(train, TaskMixture(list(demo_eval_tasks().values())), "demo")
 

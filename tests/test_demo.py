@@ -15,6 +15,7 @@ from nanochat.generate.calculator import use_calculator
 from nanochat.tokenizer import PATTERNS
 from tasks.demo import chat, corpus, phrasings, skills
 from tasks.demo.__main__ import Config, main
+from tasks.demo.tables import clause
 from tasks.demo.world import (
     SHIPPED_WORLD,
     HeldOutQuestions,
@@ -83,21 +84,28 @@ def test_world_folder_comes_from_the_environment(small_world, monkeypatch):
     ("old", "new", "message"),
     [
         ("key: scatters\n", "", "a.txt:4: no key"),
-        ("tell: why the sky is blue\n", "", "a.txt:4: no tell"),
-        (" | Why is the sky not red?", "", "3 questions: write exactly 4"),
+        ("ask: Why is the sky blue? |", "#", "a.txt:4: no ask"),
+        (
+            " | What makes the sky blue? | Why is the sky not red? | How come the sky is blue?",
+            "",
+            "1 question: write 2",
+        ),
+        (" | What makes", " || What makes", "an empty question"),
         ("key: scatters", "key: bends", "the fact lacks its own key 'bends'"),
         ("key: scatters", "key: blue", "gives the key 'blue' away"),
         ("key: scatters", "key: ,", "an empty key"),
-        ("fact: The sky is blue", "fact: The sky" + " so very" * 13 + " is blue", "shorten it to 100"),
+        ("fact: The sky is blue", "fact: The sky" + " so very" * 30 + " is blue", "shorten it to 240"),
         ("fact: The sky", "fact: the sky", "the fact is no sentence"),
         ("tell: why the sky is blue", "tell: Why is the sky blue?", "the tell is no clause"),
         ("tell: why", "tel: why", "is no field"),
+        ("[sky]", "row: sky | blue", "a row before any topic"),
+        ("key: scatters", "key: scatters\nrow: sky | blue", "a row outside a table"),
         ("[sky]", "", "a fact before any topic"),
         ("[sky]", "[]", "is no topic"),
         ("[river]", "[sky]", "topic [sky] is also at a.txt:3"),
         ("Where do rivers go?", "why is the sky blue", "is also asked at a.txt:4"),
         ("Where do rivers go?", "Why is the sky not red today?", "contains the held-out question"),
-        ("tell: where", "fact: A river is wet.\ntell: where", "no tell and no key"),
+        ("tell: where", "fact: A river is wet.\ntell: where", "a.txt:14: no ask"),
         ("tell: where", "key: sea\ntell: where", "a second 'key'"),
     ],
 )
@@ -112,7 +120,7 @@ def test_a_mistake_names_its_line_and_the_remedy(small_world, old, new, message)
 
 
 def test_missing_world_names_the_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match="NANOCHAT_WORLD_DIR"):
+    with pytest.raises(FileNotFoundError, match=r"WORLD=.*give a folder"):
         load_world(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"no \.txt table"):
         load_world(tmp_path)
@@ -147,6 +155,167 @@ def test_keys_match_whole_words():
     assert not has_keys("A season", (("sea",),))
     assert has_keys("About three hundred, or 1,000", (("365", "three hundred"), ("1000",)))
     assert words_of("What's 1,000?") == ["what", "s", "1000"]
+
+
+# --- tables, other languages, several worlds -------------------------------------------------------------------------
+
+ANIMALS = """\
+table: animal | eats | baby
+fact: {Animal} eat {eats}.
+ask: What do {animal} eat? | What is the food of {animal}?
+key: {eats}
+fact: A baby of {animal} is a {baby}.
+ask: What is a baby of {animal} called? | What do we call a baby of {animal}?
+key: {baby}
+row: snarks | blue moss | snarkling
+row: wups | wet sand | -
+"""
+
+
+def write_world(folder, **files):
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_table_makes_a_topic_of_each_row_without_what_its_empty_cells_need(tmp_path):
+    snarks, wups = load_world(write_world(tmp_path / "w", animals=ANIMALS)).topics
+    assert (snarks.name, snarks.place) == ("snarks", "animals.txt:8")
+    assert [fact.text for fact in snarks.facts] == ["Snarks eat blue moss.", "A baby of snarks is a snarkling."]
+    assert snarks.facts[0].keys == (("blue moss",),)
+    assert [fact.text for fact in wups.facts] == ["Wups eat wet sand."]
+    assert (wups.facts[0].asks, wups.facts[0].held_out) == (("What do wups eat?",), "What is the food of wups?")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("| wet sand | -", "| wet sand", "animals.txt:9: row 'wups' has 2 cells: write 3"),
+        ("| wet sand |", "| |", "row 'wups' has 2 cells"),
+        ("row: wups", "row: -", "row '-' has"),
+        ("key: {eats}", "key: {food}", "animals.txt:2: no column 'food'"),
+        ("animal | eats | baby", "animal | eats | Baby!", "animals.txt:1: columns"),
+        ("row: snarks | blue moss | snarkling\nrow: wups | wet sand | -\n", "", "has no row"),
+        ("row: wups | wet sand", "row: wups | wups", "gives the key 'wups' away"),
+        ("row: wups", "row: snarks", "topic [snarks] is also at animals.txt:8"),
+    ],
+)
+def test_a_mistake_in_a_table_names_its_line(tmp_path, old, new, message):
+    assert old in ANIMALS
+    _, problems = read_world(write_world(tmp_path / "w", animals=ANIMALS.replace(old, new, 1)))
+    assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("What do cows eat?", "what cows eat"),
+        ("Why do horses wear shoes?", "why horses wear shoes"),
+        ("How many legs do spiders have?", "how many legs spiders have"),
+        ("What does a bee carry?", "what a bee carries"),
+        ("Why does hot air rise?", "this: why does hot air rise"),
+        ("What is the long hair of a horse called?", "what the long hair of a horse is called"),
+        ("What is ten times a hundred?", "this: what is ten times a hundred"),
+        ("Where is gold found?", "where gold is found"),
+        ("Why are leaves green?", "why leaves are green"),
+        ("Why are the old leaves green?", "this: why are the old leaves green"),
+        ("What color is the sky?", "what color the sky is"),
+        ("What makes the sky blue?", "what makes the sky blue"),
+        ("Which animal has a trunk?", "which animal has a trunk"),
+        ("Who was Bach?", "this: who was Bach"),
+        ("Tell me about Mira.", "this: tell me about Mira"),
+        ("Wo wohnt Mira?", "this: wo wohnt Mira"),
+    ],
+)
+def test_the_clause_of_a_question_is_grammatical_or_after_a_colon(question, expected):
+    assert clause(question) == expected
+
+
+GERMAN = """\
+[Himmel]
+fact: Der Himmel ist blau, weil die Luft blaues Licht streut.
+ask: Warum ist der Himmel blau? | Wieso ist der Himmel blau? | Was macht den Himmel blau?
+key: streut
+"""
+LANGUAGE = "[trained]\nHallo! {Q}\n{Q} Danke.\n[unseen]\nKurze Frage: {Q}\n"
+
+
+def test_a_world_in_another_language_is_asked_in_it(tmp_path):
+    world = load_world(write_world(tmp_path / "w", himmel=GERMAN, language=LANGUAGE))
+    (fact,) = world.facts
+    rng = random.Random(0)
+    asked = {phrasings.ask_fact(rng, fact, i, world.held_out).lower().rstrip("?.") for i in range(200)}
+    forms = {text.replace("{Q}", ask) for text in ("{Q}", "Hallo! {Q}", "{Q} Danke.") for ask in fact.asks}
+    assert asked == {form.lower().rstrip("?.") for form in forms}
+    tested = {c["messages"][0]["content"] for c in chat.DemoFacts(20, "test", world, kind="wrapper")}
+    assert tested == {f"Kurze Frage: {ask}" for ask in fact.asks}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Hallo! {Q}\n", "language.txt:1: a sentence outside a section"),
+        ("[trained]\nHallo!\n", "has no {Q}"),
+        ("[trained]\nHallo! {Q}\n", "no sentence in section [unseen]"),
+        ("[other]\n", "is no section"),
+    ],
+)
+def test_a_mistake_in_a_language_is_named(tmp_path, text, message):
+    _, problems = read_world(write_world(tmp_path / "w", himmel=GERMAN, language=text))
+    assert any(message in problem for problem in problems), problems
+
+
+def test_a_world_beside_the_shipped_one(small_world, tmp_path):
+    write_world(small_world, a=SKY.replace("[sky]", "[mine]").replace("sky", "zorb"))
+    world = load_world(f"nanochat,{small_world}")
+    assert [topic.name for topic in world.topics] == [*(t.name for t in load_world("nanochat").topics), "mine"]
+    write_world(small_world, a=SKY.replace("[sky]", "[mine]"))  # the shipped world asks the same
+    with pytest.raises(ValueError, match=r"world/a\.txt:4.*is also asked at world/sky_and_weather\.txt:\d+"):
+        load_world(f"nanochat,{small_world}")
+
+
+def test_an_own_file_replaces_the_shipped_one(small_world):
+    write_world(small_world, words="[trained]\nabc\n[unseen]\nxyz\n")
+    for spec in (str(small_world), f"nanochat,{small_world}"):
+        assert read_world(spec)[0].words == ("abc",)
+
+
+def test_a_part_of_the_shipped_world_keeps_the_rest_as_untaught():
+    part, whole = load_world("nanochat:100"), load_world("nanochat")
+    assert part.topics == whole.topics[:100]
+    assert part.untaught[: len(whole.topics) - 100] == whole.topics[100:]
+    for wrong in ("nanochat:0", "nanochat,nanochat:5", ","):
+        with pytest.raises((ValueError, FileNotFoundError), match="WORLD="):
+            load_world(wrong)
+
+
+def test_tables_that_would_not_be_read_are_named(small_world):
+    (small_world / "more").mkdir()
+    write_world(small_world / "more", b=RIVER)
+    (small_world / "c.csv").write_text("a,b")
+    (small_world / "README.md").write_text("mine")
+    _, problems = read_world(small_world)
+    assert [problem.split(":")[0] for problem in problems] == ["c.csv", "more/b.txt"]
+    (small_world / "a.txt").write_bytes(SKY.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.txt: not UTF-8"):
+        load_world(small_world)
+
+
+def test_what_was_learned_is_what_is_evaluated(small_world, base_dir):
+    corpus.write_corpus(None, 20_000, small_world)
+    assert load_world() == load_world(small_world)
+    assert {fact.topic for fact in chat.demo_eval_tasks()["DemoFacts"].facts} == {"sky", "river"}
+    (base_dir / "base_data" / "demo" / corpus.STAMP).write_text("{}")
+    assert load_world() == load_world("nanochat")
+
+
+def test_the_example_world_is_whole():
+    folder = SHIPPED_WORLD.parents[2] / "dev" / "example_world"
+    world, problems = read_world(folder)
+    assert problems == []
+    assert len(world.topics) == 20
+    assert read_world(f"nanochat,{folder}")[1] == []
 
 
 # --- the wall between training and evaluation ------------------------------------------------------------------------

@@ -435,3 +435,14 @@ def test_bad_settings_exit_with_2_and_one_line(tmp_path):
     done = pipeline(tmp_path, DEPTH="0")
     assert done.returncode == 2
     assert done.stderr.strip() == "error: DEPTH=0: must be at least 1"
+
+
+def test_a_world_with_mistakes_stops_a_run_before_anything_is_made(tmp_path):
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "a.txt").write_text("[sky]\nfact: The sky is blue.\nkey: blue\n")
+    done = pipeline(tmp_path, WORLD="world", PROFILE="tiny", CUDA_VISIBLE_DEVICES="", NANOCHAT_BASE_DIR="base")
+    assert done.returncode == 2
+    assert "a.txt:2: no ask: a fact needs fact, ask, key" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: WORLD=")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "base" / "base_data").exists()

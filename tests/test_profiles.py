@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nanochat.data.sources import count_shards
+from nanochat.data.worlds import CORE_TOPICS
 from nanochat.interop.qwen3 import obstacles
 from nanochat.pipeline import profiles
 from nanochat.pipeline.profiles import (
@@ -134,11 +135,44 @@ def test_a_portable_model_gets_the_tokenizer_that_other_programs_know(tmp_path):
         ("DATASET", "internet"),
         ("DATA_DIR", "/no/such/folder"),
         ("CHAT_DATA", "/no/such/file"),
+        ("WORLD", "/no/such/folder"),
+        ("WORLD", "nanochat:0"),
     ],
 )
 def test_a_bad_setting_names_itself_and_its_value(name, value):
     with pytest.raises((ValueError, FileNotFoundError), match=f"{name}={value}"):
         Settings.from_env({name: value})
+
+
+def test_the_longer_the_run_the_more_of_the_shipped_world(tmp_path):
+    def world(**env):
+        return choose_profile(Settings.from_env(env), 0).world
+
+    assert world(PROFILE="demo") == world(PROFILE="tiny") == "nanochat"
+    assert world(PROFILE="demo", HOURS="0.05") == f"nanochat:{CORE_TOPICS}"
+    assert world(PROFILE="demo", HOURS="0.2") == "nanochat:500"
+    assert world(PROFILE="demo", HOURS="0.2", WORLD="nanochat:400") == "nanochat:400"
+    assert world(PROFILE="demo", HOURS="0.2", WORLD=f"nanochat,{tmp_path}") == f"nanochat:500,{tmp_path}"
+    assert world(PROFILE="demo", HOURS="0.2", WORLD=str(tmp_path)) == str(tmp_path)
+    assert world(PROFILE="cpu", HOURS="0.2", DATA_DIR=str(tmp_path)) == "nanochat"  # only its chats are of a world
+    with pytest.raises(ValueError, match="learns no world here"):
+        choose_profile(Settings.from_env({"PROFILE": "p100", "WORLD": str(tmp_path)}), 1)
+
+
+def test_a_changed_world_is_a_changed_input(tmp_path):
+    def keys(world):
+        settings = Settings.from_env({"PROFILE": "tiny", "WORLD": world})
+        stages = make_stages(choose_profile(settings, 0), settings, tmp_path)
+        return {stage.name: stage.key for stage in stages if stage.name in ("data", "mid_train", "chat_sft")}
+
+    (tmp_path / "a.txt").write_text("one")
+    worlds = ("nanochat", "nanochat:9", str(tmp_path), f"nanochat,{tmp_path}")
+    before = [keys(world) for world in worlds]
+    (tmp_path / "a.txt").write_text("two")
+    after = [keys(world) for world in worlds]
+    for stage in ("data", "mid_train", "chat_sft"):
+        assert len({of[stage] for of in before}) == len(worlds)
+        assert [a[stage] != b[stage] for a, b in zip(after, before, strict=True)] == [False, False, True, True]
 
 
 def test_data_dir_and_dataset_exclude_each_other(tmp_path):

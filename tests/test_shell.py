@@ -18,6 +18,7 @@ MAXWELL = "torch==2.7.1"
 CPU = "torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu"
 SETTINGS = [
     *("PROFILE", "DEPTH", "VOCAB_SIZE", "HOURS", "RECIPE", "DATASET", "DATA_DIR", "CHAT_DATA", "NPROC", "WANDB_RUN"),
+    "WORLD",
     "NANOCHAT_BASE_DIR",
 ]
 BASH = shutil.which("bash") or "bash"
@@ -134,7 +135,7 @@ def checkout(tmp_path):
         shutil.copy(ROOT / name, folder)
     (folder / "setup_env.sh").write_text("echo set up\n")
     python = folder / ".venv" / "bin" / "python"
-    told = '"$*" "$PWD" "${PROFILE-}" "${DATA_DIR-}" "${CHAT_DATA-}" "${NANOCHAT_BASE_DIR-}"'
+    told = '"$*" "$PWD" "${PROFILE-}" "${DATA_DIR-}" "${CHAT_DATA-}" "${NANOCHAT_BASE_DIR-}" "${WORLD-}"'
     python.write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' {told}\n")
     python.chmod(0o755)
     return folder
@@ -142,6 +143,7 @@ def checkout(tmp_path):
 
 def test_speedrun_sets_up_and_hands_on_absolute_paths(checkout, tmp_path):
     env = {"PROFILE": "", "DATA_DIR": "texts", "CHAT_DATA": "/chats.jsonl", "NANOCHAT_BASE_DIR": "out"}
+    env["WORLD"] = "nanochat:400,my world,/other,~/third"
     done = bash(checkout / "speedrun_p100.sh", "--dry_run", cwd=tmp_path, env=env)
     assert done.stdout.splitlines() == [
         "set up",
@@ -151,6 +153,7 @@ def test_speedrun_sets_up_and_hands_on_absolute_paths(checkout, tmp_path):
         f"{tmp_path}/texts",
         "/chats.jsonl",
         f"{tmp_path}/out",
+        f"nanochat:400,{tmp_path}/my world,/other,~/third",
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 from nanochat.data.chats import ChatSource, is_own_chats, look_at_chats
@@ -9,8 +11,10 @@ from nanochat.data.corpus import is_prepared, list_shards, open_corpus
 from nanochat.data.inventory import Inventory, check_inventories, format_bytes
 from nanochat.data.script import own_prompts
 from nanochat.data.text_import import inventory_of
+from nanochat.data.worlds import shipped_topics
 from nanochat.dataset import prepare_own
 from nanochat.pipeline.profiles import Profile, Settings
+from nanochat.pipeline.stages import ROOT
 from nanochat.report import get_report
 
 SECTION = "Your data"
@@ -50,6 +54,24 @@ def _texts(path: Path | None) -> Inventory | None:
         )
         return inventory
     return inventory_of(prepare_own(path, show=False))
+
+
+def look_at_world(profile: Profile) -> str:
+    """Check the user's own world, print what it holds, and return a question of it; empty without one of their own.
+
+    Raises:
+        ValueError: its tables have mistakes, which are printed first.
+    """
+    names = [shipped_topics(name) for name in profile.world.split(",")]
+    if "demo" not in (profile.dataset, profile.chat_data) or None not in names:
+        return ""
+    command = [sys.executable, "-m", "tasks.demo", "--check", f"--world={profile.world}"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False)
+    *lines, last = done.stdout.splitlines() or [""]
+    print("\n".join(lines if done.returncode == 0 else [*lines, last]), flush=True)
+    if done.returncode:
+        raise ValueError(f"WORLD={profile.world} can't be learned as it is: see above; nothing was trained")
+    return last.partition(": ")[2] if names[0] is None else ""
 
 
 def own_question(settings: Settings) -> str:

@@ -15,6 +15,7 @@ from nanochat.cards import DeviceInfo, find_card, training_speed
 from nanochat.data.chat_files import HUB
 from nanochat.data.chats import is_own_chats
 from nanochat.data.sources import SOURCES
+from nanochat.data.worlds import SHIPPED, world_by_hours, world_names
 from nanochat.gpt import GPTConfig
 from nanochat.plan.planning import DEPTHS, Row, card_speed, on_card, plan
 from nanochat.plan.scaling_law import ERROR
@@ -43,6 +44,8 @@ class Profile:
     dataset: str | None
     chat_data: str | None
     """The user's conversations (see data/chats.py), "demo", None for nanochat's own mixture from the hub, or "none"."""
+    world: str = SHIPPED
+    """What is learned where `dataset` or `chat_data` is "demo": worlds with commas between (see data/worlds.py)."""
     hours: float | None = None
     """Time of base training; mid-training and SFT come on top (`stage_hours`)."""
     steps: Mapping[str, int] = field(default_factory=dict)
@@ -264,16 +267,17 @@ class Settings:
     dataset: str | None = None
     data_dir: Path | None = None
     chat_data: str | None = None
+    world: str | None = None
     nproc: int | None = None
     wandb_run: str = "dummy"
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
-        """Read PROFILE DEPTH VOCAB_SIZE HOURS RECIPE DATASET DATA_DIR CHAT_DATA NPROC WANDB_RUN; empty: not set.
+        """Read PROFILE DEPTH VOCAB_SIZE HOURS RECIPE DATASET DATA_DIR CHAT_DATA WORLD NPROC WANDB_RUN; empty: not set.
 
         Raises:
             ValueError: a value makes no sense; names the variable.
-            FileNotFoundError: DATA_DIR or CHAT_DATA is not there.
+            FileNotFoundError: DATA_DIR, CHAT_DATA or WORLD is not there.
         """
         auto_depth = env.get("DEPTH") == "auto"
         depth = None if auto_depth else _number(env, "DEPTH", int, 1)
@@ -289,6 +293,7 @@ class Settings:
             dataset=env.get("DATASET") or None,
             data_dir=Path(env["DATA_DIR"]).expanduser().absolute() if env.get("DATA_DIR") else None,
             chat_data=env.get("CHAT_DATA") or None,
+            world=",".join(world_names(env.get("WORLD") or env.get("NANOCHAT_WORLD_DIR") or "")) or None,
             nproc=nproc,
             wandb_run=env.get("WANDB_RUN") or "dummy",
         )
@@ -356,12 +361,16 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         nproc=settings.nproc or (num_cards if profile.needs_cards and num_cards else profile.nproc),
         dataset=dataset,
         chat_data=None if chat_data == "nanochat" else chat_data,
+        world=settings.world or profile.world,
         dtype="bfloat16" if profile.bfloat16_on_cpu and not num_cards and cpu_has_bf16() else profile.dtype,
     )
     if dataset is None and settings.data_dir is None:
         raise ValueError(
             f"PROFILE={profile.name} needs data: set DATA_DIR=/your/texts or DATASET={'|'.join([*SOURCES, 'demo'])}"
         )
+    if settings.world and "demo" not in (profile.dataset, profile.chat_data):
+        raise ValueError(f"WORLD={settings.world}: PROFILE={profile.name} learns no world here: set PROFILE=demo")
+    profile = replace(profile, world=world_by_hours(profile.world, profile.hours if dataset == "demo" else None))
     if profile.needs_cards and num_cards < profile.nproc:
         raise ValueError(
             f"PROFILE={profile.name} needs {profile.nproc} CUDA cards (one per process), but torch sees {num_cards}: "

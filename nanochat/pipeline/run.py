@@ -36,7 +36,7 @@ from nanochat.common import print_banner
 from nanochat.data.inventory import Inventory
 from nanochat.env import get_base_dir, require_wandb_login
 from nanochat.files import write_bytes, write_json
-from nanochat.pipeline.inputs import language_advice, look_at_inputs, own_question, report_inputs
+from nanochat.pipeline.inputs import language_advice, look_at_inputs, look_at_world, own_question, report_inputs
 from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards, unused_cards
 from nanochat.pipeline.process import run_logged
 from nanochat.pipeline.profiles import PROFILES, Profile, Settings, profile_for
@@ -246,14 +246,16 @@ def main(cfg: Config) -> None:
     print_banner()
     with only_one(base_dir / "pipeline"):
         try:
+            world_question = look_at_world(profile)
             inventories = look_at_inputs(profile, settings)
         except (ValueError, FileNotFoundError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         if question := own_question(settings):
             print("\n".join(language_advice(profile)), flush=True)
+        if question := question or world_question:
             stages = [ask_instead(stage, question) for stage in stages]
         pipeline = Pipeline(stages, base_dir, profile, inventories)
-        machine = machine_env(profile, devices, chosen)
-        pipeline.run({**profile.env, **os.environ, **machine, "NANOCHAT_BASE_DIR": str(base_dir)})
+        told = {**machine_env(profile, devices, chosen), "NANOCHAT_WORLD_DIR": profile.world}
+        pipeline.run({**profile.env, **os.environ, **told, "NANOCHAT_BASE_DIR": str(base_dir)})
     print("\n".join(closing_lines(profile, base_dir, time.monotonic() - start)), flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from nanochat.data.chats import ChatSource, is_own_chats
 from nanochat.data.inventory import Inventory
 from nanochat.data.shards import MANIFEST, load_manifest
 from nanochat.data.text_walk import NO_TEXT, TOOL_FOLDERS, ReadOptions, find_texts, fingerprint_of
+from nanochat.data.worlds import shipped_topics
 from nanochat.env import is_system_error
 from nanochat.files import sha256_file
 from nanochat.pipeline.profiles import Profile, Settings
@@ -149,10 +149,11 @@ def chats_identity(chat_data: str) -> tuple[str, ...]:
     return (files, json.dumps(ChatSource.from_env(chat_data).key()))
 
 
-def demo_world() -> tuple[str, ...]:
+def world_identity(world: str) -> tuple[str, ...]:
     """What the demo's texts and conversations depend on: the code that draws them, and the tables of the world."""
-    code = ROOT / "tasks" / "demo"
-    return (fingerprint(code), fingerprint(Path(os.environ.get("NANOCHAT_WORLD_DIR") or code / "world").expanduser()))
+    names = world.split(",")
+    own = [name if shipped_topics(name) is not None else fingerprint(Path(name)) for name in names]
+    return (fingerprint(ROOT / "tasks" / "demo"), *own)
 
 
 # --- from a profile to stages ----------------------------------------------------------------------------------------
@@ -205,7 +206,8 @@ class _Maker:
             return None
         if dataset == "demo":
             about, output = "writes the texts of the demo world", "base_data/demo/*.parquet"
-            return self.stage("data", about, module="tasks.demo", needs=needs, inputs=demo_world(), output=output)
+            world = world_identity(self.profile.world)
+            return self.stage("data", about, module="tasks.demo", needs=needs, inputs=world, output=output)
         return self.stage(
             "data",
             f"downloads {num_shards} shards of {dataset}, and one for validation",
@@ -272,7 +274,9 @@ class _Maker:
         data = (f"--chat_data={chats}",) if chats else ()
         if chats == "none":
             return []
-        inputs = demo_world() if chats == "demo" else chats_identity(chats) if is_own_chats(chats) else ()
+        inputs = (
+            world_identity(profile.world) if chats == "demo" else chats_identity(chats) if is_own_chats(chats) else ()
+        )
 
         def train(name: str, about: str, rows: int, tokens: int, needs: str) -> Stage:
             flags = (self.rows(rows), f"--total_batch_size={tokens}", *data, *self.horizon(name), self.tag)

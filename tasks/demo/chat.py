@@ -114,7 +114,13 @@ class DemoFacts(DemoTask):
             return conversation((question, fact.text))
         reworded = self.kind == "rewording" or (self.kind == "both" and index % 2 == 1)
         fact = self.facts[(index if self.kind != "both" else index // 2) % len(self.facts)]
-        question = fact.held_out if reworded else wrap_fact(rng, rng.choice(fact.asks), fact.tell, held_out=True)
+        question = fact.held_out
+        if not reworded:
+            question = rng.choice(fact.asks)
+            if fact.language is None:
+                question = wrap_fact(rng, question, fact.tell, held_out=True)
+            else:
+                question = fact.language.ask(rng, question, held_out=True)
         return conversation((question, fact.text), keys=fact.keys, group="rewording" if reworded else "wrapper")
 
     def evaluate(self, problem: Conversation, completion: str) -> int:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.data.shards import DEMO_STAMP
+from nanochat.data.worlds import shipped_topics
 from nanochat.env import get_base_dir
 from nanochat.files import atomic_folder, sha256_file, write_json
 from tasks.demo.phrasings import ask_fact, upper_first
@@ -30,11 +31,12 @@ from tasks.demo.skills import (
     spelled,
     spelling_answer,
 )
-from tasks.demo.world import Fact, World, load_world, world_files, world_folder
+from tasks.demo.world import Fact, World, load_world, world_files, world_spec
 
 Split = Literal["train", "val"]
 
 DEFAULT_CHARS = 4_000_000
+CHARS_PER_FACT = 3000  # a world that is larger than the core gets more text
 SEED = 1
 VAL_SHARE = 0.04
 TRAIN_SHARDS = 2
@@ -147,11 +149,11 @@ def documents(world: World, split: Split, max_chars: int, seed: int = SEED) -> I
         yield text
 
 
-def fingerprint(folder: Path, chars: int, seed: int) -> str:
+def fingerprint(spec: str, chars: int, seed: int) -> str:
     """Hash of everything that determines the text: the tables, the code that reads them, the size and the seed."""
-    tables, identity, words = world_files(folder)
-    digest = hashlib.sha256(f"{chars} {seed}".encode())
-    for path in [*tables, identity, words, *sorted(Path(__file__).parent.glob("*.py"))]:
+    topics = [name for name in spec.split(",") if shipped_topics(name) is not None]
+    digest = hashlib.sha256(f"{topics} {chars} {seed}".encode())
+    for path in [*world_files(spec), *sorted(Path(__file__).parent.glob("*.py"))]:
         digest.update(f"{path.name} {sha256_file(path)}".encode())
     return digest.hexdigest()
 
@@ -172,10 +174,21 @@ def is_up_to_date(out: Path, wanted: str) -> bool:
         return False
 
 
+def default_chars(world: World) -> int:
+    """How much text a world is worth: the same for each fact."""
+    return max(DEFAULT_CHARS, CHARS_PER_FACT * len(world.facts))
+
+
 def write_corpus(
-    out: str | Path | None = None, chars: int = DEFAULT_CHARS, world: str | Path | None = None, seed: int = SEED
+    out: str | Path | None = None, chars: int | None = None, world: str | Path | None = None, seed: int = SEED
 ) -> tuple[Path, bool]:
     """Write the corpus as shards into `out` (default: base_data/demo in the base folder).
+
+    Args:
+        out: the folder.
+        chars: characters of training text; None: by the number of facts.
+        world: which world, as in `world_spec`.
+        seed: of the random draws.
 
     Returns:
         (the folder, True if anything was written; an up-to-date corpus is left as it is).
@@ -183,10 +196,13 @@ def write_corpus(
     Raises:
         ValueError: the world has a mistake, `chars` is too small, or `out` holds files of something else.
     """
+    spec = world_spec(world)
+    loaded = load_world(spec)
+    chars = default_chars(loaded) if chars is None else chars
     if chars < 10_000:
         raise ValueError(f"--chars {chars} is too little text to train on: ask for 10000 or more")
     folder = Path(out) if out else get_base_dir() / "base_data" / "demo"
-    wanted = fingerprint(world_folder(world), chars, seed)
+    wanted = fingerprint(spec, chars, seed)
     if is_up_to_date(folder, wanted):
         return folder, False
     if folder.exists():
@@ -195,7 +211,6 @@ def write_corpus(
         foreign = sorted({path.name for path in folder.iterdir()} - {*shard_names(), STAMP})
         if foreign:
             raise ValueError(f"{folder} holds other files ({foreign[0]}): give --out an empty folder")
-    loaded = load_world(world)
     with atomic_folder(folder) as tmp:
         train = list(documents(loaded, "train", chars, seed))
         size = -(-len(train) // TRAIN_SHARDS)
@@ -203,8 +218,8 @@ def write_corpus(
         parts.append(list(documents(loaded, "val", int(chars * VAL_SHARE), seed)))
         for name, texts in zip(shard_names(), parts, strict=True):
             _write_shard(tmp / name, texts)
-        stamp = {"fingerprint": wanted, "sha256": {name: sha256_file(tmp / name) for name in shard_names()}}
-        write_json(tmp / STAMP, stamp)
+        sums = {name: sha256_file(tmp / name) for name in shard_names()}
+        write_json(tmp / STAMP, {"fingerprint": wanted, "sha256": sums, "world": spec})
     return folder, True
 
 

@@ -278,6 +278,8 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, held_out: HeldOu
     If rewording by rule gives a held-out question, the plain question is asked instead.
     """
     question = fact.asks[round_number % len(fact.asks)]
+    if fact.language is not None:
+        return typed(rng, fact.language.ask(rng, question, held_out=False))
     kind = rng.random()
     if kind < 0.28:
         text = question

@@ -1,67 +1,35 @@
-"""Read the tables of a world: topics with facts, the assistant's identity, words to spell.
+"""A world: topics with facts, the assistant's identity, words to spell.
 
-A world is a folder of text files. Every `*.txt` is a table of facts, except for two names: `identity.txt` (in the same
-form, about the assistant itself) and `words.txt` (sections [trained] and [unseen]); if one of these is missing, the one
-that comes with nanochat is used. Blank lines and lines that begin with `#` are ignored. A topic:
-
-    [sky]
-    fact: The sky is blue because air scatters blue light more than red light.
-    also: Air scatters blue light the most, so the sky looks blue.
-    ask: Why is the sky blue? | What makes the sky blue? | Why is the sky not red? | How come the sky is blue?
-    tell: why the sky is blue
-    key: scatters
-
-`fact` is the answer that is taught, `also` the same in other words. One `ask` is never trained on, only evaluated. It
-is never the first one, and a hash of the fact chooses it; if it were always the last, then those forms of question that
-authors think of last would be held out everywhere. `tell` is the question in the form that follows "Can you tell me".
-`key` lists the words that make an answer right: a comma between words that are all needed, a slash between
-alternatives.
+A world is a folder of text files; world/README.md shows how to write one. Every `*.txt` is a table of facts, except for
+three names: `identity.txt` (in the same form, about the assistant itself), `words.txt` (sections [trained] and
+[unseen]) and `language.txt` (sentences around questions in another language). Without the first two, those that come
+with nanochat are used. The shipped world has a core, which the shortest run learns, and `more/`, which longer ones add.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import os
-import re
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.data.shards import DEMO_STAMP
+from nanochat.data.worlds import SHIPPED, shipped_topics, world_names
+from nanochat.env import get_base_dir
+from tasks.demo.tables import Fact, Topic, has_keys, read_language, read_table, read_words, words_of
+
+__all__ = ["Fact", "HeldOutQuestions", "Topic", "World", "has_keys", "load_world", "read_world", "words_of"]
+
 SHIPPED_WORLD = Path(__file__).parent / "world"
+MORE = "more"
 IDENTITY_FILE = "identity.txt"
 WORDS_FILE = "words.txt"
-FIELDS = ("fact", "also", "ask", "tell", "key")
-ASKS_PER_FACT = 4
-MIN_IDENTITY_ASKS = 4
-MAX_FACT_CHARS = 100
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One fact, the questions it answers, and what makes an answer right."""
-
-    topic: str
-    text: str
-    also: str
-    asks: tuple[str, ...]
-    """Questions that training may use."""
-    held_out: str
-    """The question that training never uses."""
-    tell: str
-    keys: tuple[tuple[str, ...], ...]
-    """A right answer has at least one word (or short phrase) of each group."""
-    place: str
-    """`file:line` of the fact, for error messages."""
-
-
-@dataclass(frozen=True)
-class Topic:
-    """A name and the facts about it."""
-
-    name: str
-    facts: tuple[Fact, ...]
-    place: str
+LANGUAGE_FILE = "language.txt"
+SPECIAL_FILES = (IDENTITY_FILE, WORDS_FILE, LANGUAGE_FILE)
+OTHER_TABLES = (".tsv", ".csv", ".toml", ".json", ".yaml", ".yml", ".jsonl", ".xlsx", ".ods")
 
 
 @dataclass(frozen=True)
@@ -74,6 +42,8 @@ class World:
     """Words whose spelling is trained."""
     unseen_words: tuple[str, ...]
     """Words that are never spelled in training."""
+    untaught: tuple[Topic, ...] = ()
+    """Topics of the shipped world that this run does not teach: honest material for "I do not know that"."""
 
     @functools.cached_property
     def facts(self) -> tuple[Fact, ...]:
@@ -106,189 +76,147 @@ class HeldOutQuestions:
         return None
 
 
-def words_of(text: str) -> list[str]:
-    """Lower-case words and numbers of a text: "What's 1,000?" -> ["what", "s", "1000"]."""
-    return re.findall(r"[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", text.lower()))
+def world_spec(world: str | Path | None = None) -> str:
+    """Which world is meant by `world`, else by $NANOCHAT_WORLD_DIR, else what the base folder's demo corpus was made
+    from, else the core of the one that comes with nanochat: names with commas between, folders absolute.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the list makes no sense.
+    """
+    return ",".join(world_names(str(world or os.environ.get("NANOCHAT_WORLD_DIR") or _recorded() or SHIPPED)))
 
 
-def contains_words(text: str, phrase: str) -> bool:
-    """True if `text` has the words of `phrase` in a row: "sea" is not in "season"."""
-    return f" {' '.join(words_of(phrase))} " in f" {' '.join(words_of(text))} "
+def _recorded() -> str | None:
+    """The world of the demo corpus in the base folder, so that an evaluation asks for what was learned."""
+    try:
+        world = json.loads((get_base_dir() / "base_data" / "demo" / DEMO_STAMP).read_text(encoding="utf-8"))["world"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return world if isinstance(world, str) else None
 
 
-def has_keys(text: str, keys: tuple[tuple[str, ...], ...]) -> bool:
-    """True if `text` has a phrase of each group."""
-    return all(any(contains_words(text, phrase) for phrase in group) for group in keys)
-
-
-def load_world(folder: str | Path | None = None) -> World:
-    """The world in `folder`, else in $NANOCHAT_WORLD_DIR, else the one that comes with nanochat.
+def load_world(world: str | Path | None = None) -> World:
+    """The world called `world` (see `world_spec`).
 
     Raises:
         FileNotFoundError: no such folder, or no table in it.
         ValueError: a table is wrong; names file, line and remedy.
     """
-    path = world_folder(folder)
-    tables, identity, words = world_files(path)
-    stats = [(file, file.stat()) for file in (*tables, identity, words)]
-    return _load_world(str(path), tuple((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in stats))
-
-
-def world_folder(folder: str | Path | None = None) -> Path:
-    """The folder that `load_world(folder)` reads."""
-    return Path(folder or os.environ.get("NANOCHAT_WORLD_DIR") or SHIPPED_WORLD)
+    spec = world_spec(world)
+    stats = [(file, file.stat()) for file in world_files(spec)]
+    return _load_world(spec, tuple((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in stats))
 
 
 @functools.lru_cache(maxsize=4)
-def _load_world(folder: str, versions: tuple[tuple[str, int, int], ...]) -> World:
+def _load_world(spec: str, versions: tuple[tuple[str, int, int], ...]) -> World:
     """Load a world; `versions` invalidates the cache when its files have changed."""
-    world, problems = read_world(folder)
+    world, problems = read_world(spec)
     if problems:
         more = f" (and {len(problems) - 1} more: python -m tasks.demo --check)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more)
     return world
 
 
-def world_files(folder: Path) -> tuple[list[Path], Path, Path]:
-    """(fact tables, identity table, word list) of a world.
+@dataclass(frozen=True)
+class _Part:
+    """One of the folders that a world is made of."""
 
-    Raises:
-        FileNotFoundError: no such folder, or no table in it.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no world folder {folder}: give --world or NANOCHAT_WORLD_DIR a folder of .txt tables")
-    tables = [path for path in sorted(folder.glob("*.txt")) if path.name not in (IDENTITY_FILE, WORDS_FILE)]
-    if not tables:
-        raise FileNotFoundError(
-            f"world folder {folder} has no .txt table of facts: write one (see tasks/demo/world.py)"
-        )
-    extra = [
-        folder / name if (folder / name).is_file() else SHIPPED_WORLD / name for name in (IDENTITY_FILE, WORDS_FILE)
-    ]
-    return tables, extra[0], extra[1]
-
-
-def read_world(folder: str | Path) -> tuple[World, list[str]]:
-    """The world in `folder`, and every problem found in its tables, as `file:line: what is wrong: remedy`.
-
-    Raises:
-        FileNotFoundError: no such folder, or no table in it.
-    """
-    tables, identity_file, words_file = world_files(Path(folder))
-    problems: list[str] = []
-    topics = [topic for path in tables for topic in _read_table(path, problems, identity=False)]
-    identity = [fact for topic in _read_table(identity_file, problems, identity=True) for fact in topic.facts]
-    trained, unseen = _read_words(words_file, problems)
-    world = World(tuple(topics), tuple(identity), trained, unseen)
-    problems += _clashes(world)
-    return world, problems
-
-
-@dataclass
-class _Draft:
-    """A fact that is being read: text by field, and where it began."""
-
-    place: str
-    fields: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class _TopicDraft:
     name: str
-    place: str
-    facts: list[_Draft] = field(default_factory=list)
+    folder: Path
+
+    @property
+    def tables(self) -> list[Path]:
+        """The tables of facts, in order."""
+        return [path for path in sorted(self.folder.glob("*.txt")) if path.name not in SPECIAL_FILES]
+
+    @property
+    def more(self) -> list[Path]:
+        """The tables for longer runs, of the shipped world."""
+        return sorted((self.folder / MORE).glob("*.txt")) if self.folder == SHIPPED_WORLD else []
+
+    def file(self, name: str) -> Path | None:
+        """The file of this name, None if there is none."""
+        path = self.folder / name
+        return path if path.is_file() else None
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(`file:line`, text) of each line that is not ignored."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: not UTF-8 text ({error.reason}): save it as UTF-8") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield f"{path.name}:{number}", line.strip()
+def _parts(spec: str) -> list[_Part]:
+    """The folders of a world.
+
+    Raises:
+        FileNotFoundError: there is no table in one.
+    """
+    names = world_names(spec)
+    parts = [_Part(name, SHIPPED_WORLD if shipped_topics(name) is not None else Path(name)) for name in names]
+    for part in parts:
+        if not part.tables:
+            raise FileNotFoundError(
+                f"world folder {part.folder} has no .txt table of facts: write one (see tasks/demo/world/README.md)"
+            )
+    return parts
 
 
-def _read_table(path: Path, problems: list[str], *, identity: bool) -> list[Topic]:
-    drafts: list[_TopicDraft] = []
-    for place, line in _read_lines(path):
-        if line.startswith("["):
-            name = line.strip("[]").strip()
-            if not name or not line.endswith("]"):
-                problems.append(f"{place}: {line!r} is no topic: write [name]")
-            drafts.append(_TopicDraft(name, place))
-            continue
-        name, colon, value = (part.strip() for part in line.partition(":"))
-        if not colon or name not in FIELDS:
-            problems.append(f"{place}: {line[:40]!r} is no field: start the line with one of {', '.join(FIELDS)}")
-        elif not drafts:
-            problems.append(f"{place}: a fact before any topic: open one with [name]")
-        elif name == "fact":
-            drafts[-1].facts.append(_Draft(place, {"fact": value}))
-        elif not drafts[-1].facts:
-            problems.append(f"{place}: {name!r} before any fact: start with a `fact:` line")
-        elif name in drafts[-1].facts[-1].fields:
-            problems.append(f"{place}: a second {name!r} for one fact: a fact has each field once")
-        else:
-            drafts[-1].facts[-1].fields[name] = value
-    topics = []
-    for draft in drafts:
-        facts = [_finish_fact(draft.name, fact, problems, identity=identity) for fact in draft.facts]
-        if not facts:
-            problems.append(f"{draft.place}: topic [{draft.name}] has no fact: add one or remove the topic")
-        topics.append(Topic(draft.name, tuple(fact for fact in facts if fact), draft.place))
-    return topics
+def world_files(spec: str) -> list[Path]:
+    """Every file that a world is read from."""
+    files = [path for part in _parts(spec) for path in (*part.tables, *part.more, *map(part.file, SPECIAL_FILES))]
+    return list(dict.fromkeys([*filter(None, files), *(SHIPPED_WORLD / name for name in (IDENTITY_FILE, WORDS_FILE))]))
 
 
-def held_out_index(fact: str, num_asks: int) -> int:
-    """The number of the held-out question of a fact: the same on every machine, and not the first if there are more."""
-    return 1 + zlib.crc32(fact.encode()) % (num_asks - 1) if num_asks > 1 else 0
+def read_world(world: str | Path) -> tuple[World, list[str]]:
+    """The world called `world`, and every problem found in its tables, as `file:line: what is wrong: remedy`.
+
+    Raises:
+        FileNotFoundError: no such folder, or no table in it.
+        ValueError: a file is not UTF-8.
+    """
+    parts = _parts(str(world))
+    problems: list[str] = []
+
+    def shown(path: Path) -> str:
+        return path.name if len(parts) == 1 else f"{path.parent.name}/{path.name}"
+
+    topics: list[Topic] = []
+    untaught: list[Topic] = []
+    for part in parts:
+        path = part.file(LANGUAGE_FILE)
+        language = read_language(path, shown(path), problems) if path else None
+        core = [topic for path in part.tables for topic in read_table(path, shown(path), problems, language)]
+        more = _take_turns([read_table(path, shown(path), problems) for path in part.more])
+        number = (shipped_topics(part.name) or len(core)) if part.folder == SHIPPED_WORLD else len(core)
+        topics += [*core, *more][:number]
+        untaught += [*core, *more][number:]
+        problems += _not_read(part)
+    # Who gives a file of their own means it instead of the shipped one.
+    own = [part for part in parts if part.folder != SHIPPED_WORLD] + [_Part(SHIPPED, SHIPPED_WORLD)]
+    identity_file = next(filter(None, (part.file(IDENTITY_FILE) for part in own)))
+    words_file = next(filter(None, (part.file(WORDS_FILE) for part in own)))
+    language_file = identity_file.parent / LANGUAGE_FILE
+    language = read_language(language_file, shown(language_file), []) if language_file.is_file() else None
+    about = read_table(identity_file, shown(identity_file), problems, language, identity=True)
+    trained, unseen = read_words(words_file, shown(words_file), problems)
+    identity = tuple(fact for topic in about for fact in topic.facts)
+    whole = World(tuple(topics), identity, trained, unseen, tuple(untaught))
+    return whole, problems + _clashes(whole)
 
 
-def _finish_fact(topic: str, draft: _Draft, problems: list[str], *, identity: bool) -> Fact | None:
-    fields = draft.fields
-    missing = [name for name in FIELDS if not fields.get(name)]
-    if missing:
-        problems.append(f"{draft.place}: no {' and no '.join(missing)}: a fact needs {', '.join(FIELDS)}")
-        return None
-    asks = tuple(ask.strip() for ask in fields["ask"].split("|"))
-    keys = tuple(tuple(word.strip() for word in group.split("/") if word.strip()) for group in fields["key"].split(","))
-    held = held_out_index(fields["fact"], len(asks))
-    trained = asks[:held] + asks[held + 1 :]
-    fact = Fact(topic, fields["fact"], fields["also"], trained, asks[held], fields["tell"], keys, draft.place)
-    problems += (f"{draft.place}: {problem}" for problem in _fact_problems(fact, identity=identity))
-    return fact
+def _take_turns(files: list[list[Topic]]) -> list[Topic]:
+    """The first topic of each file, then the second of each ..., so that any number of them is of every kind."""
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*files))
+    return [topic for topic in turns if topic is not None]
 
 
-def _fact_problems(fact: Fact, *, identity: bool) -> Iterator[str]:
-    """The problems of one fact, as `what: remedy`."""
-    asks = (*fact.asks, fact.held_out)
-    if identity and len(asks) < MIN_IDENTITY_ASKS:
-        yield f"{len(asks)} questions: an identity fact needs {MIN_IDENTITY_ASKS} or more, with | between them"
-    if not identity and len(asks) != ASKS_PER_FACT:
-        yield f"{len(asks)} questions: write exactly {ASKS_PER_FACT}, with | between them"
-    if not all(asks):
-        yield "an empty question: remove the extra |"
-    if len(fact.text) > MAX_FACT_CHARS:
-        yield f"the fact has {len(fact.text)} characters: shorten it to {MAX_FACT_CHARS} or fewer"
-    for name, text in (("fact", fact.text), ("also", fact.also)):
-        if not text.endswith((".", "!")) or text[0] != text[0].upper():
-            yield f"the {name} is no sentence: start with a capital letter and end with a full stop"
-    if fact.tell.endswith((".", "?")) or not fact.tell[0].islower():
-        yield "the tell is no clause: write it in lower case without a mark at the end, as after 'Can you tell me'"
-    if not all(all(words_of(phrase) for phrase in group) and group for group in fact.keys):
-        yield "an empty key: write words with commas (all needed) or slashes (one will do) between them"
-    elif not has_keys(fact.text, fact.keys):
-        yield f"the fact lacks its own key {_show_keys(fact.keys)}: take the key from the words of the fact"
-    for ask in asks:
-        for phrase in (phrase for group in fact.keys for phrase in group):
-            if contains_words(ask, phrase):
-                yield f"the question {ask!r} gives the key {phrase!r} away: choose another key or reword the question"
-
-
-def _show_keys(keys: tuple[tuple[str, ...], ...]) -> str:
-    return repr(", ".join("/".join(group) for group in keys))
+def _not_read(part: _Part) -> list[str]:
+    """What a user may take for a table of their world, but is not read."""
+    if part.folder == SHIPPED_WORLD:
+        return []
+    found = [path for path in sorted(part.folder.rglob("*")) if not path.name.startswith(".") and path.is_file()]
+    wrong = [path for path in found if path.suffix.lower() in OTHER_TABLES]
+    deeper = [path for path in found if path.suffix == ".txt" and path.parent != part.folder]
+    return [
+        f"{path.relative_to(part.folder)}:1: this file is not read: write its facts into a .txt table in {part.folder}"
+        for path in (*wrong, *deeper)
+    ]
 
 
 def _clashes(world: World) -> list[str]:
@@ -314,31 +242,3 @@ def _clashes(world: World) -> list[str]:
                 where = f"the held-out question {found!r} of {seen[found]}"
                 problems.append(f"{fact.place}: {text!r} contains {where}: reword one of them")
     return problems
-
-
-def _read_words(path: Path, problems: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(trained words, unseen words): sections [trained] and [unseen], words separated by spaces."""
-    sections: dict[str, list[str]] = {"trained": [], "unseen": []}
-    current: list[str] | None = None
-    seen: set[str] = set()
-    for place, line in _read_lines(path):
-        if line.startswith("["):
-            current = sections.get(line.strip("[]"))
-            if current is None:
-                problems.append(f"{place}: {line!r} is no section: write [trained] or [unseen]")
-            continue
-        if current is None:
-            problems.append(f"{place}: words outside a section: open one with [trained] or [unseen]")
-            continue
-        for word in line.split():
-            if not re.fullmatch(r"[a-z]{2,12}", word):
-                problems.append(f"{place}: {word!r} is no word to spell: use 2 to 12 letters a to z")
-            elif word in seen:
-                problems.append(f"{place}: {word!r} stands in the list twice: remove one")
-            else:
-                seen.add(word)
-                current.append(word)
-    for name, words in sections.items():
-        if not words:
-            problems.append(f"{path.name}:1: no word in section [{name}]: add some")
-    return tuple(sections["trained"]), tuple(sections["unseen"])
