@@ -33,7 +33,7 @@ import anyio
 import httpx
 import psutil
 import torch
-from serve_load import QUESTIONS, Load, Tally, start_server
+from serve_load import QUESTIONS, Load, Tally, parser, start_server
 
 from nanochat.common import setup_compute
 from nanochat.config import Runtime
@@ -42,12 +42,14 @@ from nanochat.serve.batch_engine import BatchEngine, GenerationRequest
 from nanochat.serve.choose_model import load_chosen
 
 OPEN_FILES = 1024
+CHECKS = ("overhead", "leavers", "silent")
 
 
 def overhead(url: str, args: argparse.Namespace) -> dict[str, float]:
     """Median milliseconds of a request of one token: {"http": ..., "engine": ...}."""
     times: dict[str, list[float]] = {"http": [], "engine": []}
-    with setup_compute(Runtime()) as compute, httpx.Client(base_url=url, timeout=60) as client:
+    client = http.client.HTTPConnection(*url.removeprefix("http://").split(":"), timeout=60)  # httpx takes 1 ms itself
+    with setup_compute(Runtime()) as compute, contextlib.closing(client):
         model, tokenizer, _ = load_chosen(args.source, args.model_tag, None, None, compute.device)
         messages = [{"role": "user", "content": QUESTIONS[0]}]
         body = {"messages": messages, "max_tokens": 1, "temperature": 0}
@@ -56,7 +58,9 @@ def overhead(url: str, args: argparse.Namespace) -> dict[str, float]:
         with BatchEngine(model, tokenizer, compute.precision) as engine:
 
             def by_http() -> None:
-                client.post("/v1/chat/completions", json=body).raise_for_status()
+                client.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+                if len(json.loads(client.getresponse().read())["choices"]) != 1:
+                    raise RuntimeError("no answer")
 
             def by_engine() -> None:
                 list(engine.submit(request).events())
@@ -143,57 +147,52 @@ async def measure(url: str, process: psutil.Process, log: Path, args: argparse.N
         if not fine:
             figures["failures"].append(name)
 
-    medians = await asyncio.to_thread(overhead, url, args)
-    more = medians["http"] - medians["engine"]
-    check("overhead", more <= 3.0, f"{medians['http']} ms by HTTP, {medians['engine']} ms by the engine alone")
-
-    load = Load(url, args.max_tokens)
-    for question in QUESTIONS:
-        await load.ask(question, Tally())
-    await leavers(load, args.clients, args.seconds / 2)  # what is allocated only once is allocated now
-    before, memory = await load.idle(), process.memory_info().rss
-    tally, left = await leavers(load, args.clients, args.seconds)
-    after, grown = await load.idle(), (process.memory_info().rss - memory) / 2**20
-    counts = {key: sum(w[key] for w in after["workers"]) for key in ("submitted", "finished", "cancelled", "failed")}
-    cancelled = counts["cancelled"] - sum(w["cancelled"] for w in before["workers"])
-    fine = not tally.errors and not tally.wrong and counts["submitted"] == counts["finished"] + counts["cancelled"]
-    check(
-        "leavers",
-        fine and grown < 20,
-        f"{tally.answers} answers, {left} left ({cancelled} cancelled), {len(tally.errors)} errors {tally.errors[:1]}, "
-        f"{tally.wrong} wrong, {tally.refused} refused, {counts}, memory {grown:+.1f} MiB",
-    )
-    await load.http.aclose()
-
-    lines = len(log.read_text().splitlines())
-    times, opened = await silent(url, args.silent, args.seconds)
-    lines, times = len(log.read_text().splitlines()) - lines, sorted(times)
-    late = times[int(0.99 * len(times))]
-    check(
-        "silent",
-        late < 100 and lines < 100,
-        f"/health {statistics.median(times):.1f} ms (median), {late:.1f} ms (99 %), {times[-1]:.1f} ms (most) of "
-        f"{len(times)} while {opened} connections came; {lines} lines in the log; {process.num_fds()} open files",
-    )
-    figures.update(
-        overhead_ms=round(more, 2), **medians, leavers_errors=len(tally.errors), leavers_memory_mib=round(grown, 1),
-        health_ms_median=round(statistics.median(times), 1), health_ms_99=round(late, 1), log_lines=lines,
-    )  # fmt: skip
+    if "overhead" in args.only:
+        medians = await asyncio.to_thread(overhead, url, args)
+        more = medians["http"] - medians["engine"]
+        check("overhead", more <= 3.0, f"{medians['http']} ms by HTTP, {medians['engine']} ms by the engine alone")
+        figures.update(overhead_ms=round(more, 2), **medians)
+    if "leavers" in args.only:
+        load = Load(url, args.max_tokens)
+        for question in QUESTIONS:
+            await load.ask(question, Tally())
+        await leavers(load, args.clients, args.seconds / 2)  # what is allocated only once is allocated now
+        before, memory = await load.idle(), process.memory_info().rss
+        tally, left = await leavers(load, args.clients, args.seconds)
+        after, grown = await load.idle(), (process.memory_info().rss - memory) / 2**20
+        await load.http.aclose()
+        counts = {k: sum(w[k] for w in after["workers"]) for k in ("submitted", "finished", "cancelled", "failed")}
+        cancelled = counts["cancelled"] - sum(w["cancelled"] for w in before["workers"])
+        fine = not tally.errors and not tally.wrong and counts["submitted"] == counts["finished"] + counts["cancelled"]
+        check(
+            "leavers",
+            fine and grown < 20,
+            f"{tally.answers} answers, {left} left ({cancelled} cancelled), {len(tally.errors)} errors "
+            f"{tally.errors[:1]}, {tally.wrong} wrong, {tally.refused} refused, {counts}, memory {memory / 2**20:.0f} "
+            f"{grown:+.1f} MiB, {process.num_threads()} threads",
+        )
+        figures.update(leavers_errors=len(tally.errors), leavers_memory_mib=round(grown, 1))
+    if "silent" in args.only:
+        lines = len(log.read_text().splitlines())
+        times, opened = await silent(url, args.silent, args.seconds)
+        lines, times = len(log.read_text().splitlines()) - lines, sorted(times)
+        middle, late = statistics.median(times), times[int(0.99 * len(times))]
+        check(
+            "silent",
+            late < 100 and lines < 100,
+            f"/health {middle:.1f} ms (median), {late:.1f} ms (99 %), {times[-1]:.1f} ms (most) of {len(times)} while "
+            f"{opened} connections came; {lines} lines in the log; {process.num_fds()} open files",
+        )
+        figures.update(health_ms_median=round(middle, 1), health_ms_99=round(late, 1), log_lines=lines)
     return figures
 
 
 def main() -> None:
     """Start the server, measure, stop it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--silent", type=int, default=500)
-    parser.add_argument("--queue", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--max_tokens", type=int, default=64)
-    parser.add_argument("--source", default="sft")
-    parser.add_argument("--model_tag")
-    parser.add_argument("server_args", nargs="*", help="after --: more flags for scripts.chat_web")
-    args = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--silent", type=int, default=500)
+    flags.add_argument("--only", choices=CHECKS, nargs="+", default=CHECKS)
+    args = flags.parse_args()
     torch.set_num_threads(1)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with tempfile.TemporaryDirectory() as folder:

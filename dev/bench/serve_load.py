@@ -199,6 +199,19 @@ def start_server(args: argparse.Namespace, log: IO[bytes] | None = None) -> tupl
     raise RuntimeError("the server did not start within two minutes")
 
 
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """The flags of a bench of the server."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--queue", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--max_tokens", type=int, default=64)
+    parser.add_argument("--source", default="sft")
+    parser.add_argument("--model_tag")
+    parser.add_argument("server_args", nargs="*", help="after --: more flags for scripts.chat_web")
+    return parser
+
+
 def cpu_seconds(process: psutil.Process) -> float:
     """The processor time that the server has used."""
     times = process.cpu_times()
@@ -284,15 +297,7 @@ async def measure(url: str, process: psutil.Process, args: argparse.Namespace) -
 
 def main() -> None:
     """Start the server, measure, stop it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--queue", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--max_tokens", type=int, default=64)
-    parser.add_argument("--source", default="sft")
-    parser.add_argument("--model_tag")
-    parser.add_argument("server_args", nargs="*", help="after --: more flags for scripts.chat_web")
-    args = parser.parse_args()
+    args = parser(__doc__).parse_args()
     server, url = start_server(args)
     try:
         figures, failures = asyncio.run(measure(url, psutil.Process(server.pid), args))

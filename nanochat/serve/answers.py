@@ -36,6 +36,7 @@ from nanochat.serve.schemas import SamplingFields
 from nanochat.tokenizer import RustBPETokenizer
 
 DRAIN_SECONDS = 30.0  # how long a stopping server lets answers finish
+SHORT_CHARS = 4000  # of messages that are read on the spot: another thread takes longer to start than they do
 RETRY_SECONDS = 0.05  # how soon a request looks again whether the queue has a place for the next of its prompts
 logger = logging.getLogger("nanochat.serve")
 
@@ -171,7 +172,8 @@ class Service:
             return tokens, left_out, [f"messages: {count} × {note}" for note, count in notes.items() if count]
 
         try:
-            tokens, left_out, notes = await run_in_threadpool(fit)
+            is_short = len(str(messages)) <= SHORT_CHARS
+            tokens, left_out, notes = fit() if is_short else await run_in_threadpool(fit)
         except ValueError as error:
             code = "context_length_exceeded" if "too long" in str(error) else None
             raise RequestError(400, str(error), code=code, param="messages") from error

@@ -126,12 +126,13 @@ def create_app(
     add_guard(app, access.opened(files))
     app.add_middleware(CountRequests, metrics=service.metrics)
     add_error_handlers(app, SECURITY_HEADERS)
-    for path, file in files.items():
-        _add_file(app, path, file)
-    _add_chat_routes(app, service)
+    # Routes are tried in their order: those that are asked most come first, the files of the page last.
     add_openai_routes(app, service)
+    _add_chat_routes(app, service)
     add_responses_route(app, service)
     add_tokenize_routes(app, service)
+    for path, file in files.items():
+        _add_file(app, path, file)
     return app
 
 

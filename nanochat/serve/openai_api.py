@@ -35,6 +35,15 @@ from nanochat.serve.tools import NO_TOOLS, CallReader, ToolCall, Tools, read_too
 def add_openai_routes(app: FastAPI, service: Service) -> None:
     """Add the /v1 routes."""
 
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: OpenAIChatRequest, request: Request) -> Response:
+        return await chat_completion(service, body, request)
+
+    @app.post("/v1/completions", response_model=None)
+    @app.post("/completions", response_model=None, include_in_schema=False)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await text_completion(service, body, request)
+
     @app.get("/v1/models")
     @app.get("/models", include_in_schema=False)
     async def models() -> dict[str, Any]:
@@ -49,15 +58,6 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
             message = f"there is no model of that name here: this server has {service.model_id}"
             raise RequestError(404, message, code="model_not_found", param="model")
         return describe_model(service)
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(body: OpenAIChatRequest, request: Request) -> Response:
-        return await chat_completion(service, body, request)
-
-    @app.post("/v1/completions", response_model=None)
-    @app.post("/completions", response_model=None, include_in_schema=False)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await text_completion(service, body, request)
 
 
 def describe_model(service: Service) -> dict[str, Any]:
