@@ -45,6 +45,10 @@ STAGES = {
 }
 
 
+# Beside the marks: what the pipeline is about to run, in which folder, and how long each stage should take.
+PLAN_FILE = "plan.json"
+
+
 def pending_name(tag: str) -> str:
     """The folder, beside that of `tag`, in which a fresh start trains while an older run still has the tag's."""
     return f".{tag}.new"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from web_server import serve
 
 from nanochat.config import run_script
 from nanochat.pipeline.profiles import PROFILES, Settings
+from nanochat.pipeline.run import only_one
 from nanochat.pipeline.stages import make_stages
 from nanochat.progress import PROGRESS_FILE, progress
 from nanochat.report.metrics_log import MetricsLog
@@ -78,7 +81,7 @@ def test_a_running_stage(running):
     facts = dict(frame.facts)
     assert (facts["step"], facts["skipped steps"], facts["loss scale"]) == ("25", "1", "32768")
     assert facts["val bpb"] == "1.5000"
-    assert list(frame.curve[0]) == list(range(1, 26))
+    assert [(c.stage, list(c.steps)) for c in frame.curves] == [("base_train", list(range(1, 26)))]
     states = dict(frame.stages)
     assert (states["tok_train"], states["base_train"], states["mid_train"]) == ("done", "now", "waiting")
     assert not {"data", "chat_rl"} & set(states)  # this pipeline has no such stages
@@ -104,6 +107,7 @@ def test_it_follows_what_is_appended_and_goes_on_to_the_next_stage(running):
     (running / "pipeline" / "base_loss.progress.json").write_text('{"share": 0.4, "eta_seconds": 12.3}')
     frame = watcher.look()
     assert (frame.current, frame.facts, frame.progress, frame.eta) == ("base_loss", (), 0.4, "12s")
+    assert [c.summary for c in frame.curves] == ["Base training: loss 4.98 to 4.48 in 26 steps, 52s"]  # it stays
 
 
 def test_a_bar_keeps_its_file_whole_and_takes_it_away(base_dir, monkeypatch):
@@ -211,12 +215,73 @@ def test_nothing_has_run_yet(base_dir, capsys):
     assert "name the base dir" in capsys.readouterr().err
 
 
-def test_a_finished_pipeline(running):
-    for name in STAGES:
-        mark(running, name, "done", 5, seconds=1.0)
-    at(running / "base_checkpoints" / "d4" / "metrics.jsonl", 60)
+def plan(base_dir: Path, folder: str | None = None, **seconds: float | None) -> None:
+    """What the pipeline has said that it would do."""
+    record = {"folder": folder or str(base_dir), "seconds": seconds}
+    (base_dir / "pipeline" / "plan.json").write_text(json.dumps(record))
+
+
+def test_whether_it_runs_is_said_by_its_lock(running):
+    """A killed run must not seem to run, nor a run that writes nothing for long seem to have stopped."""
+    for path in running.rglob("*.json*"):
+        at(path, 10 * QUIET_SECONDS)
+    for folder, name in (("pipeline", ".lock"), ("base_checkpoints", ".d4.lock")):
+        lock = FileLock(str(running / folder / name))
+        with lock:
+            frame = Watcher(running).look()
+            assert (frame.running, frame.headline, dict(frame.stages)["base_train"]) == (True, "base_train", "now")
+        frame = Watcher(running).look()
+        assert (frame.running, frame.eta, dict(frame.stages)["base_train"]) == (False, None, "stopped")
+        assert "has ended before it was finished" in frame.headline
+    plan(running, folder="/elsewhere/run")
+    assert "this is a copy of /elsewhere/run" in Watcher(running).look().headline
+
+
+def test_a_lock_by_hand_is_seen_and_nothing_is_held_by_looking(running):
+    log_steps(running, "chatrl_checkpoints", [record(50, reward=0.5)])
+    with FileLock(str(running / "chatrl_checkpoints" / ".d4.lock")):
+        assert Watcher(running).look().current == "chat_rl"
+    second = only_one(running / "pipeline")
+    with only_one(running / "pipeline"), pytest.raises(RuntimeError, match="another pipeline is running"), second:
+        pass
+
+
+def test_the_time_of_all_stages_is_told(running):
+    plan(running, tok_train=0.5, base_train=100.0, base_loss=10.0, mid_train=50.0, report=None)
     frame = Watcher(running).look()
-    assert (frame.finished, frame.current) == (True, None)
+    # This machine took twice as long as expected so far; of the running stage its own record knows better.
+    assert frame.total_left == "4m30s for 4 stages, 1 of which the time is not known"
+    assert [name for name, state in frame.stages if state == "waiting"] == ["base_loss", "mid_train", "report"]
+    (running / "base_checkpoints" / "d4" / "metrics.jsonl").unlink()
+    assert Watcher(running).look().total_left.startswith("4m20s")  # 200 s, of which 60 have passed, and 120
+
+
+def test_a_finished_pipeline(running, capsys, monkeypatch):
+    for i, name in enumerate(STAGES):
+        mark(running, name, "done", 5 + i * 7 % 4, seconds=1.0)  # a copy's files have the times of its making
+    log_steps(running, "mid_checkpoints", [record(i) for i in range(1, 101)])
+    page = running / "report" / "report.html"
+    page.parent.mkdir()
+    page.write_text("<!doctype html><title>the report</title>")
+    frame = Watcher(running).look()
+    assert (frame.finished, frame.current, frame.report) == (True, None, page)
+    assert [curve.stage for curve in frame.curves] == ["base_train", "mid_train"]
+    monkeypatch.setenv("COLUMNS", "130")
+    run_script(main, Config, ["--base_dir", str(running), "--once"])
+    text = capsys.readouterr().out
+    assert text.count("nats per supervised token") == 2
+    assert "scripts.chat_web -i rl -g d4" in text
+    with serve(monitor_app(Watcher(running), 2.0)) as client:
+        first, again, report = client.get("/"), client.get("/"), client.get("/report")
+    assert report.text.endswith("<title>the report</title>")
+    pictures = re.findall(r'<svg class="plot".*?</svg>', first.text, flags=re.DOTALL)
+    assert pictures == re.findall(r'<svg class="plot".*?</svg>', again.text, flags=re.DOTALL)  # not drawn again
+    for picture, last in zip(pictures, ("25", "100"), strict=True):
+        assert f"step 1 to {last}" in picture
+        assert re.findall(r">([\d.]+)<", picture)  # ticks
+        assert ">nats per supervised token<" in picture
+        assert ">step<" in picture
+    assert 'href="report"' in first.text
 
 
 def test_the_page_has_the_same_figures_and_escapes_the_log(running, monkeypatch):
@@ -227,7 +292,7 @@ def test_the_page_has_the_same_figures_and_escapes_the_log(running, monkeypatch)
         elsewhere = client.get("/", headers={"host": "evil.example"})
     assert elsewhere.status_code == 400
     assert page.status_code == 200
-    for part in ("25.0 %, 2m30s left", "&lt;script&gt;alert(1)", "polyline", "steps 1 to 25", "base_train", "no card"):
+    for part in ("25.0 %, 2m30s left", "&lt;script&gt;alert(1)", "step 1 to 25", "base_train", "no card"):
         assert part in page.text
     assert "<script" not in page.text
     assert '<meta http-equiv="refresh" content="2">' in page.text

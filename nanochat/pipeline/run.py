@@ -43,9 +43,11 @@ from nanochat.pipeline.profiles import PROFILES, Profile, Settings, profile_for
 from nanochat.pipeline.stages import Stage, ask_instead, expected_seconds, make_stages
 from nanochat.progress import PROGRESS_FILE, format_seconds
 from nanochat.signals import EXIT_STOPPED, Stopped
+from nanochat.stages import PLAN_FILE
 
 # A stage that was asked to stop: after saving, or (−n and 128 + n: by signal n) before there was anything to save.
 STOPPED_CODES = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT, 128 + signal.SIGTERM}
+LOCK_SECONDS = 0.5  # the monitor looks at the lock, for an instant
 
 
 class Pipeline:
@@ -72,11 +74,8 @@ class Pipeline:
 
     def mark(self, stage: Stage) -> dict[str, Any]:
         """What is known of a stage: state ("started" or "done"), key, seconds; empty if nothing."""
-        try:
-            mark = json.loads(self.mark_path(stage).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return mark if isinstance(mark, dict) and mark.get("key") == stage.key else {}
+        mark = _read(self.mark_path(stage))
+        return mark if mark.get("key") == stage.key else {}
 
     def inputs(self, stage: Stage) -> dict[str, str | None]:
         """The results that a stage is made from, as they are now."""
@@ -105,6 +104,10 @@ class Pipeline:
             RuntimeError: a stage failed; names it, its log and how to go on.
             Stopped: a signal asked to stop.
         """
+        seconds = {stage.name: expected_seconds(self.profile, stage.name) for stage in self.stages}
+        plan = {"folder": str(self.base_dir), "seconds": seconds}
+        if _read(self.folder / PLAN_FILE) != plan:
+            write_json(self.folder / PLAN_FILE, plan)
         for number, stage in enumerate(self.stages, 1):
             title = f"[{number}/{len(self.stages)}] {stage.name}"
             if self.is_done(stage):
@@ -113,8 +116,8 @@ class Pipeline:
             expected = expected_seconds(self.profile, stage.name)
             how_long = f"expected time {format_seconds(expected)}" if expected else "how long it takes is not known yet"
             print(f"\n{title}: {stage.about} ({how_long})", flush=True)
-            seconds = self.run_stage(stage, env)
-            print(f"{title}: finished in {format_seconds(seconds)}", flush=True)
+            took = self.run_stage(stage, env)
+            print(f"{title}: finished in {format_seconds(took)}", flush=True)
             if stage.name == "report_reset":
                 report_inputs(self.inventories)
 
@@ -127,7 +130,8 @@ class Pipeline:
         old_result = stage.result(self.base_dir) if b'"state": "done"' in old_marks.get(paths[0], b"") else None
         for path in paths:
             path.unlink(missing_ok=True)
-        record = {"key": stage.key, "flags": [*stage.flags, *stage.unmarked_flags], "inputs": inputs}
+        flags = [*stage.flags, *stage.unmarked_flags]
+        record = {"time": time.time(), "key": stage.key, "flags": flags, "inputs": inputs}
         write_json(self.mark_path(stage), {"state": "started", **record})
         start = time.monotonic()
         try:
@@ -161,6 +165,15 @@ class Pipeline:
         return seconds
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a file; empty when there is none or it is broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold the base dir's lock: two pipelines in one folder would overwrite each other.
@@ -170,7 +183,7 @@ def only_one(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(str(folder / ".lock"), timeout=0):
+        with FileLock(str(folder / ".lock"), timeout=LOCK_SECONDS):
             yield
     except Timeout:
         raise RuntimeError(

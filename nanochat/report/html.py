@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from nanochat.progress import format_seconds
-from nanochat.report.plots import Line, Plotter, is_flat
+from nanochat.report.plots import LOSS_UNIT, Line, Plotter, is_flat
 from nanochat.report.run_data import Run, StageRun, cost_line, model_flops_utilization
 from nanochat.report.sections import COLUMNS, missing_sections, summary_table
 from nanochat.report.text import format_value
@@ -44,9 +44,9 @@ class Curve:
 
 
 CURVES = (
-    Curve("smooth_loss", "Loss", "nats per supervised token", raw="loss"),
+    Curve("smooth_loss", "Loss", LOSS_UNIT, raw="loss"),
     Curve("val_bpb", "Validation bits per byte"),
-    Curve("val_loss", "Validation loss", "nats per supervised token"),
+    Curve("val_loss", "Validation loss", LOSS_UNIT),
     Curve("lr_multiplier", "Learning rate", "share of the highest", zero=True),
     Curve("grad_norm", "Gradient norm", "before clipping", zero=True),
     Curve("scale", "Loss scale", log=True),

@@ -10,11 +10,12 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from nanochat.report.monitor import Frame
+from nanochat.report.monitor import Frame, StageCurve
+from nanochat.report.plots import LOSS_UNIT
 
-STYLES = {"done": "green", "now": "bold cyan", "waiting": "dim"}
-SIGNS = {"done": "✓", "now": "▶", "waiting": "·"}
-CURVE_HEIGHT = 13
+STYLES = {"done": "green", "now": "bold cyan", "stopped": "bold yellow", "waiting": "dim"}
+SIGNS = {"done": "✓", "now": "▶", "stopped": "■", "waiting": "·"}
+CURVE_HEIGHT, CURVE_WIDTH = 13, 58
 
 
 def render(frame: Frame, width: int) -> Group:
@@ -28,23 +29,34 @@ def render(frame: Frame, width: int) -> Group:
     ]
     if frame.facts:
         parts.append(_table(frame.facts))
-    x, y = frame.curve
-    if len(x) > 1:
-        plot = Text.from_ansi(curve(x, y, min(width - 4, 120)))
-        parts.append(Panel(plot, title="loss", title_align="left", expand=False, style="dim"))
+    # As many pictures as fit beside each other, of the newest stages; the others in a line each.
+    beside = min(len(frame.curves), max(1, width // CURVE_WIDTH))
+    parts += [Text(old.summary, style="dim") for old in frame.curves[: len(frame.curves) - beside]]
+    if beside:
+        parts.append(Columns([_picture(one, width // beside) for one in frame.curves[-beside:]], padding=(0, 0)))
+    if frame.report:
+        parts.append(Text(f"report: {frame.report}", overflow="fold"))
+    if frame.chat:
+        parts.append(Text(f"talk to it: {frame.chat}", overflow="fold"))
     parts.append(_table(frame.machine))
     parts += [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in frame.log]
     return Group(*parts)
 
 
 def progress_line(frame: Frame, width: int) -> Text:
-    """A bar with percent and time left; empty while neither is known."""
+    """A bar with percent and time left, and the time of all stages; empty while nothing is known."""
     if frame.progress is None or frame.current is None:
         return Text("")
     cells = max(10, min(width - 30, 80))
     full = round(cells * frame.progress)
     left = f"  {frame.eta} left" if frame.eta else ""
-    return Text.assemble(("━" * full, "cyan"), ("━" * (cells - full), "dim"), f" {frame.progress:6.1%}{left}")
+    total = f"\nall that is left: about {frame.total_left}" if frame.total_left else ""
+    return Text.assemble(("━" * full, "cyan"), ("━" * (cells - full), "dim"), f" {frame.progress:6.1%}{left}{total}")
+
+
+def _picture(stage: StageCurve, width: int) -> Panel:
+    plot = Text.from_ansi(curve(stage.steps, stage.losses, min(width - 4, 116)))
+    return Panel(plot, title=f"{stage.title}: loss, {LOSS_UNIT}", title_align="left", expand=False, style="dim")
 
 
 def curve(x: Iterable[float], y: Iterable[float], width: int) -> str:
@@ -52,6 +64,7 @@ def curve(x: Iterable[float], y: Iterable[float], width: int) -> str:
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.plotsize(width, CURVE_HEIGHT)
+    plotext.xlabel("step")
     plotext.plot(list(x), list(y), marker="braille")
     return str(plotext.build())
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
 
-from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
+from fastapi import FastAPI, Response
+from fastapi.responses import FileResponse, HTMLResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from nanochat.report.html import template
-from nanochat.report.monitor import Watcher
+from nanochat.report.monitor import StageCurve, Watcher
+from nanochat.report.plots import LOSS_UNIT, Line, Plotter
+from nanochat.stages import TRAINED
 
 LOCAL_HOSTS = ["127.0.0.1", "localhost"]
-WIDTH, HEIGHT = 640.0, 200.0  # of the curve, in its own units
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -27,21 +28,42 @@ def monitor_app(watcher: Watcher, interval: float) -> FastAPI:
     # A page elsewhere that rebinds its name to 127.0.0.1 gets nothing.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
 
+    pictures = Pictures()
+
     @app.get("/")
     def page() -> HTMLResponse:
         frame = watcher.look()
-        x, y = frame.curve
-        points = svg_points(x, y) if len(x) > 1 else None
-        html = template("monitor.html").render(
-            frame=frame, seconds=max(1, round(interval)), points=points, size=(WIDTH, HEIGHT)
-        )
+        plots = [pictures.plot(curve) for curve in frame.curves]
+        html = template("monitor.html").render(frame=frame, seconds=max(1, round(interval)), plots=plots)
         return HTMLResponse(html, headers=HEADERS)
+
+    @app.get("/report")
+    def report() -> Response:
+        path = watcher.look().report
+        if path is None:
+            return HTMLResponse("The report is not written yet.", 404, headers=HEADERS)
+        return FileResponse(path, media_type="text/html; charset=utf-8", headers=HEADERS)
 
     return app
 
 
-def svg_points(x: Sequence[float], y: Sequence[float]) -> str:
-    """A curve as the points of an SVG polyline that fills WIDTH × HEIGHT."""
-    wide, tall = (max(x) - min(x)) or 1.0, (max(y) - min(y)) or 1.0
-    points = (((a - min(x)) / wide * WIDTH, HEIGHT - (b - min(y)) / tall * HEIGHT) for a, b in zip(x, y, strict=True))
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+class Pictures:
+    """The curves as SVG. What has not changed since it was asked for last is not drawn again: that takes a tenth of a
+    second of a machine that trains.
+    """
+
+    def __init__(self) -> None:
+        self._plotter = Plotter()
+        self._lock = threading.Lock()  # matplotlib's settings are the process's
+        self._drawn: dict[str, tuple[StageCurve, str]] = {}
+
+    def plot(self, curve: StageCurve) -> tuple[str, str, str]:
+        """(title, last value, SVG)."""
+        with self._lock:
+            known, svg = self._drawn.get(curve.stage, (None, ""))
+            if known != curve:
+                color = [names.name for names in TRAINED.values()].index(curve.stage)
+                line = Line(curve.title, curve.steps, curve.losses, color)
+                svg = self._plotter.lines(f"{curve.title}: loss", [line], unit=LOSS_UNIT)
+                self._drawn[curve.stage] = curve, svg
+        return curve.title, f"{curve.losses[-1]:.4g}", svg

@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any
 
 MAX_POINTS = 400
+LOSS_UNIT = "nats per supervised token"
 WIDTH, HEIGHT = 3.6, 2.0  # inches; the page scales it
 # Colours that stand for CSS variables.
 TEXT, GRID = "#0000f0", "#0000f1"
@@ -138,6 +139,7 @@ def _grid(axes: Any, unit: str) -> None:
         formatter = ScalarFormatter(useOffset=False)
         formatter.set_powerlimits((-4, 6))
         axes.yaxis.set_major_formatter(formatter)
+    axes.set_xlabel("step", loc="right", labelpad=1)
     if unit:
         axes.set_title(unit, loc="left", fontsize=8, color=TEXT)
 
