@@ -40,7 +40,8 @@ TRAINED = {name: STAGES[name].folder for name in ("base_train", "mid_train", "ch
 COMPARED = ("step", "tokens", "loss", "smooth_loss", "grad_norm", "lr_multiplier", "skipped", "scale", "val_bpb")
 COMPARED += ("val_loss",)
 SAVE_EVERY = 5
-LONGEST_SECONDS = 300.0  # for one launch
+# For one launch: of computing (on a busy machine the clock says nothing), and without any.
+LONGEST_CPU_SECONDS, LONGEST_REST_SECONDS = 300.0, 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class Config:
     """Only the stages up to this one: base_train, mid_train or chat_sft."""
     seed: int = 1
     """Seed of the random moments."""
+    pause: float = 4.0
+    """A signal comes up to this many seconds after its step; 0: as soon as the step is in the log."""
     folder: str | None = None
     """Working folder; default: a temporary one, removed at the end."""
     child: bool = False
@@ -116,6 +119,8 @@ class Run:
     def __init__(self, cfg: Config, base_dir: Path) -> None:
         self.cfg, self.base_dir = cfg, base_dir
         self.log = base_dir.with_name(base_dir.name + ".log")
+        self.cpu: dict[int, float] = {}
+        self.computed, self.next_look, self.moved = 0.0, 0.0, time.monotonic()
         command = [sys.executable, str(Path(__file__).resolve()), "--child", f"--ranks={cfg.ranks}"]
         command += [f"--steps={cfg.steps}", *([f"--only={cfg.only}"] if cfg.only else [])]
         env = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -132,23 +137,39 @@ class Run:
 
     def wait_for(self, happened: Callable[[], bool]) -> bool:
         """Wait until `happened()`; False if the run ended before."""
-        deadline = time.monotonic() + LONGEST_SECONDS
         while not happened():
             if self.process.poll() is not None:
                 return False
-            if time.monotonic() > deadline:
-                self.kill()
-                raise RuntimeError(f"nothing happened for {LONGEST_SECONDS:.0f} s: see {self.log}")
+            self.check_alive()
             time.sleep(0.005)
         return True
 
     def wait(self) -> int:
         """Its exit code."""
-        try:
-            return self.process.wait(timeout=LONGEST_SECONDS)
-        except subprocess.TimeoutExpired:
+        while self.process.poll() is None:
+            self.check_alive()
+            time.sleep(0.02)
+        return self.process.returncode
+
+    def check_alive(self) -> None:
+        """Raise RuntimeError, and kill it, if it computes for ever or not at all."""
+        import psutil
+
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        self.next_look = now + 1
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(self.process.pid)
+            for process in [root, *root.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    times = process.cpu_times()
+                    self.cpu[process.pid] = times.user + times.system
+        if sum(self.cpu.values()) > self.computed:
+            self.computed, self.moved = sum(self.cpu.values()), now
+        if self.computed > LONGEST_CPU_SECONDS or now - self.moved > LONGEST_REST_SECONDS:
             self.kill()
-            raise RuntimeError(f"it did not end within {LONGEST_SECONDS:.0f} s: see {self.log}") from None
+            raise RuntimeError(f"no end after {self.computed:.0f} s of computing: see {self.log}")
 
     def workers(self) -> list[Any]:
         """The processes that train."""
@@ -199,7 +220,7 @@ def kill_at_random(cfg: Config, base_dir: Path, rng: random.Random) -> float:
         run = Run(cfg, base_dir)
         # If an earlier launch has got this far already, the kill comes while the run starts.
         if run.wait_for(lambda run=run, stage=stage, step=step: run.step(stage) >= step):  # type: ignore[misc]
-            time.sleep(rng.uniform(0, 0.3) if rng.random() < 0.7 else rng.uniform(0, 4))
+            time.sleep(rng.uniform(0, min(0.3, cfg.pause)) if rng.random() < 0.7 else rng.uniform(0, cfg.pause))
         reached = run.step(stage)
         if kind == "TERM":
             os.kill(run.process.pid, signal.SIGTERM)

@@ -6,6 +6,7 @@ disk, and renamed. The files: nanochat/checkpoint/format.py; writing in the back
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 from dataclasses import dataclass
@@ -31,10 +32,10 @@ from nanochat.checkpoint.format import (
 from nanochat.checkpoint.keep import Keep
 from nanochat.checkpoint.writer import Snapshot, host_copy, write_snapshot
 from nanochat.env import get_base_dir, get_dist_info, is_system_error, print0
-from nanochat.files import sha256_file
+from nanochat.files import sha256_file, write_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.stages import TRAINED
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer import TOKENIZER_FOLDER, RustBPETokenizer, get_tokenizer
 
 
 @dataclass(frozen=True)
@@ -177,12 +178,46 @@ def choose_tag(source: str, model_tag: str | None = None) -> tuple[Path, str]:
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer: RustBPETokenizer) -> None:
     """Raise RuntimeError when a checkpoint belongs to another tokenizer: its token ids would mean other text."""
-    wanted = checkpoint.meta.get("tokenizer_hash")
+    wanted, folder = checkpoint.meta.get("tokenizer_hash"), get_base_dir() / TOKENIZER_FOLDER
     if wanted is not None and wanted != tokenizer.hash:
+        kept = _kept_tokenizer(wanted)
+        back = f"copy {kept} over tokenizer.json there" if kept.is_file() else "put that tokenizer back"
         raise RuntimeError(
             f"{checkpoint.folder} was trained with another tokenizer ({wanted[:8]}…) than the one in "
-            f"{get_base_dir() / 'tokenizer'} ({tokenizer.hash[:8]}…): put that tokenizer back or train again"
+            f"{folder} ({tokenizer.hash[:8]}…): {back} or train again"
         )
+
+
+def keep_replaced_tokenizer(tokenizer: RustBPETokenizer) -> None:
+    """Keep the base folder's tokenizer beside `tokenizer`, which is to replace it, if models need it; says so."""
+    try:
+        before = get_tokenizer()
+    except (FileNotFoundError, ValueError):  # none, or one that no model can be used with any more
+        return
+    needed_by = [] if before.hash == tokenizer.hash else _models_of(before.hash)
+    if needed_by:
+        kept = _kept_tokenizer(before.hash)
+        write_json(kept, before.to_dict())
+        print0(
+            f"warning: {', '.join(needed_by)} need the tokenizer that was there, of {before.get_vocab_size():,} "
+            f"tokens. It is kept as {kept}: to use these models again, copy it over tokenizer.json there"
+        )
+
+
+def _kept_tokenizer(tokenizer_hash: str) -> Path:
+    return get_base_dir() / TOKENIZER_FOLDER / f"{tokenizer_hash[:8]}.json"
+
+
+def _models_of(tokenizer_hash: str) -> list[str]:
+    """The models that were trained with a tokenizer, as "stage tag"."""
+    found = []
+    for source in TRAINED:
+        root = checkpoint_folder(source, "x").parent
+        for folder in sorted(root.iterdir()) if root.is_dir() else ():
+            with contextlib.suppress(*DAMAGED, IndexError):
+                if read_meta(step_folder(folder, saved_steps(folder)[-1])).get("tokenizer_hash") == tokenizer_hash:
+                    found.append(f"{source} {folder.name}")
+    return found
 
 
 def load_weights(model: GPT, checkpoint: Checkpoint) -> None:

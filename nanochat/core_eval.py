@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import random
-import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -142,8 +141,6 @@ def get_bundle_folder(path: str | Path | None = None) -> Path:
         ) from error
     with FileLock(f"{folder}.lock"):
         if not (folder / "core.yaml").is_file():
-            for old in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed while it unpacked
-                shutil.rmtree(old, ignore_errors=True)
             _unpack(archive, folder)
     return folder
 

@@ -17,8 +17,12 @@ from typing import Any
 # printed: a file's name may hold any of them. Line breaks and tabs stay.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_SYSTEM = {*_FORBIDDEN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # an OSError as the safetensors package tells it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that takes no more: it is full, the user's share of it is, or its files can't be so large."""
+_SYSTEM = {*_FORBIDDEN, *FULL, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # an OSError as packages written in Rust tell it
+# A write that was cut short, as NumPy, PyTorch's two writers and SQLite tell it: they don't say why.
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written|unexpected pos \d+ vs \d+|file write failed|disk is full")
 
 
 def require_wandb_login() -> None:
@@ -48,37 +52,66 @@ def get_base_dir() -> Path:
     return folder
 
 
+def in_base_dir(path: Path) -> bool:
+    """True if `path` is in the base folder, or is it; creates nothing."""
+    return path.absolute().is_relative_to(_base_path().absolute())
+
+
 def _base_path() -> Path:
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
 
 
+def system_errno(error: BaseException) -> int | None:
+    """The number of an error of the system, in whatever form a library told it; None if it is another error."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in _SYSTEM else None
+    text = str(error)
+    if told := _RUST_ERROR.search(text):
+        return int(told[1]) if int(told[1]) in _SYSTEM else None
+    if _CUT_SHORT.search(text):
+        return errno.ENOSPC
+    return next((number for number in sorted(_SYSTEM) if text.endswith(f" {os.strerror(number)}")), None)
+
+
 def is_system_error(error: BaseException) -> bool:
     """True for an error that says nothing about a file's content: memory, open files, permissions, a full disk."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _SYSTEM
-    told = _RUST_ERROR.search(str(error))
-    return isinstance(error, MemoryError) or (told is not None and int(told[1]) in _SYSTEM)
+    return system_errno(error) is not None
 
 
 def error_text(error: BaseException) -> str:
     """The sentence for an error that a user can cause; for one of the system also what to do."""
-    text = str(error) or type(error).__name__
+    text, number = str(error) or type(error).__name__, system_errno(error)
     if isinstance(error, MemoryError):
         return f"this machine's memory is used up ({text}): close other programs, or take a smaller model or batch"
-    if not isinstance(error, OSError):
+    if number is None:
         return text
-    if error.errno in _FORBIDDEN:
-        path = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, (str, bytes)) else None
-        if path is not None and path.is_relative_to(_base_path().absolute()):
-            return f"{text}: give yourself the right to it, or set NANOCHAT_BASE_DIR to a folder that you may write to"
-        return f"{text}: give yourself the right to it, or name another place"
-    if error.errno in (errno.EMFILE, errno.ENFILE):
+    name = getattr(error, "filename", None)
+    path = Path(os.fsdecode(name)) if isinstance(name, (str, bytes)) else None
+    if number in _FORBIDDEN:
+        return f"{text}: give yourself the right to it, or {_elsewhere(path, 'a folder that you may write to')}"
+    if number in (errno.EMFILE, errno.ENFILE):
         return f"{text}: close other programs, or raise the limit (ulimit -n 65536)"
-    if error.errno == errno.ENOMEM:
+    if number == errno.ENOMEM:
         return f"{text}: close other programs, or take a smaller model or batch"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{text}: free some space, or set NANOCHAT_BASE_DIR to another disk"
+    if number in FULL:
+        return f"{text}{_room(path, number)}: free some space, or {_elsewhere(path, 'another disk')}"
     return text
+
+
+def _elsewhere(path: Path | None, what: str) -> str:
+    if path is None or in_base_dir(path):
+        return f"set NANOCHAT_BASE_DIR to {what}"
+    return "name another place"
+
+
+def _room(path: Path | None, number: int) -> str:
+    """How much of a full disk is free, which was not enough."""
+    if path is None or number != errno.ENOSPC:
+        return ""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    return f", it needs more than the {shutil.disk_usage(folder).free / 1e6:.1f} MB that are free there"
 
 
 def get_dist_info() -> tuple[bool, int, int, int]:
@@ -104,8 +137,8 @@ def check_disk_space(folder: str | Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise RuntimeError(
-            f"{what} needs {needed_bytes / 1e9:.2f} GB, but the disk of {folder} has {free / 1e9:.2f} GB free: "
-            "free some space or set NANOCHAT_BASE_DIR to another disk"
+            f"{what} needs {needed_bytes / 1e9:.3f} GB, but the disk of {folder} has {free / 1e9:.3f} GB free: "
+            f"free some space, or {_elsewhere(Path(folder), 'another disk')}"
         )
 
 

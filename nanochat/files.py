@@ -8,13 +8,16 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nanochat.env import get_dist_info
+from nanochat.env import FULL, check_disk_space, get_dist_info, in_base_dir, system_errno
+
+_LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)", re.DOTALL)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -33,44 +36,119 @@ def _fsync_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder. On a clean exit it becomes `path`; on an error it is removed."""
+def atomic_path(path: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield a temporary path in the same folder. On a clean exit it becomes `path`; on an error it is removed.
+
+    What killed writers left is removed first, as in `atomic_folder`.
+
+    Args:
+        path: the file to write.
+        needed_bytes: refuse before anything is written if the disk has less.
+
+    Raises:
+        OSError: of the system, in whatever form a library told it; names `path`.
+        RuntimeError: the disk has less than `needed_bytes`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield tmp
-        _fsync_file(tmp)  # the content first: after a power cut the name must not point to an empty file
-        os.replace(tmp, path)
-        fsync_folder(path.parent)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with _writing(path, needed_bytes):
+        tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            yield tmp
+            _fsync_file(tmp)  # the content first: after a power cut the name must not point to an empty file
+            os.replace(tmp, path)
+            fsync_folder(path.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`. On a clean exit its files are synced and it takes that name.
 
-    An existing folder of the name is replaced: it is moved aside first, so that one of the two always exists.
+    An existing folder of the name is replaced: it is moved aside first, so that one of the two always exists. What
+    killed writers left beside `folder` is removed first, and a folder whose replacement was cut short is put back.
+
+    Args:
+        folder: the folder to write.
+        needed_bytes: refuse before anything is written if the disk has less.
+
+    Raises:
+        OSError: of the system, in whatever form a library told it; names `folder`.
+        RuntimeError: the disk has less than `needed_bytes`.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    old = tmp.with_suffix(".old")
-    tmp.mkdir()
+    with _writing(folder, needed_bytes):
+        tmp = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+        old = tmp.with_suffix(".old")
+        tmp.mkdir()
+        try:
+            yield tmp
+            for file in tmp.rglob("*"):
+                if file.is_file():
+                    _fsync_file(file)
+            fsync_folder(tmp)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(tmp, folder)
+            fsync_folder(folder.parent)
+        finally:
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+            _remove(tmp)
+            _remove(old)
+
+
+@contextlib.contextmanager
+def _writing(target: Path, needed_bytes: int) -> Iterator[None]:
+    """Hold the lock of the folder that `target` is in, as one writer of many; the system's errors name `target`.
+
+    Whoever gets that lock alone knows that all temporary names in the folder are those of killed writers. It is the
+    folder itself that is locked: no file is left behind, and a killed process lets go.
+    """
     try:
-        yield tmp
-        for file in tmp.rglob("*"):
-            if file.is_file():
-                _fsync_file(file)
-        fsync_folder(tmp)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(tmp, folder)
-        fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError, ImportError):  # a system without such locks: nothing is removed either
+                import fcntl  # lazy: Unix only
+
+                fd = os.open(target.parent, os.O_RDONLY)
+                stack.callback(os.close, fd)
+                with contextlib.suppress(BlockingIOError):  # another writer is at work
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove_leftovers(target)
+                fcntl.flock(fd, fcntl.LOCK_SH)
+            if needed_bytes:
+                check_disk_space(target.parent, needed_bytes, f"writing {target}")
+            yield
+    except Exception as error:
+        number = system_errno(error)
+        if number is None or isinstance(error, MemoryError):
+            raise
+        named = getattr(error, "filename", None)
+        if number not in FULL and named is not None and f".{target.name}." not in str(named):
+            raise  # another file is meant, such as one that was read
+        raise OSError(number, os.strerror(number), str(target)) from error
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed writers of `target` left; in the base folder what those of its neighbours left, too."""
+    ours = in_base_dir(target.parent)
+    for path in list(target.parent.iterdir()):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found is None or not (ours or found[1] == target.name):
+            continue
+        place = path.with_name(found[1])
+        if found[2] == "old" and not place.exists():  # killed between the two renames
+            os.replace(path, place)
+        else:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import rustbpe
+from nanochat.checkpoint_manager import keep_replaced_tokenizer
 from nanochat.common import get_base_dir, print0
 from nanochat.config import Runtime, run_script
 from nanochat.dataset import open_corpus, prepare_corpus
@@ -146,6 +147,7 @@ def main(cfg: Config) -> None:
             raise
     seconds = time.perf_counter() - start
     tokenizer = RustBPETokenizer.from_trainer(trainer)
+    keep_replaced_tokenizer(tokenizer)
     tokenizer.save(folder)
     size = tokenizer.get_vocab_size()
     if size < cfg.vocab_size:

@@ -24,6 +24,25 @@ def write_shard(path: Path, groups: list[list[str | None]], kind: pa.DataType | 
             writer.write_table(pa.table([list(range(len(texts))), texts], schema=schema))
 
 
+class Gate:
+    """Lets so many bytes of files through, then holds everybody until it is opened."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.left, self.lock = num_bytes, threading.Lock()
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def passed(self, wanted: int) -> int:
+        """How many of the wanted bytes may go on; waits while there are none."""
+        with self.lock:
+            allowed = min(wanted, self.left)
+            self.left -= allowed
+        if allowed == 0:
+            self.reached.set()
+            self.opened.wait(60)
+            return wanted
+        return allowed
+
+
 class Hub(http.server.ThreadingHTTPServer):
     """Serves `files` by their paths in one data set, each request for one by the next of its `faults`.
 
@@ -41,6 +60,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.requests: list[str] = []
         self.ranges: list[str] = []
         self.tokens: list[str | None] = []
+        self.gate: Gate | None = None
         self.released = threading.Event()  # ends what hangs
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
         self.thread.start()
@@ -112,6 +132,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for i in range(0, len(body), step):
                 self.wfile.write(body[i : i + step])
                 self.server.released.wait(0.002)
+        elif gate := self.server.gate:
+            while body:
+                part = gate.passed(len(body))
+                self.wfile.write(body[:part])
+                body = body[part:]
         else:
             self.wfile.write(body)
 

@@ -10,9 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)  # dev/chaos.py has limits of its own, on computing
 def test_a_killed_pipeline_ends_with_the_same_weights_and_loss_log(tmp_path):
-    flags = ["--kills=1", "--terms=1", "--tears=0", "--only=base_train", "--steps=40", f"--folder={tmp_path / 'work'}"]
+    flags = ["--kills=1", "--terms=1", "--tears=0", "--only=base_train", "--steps=40", "--pause=0"]
+    flags += [f"--folder={tmp_path / 'work'}"]
     command = [sys.executable, str(ROOT / "dev" / "chaos.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
-from local_hub import COMMIT, Hub, write_shard
+from local_hub import COMMIT, Gate, Hub, write_shard
 
 from nanochat import dataset
 from nanochat.config import run_script
@@ -324,7 +325,7 @@ def test_ready_returns_early_and_the_rest_arrives_in_the_background(
 
 
 KILLED = """
-import os, sys, time
+import os, sys
 import huggingface_hub.hf_api, huggingface_hub.utils  # here, so that not every child imports them
 from nanochat.dataset import download_shards
 print("ready", flush=True)
@@ -335,18 +336,15 @@ for line in sys.stdin:
             download_shards("hf:someone/texts", None, 3)
         finally:
             os._exit(0)
-    time.sleep(float(line))
-    os.kill(pid, 9)
+    print(pid, flush=True)
     print(os.waitpid(pid, 0)[1], flush=True)
 """
 
 
 def kill_downloads(hub: Hub, kills: int) -> None:
-    """Kill the download at random moments; every file under its final name must be the right one, always."""
+    """Kill the download after a random number of bytes; every file under its final name must be the right one."""
     rng = random.Random(7)
-    for name in hub.files:
-        hub.faults[name] = ["slow"] * 10_000
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_DOWNLOAD_TIMEOUT": "60"}  # the gate makes them wait
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED],
         cwd=ROOT,
@@ -360,16 +358,21 @@ def kill_downloads(hub: Hub, kills: int) -> None:
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
     folder = source_folder("hf:someone/texts")
-    died, started = 0, 0
-    for kill in range(20 * kills):  # on a busy machine a child may need several seconds until its first file is there
-        if kill >= kills and died and started:
-            break
-        process.stdin.write(f"{rng.uniform(0.05, 1.0) * (1 + kill // kills)}\n")
+    for kill in range(kills):
+        missing = sum(map(len, hub.files.values())) - sum(p.stat().st_size for p in list_shards(folder))
+        missing -= sum(p.stat().st_size for p in folder.glob(".*.part"))  # these are gone on with
+        hub.gate = Gate(missing - 1 if kill == 0 else rng.randrange(missing))
+        process.stdin.write("\n")
         process.stdin.flush()
-        died += int(process.stdout.readline()) == signal.SIGKILL
+        pid = int(process.stdout.readline())
+        assert hub.gate.reached.wait(60)
+        while kill == 0 and not list_shards(folder):  # all but one have all of their bytes, and get their names
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        assert int(process.stdout.readline()) == signal.SIGKILL
+        hub.gate.opened.set()
         for shard in list_shards(folder):
             assert shard.read_bytes() == hub.files[shard.name]
-            started += 1
             if rng.random() < 0.5:
                 shard.unlink()  # so that there is always something to do
         if (folder / "manifest.json").exists():
@@ -377,9 +380,7 @@ def kill_downloads(hub: Hub, kills: int) -> None:
     process.stdin.close()
     process.stdout.close()
     process.wait()
-    assert died > 0
-    assert started > 0
-    hub.faults.clear()
+    hub.gate = None
     download_shards("hf:someone/texts", None)
     assert {p.name: p.read_bytes() for p in list_shards(folder)} == hub.files
     assert [p for p in folder.iterdir() if p.suffix == ".part"] == []

@@ -9,11 +9,13 @@ import torch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan.memory import (
     SMALL_CHUNKS,
+    SMALLEST,
     MicroBatch,
     StepSetup,
     depth_that_fits,
     estimate_training_memory,
     largest_micro_batch,
+    least_bytes,
     saved_bytes,
 )
 from nanochat.precision import DTYPES
@@ -109,3 +111,23 @@ def test_measures_against_too_little_memory_come_to_an_end():
     assert [m.rows for m in seen] == [5, 3, 2, 1, 1, 1, 1]
     assert [m.loss_chunk_bytes for m in seen[3:]] == [None, *SMALL_CHUNKS, SMALL_CHUNKS[-1]]
     assert [m.activation_checkpointing for m in seen] == [False] * 6 + [True]
+
+
+def test_a_model_of_thousands_of_layers_is_refused_without_being_built(monkeypatch):
+    built = []
+
+    def build(config):
+        built.append(config.n_layer)
+        return GPT(config)
+
+    monkeypatch.setattr("nanochat.plan.memory.GPT", build)
+    config, budget, setup = GPTConfig.from_depth(4000, 65536), 16e9, StepSetup(torch.float32, "cpu")
+    assert largest_micro_batch(config, budget, 2048, setup) is None
+    depth = depth_that_fits(config, budget, 2048, setup)
+    assert depth is not None
+    assert max(built) < 2 * depth
+    deeper = GPTConfig.from_depth(depth + 1, 65536)
+    assert largest_micro_batch(deeper, budget, 2048, setup) is None
+    assert largest_micro_batch(GPTConfig.from_depth(depth, 65536), budget, 2048, setup) is not None
+    share = least_bytes(deeper) / estimate_training_memory(deeper, SMALLEST, 2048, setup).total
+    assert 0.2 < share < 1  # a bound from below, and not far below

@@ -1,6 +1,7 @@
 """The tokenizer: same ids as tiktoken, exact round trips, safe storage, and the chat format token by token."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat.checkpoint_manager import checkpoint_folder, load_model, save_checkpoint
 from nanochat.config import run_script
+from nanochat.gpt import GPT
 from nanochat.messages import check_messages
 from nanochat.tokenizer import (
     SPECIAL_TOKENS,
@@ -289,6 +292,33 @@ def test_tok_train_and_tok_eval_scripts(
         assert f"| {name} " in printed
     assert "+0.0%" in printed
     assert "Not compared with GPT-2" in (base_dir / "report" / "tokenizer-evaluation.md").read_text()
+
+
+def test_a_tokenizer_that_models_need_is_kept_when_another_is_trained(
+    own_data: Path, base_dir: Path, tiny_model: GPT, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(vocab_size: int) -> RustBPETokenizer:
+        tok_train.main(tok_train.Config(data_dir=str(own_data), vocab_size=vocab_size))
+        return get_tokenizer()
+
+    first = train(300)
+    train(310)  # no model needs the first
+    assert "need the tokenizer" not in capsys.readouterr().out
+    first = train(300)
+    meta = {"model_config": tiny_model.config.to_dict(), "tokenizer_hash": first.hash}
+    for source, tag in (("base", "d4"), ("sft", "d4.old")):
+        save_checkpoint(checkpoint_folder(source, tag), 1, tiny_model.state_dict(), None, meta)
+    train(300)  # the same again: nothing to keep
+    assert "need the tokenizer" not in capsys.readouterr().out
+    train(310)
+    kept = base_dir / "tokenizer" / f"{first.hash[:8]}.json"
+    assert f"base d4, sft d4.old need the tokenizer that was there, of 300 tokens. It is kept as {kept}" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(RuntimeError, match=f"copy {kept} over tokenizer.json there or train again"):
+        load_model("base", torch.device("cpu"))
+    shutil.copy(kept, base_dir / "tokenizer" / "tokenizer.json")
+    assert load_model("base", torch.device("cpu"))[1].hash == first.hash
 
 
 def test_tok_train_stops_at_what_the_text_supports(own_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,8 +118,6 @@ def import_texts(
             if folder is not None and key not in _key_of(target):
                 raise ValueError(f"{target} exists and holds something else: delete it, or give another --out")
             return target
-        for old in target.parent.glob(f".{target.name}.*.tmp"):  # of an import that was killed
-            shutil.rmtree(old, ignore_errors=True)
         sizes = [
             file.size * (UNPACKED_TIMES if compression_of(file.path.name) or file.kind in PACKED_KINDS else 1)
             for file in texts

@@ -30,6 +30,7 @@ from nanochat.tokenizer import RUNTIMES_PATTERN, SPLIT_PATTERN, RustBPETokenizer
 # No float16: relu² activations reach 1e5, beyond its 65,504, and runtimes compute in the type that the file is stored
 # in where their card does so fast.
 GGUFType = Literal["f32", "bf16", "q8_0", "q4_0"]
+BYTES_PER_WEIGHT = {"f32": 4, "bf16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32}
 BLOCK = 32  # neighbouring weights that share a scale in q8_0 and q4_0
 MAGIC = b"GGUF"
 # A GGUF file names the pattern that cuts text into words, it cannot carry one. llama.cpp's names:
@@ -146,9 +147,10 @@ def write_gguf(
     tokens = tokenizer_fields(tokenizer, nearest)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
     types = gguf.GGMLQuantizationType
-    with atomic_path(path) as tmp:
+    parameters = sum(value.numel() for value in state.values())
+    with atomic_path(path, int(parameters * BYTES_PER_WEIGHT[kind])) as tmp:
         writer = gguf.GGUFWriter(tmp, "qwen3")
-        _add_facts(writer, gguf, config, card, kind, sum(value.numel() for value in state.values()))
+        _add_facts(writer, gguf, config, card, kind, parameters)
         _add_tokenizer(writer, tokens, tokenizer, card)
         for name, value in state.items():
             stored = names.get_name(name, try_suffixes=(".weight",))

@@ -224,7 +224,7 @@ def write_hf_folder(
         weights, settings = _native_weights(state, config), hf_config(config, tokenizer)
     # A clone each: safetensors refuses two tensors in one memory.
     weights = {name: value.detach().to("cpu", dtype).contiguous().clone() for name, value in weights.items()}
-    with atomic_folder(folder) as tmp:
+    with atomic_folder(folder, sum(value.nbytes for value in weights.values())) as tmp:
         save_file(weights, tmp / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(tmp / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")})
         (tmp / WEIGHTS_FILE).chmod((tmp / "config.json").stat().st_mode)  # safetensors lets nobody else read it

@@ -236,6 +236,14 @@ def estimate_training_memory(
     return MemoryEstimate(4 * counts.total, 4 * counts.total, optimizer, activations, loss, overhead)
 
 
+def least_bytes(config: GPTConfig) -> int:
+    """Bytes of the weights and gradients of the layers' matrices alone: a lower bound that takes no model to know.
+
+    To build one of thousands of layers takes minutes even without memory for its weights.
+    """
+    return 8 * config.n_layer * 10 * config.n_embd**2  # attention's queries and output 2 C², MLP 8 C²
+
+
 def most_rows(sequence_len: int, device_type: str = "cuda") -> int:
     """Rows of a micro-batch beyond which a step is no faster."""
     return max(1, MOST_TOKENS.get(device_type, MOST_TOKENS_DEFAULT) // sequence_len)
@@ -275,6 +283,8 @@ def largest_micro_batch(
         max_rows: sequences of a whole step per process; the micro-batch divides them.
         activation_checkpointing: it is asked for anyway.
     """
+    if least_bytes(config) > budget_bytes:
+        return None
     rows = divisors(max_rows, most_rows(sequence_len, setup.device_type))
     for micro in _candidates(rows, activation_checkpointing):
         if estimate_training_memory(config, micro, sequence_len, setup).total <= budget_bytes:
@@ -285,9 +295,13 @@ def largest_micro_batch(
 def depth_that_fits(config: GPTConfig, budget_bytes: float, sequence_len: int, setup: StepSetup) -> int | None:
     """The most layers, in a model of the same proportions, of which one sequence fits; None if there is none."""
     ratio = max(1, config.n_embd // config.n_layer)
-    for depth in range(config.n_layer - 1, 0, -1):
+    fits, too_deep = 0, config.n_layer
+    while too_deep - fits > 1:
+        depth = (fits + too_deep) // 2
         heads = max(1, -(-ratio * depth // config.head_dim))
         shape = replace(config, n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=heads * config.head_dim)
-        if largest_micro_batch(shape, budget_bytes, sequence_len, setup) is not None:
-            return depth
-    return None
+        if largest_micro_batch(shape, budget_bytes, sequence_len, setup) is None:
+            too_deep = depth
+        else:
+            fits = depth
+    return fits or None

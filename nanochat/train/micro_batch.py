@@ -18,24 +18,27 @@ from nanochat.plan.memory import (
     depth_that_fits,
     estimate_training_memory,
     largest_micro_batch,
+    least_bytes,
 )
 
 
 def too_large(config: GPTConfig, compute: Compute, budget_bytes: float) -> RuntimeError:
     """The error for a model with which not even one sequence fits; names the depth that does."""
     setup = StepSetup(compute.dtype, compute.device_type)
-    smallest = estimate_training_memory(config, SMALLEST, config.sequence_len, setup)
+    needed = f"more than {least_bytes(config) / GB:,.0f}"
+    if least_bytes(config) <= budget_bytes:
+        needed = f"about {estimate_training_memory(config, SMALLEST, config.sequence_len, setup).total / GB:.1f}"
     depth = depth_that_fits(config, budget_bytes, config.sequence_len, setup)
     remedy = f"--depth={depth} fits" if depth else "no depth fits with this vocabulary and context"
     return RuntimeError(
         f"a model of depth {config.n_layer} does not fit into the memory of this device: one sequence of "
-        f"{config.sequence_len} tokens needs about {smallest.total / GB:.1f} GB, {budget_bytes / GB:.1f} GB are free; "
+        f"{config.sequence_len} tokens needs {needed} GB, {budget_bytes / GB:.1f} GB are free; "
         f"{remedy}"
     )
 
 
 def refuse_too_large(config: GPTConfig, compute: Compute, only_warn: bool = False) -> None:
-    """Raise before any work if not even one sequence fits, by the memory model; or only warn.
+    """Raise before any work if not even one sequence fits, by the memory model; or only warn, if the weights fit.
 
     Raises:
         RuntimeError: names the depth that fits.
@@ -44,7 +47,7 @@ def refuse_too_large(config: GPTConfig, compute: Compute, only_warn: bool = Fals
     setup = StepSetup(compute.dtype, compute.device_type, compute.world_size)
     if largest_micro_batch(config, budget, config.sequence_len, setup) is None:
         error = too_large(config, compute, budget)
-        if not only_warn:
+        if not only_warn or least_bytes(config) > budget:
             raise error
         print0(f"warning: {error}; trying all the same, as the rows are given")
 

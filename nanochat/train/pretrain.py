@@ -92,6 +92,11 @@ class Plan:
         return lines
 
 
+def _model_config(cfg: PretrainConfig, vocab_size: int) -> GPTConfig:
+    switches = PRESETS[cfg.recipe].switches | cfg.architecture.given()
+    return GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, **switches)
+
+
 def make_plan(
     cfg: PretrainConfig,
     vocab_size: int,
@@ -113,9 +118,7 @@ def make_plan(
         tflops: measures this machine's matmul speed per process, in TFLOP/s; called when the horizon is a time.
         rows: the most sequences in a micro-batch, where they are not set.
     """
-    preset = PRESETS[cfg.recipe]
-    switches = preset.switches | cfg.architecture.given()
-    config = GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, **switches)
+    preset, config = PRESETS[cfg.recipe], _model_config(cfg, vocab_size)
     with torch.device("meta"):  # shapes only: to count parameters and FLOPs
         model = GPT(config)
     flops = model.estimate_flops()
@@ -176,6 +179,8 @@ def resolve_plan(cfg: PretrainConfig, vocab_size: int, compute: Compute, checkpo
         RuntimeError: not even one sequence fits; names the depth that does.
     """
     T, world, auto = cfg.max_seq_len, compute.world_size, cfg.device_batch_size == "auto"
+    if not cfg.dry_run:  # before there is even a plan: one for thousands of layers takes minutes
+        refuse_too_large(_model_config(cfg, vocab_size), compute, only_warn=not auto)
     meta = {} if checkpoint is None else checkpoint.meta
     micro = MicroBatch(**meta["micro_batch"]) if meta.get("micro_batch") else None
     planned = partial(make_plan, cfg, vocab_size, world, total_batch_size=meta.get("total_batch_size"))
@@ -187,7 +192,6 @@ def resolve_plan(cfg: PretrainConfig, vocab_size: int, compute: Compute, checkpo
     plan = replace(plan, micro=micro, eval_tokens=meta.get("eval_tokens", cfg.eval_tokens))
     if cfg.dry_run:
         return plan
-    refuse_too_large(plan.model, compute, only_warn=not auto)
     if (checkpoint is not None and not (auto and micro is None)) or not (auto or plan.schedule.seconds):
         return plan
 
@@ -231,8 +235,7 @@ def pretrain(cfg: PretrainConfig) -> None:
     print_banner()
     with start_run("base", cfg, cfg.tag, clock) as run:
         if cfg.dry_run:
-            plan = resolve_plan(cfg, _vocab_size(cfg), run.compute)
-            print0("\n".join(plan.lines()))
+            print0("\n".join(resolve_plan(cfg, _vocab_size(cfg), run.compute).lines()))
         else:
             _pretrain(cfg, run)
 
@@ -287,11 +290,8 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
         skip_bad_shards=cfg.skip_bad_shards,
         cache=TokenCache(tokenizer) if cfg.token_cache else None,
     )
-    decided = {  # what a resume must not decide anew
-        "horizon_tokens": plan.horizon_tokens,
-        "total_batch_size": plan.batch.total_tokens,
-        "eval_tokens": plan.eval_tokens,
-    }
+    # What a resume must not decide anew.
+    decided = {"horizon_tokens": plan.horizon_tokens, "total_batch_size": plan.batch.total_tokens}
     trainer = run.make_trainer(
         model,
         MuonAdamW(groups),
@@ -299,7 +299,7 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
         plan.schedule,
         plan.batch.grad_accum_steps,
         inputs,
-        {"corpus": corpus.name} | decided,
+        {"corpus": corpus.name, **decided, "eval_tokens": plan.eval_tokens},
         micro=plan.micro,
         evaluate=lambda: corpus_bpb(
             model,
