@@ -23,9 +23,10 @@ def is_installed() -> bool:
 
 
 def _classic_trainer() -> Any:
-    # By path: under its own name this project's package would be found.
+    # By path: under its own name this project's package would be found, and loading it as "rustbpe" would put it in
+    # that one's place for every later `import rustbpe`.
     (path,) = [path for path in FOLDER.glob("rustbpe*.*") if path.suffix in (".so", ".pyd")]
-    spec = importlib.util.spec_from_file_location("rustbpe", path)
+    spec = importlib.util.spec_from_file_location("classic.rustbpe", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

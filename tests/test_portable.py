@@ -1,5 +1,6 @@
 """Without a compiler: the classic rustbpe learns the same merges, and tiktoken gives the same ids."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,6 +65,14 @@ def test_the_same_merges_and_the_same_ids(without_a_compiler, limits, pattern):
         assert np.array_equal(mine, other)
     ids = theirs.encode(TEXTS[1])
     assert theirs.decode(ids) == TEXTS[1]
+
+
+@pytest.mark.skipif(not portable.is_installed(), reason="PyPI's rustbpe is missing: bash setup_env.sh --dev")
+def test_the_package_of_pypi_does_not_take_the_place_of_ours():
+    trainer = portable._classic_trainer()
+    assert not isinstance(trainer, rustbpe.Tokenizer)
+    assert sys.modules["rustbpe"] is rustbpe
+    portable._classic_trainer()  # a second tokenizer in one process
 
 
 def test_the_module_takes_it_where_the_crate_is_missing(without_a_compiler, monkeypatch):
