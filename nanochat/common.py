@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 from nanochat.cards import LAST_OLD_DRIVER, torch_builds
 from nanochat.config import Runtime
-from nanochat.env import check_disk_space, get_base_dir, get_dist_info, print0  # noqa: F401
+from nanochat.env import check_disk_space, get_base_dir, get_dist_info, print0, usable_cores  # noqa: F401
 from nanochat.hardware import measure_matmul, synchronize, wheel_runs
+from nanochat.ops.cpu import watch_cores
 from nanochat.ops.fp16_gemm import Mode
 from nanochat.precision import DTYPE_NAMES, DTYPES, Precision, candidate_dtypes, dtype_cost
 from nanochat.progress import PROGRESS_FILE
@@ -290,6 +291,14 @@ def _dtype_cost_on(device: torch.device, dtype: torch.dtype) -> str | None:
     return dtype_cost("cuda", dtype, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
 
 
+def _limit_threads() -> None:
+    """Let the threads of all processes here together be at most the cores, unless the user has chosen their number."""
+    # torch counts the cores that it is bound to, but not a container's share of CPU time, nor the other ranks.
+    share = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > share:
+        torch.set_num_threads(share)
+
+
 def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | None = None) -> Compute:
     """Set up device, ranks and precision for these flags, and seed every generator.
 
@@ -300,6 +309,9 @@ def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | No
     """
     device_type = autodetect_device_type() if runtime.device_type == "auto" else runtime.device_type
     set_deterministic(runtime.deterministic or device_type == "cpu")  # a CPU run is always reproducible
+    _limit_threads()
+    if device_type == "cpu":
+        watch_cores()
     ddp, rank, local_rank, world_size, device = compute_init(device_type)
     if runtime.device_type == "auto" and device_type == "cpu" and shutil.which("nvidia-smi"):
         print0(f"warning: this machine has NVIDIA's driver, but the run takes the CPU: {_why_no_cuda()}")

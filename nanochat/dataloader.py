@@ -14,7 +14,6 @@ continues with exactly the same sequences, with another batch size or number of 
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from dataclasses import asdict, replace
@@ -28,7 +27,7 @@ from nanochat.data.loader import BatchLoader
 from nanochat.data.text_rows import ROWS, TextCounts
 from nanochat.data.token_cache import TokenCache
 from nanochat.data.token_stream import TextCursor, TokenStream, chunk_order
-from nanochat.env import print0
+from nanochat.env import print0, usable_cores
 from nanochat.tokenizer import RustBPETokenizer
 
 Mode = Literal["stream", "bestfit"]
@@ -39,9 +38,7 @@ MOST_THREADS = 4  # of the tokenizer, which must only be faster than the model l
 
 def default_threads(world_size: int) -> int:
     """Threads of the tokenizer: the cores that are this process's share, at most MOST_THREADS."""
-    # The affinity, not the machine's count: in a container or under taskset most of its cores belong to others.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_THREADS, cores // world_size))
+    return max(1, min(MOST_THREADS, usable_cores() // world_size))
 
 
 class PretrainLoader(BatchLoader[TextCounts, TextCursor]):

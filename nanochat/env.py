@@ -5,7 +5,9 @@ Imports neither torch nor anything of the project, so that any module may import
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import math
 import os
 import re
 import shutil
@@ -119,6 +121,32 @@ def get_dist_info() -> tuple[bool, int, int, int]:
     if "RANK" not in os.environ:
         return False, 0, 0, 1
     return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def usable_cores(cgroups: str | Path = "/sys/fs/cgroup", own: str | Path = "/proc/self/cgroup") -> int:
+    """Cores that this process may use: those it is bound to, at most its container's share of CPU time, rounded up."""
+    # os.cpu_count() is the machine's: in a container or under taskset most of its cores belong to others.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [float(cores)]
+    with contextlib.suppress(OSError):
+        for line in Path(own).read_text(encoding="utf-8").splitlines():
+            _, kinds, path = line.split(":", 2)  # "0::/user.slice" of cgroup v2, "4:cpu,cpuacct:/docker/…" of v1
+            if kinds and "cpu" not in kinds.split(","):
+                continue
+            root = Path(cgroups) / kinds  # v2 has no kinds
+            here = root / path.strip("/")  # a container sees its own group as the root: the path may not be there
+            # A group's limit holds for all groups in it.
+            quotas += [_cpu_quota(folder) for folder in (here, *here.parents) if folder.is_relative_to(root)]
+    return max(1, min(cores, math.ceil(min(quotas))))
+
+
+def _cpu_quota(folder: Path) -> float:
+    """The cores' worth of CPU time that a cgroup may use; infinite without a limit."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # v2: "150000 100000" or "max 100000"
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
+            return float(quota) / float(period) if float(quota) > 0 else math.inf  # v1: −1 is no limit
+    return math.inf
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import gc
-import os
 import platform
 import re
 import shutil
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from nanochat.cards import find_card
-from nanochat.env import get_base_dir
+from nanochat.env import get_base_dir, usable_cores
 
 T = TypeVar("T")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve")
@@ -39,13 +38,16 @@ def inspect_machine(folder: str | Path | None = None) -> dict[str, Any]:
     """
     import psutil  # lazy: dev/gpu_check.py needs only torch and numpy
 
-    memory, process = psutil.virtual_memory(), psutil.Process()
-    cores = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count()  # macOS has none
+    memory = psutil.virtual_memory()
     flags = _cpuinfo("flags", "Features").split()
     return {
         "cards": _cards(),
         "wheel": {"version": torch.__version__, "cuda": torch.version.cuda, "arches": torch.cuda.get_arch_list()},
-        "cpu": {"name": cpu_name(), "cores": cores, "features": [name for name in CPU_FEATURES if name in flags]},
+        "cpu": {
+            "name": cpu_name(),
+            "cores": usable_cores(),
+            "features": [name for name in CPU_FEATURES if name in flags],
+        },
         "ram_total_bytes": memory.total,
         "ram_free_bytes": memory.available,
         "disk_free_bytes": shutil.disk_usage(folder or get_base_dir()).free,

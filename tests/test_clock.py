@@ -114,3 +114,30 @@ def test_a_time_that_is_over_already_still_ends_with_a_model(base_dir):
     trainer.run()
     assert trainer.complete
     assert records(base_dir / "t")[-1]["lr_multiplier"] == 0.0
+
+
+def test_a_run_that_others_slow_down_says_so(tmp_path, monkeypatch):
+    """Beside another program threads wait for cores; heat slows a run down as well, but nobody waits then."""
+    notes = []
+    monkeypatch.setattr("nanochat.progress.Bar.set", lambda self, done, note="": notes.append(note))
+    waited = [0.0]
+
+    def speed(step):
+        waited[0] += 1.3 if 10 <= step < 20 else 0.01
+        return 2.5 if 10 <= step < 20 or step >= 30 else 1.0  # from 30 on it is the heat
+
+    trainer = timed(tmp_path, 70.0, speed)
+    trainer.clock = Clock(now=trainer.world, seconds=70.0, delay=lambda: waited[0])
+    trainer.run()
+    said = [step for step, note in enumerate(notes) if "another program uses the cores" in note]
+    assert len(notes) > 32
+    assert said == list(range(11, 21))  # the median of three steps
+
+
+@pytest.mark.parametrize("delay", [None, 5.0], ids=["unknown", "steady"])
+def test_a_slow_run_blames_nobody_without_evidence(delay):
+    world = World()
+    clock = Clock(now=world, delay=lambda: delay)
+    for seconds in [1.0] * 5 + [9.0] * 5:
+        clock.count_step(seconds, tokens=100)
+        assert not clock.shares_cores()

@@ -1,12 +1,13 @@
 """Device, dtype and downloads."""
 
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
 
-from nanochat import common
+from nanochat import common, env
 from nanochat.config import Runtime
 
 
@@ -238,3 +239,51 @@ def test_failed_download_names_url_and_place_and_leaves_nothing(server, base_dir
         common.download_file_with_lock(f"{server}/{page}", "y.txt")
     assert str(base_dir / "y.txt") in str(error.value)
     assert [p.name for p in base_dir.iterdir() if p.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/\n", {}, 8),
+        ("0::/\n", {"cpu.max": "max 100000"}, 8),
+        ("0::/\n", {"cpu.max": "250000 100000"}, 3),
+        (
+            "0::/a/b\n",
+            {"a/cpu.max": "100000 100000", "a/b/cpu.max": "max 100000"},
+            1,
+        ),  # a group's limit binds its parts
+        ("0::/gone\n", {"cpu.max": "50000 100000"}, 1),  # a container that sees its own group as the root
+        ("1:cpu,cpuacct:/\n", {"cpu,cpuacct/cpu.cfs_quota_us": "-1", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 8),
+        ("3:memory:/\n2:cpu:/d\n", {"cpu/d/cpu.cfs_quota_us": "400000", "cpu/d/cpu.cfs_period_us": "100000"}, 4),
+        ("0::/\n", {"cpu.max": "9900000 100000"}, 8),
+        ("0::/\n", {"cpu.max": "nonsense"}, 8),
+        (None, {"cpu.max": "100000 100000"}, 8),
+    ],
+)
+def test_the_cores_of_a_container_count(monkeypatch, tmp_path, own, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    assert env.usable_cores(tmp_path / "cgroup", tmp_path / "own") == cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "wish", "threads"),
+    [(8, None, None, 8), (3, None, None, 3), (8, "4", None, 2), (3, None, "8", 8)],
+)
+def test_processes_here_have_no_more_threads_than_cores(monkeypatch, cores, ranks, wish, threads):
+    chosen = [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(common, "usable_cores", lambda: cores)
+    monkeypatch.setattr(common, "watch_cores", lambda: None)
+    for name, value in (("LOCAL_WORLD_SIZE", ranks), ("OMP_NUM_THREADS", wish)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    common.setup_compute(Runtime(device_type="cpu"))
+    assert chosen[-1] == threads

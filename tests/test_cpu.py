@@ -1,5 +1,6 @@
 """Threads follow what was faster and are put back after every step; freed memory is used again without new pages."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,7 +10,18 @@ import pytest
 import torch
 
 from nanochat.ops import cpu
-from nanochat.ops.cpu import TRIAL_EVERY, TRIAL_STEPS, ThreadChoice, release_workers
+from nanochat.ops.cpu import (
+    FIRST_PATIENCE,
+    LOOK_SECONDS,
+    MOST_PATIENCE,
+    TRIAL_EVERY,
+    TRIAL_STEPS,
+    ThreadChoice,
+    WaitingPolicy,
+    release_workers,
+    run_delay,
+    watch_cores,
+)
 
 FAULTS = """
 import ctypes
@@ -28,6 +40,35 @@ def faults_of_a_block():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults_of_a_block()
 print(faults_of_a_block())
+"""
+
+
+HOLD = """
+import os
+import time
+import torch
+from nanochat.ops.cpu import SleepingTeam
+torch.set_num_threads(2)
+a = torch.randn(500, 500)
+def spinning():
+    a @ a
+    start = time.process_time()
+    time.sleep(0.1)
+    return time.process_time() - start
+def threads():
+    time.sleep(0.05)
+    return len(os.listdir("/proc/self/task"))
+team, first = SleepingTeam(), a @ a
+for attempt in range(20):  # beside other work a spinning thread may get no core
+    before, spun = threads(), spinning()
+    team.hold()
+    held, slept = threads(), spinning()
+    assert torch.equal(a @ a, first)
+    team.let_go()
+    after = threads()
+    if held > before == after and slept < spun / 2:
+        print("sleeps")
+        break
 """
 
 
@@ -95,3 +136,98 @@ def faults(keep):
 def test_freed_memory_is_kept():
     assert faults(keep=False) >= 20  # 12288, or 24 where the kernel gives pages of 2 MiB
     assert faults(keep=True) < 10
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+class Team:
+    held = False
+
+    def hold(self):
+        self.held = True
+
+    def let_go(self):
+        self.held = False
+
+
+def look(policy, world, seconds, waiting):
+    """Whether the workers sleep after each look, while `waiting` threads have no core."""
+    slept = []
+    for _ in range(round(seconds / LOOK_SECONDS)):
+        world.now += LOOK_SECONDS
+        world.delay += waiting * LOOK_SECONDS
+        policy.look(world.delay)
+        assert policy.patient == policy._team.held
+        slept.append(policy.patient)
+    return slept
+
+
+@pytest.fixture
+def world():
+    return SimpleNamespace(now=100.0, delay=7.0)
+
+
+def test_workers_sleep_beside_other_programs_only(world):
+    policy = WaitingPolicy(Team(), now=lambda: world.now)
+    assert not any(look(policy, world, 60, 0.02))
+    assert all(look(policy, world, 60, 0.6))
+    assert all(look(policy, world, 30, 0.1))  # less, but not nothing
+    slept = look(policy, world, 2 * FIRST_PATIENCE, 0.01)
+    assert slept[0]
+    assert not slept[-1]
+    assert not any(look(policy, world, 60, 0.01))
+
+
+def test_who_spins_again_too_soon_waits_longer_for_the_next_try(world):
+    policy = WaitingPolicy(Team(), now=lambda: world.now)
+    for _ in range(20):  # sleeping workers are calm, spinning ones are in the other program's way
+        while not policy.patient:
+            look(policy, world, LOOK_SECONDS, 0.6)
+        start = world.now
+        while policy.patient:
+            look(policy, world, LOOK_SECONDS, 0.01)
+    assert world.now - start == pytest.approx(MOST_PATIENCE, abs=1)
+    look(policy, world, 3 * MOST_PATIENCE, 0.01)  # a long rest
+    look(policy, world, 1, 0.6)
+    start = world.now
+    while policy.patient:
+        look(policy, world, LOOK_SECONDS, 0.01)
+    assert world.now - start == pytest.approx(FIRST_PATIENCE, abs=1)
+
+
+def test_threads_that_end_take_their_waiting_along(world):
+    policy = WaitingPolicy(Team(), now=lambda: world.now)
+    look(policy, world, 1, 0.02)
+    world.delay = 0.0
+    assert not any(look(policy, world, 1, 0.02))
+
+
+@pytest.mark.skipif(run_delay() is None, reason="this system does not tell how long threads wait for a core")
+def test_held_workers_do_not_spin():
+    env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", HOLD], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["sleeps"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "threads", "delay", "watches"),
+    [(None, 2, 0.0, True), ("OMP_WAIT_POLICY", 2, 0.0, False), (None, 1, 0.0, False), (None, 2, None, False)],
+    ids=["ours", "the user's own", "one thread", "no schedstat"],
+)
+def test_a_process_is_watched_where_that_helps(monkeypatch, clock, setting, threads, delay, watches):
+    started = []
+    openmp = SimpleNamespace(GOMP_parallel=None, omp_get_num_procs=lambda: 2)
+    monkeypatch.setattr(cpu, "ctypes", SimpleNamespace(CDLL=lambda name: openmp))
+    monkeypatch.setattr(cpu, "_watching", None)
+    monkeypatch.setattr(cpu, "run_delay", lambda: delay)
+    start = SimpleNamespace(start=lambda: started.append(1))
+    monkeypatch.setattr(cpu, "threading", SimpleNamespace(Thread=lambda **kwargs: start))
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    if setting:
+        monkeypatch.setenv(setting, "ACTIVE")
+    torch.set_num_threads(threads)
+    for _ in range(2):
+        watch_cores()
+    assert started == [1] * watches

@@ -4,6 +4,10 @@ torch computes with OpenMP. Each thread of a program that calls torch gets worke
 operation by spinning, so that they start at once. As soon as there are more workers than cores, GNU's OpenMP puts all
 of them to sleep instead, and each operation first has to wake them: 40 µs more, 20 times in a small decode step.
 
+Neither is right everywhere. On a machine that has nothing else to do, a core that goes to sleep must be woken, and
+training took up to twice as long. Beside another program, a thread that spins takes its core from the thread that it
+waits for, and training fell to a tenth. So `WaitingPolicy` lets them spin until other programs want the cores.
+
 A training step allocates the same large tensors again and again. glibc gives every freed block above some size back to
 the kernel at once, and then each step pays for zeroed pages (figures: dev/LOG.md, "results that stay in bfloat16").
 """
@@ -12,10 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -32,6 +39,116 @@ def release_workers() -> None:
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):
         ctypes.CDLL(None).omp_pause_resource_all(1)  # 1, "soft": thread-private data survives
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+LOOK_SECONDS = 0.2  # between two looks at how long this process waits for cores
+# Threads that are ready and have no core, on average. A spinning team beside one other program has 2/3 on two cores and
+# nearly 1 on many; one that sleeps at once about a half. On a machine of its own it has 0.01.
+CONTENDED, CALM = 0.2, 0.05
+MOST_CORES = 128  # the sleeping team has a thread for each
+FIRST_PATIENCE, MOST_PATIENCE = 2.0, 60.0  # seconds of calm before the threads may spin again
+
+
+def run_delay() -> float | None:
+    """Seconds for which threads of this process were ready and waited for a core; None where the kernel doesn't say."""
+    delays = []
+    with contextlib.suppress(OSError):  # a thread may end on the way
+        for task in os.listdir("/proc/self/task"):
+            # Nanoseconds on a core, nanoseconds ready but waiting for one, number of time slices.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                delays.append(int(Path(f"/proc/self/task/{task}/schedstat").read_text(encoding="ascii").split()[1]))
+    return sum(delays) / 1e9 if delays else None
+
+
+class SleepingTeam:
+    """While it is held, GNU's OpenMP has more workers than cores: then none of them spins for more than 100 rounds.
+
+    GOMP_SPINCOUNT of its manual. Nothing else lets a program change how they wait after its start.
+    """
+
+    def __init__(self) -> None:
+        self._release: threading.Event | None = None
+
+    def hold(self) -> None:
+        """Make the workers, which sleep until `let_go`."""
+        if self._release is None:
+            self._release = threading.Event()
+            threading.Thread(target=self._keep, args=(self._release,), daemon=True).start()
+
+    def let_go(self) -> None:
+        """End them."""
+        if self._release is not None:
+            self._release.set()
+            self._release = None
+
+    @staticmethod
+    def _keep(release: threading.Event) -> None:
+        openmp = ctypes.CDLL(None)
+        nothing = ctypes.cast(openmp.getpid, ctypes.c_void_p)  # what each worker does once: a harmless C function
+        # A team belongs to the thread that started it, and ends with it.
+        openmp.GOMP_parallel(nothing, None, openmp.omp_get_num_procs() + 1, 0)
+        release.wait()
+
+
+class WaitingPolicy:
+    """Lets OpenMP's workers spin while this process has the cores to itself, and sleep beside other programs."""
+
+    def __init__(self, team: SleepingTeam, now: Callable[[], float] = time.monotonic) -> None:
+        self._team, self._now = team, now
+        self.patient = False
+        """True while the workers sleep."""
+        self._patience = FIRST_PATIENCE
+        self._before: tuple[float, float] | None = None  # time and delay at the last look
+        self._calm_since = self._spinning_since = now()
+
+    def look(self, delay: float) -> None:
+        """Decide by `run_delay()`."""
+        now = self._now()
+        before, self._before = self._before, (now, delay)
+        if before is None or now <= before[0]:
+            return
+        waiting = max(0.0, delay - before[1]) / (now - before[0])  # threads that have ended take theirs along
+        if waiting > CALM:
+            self._calm_since = now
+        if not self.patient and waiting > CONTENDED:
+            # Each time it was wrong to spin again so soon, wait longer before the next try.
+            soon = now - self._spinning_since < 2 * self._patience
+            self._patience = min(MOST_PATIENCE, 2 * self._patience) if soon else FIRST_PATIENCE
+            self.patient = True
+            self._team.hold()
+        elif self.patient and now - self._calm_since >= self._patience:
+            self.patient, self._spinning_since = False, now
+            self._team.let_go()
+
+
+_watching: threading.Thread | None = None
+
+
+def watch_cores() -> None:
+    """From now on let OpenMP's workers of this process wait as suits the machine, see `WaitingPolicy`.
+
+    Does nothing where the environment says how they wait, with another OpenMP than GNU's, or without Linux's schedstat.
+    """
+    global _watching
+    told = any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
+    if _watching is not None or told or torch.get_num_threads() == 1 or run_delay() is None:
+        return
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # as where torch has another OpenMP
+        openmp = ctypes.CDLL(None)
+        if hasattr(openmp, "GOMP_parallel") and openmp.omp_get_num_procs() <= MOST_CORES:
+            _watching = threading.Thread(target=_watch, daemon=True)
+            _watching.start()
+
+
+def _watch() -> None:
+    policy = WaitingPolicy(SleepingTeam())
+    while True:
+        time.sleep(LOOK_SECONDS)
+        delay = run_delay()
+        if delay is not None:
+            policy.look(delay)
 
 
 def keep_freed_memory() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from nanochat.cards import DeviceInfo, choose_cards, known_capability, runs_torch, training_speed
 from nanochat.data.sources import count_shards
+from nanochat.env import usable_cores
 from nanochat.hardware import measure_matmul, query_nvidia_smi
 from nanochat.pipeline.profiles import Profile
 from nanochat.plan.planning import meta_model
@@ -75,7 +76,7 @@ def machine_env(profile: Profile, devices: Sequence[DeviceInfo], chosen: Sequenc
     """What the stages must know of the machine: their cards; and cores, which torchrun would cut to one a process."""
     env = {}
     if profile.nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
-        env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // profile.nproc))
+        env["OMP_NUM_THREADS"] = str(max(1, usable_cores() // profile.nproc))
     if profile.nproc > 1 and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
         # torchrun kills its ranks so long after a signal (default 30 s); they may have to evaluate and save before.
         env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
+from nanochat.ops.cpu import CONTENDED, run_delay
 from nanochat.progress import format_seconds
 
 REHEARSE_AFTER = 3  # steps: the first ones may compile and warm up
+RECENT = 3  # steps whose median is the speed of now
 WINDOW = 9  # steps whose median predicts the next
 # A finished model is saved without the optimizer's state, at most half of a checkpoint.
 FINAL_CHECKPOINT = 0.5
@@ -42,10 +44,14 @@ class Clock:
     """Rank 0's number on every rank (`Compute.broadcast`)."""
     ticked: float = 0.0
     """Seconds used at the last tick."""
+    delay: Callable[[], float | None] = run_delay
+    """Seconds for which this process's threads were ready and waited for a core; None if that is not known."""
 
     def __post_init__(self) -> None:
         self.start = self.now()
         self.steps: deque[float] = deque(maxlen=WINDOW)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # tokens/s, threads that waited for a core
+        self._best, self._delayed = 0.0, self.delay()
 
     # --- reading it ---------------------------------------------------------------------------------------------------
 
@@ -58,9 +64,13 @@ class Clock:
         self.ticked = self.agree(self.elapsed())
         return self.ticked
 
-    def count_step(self, seconds: float) -> float:
-        """Remember a step that has taken so long on this rank; returns rank 0's number."""
+    def count_step(self, seconds: float, tokens: int = 0) -> float:
+        """Remember a step of so many tokens that has taken so long on this rank; returns rank 0's seconds."""
         self.steps.append(self.agree(seconds))
+        before, self._delayed = self._delayed, self.delay()
+        waited = 0.0 if before is None or self._delayed is None else self._delayed - before
+        self._recent.append((tokens / max(seconds, 1e-9), waited / max(seconds, 1e-9)))
+        self._best = max(self._best, self.speed())
         self.tick()
         return self.steps[-1]
 
@@ -111,6 +121,15 @@ class Clock:
         return self.seconds is not None and len(self.steps) == REHEARSE_AFTER and "checkpoint" not in self.costs
 
     # --- for people ---------------------------------------------------------------------------------------------------
+
+    def speed(self) -> float:
+        """Tokens per second of the latest steps; 0 before there are enough."""
+        return median(speed for speed, _ in self._recent) if len(self._recent) == RECENT else 0.0
+
+    def shares_cores(self) -> bool:
+        """True if the latest steps were less than half as fast as the best, with threads that had to wait for cores."""
+        # Heat, a full memory and short batches make steps slow too, but nobody waits for a core then.
+        return self.speed() < self._best / 2 and median(waited for _, waited in self._recent) > CONTENDED
 
     def left(self, steps_done: int, steps: int | None) -> float:
         """Seconds to the end of the run after `steps_done` of `steps`, as far as is known."""

@@ -198,6 +198,8 @@ class RunLog:
         )
         if metrics["data_wait_share"] > WORTH_SAYING:
             note += f" waiting for data {metrics['data_wait_share']:.0%}"
+        if clock.shares_cores():
+            note += " another program uses the cores"
         if metrics.get("share_without_signal"):
             note += f" without signal {metrics['share_without_signal']:.0%}"
         if metrics["skipped"]:

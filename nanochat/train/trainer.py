@@ -308,7 +308,7 @@ class Trainer:
                         error, self.model, self.compute, self._batches, state.step, saved_steps(self.folder)
                     ) from error
                 self.compute.synchronize()  # the update is still running on the device: without it steps look faster
-                seconds = clock.count_step(clock.now() - start)
+                seconds = clock.count_step(clock.now() - start, state.tokens - tokens)
                 state.count_step(seconds, metrics["loss"], self._data_seconds)
                 metrics |= self.log.speed(state.tokens - tokens, seconds, self._data_seconds)
                 self.log.write_step(bar, state, clock, schedule.num_iterations, metrics)
