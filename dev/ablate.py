@@ -76,6 +76,13 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "warmdown": {f"{r}": f"--warmdown_ratio={r}" for r in (0.2, 0.4, 0.65, 0.9)},
     "lr": {f"× {m}": f"--lr_scale={m}" for m in (0.25, 0.5, 1.0, 2.0, 4.0)},
     "matrix_lr": {f"{lr}": f"--matrix_lr={lr}" for lr in (0.0025, 0.005, 0.01, 0.02, 0.04)},
+    # The recipe's rate first: the ladder's gains are against it.
+    "small_rates": {
+        "small": "--recipe=small",
+        "matrices 0.045": "--recipe=small --matrix_lr=0.045",
+        "matrices 0.06": "--recipe=small --matrix_lr=0.06",
+        "all × 1.5": "--recipe=small --lr_scale=1.5",
+    },
     "scalar_lr": {f"{lr}": f"--scalar_lr={lr}" for lr in (0.02, 0.1, 0.5)},
     "weight_decay": {f"{w}": f"--weight_decay={w}" for w in (0.0, 0.05, 0.28, 1.0)},
     "ramp": {f"{r}": f"--short_rows_ratio={r}" for r in (0.0, 0.3, 0.6)},
@@ -276,6 +283,21 @@ def verdict(gains: Sequence[float], noise: float) -> str:
     return "shrinks" if gains[-1] < gains[-2] - noise else "counts"
 
 
+def law_text(runs: Sequence[tuple[float, float]], noise: float) -> str:
+    """Two cells: the law through runs of (FLOPs, bits per byte), and what it says of the next rung; with ranges."""
+    try:
+        best, others = power_law(runs, noise)
+    except ValueError as error:  # hours of runs must not end without their table
+        return f"{error} | –"
+    floors, exponents = [law.floor for law in others], [law.exponent for law in others]
+    at = [law.bpb(NEXT_RUNG) for law in others]
+    return (
+        f"{best.floor:.2f} + {best.scale:.2f}·(C/1e15)^−{best.exponent:.2f} "
+        f"(floor {min(floors):.2f} to {max(floors):.2f}, exponent {min(exponents):.2f} to {max(exponents):.2f}) | "
+        f"{best.bpb(NEXT_RUNG):.3f} ({min(at):.3f} to {max(at):.3f})"
+    )
+
+
 def ladder_table(rungs: dict[float, dict[str, list[dict[str, Any]]]]) -> str:
     """Every setting at every rung, its gain over the first setting, its law L(C) and what that says of the next rung.
 
@@ -297,17 +319,8 @@ def ladder_table(rungs: dict[float, dict[str, list[dict[str, Any]]]]) -> str:
         against = "" if label == base else ", ".join(f"{-gain:+.1%}" for gain in gains)
         against += "" if label == base else f": {verdict(gains, gain_noise)}"
         runs = [(flops, run["val_bpb"]) for flops, rows in rungs.items() for run in rows[label]]
-        best, others = power_law(runs, noise)
-        e, a = [law.floor for law in others], [law.exponent for law in others]
-        at = [law.bpb(NEXT_RUNG) for law in others]
-        law = (
-            f"{best.floor:.2f} + {best.scale:.2f}·(C/1e15)^−{best.exponent:.2f} "
-            f"(floor {min(e):.2f} to {max(e):.2f}, exponent {min(a):.2f} to {max(a):.2f})"
-        )
         values = " | ".join(f"{mean[label]:.4f}" for mean in means.values())
-        lines.append(
-            f"| {label} | {values} | {against} | {law} | {best.bpb(NEXT_RUNG):.3f} ({min(at):.3f} to {max(at):.3f}) |"
-        )
+        lines.append(f"| {label} | {values} | {against} | {law_text(runs, noise)} |")
     return "\n".join(lines)
 
 

@@ -121,7 +121,7 @@ def power_law(runs: Sequence[tuple[float, float]], noise: float) -> tuple[PowerL
         line = torch.linalg.lstsq(weight[:, None] * columns, weight * rest.log()).solution
         law = PowerLaw(floor * y.min().item(), math.exp(line[0]), line[1].item())
         errors = [(law.bpb(flops) / bpb - 1) / noise for flops, bpb in runs]
-        if law.exponent > 0:
+        if law.exponent > 1e-6:
             found.append((sum(e * e for e in errors), law))
     if not found:
         raise ValueError("more compute did not lower the loss: there is no power law to fit")

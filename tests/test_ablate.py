@@ -74,6 +74,16 @@ def test_the_ladder_trains_every_setting_at_every_rung_once(tmp_path, monkeypatc
     assert len(ran) == 18
 
 
+def test_runs_without_a_law_still_end_with_their_table():
+    rungs = {
+        flops: {"a": [{"val_bpb": 1.5}], "b": [{"val_bpb": 1.5 - i / 10}]} for i, flops in enumerate(ablate.LADDER)
+    }
+    a, b = ablate.ladder_table(rungs).splitlines()[2:]
+    assert "did not lower the loss" in a
+    assert "1e15" in b
+    assert a.count("|") == b.count("|")
+
+
 def test_compute_is_given_once(tmp_path):
     for given in ({}, {"flops": 1e13, "ladder": True}, {"seconds": 1.0, "ladder": True}):
         with pytest.raises(ValueError, match="one of --seconds, --flops and --ladder"):
