@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.config import run_script
+from nanochat.data.worlds import CORE_TOPICS
 from nanochat.generate.calculator import use_calculator
 from nanochat.tokenizer import PATTERNS
 from tasks.demo import chat, corpus, phrasings, skills
@@ -144,6 +145,46 @@ def test_shipped_world_is_whole_and_without_mistakes():
     assert not set(world.words) & set(world.unseen_words)
 
 
+@pytest.fixture(scope="module")
+def whole_world():
+    """All that is shipped, core and more."""
+    return load_world("nanochat:100000")
+
+
+def test_the_whole_shipped_world_is_without_mistakes(world, whole_world):
+    assert len(world.topics) == CORE_TOPICS
+    assert whole_world.topics[:CORE_TOPICS] == world.topics
+    assert (world.untaught, whole_world.untaught) == (whole_world.topics[CORE_TOPICS:], ())
+    assert len(whole_world.topics) >= 1100
+    assert len(whole_world.facts) >= 2800
+    explanations = [fact for fact in whole_world.facts if fact.text.count(". ") >= 1]
+    assert len(explanations) >= 40
+
+
+def test_no_question_of_the_shipped_world_has_two_answers_and_no_fact_stands_twice(whole_world):
+    answers = {}
+    for fact in (*whole_world.facts, *whole_world.identity):
+        for ask in (*fact.asks, fact.held_out):
+            assert answers.setdefault(" ".join(words_of(ask)), fact) is fact, ask
+    texts = Counter(fact.text for fact in whole_world.facts)
+    assert [text for text, count in texts.items() if count > 1] == []
+
+
+def test_topics_of_longer_runs_are_of_every_kind_and_stay_when_more_come(world, whole_world):
+    some, more = load_world("nanochat:500"), load_world("nanochat:700")
+    assert more.topics[:500] == some.topics == whole_world.topics[:500]
+    kinds = {topic.place.split(":")[0] for topic in whole_world.topics[CORE_TOPICS:]}
+    assert {topic.place.split(":")[0] for topic in some.topics[CORE_TOPICS:]} == kinds
+
+
+def test_held_out_questions_of_the_whole_world_are_never_trained(whole_world):
+    size = 2 * len(whole_world.facts)
+    texts = [user_texts(conversation)[0] for conversation in chat.DemoFacts(size, "train", whole_world)]
+    texts += corpus.documents(whole_world, "train", 400_000)
+    assert whole_world.held_out.find(whole_world.facts[-1].held_out)
+    assert [text for text in texts if whole_world.held_out.find(text)] == []
+
+
 def test_every_fact_of_the_shipped_world_answers_its_own_questions_only_by_its_key(world):
     for fact in (*world.facts, *world.identity):
         assert has_keys(fact.text, fact.keys), fact.place
@@ -169,6 +210,9 @@ ask: What is a baby of {animal} called? | What do we call a baby of {animal}?
 key: {baby}
 row: snarks | blue moss | snarkling
 row: wups | wet sand | -
+fact: Wups sleep on their hands.
+ask: How do wups sleep? | In what way does a wup sleep?
+key: hands
 """
 
 
@@ -184,7 +228,8 @@ def test_a_table_makes_a_topic_of_each_row_without_what_its_empty_cells_need(tmp
     assert (snarks.name, snarks.place) == ("snarks", "animals.txt:8")
     assert [fact.text for fact in snarks.facts] == ["Snarks eat blue moss.", "A baby of snarks is a snarkling."]
     assert snarks.facts[0].keys == (("blue moss",),)
-    assert [fact.text for fact in wups.facts] == ["Wups eat wet sand."]
+    assert [fact.text for fact in wups.facts] == ["Wups eat wet sand.", "Wups sleep on their hands."]
+    assert wups.facts[1].place == "animals.txt:10"
     assert (wups.facts[0].asks, wups.facts[0].held_out) == (("What do wups eat?",), "What is the food of wups?")
 
 
@@ -196,7 +241,7 @@ def test_a_table_makes_a_topic_of_each_row_without_what_its_empty_cells_need(tmp
         ("row: wups", "row: -", "row '-' has"),
         ("key: {eats}", "key: {food}", "animals.txt:2: no column 'food'"),
         ("animal | eats | baby", "animal | eats | Baby!", "animals.txt:1: columns"),
-        ("row: snarks | blue moss | snarkling\nrow: wups | wet sand | -\n", "", "has no row"),
+        (ANIMALS[ANIMALS.index("row: snarks") :], "", "has no row"),
         ("row: wups | wet sand", "row: wups | wups", "gives the key 'wups' away"),
         ("row: wups", "row: snarks", "topic [snarks] is also at animals.txt:8"),
     ],
@@ -218,6 +263,7 @@ def test_a_mistake_in_a_table_names_its_line(tmp_path, old, new, message):
         ("What is the long hair of a horse called?", "what the long hair of a horse is called"),
         ("What is ten times a hundred?", "this: what is ten times a hundred"),
         ("Where is gold found?", "where gold is found"),
+        ("What are prime numbers?", "what prime numbers are"),
         ("Why are leaves green?", "why leaves are green"),
         ("Why are the old leaves green?", "this: why are the old leaves green"),
         ("What color is the sky?", "what color the sky is"),

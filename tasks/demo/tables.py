@@ -115,13 +115,27 @@ class _FactDraft:
 
 @dataclass
 class _Section:
-    """A topic, or a table: its columns, and the cells of its rows."""
+    """A topic, or a table: its columns, and its rows with the facts that follow them."""
 
     name: str
     place: str
     facts: list[_FactDraft] = field(default_factory=list)
     columns: tuple[str, ...] = ()
-    rows: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    rows: list[_Row] = field(default_factory=list)
+
+    @property
+    def drafts(self) -> list[_FactDraft]:
+        """Where the next fact goes: after a row it is of that row only."""
+        return self.rows[-1].facts if self.rows else self.facts
+
+
+@dataclass
+class _Row:
+    """A row of a table, and facts of its own."""
+
+    place: str
+    cells: tuple[str, ...]
+    facts: list[_FactDraft] = field(default_factory=list)
 
 
 def read_table(
@@ -163,13 +177,13 @@ def _sections(path: Path, shown: str, problems: list[str]) -> list[_Section]:
         elif name == "row":
             _add_row(sections[-1], place, value, problems)
         elif name == "fact":
-            sections[-1].facts.append(_FactDraft(place, {"fact": value}))
-        elif not sections[-1].facts:
+            sections[-1].drafts.append(_FactDraft(place, {"fact": value}))
+        elif not sections[-1].drafts:
             problems.append(f"{place}: {name!r} before any fact: start with a `fact:` line")
-        elif name in sections[-1].facts[-1].fields:
+        elif name in sections[-1].drafts[-1].fields:
             problems.append(f"{place}: a second {name!r} for one fact: a fact has each field once")
         else:
-            sections[-1].facts[-1].fields[name] = value
+            sections[-1].drafts[-1].fields[name] = value
     return sections
 
 
@@ -181,7 +195,7 @@ def _add_row(section: _Section, place: str, line: str, problems: list[str]) -> N
         wanted = f"{len(section.columns)} cells ({' | '.join(section.columns)}), {NO_CELL} for one without"
         problems.append(f"{place}: row {cells[0]!r} has {sum(map(bool, cells))} cells: write {wanted}")
     else:
-        section.rows.append((place, cells))
+        section.rows.append(_Row(place, cells))
 
 
 def _filled(table: _Section, problems: list[str]) -> Iterator[tuple[str, str, list[_FactDraft]]]:
@@ -194,16 +208,16 @@ def _filled(table: _Section, problems: list[str]) -> Iterator[tuple[str, str, li
         used[fact.place] = {name[:1].lower() + name[1:] for name in names}
         for name in sorted(used[fact.place] - {*table.columns}):
             problems.append(f"{fact.place}: no column {name!r}: the table has {', '.join(table.columns)}")
-    for place, cells in table.rows:
-        values = dict(zip(table.columns, cells, strict=True))
+    for row in table.rows:
+        values = dict(zip(table.columns, row.cells, strict=True))
         # {Name} begins a sentence.
         values |= {name[:1].upper() + name[1:]: cell[:1].upper() + cell[1:] for name, cell in values.items()}
         drafts = []
         for fact in table.facts:
             if all(values.get(name, NO_CELL) != NO_CELL for name in used[fact.place]):
                 fill = {name: _fill(text, values) for name, text in fact.fields.items()}
-                drafts.append(_FactDraft(place, fill))
-        yield cells[0], place, drafts
+                drafts.append(_FactDraft(row.place, fill))
+        yield row.cells[0], row.place, [*drafts, *row.facts]
 
 
 def _fill(text: str, values: dict[str, str]) -> str:
@@ -304,7 +318,8 @@ def _turn(first: str, verb: str, rest: list[str]) -> str | None:
         match = re.fullmatch(rf"(.+?) ({_LAST_WORDS})", " ".join(rest))
         if match and len(match[1].split()) >= subject:
             return f"{first} {match[1]} {verb} {match[2]}"
-        return f"{first} {' '.join(rest)} {verb}" if _is_name(rest) else None
+        plural = verb == "are" and len(rest) == 2 and rest[1].endswith("s")  # "What are prime numbers?"
+        return f"{first} {' '.join(rest)} {verb}" if plural or _is_name(rest) else None
     if first in ("why", "how", "when") and len(rest) == subject + 1:
         return f"{first} {' '.join(rest[:subject])} {verb} {rest[subject]}"
     return None
