@@ -6,9 +6,9 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import load_checkpoint
+from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint
 from nanochat.config import parse_config
-from nanochat.gpt import NANOCHAT_2026, GPTConfig
+from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 from nanochat.plan.local_speed import hours_sentence
 from nanochat.recipe import MODERN, PRESETS
 from nanochat.train.pretrain import make_plan
@@ -199,3 +199,56 @@ def test_a_run_of_counted_steps_says_its_hours(capsys):
     sentence = hours_sentence(flops, 4.0)
     assert f"about {hours:,.3g} hours" in sentence
     assert "--hours" in sentence
+
+
+def test_going_on_from_a_model_keeps_its_shape_and_what_it_knows(base_dir, text, tiny_tokenizer, monkeypatch):
+    from nanochat.train.trainer import Trainer
+
+    tiny_tokenizer.save(base_dir / "tokenizer")
+    flags = ["--device_batch_size=4", "--total_batch_size=256", "--eval_tokens=256", "--sample_every=0"]
+    flags += [f"--data_dir={text}", "--device_type=cpu", "--compile=off", "--num_iterations=12", "--save_every=3"]
+    first = ["--depth=2", "--max_seq_len=64", "--recipe=portable", "--aspect_ratio=32"]
+    main(parse_config(Config, [*flags, *first]))
+    start = load_checkpoint(base_dir / "base_checkpoints" / "d2")
+
+    original, more = Trainer.train_step, [*flags, "--init_from=d2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda self: (self.state.step == 7 and 1 / 0) or original(self))
+        with pytest.raises(ZeroDivisionError):
+            main(parse_config(Config, more))
+    folder = base_dir / "base_checkpoints" / "d2-more"
+    assert load_checkpoint(folder).meta["state"]["step"] == 6
+    save_checkpoint(base_dir / "base_checkpoints" / "other", 3, start.model, None, start.meta)
+    with pytest.raises(ValueError, match="init_from: d2 -> other"):  # half a run of another model is not gone on with
+        main(parse_config(Config, [*more, "--init_from=other", "--model_tag=d2-more"]))
+    main(parse_config(Config, more))
+    ended = load_checkpoint(folder).meta
+    assert ended["model_config"] == start.meta["model_config"]
+    assert (ended["config"]["recipe"], ended["config"]["lr_scale"], ended["config"]["depth"]) == ("portable", 0.3, 2)
+    losses = [
+        [r["loss"] for r in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+        for path in (start.folder.parent, folder)
+    ]
+    assert len(losses[1]) == 12
+    assert losses[1][0] < losses[0][0] - 0.3  # from what it has learned, not from nothing
+
+
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--depth=3", "--depth contradicts --init_from=d1, whose model has 1 layers"),
+        ("--aspect_ratio=32", "--aspect_ratio contradicts"),
+        ("--vocab_size=999", "--vocab_size contradicts"),
+        ("--smear=False", "--smear contradicts"),
+        ("--max_seq_len=64", "has a context of 32"),
+        ("--model_tag=d1", "choose another name"),
+        ("--init_from=d7", "no base checkpoint with tag 'd7'"),
+        ("--init_from=/no/where", "there is no such folder"),
+    ],
+)
+def test_what_contradicts_the_model_to_go_on_from_is_refused_by_name(flag, complaint, base_dir, tiny_tokenizer):
+    config = GPTConfig.from_depth(1, tiny_tokenizer.get_vocab_size(), 32, smear=True)
+    meta = {"model_config": config.to_dict(), "complete": True}
+    save_checkpoint(base_dir / "base_checkpoints" / "d1", 5, GPT(config).state_dict(), None, meta)
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        main(parse_config(Config, ["--init_from=d1", "--dry_run", "--device_type=cpu", flag]))

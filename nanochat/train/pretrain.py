@@ -7,12 +7,15 @@ sequences that go through it at a time, the learning rates. All that comes after
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import Checkpoint, load_weights
+from nanochat.checkpoint.format import checkpoint_folder
+from nanochat.checkpoint_manager import Checkpoint, check_tokenizer, find_tag, load_checkpoint, load_weights
 from nanochat.common import Compute, print0, print_banner
 from nanochat.config import positive
 from nanochat.data.token_cache import TokenCache
@@ -34,18 +37,22 @@ from nanochat.recipe import (
     parameter_groups,
     plan_batch,
     plan_iterations,
+    recipe_of,
     scale_hyperparameters,
 )
 from nanochat.tokenizer import PATTERNS, get_tokenizer
 from nanochat.train.clock import Clock
 from nanochat.train.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
 from nanochat.train.pretrain_config import PretrainConfig
+from nanochat.train.resume import model_hash
 from nanochat.train.samples import print_samples
 from nanochat.train.stage import TrainingRun, start_run, train
 
 # What training makes of the measured matmul speed, to plan a horizon given in hours. A guess.
 SHARE_OF_MATMUL_SPEED = 0.5
 DEFAULT_ROWS = 32  # to plan with, where no device is asked what fits
+# Of the recipe's learning rates, where a run goes on from a model. Source: dev/LOG.md, "going on from a model".
+LR_SCALE_GOING_ON = 0.3
 # Of a run of a given time: at most this share for one evaluation, and what is expected to be left for steps.
 EVAL_SHARE, STEP_SHARE = 0.02, 0.9
 
@@ -102,6 +109,7 @@ def make_plan(
     vocab_size: int,
     world_size: int,
     *,
+    model_config: GPTConfig | None = None,
     horizon_tokens: int | None = None,
     total_batch_size: int | None = None,
     tflops: Callable[[], float] = lambda: 1.0,
@@ -113,12 +121,13 @@ def make_plan(
         cfg: the settings.
         vocab_size: of the tokenizer.
         world_size: processes.
+        model_config: of the model to go on from; default: by the settings.
         horizon_tokens: tokens of the whole run, where they are known already.
         total_batch_size: tokens per step of the run that is resumed; the settings' goes before it.
         tflops: measures this machine's matmul speed per process, in TFLOP/s; called when the horizon is a time.
         rows: the most sequences in a micro-batch, where they are not set.
     """
-    preset, config = PRESETS[cfg.recipe], _model_config(cfg, vocab_size)
+    preset, config = PRESETS[cfg.recipe], model_config or _model_config(cfg, vocab_size)
     with torch.device("meta"):  # shapes only: to count parameters and FLOPs
         model = GPT(config)
     flops = model.estimate_flops()
@@ -169,7 +178,13 @@ def make_plan(
     return Plan(config, batch, schedule, rates, model.num_params(), flops, tokens, cfg.eval_tokens)
 
 
-def resolve_plan(cfg: PretrainConfig, vocab_size: int, compute: Compute, checkpoint: Checkpoint | None = None) -> Plan:
+def resolve_plan(
+    cfg: PretrainConfig,
+    vocab_size: int,
+    compute: Compute,
+    checkpoint: Checkpoint | None = None,
+    model_config: GPTConfig | None = None,
+) -> Plan:
     """The plan of a run on this machine: micro-batches that fit, and for a time the horizon that a real step promises.
 
     A resumed run keeps horizon, batch, micro-batch and evaluation of its start: they must not change with a second
@@ -180,10 +195,12 @@ def resolve_plan(cfg: PretrainConfig, vocab_size: int, compute: Compute, checkpo
     """
     T, world, auto = cfg.max_seq_len, compute.world_size, cfg.device_batch_size == "auto"
     if not cfg.dry_run:  # before there is even a plan: one for thousands of layers takes minutes
-        refuse_too_large(_model_config(cfg, vocab_size), compute, only_warn=not auto)
+        refuse_too_large(model_config or _model_config(cfg, vocab_size), compute, only_warn=not auto)
     meta = {} if checkpoint is None else checkpoint.meta
     micro = MicroBatch(**meta["micro_batch"]) if meta.get("micro_batch") else None
-    planned = partial(make_plan, cfg, vocab_size, world, total_batch_size=meta.get("total_batch_size"))
+    planned = partial(
+        make_plan, cfg, vocab_size, world, model_config=model_config, total_batch_size=meta.get("total_batch_size")
+    )
     plan = planned(
         horizon_tokens=meta.get("horizon_tokens"),
         tflops=lambda: compute.broadcast(compute.matmul_tflops()),
@@ -226,6 +243,68 @@ def resolve_plan(cfg: PretrainConfig, vocab_size: int, compute: Compute, checkpo
     return plan
 
 
+# --- going on from a model --------------------------------------------------------------------------------------------
+
+
+def load_start(name: str) -> Checkpoint:
+    """The checkpoint that --init_from names: the tag of a base model, or a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RuntimeError: it is damaged.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if len(folder.parts) != 1:
+            raise FileNotFoundError(f"--init_from={name}: there is no such folder")
+        folder = find_tag("base", name)
+    return load_checkpoint(folder)
+
+
+def settle(cfg: PretrainConfig, start: Checkpoint | None) -> PretrainConfig:
+    """The settings with all that follows from the model to go on from.
+
+    Its shape goes before the settings' defaults, and so does its recipe, which names the optimizer; but not classic,
+    which has one batch for every horizon.
+
+    Raises:
+        ValueError: a setting contradicts the model; names it.
+    """
+    if start is None:
+        return replace(cfg, lr_scale=1.0 if cfg.lr_scale is None else cfg.lr_scale)
+    config = GPTConfig.from_dict(start.meta["model_config"])
+    default = {f.name: f.default for f in fields(PretrainConfig)}
+    fixed = {"depth": config.n_layer, "vocab_size": config.vocab_size, "aspect_ratio": default["aspect_ratio"]}
+    given = {name: getattr(cfg, name) for name in fixed}
+    wrong = [name for name in fixed if given[name] not in (default[name], fixed[name])]
+    switched = replace(config, **cfg.architecture.given())
+    wrong += [name for name in cfg.architecture.given() if getattr(switched, name) != getattr(config, name)]
+    if wrong:
+        raise ValueError(
+            f"--{wrong[0]} contradicts --init_from={cfg.init_from}, whose model has {config.n_layer} layers, "
+            f"{config.n_embd} channels, a vocabulary of {config.vocab_size} and its switches: leave it out"
+        )
+    length = config.sequence_len if cfg.max_seq_len == default["max_seq_len"] else cfg.max_seq_len
+    if length > config.sequence_len:
+        raise ValueError(
+            f"--max_seq_len={length}: the model of --init_from={cfg.init_from} has a context of {config.sequence_len}"
+        )
+    name = start.folder.parent.name
+    tag = cfg.model_tag or f"{name}-more"
+    if checkpoint_folder("base", tag).resolve() == start.folder.parent.resolve():
+        raise ValueError(f"--model_tag={tag} is the model to go on from: choose another name for the new one")
+    recipe: Any = recipe_of(start.meta)
+    return replace(
+        cfg,
+        depth=config.n_layer,
+        vocab_size=None,
+        max_seq_len=length,
+        model_tag=tag,
+        recipe=cfg.recipe if recipe == "classic" or cfg.recipe != default["recipe"] else recipe,
+        lr_scale=LR_SCALE_GOING_ON if cfg.lr_scale is None else cfg.lr_scale,
+    )
+
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -233,11 +312,17 @@ def pretrain(cfg: PretrainConfig) -> None:
     """Plan, build, train, report."""
     clock = Clock()
     print_banner()
-    with start_run("base", cfg, cfg.tag, clock) as run:
+    start = None if cfg.init_from is None else load_start(cfg.init_from)
+    cfg = settle(cfg, start)
+    with start_run("base", cfg, cfg.tag, clock, start.meta.get("dtype") if start else None) as run:
+        if start is not None:
+            print0(f"goes on from {start.folder}, with {cfg.lr_scale:g} of the recipe's learning rates")
         if cfg.dry_run:
-            print0("\n".join(resolve_plan(cfg, _vocab_size(cfg), run.compute).lines()))
+            config = GPTConfig.from_dict(start.meta["model_config"]) if start else None
+            plan = resolve_plan(cfg, _vocab_size(cfg), run.compute, model_config=config)
+            print0("\n".join(plan.lines()))
         else:
-            _pretrain(cfg, run)
+            _pretrain(cfg, run, start)
 
 
 def _vocab_size(cfg: PretrainConfig) -> int:
@@ -248,9 +333,13 @@ def _vocab_size(cfg: PretrainConfig) -> int:
         return 65536
 
 
-def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
+def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -> None:
     compute, tokenizer = run.compute, get_tokenizer()
-    if cfg.recipe == "portable" and tokenizer.pattern != PATTERNS["runtimes"]:
+    config = None
+    if start is not None:
+        check_tokenizer(start, tokenizer)
+        config = GPTConfig.from_dict(start.meta["model_config"])
+    elif cfg.recipe == "portable" and tokenizer.pattern != PATTERNS["runtimes"]:
         print0(
             "warning: this tokenizer cuts text as only nanochat and transformers can: for one that opens in llama.cpp "
             "and others too, train it with `python -m scripts.tok_train --pattern=runtimes` first"
@@ -258,10 +347,10 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column), cfg.skip_bad_shards)
     for split in ("train", "val"):
         corpus.chunks(split)  # a split without documents is an error now, not after hours
-    inputs = {"tokenizer": tokenizer.hash}
+    inputs = {"tokenizer": tokenizer.hash} | ({"model": model_hash(start)} if start else {})
     checkpoint = run.find_checkpoint(inputs)
 
-    plan = resolve_plan(cfg, tokenizer.get_vocab_size(), compute, checkpoint)
+    plan = resolve_plan(cfg, tokenizer.get_vocab_size(), compute, checkpoint, config)
     print0("\n".join(plan.lines()))
     flops = (plan.schedule.num_iterations or 0) * plan.batch.total_tokens * plan.flops_per_token
     if checkpoint is None and flops > LONG_FLOPS:  # hours are not asked for: say them
@@ -270,12 +359,15 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun) -> None:
 
     model = GPT(plan.model)
     model.activation_checkpointing = cfg.activation_checkpointing
-    if checkpoint is None:
+    weights = checkpoint or start
+    if weights is None:
         model.init_weights()
     else:
-        load_weights(model, checkpoint)
+        load_weights(model, weights)
+    if start is not None:
+        start.release()
     model.to(compute.device).train()
-    groups = parameter_groups(model, **plan.rates.rates(), lr_frac=cfg.lr_scale, preset=PRESETS[cfg.recipe])
+    groups = parameter_groups(model, **plan.rates.rates(), lr_frac=cfg.lr_scale or 1.0, preset=PRESETS[cfg.recipe])
     loader = PretrainLoader(
         corpus,
         tokenizer,

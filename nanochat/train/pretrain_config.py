@@ -37,6 +37,8 @@ class PretrainSettings:
     recipe: Literal["small", "portable", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
     """Preset of model and optimizer: small is for one card or a CPU and some hours, portable the same without what
     llama.cpp and others lack, classic is nanochat of December 2025, modern of July 2026; given flags go before it."""
+    init_from: str | None = None
+    """Go on from this model: the tag of a base model, or the folder of a checkpoint. Its shape and context stay."""
     depth: int = 20
     """Layers; the width follows: aspect_ratio × depth channels, rounded up to whole heads of 128."""
     aspect_ratio: int = 64
@@ -77,8 +79,8 @@ class PretrainSettings:
     """Learning rate of the switches' scalars (AdamW); default: 0.1 (small), 0.5 (classic), 0.5 by batch (modern)."""
     weight_decay: float | None = None
     """Decoupled weight decay; default: 0 (small, classic), 0.28 by batch and horizon (modern)."""
-    lr_scale: float = 1.0
-    """Factor on all learning rates."""
+    lr_scale: float | None = None
+    """Factor on all learning rates; default: 1, with --init_from 0.3."""
     warmup_steps: int | None = None
     """Steps in which the learning rate rises; default: 0 (small, classic), 40 (modern; fewer in a short
     run)."""
@@ -103,7 +105,7 @@ class PretrainConfig(RunConfig, PretrainSettings):
     sample_every: int = 2000
     """Steps between printed samples (0: only at the end)."""
     model_tag: str | None = None
-    """Name of the checkpoint folder; default d<depth>."""
+    """Name of the checkpoint folder; default d<depth>, with --init_from the other's and -more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
