@@ -25,6 +25,8 @@ error: 1). Settings come from the environment:
   DATA_DIR           your own text instead: a folder (or file) of nearly any form (docs/own_data.md)
   TEXT_COLUMN        the column or field with the text, ENCODING what its files are saved in (default: found by itself)
   SOURCE_CODE        1 learns the source code in DATA_DIR too, 0 leaves it out on purpose
+  BASE               go on from this model, with its tokenizer, instead of from nothing: the tag of a base model, its
+                     folder, or a folder in the format of transformers; with DATA_DIR, CHAT_DATA or both
   CHAT_DATA          your own conversations in any usual form: a file, a folder or hf:owner/name; "demo", "nanochat" for its
                      mixture from the hub, or "none" (chat with the base model)
   WORLD              what the demo learns: a folder of your own tables (tasks/demo/world/README.md), "nanochat" (the world that
@@ -68,6 +70,9 @@ make_worlds_absolute() {
 make_absolute DATA_DIR
 make_absolute NANOCHAT_BASE_DIR
 make_worlds_absolute
+if [[ -e "${BASE:-}" ]]; then # else a tag, or a name on the hub
+    make_absolute BASE
+fi
 case "${CHAT_DATA:-}" in
     demo | nanochat | none | hf:*) ;;
     *) make_absolute CHAT_DATA ;;

@@ -20,7 +20,7 @@ class StageNames:
     title: str = ""
     """Of a stage that trains: for people."""
     optional: bool = False
-    """Started by hand: the pipeline has no such stage."""
+    """Started by hand, or only where a run goes on from a model (BASE)."""
 
 
 STAGES = {
@@ -28,6 +28,7 @@ STAGES = {
     for stage in (
         StageNames("report_reset"),
         StageNames("data"),
+        StageNames("base_import", optional=True),
         StageNames("tok_train", "Tokenizer training"),
         StageNames("tok_eval", "Tokenizer evaluation"),
         StageNames("base_train", "Base model training", "base", "base_checkpoints", "Base training"),

@@ -5,10 +5,10 @@ python -m scripts.chat_sft
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
-from nanochat.config import run_script
+from nanochat.config import run_script, short
 from nanochat.train.finetune import SFT, FinetuneConfig, finetune
 from tasks.mixtures import conversations
 
@@ -17,6 +17,8 @@ from tasks.mixtures import conversations
 class Config(FinetuneConfig):
     """Settings of SFT: gentler than mid-training, and on the assistant's tokens only."""
 
+    source: Annotated[Literal["base", "mid"] | None, short("-i")] = None
+    """The stage whose model learns to answer; default: mid."""
     total_batch_size: int = 32768
     """Tokens per optimizer step, padding included."""
     init_lr_frac: float = 0.02
@@ -31,7 +33,9 @@ class Config(FinetuneConfig):
 
 def main(cfg: Config) -> None:
     """Train on the SFT mixture."""
-    finetune(SFT, cfg, lambda budget: conversations("sft", cfg.chat_data, budget))
+    finetune(
+        replace(SFT, source=cfg.source or SFT.source), cfg, lambda budget: conversations("sft", cfg.chat_data, budget)
+    )
 
 
 if __name__ == "__main__":

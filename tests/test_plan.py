@@ -11,7 +11,8 @@ from nanochat.cards import CARDS as CARDS_OF_THE_TABLE
 from nanochat.cards import DeviceInfo, find_card
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.pipeline.profiles import Settings, choose_profile, profile_for
+from nanochat.pipeline.chosen import profile_for
+from nanochat.pipeline.profiles import Settings, choose_profile
 from nanochat.plan.card_names import parse_card
 from nanochat.plan.local_speed import LocalMachine, random_tokens
 from nanochat.plan.memory import MicroBatch, estimate_training_memory

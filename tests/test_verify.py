@@ -18,7 +18,8 @@ import torch
 from nanochat import common
 from nanochat.cards import DeviceInfo
 from nanochat.pipeline import verify
-from nanochat.pipeline.profiles import DEMO, P100, Settings, profile_for
+from nanochat.pipeline.chosen import profile_for
+from nanochat.pipeline.profiles import DEMO, P100, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ["awk", "bash", "cat", "cut", "dirname", "du", "grep", "iconv", "id", "sed", "tail", "timeout", "tr"]

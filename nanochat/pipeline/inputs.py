@@ -13,6 +13,7 @@ from nanochat.data.script import own_prompts
 from nanochat.data.text_import import inventory_of
 from nanochat.data.worlds import shipped_topics
 from nanochat.dataset import prepare_own
+from nanochat.interop.start_model import StartModel
 from nanochat.pipeline.profiles import Profile, Settings
 from nanochat.pipeline.stages import ROOT
 from nanochat.report import get_report
@@ -80,6 +81,17 @@ def own_question(settings: Settings) -> str:
         return ""
     corpus = open_corpus(prepare_own(settings.data_dir, show=False))
     return next(iter(own_prompts(corpus.documents("val"), 1)), "") if corpus.val else ""
+
+
+def base_lines(profile: Profile, start: StartModel) -> list[str]:
+    """What to know of the model that a run goes on from; `profile` is the one without it."""
+    lines = [f"goes on from {start}; its tokenizer stays"]
+    if start.config.sequence_len != profile.max_seq_len:
+        lines.append(
+            f"context: {start.config.sequence_len:,} tokens, as that model has it, not the profile's "
+            f"{profile.max_seq_len:,}; longer chats are cut after an answer, and said"
+        )
+    return lines
 
 
 def language_advice(profile: Profile) -> list[str]:

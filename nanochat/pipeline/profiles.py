@@ -6,24 +6,37 @@ A profile is the whole set of sizes of one run, from tokenizer to SFT. `nanochat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanochat.cards import DeviceInfo, find_card, training_speed
 from nanochat.data.chat_files import HUB
 from nanochat.data.chats import is_own_chats
 from nanochat.data.sources import SOURCES
 from nanochat.data.worlds import SHIPPED, world_by_hours, world_names
 from nanochat.gpt import GPTConfig
-from nanochat.plan.planning import DEPTHS, Row, card_speed, on_card, plan
-from nanochat.plan.scaling_law import ERROR
 from nanochat.precision import cpu_has_bf16
 from nanochat.recipe import DEFAULT_RECIPE, PRESETS
 
 # Mid-training and SFT get these shares of the hours that base training has, up to these hours.
 STAGE_HOURS = {"mid_train": (1 / 3, 1 / 2), "chat_sft": (1 / 6, 1 / 3)}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that a run goes on from."""
+
+    given: str
+    """By the user: a tag, a folder, or a repository of the hub."""
+    name: str
+    fingerprint: str
+    """Changes when its files do."""
+
+    @property
+    def tag(self) -> str:
+        """Of its copy, from which the run starts."""
+        return f"{self.name}-start"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +77,9 @@ class Profile:
     dtype: str = "auto"
     """The precision of base training; later stages take their model's."""
 
+    base: BaseModel | None = None
+    """What it goes on from; then depth, vocabulary and context are those of this model."""
+
     @property
     def model_config(self) -> GPTConfig:
         """The shape of its model, with the switches of its recipe."""
@@ -72,7 +88,7 @@ class Profile:
     @property
     def tag(self) -> str:
         """Name of the model's checkpoint folders."""
-        return f"d{self.depth}"
+        return f"d{self.depth}" if self.base is None else f"{self.base.name}-own"
 
     def stage_hours(self, stage: str) -> float | None:
         """How long a stage trains by the clock; None for other stages, and where no hours are set."""
@@ -268,12 +284,13 @@ class Settings:
     data_dir: Path | None = None
     chat_data: str | None = None
     world: str | None = None
+    base: str | None = None
     nproc: int | None = None
     wandb_run: str = "dummy"
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
-        """Read PROFILE DEPTH VOCAB_SIZE HOURS RECIPE DATASET DATA_DIR CHAT_DATA WORLD NPROC WANDB_RUN; empty: not set.
+        """Read PROFILE DEPTH VOCAB_SIZE HOURS RECIPE DATASET DATA_DIR CHAT_DATA WORLD BASE NPROC WANDB_RUN; "": none.
 
         Raises:
             ValueError: a value makes no sense; names the variable.
@@ -294,6 +311,7 @@ class Settings:
             data_dir=Path(env["DATA_DIR"]).expanduser().absolute() if env.get("DATA_DIR") else None,
             chat_data=env.get("CHAT_DATA") or None,
             world=",".join(world_names(env.get("WORLD") or env.get("NANOCHAT_WORLD_DIR") or "")) or None,
+            base=env.get("BASE") or None,
             nproc=nproc,
             wandb_run=env.get("WANDB_RUN") or "dummy",
         )
@@ -305,6 +323,9 @@ class Settings:
             raise ValueError(f"DATASET={settings.dataset}: there are demo, {', '.join(SOURCES)}; own data is DATA_DIR")
         if settings.dataset and settings.data_dir:
             raise ValueError("DATASET and DATA_DIR are both set: unset one of them")
+        given = [name for name in ("DEPTH", "VOCAB_SIZE", "RECIPE") if settings.base and env.get(name)]
+        if given:
+            raise ValueError(f"{given[0]} and BASE are both set: the model of BASE has its own, unset one of them")
         if settings.data_dir and not settings.data_dir.exists():
             raise FileNotFoundError(f"DATA_DIR={settings.data_dir}: there is no such file or folder")
         if is_own_chats(settings.chat_data) and not settings.chat_data.startswith(HUB):
@@ -340,7 +361,7 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
     Raises:
         ValueError: the profile needs cards that are not there.
     """
-    own_data = settings.data_dir is not None or settings.dataset not in (None, "demo")
+    own_data = bool(settings.data_dir or settings.base) or settings.dataset not in (None, "demo")
     if settings.profile != "auto":
         profile = PROFILES[settings.profile]
     elif num_cards:
@@ -350,7 +371,7 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
     if profile.name == "p100" and settings.depth is not None:
         fitting = [rows for depth, rows in P100_DEVICE_BATCH if settings.depth <= depth]
         profile = replace(profile, device_batch_size=fitting[0] if fitting else 1)
-    dataset = None if settings.data_dir else settings.dataset or profile.dataset
+    dataset = None if settings.data_dir else settings.dataset or (None if settings.base else profile.dataset)
     chat_data = settings.chat_data or ("demo" if dataset == "demo" else profile.chat_data)
     profile = replace(
         profile,
@@ -364,7 +385,11 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         world=settings.world or profile.world,
         dtype="bfloat16" if profile.bfloat16_on_cpu and not num_cards and cpu_has_bf16() else profile.dtype,
     )
-    if dataset is None and settings.data_dir is None:
+    if settings.base and not (dataset or settings.data_dir or settings.chat_data not in (None, "none")):
+        raise ValueError(
+            f"BASE={settings.base} needs something to learn: set DATA_DIR=/your/texts, CHAT_DATA=/your/chats, or both"
+        )
+    if dataset is None and settings.data_dir is None and settings.base is None:
         raise ValueError(
             f"PROFILE={profile.name} needs data: set DATA_DIR=/your/texts or DATASET={'|'.join([*SOURCES, 'demo'])}"
         )
@@ -381,7 +406,7 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
 
 def fit_batches(profile: Profile) -> Profile:
     """Batches that this many processes can share evenly, as near to the profile's as whole rows allow."""
-    if profile.nproc == 1:
+    if profile.nproc == 1 and profile.base is None:
         return profile
 
     def whole(tokens: int, rows: int) -> int:
@@ -393,58 +418,3 @@ def fit_batches(profile: Profile) -> Profile:
     if profile.base_batch_size is not None:
         profile = replace(profile, base_batch_size=whole(profile.base_batch_size, rows))
     return replace(profile, sft_batch_size=whole(profile.sft_batch_size, profile.sft_rows))
-
-
-def planned_rows(profile: Profile, devices: Sequence[DeviceInfo]) -> list[Row]:
-    """What each depth would give in the profile's hours on these cards; empty without hours or for an unknown card.
-
-    From data sheets, not measured: a run that resumes must find the same depth.
-    """
-    card = find_card(min(devices, key=lambda device: training_speed(device.name)).name) if devices else None
-    if card is None or profile.hours is None:
-        return []
-    budget, roofline = on_card(
-        card,
-        hours=profile.hours,
-        recipe=profile.recipe,
-        vocab_size=profile.vocab_size,
-        sequence_len=profile.max_seq_len,
-        num_cards=profile.nproc,
-        fineweb=profile.dataset == "fineweb_edu",
-    )
-    return plan(sorted({*DEPTHS, profile.depth}), budget, card_speed(roofline, budget))
-
-
-def profile_for(settings: Settings, devices: Sequence[DeviceInfo]) -> Profile:
-    """`choose_profile`; a card that can't hold the profile's depth, and DEPTH=auto, get the planner's best depth.
-
-    Raises:
-        ValueError: DEPTH=auto where the planner can't say.
-    """
-    profile = choose_profile(settings, len(devices))
-    if profile.name != "p100" or settings.depth is not None:
-        if settings.auto_depth:
-            raise ValueError(f"DEPTH=auto plans for CUDA cards, not for PROFILE={profile.name}: set DEPTH to a number")
-        return profile
-    rows = planned_rows(profile, devices)
-    best = next((row for row in rows if row.best), None)
-    cards = " and ".join(dict.fromkeys(device.name for device in devices))
-    if best is None:
-        if settings.auto_depth:
-            raise ValueError(f"DEPTH=auto: the planner has no data sheet of {cards}: set DEPTH to a number")
-        return profile
-    own = next(row for row in rows if row.depth == profile.depth)
-    if own.bpb is not None and not settings.auto_depth:
-        if best.depth == own.depth:
-            about = f"depth {own.depth}, the planner's best for {profile.hours:g} hours on {cards}"
-            return replace(profile, about=about)
-        about = (
-            f"depth {own.depth}; DEPTH=auto would take {best.depth}: {best.bpb:.3f} instead of {own.bpb:.3f} bits per "
-            f"byte, planned for {profile.hours:g} hours on {cards}, ± {ERROR:.0%}"
-        )
-        return replace(profile, about=about)
-    profile = choose_profile(replace(settings, depth=best.depth), len(devices))
-    about = f"depth {best.depth}, which by the planner learns most in {profile.hours:g} hours on {cards} (or set DEPTH)"
-    if own.bpb is None:
-        about = f"{about}; depth {own.depth} does not fit"
-    return replace(profile, about=about)

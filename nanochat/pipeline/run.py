@@ -36,10 +36,19 @@ from nanochat.common import print_banner
 from nanochat.data.inventory import Inventory
 from nanochat.env import get_base_dir, require_wandb_login
 from nanochat.files import write_bytes, write_json
-from nanochat.pipeline.inputs import language_advice, look_at_inputs, look_at_world, own_question, report_inputs
+from nanochat.interop.start_model import keep_tokenizer, read_start_model
+from nanochat.pipeline.chosen import go_on, profile_for
+from nanochat.pipeline.inputs import (
+    base_lines,
+    language_advice,
+    look_at_inputs,
+    look_at_world,
+    own_question,
+    report_inputs,
+)
 from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards, unused_cards
 from nanochat.pipeline.process import run_logged
-from nanochat.pipeline.profiles import PROFILES, Profile, Settings, profile_for
+from nanochat.pipeline.profiles import PROFILES, Profile, Settings
 from nanochat.pipeline.stages import Stage, ask_instead, expected_seconds, make_stages
 from nanochat.progress import PROGRESS_FILE, format_seconds
 from nanochat.signals import EXIT_STOPPED, Stopped
@@ -235,8 +244,13 @@ def main(cfg: Config) -> None:
         if cfg.dry_run and not take_cards(devices, None) and (cards := _pretended_cards(settings)):
             devices, pretended = cards, True
         chosen = take_cards(devices, settings.nproc)
-        profile = profile_for(settings, [devices[place] for place in chosen])
-    except (ValueError, FileNotFoundError) as error:
+        profile, lines = profile_for(settings, [devices[place] for place in chosen]), []
+        if settings.base:
+            start_model = read_start_model(settings.base)
+            keep_tokenizer(start_model.tokenizer, only_ask=True)
+            profile, lines = go_on(profile, start_model, settings.base), base_lines(profile, start_model)
+            del start_model
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     base_dir = get_base_dir().absolute()
@@ -246,6 +260,7 @@ def main(cfg: Config) -> None:
     )
     where = f"; {unused}" if unused else ""
     print(f"profile {profile.name}: {profile.about}{where}; everything goes into {base_dir}", flush=True)
+    print("".join(f"{line}\n" for line in lines), end="", flush=True)
     if pretended:
         print(f"no card here: planned for {len(devices)} × {devices[0].name}; to run it, one is needed", flush=True)
     if len(devices) > 1:

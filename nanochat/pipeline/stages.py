@@ -173,6 +173,7 @@ class _Maker:
         self.profile, self.settings = profile, settings
         self.tag = f"--model_tag={profile.tag}"
         self.data = f"--data_dir={settings.data_dir}" if settings.data_dir else f"--dataset={profile.dataset}"
+        self.has_texts = settings.data_dir is not None or profile.dataset is not None
 
     def stage(self, name: str, about: str, *flags: str, module: str = "", **more: Any) -> Stage:
         """A stage with these flags; the profile's come after them, so that they win."""
@@ -231,28 +232,47 @@ class _Maker:
             inputs=(texts_fingerprint(own),) if own else (),
             output="tokenizer/tokenizer.json",  # the lengths of its tokens follow from it
         )
-        first = [*([data] if data else []), train]
+        first = [*([data] if data else []), self.import_stage() if profile.base else train]
         # A reset forgets every section of the report, so it must come only when all stages run again: its key follows
         # from those of the first stages, on which every other builds.
         keys, module = tuple(stage.key for stage in first), "nanochat.report"
         reset = self.stage("report_reset", "starts a new report", "reset", module=module, inputs=keys, output="report")
         about = "measures how well the tokenizer compresses"
-        return [reset, *first, self.stage("tok_eval", about, self.data, needs=("tok_train",))]
+        measure = self.stage("tok_eval", about, self.data, needs=(first[-1].name,))
+        return [reset, *first, *([measure] if self.has_texts else [])]
+
+    def import_stage(self) -> Stage:
+        """The stage that copies the model to go on from, with its tokenizer; without texts it has the run's own tag."""
+        base = self.profile.base
+        assert base is not None
+        tag = base.tag if self.has_texts else self.profile.tag
+        return self.stage(
+            "base_import",
+            f"takes the model {base.given}, with its tokenizer",
+            *(f"--path={base.given}", "--source=base", f"--model_tag={tag}", "--replace"),
+            module="scripts.import_hf",
+            needs=("report_reset",),
+            inputs=(base.fingerprint,),
+            output=f"{STAGES['base_train'].folder}/{tag}/step_*/{META_FILE}",
+        )
 
     def base_stages(self, base_dir: Path) -> list[Stage]:
         """Base training and its two evaluations."""
-        profile = self.profile
+        profile, base = self.profile, self.profile.base
+        if not self.has_texts:
+            return []
+        shape = (f"--depth={profile.depth}", f"--max_seq_len={profile.max_seq_len}")
         # A bundle that is named is never downloaded: the demo stays offline by naming the default place.
         bundle = (f"--eval_bundle={base_dir / 'eval_bundle'}",) if profile.dataset == "demo" else ()
         train = self.training(
             "base_train",
-            f"teaches a model of {profile.depth} layers to continue text",
-            *(f"--depth={profile.depth}", f"--max_seq_len={profile.max_seq_len}"),
+            f"teaches {f'a model of {profile.depth} layers' if base is None else base.given} to continue text",
+            *(shape if base is None else (f"--init_from={base.tag}",)),
             self.rows(profile.device_batch_size),
             *([] if profile.base_batch_size is None else [f"--total_batch_size={profile.base_batch_size}"]),
             *(self.data, *self.horizon("base_train"), f"--dtype={profile.dtype}", self.tag),
             *([] if profile.recipe == DEFAULT_RECIPE else [f"--recipe={profile.recipe}"]),
-            needs=("tok_train",),
+            needs=("tok_train" if base is None else "base_import",),
         )
         loss = self.ranked(
             "base_loss",
@@ -287,6 +307,10 @@ class _Maker:
             return self.ranked(name, about, "-i", source, self.tag, module="scripts.chat_eval", needs=(needs,))
 
         mid_rows, mid_tokens = profile.device_batch_size, profile.mid_batch_size
+        if not self.has_texts:  # straight to the answers
+            name, rows, tokens = "chat_sft", profile.sft_rows, profile.sft_batch_size
+            sft = train(name, "teaches it to answer", rows, tokens, "base_import")
+            return [replace(sft, flags=(*sft.flags, "--source=base")), evaluate("sft", name)]
         return [
             train("mid_train", "teaches it conversations and tools", mid_rows, mid_tokens, "base_train"),
             evaluate("mid", "mid_train"),

@@ -24,8 +24,9 @@ from nanochat.env import get_base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import query_nvidia_smi
 from nanochat.optim import MuonAdamW
+from nanochat.pipeline.chosen import profile_for
 from nanochat.pipeline.machine import list_devices, shards_needed, take_cards, visible_cards
-from nanochat.pipeline.profiles import Profile, Settings, profile_for
+from nanochat.pipeline.profiles import Profile, Settings
 from nanochat.plan.planning import meta_model
 from nanochat.precision import DTYPE_NAMES
 from nanochat.progress import format_seconds

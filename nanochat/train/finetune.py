@@ -231,7 +231,7 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
             ),
             val_name="val_loss",
             sample=lambda: print_answers(model, tokenizer, compute),
-            finish=(lambda: find_sampling(model, tokenizer, compute, data.val)) if stage is SFT else None,
+            finish=(lambda: find_sampling(model, tokenizer, compute, data.val)) if stage.name == SFT.name else None,
             **checkpoint_hooks(cfg, model),
         )
         held_out = HeldOutChats(data.val if data.own else (), start.tag)
