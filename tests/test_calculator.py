@@ -40,6 +40,16 @@ from nanochat.generate.calculator import MAX_EXPRESSION_CHARS, use_calculator
         ('"1,000".count("1,0")', "1"),
         ('"directory".count("dir")', "1"),
         ('"naïve 👍".count("ï")', "1"),
+        ('"-".join("river")', "r-i-v-e-r"),
+        ('"-".join(" River ".strip())', "R-i-v-e-r"),
+        ("', '.join('AB'.lower())", "a, b"),
+        ('("-".join("ab" "c"))', "a-b-c"),
+        ('"-".join("👍é")', "👍-é"),
+        ('"-".join("")', ""),
+        ('" MISSISSIPPI".lower().count("s")', "4"),
+        ('(" River").lower().count("r")', "2"),
+        ('len(" tree ".strip()) * 2', "8"),
+        ('"-".join("ab").count("-")', "1"),
     ],
 )
 def test_answers_like_python(expression, answer):
@@ -90,6 +100,18 @@ def test_answers_like_python(expression, answer):
         "len(5)",
         "len('a', 'b')",
         "'a'.count(1)",
+        "'a'.strip()",
+        "'-'.join('ab').strip()",
+        "'-'.join('ab') + 'c'",
+        "'-'.join",
+        "'-'.join()",
+        "'-'.join(5)",
+        "'-'.join('a', 'b')",
+        "'a'.lower",
+        "len('a'.strip)",
+        "len('a'.lower('b'))",
+        "5 .strip()",
+        "('" + "-" * 200 + "').join('abcd')",
         "'a'.count('a', 0)",
         "5 .count('5')",
         "f'{1}'",
@@ -154,6 +176,8 @@ strings = st.text(st.characters(exclude_characters="'\"\\\r\n\0", exclude_catego
 string_calls = st.one_of(
     st.tuples(strings, strings).map(lambda s: f"'{s[0]}'.count(\"{s[1]}\")"),
     strings.map(lambda s: f"len('{s}')"),
+    strings.map(lambda s: f"len(' {s} '.strip().lower())"),
+    st.tuples(strings, strings).map(lambda s: f"'{s[0]}'.join('{s[1]}'.strip())"),
 ).map(lambda text: (text, text))
 
 
@@ -176,7 +200,7 @@ def test_agrees_with_python(pair):
     answer = use_calculator(ours)
     if answer is not None:  # None: division by zero, too large, complex
         value = eval(python)
-        if isinstance(value, int):
+        if isinstance(value, int | str):
             assert answer == str(value)
         else:
             assert float(answer) == pytest.approx(value, rel=1e-11, abs=0)

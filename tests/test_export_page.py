@@ -62,8 +62,12 @@ def number(rng):
 
 def text(rng):
     quote = rng.choice("'\"")
-    letters = "".join(rng.choice("aabr ,1é👍\x0b") for _ in range(rng.randrange(7)))
-    return f"{quote}{letters}{quote}"
+    letters = "".join(rng.choice("aabrAÉ ,1é👍\x0b") for _ in range(rng.randrange(7)))
+    whole = f"{quote}{letters}{quote}"
+    if rng.random() < 0.2:
+        whole += rng.choice([".strip()", ".lower()", " .strip ( )", ".lower().strip()"])
+    whole = f"({whole})" if rng.random() < 0.1 else whole
+    return f"{whole}.join({text(rng)})" if rng.random() < 0.1 else whole
 
 
 def expression(rng, depth):
@@ -72,6 +76,8 @@ def expression(rng, depth):
         return number(rng)
     if kind == 3:
         return f"{text(rng)}.count({text(rng)})"
+    if kind == 4 and rng.random() < 0.5:
+        return f"{text(rng)}.join({text(rng)})"
     if kind == 4:
         return f"len({text(rng)}{text(rng) if rng.random() < 0.2 else ''})"
     if kind == 5:
@@ -102,7 +108,16 @@ def test_the_page_calculates_like_python():
     small = [f"{rng.randrange(1, 99)}{'.' * (i % 2)}{rng.choice(' *+-/%')}{rng.randrange(9)}" for i in range(500)]
     powers = [f"{rng.uniform(0, 50):.3g} ** {rng.choice(['-3', '0.5', '2.7', '17', '1/3', '100'])}" for _ in range(500)]
     halves = [f"{rng.randrange(10**9, 10**10)} + {rng.randrange(8)}/8" for _ in range(200)]  # between two of 12 digits
-    every = [*whole, *small, *powers, *halves, *(damaged(rng, e) for e in whole)]
+    joins = [f"{text(rng)}.join({text(rng)})" for _ in range(500)]
+    every = [
+        *joins,
+        *(damaged(rng, e) for e in joins),
+        *whole,
+        *small,
+        *powers,
+        *halves,
+        *(damaged(rng, e) for e in whole),
+    ]
     expected = [use_calculator(e) for e in every]
     wrong = [
         (e, a, b) for e, a, b in zip(every, run_node(ANSWER, "calculator.js", every), expected, strict=True) if a != b

@@ -1,12 +1,12 @@
 """The calculator tool: a small evaluator for what a chat model writes between python_start and python_end.
 
-It knows numbers (also with thousands commas), + - * / // % **, unary signs, parentheses, "text".count("t") and
-len("text"), and nothing else. The text passes two fences, a list of allowed tokens and a list of allowed syntax nodes,
-and is computed by walking the tree: no eval, no names, no attributes. Every size is bounded, so that it is quick
-in any thread without a timer.
+It knows numbers (also with thousands commas), + - * / // % **, unary signs, parentheses, and of texts
+"text".count("t"), len("text"), "-".join("text"), .strip() and .lower(); nothing else. The text passes two fences, a
+list of allowed tokens and a list of allowed syntax nodes, and is computed by walking the tree: no eval, no names, no
+attributes. Every size is bounded, so that it is quick in any thread without a timer.
 
 It answers with the value that Python computes, written as people and GSM8K write it: a whole number without ".0" (48/2
-is 24), other floats with at most DIGITS digits (0.1 + 0.2 is 0.3).
+is 24), other floats with at most DIGITS digits (0.1 + 0.2 is 0.3), a joined text as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TOKEN = re.compile(
     (?P<space> [ \t]+ )
   | (?P<number> (?: \d{1,3}(?:,\d{3})+(?![\d,]) | \d+ ) (?:\.\d*)? (?:[eE][+-]?\d+)? | \.\d+(?:[eE][+-]?\d+)? )
   | (?P<string> "[^"\\\r\n]*" | '[^'\\\r\n]*' )
-  | (?P<call> \.count\b | \blen\b )
+  | (?P<call> \.(?:count|join|strip|lower)\b | \blen\b )
   | (?P<operator> \*\* | // | [-+*/%()] )
     """,
     re.VERBOSE | re.ASCII,
@@ -53,7 +53,8 @@ def use_calculator(expression: str) -> str | None:
     if source is None:
         return None
     try:
-        return _written(_number(ast.parse(source, mode="eval").body))
+        node = ast.parse(source, mode="eval").body
+        return _string(node) if _method(node) == "join" else _written(_number(node))
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
 
@@ -103,10 +104,26 @@ def _number(node: ast.expr) -> Number:
     raise ValueError("not an expression of the calculator")
 
 
+def _method(node: ast.expr) -> str | None:
+    """The name of the method that a node calls without keywords: "join" of `"-".join("ab")`; None of others."""
+    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.keywords
+    return node.func.attr if called else None  # type: ignore[attr-defined]
+
+
 def _string(node: ast.expr) -> str:
+    """The text of a literal, or of join, strip and lower, which take and give texts."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
-    raise ValueError("not a string literal")
+    method = _method(node)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        text = _string(node.func.value)
+        if method == "join" and len(node.args) == 1:
+            text = text.join(_string(node.args[0]))
+            if len(text) <= MAX_EXPRESSION_CHARS:
+                return text
+        if method in ("strip", "lower") and not node.args:
+            return text.strip() if method == "strip" else text.lower()
+    raise ValueError("not a text of the calculator")
 
 
 def _power(base: Number, exponent: Number) -> Number:

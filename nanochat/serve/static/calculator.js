@@ -7,7 +7,7 @@ const MAX_EXPRESSION_CHARS = 500;
 const MAX_INT_BITS = 2048;
 
 const NUMBER = /(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?/y;
-const OTHERS = /[ \t]+|"[^"\\\r\n]*"|'[^'\\\r\n]*'|\.count\b|len\b|\*\*|\/\/|[-+*/%()]/y;
+const OTHERS = /[ \t]+|"[^"\\\r\n]*"|'[^'\\\r\n]*'|\.(?:count|join|strip|lower)\b|len\b|\*\*|\/\/|[-+*/%()]/y;
 const SPACE = "[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]";
 const STRIP = new RegExp(`^${SPACE}+|${SPACE}+$`, "g"); // what Python's strip() removes; trim() differs
 
@@ -98,12 +98,14 @@ class Parser {
   }
 
   parse() {
-    const value = number(this.sum());
+    const node = this.sum();
+    const value = node?.joined ?? number(node);
     if (this.at < this.tokens.length) refuse("something is left over");
     return value;
   }
 
-  // A node is a value: BigInt, number, string, or {call} for `len` and `"text".count`, which wait for an argument.
+  // A node is a value: BigInt, number, string, {joined} for the text of a join, which may be the answer, or {call} and
+  // {bare} for functions that wait for their parentheses, with an argument and without.
   sum() {
     let left = this.product();
     for (let sign; (sign = this.take("+", "-")); ) left = binary(sign.kind, left, this.product());
@@ -130,8 +132,13 @@ class Parser {
 
   primary() {
     let node = this.atom();
-    for (let token; (token = this.take(".count", "(")); ) {
+    for (let token; (token = this.take(".count", ".join", ".strip", ".lower", "(")); ) {
       if (token.kind === ".count") node = { call: countIn(string(node)) };
+      else if (token.kind === ".join") node = { call: joinBy(string(node)) };
+      else if (token.kind !== "(") {
+        const text = string(node);
+        node = { bare: () => (token.kind === ".strip" ? text.replace(STRIP, "") : text.toLowerCase()) };
+      } else if (node?.bare) node = this.take(")") ? node.bare() : refuse("an argument");
       else {
         if (typeof node?.call !== "function") refuse("not a function");
         node = node.call(string(this.group()));
@@ -165,7 +172,14 @@ function number(node) {
 }
 
 function string(node) {
-  return typeof node === "string" ? node : refuse("not a string");
+  return typeof node === "string" ? node : (node?.joined ?? refuse("not a string"));
+}
+
+function joinBy(mark) {
+  return (text) => {
+    const joined = [...text].join(mark);
+    return [...joined].length > MAX_EXPRESSION_CHARS ? refuse("too long") : { joined };
+  };
 }
 
 function countIn(text) {
@@ -318,6 +332,7 @@ function exponential(power, mantissa, exponent) {
 const DIGITS = 12; // of a float: what lies behind them is rounding
 
 function write(value) {
+  if (typeof value === "string") return value;
   if (typeof value === "bigint") return value.toString();
   const rounded = round(value);
   return Number.isInteger(rounded) && Math.abs(rounded) < 2 ** 53 ? BigInt(rounded).toString() : asPython(rounded);
