@@ -156,7 +156,7 @@ def test_the_whole_shipped_world_is_without_mistakes(world, whole_world):
     assert whole_world.topics[:CORE_TOPICS] == world.topics
     assert (world.untaught, whole_world.untaught) == (whole_world.topics[CORE_TOPICS:], ())
     assert len(whole_world.topics) >= 1100
-    assert len(whole_world.facts) >= 2800
+    assert len(whole_world.facts) >= 3000
     explanations = [fact for fact in whole_world.facts if fact.text.count(". ") >= 1]
     assert len(explanations) >= 40
 
