@@ -404,6 +404,57 @@ def test_the_export_of_chatgpt_as_it_comes(tmp_path: Path) -> None:
     assert inventory.read == {"chatgpt export": 2}
 
 
+SEGMENTS = [{"label": False, "text": "<s>Hi "}, {"label": True, "text": "Hello!</s>"}]
+MARKED = [
+    {"label": False, "text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nBad<|im_end|>\n"},
+    {"label": False, "text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"},
+    {"label": True, "text": "Hello!<|im_end|>"},
+]
+
+
+def test_segments_are_learned_where_they_are_labelled(tmp_path: Path) -> None:
+    texts, inventory = look(dump(tmp_path / "a.jsonl", {"segments": SEGMENTS}, {"segments": MARKED}))
+    assert texts == [HI, "user: Hi\nassistant: [Bad]\nuser: Hi\nassistant: «Hello!»"]
+    assert inventory.read == {"segments": 2}
+
+
+def test_a_text_with_the_header_of_a_table_is_a_table(tmp_path: Path) -> None:
+    table = "question\tanswer\n" + "Wie geht’s?\tSchön, danke.\n" * 3
+    for encoding in ("utf-8", "utf-16", "utf-8-sig"):
+        (tmp_path / "table.txt").write_text(table, encoding=encoding)
+        assert look(tmp_path / "table.txt")[0] == ["user: Wie geht’s?\nassistant: «Schön, danke.»"] * 3
+
+
+def test_slack_has_the_names_of_its_people_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "general").mkdir()
+    users = [{"id": "U1", "name": "ann"}, {"id": "U2", "name": "b", "profile": {"real_name": "Bob"}}]
+    (tmp_path / "users.json").write_text(json.dumps(users))
+    said = [("U1", "Hi <@U2>", "1704100000.0"), ("U2", "Hello <@U9>", "1704100050.0")]
+    day = [{"type": "message", "user": who, "text": text, "ts": ts} for who, text, ts in said]
+    (tmp_path / "general" / "2024-01-01.json").write_text(json.dumps(day))
+    assert look(tmp_path, me="Bob")[0] == ["user: Hi @Bob\nassistant: «Hello @U9»"]
+
+
+def test_signals_exported_chats_and_archives_in_archives(tmp_path: Path) -> None:
+    (tmp_path / "Ann").mkdir()
+    (tmp_path / "README.md").write_text("# no chat")
+    lines = [f"[2024-01-01, 10:0{i}] {who}: {text}" for i, (who, text) in enumerate([("Ann", "Hi"), ("Me", "Hello!")])]
+    (tmp_path / "Ann" / "chat.md").write_text("\n".join(lines))
+    assert look(tmp_path, me="Me")[0] == [HI]
+    dump(tmp_path / "a.jsonl", *RECORDS)
+    for name, inner in (("inner.zip", "a.jsonl"), ("outer.zip", "inner.zip")):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.write(tmp_path / inner, inner)
+    assert look(tmp_path / "outer.zip")[0] == SAME
+
+
+def test_letters_that_were_encoded_twice_are_mended_in_chats(tmp_path: Path) -> None:
+    pair = [{"role": U, "content": "Wie schÃ¶n?"}, {"role": A, "content": "Sehr – größer."}]
+    texts, inventory = look(dump(tmp_path / "a.jsonl", {"messages": pair}, {"messages": PAIR}))
+    assert texts[0] == "user: Wie schön?\nassistant: «Sehr – größer.»"
+    assert "1 × a letter that was encoded twice, mended" in inventory.notes
+
+
 def test_many_are_kept_on_disk_and_equal_ones_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chats, "IN_MEMORY_BYTES", 1000)
     records = [[{"role": U, "content": f"{i % 90}"}, {"role": A, "content": "x" * 40}] for i in range(100)]

@@ -186,6 +186,22 @@ def test_archives_are_read_like_folders(tmp_path: Path) -> None:
         read_archive(tmp_path / "bad.zip")
 
 
+def test_archives_in_archives_are_read_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("innermost")
+    with tarfile.open(tmp_path / "inner.tgz", "w:gz") as tar:
+        tar.add(tmp_path / "a.txt", "a.txt")
+    for name, inner in (("middle.zip", "inner.tgz"), ("outer.zip", "middle.zip")):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.write(tmp_path / inner, inner)
+            archive.writestr("b.txt", f"beside {inner}")
+    assert read_archive(tmp_path / "outer.zip") == ["innermost", "beside inner.tgz", "beside middle.zip"]
+    (tmp_path / "middle.zip").write_bytes((tmp_path / "middle.zip").read_bytes()[:-30])
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.write(tmp_path / "middle.zip", "middle.zip")
+    with pytest.raises(ValueError, match=r"bad\.zip, middle\.zip can't be unpacked"):
+        read_archive(tmp_path / "bad.zip")
+
+
 def read_archive(file: Path) -> list[str]:
     """What is read of an archive."""
     return [text for _, text in TextReader(ReadOptions(), Inventory("test")).read(file_of(file))]
@@ -268,6 +284,66 @@ def test_notebooks_subtitles_and_mails(tmp_path: Path) -> None:
     mail.set_content("Körper\n")
     (tmp_path / "a.eml").write_bytes(mail.as_bytes())
     assert read(tmp_path / "a.eml") == ["Grüße\n\nKörper\n"]
+
+
+def test_a_mailbox_is_read_mail_by_mail(tmp_path: Path) -> None:
+    mails = []
+    for i, text in enumerate(["Dear Bob,\n\n>From here it looks fine.\n", "Only <b>one</b> line, grüße.\n", ""]):
+        mail = email.message.EmailMessage()
+        mail["Subject"], mail["From"] = f"Letter {i}", "ann@example.org"
+        mail.set_content(text, subtype="html" if "<b>" in text else "plain")
+        mail.add_attachment(b"\0\1" * 500, maintype="image", subtype="png")
+        mails.append(b"From ann@example.org Mon Jan  1 10:00:00 2024\n" + mail.as_bytes() + b"\n")
+    (tmp_path / "all.mbox").write_bytes(b"".join(mails))
+    (tmp_path / "Inbox").write_bytes(mails[0])  # as Thunderbird calls it
+    found = read(tmp_path / "all.mbox")
+    assert [text.strip() for text in found] == [
+        "Letter 0\n\nDear Bob,\n\nFrom here it looks fine.",
+        "Letter 1\n\nOnly one line, grüße.",
+        "",
+    ]
+    inventory = look_at_texts(tmp_path)
+    assert inventory.read == {"mbox": 1, "no suffix": 1}
+    assert (inventory.facts["documents"], inventory.facts["blank documents left out"]) == (2, 1)
+
+
+def test_letters_that_were_encoded_twice_are_mended_where_that_is_sure(tmp_path: Path) -> None:
+    german = "Die Straße – „wirklich“ schön. Größe, Maß, Café, 5 €.\n" * 9
+    twice = "".join(
+        letter if letter.isascii() else bytes([byte]).decode("cp1252", "ignore") or chr(byte)
+        for letter in german
+        for byte in letter.encode()
+    )
+    (tmp_path / "twice.txt").write_text(twice, encoding="utf-8")
+    (tmp_path / "thrice.txt").write_text(twice.encode().decode("latin-1"), encoding="utf-8")
+    assert read(tmp_path / "twice.txt") == read(tmp_path / "thrice.txt") == [german]
+    kept = {
+        "right.txt": german + "NÃO, SÃO PAULO, Â, 中文, naïve\n",
+        "quoted.txt": "Wer ‚StraÃŸe‘ schreibt, meint Straße.\n",
+        "mixed.txt": twice + "Ölmühle\n",
+    }
+    for name, text in kept.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert read(tmp_path / name) == [text]
+    notes = "\n".join(look_at_texts(tmp_path).notes)
+    assert (
+        f"letters that were encoded twice, mended: thrice.txt ({sum(not c.isascii() for c in german)}), twice" in notes
+    )
+    assert "left as it is: mixed.txt (" in notes
+    assert "right.txt" not in notes
+
+
+def test_menus_and_footers_of_a_page_are_left_out_and_counted(tmp_path: Path) -> None:
+    around = "<header>Logo</header><nav><ul><li>Home<li>Contact</ul></nav>"
+    page = f"<body>{around}<main><article><header><h1>Title</h1></header><p>Text.</p></article></main>"
+    (tmp_path / "a.html").write_text(f"{page}<aside>More</aside><footer>Imprint</footer><script>x</script></body>")
+    (tmp_path / "all_nav.html").write_text("<body><nav>Only a list of names</nav></body>")
+    (tmp_path / "open.html").write_text("<body><nav><p>A menu that never ends.<p>And the text after it.")
+    assert read(tmp_path / "a.html") == ["Title\n\nText."]
+    assert read(tmp_path / "all_nav.html") == ["Only a list of names"]
+    assert "And the text after it." in read(tmp_path / "open.html")[0]
+    notes = look_at_texts(tmp_path).notes
+    assert notes == ["menus, headers, footers and asides left out: a.html (26 characters)"]
 
 
 def test_json_of_every_shape(tmp_path: Path) -> None:

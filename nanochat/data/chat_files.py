@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 
 from nanochat.data.charset import Repairs, Utf8Stream
-from nanochat.data.chat_forms import is_message
+from nanochat.data.chat_forms import ANSWER_KEYS, ASKED_KEYS, is_message
 from nanochat.data.chat_logs import read_entry
 from nanochat.data.corpus import open_parquet
 from nanochat.data.inventory import Inventory, NotReadError
@@ -69,7 +69,7 @@ def _learned(names: list[str], inventory: Inventory, kind: str) -> list[str]:
         parts = PurePosixPath(name).parts
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
             inventory.leave_out("hidden", kind, name, matters=False)
-        elif PurePosixPath(name).suffix.lower() in NO_CHATS:
+        elif PurePosixPath(name).suffix.lower() in NO_CHATS and parts[-1].lower() != "chat.md":  # an export of Signal
             inventory.leave_out("no conversations", PurePosixPath(name).suffix.lower(), name, matters=False)
         else:
             wanted.append(name)
@@ -139,7 +139,7 @@ def _unpacked(raw: IO[bytes]) -> tuple[io.BufferedReader, bool]:
 def _text_records(name: str, utf8: io.BufferedReader, note: Callable[[str], None]) -> Iterator[Placed]:
     is_json = JSON_START.match(utf8.peek(1 << 10)) is not None
     suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
-    is_table = any(suffix in TABLES for suffix in suffixes)
+    is_table = any(suffix in TABLES for suffix in suffixes) or (not is_json and _has_header(utf8.peek(1 << 10)))
     text = io.TextIOWrapper(utf8, "utf-8-sig", errors="replace", newline="" if is_table else None)
     if is_table:
         yield from _table_rows(text, note)
@@ -147,6 +147,14 @@ def _text_records(name: str, utf8: io.BufferedReader, note: Callable[[str], None
         yield from json_records(text, lambda value: is_message(value) and read_entry(value) is None)
     else:
         yield "the text", {"text": text.read(), "name": name}
+
+
+def _has_header(head: bytes) -> bool:
+    """True if the first line names a question and an answer: then a text is a table, as spreadsheets save one."""
+    line = head.splitlines()[0].decode("utf-8", "replace") if head else ""
+    separator = max("\t;,|", key=line.count)
+    names = {name.strip(' "\ufeff').lower() for name in line.split(separator)}
+    return len(names) > 1 and not names.isdisjoint(ASKED_KEYS) and not names.isdisjoint(ANSWER_KEYS)
 
 
 def _table_rows(text: io.TextIOWrapper, note: Callable[[str], None]) -> Iterator[Placed]:

@@ -58,7 +58,7 @@ MARKS = ("weight", "train", "training", "loss_weight", "label", "kto_tag")
 HARMLESS = re.compile(
     r".*(id|ids|idx|index|hash|url|link|source|dataset|model|date|time|timestamp|lang|language|created.*|updated.*|tokens?"
     r"|count|num.*|score.*|rating|quality|category|topic|task|type|subset|split|license|name|title|metadata|meta|tags?"
-    r"|version|rank|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|deleted|review.*|synthetic)",
+    r"|is_.*|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|rank|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|deleted|review.*|synthetic)",
     re.IGNORECASE,
 )
 SEVERAL = "several answers, of which the first is learned"
@@ -131,6 +131,9 @@ def _read_dict(
     if isinstance(record.get("chat_messages"), list):
         used |= {"chat_messages", "account", "summary"}
         return "claude export", [_claude_message(m, notes) for m in record["chat_messages"]]
+    if isinstance(record.get("segments"), list) and all(isinstance(part, dict) for part in record["segments"]):
+        used.add("segments")
+        return "segments", _read_segments(record["segments"])
     good, bad = _first(record, GOOD_KEYS), _first(record, BAD_KEYS)
     if good is not None and (bad is not None or _first(record, LIST_KEYS) is not None or _asked(record)):
         notes[PREFERENCE] += 1
@@ -223,6 +226,19 @@ def _system(record: dict[str, Any], messages: list[Message] | None = None) -> li
     if not text or (messages and messages[0]["role"] == "system"):
         return []
     return [{"role": "system", "content": text}]
+
+
+def _read_segments(segments: list[dict[str, Any]]) -> list[Message]:
+    """The messages of Axolotl's input_output form: pieces of one text, labelled whether they are learned."""
+    pieces = [(str(part.get("text") or ""), not is_off(part.get("label"))) for part in segments]
+    if found := read_template("".join(text for text, _ in pieces)):
+        learned = "\n".join(text for text, label in pieces if label)
+        for message in found[1]:
+            if message["role"] == "assistant" and message["content"] not in learned:
+                message["weight"] = 0
+        return found[1]
+    plain = [(re.sub(r"</?s>|<\|(?:begin|end)_?of_?text\|>", "", text).strip(), label) for text, label in pieces]
+    return [{"role": "assistant" if label else "user", "content": text} for text, label in plain if text]
 
 
 # --- questions with answers -------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ the model is to write. A silence of SILENCE hours begins a new conversation.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat.data.chat_templates import ROLE_OF
@@ -111,6 +113,21 @@ def read_entry(record: Any) -> tuple[str, LogEntry] | None:
         text = "" if "subtype" in record else re.sub(r"<(?:[^|>]*\|)?([^>]*)>", r"\1", _plain(record.get("text")))
         return "slack", LogEntry(_name(name), text, _number(record["ts"], 3600.0))
     return None
+
+
+def slack_people(file: Path) -> dict[str, str]:
+    """The names of Slack's people by their id, from the users.json beside the channels; empty without one."""
+    try:
+        people = json.loads(file.read_bytes()) if file.is_file() else []
+        return {p["id"]: (p.get("profile") or {}).get("real_name") or p.get("real_name") or p["name"] for p in people}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def named(entry: LogEntry, people: Mapping[str, str]) -> LogEntry:
+    """The entry with names for the ids of people."""
+    text = re.sub(r"@([UW][A-Z0-9]+)", lambda match: "@" + people.get(match[1], match[1]), entry.text)
+    return entry._replace(who=people.get(entry.who, entry.who), text=text)
 
 
 def _name(value: Any) -> str:

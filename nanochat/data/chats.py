@@ -31,18 +31,22 @@ from nanochat.data.chat_logs import (
     is_tree,
     is_tree_row,
     looks_like_whatsapp,
+    named,
     read_entry,
     read_row,
     read_whatsapp,
+    slack_people,
     threads,
 )
 from nanochat.data.inventory import Inventory, NotReadError, UnusableInputError
 from nanochat.data.json_stream import Broken, Placed
+from nanochat.data.mojibake import mended
 from nanochat.env import get_base_dir
 from nanochat.messages import Conversation, Message, normalise
 
 EMPTY_ANSWER = "an empty answer, which is not learned"
 NO_ANSWER = "without an answer to learn"
+ENCODED_TWICE = "a letter that was encoded twice, mended"
 MARKED = "marked as not to be learned"
 UNUSABLE = "can't be used"
 IN_MEMORY_BYTES = 64_000_000  # conversations beyond this lie in a file without a name, which ends with the process
@@ -205,6 +209,8 @@ class _Reader:
         self.first_reason = ""
         self.repairs = Repairs()
         self.name = ""  # of the file that is read
+        self.people: dict[str, str] = {}
+        """Names by id, where an export has them in a file of their own."""
 
     # --- from files to conversations ---------------------------------------------------------------------------------
 
@@ -217,6 +223,7 @@ class _Reader:
         path = Path(self.source.path).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"no conversations at {path}: there is no such file or folder; {HOW}")
+        self.people = slack_people(path / "users.json")
         for content in open_contents(path, self.inventory):
             self.name = content[0] if content[0] != str(path) else ""
             before, self.rejected = self.inventory.num_read, []
@@ -261,7 +268,7 @@ class _Reader:
                 thread[1].append(row[1])
             elif (found := read_entry(record)) is not None:
                 program = found[0]
-                entries.append(found[1])
+                entries.append(named(found[1], self.people) if program == "slack" else found[1])
             elif is_tree_row(record):
                 tree_rows.append(record)
             else:
@@ -337,6 +344,9 @@ class _Reader:
             return
         self.notes.update(notes)
         for turn in turns:
+            if isinstance(turn["content"], str) and not turn["content"].isascii():
+                turn["content"], count, _ = mended(turn["content"])
+                self.notes[ENCODED_TWICE] += count
             if turn["role"] == "assistant" and not _says_something(turn["content"]):
                 turn["weight"] = 0
                 self.notes[EMPTY_ANSWER] += 1

@@ -11,6 +11,7 @@ import posixpath
 import re
 import zipfile
 from collections.abc import Iterator
+from email.message import EmailMessage
 from typing import IO, TextIO
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -216,15 +217,37 @@ def read_mail(data: IO[bytes]) -> Iterator[str]:
     Raises:
         NotReadError: it has no text.
     """
-    message = email.message_from_binary_file(data, policy=email.policy.default)
+    text = _mail_text(email.message_from_binary_file(data, policy=email.policy.default))
+    if not text:
+        raise NotReadError("a mail without text, or in an encoding that is not known")
+    yield text
+
+
+def read_mailbox(data: IO[bytes]) -> Iterator[str]:
+    """The mails of a mailbox (mbox), one by one; of one without text an empty document."""
+    lines: list[bytes] = []
+    blank = True
+    for line in data:
+        if blank and line.startswith(b"From ") and lines:
+            yield _mail_text(email.message_from_bytes(b"".join(lines), policy=email.policy.default))
+            lines = []
+        elif not (blank and line.startswith(b"From ")):
+            # A line of the text that begins with From was marked by whoever wrote the mailbox.
+            lines.append(line[1:] if line.startswith(b">From ") else line)
+        blank = not line.strip()
+    yield _mail_text(email.message_from_bytes(b"".join(lines), policy=email.policy.default))
+
+
+def _mail_text(message: EmailMessage) -> str:
+    """Subject and text of a mail; empty if there is none that can be read."""
     body = message.get_body(("plain", "html"))
     try:
         text = body.get_content() if body is not None else ""
     except (LookupError, ValueError):
-        raise NotReadError("a mail whose encoding is not known") from None
+        return ""
     if not isinstance(text, str) or not text.strip():
-        raise NotReadError("a mail without text")
+        return ""
     if body is not None and body.get_content_type() == "text/html":
         text = visible_text(text)
     subject = message.get("subject")
-    yield (f"{subject}\n\n" if subject else "") + text
+    return (f"{subject}\n\n" if subject else "") + text

@@ -7,6 +7,9 @@ import re
 from html.parser import HTMLParser
 
 HIDDEN = frozenset({"script", "style", "template", "noscript", "head", "title"})
+# Around the text of a page; a header within an article is its title.
+AROUND_TEXT = frozenset({"nav", "header", "footer", "aside", "dialog"})
+TEXT_PARTS = frozenset({"main", "article"})
 KEEPS_LINES = frozenset({"pre", "textarea", "listing", "xmp"})
 BLOCKS = re.compile(
     r"address|article|aside|blockquote|br|d[dlt]|div|fig(caption|ure)|footer|form|h[1-6r]|header|li|main|nav|ol|p|pre|"
@@ -24,10 +27,24 @@ def declared_charset(head: bytes) -> str | None:
 
 def visible_text(html: str) -> str:
     """The text of a page: paragraphs apart, lines of <pre> as they are, no scripts, styles and heads."""
-    page = _Page()
+    return _read_page(html, HIDDEN).text()
+
+
+def page_text(html: str) -> tuple[str, int]:
+    """(the text of a page, how many characters of menus, headers, footers and asides were left out of it).
+
+    A page that has nothing else is taken as it is.
+    """
+    page = _read_page(html, HIDDEN | AROUND_TEXT)
+    text = page.text()
+    return (text, page.left_out) if text or not page.left_out else (visible_text(html), 0)
+
+
+def _read_page(html: str, hidden: frozenset[str]) -> _Page:
+    page = _Page(hidden)
     page.feed(_without_open_ends(html))
     page.close()
-    return page.text()
+    return page
 
 
 def _without_open_ends(html: str) -> str:
@@ -44,8 +61,10 @@ def _without_open_ends(html: str) -> str:
 class _Page(HTMLParser):
     """Collects what a browser would show."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: frozenset[str]) -> None:
         super().__init__(convert_charrefs=True)
+        self.hidden, self.left_out = hidden, 0
+        self._inside = 0  # open parts of the page that hold its text
         self.parts: list[tuple[bool, str]] = []  # (whether its lines are kept, text)
         # (tag, where its text begins). Its text is dropped when it ends; of a tag that never ends, it is shown.
         self._hidden: list[tuple[str, int]] = []
@@ -57,7 +76,8 @@ class _Page(HTMLParser):
             self._drop(0)  # a head that was never closed: HTML allows to omit its end, and body
         elif tag in names:
             self._hidden = self._hidden[: names.index(tag)]  # none stands in itself: the one before was never closed
-        if tag in HIDDEN:
+        self._inside += tag in TEXT_PARTS
+        if tag in self.hidden and not (tag == "header" and self._inside):
             self._hidden.append((tag, len(self.parts)))
         self._kept += tag in KEEPS_LINES
         if BLOCKS.fullmatch(tag):
@@ -68,6 +88,7 @@ class _Page(HTMLParser):
         if tag in names:
             self._drop(names.index(tag))
         self._kept = max(0, self._kept - (tag in KEEPS_LINES))
+        self._inside = max(0, self._inside - (tag in TEXT_PARTS))
         if BLOCKS.fullmatch(tag):
             self._add("\n")
 
@@ -79,6 +100,9 @@ class _Page(HTMLParser):
 
     def _drop(self, first: int) -> None:
         if first < len(self._hidden):
+            if self._hidden[first][0] in AROUND_TEXT:
+                dropped = "".join(text for _, text in self.parts[self._hidden[first][1] :])
+                self.left_out += len("".join(dropped.split()))
             del self.parts[self._hidden[first][1] :]
             del self._hidden[first:]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import lzma
+import shutil
 import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -24,6 +26,8 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", *(f".tar{suffix}" for suffi
 _ALIASES = {".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz"}
 # `zstd --long=31` makes a window of 2 GiB, 2^31 bytes: what unpacks it must be told that it may be so large.
 WINDOW_LOG_MAX = 31
+MOST_NESTED = 4  # archives in archives
+IN_MEMORY_BYTES = 64_000_000  # of an archive in an archive; a larger one is copied into a file
 DAMAGED = (
     *(pa.ArrowException, zlib.error, lzma.LZMAError, zstd.ZstdError, EOFError),
     *(zipfile.BadZipFile, tarfile.TarError, NotImplementedError),
@@ -87,19 +91,38 @@ def open_packed(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def members(path: str | Path) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """(name, bytes, content) of each file of an archive, in its order. Read a content before you take the next one."""
-    lower = str(path).lower()
-    with damage_named(path):
-        if lower.endswith(".zip"):
-            with zipfile.ZipFile(path) as archive:
-                for info in archive.infolist():
-                    if not info.is_dir():
-                        with archive.open(info) as content:
-                            yield info.filename, info.file_size, content
-            return
-        suffix = next((s for s in (*_ALIASES, *COMPRESSIONS) if lower.endswith(s)), "")
-        with open(path, "rb") as raw, tarfile.open(fileobj=unpacked(raw, suffix), mode="r|") as tar:
-            for member in tar:
-                extracted = tar.extractfile(member) if member.isfile() else None
-                if extracted is not None:
-                    yield member.name, member.size, extracted
+    """(name, bytes, content) of each file of an archive, in its order, and of the archives in it ("inner.zip/a.txt").
+
+    Read a content before you take the next one. Archives more than MOST_NESTED deep are given as files.
+    """
+    with damage_named(path), open(path, "rb") as raw:
+        yield from _members(str(path), raw, MOST_NESTED)
+
+
+def _members(name: str, raw: IO[bytes], deeper: int) -> Iterator[tuple[str, int, IO[bytes]]]:
+    for inner, size, content in _flat_members(name, raw):
+        if not is_archive(inner) or not deeper:
+            yield inner, size, content
+            continue
+        with tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES) as copy, damage_named(f"{name}, {inner}"):
+            shutil.copyfileobj(content, copy)  # whose end a .zip must find
+            copy.seek(0)
+            for below, bytes_below, content_below in _members(inner, copy, deeper - 1):
+                yield f"{inner}/{below}", bytes_below, content_below
+
+
+def _flat_members(name: str, raw: IO[bytes]) -> Iterator[tuple[str, int, IO[bytes]]]:
+    lower = name.lower()
+    if lower.endswith(".zip"):
+        with zipfile.ZipFile(raw) as archive:
+            for info in archive.infolist():
+                if not info.is_dir():
+                    with archive.open(info) as content:
+                        yield info.filename, info.file_size, content
+        return
+    suffix = next((s for s in (*_ALIASES, *COMPRESSIONS) if lower.endswith(s)), "")
+    with tarfile.open(fileobj=unpacked(raw, suffix), mode="r|") as tar:
+        for member in tar:
+            extracted = tar.extractfile(member) if member.isfile() else None
+            if extracted is not None:
+                yield member.name, member.size, extracted

@@ -27,6 +27,7 @@ from nanochat.data.documents import (
     read_docx,
     read_epub,
     read_mail,
+    read_mailbox,
     read_notebook,
     read_odt,
     read_pdf,
@@ -34,7 +35,8 @@ from nanochat.data.documents import (
 )
 from nanochat.data.inventory import Inventory, NotReadError
 from nanochat.data.json_text import read_json_file, read_json_lines
-from nanochat.data.markup import declared_charset, visible_text
+from nanochat.data.markup import declared_charset, page_text
+from nanochat.data.mojibake import mended
 from nanochat.data.packed import compression_of, damage_named, is_archive, members, unpacked
 from nanochat.data.split import split_long, split_text
 from nanochat.data.tables import read_arrow, read_csv, read_parquet
@@ -42,7 +44,14 @@ from nanochat.data.text_walk import CODE_REASON, ReadOptions, TextFile, is_code,
 
 BUFFER_BYTES = 1 << 18
 MAX_BINARY_BYTES = 1_000_000_000  # of a book or PDF in an archive: it is held in memory
-BINARY_FORMS = {"epub": read_epub, "docx": read_docx, "odt": read_odt, "pdf": read_pdf, "eml": read_mail}
+BINARY_FORMS = {
+    "epub": read_epub,
+    "docx": read_docx,
+    "odt": read_odt,
+    "pdf": read_pdf,
+    "eml": read_mail,
+    "mbox": read_mailbox,
+}
 
 
 class TextReader:
@@ -72,14 +81,25 @@ class TextReader:
         Raises:
             ValueError: the file is malformed; names the place.
         """
+        twice = left = 0
         try:
-            yield from self._read(file)
+            for done, document in self._read(file):
+                if not document.isascii():
+                    document, count, doubtful = mended(document)
+                    twice, left = twice + count, left + doubtful
+                yield done, document
         except NotReadError as error:
             self.inventory.leave_out(str(error), "file", file.name, file.size)
             self.inventory.count(file.label, -1, -file.size)
         except PermissionError:
             self.inventory.leave_out("permission denied", "file", file.name, file.size)
             self.inventory.count(file.label, -1, -file.size)
+        if twice:
+            self.note("letters that were encoded twice, mended", f"{file.name} ({twice:,})")
+        if left:
+            self.note(
+                "looks encoded twice (as StraÃŸe for Straße), not all of it: left as it is", f"{file.name} ({left:,})"
+            )
 
     def _read(self, file: TextFile) -> Iterator[tuple[int, str]]:
         if file.kind in ("parquet", "arrow"):
@@ -131,7 +151,7 @@ class TextReader:
         if kind in BINARY_FORMS:
             data = stream if stream.seekable() else io.BytesIO(stream.read(MAX_BINARY_BYTES))
             for text in BINARY_FORMS[kind](data):
-                yield from split_text(io.StringIO(self.repairs.surrogates(text)))
+                yield from split_text(io.StringIO(self.repairs.surrogates(text))) if text.strip() else ("",)
             return
         declared = None
         if kind == "html":
@@ -157,7 +177,10 @@ class TextReader:
             return
         rows: Iterator[str]
         if kind == "html":
-            rows = iter((visible_text(lines.read()),))
+            text, left_out = page_text(lines.read())
+            if left_out:
+                self.note("menus, headers, footers and asides left out", f"{name} ({left_out:,} characters)")
+            rows = iter((text,))
         elif kind == "jsonl":
             rows = read_json_lines(path, lines, column, lambda field: found(f"field {field!r}"))
         elif kind == "json":

@@ -24,7 +24,10 @@ KINDS = {
     **dict.fromkeys((".tsv", ".tab"), "tsv"),
     **dict.fromkeys((".srt", ".vtt"), "subtitles"),
     **dict.fromkeys((".arrow", ".feather"), "arrow"),
-    **{suffix: suffix[1:] for suffix in (".json", ".parquet", ".ipynb", ".epub", ".docx", ".odt", ".pdf", ".eml")},
+    **{
+        suffix: suffix[1:]
+        for suffix in (".json", ".parquet", ".ipynb", ".epub", ".docx", ".odt", ".pdf", ".eml", ".mbox")
+    },
 }
 _CODE = (
     ".py .pyi .pyx .js .mjs .cjs .jsx .ts .tsx .vue .svelte .java .kt .kts .scala .groovy .c .h .cc .cpp .cxx .hpp "
@@ -54,7 +57,7 @@ CONVERT = {
     **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".lit"), "convert to .epub"),
     **dict.fromkeys((".7z", ".rar", ".lz4", ".br"), "unpack it"),
     **dict.fromkeys((".djvu", ".ps"), "convert to .txt"),
-    **dict.fromkeys((".xml", ".mbox", ".mhtml", ".warc"), "convert to .txt, .html or .jsonl"),
+    **dict.fromkeys((".xml", ".mhtml", ".warc"), "convert to .txt, .html or .jsonl"),
 }
 CODE_REASON = "source code (SOURCE_CODE=1 learns it too, SOURCE_CODE=0 says to leave it out)"
 TOOL_FOLDERS = frozenset({"node_modules", "__pycache__", "__macosx", "site-packages", "venv", "$recycle.bin"})
@@ -249,7 +252,8 @@ def _classify(entry: _File, options: ReadOptions, inventory: Inventory, given: b
             return leave_out("unknown kind (rename to .txt to have it learned)" if texty else "no text", matters=texty)
         if not packed and _is_binary(_head(entry.path, SNIFF_BYTES)):
             return leave_out("no text", matters=False)
-        kind = "txt"  # a name such as README, wiki_00 or message.1
+        head = _head(entry.path, SNIFF_BYTES)  # of a name such as README, wiki_00 or message.1
+        kind = "mbox" if head.startswith(b"From ") and b"\nSubject:" in head else "txt"
     if size < 1024 and _head(entry.path, len(LFS_HEAD)) == LFS_HEAD:
         return leave_out("pointers of git-lfs, not the files (run `git lfs pull`)")
     if kind == "pdf" and not can_read_pdf():

@@ -1,0 +1,39 @@
+"""Text that was encoded twice, "StraÃŸe": its UTF-8 was taken for Windows-1252. Mended where that is sure."""
+
+from __future__ import annotations
+
+import re
+
+# The bytes that Windows-1252 leaves undefined are the control characters of the same number.
+_UNDEFINED = {byte: chr(byte) for byte in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}
+_LETTER = {byte: _UNDEFINED.get(byte) or bytes([byte]).decode("cp1252") for byte in range(0x80, 0x100)}
+_BYTE = {letter: byte for byte, letter in _LETTER.items()} | {chr(byte): byte for byte in range(0x80, 0x100)}
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
+_FIRST = re.compile("[\u00c2-\u00f4]")
+MOST_TIMES = 3
+MANY_SIGNS = 3  # fewer may be a word about it
+
+
+def mended(text: str) -> tuple[str, int, int]:
+    """(text, letters that were mended, signs of it that were left).
+
+    It is mended only if all its letters beyond ASCII are such, so that none is a guess.
+    """
+    count = 0
+    for _ in range(MOST_TIMES):
+        runs = _BEYOND_ASCII.findall(text) if _FIRST.search(text) else []
+        decoded = [_decoded(run) for run in runs]
+        if not runs or None in decoded:
+            doubtful = sum(run is not None for run in decoded)
+            return text, count, doubtful if doubtful >= MANY_SIGNS else 0
+        count = sum(len(run or "") for run in decoded)
+        text = _BEYOND_ASCII.sub(lambda match: _decoded(match[0]) or "", text)
+    return text, count, 0
+
+
+def _decoded(run: str) -> str | None:
+    """What was meant by letters beyond ASCII; None if they are what they look like."""
+    try:
+        return bytes(_BYTE[letter] for letter in run).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):
+        return None
