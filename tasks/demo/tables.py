@@ -241,7 +241,7 @@ def _finish_fact(
     keys = tuple(tuple(word.strip() for word in group.split("/") if word.strip()) for group in fields["key"].split(","))
     held = held_out_index(fields["fact"], len(asks))
     trained = asks[:held] + asks[held + 1 :]
-    also, tell = fields.get("also") or fields["fact"], fields.get("tell") or (asks[0] and clause(asks[0]))
+    also, tell = fields.get("also") or fields["fact"], fields.get("tell") or clause(asks[0])
     fact = Fact(topic, fields["fact"], also, trained, asks[held], tell, keys, draft.place, language)
     problems += (f"{draft.place}: {problem}" for problem in _fact_problems(fact, 4 if identity else MIN_ASKS))
     return fact
@@ -252,12 +252,12 @@ def _fact_problems(fact: Fact, min_asks: int) -> Iterator[str]:
     asks = (*fact.asks, fact.held_out)
     if len(asks) < min_asks:
         yield f"{len(asks)} question{'s' * (len(asks) > 1)}: write {min_asks} or more, with | between them"
-    if not all(asks):
+    if not all(map(words_of, asks)):
         yield "an empty question: remove the extra |"
         return
     if len(fact.text) > MAX_FACT_CHARS:
         yield f"the fact has {len(fact.text)} characters: shorten it to {MAX_FACT_CHARS} or fewer"
-    for name, text in (("fact", fact.text), ("also", fact.also)):
+    for text, name in {fact.also: "also", fact.text: "fact"}.items():
         if not text.endswith((".", "!")) or text[0] != text[0].upper():
             yield f"the {name} is no sentence: start with a capital letter and end with a full stop"
     if fact.tell.endswith((".", "?")) or fact.tell[0] != fact.tell[0].lower():
@@ -268,7 +268,7 @@ def _fact_problems(fact: Fact, min_asks: int) -> Iterator[str]:
         shown = ", ".join("/".join(group) for group in fact.keys)
         yield f"the fact lacks its own key {shown!r}: take the key from the words of the fact"
     elif not any(re.search(rf"\b{re.escape(key)}\b", fact.text, re.IGNORECASE) for key in fact.keys[0]):
-        yield f"the key {fact.keys[0][0]!r} is written in another way than in the fact: write it as it stands there"
+        yield f"the key {fact.keys[0][0]!r} is no plain word of the fact: write it as it stands there, without marks"
     for ask in asks:
         for phrase in (phrase for group in fact.keys for phrase in group):
             if contains_words(ask, phrase):
@@ -283,7 +283,7 @@ def clause(question: str) -> str:
     text = question.rstrip("?.! ")
     text = text[:1].lower() + text[1:]
     words = text.split()
-    first, rest = words[0], words[1:]
+    first, rest = words[0] if words else "", words[1:]
     hard = f"this: {text}"
     if first not in ("what", "why", "how", "where", "when", "who", "which") or not rest or "not" in words:
         return hard

@@ -186,6 +186,10 @@ def read_world(world: str | Path) -> tuple[World, list[str]]:
         number = (shipped_topics(part.name) or len(core)) if part.folder == SHIPPED_WORLD else len(core)
         topics += [*core, *more][:number]
         untaught += [*core, *more][number:]
+        if not any(topic.facts for topic in core):
+            problems.append(
+                f"{shown(part.tables[0])}:1: no fact in {part.folder}: write a topic (tasks/demo/world/README.md)"
+            )
         problems += _not_read(part)
     # Who gives a file of their own means it instead of the shipped one.
     own = [part for part in parts if part.folder != SHIPPED_WORLD] + [_Part(SHIPPED, SHIPPED_WORLD)]
