@@ -28,7 +28,7 @@ from nanochat.serve.answer_events import Event
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import Conversation
 from nanochat.serve.chat_commands import NAMES, Quit, as_message, is_command, run_command
-from nanochat.serve.choose_model import choose_drawing, find_model, load_chosen
+from nanochat.serve.choose_model import BASE_NOTICE, choose_drawing, find_model, load_chosen
 
 USUAL = {"temperature": 0.6, "top_k": 50}
 PREFILL_CHUNK = 1024  # nobody else waits, but Ctrl-C does
@@ -265,7 +265,9 @@ def main(cfg: Config) -> None:
         model, tokenizer, compute.precision, max_batch_size=1, prefill_chunk=PREFILL_CHUNK, weights=cfg.weights
     ) as engine:
         conversation = Conversation(engine, tokenizer, cfg.sampling(meta, say), lambda text: say(f"({text})"))
-        conversation.system = cfg.system
+        conversation.system, conversation.plain = cfg.system, cfg.source == "base"
+        if conversation.plain:
+            say(BASE_NOTICE)
         try:
             with Interrupts(conversation) as interrupts:
                 if cfg.prompt is not None:

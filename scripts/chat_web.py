@@ -24,7 +24,7 @@ from nanochat.generate.sampling import Sampling
 from nanochat.serve.answers import DRAIN_SECONDS
 from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine
-from nanochat.serve.choose_model import choose_drawing, find_model, load_chosen
+from nanochat.serve.choose_model import BASE_NOTICE, choose_drawing, find_model, load_chosen
 from nanochat.serve.guard import LOCAL_HOSTS, Access, parse_origin, parse_public_url, parse_root_path
 from nanochat.serve.http_server import listen, make_server
 
@@ -167,6 +167,7 @@ def load_engines(cfg: Config, name: str, compute: Compute) -> tuple[list[BatchEn
         "vocab_size": config.vocab_size,
         "context_length": config.sequence_len,
         "sampling": meta.get("sampling"),
+        "plain": cfg.source == "base",
     }
     return engines, tokenizer, info
 
@@ -191,7 +192,7 @@ def main(cfg: Config) -> None:
         host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
         url = access.public_url or f"http://{host}:{server_socket.getsockname()[1]}{access.root_path}"
         print(f"{info['name']}, step {info['step']}: {url} (OpenAI's API: {url}/v1)")
-        print(why, flush=True)
+        print(why + (f"\n{BASE_NOTICE}" if info["plain"] else ""), flush=True)
         make_server(app, DRAIN_SECONDS).run(sockets=[server_socket])
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.serve.answer_events import AnswerReader, Event, join_events
-from nanochat.serve.chat import answer_room, fit_context
+from nanochat.serve.chat import answer_room, continued_text, fit_context
 
 
 def read_all(tokenizer, tokens):
@@ -99,3 +99,14 @@ def test_the_room_for_an_answer_leaves_room_for_the_question():
     assert answer_room(2048, 256) == 256
     assert answer_room(256, 4096) == 64
     assert answer_room(2, 10) == 1
+
+
+def test_a_base_model_continues_the_text_and_sees_no_marks(tiny_tokenizer):
+    said = [("user", "Once upon"), ("assistant", " a time."), ("user", "There was")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    tokens, left_out = continued_text(tiny_tokenizer, messages, 100)
+    bos = tiny_tokenizer.get_bos_token_id()
+    assert tokens == [bos, *tiny_tokenizer.encode("Once upon a time.\nThere was")]
+    assert left_out == 0
+    tokens, left_out = continued_text(tiny_tokenizer, conversation(30), 10)
+    assert (tokens, left_out) == ([bos, *tiny_tokenizer.encode("z" * 9)], 1)

@@ -119,6 +119,22 @@ def test_the_conversation_is_remembered(conversation):
     assert conversation.messages == []
 
 
+def test_a_base_model_goes_on_with_plain_text(saved, tiny_model, tiny_tokenizer, monkeypatch, capsys):
+    asked = []
+    submit = BatchEngine.submit
+    monkeypatch.setattr(
+        BatchEngine, "submit", lambda self, request: asked.append(request.tokens) or submit(self, request)
+    )
+    for source in ("base", "sft"):
+        meta = {"model_config": tiny_model.config.to_dict(), "tokenizer_hash": tiny_tokenizer.hash}
+        save_checkpoint(checkpoint_folder(source, "d2"), 7, tiny_model.state_dict(), None, meta)
+        chat_cli.main(parse("-i", source, "-p", "Once upon", "-t", "0", "-m", "3", "--device-type=cpu"))
+        assert ("as plain text" in capsys.readouterr().err) == (source == "base")
+    bos = tiny_tokenizer.get_bos_token_id()
+    assert asked[0] == [bos, *tiny_tokenizer.encode("Once upon")]
+    assert tiny_tokenizer.encode_special("<|user_start|>") in asked[1]
+
+
 def test_a_full_context_forgets_the_oldest_messages(conversation, capsys):
     for i in range(12):
         list(conversation.ask(f"question {i} with quite a few words in it"))

@@ -29,7 +29,7 @@ from nanochat.generate.sampling import Constraint, Sampling
 from nanochat.messages import normalise
 from nanochat.serve.answer_events import Event, join_events
 from nanochat.serve.batch_engine import BatchEngine, EngineClosed, Generation, GenerationRequest, QueueFull
-from nanochat.serve.chat import answer_room, fit_context, question_of
+from nanochat.serve.chat import answer_room, continued_text, fit_context, question_of
 from nanochat.serve.errors import CLIENT_GONE, RequestError
 from nanochat.serve.metrics import ServerMetrics
 from nanochat.serve.schemas import SamplingFields
@@ -168,7 +168,10 @@ class Service:
 
         def fit() -> tuple[list[int], int, list[str]]:
             turns, notes = normalise(question_of(messages))
-            tokens, left_out = fit_context(self.tokenizer, turns, room, new_turn)
+            if self.model_info.get("plain"):
+                tokens, left_out = continued_text(self.tokenizer, turns, room)
+            else:
+                tokens, left_out = fit_context(self.tokenizer, turns, room, new_turn)
             return tokens, left_out, [f"messages: {count} × {note}" for note, count in notes.items() if count]
 
         try:

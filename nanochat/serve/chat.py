@@ -34,6 +34,8 @@ class Conversation:
     ) -> None:
         self.engine, self.tokenizer, self.settings, self.notice = engine, tokenizer, settings, notice
         self.system = ""
+        self.plain = False
+        """The model has learned no chats: it continues the text of the conversation."""
         self.messages: list[Message] = []
         self.stopped = False  # set by `stop`, cleared by the caller before the next question
         self._answering: Generation | None = None
@@ -70,10 +72,12 @@ class Conversation:
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*self.messages, {"role": "user", "content": question}]
         room = context - answer_room(context, settings.max_tokens)
-        prompt, left_out = fit_context(self.tokenizer, [*system, *messages], room)
+        prompt, left_out = (continued_text if self.plain else fit_context)(self.tokenizer, [*system, *messages], room)
         if left_out:
             self.notice(f"context full: the {left_out} oldest messages are forgotten")
-        kept = 2 + len(self.tokenizer.encode(self.system)) if system else 1  # bos, user_start, the system message
+        kept = (
+            2 + len(self.tokenizer.encode(self.system)) if system and not self.plain else 1
+        )  # bos, user_start, the system message
         request = GenerationRequest(
             tokens=prompt,
             sampling=replace(settings, seed=settings.seed + self._asked),  # asking again gives another answer
@@ -114,6 +118,22 @@ def question_of(messages: list[Message]) -> list[Message]:
     if "assistant" in roles and len(roles) == 1:
         return [{"role": "user", "content": ""}, *messages]
     return [m if m["role"] == "assistant" else {**m, "role": "user"} for m in messages]
+
+
+def continued_text(tokenizer: RustBPETokenizer, messages: list[Message], room: int) -> tuple[list[int], int]:
+    """The prompt for a base model, which knows no marks of a chat: what was said as one text, its newest `room` tokens.
+
+    Returns:
+        (tokens, 1 if the beginning was left out, else 0).
+    """
+    text = ""
+    for message in messages:
+        content = message["content"]
+        said = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        # An answer went on where its question ended.
+        text += said if message["role"] == "assistant" or not text else f"\n{said}"
+    ids = tokenizer.encode(text)
+    return [tokenizer.get_bos_token_id(), *ids[max(0, len(ids) - room + 1) :]], int(len(ids) >= room)
 
 
 def fit_context(

@@ -15,6 +15,8 @@ from nanochat.gpt import GPT
 from nanochat.interop.hf_format import load_nanochat_folder, model_folder
 from nanochat.tokenizer import RustBPETokenizer
 
+BASE_NOTICE = "a base model has learned no chats: it goes on with your text, as plain text"
+
 
 def find_model(source: str, model_tag: str | None, hf_path: str | None) -> str:
     """Return the name of the model, after checking that there is one; `hf_path` comes before the checkpoints.
