@@ -29,6 +29,7 @@ from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import Conversation
 from nanochat.serve.chat_commands import NAMES, Quit, as_message, is_command, run_command
 from nanochat.serve.choose_model import BASE_NOTICE, choose_drawing, find_model, load_chosen
+from nanochat.serve.plain_answer import plain_answer
 
 USUAL = {"temperature": 0.6, "top_k": 50}
 PREFILL_CHUNK = 1024  # nobody else waits, but Ctrl-C does
@@ -92,13 +93,15 @@ def say(text: str) -> None:
 
 
 def show(parts: Iterable[Event], terminal: bool) -> None:
-    """Print an answer as it comes; on a terminal also the calculator's work, dimmed."""
-    for part in parts:
+    """Print an answer as it comes, without the marker of its result; on a terminal also what it was worked out with,
+    dimmed.
+    """
+    for part in plain_answer(parts):
         text = printable(part.text) if terminal else part.text
         if part.kind == "text":
             print(text, end="", flush=True)
         elif terminal:
-            sign, end = ("[", "") if part.kind == "python" else (" = ", "]")
+            sign, end = {"python": ("[", ""), "python_output": (" = ", "]")}.get(part.kind, ("", "\n"))
             print(f"\033[2m{sign}{text}{end}\033[0m", end="", flush=True)
     print(flush=True)
 

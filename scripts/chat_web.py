@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from nanochat.common import Compute, setup_compute
+from nanochat.common import Compute, get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.generate.fast_decode import Weights
 from nanochat.generate.kv_cache import fitting_slots
@@ -25,6 +25,7 @@ from nanochat.serve.answers import DRAIN_SECONDS
 from nanochat.serve.app import create_app
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.choose_model import BASE_NOTICE, choose_drawing, find_model, load_chosen
+from nanochat.serve.evaluation import read_evaluation
 from nanochat.serve.guard import LOCAL_HOSTS, Access, parse_origin, parse_public_url, parse_root_path
 from nanochat.serve.http_server import listen, make_server
 
@@ -152,6 +153,7 @@ def load_engines(cfg: Config, name: str, compute: Compute) -> tuple[list[BatchEn
             )
         )
     config = model.config
+    evaluated = f"{cfg.source}_{name.removesuffix(f' {cfg.source}')}_{meta['step']:06d}"  # as scripts.chat_eval has it
     info = {
         "id": name.replace(" ", "-"),
         "name": name,
@@ -168,6 +170,7 @@ def load_engines(cfg: Config, name: str, compute: Compute) -> tuple[list[BatchEn
         "context_length": config.sequence_len,
         "sampling": meta.get("sampling"),
         "plain": cfg.source == "base",
+        **({} if cfg.hf_path else read_evaluation(get_base_dir() / "chat_eval" / evaluated)),
     }
     return engines, tokenizer, info
 

@@ -291,6 +291,40 @@ def test_tool_calls_show_only_on_a_terminal(capsys):
     assert capsys.readouterr().out == "It is \033[2m[6*7\033[0m\033[2m = 42]\033[0m42.\n"
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("parts", "terminal", "plain"),
+    [
+        (
+            [
+                "Count n in ribbon: r0. Check: ",
+                ("python", '"ribbon".count("n")'),
+                ("python_output", "1"),
+                "\n#### 1",
+            ],
+            '\033[2mCount n in ribbon: r0. Check: ["ribbon".count("n") = 1]\n\033[0m1\n',
+            "1\n",
+        ),
+        (["Count me in!"], "Count me in!\n", None),
+        (["Co"], "Co\n", None),
+        (["3 and 4 are 7.\n#### 7"], "3 and 4 are 7.\n7\n", None),
+        (["Yes.\n####"], "Yes.\n", None),
+        (["#### Title\n\nx = 1  #### note"], "#### Title\n\nx = 1  #### note\n", None),
+        ([], "\n", None),
+    ],
+)
+def test_results_are_shown_without_their_marker(capsys, parts, terminal, plain, size):
+    events = []
+    for part in parts:  # however the text is cut into tokens
+        if isinstance(part, tuple):
+            events.append(Event(*part))
+        else:
+            events += [Event("text", part[i : i + size]) for i in range(0, len(part), size)]
+    for on_terminal, expected in ((True, terminal), (False, plain or terminal)):
+        chat_cli.show(events, on_terminal)
+        assert capsys.readouterr().out == expected
+
+
 def test_a_model_can_not_steer_the_terminal(capsys):
     chat_cli.show([Event("text", "a\033[2Jb\x07\n\tc\x9b1m")], terminal=True)
     assert capsys.readouterr().out == "a[2Jb\n\tc1m\n"

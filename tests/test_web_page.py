@@ -279,6 +279,103 @@ def test_tool_calls_are_shown(page, engine):
     assert messages(page)[1].endswith("42.")
 
 
+@pytest.mark.parametrize(
+    ("script", "shown", "work"),
+    [
+        ([("python", "6*7"), ("python_output", "42"), ("text", "It is 42.")], "It is 42.", "6*7 = 42"),
+        (
+            [
+                ("text", "Count r in ribbon: r1 i1 … Check: "),
+                ("python", '"ribbon".count("r")'),
+                ("python_output", "1"),
+                *[("text", piece) for piece in ("\n", "##", "## 1")],
+            ],
+            "1",
+            'Count r in ribbon: r1 i1 … Check: "ribbon".count("r") = 1',
+        ),
+        ([("text", "3 and 4 are 7.\n#### 7")], "7", "3 and 4 are 7."),
+        ([("text", "#### Title\n\nText")], "Title\n\nText", None),  # a heading, as ever
+        ([("text", "Is it 7?\n####")], "Is it 7?", None),
+    ],
+)
+def test_what_an_answer_was_worked_out_with_is_folded(page, engine, script, shown, work):
+    engine.script = script
+    say(page, "Well?")
+    said = page.locator(".assistant .content").first
+    assert (
+        said.evaluate("n => [...n.children].filter(c => !c.matches('.work')).map(c => c.innerText).join('\\n\\n')")
+        == shown
+    )
+    assert "####" not in said.inner_text()
+    assert page.locator(".work").count() == (work is not None)
+    if work:
+        assert not page.locator(".work > div").is_visible()
+        page.click(".work summary")
+        assert re.sub(r"\s+", " ", page.inner_text(".work > div")) == work
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click(".assistant button[aria-label=Copy]")
+    assert "####" not in page.evaluate("navigator.clipboard.readText()").removeprefix("#### Title")
+
+
+def test_chats_are_searched_and_renamed(page, engine):
+    for question in ("Where do whales live?", "Second"):
+        page.click("#new-chat")
+        say(page, question)
+    engine.script = [("text", "It is Ulaanbaatar.")]
+    say(page, "And the capital of Mongolia?")
+    page.fill("#search", "ulaanBAATAR")
+    assert page.locator("#chats .chat").all_inner_texts() == ["Second"]
+    page.fill("#search", "<nothing>")
+    assert "No chat has these words" in page.inner_text("#chats")
+    page.fill("#search", "")
+    for title, key in (("<b>Animals</b>", "Enter"), ("not this", "Escape"), ("  ", "Enter")):
+        page.hover("#chats li >> nth=1")
+        page.click("#chats li >> nth=1 >> button[aria-label^=Rename]")
+        page.fill("#chats li input", title)
+        page.keyboard.press(key)
+        assert page.locator("#chats .chat").all_inner_texts() == ["Second", "<b>Animals</b>"]
+    page.click("#chats button[aria-label^=Rename] >> nth=0")
+    page.fill("#chats li input", "Travels")
+    page.focus("#input")  # leaving the box keeps the name as well
+    say(page, "More")
+    page.reload()
+    assert page.locator("#chats .chat").all_inner_texts() == ["Travels", "<b>Animals</b>"]
+
+
+def test_how_full_the_context_is(page, engine):
+    assert not page.is_visible("#room")
+    say(page, "Hi")
+    assert page.inner_text("#room") == "7 of 2,048 tokens of context"  # 5 of the prompt, 2 of the answer
+    engine.script = [("text", "a")] * 1700
+    engine.delay = 0
+    say(page, "Hi")
+    assert page.inner_text("#room").startswith("1,705 of 2,048 tokens of context: when it is full")
+    page.reload()
+    page.wait_for_selector("#room:not([hidden])")
+    assert page.get_attribute("#meter", "max") == "2048"
+    page.click("#new-chat")
+    assert not page.is_visible("#room")
+
+
+def test_the_welcome_says_what_the_model_knows(browser, site, engine):
+    stats = site[0].get("/stats").json()
+    assert stats["limits"]["max_tokens"] == 2048  # no answer is longer than the context
+    scores = [["arithmetic", 0.99], ["spelling unseen", 0.0]]
+    stats["model"] |= {"scores": scores, "suggestions": ["<b>What</b> is 3 + 4?"], "name": "d4 sft", "n_layer": 4}
+    page = browser.new_page()
+    page.add_init_script("localStorage.setItem('nanochat.settings', JSON.stringify({max_tokens: 3000}))")
+    page.route("**/stats", lambda route: route.fulfill(json=stats))
+    page.goto(str(site[0].base_url))
+    page.wait_for_selector("#dot.ready")
+    assert "good at arithmetic (99 %). It is often wrong in spelling unseen (0 %)." in page.inner_text("#knows")
+    about = page.get_attribute("#open-model", "title")
+    assert "d4 sft: a model of 4 layers, finetuned to answer. 12K: it has 12,345 parameters" in about
+    with page.expect_request("**/chat/completions") as sent:
+        page.click("#suggestions button")
+    assert sent.value.post_data_json == {"messages": [{"role": "user", "content": "<b>What</b> is 3 + 4?"}]}
+    page.close()
+
+
 def test_commands_and_settings(page, engine):
     for text, answer in {
         "/temperature 0.5": "Temperature is now 0.5.",
@@ -287,7 +384,7 @@ def test_commands_and_settings(page, engine):
         "/top_p 0.9": "Top-p is now 0.9.",
         "/repetition_penalty 1.1": "Repetition penalty is now 1.1.",
         "/max_tokens 99": "Longest answer is now 99.",
-        "/max_tokens 1e9": "from 1 to 4096",
+        "/max_tokens 1e9": "from 1 to 2048",
         "/system Be brief.": "told this first",
         "/quit": "Close this tab",
         "/undo": "Nothing was said",
@@ -354,6 +451,13 @@ def test_a_server_with_a_key_asks_for_it(browser, tiny_tokenizer):
         context.close()
 
 
+# What a finger is to hit, in the page and in what lies over it.
+TOO_SMALL = """() => [...document.querySelectorAll("button, input, summary, textarea")]
+    .filter((node) => node.checkVisibility({visibilityProperty: true}))
+    .map((node) => [node.id || node.className, node.getBoundingClientRect()])
+    .filter(([, box]) => box.width < 44 || box.height < 44).map(([name]) => name)"""
+
+
 def test_light_dark_and_phone(browser, site, engine):
     colors = {}
     for scheme in ("light", "dark"):
@@ -366,8 +470,19 @@ def test_light_dark_and_phone(browser, site, engine):
         colors[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
         assert not page.is_visible("#sidebar")
+        assert page.evaluate(TOO_SMALL) == []
         page.click("#open-sidebar")
         page.wait_for_selector("#chats .chat", state="visible")
+        assert page.evaluate(TOO_SMALL) == []
+        page.click("#open-help")
+        overlapping = page.evaluate("""() => [...document.querySelectorAll("#help dt")].filter((dt) => {
+            const text = document.createRange();
+            text.selectNodeContents(dt);
+            const [a, b] = [text.getBoundingClientRect(), dt.nextElementSibling.getBoundingClientRect()];
+            return a.right > b.left && a.bottom > b.top + 1;
+        }).map((dt) => dt.textContent)""")
+        assert overlapping == []
+        page.keyboard.press("Escape")
         page.click("#theme")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != colors[scheme]
         context.close()
@@ -383,6 +498,9 @@ def test_axe_finds_nothing(page, engine, scheme):
     ]
     engine.script += [("python", "6*7"), ("python_output", "42")]
     say(page, "Hi")
+    engine.script = [("python", "6*7"), ("python_output", "42"), ("text", "It is 42.")]
+    say(page, "And so?")
+    page.click(".work summary")
     say(page, "/temperature 9", wait=False)
     page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
     for opener, dialog in [

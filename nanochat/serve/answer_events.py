@@ -30,10 +30,10 @@ class Event:
     Every generation ends with exactly one "done" or "error" event and none after it.
     """
 
-    kind: PartKind | Literal["prompt", "done", "error"]
+    kind: PartKind | Literal["prompt", "work", "done", "error"]
     """"text": a piece of the answer. "python": a whole expression sent to the calculator; "python_output": its whole
     result. "prompt", before all others and only where it was asked for: tokens and log-probabilities of the prompt.
-    "done": the answer is complete. "error": it failed, `text` says why."""
+    "work": see `plain_answer`. "done": the answer is complete. "error": it failed, `text` says why."""
     text: str = ""
     """Whole characters only, never a special token."""
     tokens: tuple[int, ...] = ()

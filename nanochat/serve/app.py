@@ -187,7 +187,7 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
                 "top_k": defaults.top_k,
                 "max_tokens": min(defaults.max_tokens or pool.context_length, pool.context_length, MAX_TOKENS),
             },
-            "limits": LIMITS,
+            "limits": {**LIMITS, "context": pool.context_length, "max_tokens": min(MAX_TOKENS, pool.context_length)},
             "uptime_seconds": round(time.monotonic() - started, 1),
             "total_workers": len(workers),
             "available_workers": available,

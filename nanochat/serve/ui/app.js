@@ -1,16 +1,15 @@
 // The chat page: wires the message box, the keys and the commands to the conversation and to the panels.
 
-import { announce, byId, element, tellCuts } from "./dom.js";
+import { announce, byId, tellCuts } from "./dom.js";
 import { initHelp, obey } from "./commands.js";
 import { Conversation, limits } from "./conversation.js";
 import * as panels from "./panels.js";
 import * as store from "./store.js";
 
-const SUGGESTIONS = ["Why is the sky blue?", "What is 24 * 17?", "How many r are in strawberry?", "Who are you?"];
 const input = byId("input");
 
 const conversation = new Conversation({
-  changed: () => panels.showChats(conversation.chat.id, openChat, deleteChat),
+  changed: showChats,
   running: (running) => {
     byId("send").hidden = running;
     byId("stop").hidden = !running;
@@ -19,6 +18,15 @@ const conversation = new Conversation({
 });
 
 // --- chats -------------------------------------------------------------------------------------------------------------
+
+function showChats() {
+  panels.showChats(conversation.chat.id, { open: openChat, remove: deleteChat, renamed });
+}
+
+function renamed(id, title) {
+  if (title && id === conversation.chat.id) conversation.chat.title = title;
+  showChats();
+}
 
 function openChat(id) {
   const chat = store.loadChat(id);
@@ -37,7 +45,7 @@ function deleteChat(id) {
   store.deleteChat(id);
   announce("Chat deleted");
   if (id === conversation.chat.id) conversation.show(store.newChat());
-  else panels.showChats(conversation.chat.id, openChat, deleteChat);
+  else showChats();
 }
 
 // --- the message box ---------------------------------------------------------------------------------------------------
@@ -113,31 +121,27 @@ for (const dialog of document.querySelectorAll("dialog")) {
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   dialog.querySelector(".close").addEventListener("click", () => dialog.close());
 }
-for (const text of SUGGESTIONS) {
-  const button = element("button", "", text);
-  button.type = "button";
-  button.addEventListener("click", () => !conversation.running && conversation.say(text));
-  byId("suggestions").append(button);
-}
-
 panels.initSidebar();
 panels.initSettings(conversation, () => {
   store.deleteAllChats();
   newChat();
 });
-panels.initTransfer(limits, () => panels.showChats(conversation.chat.id, openChat, deleteChat));
+panels.initTransfer(limits, showChats);
 panels.initCard();
 panels.initKey(start);
-window.addEventListener("storage", () => panels.showChats(conversation.chat.id, openChat, deleteChat));
+window.addEventListener("storage", showChats);
+byId("search").addEventListener("input", showChats);
 window.addEventListener("pagehide", () => conversation.running && conversation.save());
 
 async function start() {
   const stats = await panels.showModel((error) => error.status === 401 && panels.askKey());
-  if (stats?.limits) {
-    Object.assign(limits, stats.limits);
-    input.maxLength = limits.message_chars;
-    byId("set-max_tokens").max = store.RANGES.max_tokens.high = limits.max_tokens;
-  }
+  if (!stats?.limits) return;
+  Object.assign(limits, { context: stats.model.context_length ?? 0 }, stats.limits);
+  input.maxLength = limits.message_chars;
+  byId("set-max_tokens").max = limits.max_tokens;
+  store.capAnswers(limits.max_tokens);
+  conversation.showRoom();
+  panels.showWelcome(stats, (text) => !conversation.running && conversation.say(text));
 }
 
 conversation.show((store.currentId() && store.loadChat(store.currentId())) || store.newChat());

@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { announce, byId, element, textButton } from "./dom.js";
-import { MessageView, addPart, plainText } from "./messages.js";
+import { MessageView, addPart, answerText, plainText } from "./messages.js";
 import * as store from "./store.js";
 import { ALTERNATIVES, remember } from "./tokens.js";
 
@@ -10,7 +10,7 @@ const log = byId("log");
 const welcome = byId("welcome");
 
 // The server's limits (/stats); until it has said them, these.
-export const limits = { messages: 500, message_chars: 8000, conversation_chars: 32000, max_tokens: 4096 };
+export const limits = { context: 0, messages: 500, message_chars: 8000, conversation_chars: 32000, max_tokens: 4096 };
 
 export class Conversation {
   // hooks: changed() when a chat was saved, running(bool), refused() when a key is asked for.
@@ -59,6 +59,7 @@ export class Conversation {
     log.replaceChildren(welcome);
     for (const message of chat.messages) this.addView(message);
     welcome.hidden = chat.messages.length > 0;
+    this.showRoom();
     store.currentId(chat.id);
     this.hooks.changed();
     this.scrollDown();
@@ -108,6 +109,7 @@ export class Conversation {
     while (root.nextSibling) root.nextSibling.remove();
     root.remove();
     for (const gone of this.chat.messages.splice(index)) this.views.delete(gone);
+    this.showRoom();
   }
 
   stop() {
@@ -184,7 +186,7 @@ export class Conversation {
         first = false;
         this.receive(event, message, view);
       });
-      announce(`Assistant: ${plainText(message)}`);
+      announce(`Assistant: ${answerText(message)}`);
     } catch (error) {
       if (controller.signal.aborted) message.note = "stopped";
       else this.failed(error, message);
@@ -204,13 +206,27 @@ export class Conversation {
     }
     if (store.settings.tokens) remember(message, event);
     if (event.usage) {
-      const { completion } = event.usage;
+      const { prompt, completion } = event.usage;
+      message.tokens = prompt + completion;
+      this.showRoom();
       const speed = event.seconds > 0.05 ? ` · ${Math.round(completion / event.seconds)} tokens/s` : "";
       message.stats = `${completion} ${completion === 1 ? "token" : "tokens"}${speed}`;
       if (event.finish_reason === "length") message.note = "longest answer reached";
     }
     const follow = this.endInSight();
     view.drawSoon(() => follow && this.scrollDown());
+  }
+
+  // How much of the model's context the chat takes, as of its last answer.
+  showRoom() {
+    const used = this.chat.messages.findLast((message) => message.tokens > 0)?.tokens;
+    const room = byId("room");
+    room.hidden = !used || !limits.context;
+    if (room.hidden) return;
+    const full = Math.min(used, limits.context);
+    Object.assign(byId("meter"), { max: limits.context, high: 0.75 * limits.context, value: full });
+    const left = used >= 0.75 * limits.context ? ": when it is full, the oldest messages are forgotten" : "";
+    room.lastChild.textContent = `${full.toLocaleString("en")} of ${limits.context.toLocaleString("en")} tokens of context${left}`;
   }
 
   // The model does not see the first `count` messages: one line says so, and moves along.

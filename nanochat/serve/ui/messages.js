@@ -1,7 +1,7 @@
 // How one message looks, and how it grows.
 
 import { byId, copyText, element, icon, iconButton, tellCuts, textButton } from "./dom.js";
-import { renderBlock, splitBlocks } from "./markdown.js";
+import { renderBlock, renderMarkdown, splitBlocks } from "./markdown.js";
 import { tokenView, tokensOf } from "./tokens.js";
 
 // Characters of Unicode's private area stand for tool calls while a text is cut into blocks.
@@ -11,6 +11,23 @@ const PRIVATE = /[\ue000-\uf8ff]/g;
 export function plainText(message) {
   return message.parts.map((part) => (part.type === "text" ? part.text : "")).join("");
 }
+
+// GSM8K and SpellingBee teach to write how, "####", and the result: the sign itself is for programs. A line that begins
+// with four is a heading, unless a number is all that follows; other text must stand in the marker's own line.
+const MARKER = /(?:\n\s*####[ \t]*([-+$€£]?\d[\d.,]*%?)|[^\S\n]+####[^\S\n]+(\S[^\n]*))\s*$/;
+const HALF_MARKER = /\n\s*#{1,4}[ \t]*$/; // while it is being written
+const CALLS_FIRST = /^(?:\s*[\ue000-\uf8ff])+\s*/;
+
+// {work, answer}: what an answer was worked out with, "" if it says nothing of it, and what it says to people.
+export function splitWork(text) {
+  const found = MARKER.exec(text);
+  if (found) return { work: text.slice(0, found.index), answer: found[1] ?? found[2] };
+  const calls = CALLS_FIRST.exec(text)?.[0] ?? "";
+  return { work: calls, answer: text.slice(calls.length).replace(HALF_MARKER, "") };
+}
+
+// What an answer says, without its work.
+export const answerText = (message) => splitWork(plainText(message)).answer;
 
 export function addPart(parts, type, text) {
   const last = parts[parts.length - 1];
@@ -70,7 +87,8 @@ export class MessageView {
       this.asTokens = !this.asTokens;
       this.draw();
     });
-    const copy = iconButton("copy", "Copy", () => copyText(plainText(message), copy));
+    const said = () => (message.role === "user" ? plainText(message) : answerText(message));
+    const copy = iconButton("copy", "Copy", () => copyText(said(), copy));
     if (message.role === "user") this.foot.append(iconButton("edit", "Edit", () => this.edit()), copy);
     else this.foot.append(copy, iconButton("redo", "Regenerate", () => actions.regenerate(message)), this.inside);
     this.stats = this.foot.appendChild(element("span", "stats"));
@@ -115,7 +133,9 @@ export class MessageView {
 
   drawMarkdown() {
     const { text, chips } = withChips(this.message.parts);
-    const keys = splitBlocks(text).map((source) => {
+    const { work, answer } = splitWork(text);
+    this.drawWork(work, chips);
+    const keys = splitBlocks(answer).map((source) => {
       const inside = [...source.matchAll(PRIVATE)].map(([c]) => chips[c.charCodeAt(0) - FIRST_CHIP]);
       return { source, key: source + JSON.stringify(inside) };
     });
@@ -135,6 +155,20 @@ export class MessageView {
       level = Math.min(level + 1, Number(heading.tagName[1]));
       heading.setAttribute("aria-level", level);
     }
+  }
+
+  // What the answer was worked out with is folded; whoever has opened it keeps it open.
+  drawWork(work, chips) {
+    if (!work.trim()) {
+      this.work?.remove();
+      this.work = null;
+      return;
+    }
+    this.work ??= element("details", "work", element("summary", "", chips.length ? "Worked out with the calculator" : "Worked out"), element("div"));
+    const inside = renderMarkdown(work);
+    placeChips(inside, chips);
+    this.work.lastChild.replaceChildren(inside);
+    if (this.content.firstChild !== this.work) this.content.prepend(this.work);
   }
 
   // Turns the message into a text box, in its place.

@@ -1,7 +1,7 @@
 // What stands beside the conversation: the list of chats, the settings, the model card, the key.
 
 import { getStats } from "./api.js";
-import { byId, element, iconButton } from "./dom.js";
+import { byId, element, iconButton, textButton } from "./dom.js";
 import * as store from "./store.js";
 import { download, readChats, record } from "./transfer.js";
 
@@ -16,13 +16,44 @@ function age(updated) {
   return updated >= today - 7 * DAY ? "Last week" : "Earlier";
 }
 
-export function showChats(currentId, open, remove) {
+const MAX_TITLE = 60;
+
+// Turns a chat's entry into a text box for its name.
+function rename(row, chat, renamed) {
+  const box = element("input");
+  box.value = chat.title ?? "";
+  box.maxLength = MAX_TITLE;
+  box.setAttribute("aria-label", "New name of the chat");
+  let open = true;
+  const close = (title) => {
+    if (!open) return; // taking the box away takes its focus too
+    open = false;
+    if (title && title !== chat.title) {
+      const newest = store.loadChat(chat.id) ?? chat; // an answer may have come meanwhile
+      store.saveChat({ ...newest, title });
+    }
+    renamed(chat.id, title);
+  };
+  box.addEventListener("keydown", (event) => {
+    event.stopPropagation();
+    if (event.key === "Enter") close(box.value.trim());
+    else if (event.key === "Escape") close("");
+  });
+  box.addEventListener("blur", () => close(box.value.trim()));
+  row.replaceChildren(box);
+  box.select();
+  box.focus();
+}
+
+// Lists the chats in which the words of the search box occur; `actions` are {open(id), remove(id), renamed(id, title)}.
+export function showChats(currentId, actions) {
   const nav = byId("chats");
   const focused = nav.contains(document.activeElement);
   nav.replaceChildren();
   let group = "";
   let list = null;
-  for (const chat of store.listChats()) {
+  const words = byId("search").value;
+  for (const chat of store.searchChats(words)) {
     const title = chat.title || "Untitled";
     if (age(chat.updated) !== group) {
       group = age(chat.updated);
@@ -34,10 +65,15 @@ export function showChats(currentId, open, remove) {
     link.type = "button";
     link.title = title;
     if (chat.id === currentId) link.setAttribute("aria-current", "true");
-    link.addEventListener("click", () => open(chat.id));
-    list.append(element("li", "", link, iconButton("trash", `Delete the chat ${title}`, () => remove(chat.id))));
+    link.addEventListener("click", () => actions.open(chat.id));
+    const row = element("li", "", link);
+    row.append(
+      iconButton("edit", `Rename the chat ${title}`, () => rename(row, chat, actions.renamed)),
+      iconButton("trash", `Delete the chat ${title}`, () => actions.remove(chat.id)),
+    );
+    list.append(row);
   }
-  if (!list) nav.append(element("p", "none", "Your chats will be listed here."));
+  if (!list) nav.append(element("p", "none", words.trim() ? "No chat has these words." : "Your chats will be listed here."));
   if (focused) nav.focus();
 }
 
@@ -159,6 +195,7 @@ export function initTransfer(limits, changed) {
 
 // --- the model ---------------------------------------------------------------------------------------------------------
 
+const GENERAL = ["Why is the sky blue?", "What is 24 * 17?", "Who are you?"]; // for a model that was not evaluated
 const number = (value, unit = "") => (value === null || value === undefined ? null : `${value.toLocaleString("en")}${unit}`);
 
 export function describeParams(params) {
@@ -187,6 +224,26 @@ function facts({ model, workers, running, waiting, uptime_seconds: uptime }) {
   ].filter(([, value]) => value);
 }
 
+// What the name, the number and the format in the page's head mean: "d4 sft · 5.2M · float32".
+function aboutModel({ name, n_layer: layers, params, dtype }) {
+  const depth = /^d\d+\b/.test(name ?? "") && layers ? `${name}: a model of ${layers} layers` : name;
+  const stage = { base: "which continues texts", mid: "which knows conversations", sft: "finetuned to answer", rl: "rewarded for right answers" }[(name ?? "").split(" ").at(-1)];
+  const size = params ? `${describeParams(params)}: it has ${number(params)} parameters, the numbers it has learned` : null;
+  return `${[[depth, stage].filter(Boolean).join(", "), size, dtype && `${dtype}: the format of its numbers`].filter(Boolean).join(". ")}. Click for more.`;
+}
+
+// The welcome: what the model has shown that it can do, and questions that it answers well.
+export function showWelcome({ model }, ask) {
+  const scores = model.scores ?? [];
+  const named = (kept) => scores.filter(([, right]) => kept(right)).map(([task, right]) => `${task} (${Math.round(100 * right)} %)`).join(", ");
+  const good = named((right) => right >= 0.8);
+  const poor = named((right) => right < 0.8);
+  const said = [good && `In its evaluation it was good at ${good}.`, poor && `It is often wrong in ${poor}.`];
+  if (scores.length) byId("knows").textContent = ["It was trained from scratch, and it is small.", ...said, "What it has not learned it may make up."].filter(Boolean).join(" ");
+  const buttons = (model.suggestions ?? GENERAL).map((text) => textButton(text, "", () => ask(text)));
+  byId("suggestions").replaceChildren(...buttons);
+}
+
 // Shows the model's name; returns what the server said. `failed(error)` hears when it can't be asked.
 export async function showModel(failed) {
   try {
@@ -195,6 +252,7 @@ export async function showModel(failed) {
     for (const name of NAMES) defaults[name] = stats.defaults[name] ?? defaults[name];
     const params = describeParams(model.params);
     byId("model").textContent = [model.name || "model", params, model.dtype].filter(Boolean).join(" · ");
+    byId("open-model").title = byId("model-about").textContent = aboutModel(model);
     byId("dot").className = "ready";
     byId("facts").replaceChildren(...facts(stats).map(([name, value]) => element("div", "", element("dt", "", name), element("dd", "", value))));
     return stats;

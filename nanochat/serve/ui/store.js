@@ -53,6 +53,13 @@ function isChat(chat) {
   return known && ["string", "undefined"].includes(typeof chat.title) && ["string", "undefined"].includes(typeof chat.system);
 }
 
+// The chats in which `words` occurs, in the title or in what was said; "" : all.
+export function searchChats(words) {
+  const wanted = words.trim().toLowerCase();
+  const texts = (chat) => [chat.title ?? "", ...chat.messages.flatMap((m) => m.parts.map((part) => part.text))];
+  return listChats().filter((chat) => !wanted || texts(chat).some((text) => text.toLowerCase().includes(wanted)));
+}
+
 export function listChats() {
   const chats = chatKeys().flatMap((key) => [read(key)].filter((chat) => isChat(chat) && key === PREFIX + chat.id));
   return chats.sort((a, b) => (b.updated || 0) - (a.updated || 0));
@@ -123,6 +130,12 @@ function readSettings() {
 
 // null: the server's value.
 export const settings = readSettings();
+
+// The longest answer there can be; a setting above it was made for another model.
+export function capAnswers(most) {
+  RANGES.max_tokens.high = most;
+  if (settings.max_tokens > most) settings.max_tokens = null;
+}
 
 export function saveSettings() {
   write("nanochat.settings", settings);
