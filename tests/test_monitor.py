@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_web_page import CHROMIUM
 from web_server import serve
 
 from nanochat.config import run_script
@@ -294,10 +295,41 @@ def test_the_page_has_the_same_figures_and_escapes_the_log(running, monkeypatch)
     assert page.status_code == 200
     for part in ("25.0 %, 2m30s left", "&lt;script&gt;alert(1)", "step 1 to 25", "base_train", "no card"):
         assert part in page.text
-    assert "<script" not in page.text
-    assert '<meta http-equiv="refresh" content="2">' in page.text
+    assert re.findall("<script[^>]*>", page.text) == ['<script src="monitor.js" defer>']
+    assert '<noscript><meta http-equiv="refresh" content="2"></noscript>' in page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "http" not in page.text.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(running, scheme):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    axe = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    check = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    with sync_api.sync_playwright() as playwright, serve(monitor_app(Watcher(running), 1.0)) as client:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        size = {"width": 360, "height": 640}
+        page = browser.new_context(viewport=size, color_scheme=scheme, bypass_csp=True).new_page()
+        problems = []
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(str(client.base_url))
+        for finished in (False, True):
+            if finished:
+                page.evaluate("window.stayed = true")
+                for name in STAGES:
+                    mark(running, name, "done", seconds=1.0)
+                page.wait_for_selector("h1:text('all stages are finished')")
+                assert page.evaluate("window.stayed") is True  # what is new came into the page
+                assert page.locator("svg.plot").count() == 1
+            assert page.evaluate("document.documentElement.scrollWidth") == 360
+            page.evaluate(check)
+            found = page.evaluate("axe.run().then(result => result.violations)")
+            assert [(v["id"], [n["html"][:200] for n in v["nodes"]][:5]) for v in found] == []
+        assert problems == []
+        browser.close()
 
 
 def test_cards_as_nvidia_smi_prints_them(tmp_path, monkeypatch):

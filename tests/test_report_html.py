@@ -16,7 +16,7 @@ from nanochat.config import run_script
 from nanochat.report import Report
 from nanochat.report.__main__ import Config, main, open_run
 from nanochat.report.plots import MAX_POINTS, Line, Plotter, thin
-from nanochat.report.run_data import PRICES, cost_line, read_json, readable
+from nanochat.report.run_data import PRICES, cost_line, read_json, readable, verdict
 
 HOSTILE = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>$x_{$ ![p](http://evil.example/p.png)"
 MEGABYTES = 2_000_000
@@ -199,6 +199,28 @@ def test_every_price_has_a_card_a_source_and_a_date():
         assert re.fullmatch(r"20\d\d-\d\d-\d\d", row["date"])
 
 
+def test_only_what_is_right_for_the_right_reason_is_ticked():
+    def judged(asked: str, passed: bool = True, reference: str = '"ribbon".count("n")') -> str:
+        answer = [{"type": "python", "text": reference}, {"type": "python_output", "text": "1"}]
+        return verdict({"answer": answer, "passed": passed, "completions": [f"<|python_start|>{asked}<|python_end|>1"]})
+
+    assert judged("'ribbon' .count('n')") == "right"
+    assert judged('"month".count("n")') == "by another way"  # the right number of another word
+    assert judged('"ribbon".count("n")', passed=False) == "wrong"
+    assert verdict({"answer": "Paris.", "passed": True, "completions": ["It is Paris."]}) == "right"
+
+
+def test_the_report_opens_with_before_and_after(base_dir):
+    html = page_of(make_run(base_dir))
+    top = html[: html.index('id="scores"')]
+    assert all(
+        text in top for text in ("Before: it continues a text", "After: it answers", "A right one of the 1 below")
+    )
+    assert 'aria-label="Loss of the base model: ' in top
+    missing = re.search(r"Not in this report:</strong> ([^<]*)", top).group(1)
+    assert missing.startswith("Base model evaluation. ")  # RL is started by hand: it is not missing
+
+
 def test_tool_use_is_readable():
     text = "<|python_start|>7*6<|python_end|><|output_start|>42<|output_end|>It is 42."
     parts = [
@@ -261,7 +283,16 @@ def test_in_a_browser(page_path, scheme):
         page.goto(page_path.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
         assert page.evaluate("window.pwned") is None
-        assert page.locator("h2").count() == 7
+        assert page.locator("h2").count() == 8
+        assert page.locator("h2").first.inner_text() == "Before and after"
+        torn = """() => [...document.querySelectorAll(".facts dt")].map((dt) => {
+            const word = document.createRange(), text = dt.firstChild;
+            word.setStart(text, 0);
+            word.setEnd(text, /^\\w*/.exec(text.data)[0].length);
+            return [word.getClientRects().length, dt.textContent];
+        }).filter(([lines, text]) => lines > 1).map(([, text]) => text)"""
+        page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
+        assert page.evaluate(torn) == []  # no label has its first word in two lines
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(250, 248, 244)") == (scheme == "light")
         assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
@@ -272,6 +303,5 @@ def test_in_a_browser(page_path, scheme):
         page.goto(page_path.as_uri())
         page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
         found = page.evaluate("axe.run().then(result => result.violations)")
-        serious = [v for v in found if v["impact"] in ("serious", "critical")]
-        assert [(v["id"], [n["html"][:200] for n in v["nodes"]][:5]) for v in serious] == []
+        assert [(v["id"], [n["html"][:200] for n in v["nodes"]][:5]) for v in found] == []
         browser.close()

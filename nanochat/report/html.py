@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from nanochat.progress import format_seconds
 from nanochat.report.plots import LOSS_UNIT, Line, Plotter, is_flat
-from nanochat.report.run_data import Run, StageRun, cost_line, model_flops_utilization
+from nanochat.report.run_data import Answer, Run, StageRun, cost_line, model_flops_utilization
 from nanochat.report.sections import COLUMNS, missing_sections, summary_table
 from nanochat.report.text import format_value
 
@@ -65,6 +65,7 @@ NO_CURVE = {"step", "seconds", "clock", "tokens", "progress", "loss"}
 def render_html(run: Run, price: float | None = None) -> str:
     """The page of a run; `price`: US dollars an hour of the machine."""
     plotter, summary = Plotter(), drop_empty_columns(summary_table(run.sections))
+    answers = [answer for answer in run.answers if answer.question]
     return template("report.html").render(
         run=run,
         title=model_name(run),
@@ -76,7 +77,9 @@ def render_html(run: Run, price: float | None = None) -> str:
         timeline=timeline(run),
         stages=[stage_view(plotter, run, stage) for stage in run.stages.values()],
         samples=base_samples(run),
-        answers=[answer for answer in run.answers if answer.question],
+        answers=answers,
+        opening=opening_answer(answers),
+        first_curve=first_curve(plotter, run),
         answer_sources=[s for s in SHORT if any(s in answer.said for answer in run.answers)],
         data_sections=[run.section(name) for name in ("Tokenizer training", "Tokenizer evaluation")],
         data_facts=data_facts(run),
@@ -118,6 +121,21 @@ def markdown(text: str) -> Markup:
 
 
 # --- what stands in the page -----------------------------------------------------------------------------------------
+
+
+def opening_answer(answers: Sequence[Answer]) -> tuple[Answer, str] | None:
+    """(an answer of the newest stage, its source) for the top of the page: the first right one of those below."""
+    newest = next((source for source in reversed(SHORT) if any(source in answer.said for answer in answers)), None)
+    of_it = [answer for answer in answers if newest in answer.said]
+    if newest is None or not of_it:
+        return None
+    return next((answer for answer in of_it if answer.said[newest][1] == "right"), of_it[0]), newest
+
+
+def first_curve(plotter: Plotter, run: Run) -> str | None:
+    """The picture of what the base model has learned; None without its loss log."""
+    x, y = run.stages["base"].curve("smooth_loss") if "base" in run.stages else ([], [])
+    return plotter.lines("Loss of the base model", [Line("Loss", x, y)], unit=LOSS_UNIT) if y else None
 
 
 def model_name(run: Run) -> str:

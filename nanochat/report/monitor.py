@@ -379,7 +379,7 @@ def training_facts(last: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
         ("tokens/s", show("tokens_per_second", ",.0f")),
         ("of matmul speed", show("share_of_matmul_speed", ".0%")),
         ("peak memory", show("peak_memory_gb", ".2f") + " GB"),
-        ("skipped steps", str(last.get("skipped", 0))),
+        ("skipped steps", show("skipped", ".0f")),
         ("loss scale", show("scale", "g")),
         *evaluations.items(),
     ]

@@ -1,4 +1,4 @@
-"""The monitor as a page for this machine's browser, which loads it anew every few seconds: no script."""
+"""The monitor as a page for this machine's browser, which takes what is new into it every few seconds."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse, HTMLResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from nanochat.report.html import template
+from nanochat.report.html import TEMPLATES, template
 from nanochat.report.monitor import StageCurve, Watcher
 from nanochat.report.plots import LOSS_UNIT, Line, Plotter
 from nanochat.stages import TRAINED
 
 LOCAL_HOSTS = ["127.0.0.1", "localhost"]
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'unsafe-inline'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
@@ -36,6 +36,10 @@ def monitor_app(watcher: Watcher, interval: float) -> FastAPI:
         plots = [pictures.plot(curve) for curve in frame.curves]
         html = template("monitor.html").render(frame=frame, seconds=max(1, round(interval)), plots=plots)
         return HTMLResponse(html, headers=HEADERS)
+
+    @app.get("/monitor.js")
+    def script() -> FileResponse:
+        return FileResponse(TEMPLATES / "monitor.js", media_type="text/javascript; charset=utf-8", headers=HEADERS)
 
     @app.get("/report")
     def report() -> Response:

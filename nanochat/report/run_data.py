@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from nanochat.cards import find_card
 from nanochat.progress import format_seconds
@@ -58,6 +58,9 @@ class StageRun:
         return dict(found) if isinstance(found, Mapping) else {}
 
 
+Verdict = Literal["right", "by another way", "wrong"]
+
+
 @dataclass(frozen=True)
 class Answer:
     """A question of an evaluation, and what the models of two stages or more said."""
@@ -65,8 +68,8 @@ class Answer:
     task: str
     question: str
     expected: str
-    said: Mapping[str, tuple[str, bool]]
-    """By source: the answer, and whether it was right."""
+    said: Mapping[str, tuple[str, Verdict]]
+    """By source: the answer, and what became of it."""
 
 
 @dataclass(frozen=True)
@@ -156,21 +159,44 @@ def read_answers(folder: Path) -> list[Answer]:
     answers = []
     for (task, _), records in said.items():
         first = next(iter(records.values()))
-        texts = {source: (readable(r["completions"][0]), bool(r.get("passed"))) for source, r in records.items()}
+        texts = {source: (readable(r["completions"][0]), verdict(r)) for source, r in records.items()}
         answers.append(Answer(task, str(first.get("question", "")), readable(first.get("answer", "")), texts))
     return answers[:MAX_ANSWERS]
 
 
+def verdict(record: Mapping[str, Any]) -> Verdict:
+    """What a task's judge says of an answer, "right" only if it has also calculated what the reference calculates.
+
+    A judge of numbers alone lets pass what is right by chance: the letters of another word, say.
+    """
+    if not record.get("passed"):
+        return "wrong"
+    wanted, made = (_calls(_with_marks(text)) for text in (record.get("answer", ""), record["completions"][0]))
+    return "right" if wanted <= made else "by another way"
+
+
+def _calls(answer: str) -> set[str]:
+    """What an answer asks the calculator, however it is written: '"a".count( "b")' is "'a'.count('b')"."""
+    found = re.findall(r"<\|python_start\|>(.*?)<\|python_end\|>", answer, re.DOTALL)
+    return {re.sub(r"\s+", "", call).replace('"', "'") for call in found}
+
+
+def _with_marks(answer: Any) -> str:
+    """An answer as the model writes it, also one that is stored as parts: texts, Python, and what it printed."""
+    if not isinstance(answer, list):
+        return str(answer)
+    marks = {
+        "python": ("<|python_start|>", "<|python_end|>"),
+        "python_output": ("<|output_start|>", "<|output_end|>"),
+    }
+    parts = [(marks.get(str(part.get("type")), ("", "")), part.get("text", "")) for part in answer]
+    return "".join(f"{before}{text}{after}" for (before, after), text in parts)
+
+
 def readable(answer: Any) -> str:
-    """An answer as people read it: a use of the calculator or of Python as ⟨7*6 → 42⟩."""
-    if isinstance(answer, list):  # parts: texts, Python, and what it printed
-        marks = {
-            "python": ("<|python_start|>", "<|python_end|>"),
-            "python_output": ("<|output_start|>", "<|output_end|>"),
-        }
-        parts = [(marks.get(str(part.get("type")), ("", "")), part.get("text", "")) for part in answer]
-        answer = "".join(f"{before}{text}{after}" for (before, after), text in parts)
-    text = re.sub(r"<\|python_end\|>\s*<\|output_start\|>", " → ", str(answer))
+    """An answer as people read it: a use of the calculator or of Python as ⟨7*6 → 42⟩, a result after ⇒."""
+    text = re.sub(r"<\|python_end\|>\s*<\|output_start\|>", " → ", _with_marks(answer))
+    text = re.sub(r"\s*####\s*(?=[-+$€£]?\d)", " ⇒ ", text)
     return re.sub(
         r"<\|python_start\|>|<\|(?:python|output)_end\|>", lambda m: "⟨" if "start" in m.group() else "⟩", text
     )
