@@ -206,7 +206,7 @@ class _Maker:
         if dataset is None:
             return None
         if dataset == "demo":
-            about, output = "writes the texts of the demo world", "base_data/demo/*.parquet"
+            about, output = f"writes the texts of the world {self.profile.world}", "base_data/demo/*.parquet"
             world = world_identity(self.profile.world)
             return self.stage("data", about, module="tasks.demo", needs=needs, inputs=world, output=output)
         return self.stage(
