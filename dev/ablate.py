@@ -238,16 +238,25 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def corpus_bytes(cfg: Config) -> int:
-    """Bytes of training text, by the shards' own count."""
+    """Bytes of training text, by the shards' own count.
+
+    Raises:
+        ValueError: there are no shards of text to train on.
+    """
     import pyarrow.parquet as pq
 
-    shards = [pq.ParquetFile(path) for path in sorted(Path(cfg.data).glob("*.parquet"))[:-1]]
-    columns = [shard.schema_arrow.get_field_index("text") for shard in shards]
-    return sum(
-        shard.metadata.row_group(i).column(column).total_uncompressed_size
-        for shard, column in zip(shards, columns, strict=True)
-        for i in range(shard.num_row_groups)
-    )
+    total = 0
+    for path in sorted(Path(cfg.data).glob("*.parquet"))[:-1]:
+        shard = pq.ParquetFile(path)
+        column = shard.schema_arrow.get_field_index("text")
+        if column < 0:
+            raise ValueError(f"{path} has no column named text")
+        total += sum(
+            shard.metadata.row_group(i).column(column).total_uncompressed_size for i in range(shard.num_row_groups)
+        )
+    if not total:  # said now, not after the first rung
+        raise ValueError(f"--data={cfg.data} holds no parquet shards to train on besides the last, the validation text")
+    return total
 
 
 def run_rung(cfg: Config, flops: float | None) -> dict[str, list[dict[str, Any]]]:

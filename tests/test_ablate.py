@@ -2,6 +2,8 @@
 
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dev import ablate
@@ -84,7 +86,21 @@ def test_runs_without_a_law_still_end_with_their_table():
     assert a.count("|") == b.count("|")
 
 
-def test_compute_is_given_once(tmp_path):
+def test_a_folder_without_training_shards_is_refused_before_the_first_rung(tmp_path):
+    for names, error in (((), "no parquet shards"), (("text", "text"), ""), (("body", "text"), "no column named text")):
+        folder = tmp_path / "-".join(("data", *names))
+        folder.mkdir()
+        for i, name in enumerate(names):
+            pq.write_table(pa.table({name: ["some text"] * 100}), folder / f"shard_{i}.parquet")
+        cfg = ablate.Config(data=str(folder), ladder=True)
+        if error:
+            with pytest.raises(ValueError, match=error):
+                ablate.main(cfg)
+        else:
+            assert ablate.corpus_bytes(cfg) > 0
+
+
+def test_compute_is_given_once():
     for given in ({}, {"flops": 1e13, "ladder": True}, {"seconds": 1.0, "ladder": True}):
         with pytest.raises(ValueError, match="one of --seconds, --flops and --ladder"):
             ablate.Config(data="x", **given)
