@@ -1,10 +1,14 @@
-"""The fast decode path computes what the model's own forward pass computes, in every precision and batch."""
+"""The fast decode path computes what the model's own forward pass computes, in every precision and batch.
+
+With torch's operators: the step in Rust, which machines with a compiler take instead, has test_native_step.py.
+"""
 
 import pytest
 import torch
 from reference_generation import ToolModel, make_model, naive_greedy
 
 from nanochat.engine import Engine
+from nanochat.generate import fast_decode
 from nanochat.generate.decode_linear import Int8Linear
 from nanochat.generate.fast_decode import make_decoder, unknown_parts
 from nanochat.generate.kv_cache import KVCache
@@ -20,6 +24,11 @@ SHAPES = [
     {"n_head": 2, "n_kv_head": 2, "n_layer": 2, "smear": True, "backout": True},
     {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026, "key_offset": True},
 ]
+
+
+@pytest.fixture(autouse=True)
+def without_rust(monkeypatch):
+    monkeypatch.setattr(fast_decode, "supports", lambda model, dtype: False)
 
 
 def caches(model, lengths, dtype):

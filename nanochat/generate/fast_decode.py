@@ -7,7 +7,10 @@ all of them for every token), query, key and value as one matmul, queries and ke
 residuals added by the matmul, views of the cache made for all layers at once, and no module calls in a layer.
 
 `weights` may also be smaller than the run's precision: "bfloat16" halves the bytes of float32, "int8" quarters them
-(a scale per output channel, activations in bfloat16; CPU only). Only decoding changes: prompts are read by the model.
+(a scale per output channel; CPU only). Only decoding changes: prompts are read by the model.
+
+On a CPU a few sequences take their step in Rust (nanochat.generate.native_step), where the crate was compiled. What is
+below serves cards, larger batches, and machines without a Rust compiler.
 
 Shapes: B sequences, C channels, H query heads, K key/value heads, D head size, V vocabulary.
 """
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 from nanochat.generate.decode_linear import FixedLinear, Int8Linear, best_form
 from nanochat.generate.kv_cache import KVCache
+from nanochat.generate.native_step import NativeStep, supports
 from nanochat.gpt import GPT, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, Block, GPTConfig, Linear, unnumbered
 from nanochat.ops.cpu import ThreadChoice
 from nanochat.ops.pointwise import scaled_square
@@ -34,6 +38,8 @@ from nanochat.precision import DTYPES, NARROW_RANGE, Precision
 Weights = Literal["auto", "model", "bfloat16", "int8"]
 """auto: those of the run's precision. model: the model's own forward pass, not this module. bfloat16, int8: smaller."""
 
+# Sequences up to which the step in Rust is faster than torch's: it multiplies rows one by one, torch a block of them.
+NATIVE_ROWS = 16
 # For each layer the maps C -> query, key and value, C -> C, C -> 4C and 4C -> C; and the lm_head.
 _Matrices = tuple[list[tuple[FixedLinear, FixedLinear, FixedLinear, FixedLinear]], FixedLinear]
 
@@ -84,7 +90,9 @@ def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "au
     # A LoRA's matrices cannot be kept in another form: a fused AdamW step leaves no trace that `refresh` sees.
     unknown = unknown_parts(model)
     new = ", ".join(name for name in unknown if ".lora_" not in name)
-    windows = any(window is not None for window in model.config.windows)
+    dtype = model.lm_head.weight.dtype if precision is None else precision.dtype
+    # torch's step has no windows; that in Rust has.
+    windows = any(window is not None for window in model.config.windows) and not supports(model, dtype)
     if type(model) is not GPT or unknown or windows:
         if weights != "auto":
             raise ValueError(f"weights={weights} does not work for models with {new or 'windows or a LoRA'}: use auto")
@@ -94,8 +102,9 @@ def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "au
     device = model.get_device().type
     if weights == "int8" and (device != "cpu" or not hasattr(torch, "_weight_int8pack_mm")):
         raise ValueError(f"weights=int8 works on a CPU only (here: {device}): use auto or bfloat16")
-    dtype = model.lm_head.weight.dtype if precision is None else precision.dtype
-    return FastDecoder(model, DTYPES["bfloat16"] if weights in ("bfloat16", "int8") else dtype, weights == "int8")
+    native = supports(model, dtype)
+    dtype = DTYPES["bfloat16"] if weights in ("bfloat16", "int8") else dtype
+    return FastDecoder(model, dtype, weights == "int8", native)
 
 
 @functools.cache
@@ -110,10 +119,14 @@ class FastDecoder:
         model: whose weights to use.
         dtype: what matmuls run in.
         int8: hold the weights in 8 bits.
+        native: take the step in Rust for up to NATIVE_ROWS sequences.
     """
 
-    def __init__(self, model: GPT, dtype: torch.dtype, int8: bool = False) -> None:
+    def __init__(self, model: GPT, dtype: torch.dtype, int8: bool = False, native: bool = False) -> None:
         self.model, self.dtype, self.int8 = model, dtype, int8
+        windows = any(window is not None for window in model.config.windows)
+        self._native_rows = (1 << 30 if windows else NATIVE_ROWS) if native else 0
+        self._native: NativeStep | None = None  # made when it is first needed
         self.device = model.get_device().type
         autocast = functools.partial(torch.autocast, self.device, dtype)
         self._autocast: Any = autocast if dtype.itemsize < 4 else contextlib.nullcontext
@@ -128,6 +141,7 @@ class FastDecoder:
         now = [(p.data_ptr(), p._version) for p in model.parameters()]
         if now != self._seen:
             self._forms.clear()
+            self._native = None
             self._seen = now
             self._cos, self._sin = model.cos[:, None, None], model.sin[:, None, None]  # (T, 1, 1, D)
             self._take_switches()
@@ -173,6 +187,10 @@ class FastDecoder:
     @torch.inference_mode()
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Run token ids (B, 1) on the cache's selected rows; return float32 logits (B, V)."""
+        if idx.size(0) <= self._native_rows and cache.k_cache.dtype not in NARROW_RANGE:
+            if self._native is None or self._native.threads != torch.get_num_threads():
+                self._native = NativeStep(self.model, self.dtype, self.int8)
+            return self._native(idx, cache)
         self._matrices(idx.size(0))  # before the choice of threads: new forms are made with all of them
         with self._threads.setdefault(idx.size(0).bit_length(), ThreadChoice(self.device))():
             return self._decode(idx, cache)

@@ -100,6 +100,16 @@ class KVCache:
         self._start, self._stop = start, stop
         self._planned: int | None = None  # for how many new tokens positions and mask are made
 
+    def selected(self, n_tokens: int) -> tuple[int, list[int]]:
+        """The first selected row and the lengths of all of them, which have room for `n_tokens` more.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        lengths = self._lengths[self._start : self._stop]
+        self._check_room(max(lengths) + n_tokens)
+        return self._start, lengths
+
     def set_lengths(self, lengths: list[int]) -> None:
         """Set the number of positions that count in each selected row; what lies behind is overwritten later."""
         self._lengths[self._start : self._stop] = lengths

@@ -1,4 +1,4 @@
-//! The C ABI: what `__init__.py` calls through ctypes. The only module with `unsafe`.
+//! The C ABI: what `__init__.py` calls through ctypes.
 //!
 //! Every function returns 0, or -1 after leaving a message for `rustbpe_last_error`. Panics are caught here. Handles
 //! are boxes whose ownership passes to the caller until it calls the matching `_free` (or a function that says it
@@ -39,7 +39,7 @@ pub struct RawDocuments {
 }
 
 /// Runs `body`, and turns an error or a panic into -1 and a message.
-fn guarded(body: impl FnOnce() -> Result<(), String>) -> c_int {
+pub(crate) fn guarded(body: impl FnOnce() -> Result<(), String>) -> c_int {
     let message = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return 0,
         Ok(Err(message)) => message,
@@ -66,7 +66,7 @@ fn now_and_then(progress: Progress, total: u64) -> impl FnMut(u64) -> bool {
 
 /// # Safety
 /// `pointer` is null, or valid for reading `len` elements for as long as 'a; `len` 0 allows any pointer.
-unsafe fn view<'a, T>(pointer: *const T, len: usize) -> Result<&'a [T], String> {
+pub(crate) unsafe fn view<'a, T>(pointer: *const T, len: usize) -> Result<&'a [T], String> {
     if len == 0 {
         return Ok(&[]);
     }
@@ -79,7 +79,7 @@ unsafe fn view<'a, T>(pointer: *const T, len: usize) -> Result<&'a [T], String> 
 
 /// # Safety
 /// As `view`, for writing, and nobody else touches the memory during 'a. The memory is initialized.
-unsafe fn view_mut<'a, T>(pointer: *mut T, len: usize) -> Result<&'a mut [T], String> {
+pub(crate) unsafe fn view_mut<'a, T>(pointer: *mut T, len: usize) -> Result<&'a mut [T], String> {
     if len == 0 {
         return Ok(&mut []);
     }
@@ -92,21 +92,21 @@ unsafe fn view_mut<'a, T>(pointer: *mut T, len: usize) -> Result<&'a mut [T], St
 
 /// # Safety
 /// `handle` is null or a live handle of type T.
-unsafe fn borrow<'a, T>(handle: *const T) -> Result<&'a T, String> {
+pub(crate) unsafe fn borrow<'a, T>(handle: *const T) -> Result<&'a T, String> {
     // SAFETY: the caller promises a live handle, and handles come from Box, so they are aligned and initialized.
     unsafe { handle.as_ref() }.ok_or_else(|| "the handle is null".into())
 }
 
 /// # Safety
 /// `pointer` is valid for writing one T.
-unsafe fn put<T>(pointer: *mut T, value: T) {
+pub(crate) unsafe fn put<T>(pointer: *mut T, value: T) {
     // SAFETY: as the caller promises; `write` does not read what was there.
     unsafe { pointer.write(value) }
 }
 
 /// # Safety
 /// `handle` is null or a live handle of type T, which ends here.
-unsafe fn free<T>(handle: *mut T) {
+pub(crate) unsafe fn free<T>(handle: *mut T) {
     if !handle.is_null() {
         // SAFETY: it came from Box::into_raw and the caller gives it back once.
         let owned = unsafe { Box::from_raw(handle) };

@@ -1,0 +1,121 @@
+"""The decode step of a language model on a CPU, in Rust (src/decode): the binding to its C ABI.
+
+This module knows addresses and sizes only; `nanochat.generate.native_step` knows the model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from typing import Any
+
+import rustbpe
+
+VERSION = 1  # of the layouts below, that of src/decode/abi.rs
+FORMATS = ("float32", "bfloat16", "int8")
+LEVELS = ("best", "portable", "avx2", "avx512")
+
+_size, _pointer = ctypes.c_size_t, ctypes.c_void_p
+
+
+class Floats(ctypes.Structure):
+    """Where float32 numbers lie, and how many; none by default."""
+
+    _fields_ = (("data", _pointer), ("len", _size))
+
+
+class Layer(ctypes.Structure):
+    """`RawLayer` of src/decode/abi.rs."""
+
+    _fields_ = (
+        *(
+            (name, Floats)
+            for name in ("query", "key", "value", "output", "hidden", "residual", "value_table", "value_gate")
+        ),
+        *((name, ctypes.c_float) for name in ("keep", "again", "scale")),
+        ("window", _size),
+    )
+
+
+class Model(ctypes.Structure):
+    """`RawModel` of src/decode/abi.rs."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(Layer)),
+        *((name, _size) for name in ("num_layers", "channels", "mlp", "heads", "kv_heads", "vocab", "key_offset")),
+        *((name, Floats) for name in ("embedding", "head", "bigram", "smear_gate", "cos", "sin")),
+        ("hash", ctypes.c_int64 * 2),
+        *((name, ctypes.c_float) for name in ("smear", "backout", "softcap", "eps")),
+    )
+
+
+class Cache(ctypes.Structure):
+    """`RawCache` of src/decode/abi.rs."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("keys", "values")),
+        *((name, _size) for name in ("len", "width", "rows", "positions")),
+        ("tokens", _pointer),
+        ("token_positions", _size),
+    )
+
+
+@functools.cache
+def library() -> Any:
+    """The library with the decoder's functions; None without the compiled crate, or where it is of another version."""
+    lib = rustbpe._lib
+    try:
+        version = lib.rustbpe_decoder_version
+        version.argtypes, version.restype = (), ctypes.c_int
+        if version() != VERSION:
+            return None
+    except AttributeError:
+        return None
+    step = (_pointer, ctypes.POINTER(Cache), _pointer, _pointer, _size, _size, _pointer, _size)
+    lib.rustbpe_decoder_new.argtypes = (ctypes.POINTER(Model), _size, _size, _size, ctypes.POINTER(_pointer))
+    lib.rustbpe_decoder_new.restype = ctypes.c_int
+    lib.rustbpe_decoder_step.argtypes, lib.rustbpe_decoder_step.restype = step, ctypes.c_int
+    lib.rustbpe_decoder_free.argtypes, lib.rustbpe_decoder_free.restype = (_pointer,), None
+    return lib
+
+
+class Decoder:
+    """A model that decodes. The memory that `model` points to must stay as it is as long as this lives.
+
+    Args:
+        model: its sizes, and where its weights are.
+        format: one of FORMATS, what the matrices are kept as; float32 stays where it is, else a copy is made.
+        threads: how many compute.
+        level: one of LEVELS, the instructions to use.
+
+    Raises:
+        ValueError: sizes that don't belong together, or a level that this processor doesn't have.
+    """
+
+    def __init__(self, model: Model, format: str, threads: int, level: str = "best") -> None:
+        self.threads = threads
+        handle, lib = _pointer(), library()
+        arguments = FORMATS.index(format), LEVELS.index(level), threads, ctypes.byref(handle)
+        rustbpe._check(lib.rustbpe_decoder_new(ctypes.byref(model), *arguments))
+        self._handle, self._step = handle, lib.rustbpe_decoder_step
+        weakref.finalize(self, lib.rustbpe_decoder_free, handle)
+
+    def step(self, cache: Cache, ids: int, positions: list[int], first_row: int, logits: int, num_logits: int) -> None:
+        """Run one token for each of the cache's rows from `first_row` on.
+
+        Args:
+            cache: the keys and values.
+            ids: address of the tokens, int64, as many as positions.
+            positions: where they stand.
+            first_row: the cache's row of the first one.
+            logits: address of float32 numbers, (tokens, vocabulary).
+            num_logits: how many.
+
+        Raises:
+            ValueError: a token or a position that the model or the cache doesn't have.
+        """
+        batch = len(positions)
+        at = (ctypes.c_int64 * batch)(*positions)
+        status = self._step(self._handle, ctypes.byref(cache), ids, at, batch, first_row, logits, num_logits)
+        rustbpe._check(status)

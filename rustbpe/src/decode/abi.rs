@@ -1,0 +1,220 @@
+//! The C ABI of the decoder: what `decoding.py` calls. The rules are those of the crate's `abi`.
+
+use std::os::raw::c_int;
+use std::sync::{Mutex, PoisonError};
+
+use super::{Cache, Decoder, Format, LayerWeights, Level, Weights};
+use crate::abi::{borrow, free, guarded, put, view, view_mut};
+
+/// Counts the layouts below: `decoding.py` refuses a library with another number.
+const VERSION: c_int = 1;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct RawFloats {
+    data: *const f32,
+    len: usize,
+}
+
+#[repr(C)]
+pub struct RawLayer {
+    query: RawFloats,
+    key: RawFloats,
+    value: RawFloats,
+    output: RawFloats,
+    hidden: RawFloats,
+    residual: RawFloats,
+    value_table: RawFloats,
+    value_gate: RawFloats,
+    keep: f32,
+    again: f32,
+    scale: f32,
+    window: usize,
+}
+
+#[repr(C)]
+pub struct RawModel {
+    layers: *const RawLayer,
+    num_layers: usize,
+    channels: usize,
+    mlp: usize,
+    heads: usize,
+    kv_heads: usize,
+    vocab: usize,
+    key_offset: usize,
+    embedding: RawFloats,
+    head: RawFloats,
+    bigram: RawFloats,
+    smear_gate: RawFloats,
+    cos: RawFloats,
+    sin: RawFloats,
+    hash: [i64; 2],
+    smear: f32,
+    backout: f32,
+    softcap: f32,
+    eps: f32,
+}
+
+/// The key/value cache; `len` floats in keys and as many in values, (layers, rows, positions, K, D) both.
+#[repr(C)]
+pub struct RawCache {
+    keys: *mut u8,
+    values: *mut u8,
+    len: usize,
+    /// Bytes of a float: 4 or 2 (bfloat16).
+    width: usize,
+    rows: usize,
+    positions: usize,
+    /// (rows, token_positions), or null.
+    tokens: *mut i64,
+    token_positions: usize,
+}
+
+/// A decoder, one step at a time, and the floats of its cache for one row and one position.
+pub struct Guarded {
+    decoder: Mutex<Decoder>,
+    layers: usize,
+    kv_width: usize,
+}
+
+impl RawFloats {
+    /// # Safety
+    /// `data` is valid for `len` floats for as long as the decoder lives.
+    unsafe fn get(self) -> Result<&'static [f32], String> {
+        // SAFETY: as the caller promises.
+        unsafe { view(self.data, self.len) }
+    }
+}
+
+#[no_mangle]
+pub extern "C" fn rustbpe_decoder_version() -> c_int {
+    VERSION
+}
+
+/// Makes a decoder. `format`: 0 float32, 1 bfloat16, 2 8 bits; `level`: 0 the best, 1 portable, 2 AVX2, 3 AVX-512.
+///
+/// # Safety
+/// `model` and what it points to are valid; all floats stay where they are, and do not change during a step, until the
+/// decoder is freed. `out` is valid for writing a pointer.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_decoder_new(
+    model: *const RawModel,
+    format: usize,
+    level: usize,
+    threads: usize,
+    out: *mut *mut Guarded,
+) -> c_int {
+    guarded(|| {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let raw = borrow(model)?;
+            let mut layers = Vec::new();
+            for layer in view(raw.layers, raw.num_layers)? {
+                layers.push(LayerWeights {
+                    query: layer.query.get()?,
+                    key: layer.key.get()?,
+                    value: layer.value.get()?,
+                    output: layer.output.get()?,
+                    hidden: layer.hidden.get()?,
+                    residual: layer.residual.get()?,
+                    value_table: layer.value_table.get()?,
+                    value_gate: layer.value_gate.get()?,
+                    keep: layer.keep,
+                    again: layer.again,
+                    scale: layer.scale,
+                    window: layer.window,
+                });
+            }
+            let weights = Weights {
+                channels: raw.channels,
+                mlp: raw.mlp,
+                heads: raw.heads,
+                kv_heads: raw.kv_heads,
+                vocab: raw.vocab,
+                key_offset: raw.key_offset != 0,
+                layers,
+                embedding: raw.embedding.get()?,
+                head: raw.head.get()?,
+                bigram: raw.bigram.get()?,
+                hash: raw.hash,
+                smear_gate: raw.smear_gate.get()?,
+                smear: raw.smear,
+                backout: raw.backout,
+                softcap: raw.softcap,
+                eps: raw.eps,
+                cos: raw.cos.get()?,
+                sin: raw.sin.get()?,
+            };
+            let format = match format {
+                0 => Format::F32,
+                1 => Format::Bf16,
+                2 => Format::Int8,
+                other => return Err(format!("there is no format {other}")),
+            };
+            let level = match level {
+                0 => None,
+                1 => Some(Level::Portable),
+                2 => Some(Level::Avx2),
+                3 => Some(Level::Avx512),
+                other => return Err(format!("there is no level {other}")),
+            };
+            if threads == 0 || threads > 1024 {
+                return Err(format!("{threads} threads are not possible"));
+            }
+            let decoder = Decoder::new(weights, format, level, threads)?;
+            let kv_width = raw.channels / raw.heads * raw.kv_heads;
+            let made = Guarded { decoder: Mutex::new(decoder), layers: raw.num_layers, kv_width };
+            put(out, Box::into_raw(Box::new(made)));
+        }
+        Ok(())
+    })
+}
+
+/// Runs one token for each of `batch` rows of the cache from `first_row` on, and writes logits (batch, vocabulary).
+///
+/// # Safety
+/// `decoder` is a live handle; the cache's pointers are valid for its shape, `ids` and `positions` for `batch` numbers,
+/// `logits` for writing `num_logits`; nobody else uses the cache meanwhile.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_decoder_step(
+    decoder: *const Guarded,
+    cache: *const RawCache,
+    ids: *const i64,
+    positions: *const i64,
+    batch: usize,
+    first_row: usize,
+    logits: *mut f32,
+    num_logits: usize,
+) -> c_int {
+    guarded(|| {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let (guarded, raw) = (borrow(decoder)?, borrow(cache)?);
+            let floats =
+                [raw.rows, raw.positions, guarded.kv_width].iter().try_fold(guarded.layers, |a, &b| a.checked_mul(b));
+            if raw.keys.is_null() || raw.values.is_null() || floats != Some(raw.len) || !matches!(raw.width, 2 | 4) {
+                return Err("the cache has another shape than the model".into());
+            }
+            let cache = Cache {
+                keys: raw.keys,
+                values: raw.values,
+                bf16: raw.width == 2,
+                rows: raw.rows,
+                positions: raw.positions,
+                tokens: raw.tokens,
+                token_positions: raw.token_positions,
+            };
+            let (ids, positions) = (view(ids, batch)?, view(positions, batch)?);
+            let mut decoder = guarded.decoder.lock().unwrap_or_else(PoisonError::into_inner);
+            decoder.step(ids, positions, first_row, cache, view_mut(logits, num_logits)?)
+        }
+    })
+}
+
+/// # Safety
+/// `decoder` is null or a live handle, which ends here.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_decoder_free(decoder: *mut Guarded) {
+    // SAFETY: as the caller promises.
+    unsafe { free(decoder) }
+}

@@ -1,0 +1,252 @@
+"""The decode step in Rust computes what the model's own forward pass computes, on every kind of processor."""
+
+import types
+
+import pytest
+import torch
+from reference_generation import make_model, naive_greedy
+
+import rustbpe
+from nanochat.engine import Engine
+from nanochat.generate.fast_decode import FastDecoder, make_decoder
+from nanochat.generate.kv_cache import KVCache
+from nanochat.generate.native_step import NativeStep, supports
+from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
+from nanochat.precision import Precision
+from nanochat.recipe import PRESETS
+from rustbpe import decoding
+
+pytestmark = pytest.mark.skipif(decoding.library() is None, reason="rustbpe was not compiled here")
+
+SHAPES = {
+    "plain": {},
+    "shared keys": {"n_head": 4, "n_kv_head": 1, "residual_factors": True},
+    "2026": {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026},
+    "all but factors": {**NANOCHAT_2026, "n_layer": 4, "bigram_buckets": 50, "key_offset": True, "window_pattern": "S"},
+    # Neither channels nor outputs are multiples of what a processor takes at once.
+    "odd sizes": {"n_head": 3, "n_kv_head": 3, "n_embd": 54, "vocab_size": 301, "logit_softcap": None},
+    "wide": {"n_embd": 384, "n_head": 3, "n_kv_head": 1, "n_layer": 2},
+}
+
+
+def available(level):
+    model = GPT(GPTConfig(8, 8, 1, 1, 1, 8))
+    try:
+        NativeStep(model, torch.float32, level=level)
+    except ValueError:
+        return False
+    return True
+
+
+LEVELS = [level for level in decoding.LEVELS[1:] if decoding.library() is not None and available(level)]
+
+
+def random_model(settings, seed=0):
+    shape = {"sequence_len": 1024, "vocab_size": 320, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 64}
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**shape | settings))
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.count_nonzero() < p.numel() / 2:  # what begins as zero would hide mistakes
+                p.normal_(0.0, 0.1)
+    return model.eval()
+
+
+def filled(model, lengths, dtype=torch.float32):
+    """A cache with rows of these lengths, as a prompt leaves them, with a row before and one behind them."""
+    cache = KVCache.for_model(model, len(lengths) + 2, 320, dtype)
+    generator = torch.Generator().manual_seed(0)
+    for row, n in enumerate(lengths, start=1):
+        cache.select(row, row + 1)
+        with torch.inference_mode():
+            model.hidden(torch.randint(0, model.config.vocab_size, (1, n), generator=generator), kv_cache=cache)
+    cache.select(1, len(lengths) + 1)
+    return cache
+
+
+def next_tokens(model, batch, step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, model.config.vocab_size, (batch, 1), generator=generator)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("lengths", [[7], [3, 300, 1], [9] * 5, list(range(1, 14))])
+def test_equals_the_model(name, lengths, level):
+    model = random_model(SHAPES[name])
+    ours, theirs = filled(model, lengths), filled(model, lengths)
+    step = NativeStep(model, torch.float32, level=level)
+    for i in range(3):
+        idx = next_tokens(model, len(lengths), i)
+        with torch.inference_mode():
+            expected = model(idx, kv_cache=theirs)[:, -1]
+        torch.testing.assert_close(step(idx, ours), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(ours.k_cache, theirs.k_cache, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(ours.v_cache, theirs.v_cache, atol=2e-5, rtol=2e-5)
+    assert ours.cache_seqlens.tolist() == theirs.cache_seqlens.tolist()
+    assert torch.equal(ours.tokens, theirs.tokens)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("weights", "tolerance"), [("bfloat16", 0.02), ("int8", 0.01)])
+def test_small_weights_give_nearly_the_same(weights, tolerance, level):
+    model = random_model(SHAPES["all but factors"] | {"n_embd": 128})
+    idx = next_tokens(model, 3, 0)
+    with torch.inference_mode():
+        expected = model(idx, kv_cache=filled(model, [5, 60, 2]))[:, -1]
+    step = NativeStep(model, torch.bfloat16, weights == "int8", level)
+    error = (step(idx, filled(model, [5, 60, 2])) - expected).norm() / expected.norm()
+    torchs = FastDecoder(random_model({"n_embd": 128}), torch.bfloat16, weights == "int8").refresh()
+    plain = torchs.model
+    with torch.inference_mode():
+        exact = plain(idx, kv_cache=filled(plain, [5, 60, 2]))[:, -1]
+    theirs = (torchs(idx, filled(plain, [5, 60, 2])) - exact).norm() / exact.norm()
+    ours = NativeStep(plain, torch.bfloat16, weights == "int8", level)(idx, filled(plain, [5, 60, 2]))
+    assert error < tolerance
+    assert (ours - exact).norm() / exact.norm() < 1.1 * theirs  # as good as torch's with the same weights
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_in_bfloat16_is_read_and_written(dtype, level):
+    model = random_model(SHAPES["2026"])
+    idx = next_tokens(model, 2, 0)
+    ours, theirs = filled(model, [4, 9], torch.bfloat16), filled(model, [4, 9], torch.bfloat16)
+    with torch.inference_mode():
+        expected = model(idx, kv_cache=theirs)[:, -1]
+    torch.testing.assert_close(NativeStep(model, dtype, level=level)(idx, ours), expected, atol=0.1, rtol=0.05)
+    torch.testing.assert_close(ours.k_cache, theirs.k_cache, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_sequence_does_not_depend_on_the_others_nor_on_threads(weights, level, threads):
+    model = random_model(SHAPES["all but factors"] | {"n_embd": 128, "n_head": 4})
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    lengths = [30, 2, 200, 2, 7, 9, 11, 13, 15]
+    idx = next_tokens(model, len(lengths), 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        step = NativeStep(model, dtype, weights == "int8", level)
+    finally:
+        torch.set_num_threads(before)
+    together = step(idx, filled(model, lengths))
+    alone = NativeStep(model, dtype, weights == "int8", level)
+    for row in (0, 2, 8):
+        cache = filled(model, lengths)
+        cache.select(row + 1, row + 2)
+        assert torch.equal(alone(idx[row : row + 1], cache)[0], together[row])
+
+
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_greedy_text_is_the_references_for_every_recipe(tiny_tokenizer, recipe):
+    model = make_model(tiny_tokenizer, n_head=4, n_kv_head=2, n_layer=3, **PRESETS[recipe].switches)
+    assert supports(model, torch.float32)
+    engine = Engine(model, tiny_tokenizer)
+    prompts = [[65], list(range(60)), [1, 2, 3, 4, 5, 6]]
+    together = engine.generate_prompts(prompts, max_tokens=20, keep_end=True)[0]
+    assert engine._decoder._native is not None
+    for prompt, sequence in zip(prompts, together, strict=True):
+        assert sequence == prompt + naive_greedy(model, tiny_tokenizer, prompt, 20)[0]
+
+
+def test_what_is_not_a_number_stays_so():
+    """The scheduler ends such an answer with an error; as a number it would be a wrong token."""
+    for weights in ("float32", "bfloat16", "int8"):
+        for part in ("lm_head.weight", "transformer.h.0.mlp.c_fc.weight", "transformer.h.1.attn.c_k.weight"):
+            model = random_model({})
+            with torch.no_grad():
+                model.get_parameter(part).view(-1)[3] = float("nan")
+            dtype = torch.float32 if weights == "float32" else torch.bfloat16
+            for level in LEVELS:
+                logits = NativeStep(model, dtype, weights == "int8", level)(
+                    next_tokens(model, 1, 0), filled(model, [4])
+                )
+                assert logits.isnan().any(), (weights, part, level)
+
+
+def test_changed_weights_are_taken():
+    model = random_model({})
+    decoder = make_decoder(model, None).refresh()
+    idx = next_tokens(model, 1, 0)
+    before = decoder(idx, filled(model, [4]))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    with torch.inference_mode():
+        expected = model(idx, kv_cache=filled(model, [4]))[:, -1]
+    after = decoder.refresh()(idx, filled(model, [4]))
+    torch.testing.assert_close(after, expected, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(before, after, atol=1e-2)
+
+
+def test_what_does_not_fit_is_refused_before_memory_is_touched():
+    model = random_model({})
+    step = NativeStep(model, torch.float32)
+    with pytest.raises(ValueError, match="outside the vocabulary of 320"):
+        step(torch.tensor([[320]]), filled(model, [4]))
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        step(torch.tensor([[-1]]), filled(model, [4]))
+    full = filled(model, [4])
+    full.set_lengths([320])
+    with pytest.raises(ValueError, match="room for"):
+        step(torch.tensor([[1]]), full)
+    with pytest.raises(ValueError, match="one token for each"):
+        step(torch.tensor([[1]]), filled(model, [4, 4]))
+    other = random_model({"n_layer": 3})
+    with pytest.raises(ValueError, match="another shape"):
+        step(torch.tensor([[1]]), filled(other, [4]))
+    with pytest.raises(ValueError, match="impossible"):
+        decoding.Decoder(decoding.Model(), "float32", 1)
+
+
+def test_a_library_without_the_step_leaves_it_to_torch(tiny_tokenizer, monkeypatch):
+    """PyPI's rustbpe has none, and neither has one that was compiled by an older checkout."""
+    model = make_model(tiny_tokenizer)
+    prompt = tiny_tokenizer.encode("The sky is")
+    expected = Engine(model, tiny_tokenizer).generate_batch(prompt, max_tokens=12, temperature=0.0)
+    old = types.SimpleNamespace(rustbpe_sizes=None)
+    newer = types.SimpleNamespace(rustbpe_decoder_version=lambda: 99)
+    for library in (None, old, newer):
+        monkeypatch.setattr(rustbpe, "_lib", library)
+        decoding.library.cache_clear()
+        try:
+            assert not supports(model, torch.float32)
+            engine = Engine(model, tiny_tokenizer)
+            assert engine.generate_batch(prompt, max_tokens=12, temperature=0.0) == expected
+            assert engine._decoder._native is None
+            windows = GPT(GPTConfig(512, 320, 2, 2, 1, 64, window_pattern="SL"))
+            assert make_decoder(windows, None) is None
+            with pytest.raises(ValueError, match="does not work for models with windows"):
+                make_decoder(windows, None, "int8")
+        finally:
+            monkeypatch.undo()
+            decoding.library.cache_clear()
+
+
+def test_float16_and_other_parameters_are_left_to_torch():
+    model = random_model({})
+    assert supports(model, torch.float32)
+    assert not supports(model, torch.float16)
+    assert make_decoder(model, Precision("cpu", torch.float16))._native_rows == 0
+    assert not supports(model.to(torch.float64), torch.float32)
+
+
+def test_the_memory_of_a_decoder_ends_with_it():
+    """A server may load models one after another; only what the decoder itself holds counts here."""
+    import resource
+
+    model = random_model({"n_embd": 256, "n_layer": 4, "vocab_size": 8192})
+    cache, idx = filled(model, [4]), next_tokens(model, 1, 0)
+
+    def run(times):
+        for _ in range(times):
+            NativeStep(model, torch.bfloat16)(idx, cache)
+            cache.set_lengths([4])
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = run(3)
+    assert run(30) - before < 30 << 10  # KiB; one has 10 MiB
