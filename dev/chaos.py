@@ -308,7 +308,7 @@ def outcome(cfg: Config, base_dir: Path) -> dict[str, Any]:
         state = {
             k: v
             for k, v in checkpoint.meta["state"].items()
-            if k not in ("seconds", "waited", "clock", "metrics_bytes")
+            if k not in ("seconds", "waited", "clock", "metrics_bytes", "metrics_crc")
         }
         found[f"{stage}: weights"] = weights_hash(checkpoint.folder)
         found[f"{stage}: position in the data"] = checkpoint.meta["loader"]

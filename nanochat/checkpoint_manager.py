@@ -80,7 +80,9 @@ def load_checkpoint(folder: Path, step: int | None = None, with_optimizer: bool 
                 raise
             problems.append(f"{path}: {error}")
             print0(f"warning: damaged checkpoint skipped: {problems[-1]}")
-    raise RuntimeError("damaged checkpoint: " + "; ".join(problems))
+    raise RuntimeError(
+        f"damaged checkpoint: {'; '.join(problems)}: put it back from a copy, or delete {folder} and train it again"
+    )
 
 
 def _read(path: Path, with_optimizer: bool) -> Checkpoint:

@@ -50,6 +50,8 @@ COLUMNS = {
     "schema": ("context_options", "continuation", "gold"),
     "language_modeling": ("context", "continuation"),
 }
+# A bundle is somebody's file; more than this it has only if it was made to do harm.
+MOST_BUNDLE_BYTES, MOST_TASK_BYTES, MOST_CONFIG_CHARS, MOST_SHOTS = 20 << 30, 2 << 30, 1 << 20, 1000
 SHUFFLE_SEED = 1337
 FEWSHOT_SEED = 1234
 # Examples tokenized and sorted by length together.
@@ -148,7 +150,11 @@ def get_bundle_folder(path: str | Path | None = None) -> Path:
 def _unpack(archive: Path, folder: Path) -> None:
     """Unpack a bundle's zip so that `folder` appears whole; a damaged zip is removed, to be downloaded again."""
     try:
-        with zipfile.ZipFile(archive) as bundle, atomic_folder(folder) as tmp:
+        with zipfile.ZipFile(archive) as bundle:
+            size = sum(member.file_size for member in bundle.infolist())
+        if size > MOST_BUNDLE_BYTES:
+            raise zipfile.BadZipFile(f"it would unpack to {size / 1e9:,.0f} GB")
+        with zipfile.ZipFile(archive) as bundle, atomic_folder(folder, size) as tmp:
             bundle.extractall(tmp)
             inner = tmp / "eval_bundle"  # the public zip holds one folder of this name
             for path in list(inner.iterdir()) if inner.is_dir() else []:
@@ -168,12 +174,13 @@ def load_bundle(folder: Path, only: Sequence[str] | None = None) -> Bundle:
         ValueError: core.yaml is malformed or names an unknown kind of task, or `only` an unknown task.
     """
     try:
-        config = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8")[:MOST_CONFIG_CHARS])
         with open(folder / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
-        entries = [(entry["label"], entry) for entry in config["icl_tasks"]]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"evaluation bundle {folder} is malformed: {type(error).__name__} {error}") from error
+        entries = [(_text(entry, "label"), entry) for entry in config["icl_tasks"]]
+    except (yaml.YAMLError, csv.Error, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"evaluation bundle {folder} is malformed: {type(error).__name__} {said}") from error
     labels = [label for label, _ in entries]
     unknown = [label for label in only or () if label not in labels]
     if unknown:
@@ -185,24 +192,39 @@ def load_bundle(folder: Path, only: Sequence[str] | None = None) -> Bundle:
     return Bundle(present, [label for label in labels if label not in {task.label for task in present}])
 
 
+def _text(entry: Any, name: str) -> str:
+    """A text of core.yaml. What is none is not shown: a few lines of YAML can stand for gigabytes."""
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if not isinstance(value, str):
+        raise ValueError(f"{name} of a task is {type(value).__name__}, expected a text")
+    return value
+
+
 def _read_task(folder: Path, entry: Mapping[str, Any], baselines: Mapping[str, float]) -> CoreTask:
-    label, kind = entry["label"], entry["icl_task_type"]
+    where = folder / "core.yaml"
+    label, kind, name = (_text(entry, key) for key in ("label", "icl_task_type", "dataset_uri"))
     if kind not in COLUMNS:
-        raise ValueError(f"{folder / 'core.yaml'}: task {label} is of the unknown kind {kind!r}; known: {[*COLUMNS]}")
+        raise ValueError(f"{where}: task {label} is of the unknown kind {kind!r}; known: {[*COLUMNS]}")
     if label not in baselines:
         raise ValueError(f"{folder / 'eval_meta_data.csv'} has no random baseline for task {label}")
-    return CoreTask(
-        label=label,
-        kind=kind,
-        path=folder / "eval_data" / entry["dataset_uri"],
-        num_fewshot=int(entry["num_fewshot"][0]),
-        delimiter=entry.get("continuation_delimiter", " "),
-        baseline=baselines[label],
-    )
+    if not 0 <= baselines[label] < 1:
+        raise ValueError(
+            f"{folder / 'eval_meta_data.csv'}: the random baseline of task {label} is no share below 100 %"
+        )
+    path = folder / "eval_data" / name
+    if not path.resolve().is_relative_to((folder / "eval_data").resolve()):
+        raise ValueError(f"{where}: the data of task {label} are outside the bundle ({name})")
+    shots = entry.get("num_fewshot")
+    if not isinstance(shots, list) or not shots or type(shots[0]) is not int or not 0 <= shots[0] <= MOST_SHOTS:
+        raise ValueError(f"{where}: num_fewshot of task {label} must be a list of a number from 0 to {MOST_SHOTS}")
+    delimiter = _text(entry, "continuation_delimiter") if "continuation_delimiter" in entry else " "
+    return CoreTask(label, kind, path, shots[0], delimiter, baselines[label])
 
 
 def load_items(task: CoreTask) -> list[Item]:
     """The task's examples in CORE's shuffled order. Raises ValueError for a file with no or incomplete examples."""
+    if task.path.stat().st_size > MOST_TASK_BYTES:
+        raise ValueError(f"{task.path} has more than {MOST_TASK_BYTES >> 20} MB: that is no task of CORE")
     items: list[Item] = list(read_jsonl(task.path))
     if not items:
         raise ValueError(f"{task.path} holds no examples")
@@ -210,8 +232,22 @@ def load_items(task: CoreTask) -> list[Item]:
         lacking = [column for column in COLUMNS[task.kind] if column not in item]
         if lacking:
             raise ValueError(f"{task.path}, example {number}: lacks {', '.join(lacking)}, needed for {task.kind}")
+        if wrong := _wrong_column(task.kind, item):
+            raise ValueError(f"{task.path}, example {number}: {wrong} is not what {task.kind} needs")
     random.Random(SHUFFLE_SEED).shuffle(items)
     return items
+
+
+def _wrong_column(kind: str, item: Item) -> str | None:
+    """The first column that holds something of another form."""
+    several = {"multiple_choice": "choices", "schema": "context_options"}.get(kind)
+    texts = item[several] if several else []
+    if several and not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+        return several
+    if several and not (isinstance(item["gold"], int) and 0 <= item["gold"] < len(texts)):
+        return "gold"
+    single = [column for column in COLUMNS[kind] if column not in (several, "gold")]
+    return next((column for column in single if not isinstance(item[column], str)), None)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

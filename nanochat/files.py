@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import gzip
 import hashlib
 import json
@@ -11,12 +12,14 @@ import os
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nanochat.env import FULL, check_disk_space, get_dist_info, in_base_dir, system_errno
+from nanochat.env import FULL, check_disk_space, get_dist_info, in_base_dir, print0, system_errno
 
+SEAL = "crc"  # of a record: the key of its checksum
 _LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)", re.DOTALL)
 
 
@@ -167,6 +170,55 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, sealed: `read_json` finds a later change."""
+    write_json(path, seal(record, place_of(Path(path))))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, without its seal; empty when there is none, or it is broken or not as it was sealed.
+
+    For what is never worth a crash. That a file was changed is said once.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        value = None if path.is_file() else {}
+    if not isinstance(value, dict) or not unseal(value, place_of(path)):
+        _tell_damage(path)
+        return {}
+    return value
+
+
+@functools.cache
+def _tell_damage(path: Path) -> None:
+    print0(f"warning: {path} is damaged or was edited, it is left out: run the stage that wrote it again")
+
+
+def place_of(path: Path) -> str:
+    """A file's name with its folder's, by which a record knows its place; a folder that was moved aside is the same."""
+    return f"{path.parent.name.removesuffix('.old')}/{path.name}"
+
+
+def seal(record: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """The record and a checksum of its content and place, such as its file's name.
+
+    It shows a change of a digit, which is no broken JSON, and files that have changed places.
+    """
+    return {**record, SEAL: _checksum(record, place)}
+
+
+def unseal(record: dict[str, Any], place: str = "") -> bool:
+    """Take the seal off; false if content or place are not what was sealed. A record without a seal is an older one."""
+    found = record.pop(SEAL, None)
+    return found is None or found == _checksum(record, place)
+
+
+def _checksum(record: Mapping[str, Any], place: str) -> str:
+    plain = json.loads(json.dumps(record))  # keys as they are read: a number has become a text
+    return f"{zlib.crc32(json.dumps([place, plain], sort_keys=True).encode()):08x}"
+
+
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
@@ -208,7 +260,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
                 value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not UTF-8 ({error}): save the file as UTF-8") from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
             yield number, value
 
@@ -242,11 +294,13 @@ class ResumeLog:
         for path in sorted(folder.glob("rank*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):  # a kill may have cut a line short
-                    self.records.append(json.loads(line))
+                    record = json.loads(line)
+                    if isinstance(record, dict) and unseal(record):  # else it is computed again
+                        self.records.append(record)
         self.path = folder / f"rank{get_dist_info()[1]}.jsonl"
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append results."""
         with open(self.path, "a", encoding="utf-8") as f:
             # The newline comes first: it ends a line that a kill has cut short. ASCII, so that no letter can be cut.
-            f.write("".join("\n" + json.dumps(record) for record in records))
+            f.write("".join("\n" + json.dumps(seal(record)) for record in records))

@@ -33,7 +33,7 @@ from nanochat.core_eval import (
     get_bundle_folder,
     load_bundle,
 )
-from nanochat.files import ResumeLog, write_jsonl, write_text
+from nanochat.files import ResumeLog, seal, write_jsonl, write_text
 from nanochat.interop.hf_model import load_hf_model
 from nanochat.progress import format_seconds
 from nanochat.report import get_report
@@ -136,7 +136,7 @@ def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> Non
     print0(f"{name} {result.core:.4f} ± {result.stderr:.4f} in {format_seconds(time.monotonic() - start)}")
     if compute.rank == 0:
         write_text(csv_path, result.csv())
-        write_jsonl(csv_path.with_suffix(".jsonl"), read_answers(finished.path.parent, result))
+        write_jsonl(csv_path.with_suffix(".jsonl"), map(seal, read_answers(finished.path.parent, result)))
         shutil.rmtree(csv_path.with_suffix(".unfinished"), ignore_errors=True)
         print0(f"wrote {csv_path}")
         facts = {

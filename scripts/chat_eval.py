@@ -24,7 +24,7 @@ from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_c
 from nanochat.config import Runtime, run_script, short
 from nanochat.engine import Engine
 from nanochat.execution import isolation
-from nanochat.files import ResumeLog, write_jsonl
+from nanochat.files import ResumeLog, place_of, seal, write_jsonl
 from nanochat.generate.sampling import Sampling
 from nanochat.gpt import GPT
 from nanochat.report import get_report
@@ -118,7 +118,7 @@ def evaluate(
         )
         print_score(cfg, score)
         if compute.rank == 0:
-            write_jsonl(log_path, score.records)
+            write_jsonl(log_path, [seal(record, place_of(log_path)) for record in score.records])
             shutil.rmtree(log_path.with_suffix(".unfinished"), ignore_errors=True)
         scores.append(score)
     return scores

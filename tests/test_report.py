@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from nanochat import report as report_module
 from nanochat.config import run_script
+from nanochat.files import read_json, write_record
 from nanochat.report import Report, get_report
 from nanochat.report.__main__ import Config, main
 from nanochat.report.sections import SECTIONS
@@ -82,7 +83,7 @@ def test_wall_clock_runs_from_reset_to_the_last_section(report):
     report.log("SFT", [])
     for name, time in (("_header", "2026-01-01T10:00:00+00:00"), ("sft", "2026-01-01T12:30:00+00:00")):
         path = report.folder / f"{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"time": time}))
+        write_record(path, read_json(path) | {"time": time})
     assert "Total wall clock time: 2h30m" in report.generate().read_text(encoding="utf-8")
 
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from test_web_page import CHROMIUM
 
 from nanochat.config import run_script
+from nanochat.files import read_json, write_record
 from nanochat.report import Report
 from nanochat.report.__main__ import Config, main, open_run
 from nanochat.report.plots import MAX_POINTS, Line, Plotter, thin
-from nanochat.report.run_data import PRICES, cost_line, read_json, readable, verdict
+from nanochat.report.run_data import PRICES, cost_line, readable, verdict
 
 HOSTILE = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>$x_{$ ![p](http://evil.example/p.png)"
 MEGABYTES = 2_000_000
@@ -40,9 +41,9 @@ def make_run(folder: Path, steps: int = 120) -> Report:
     report = Report(folder / "report")
     report.reset()
     path = folder / "report" / "_header.json"
-    header = json.loads(path.read_text())
+    header = read_json(path)
     header["environment"]["GPU"] = "Tesla P100-PCIE-16GB, 16 GiB, 6.0"
-    path.write_text(json.dumps(header | {"time": "2026-01-01T10:00:00+00:00"}))
+    write_record(path, header | {"time": "2026-01-01T10:00:00+00:00"})
     report.log("Tokenizer training", [{"vocab_size": 4096}, {"documents": 10}])
     report.log("Tokenizer evaluation", ["Bytes per token:\n\n| text | ours |\n|---|---|\n| val | 4.0 |", HOSTILE])
     facts = {"parameters": 5_242_880, "FLOPs per token": 28_000_000, "tokens": 12_000, "dtype": "float16"}
@@ -183,7 +184,9 @@ def test_cost(report, base_dir):
     assert "2026-10-04" in cost_line(run)
     assert cost_line(run, 3.0).startswith(f"${hours * 3:.2f}: ")
     path = report.folder / "_header.json"
-    path.write_text(path.read_text().replace("Tesla P100-PCIE-16GB", "GeForce 256"))
+    header = read_json(path)
+    header["environment"]["GPU"] = "GeForce 256, 32 MiB, 1.0"
+    write_record(path, header)
     assert cost_line(open_run(base_dir)).startswith("unknown: there is no price of GeForce 256")
 
 

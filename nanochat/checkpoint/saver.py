@@ -22,7 +22,7 @@ from nanochat.checkpoint.format import saved_steps
 from nanochat.checkpoint.keep import Keep
 from nanochat.checkpoint.writer import CheckpointWriter, Snapshot, clean_leftovers
 from nanochat.common import Compute
-from nanochat.env import print0
+from nanochat.env import error_text, print0
 from nanochat.files import fsync_folder
 from nanochat.signals import Stopped
 from nanochat.stages import pending_name
@@ -204,8 +204,8 @@ class Saver:
             steps = saved_steps(self.folder)
             newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
             print(
-                f"\nWARNING: {self.label}: no checkpoint could be written to {self.folder} ({error}). Training "
-                f"continues and will try again; until then {newest}",
+                f"\nWARNING: {self.label}: no checkpoint could be written to {self.folder} ({error_text(error)}). "
+                f"Training continues and will try again; until then {newest}",
                 file=sys.stderr,
                 flush=True,
             )

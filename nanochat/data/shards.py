@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from nanochat.env import get_base_dir, print0
-from nanochat.files import matches, sha256_file, write_json
+from nanochat.files import matches, seal, sha256_file, unseal, write_json
 
 MANIFEST = "manifest.json"
 LOCK = ".download.lock"
@@ -92,7 +92,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write it into `folder`; it appears whole."""
-        write_json(folder / MANIFEST, {"version": VERSION, **asdict(self)})
+        write_json(folder / MANIFEST, seal({"version": VERSION, **asdict(self)}, MANIFEST))
 
 
 def load_manifest(folder: str | Path) -> Manifest | None:
@@ -104,6 +104,8 @@ def load_manifest(folder: str | Path) -> Manifest | None:
     path = Path(folder) / MANIFEST
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if not unseal(record, MANIFEST):
+            raise ValueError("it was changed or is damaged")
         if record.pop("version") != VERSION:
             raise ValueError("it has another version")
         for split in ("train", "validation"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def check_ids(ids: Iterable[Any], config: GPTConfig, folder: Path) -> None:
             raise ValueError(f"{folder}: the tokenizer has the id {i!r}, the model's are 0 to {config.vocab_size - 1}")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's kind and the first line of what it says."""
     if isinstance(error, pickle.UnpicklingError):  # torch advises to load without its check: no advice to pass on
         return "UnpicklingError: it is damaged, or holds more than weights"
@@ -119,20 +119,75 @@ def read_remainder(path: Path, most_bytes: int) -> dict[str, Tensor]:
         ) from None
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's safetensors files; ValueError or FileNotFoundError names the file."""
+def weight_files(folder: Path) -> list[Path]:
+    """A folder's safetensors files, by its index if it has one; ValueError or FileNotFoundError names what is wrong."""
     index = folder / f"{WEIGHTS_FILE}.index.json"
-    names = sorted(set(read_json_object(index)["weight_map"].values())) if index.exists() else [WEIGHTS_FILE]
+    names = [WEIGHTS_FILE]
+    if index.exists():
+        listed = read_json_object(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError(f"{index} has no weight_map of file names: get the file again")
+        names = sorted(set(listed.values()))
     if outside := [name for name in names if Path(name).name != name or "\\" in name]:
         raise ValueError(f"{index} names {outside[0]!r}, which is no file of this folder")
-    weights: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: only safetensors weights can be imported")
+    return [folder / name for name in names]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's safetensors files; ValueError or FileNotFoundError names the file."""
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
         try:
-            weights |= load_file(folder / name)
+            weights |= load_file(path)
         except (SafetensorError, ValueError, KeyError) as error:
             if is_system_error(error):
                 raise
-            raise ValueError(f"{folder / name} is damaged ({one_line(error)}): get the file again") from None
+            raise ValueError(f"{path} is damaged ({one_line(error)}): get the file again") from None
     return weights
+
+
+# Fields of transformers' configs by what bounds them: the number of weights, or their largest dimension.
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "d_ff", "vocab_size")
+HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "num_heads", "num_experts", "num_local_experts")
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+LONGEST_OF_ALL = 1 << 24
+
+
+def check_transformers_folder(folder: Path, resolved: Mapping[str, Any] | None = None) -> None:
+    """Compare the sizes that a transformers folder's config states with the shapes of its weights, before any is read.
+
+    Args:
+        folder: with config.json and safetensors.
+        resolved: the config with transformers' defaults for what the file does not say; default: the file.
+
+    Raises:
+        ValueError, FileNotFoundError: names the first field that can't be, or the file that is damaged.
+    """
+    path = folder / "config.json"
+    stored, count, largest = resolved or read_json_object(path), 0, 0
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - no mapping
+                    count += 1
+                    largest = max(largest, *weights.get_slice(name).get_shape(), 0)
+        except (SafetensorError, ValueError) as error:
+            if is_system_error(error):
+                raise
+            raise ValueError(f"{file} is damaged ({one_line(error)}): get the file again") from None
+    bounds = (
+        (LAYERS, count, "weights"),
+        ((*WIDTHS, *HEADS), largest, "rows and columns in its largest weight"),
+        (LENGTHS, LONGEST_OF_ALL, "positions that are allowed"),
+    )
+    inner = [value for value in stored.values() if isinstance(value, dict)]  # such as text_config
+    for config in (stored, *inner):
+        for names, most, what in bounds:
+            for name in names:
+                value = config.get(name)
+                if value is not None and (type(value) is not int or not 0 <= value <= most):
+                    raise ValueError(f"{path}: {name} is {value!r}, but there are {most} {what}")

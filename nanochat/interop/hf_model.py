@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.env import is_system_error
 from nanochat.gpt import GPT
+from nanochat.interop.foreign import MALFORMED, check_finite, check_transformers_folder, one_line
 from nanochat.interop.hf_format import OWN_FILE, load_nanochat_folder
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -126,13 +128,15 @@ def load_hf_model(
 
     Raises:
         FileNotFoundError: there is none, or `transformers` is not installed.
+        ValueError: a folder's files do not fit each other, lack weights, or hold values that are no numbers.
     """
     folder = Path(name).expanduser()
     if (folder / OWN_FILE).is_file():
         own, own_tokenizer, _ = load_nanochat_folder(str(folder), device)
         return own, own_tokenizer
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise FileNotFoundError("--hf_path needs the `transformers` package: pip install transformers") from error
     options: dict[str, Any] = {}
@@ -141,11 +145,31 @@ def load_hf_model(
         gguf = sorted(folder.glob("*.gguf"))
         if len(gguf) == 1 and not list(folder.glob("*.safetensors")):
             options["gguf_file"] = gguf[0].name
+        else:
+            check_transformers_folder(folder)
+    options["trust_remote_code"] = False  # else transformers asks at the terminal whether to run the folder's code
+    logging.set_verbosity_error()  # what it only warns of, such as missing weights, is an error below
     try:
+        if folder.is_dir() and "gguf_file" not in options:
+            check_transformers_folder(folder, AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict())
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"--hf_path {name}: no Hugging Face model can be loaded from it ({reason})") from error
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return HuggingFaceModel(model), HuggingFaceTokenizer(tokenizer)
+        both: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+        model, loaded = both
+    except BaseException as error:  # Rust's panics in the tokenizers package are no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) or is_system_error(error):
+            raise
+        if isinstance(error, ValueError) and str(folder) in str(error) and "\n" not in str(error):
+            raise  # a sentence of check_transformers_folder
+        raise FileNotFoundError(
+            f"--hf_path {name}: no Hugging Face model can be loaded from it ({one_line(error)})"
+        ) from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers draws them at random, and only warns
+        raise ValueError(f"--hf_path {name} lacks weights of its model: {', '.join(map(str, missing[:3]))}")
+    check_finite(dict(model.named_parameters()), f"--hf_path {name}")
+    rows, largest = model.get_input_embeddings().weight.size(0), max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise ValueError(f"--hf_path {name}: its tokenizer has the id {largest}, its model {rows} rows of embeddings")
+    try:
+        return HuggingFaceModel(model.to(torch.device(device))), HuggingFaceTokenizer(tokenizer)
+    except MALFORMED as error:
+        raise ValueError(f"--hf_path {name}: its model does not compute ({one_line(error)})") from error

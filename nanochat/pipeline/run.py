@@ -18,7 +18,6 @@ SIGTERM, SIGUSR1 and Ctrl-C let the stage save and end with exit code 75 (signal
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import signal
@@ -35,7 +34,7 @@ from nanochat.cards import DeviceInfo, describe_choice
 from nanochat.common import print_banner
 from nanochat.data.inventory import Inventory
 from nanochat.env import get_base_dir, require_wandb_login
-from nanochat.files import write_bytes, write_json
+from nanochat.files import read_json, write_bytes, write_json, write_record
 from nanochat.interop.start_model import keep_tokenizer, read_start_model
 from nanochat.pipeline.chosen import go_on, profile_for
 from nanochat.pipeline.inputs import (
@@ -83,7 +82,7 @@ class Pipeline:
 
     def mark(self, stage: Stage) -> dict[str, Any]:
         """What is known of a stage: state ("started" or "done"), key, seconds; empty if nothing."""
-        mark = _read(self.mark_path(stage))
+        mark = read_json(self.mark_path(stage))
         return mark if mark.get("key") == stage.key else {}
 
     def inputs(self, stage: Stage) -> dict[str, str | None]:
@@ -115,7 +114,7 @@ class Pipeline:
         """
         seconds = {stage.name: expected_seconds(self.profile, stage.name) for stage in self.stages}
         plan = {"folder": str(self.base_dir), "seconds": seconds}
-        if _read(self.folder / PLAN_FILE) != plan:
+        if read_json(self.folder / PLAN_FILE) != plan:
             write_json(self.folder / PLAN_FILE, plan)
         for number, stage in enumerate(self.stages, 1):
             title = f"[{number}/{len(self.stages)}] {stage.name}"
@@ -141,7 +140,7 @@ class Pipeline:
             path.unlink(missing_ok=True)
         flags = [*stage.flags, *stage.unmarked_flags]
         record = {"time": time.time(), "key": stage.key, "flags": flags, "inputs": inputs}
-        write_json(self.mark_path(stage), {"state": "started", **record})
+        write_record(self.mark_path(stage), {"state": "started", **record})
         start = time.monotonic()
         try:
             progress = self.progress_path(stage)
@@ -170,17 +169,8 @@ class Pipeline:
                 f"the stage {stage.name} ended without a finished {stage.output}: see {self.log_path(stage)}, and run "
                 "the same command again"
             )
-        write_json(self.mark_path(stage), {"state": "done", **record, "result": result, "seconds": round(seconds, 1)})
+        write_record(self.mark_path(stage), {"state": "done", **record, "result": result, "seconds": round(seconds, 1)})
         return seconds
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The object in a file; empty when there is none or it is broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 @contextlib.contextmanager

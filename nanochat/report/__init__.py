@@ -23,9 +23,9 @@ import torch
 
 from nanochat.common import autodetect_device_type, autodetect_dtype
 from nanochat.env import get_base_dir, get_dist_info, git_state, print0
-from nanochat.files import write_json, write_text
+from nanochat.files import read_json, write_record, write_text
 from nanochat.hardware import cpu_name
-from nanochat.report.run_data import Run, cost_line, read_json, read_run
+from nanochat.report.run_data import Run, cost_line, read_run
 from nanochat.report.sections import SECTIONS, render_report, render_section
 from nanochat.report.text import slugify, to_plain
 
@@ -59,7 +59,7 @@ class Report:
             "data": to_plain(data if isinstance(data, (list, tuple)) else [data]),
             "metrics": {str(key): to_plain(value) for key, value in (metrics or {}).items()},
         }
-        write_json(path.with_suffix(".json"), record)
+        write_record(path.with_suffix(".json"), record)
         write_text(path, render_section(record))
         return path
 
@@ -86,7 +86,7 @@ class Report:
         for path in self.folder.glob("*.*"):  # what is no section: a header, a page
             if path.suffix in (".json", ".md", ".html"):
                 path.unlink(missing_ok=True)
-        write_json(self.folder / f"{HEADER}.json", {"time": _now(), "environment": environment()})
+        write_record(self.folder / f"{HEADER}.json", {"time": _now(), "environment": environment()})
 
     def sections(self) -> list[dict[str, Any]]:
         """The stored sections: those of the pipeline in its order, then any others by time."""
@@ -120,7 +120,7 @@ class Report:
         from nanochat.report.html import render_html  # lazy: a stage that logs needs no jinja2
 
         if not (self.folder / f"{HEADER}.json").is_file():
-            write_json(self.folder / f"{HEADER}.json", {**self.run().header, "environment": environment()})
+            write_record(self.folder / f"{HEADER}.json", {**self.run().header, "environment": environment()})
         run = self.run()
         text = render_report(run.header, run.sections, cost_line(run, price))
         path = self.folder / "report.md"

@@ -6,9 +6,12 @@ import contextlib
 import json
 import os
 import sys
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nanochat.env import error_text
 from nanochat.files import write_bytes
 
 
@@ -17,11 +20,12 @@ class MetricsLog:
 
     Attributes:
         position: bytes of all records so far; put into a checkpoint, given to `cut` by a resume.
+        crc: the CRC-32 of these bytes; put into a checkpoint, by which `is_as_saved` finds a later change.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.position = 0
+        self.position = self.crc = 0
         self._pending = b""
         self._failing = False
 
@@ -29,6 +33,7 @@ class MetricsLog:
         """Write one record."""
         line = (json.dumps(record) + "\n").encode()
         self.position += len(line)
+        self.crc = zlib.crc32(line, self.crc)
         self._pending += line
         size = None
         try:
@@ -44,13 +49,18 @@ class MetricsLog:
                     os.truncate(self.path, size)
             if not self._failing:
                 print(
-                    f"WARNING: {self.path} can't be written ({error}); training goes on, it is tried again every step",
+                    f"WARNING: {self.path} can't be written ({error_text(error)}); training goes on, it is "
+                    "tried again every step",
                     file=sys.stderr,
                     flush=True,
                 )
             self._failing = True
             return
         self._pending, self._failing = b"", False
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint has to know of it."""
+        return {"metrics_bytes": self.position, "metrics_crc": self.crc}
 
     def cut(self, position: int, step: int) -> None:
         """Forget all that came after `position`, where `step` steps were done: they will be made again."""
@@ -61,7 +71,15 @@ class MetricsLog:
             else:  # it lost something: the folder had vanished, or a power cut took the end
                 lines = self.path.read_bytes().splitlines(keepends=True)
                 write_bytes(self.path, b"".join(line for line in lines if _step_of(line) <= step))
-        self.position = self.path.stat().st_size if self.path.is_file() else 0
+        data = self.path.read_bytes() if self.path.is_file() else b""
+        self.position, self.crc = len(data), zlib.crc32(data)
+
+
+def is_as_saved(data: bytes, state: Mapping[str, Any] | None) -> bool:
+    """False if the bytes of a loss log don't begin with those that a checkpoint's state knows of."""
+    if not isinstance(state, Mapping) or "metrics_crc" not in state:  # none yet, or an older one
+        return True
+    return zlib.crc32(data[: state["metrics_bytes"]]) == state["metrics_crc"]
 
 
 def read_metrics(data: bytes) -> list[dict[str, Any]]:

@@ -16,11 +16,12 @@ from typing import Any
 
 import psutil
 
+from nanochat.files import read_json
 from nanochat.hardware import describe_cards
 from nanochat.progress import format_seconds
 from nanochat.report.metrics_log import read_metrics
 from nanochat.report.plots import thin
-from nanochat.report.run_data import METRICS_FILE, is_number, read_json
+from nanochat.report.run_data import METRICS_FILE, is_number
 from nanochat.stages import PLAN_FILE, STAGES, pending_name
 
 LOG_LINES, LOG_BYTES = 4, 8192

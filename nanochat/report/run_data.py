@@ -5,6 +5,8 @@ Everything may be missing or broken: what can't be read is left out, and the rep
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from nanochat.cards import find_card
+from nanochat.env import print0
+from nanochat.files import place_of, read_json, unseal
 from nanochat.progress import format_seconds
-from nanochat.report.metrics_log import read_metrics
+from nanochat.report.metrics_log import is_as_saved, read_metrics
 from nanochat.stages import TRAINED
 
 METRICS_FILE, META_FILE = "metrics.jsonl", "meta.json"
@@ -100,15 +104,6 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none or it is broken (a report is never worth a crash)."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def read_run(folder: Path, header: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) -> Run:
     """Gather what the base dir `folder` holds; header and sections are the report's own."""
     stages = {}
@@ -133,15 +128,21 @@ def _read_stage(source: str, title: str, section: Mapping[str, Any], folder: Pat
         tag = max(logs, key=lambda name: logs[name].stat().st_mtime)
     if not section and not logs:
         return None
-    records = read_metrics(logs[tag].read_bytes()) if tag in logs else []
     saved = sorted((folder / str(tag)).glob(f"step_*/{META_FILE}"))
+    meta = read_json(saved[-1]) if saved else {}
+    log = logs.get(str(tag))
+    data = b"" if log is None else log.read_bytes()
+    if data and not is_as_saved(data, meta.get("state")):
+        print0(f"warning: {log} is not what the run wrote: the report has no curves of {title}")
+        data = b""
+    records = read_metrics(data)
     return StageRun(
         source=source,
         title=title,
         section=section,
         steps=[record for record in records if "loss" in record],
         evaluations=[record for record in records if "loss" not in record],
-        meta=read_json(saved[-1]) if saved else {},
+        meta=meta,
     )
 
 
@@ -203,14 +204,16 @@ def readable(answer: Any) -> str:
 
 
 def _first_records(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with open(path, encoding="utf-8") as f:
-            for _, line in zip(range(ANSWERS_PER_TASK), f, strict=False):
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        for line in itertools.islice(f, ANSWERS_PER_TASK):
+            try:
                 record = json.loads(line)
-                if isinstance(record, dict) and record.get("completions") and isinstance(record.get("index"), int):
-                    yield record
-    except (OSError, ValueError):
-        return
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or not unseal(record, place_of(path)):
+                print0(f"warning: {path} is damaged, an answer is left out: run the evaluation again")
+            elif record.get("completions") and isinstance(record.get("index"), int):
+                yield record
 
 
 # --- cost and speed --------------------------------------------------------------------------------------------------

@@ -12,11 +12,10 @@ from typing import Any
 
 from nanochat.common import Compute
 from nanochat.env import print0
-from nanochat.files import write_json
+from nanochat.files import read_json, write_record
 from nanochat.gpt import GPT
 from nanochat.messages import Conversation, Message
 from nanochat.report import get_report
-from nanochat.report.run_data import read_json
 from nanochat.report.text import to_markdown
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.samples import answer_greedily
@@ -62,7 +61,7 @@ class HeldOutChats:
             self.before = known["before"]
         elif not resumed:
             self.before = answer_greedily(model, tokenizer, compute, self.prompts, ANSWER_TOKENS)
-            write_json(path, {"key": self._key, "before": self.before})
+            write_record(path, {"key": self._key, "before": self.before})
 
     def report(self, model: GPT, tokenizer: RustBPETokenizer, compute: Compute) -> None:
         """Ask again, and put the table into the report."""

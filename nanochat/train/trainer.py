@@ -386,7 +386,7 @@ class Trainer:
             optimizer = host_copy(self.optimizer.own_flat_state()) | rng_state(self.compute.device)
             if first and self.extra_state is not None:
                 optimizer |= host_copy({EXTRA_STATE + name: value for name, value in self.extra_state().items()})
-        counted = {"clock": self.clock.ticked, "metrics_bytes": self.log.metrics.position}
+        counted = {"clock": self.clock.ticked, **self.log.metrics.state()}
         meta = self.meta | {
             "complete": complete,
             "state": vars(self.state) | counted,
@@ -421,7 +421,7 @@ class Trainer:
             RuntimeError: the ranks have found different checkpoints.
         """
         saved = dict(checkpoint_meta["state"])
-        clock, metrics_bytes = saved.pop("clock", 0.0), saved.pop("metrics_bytes", 0)
+        clock, metrics_bytes, _ = (saved.pop(name, 0) for name in ("clock", "metrics_bytes", "metrics_crc"))
         if "min_val" in saved:  # an older checkpoint, which took the lowest value for the best in every stage
             lowest = saved.pop("min_val")
             saved["best_val"] = lowest if self.val_goal == "lowest" else saved["val"]
