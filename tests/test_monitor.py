@@ -189,9 +189,20 @@ def test_a_tail_knows_what_is_in_the_file_whatever_was_cut(tmp_path_factory, dat
     assert tail.poll() == expected
 
 
-@pytest.mark.parametrize("content", [b"", b"{torn", b"\xff\xfe\n[1]\n{}\n", b'{"step": "x"}\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{torn",
+        b"\xff\xfe\n[1]\n{}\n",
+        b'{"step": "x"}\n',
+        b'{"step": 1, "loss": 2, "smooth_loss": 2, "state": "started", "time": "x", "seconds": [], "folder": 7}\n',
+        b'{"step": 1, "loss": 2, "smooth_loss": NaN, "state": "done", "seconds": {"base_train": "x"}, "flags": 3}\n',
+    ],
+)
 def test_broken_files_are_no_reason_to_stop(base_dir, capsys, content):
-    for name in ("pipeline/base_train.json", "pipeline/base_train.log", "base_checkpoints/d4/metrics.jsonl"):
+    names = ("base_train.json", "base_train.log", "plan.json")
+    for name in (*(f"pipeline/{name}" for name in names), "base_checkpoints/d4/metrics.jsonl"):
         (base_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (base_dir / name).write_bytes(content)
     run_script(main, Config, ["--once"])

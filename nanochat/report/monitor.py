@@ -159,7 +159,8 @@ class Watcher:
         """The state of the run now."""
         marks = {name: read_json(self._mark_path(name)) for name in STAGES}
         plan = read_json(self.folder / PLAN_FILE)
-        expected = {name: seconds for name, seconds in (plan.get("seconds") or {}).items() if name in STAGES}
+        planned = plan.get("seconds")
+        expected = {name: planned[name] for name in STAGES if name in planned} if isinstance(planned, dict) else {}
         current, running = self._current(marks, expected)
         finished = current is None and not running and marks["answer"].get("state") == "done"
         written = max((self._written(name, marks[name]) for name in STAGES), default=0.0)
@@ -274,7 +275,8 @@ class Watcher:
         """(0 to 1, seconds left) of the current stage: by its loss log, else by the file of its progress bar."""
         if last:
             share = last.get("progress")
-            eta = last.get("seconds", 0.0) / share * (1 - share) if share else None
+            known = is_number(share) and share > 0 and is_number(last.get("seconds"))
+            eta = last["seconds"] / share * (1 - share) if known else None
         else:
             record = read_json(self.folder / f"{stage}.progress.json")
             share, eta = record.get("share"), record.get("eta_seconds")
@@ -316,7 +318,9 @@ class Watcher:
 
 
 def _tag_of(mark: Mapping[str, Any]) -> str | None:
-    tags = [flag.partition("=")[2] for flag in mark.get("flags", []) if str(flag).startswith("--model_tag=")]
+    flags = mark.get("flags")
+    named = map(str, flags) if isinstance(flags, list) else ()
+    tags = [flag.partition("=")[2] for flag in named if flag.startswith("--model_tag=")]
     return tags[-1] if tags else None
 
 
@@ -374,7 +378,7 @@ def training_facts(last: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
     }
     return [
         ("step", show("step", ",")),
-        ("trained", format_seconds(last.get("seconds", 0.0))),
+        ("trained", format_seconds(last["seconds"]) if is_number(last.get("seconds")) else "-"),
         ("loss", show("smooth_loss", ".4f")),
         ("learning rate", "×" + show("lr_multiplier", ".2f")),
         ("tokens/s", show("tokens_per_second", ",.0f")),
