@@ -275,8 +275,9 @@ class Watcher:
         """(0 to 1, seconds left) of the current stage: by its loss log, else by the file of its progress bar."""
         if last:
             share = last.get("progress")
-            known = is_number(share) and share > 0 and is_number(last.get("seconds"))
-            eta = last["seconds"] / share * (1 - share) if known else None
+            eta = None
+            if is_number(share) and share > 0 and is_number(last.get("seconds")):
+                eta = last["seconds"] / share * (1 - share)
         else:
             record = read_json(self.folder / f"{stage}.progress.json")
             share, eta = record.get("share"), record.get("eta_seconds")
