@@ -361,10 +361,10 @@ def test_json_of_every_shape(tmp_path: Path) -> None:
     file.write_text('{"text": "a"}\n{"text": "b"}\n')  # JSON lines under another name
     assert read(file) == ["a", "b"]
     file.write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"a\.json, item 1: not JSON"):
+    with pytest.raises(ValueError, match=r"a\.json, line 1: nested too deeply"):
         read(file)
     file.write_text('[{"text": "a"}, {"text": ')
-    with pytest.raises(ValueError, match=r"a\.json, item 2: not JSON"):
+    with pytest.raises(ValueError, match=r"a\.json, item 2: not valid JSON"):
         read(file)
     (tmp_path / "b.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "hi"}]}]))
     file.write_text('"fine"')
@@ -374,7 +374,7 @@ def test_json_of_every_shape(tmp_path: Path) -> None:
 
 
 def test_a_json_file_of_one_long_line_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanochat.data.json_text.BLOCK_CHARS", 64)
+    monkeypatch.setattr("nanochat.data.json_stream.BLOCK", 64)
     texts = [f'text {i} with [brackets], {{braces}} and "quotes" {"x" * (i % 200)}' for i in range(300)]
     (tmp_path / "a.json").write_text(json.dumps([{"text": text, "n": 12} for text in texts]))
     assert read(tmp_path / "a.json") == texts

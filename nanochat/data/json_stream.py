@@ -36,18 +36,19 @@ class Broken(NamedTuple):
 Placed = tuple[str, Any]  # (place in the file such as "line 3", record or Broken)
 
 
-def json_records(text: TextIO, is_part: Callable[[Any], bool]) -> Iterator[Placed]:
+def json_records(text: TextIO, is_part: Callable[[Any], bool], keys: frozenset[str] = RECORD_KEYS) -> Iterator[Placed]:
     """The records of a JSON file of any layout, with their places.
 
     Args:
         text: its characters, bytes that could not be decoded as lone surrogates ("surrogateescape").
         is_part: true of a value that is a part of a record (one message of a conversation): an array of such is one
             record.
+        keys: an array under one of these is taken for the records of an object.
 
     Raises:
         ValueError: an array or object is malformed; names the place. (A bad line of JSON lines becomes a Broken.)
     """
-    values = _Values(text)
+    values = _Values(text, keys)
     if values.is_lines(is_part):
         yield from values.lines()
         return
@@ -65,7 +66,8 @@ def json_records(text: TextIO, is_part: Callable[[Any], bool]) -> Iterator[Place
 class _Values:
     """A window that moves over the characters of a file."""
 
-    def __init__(self, text: TextIO) -> None:
+    def __init__(self, text: TextIO, keys: frozenset[str]) -> None:
+        self.keys = keys
         self.text, self.window, self.at, self.ended = text, "", 0, False
         self.decode = json.JSONDecoder().raw_decode
 
@@ -184,7 +186,7 @@ class _Values:
                 raise ValueError(f"expected a key, found {self.peek() or 'the end'!r}")
             key = self.value()
             self.expect(":")
-            if key in RECORD_KEYS and self.peek() == "[":
+            if key in self.keys and self.peek() == "[":
                 self.at += 1
                 if self.peek() in "{[" and not is_part(self.value(keep=True)):
                     found = True

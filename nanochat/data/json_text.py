@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat.data.inventory import NotReadError
+from nanochat.data.json_stream import LONGEST_VALUE, Broken, Placed, json_records
 
-LONGEST_VALUE = 256_000_000  # characters: a line or an item beyond this is surely no document
-BLOCK_CHARS = 1 << 20
 SAMPLE_RECORDS = 100  # looked at before the field is chosen
 # Fields that hold the text, by name, in this order.
 TEXT_NAMES = (
@@ -35,7 +33,6 @@ CHAT_NAMES = (
 )
 CHATS = "conversations, not texts (give them as CHAT_DATA)"
 CLEARLY_LONGER = 3  # times the next longest field: then it is the one with the text
-_SPACE = re.compile(r"[\s,]*")
 
 
 def choose_name(names: Sequence[str], lengths: Mapping[str, float], wanted: str | None) -> str | None:
@@ -90,7 +87,7 @@ def read_json_file(file: Path | str, lines: TextIO, wanted: str | None, found: C
     return _texts_of(file, itertools.chain(first, values), wanted, found, strict=False)
 
 
-def _lines(file: Path | str, lines: TextIO) -> Iterator[tuple[str, Any]]:
+def _lines(file: Path | str, lines: TextIO) -> Iterator[Placed]:
     number = 0
     while line := lines.readline(LONGEST_VALUE):
         number += 1
@@ -101,40 +98,15 @@ def _lines(file: Path | str, lines: TextIO) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
 
 
-def _values(file: Path | str, lines: TextIO) -> Iterator[tuple[str, Any]]:
+def _values(file: Path | str, lines: TextIO) -> Iterator[Placed]:
     """(place, value) of each item of an array, or of each value where several follow each other."""
-    decoder = json.JSONDecoder()
-    text, at, number, in_array, wants = "", 0, 0, False, BLOCK_CHARS
-    ended = False
-    while True:
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-        if at < len(text) and number == 0 and not in_array and text[at] == "[":
-            in_array, at = True, at + 1
-            continue
-        if at < len(text) and in_array and text[at] == "]":
-            in_array, at = False, at + 1
-            continue
-        if at < len(text):
-            try:
-                value, end = decoder.raw_decode(text, at)
-                # A number or name at the end of what was read may go on in the next block.
-                if end < len(text) or ended:
-                    number += 1
-                    yield f"item {number}", value
-                    at = end
-                    continue
-            except (ValueError, RecursionError) as error:
-                if ended or isinstance(error, RecursionError) or len(text) - at > LONGEST_VALUE:
-                    raise ValueError(f"{file}, item {number + 1}: not JSON ({error})") from None
-        if ended:
-            if in_array:
-                raise ValueError(f"{file}: the JSON array is not closed after item {number}: the file is cut off")
-            return
-        text, at = text[at:], 0
-        block = lines.read(max(BLOCK_CHARS, wants))
-        wants = len(text)  # twice as much each time an item is not whole yet: parsing it again stays cheap
-        ended = not block
-        text += block
+    try:
+        for place, value in json_records(lines, lambda value: False, frozenset()):
+            if isinstance(value, Broken):
+                raise ValueError(f"{place}: {value.reason}")
+            yield place, value
+    except ValueError as error:
+        raise ValueError(f"{file}, {error}") from None
 
 
 def _texts_of(

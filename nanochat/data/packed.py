@@ -83,13 +83,6 @@ def damage_named(path: str | Path) -> Iterator[None]:
         raise PackedFileError(f"{path} is protected by a password: unpack it yourself") from error
 
 
-@contextlib.contextmanager
-def open_packed(path: str | Path) -> Iterator[IO[bytes]]:
-    """The content of a file, unpacked if its name says that it is packed; not for archives (see `members`)."""
-    with open(path, "rb") as raw, damage_named(path):
-        yield unpacked(raw, compression_of(str(path)))
-
-
 def members(path: str | Path) -> Iterator[tuple[str, int, IO[bytes]]]:
     """(name, bytes, content) of each file of an archive, in its order, and of the archives in it ("inner.zip/a.txt").
 
