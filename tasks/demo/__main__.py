@@ -35,7 +35,8 @@ class Config:
 def counts(world: World) -> str:
     """What a world holds, in one line."""
     left = f" ({len(world.untaught)} more topics with more HOURS)" if world.untaught else ""
-    return f"{len(world.topics)} topics, {len(world.facts):,} facts{left}"
+    numbers = {"topic": len(world.topics), "fact": len(world.facts)}
+    return ", ".join(f"{number:,} {name}{'s' * (number != 1)}" for name, number in numbers.items()) + left
 
 
 def show(world: World, number: int) -> None:
