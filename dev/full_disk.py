@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat.config import run_script
@@ -42,7 +42,7 @@ class Config:
 def commands(base: Path) -> dict[str, list[str]]:
     """The command of every stage, in order: the pipeline's, then what is made from its models."""
     found = {}
-    for stage in make_stages(TINY, Settings(), base):
+    for stage in make_stages(replace(TINY, recipe="portable"), Settings(), base):
         found[stage.name] = stage.command()[1:]
     export, model = base / "exported", ["-i", "sft", "-g", "d1"]
     short = ["--num_iterations=2", "--device_batch_size=2", "--total_batch_size=256", "--eval_every=0"]
@@ -58,11 +58,11 @@ def commands(base: Path) -> dict[str, list[str]]:
     return found | {
         "tok_cache": ["-m", "scripts.tok_cache", "--dataset=demo"],
         "tensorboard": [*train, "--model_tag=t", "--tracker=tensorboard", "--run=t"],
-        "import_texts": ["-m", "nanochat.dataset", f"--data_dir={ROOT / 'docs'}"],
+        "import_texts": ["-m", "scripts.tok_cache", f"--data_dir={ROOT / 'docs'}"],
         "export_hf": ["-m", "scripts.export_hf", *model, "-o", str(export / "hf")],
-        "export_gguf": ["-m", "scripts.export_gguf", *model, "--approximate", "-o", str(export / "model.gguf")],
-        "export_page": ["-m", "scripts.export_page", *model, "--approximate", "--cdn", "-o", str(export / "page")],
-        "import_hf": ["-m", "scripts.import_hf", str(export / "hf"), "--model_tag=imported"],
+        "export_gguf": ["-m", "scripts.export_gguf", *model, "-o", str(export / "model.gguf")],
+        "export_page": ["-m", "scripts.export_page", *model, "--cdn", "-o", str(export / "page")],
+        "import_hf": ["-m", "scripts.import_hf", f"--path={export / 'hf'}", "--model_tag=imported"],
     }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from nanochat.env import FULL, check_disk_space, get_dist_info, in_base_dir, print0, system_errno
 
 SEAL = "crc"  # of a record: the key of its checksum
+_TEMPORARY = re.compile(r"\.([^/]+)\.[0-9a-f]{8}\.tmp(?=/)")
 _LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)", re.DOTALL)
 
 
@@ -108,21 +109,28 @@ def _writing(target: Path, needed_bytes: int) -> Iterator[None]:
     Whoever gets that lock alone knows that all temporary names in the folder are those of killed writers. It is the
     folder itself that is locked: no file is left behind, and a killed process lets go.
     """
-    try:
+    with naming(target), contextlib.ExitStack() as stack:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError, ImportError):  # a system without such locks: nothing is removed either
-                import fcntl  # lazy: Unix only
+        with contextlib.suppress(OSError, ImportError):  # a system without such locks: nothing is removed either
+            import fcntl  # lazy: Unix only
 
-                fd = os.open(target.parent, os.O_RDONLY)
-                stack.callback(os.close, fd)
-                with contextlib.suppress(BlockingIOError):  # another writer is at work
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    _remove_leftovers(target)
-                fcntl.flock(fd, fcntl.LOCK_SH)
-            if needed_bytes:
-                check_disk_space(target.parent, needed_bytes, f"writing {target}")
-            yield
+            fd = os.open(target.parent, os.O_RDONLY)
+            stack.callback(os.close, fd)
+            with contextlib.suppress(BlockingIOError):  # another writer is at work
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_leftovers(target)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        if needed_bytes:
+            shown = Path(_TEMPORARY.sub(r"\1", str(target)))  # in a folder that has no name yet
+            check_disk_space(next(p for p in shown.parents if p.exists()), needed_bytes, f"writing {shown}")
+        yield
+
+
+@contextlib.contextmanager
+def naming(target: Path) -> Iterator[None]:
+    """Let the system's errors name the file that is written, in whatever form a library told them."""
+    try:
+        yield
     except Exception as error:
         number = system_errno(error)
         if number is None or isinstance(error, MemoryError):
@@ -301,6 +309,6 @@ class ResumeLog:
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append results."""
-        with open(self.path, "a", encoding="utf-8") as f:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as f:
             # The newline comes first: it ends a line that a kill has cut short. ASCII, so that no letter can be cut.
             f.write("".join("\n" + json.dumps(seal(record)) for record in records))

@@ -1,15 +1,20 @@
 """Files appear whole or not at all."""
 
+import contextlib
 import errno
 import signal
 import sqlite3
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nanochat.env import error_text, system_errno
-from nanochat.files import atomic_folder, atomic_path, sha256_file, write_json, write_text
+from nanochat.files import ResumeLog, atomic_folder, atomic_path, sha256_file, write_json, write_text
+from nanochat.pipeline.process import LineLog
 
 
 def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -120,6 +125,9 @@ def test_too_little_room_is_refused_before_anything_is_written(tmp_path):
             write(tmp_path / "model", 10**18),
         ):
             raise AssertionError("never comes here")
+    with pytest.raises(RuntimeError, match=f"writing {tmp_path}/page/model needs .* disk of {tmp_path} has"):
+        with atomic_folder(tmp_path / "page") as tmp, atomic_path(tmp / "model", 10**18):
+            raise AssertionError("never comes here")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,6 +135,19 @@ def test_an_error_about_another_file_keeps_its_name(tmp_path):
     with pytest.raises(OSError, match="read-me") as raised, atomic_path(tmp_path / "model"):
         raise PermissionError(errno.EACCES, "Permission denied", "read-me")
     assert raised.value.filename == "read-me"
+
+
+def test_lines_that_are_appended_name_their_file_too():
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    for write in (lambda log: log.add([{"a": 1}]), lambda log: LineLog.feed(log, b"a\n")):
+        log = SimpleNamespace(path=Path("/dev/full"), rest=b"", file=open("/dev/full", "wb"))  # noqa: SIM115
+        log.add, log._write = partial(ResumeLog.add, log), partial(LineLog._write, log)
+        with pytest.raises(OSError, match="/dev/full") as raised:
+            write(log)
+        assert "free some space" in error_text(raised.value)
+        with contextlib.suppress(OSError):
+            log.file.close()
 
 
 # --- what killed writers leave ----------------------------------------------------------------------------------------

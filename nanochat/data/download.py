@@ -32,8 +32,8 @@ from typing import Any, TypeVar
 import httpx
 from filelock import FileLock
 
-from nanochat.env import check_disk_space, get_base_dir, print0
-from nanochat.files import fsync_folder, matches
+from nanochat.env import check_disk_space, get_base_dir, is_system_error, print0
+from nanochat.files import fsync_folder, matches, naming
 from nanochat.progress import Bar, format_seconds, progress
 
 RETRIED = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be different the next time
@@ -241,7 +241,7 @@ class Download:
         total = have + int(length) if length and "content-encoding" not in response.headers else None
         if total is not None and self.file.size is not None and total != self.file.size:
             raise OSError(f"the server's file has {total} bytes, but {self.file.size} are stated")
-        with open(self.part, "ab" if have else "wb") as f:
+        with naming(self.file.path), open(self.part, "ab" if have else "wb") as f:
             for block in response.iter_bytes():
                 f.write(block)
                 have += len(block)
@@ -358,6 +358,8 @@ def download_file_with_lock(
             try:
                 Download(RemoteFile(url, path, digest=digest)).run()
             except (httpx.HTTPError, OSError, ValueError) as error:
+                if is_system_error(error):  # the network is not to blame
+                    raise
                 raise RuntimeError(
                     f"could not download {url} ({error or type(error).__name__}). "
                     f"Check the network, or put the file at {path} yourself"

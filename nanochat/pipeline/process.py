@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import BinaryIO
 
+from nanochat.files import naming
 from nanochat.signals import Stopped, handled
 
 READ_BYTES = 1 << 16
@@ -32,16 +33,18 @@ class LineLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self.file: BinaryIO = open(path, "ab")  # noqa: SIM115 - closed by __exit__
         self.rest = b""
 
     def feed(self, data: bytes) -> None:
         """Take more output."""
         *lines, self.rest = (self.rest + data).split(b"\n")
-        for line in lines:
-            self._write(line)
+        with naming(self.path):
+            for line in lines:
+                self._write(line)
+            self.file.flush()
         self.rest = self.rest[self.rest.rstrip(b"\r").rfind(b"\r") + 1 :]  # what was drawn over is never needed
-        self.file.flush()
 
     def _write(self, line: bytes) -> None:
         shown = line.rstrip(b"\r").rsplit(b"\r", 1)[-1]
