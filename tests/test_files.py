@@ -125,9 +125,12 @@ def test_too_little_room_is_refused_before_anything_is_written(tmp_path):
             write(tmp_path / "model", 10**18),
         ):
             raise AssertionError("never comes here")
-    with pytest.raises(RuntimeError, match=f"writing {tmp_path}/page/model needs .* disk of {tmp_path} has"):
-        with atomic_folder(tmp_path / "page") as tmp, atomic_path(tmp / "model", 10**18):
-            raise AssertionError("never comes here")
+    with (
+        pytest.raises(RuntimeError, match=f"writing {tmp_path}/page/model needs .* disk of {tmp_path} has"),
+        atomic_folder(tmp_path / "page") as tmp,
+        atomic_path(tmp / "model", 10**18),
+    ):
+        raise AssertionError("never comes here")
     assert list(tmp_path.iterdir()) == []
 
 
