@@ -22,6 +22,7 @@ from nanochat.pipeline.stages import make_stages
 from nanochat.progress import PROGRESS_FILE, progress
 from nanochat.report.metrics_log import MetricsLog
 from nanochat.report.monitor import QUIET_SECONDS, MetricsTail, Watcher, machine_facts
+from nanochat.report.monitor_terminal import progress_line
 from nanochat.report.monitor_web import monitor_app
 from nanochat.stages import STAGES
 from scripts.monitor import Config, main
@@ -265,7 +266,11 @@ def test_the_time_of_all_stages_is_told(running):
     assert frame.total_left == "4m30s for 4 stages, 1 of which the time is not known"
     assert [name for name, state in frame.stages if state == "waiting"] == ["base_loss", "mid_train", "report"]
     (running / "base_checkpoints" / "d4" / "metrics.jsonl").unlink()
-    assert Watcher(running).look().total_left.startswith("4m20s")  # 200 s, of which 60 have passed, and 120
+    frame = Watcher(running).look()
+    assert frame.total_left.startswith("4m20s")  # 200 s, of which 60 have passed, and 120
+    assert (
+        str(progress_line(frame, 80)) == f"all that is left: about {frame.total_left}"
+    )  # of this stage nothing is known
 
 
 def test_a_finished_pipeline(running, capsys, monkeypatch):

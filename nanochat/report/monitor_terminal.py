@@ -45,13 +45,14 @@ def render(frame: Frame, width: int) -> Group:
 
 def progress_line(frame: Frame, width: int) -> Text:
     """A bar with percent and time left, and the time of all stages; empty while nothing is known."""
+    total = f"all that is left: about {frame.total_left}" if frame.total_left else ""
     if frame.progress is None or frame.current is None:
-        return Text("")
+        return Text(total)
     cells = max(10, min(width - 30, 80))
     full = round(cells * frame.progress)
     left = f"  {frame.eta} left" if frame.eta else ""
-    total = f"\nall that is left: about {frame.total_left}" if frame.total_left else ""
-    return Text.assemble(("━" * full, "cyan"), ("━" * (cells - full), "dim"), f" {frame.progress:6.1%}{left}{total}")
+    bar = (("━" * full, "cyan"), ("━" * (cells - full), "dim"), f" {frame.progress:6.1%}{left}")
+    return Text.assemble(*bar, f"\n{total}" if total else "")
 
 
 def _picture(stage: StageCurve, width: int) -> Panel:
