@@ -1,11 +1,13 @@
 """Metrics reach the tracker that was asked for, and nothing is imported or written when none was."""
 
+import errno
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from nanochat.common import DummyWandb
-from nanochat.train.tracking import init_tracker
+from nanochat.train.tracking import TensorBoard, init_tracker
 
 RECORDS = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5, "note": "text is no point"}]
 
@@ -69,3 +71,21 @@ def test_trackio_keeps_the_points(monkeypatch, tmp_path):
     assert got[0] == {"project": "nanochat", "name": "night", "config": {"depth": 4}}
     assert got[1] == (1, {"loss": 2.5})
     assert got[-1] == "finished"
+
+
+def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capsys):
+    """TensorBoard's own thread meets the full disk; its error comes with the next record."""
+    tracker = TensorBoard.__new__(TensorBoard)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tracker._folder, tracker._lost = tmp_path, False
+    tracker._writer = SimpleNamespace(add_scalar=full, close=full)
+    for step in (1, 2):
+        tracker.log({"step": step, "loss": 1.0})
+    tracker.finish()
+    said = capsys.readouterr().out
+    assert said.count("no more curves") == 1
+    assert str(tmp_path) in said
+    assert "free some space" in said

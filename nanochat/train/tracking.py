@@ -6,13 +6,16 @@ All of them take the same record: numbers by name, "step" among them.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from nanochat.common import Compute, DummyWandb
-from nanochat.env import get_base_dir, get_dist_info, print0, require_wandb_login
+from nanochat.env import error_text, get_base_dir, get_dist_info, print0, require_wandb_login
+from nanochat.files import naming
 from nanochat.hardware import ThrottleWatcher
 from nanochat.progress import Bar, format_seconds
 from nanochat.report.metrics_log import MetricsLog
@@ -42,18 +45,32 @@ class TensorBoard:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # lazy: an optional package
 
-        self._writer = SummaryWriter(str(folder))
-        self._writer.add_text("config", "\n".join(f"- {k}: {v}" for k, v in config.items()))
+        self._folder, self._lost = folder, False
+        with naming(folder):
+            self._writer = SummaryWriter(str(folder))
+            self._writer.add_text("config", "\n".join(f"- {k}: {v}" for k, v in config.items()))
 
     def log(self, record: dict[str, Any]) -> None:
-        """One point for every number, at the record's step."""
-        for name, value in record.items():
-            if name != "step" and isinstance(value, Real):
-                self._writer.add_scalar(name, float(value), record.get("step"))
+        """One point for every number, at the record's step; a full disk costs curves, not the run."""
+        with self._told():
+            for name, value in record.items():
+                if name != "step" and isinstance(value, Real) and not self._lost:
+                    self._writer.add_scalar(name, float(value), record.get("step"))
 
     def finish(self) -> None:
         """Flush and close the files."""
-        self._writer.close()
+        with self._told():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            with naming(self._folder):
+                yield
+        except OSError as error:
+            if not self._lost:
+                print0(f"WARNING: no more curves for TensorBoard, training goes on ({error_text(error)})")
+            self._lost = True
 
 
 class Trackio:
