@@ -4,12 +4,14 @@ import contextlib
 import json
 import logging
 import socket
+from asyncio.selector_events import _SelectorSocketTransport
 from types import SimpleNamespace
 
 import httpx
 import pytest
 from web_server import HELLO, ScriptedEngine, serve, tiny_app, tiny_chat_model, wait_until
 
+import nanochat.serve.answers as answers
 import nanochat.serve.http_server as http_server
 from nanochat.serve.http_server import RepeatFilter, connection_limit, listen
 
@@ -58,6 +60,24 @@ def closed(raw):
         return False
     except ConnectionError:
         return True
+
+
+def test_a_short_request_costs_one_write_and_no_thread(client, monkeypatch):
+    """Each would cost a millisecond of a machine that computes; an answer of one token takes a few."""
+    written = []
+    write = _SelectorSocketTransport.write
+    monkeypatch.setattr(
+        _SelectorSocketTransport, "write", lambda self, data: [written.append(bytes(data)), write(self, data)]
+    )
+    threads = []
+    run = answers.run_in_threadpool
+    monkeypatch.setattr(answers, "run_in_threadpool", lambda *work: [threads.append(work), run(*work)][1])
+    for text, used in (("Hi", 0), ("word " * 2000, 1)):  # a long one must not stop the event loop
+        body = {"messages": [{"role": "user", "content": text}], "truncation": "auto"}
+        client.post("/v1/chat/completions", json=body)
+        assert len(threads) == used
+    answer = next(data for data in written if data.startswith(b"HTTP/1.1 200"))
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["object"] == "chat.completion"
 
 
 def test_small_packets_are_sent_at_once(client):
