@@ -319,6 +319,7 @@ def test_letters_that_were_encoded_twice_are_mended_where_that_is_sure(tmp_path:
     assert read(tmp_path / "twice.txt") == read(tmp_path / "thrice.txt") == [german]
     kept = {
         "right.txt": german + "NÃO, SÃO PAULO, Â, 中文, naïve\n",
+        "brand.txt": "The CAFÉ™ is open.\n",
         "quoted.txt": "Wer ‚StraÃŸe‘ schreibt, meint Straße.\n",
         "mixed.txt": twice + "Ölmühle\n",
     }

@@ -11,6 +11,7 @@ _BYTE = {letter: byte for byte, letter in _LETTER.items()} | {chr(byte): byte fo
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 _FIRST = re.compile("[\u00c2-\u00f4]")
 MOST_TIMES = 3
+USUAL_FIRST = "ÂÃâ"  # of Latin letters and of punctuation
 MANY_SIGNS = 3  # fewer may be a word about it
 
 
@@ -26,7 +27,10 @@ def mended(text: str) -> tuple[str, int, int]:
         if not runs or None in decoded:
             doubtful = sum(run is not None for run in decoded)
             return text, count, doubtful if doubtful >= MANY_SIGNS else 0
-        count = sum(len(run or "") for run in decoded)
+        letters = sum(len(run or "") for run in decoded)
+        if letters < MANY_SIGNS and any(run[0] not in USUAL_FIRST for run in runs):
+            return text, count, 0  # a word such as CAFÉ™
+        count = letters
         text = _BEYOND_ASCII.sub(lambda match: _decoded(match[0]) or "", text)
     return text, count, 0
 
