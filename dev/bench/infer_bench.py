@@ -87,9 +87,8 @@ class Config:
 class Contestant:
     """A process that runs the model in its own way."""
 
-    def __init__(self, name: str, kind: str, folder: Path, settings: dict[str, Any], path: Path) -> None:
+    def __init__(self, name: str, command: list[str], path: Path) -> None:
         self.name = name
-        command = [sys.executable, str(WORKER), kind, str(folder), json.dumps(settings)]
         # The named checkout's `nanochat` comes first; ours follows for other packages that it may import (rustbpe).
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
         self._process = subprocess.Popen(
@@ -120,10 +119,15 @@ class Contestant:
                 stream.close()
 
 
-def random_model(depth: int, vocab_size: int, sequence_len: int) -> GPT:
+def worker_command(kind: str, folder: Path, settings: dict[str, Any]) -> list[str]:
+    """What starts a contestant of infer_bench_worker.py."""
+    return [sys.executable, str(WORKER), kind, str(folder), json.dumps(settings)]
+
+
+def random_model(depth: int, vocab_size: int, sequence_len: int, **settings: Any) -> GPT:
     """A model whose weights are all random, including those that start at zero."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig.from_depth(depth, vocab_size, sequence_len))
+    model = GPT(GPTConfig.from_depth(depth, vocab_size, sequence_len, **settings))
     model.init_weights()
     with torch.no_grad():
         for p in model.parameters():
@@ -138,13 +142,13 @@ def start_all(cfg: Config, folder: Path, device: str, dtype: str, classic: bool)
     made = []
     for weights in cfg.weights:
         name = f"ours {dtype}" if weights == "auto" else f"ours {weights}"
-        made.append(Contestant(name, "ours", folder, settings | {"weights": weights}, ROOT))
+        made.append(Contestant(name, worker_command("ours", folder, settings | {"weights": weights}), ROOT))
     if cfg.nanochat_path is not None:
-        made.append(Contestant("nanochat", "nanochat", folder, settings, cfg.nanochat_path.resolve()))
+        made.append(Contestant("nanochat", worker_command("nanochat", folder, settings), cfg.nanochat_path.resolve()))
     if cfg.transformers and not classic:
         print("without transformers: it does not know models with switches")
     elif cfg.transformers and importlib.util.find_spec("transformers") is not None:
-        made.append(Contestant("transformers", "transformers", folder, settings, ROOT))
+        made.append(Contestant("transformers", worker_command("transformers", folder, settings), ROOT))
     return made
 
 

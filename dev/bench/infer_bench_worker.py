@@ -154,6 +154,14 @@ def transformers(config: dict[str, Any], state: dict[str, torch.Tensor], setting
     return run
 
 
+def make_prompts(task: dict[str, int], vocab_size: int) -> list[list[int]]:
+    """The prompts of a task, random tokens."""
+    generator = torch.Generator().manual_seed(task["seed"])
+    size = (task["requests"], task["prompt_tokens"])
+    prompts: list[list[int]] = torch.randint(0, min(256, vocab_size), size, generator=generator).tolist()
+    return prompts
+
+
 def memory_bytes(device: str) -> int:
     """The most memory used so far: of the card, or of this process."""
     if device == "cuda":
@@ -176,9 +184,7 @@ def main() -> None:
     del state
     for line in sys.stdin:
         task = json.loads(line)
-        generator = torch.Generator().manual_seed(task["seed"])
-        size = (task["requests"], task["prompt_tokens"])
-        prompts = torch.randint(0, min(256, config["vocab_size"]), size, generator=generator).tolist()
+        prompts = make_prompts(task, config["vocab_size"])
         start = time.perf_counter()
         times, tokens = run(prompts, task["new_tokens"])
         first = [when[0] for when in times]
