@@ -6,6 +6,7 @@ import dataclasses
 import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ from nanochat.config import run_script
 from nanochat.data.worlds import CORE_TOPICS
 from nanochat.generate.calculator import use_calculator
 from nanochat.tokenizer import PATTERNS
-from tasks.demo import chat, corpus, phrasings, skills
+from tasks.demo import chat, corpus, followups, phrasings, skills, tool_tasks, unknown
 from tasks.demo.__main__ import Config, main
 from tasks.demo.tables import clause
 from tasks.demo.world import (
@@ -294,9 +295,9 @@ def test_a_world_in_another_language_is_asked_in_it(tmp_path):
     world = load_world(write_world(tmp_path / "w", himmel=GERMAN, language=LANGUAGE))
     (fact,) = world.facts
     rng = random.Random(0)
-    asked = {phrasings.ask_fact(rng, fact, i, world.held_out).lower().rstrip("?.") for i in range(200)}
+    asked = {phrasings.ask_fact(rng, fact, i, world).lower().rstrip("?.") for i in range(200)}
     forms = {text.replace("{Q}", ask) for text in ("{Q}", "Hallo! {Q}", "{Q} Danke.") for ask in fact.asks}
-    assert asked == {form.lower().rstrip("?.") for form in forms}
+    assert {form.lower().rstrip("?.") for form in forms} <= asked
     tested = {c["messages"][0]["content"] for c in chat.DemoFacts(20, "test", world, kind="wrapper")}
     assert tested == {f"Kurze Frage: {ask}" for ask in fact.asks}
 
@@ -401,29 +402,38 @@ def held_out_patterns():
         *phrasings.HELD_OUT_TELL_WRAPPERS,
         *phrasings.HELD_OUT_QUESTION_WRAPPERS,
         *phrasings.HELD_OUT_GREETING_WRAPPERS,
+        *followups.HELD_OUT_WHY_FORMS,
+        *followups.HELD_OUT_MORE_FORMS,
     )
     for wrapper in wrappers:
         fixed = max((" ".join(words_of(part)) for part in re.split(r"\{\w+\}", wrapper)), key=len)
         assert len(fixed.split()) >= 2, wrapper
         yield re.compile(rf"\b{fixed}\b")
-    values = {"w": "[a-z]+", "l": "[a-z]", "e": r"\d+ (?:plus |minus |times |x )?\d+"}
-    for request in (
+    word = "[a-z]+(?:-[a-z]+)?"
+    values = {"w": word, "l": "[a-z]", "e": r"\w[\w ]*", "of": r"\w[\w ]*", "x": r"\w[\w ]*"}
+    requests = (
         *skills.HELD_OUT_SUM_REQUESTS,
         *skills.HELD_OUT_SPELL_REQUESTS,
         *skills.HELD_OUT_COUNT_REQUESTS,
-    ):
-        parts = re.split(r"\{(\w)\}", request)
+        *followups.HELD_OUT_OTHER_FORMS,
+    )
+    for request in requests:
+        parts = re.split(r"\{(\w+)\}", request)
         pattern = " ".join(values[p] if i % 2 else " ".join(words_of(p)) for i, p in enumerate(parts)).strip()
-        yield re.compile(rf"\b{pattern}\b")
+        yield re.compile(rf"^{pattern}$" if request in followups.HELD_OUT_OTHER_FORMS else rf"\b{pattern}\b")
 
 
 def test_held_out_phrasings_are_never_trained(training_questions, training_documents):
     lines = {line for text in (*training_questions, *training_documents) for line in text.split("\n")}
-    everything = "\n".join(" ".join(words_of(line)) for line in lines)
+    normal = {" ".join(words_of(line)) for line in lines}
+    everything = "\n".join(normal)
+    sums = re.compile(r"\d|\b(?:plus|minus|times|multiplied|divided|percent)\b")
     patterns = list(held_out_patterns())
     assert len(patterns) >= 25
     for pattern in patterns:
-        assert pattern.search(everything) is None, pattern
+        found = [match.group() for match in re.finditer(pattern.pattern, everything, re.MULTILINE)]
+        # Of the requests for sums those that have a sum in them: the world may ask what something makes.
+        assert not [text for text in found if sums.search(text) or r"\w[\w ]*" not in pattern.pattern], pattern
 
 
 def test_every_test_example_is_in_a_held_out_phrasing(world):
@@ -434,43 +444,74 @@ def test_every_test_example_is_in_a_held_out_phrasing(world):
         for conversation in task:
             question = user_texts(conversation)[-1]
             normal = " ".join(words_of(question))
+            if conversation.get("group") in ("typed", "pronoun", "outside", "made up", "language", "known"):
+                continue  # with their own tests below
             assert world.held_out.find(question) or any(p.search(normal) for p in patterns), (name, question)
 
 
-def test_held_out_small_talk_is_never_trained(world, training_questions):
+def test_what_is_asked_in_evaluation_is_never_trained(world, training_questions):
     trained = {" ".join(words_of(text)) for text in training_questions}
-    for conversation in chat.demo_eval_tasks(world=world)["DemoSmallTalk"]:
-        assert " ".join(words_of(user_texts(conversation)[-1])) not in trained
+    tasks = chat.demo_eval_tasks(world=world)
+    for name in ("DemoFacts", "DemoIdentity", "DemoSmallTalk", "DemoUnknown"):
+        for conversation in tasks[name]:
+            question = user_texts(conversation)[-1]
+            assert " ".join(words_of(question)) not in trained or not words_of(question), question
 
 
-SUM = re.compile(r"(\d+) ?(?:\+|-|\*|x|×|plus|minus|times|and|to|by|and take away) ?(\d+)", re.IGNORECASE)
+def test_unknown_questions_of_evaluation_are_of_other_kinds(world):
+    frames = {" ".join(words_of(frame.replace("{x}", ""))) for kind in unknown.TRAINED for frame in kind.frames}
+    assert len(unknown.HELD_OUT) == len(set(unknown.HELD_OUT)) == 100
+    fillers = {filler.lower() for kind in unknown.TRAINED for filler in kind.fillers if len(filler) > 4}
+    for question in unknown.HELD_OUT:
+        assert " ".join(words_of(question)) not in frames
+        asked = f" {' '.join(words_of(question))} "
+        assert not [filler for filler in fillers if f" {filler} " in asked], question
+        assert world.held_out.find(question) is None
+    assert not set(unknown.HELD_OUT_FOREIGN) & set(unknown.FOREIGN)
 
 
-def test_held_out_number_pairs_are_never_trained(world, training_documents):
-    sums = [text for text in training_documents if "written" in text]
-    assert sums
-    for seed in (1, 2):
-        for conversation in chat.DemoArithmetic(3000, "train", world, seed):
-            sums += user_texts(conversation)
-            sums.append(conversation["messages"][1]["content"][0]["text"])
-    pairs = {(int(a), int(b)) for text in sums for a, b in SUM.findall(text)}
-    assert len(pairs) > 3000
-    assert not [pair for pair in pairs if skills.is_held_out_pair(*pair)]
-    tested = [c["messages"][1]["content"][0]["text"] for c in chat.DemoArithmetic(300, "test", world)]
-    assert all(skills.is_held_out_pair(*map(int, re.findall(r"\d+", text))) for text in tested)
+def test_a_world_that_knows_portugal_teaches_no_refusal_of_it(small_world):
+    text = SKY.replace("sky is blue because", "sky of Portugal is blue because")
+    (small_world / "a.txt").write_text(text, encoding="utf-8")
+    without, unknowns = unknown.Unknowns(load_world()), unknown.Unknowns(load_world(small_world))
+    assert any("Austria" in fillers for _, fillers in unknowns.kinds)
+    assert not any("Portugal" in fillers for _, fillers in unknowns.kinds)
+    asked = {unknowns.draw(random.Random(i))[0] for i in range(3000)}
+    assert not any("Portugal" in question for question in asked)
+    known = {" ".join(words_of(ask)) for fact in load_world().facts for ask in (*fact.asks, fact.held_out)}
+    drawn = [without.draw(random.Random(i)) for i in range(3000)]
+    assert not [question for question, _ in drawn if " ".join(words_of(question)) in known]
+    assert all(has_keys(answer, unknown.REFUSALS) for _, answer in drawn)
+
+
+FIRST_NUMBERS = re.compile(r"(\d+(?:\.\d+)?)[-+*/%]+(\d+(?:\.\d+)?)")
+
+
+def test_held_out_number_pairs_are_never_trained(world):
+    def pairs(split, size):
+        for seed in (1, 2, 3):
+            for conversation in chat.DemoArithmetic(size, split, world, seed):
+                call = conversation["messages"][1]["content"][0]["text"]
+                a, b = FIRST_NUMBERS.match(call).groups()
+                yield tuple(float(number) if "." in number else int(number) for number in (a, b))
+
+    trained, tested = set(pairs("train", 2000)), set(pairs("test", 100))
+    assert len(trained) > 3000
+    assert not [pair for pair in trained if skills.is_held_out_pair(*pair)]
+    assert all(skills.is_held_out_pair(*pair) for pair in tested)
 
 
 def test_unseen_words_are_never_spelled(world, training_documents):
     unseen = set(world.unseen_words)
-    spelled = re.compile("|".join(rf"\b{' '.join(word)}\." for word in unseen))
-    counted = re.compile("|".join(rf"Count . in {word}\b" for word in unseen))
-    text = "\n".join(training_documents)
-    assert not spelled.findall(text)
-    assert not counted.findall(text)
-    asked = chat.DemoSpelling(2000, "train", world), chat.DemoCounting(2000, "train", world)
+    text = "\n".join(training_documents).lower()
+    spelled = {run.replace("-", "") for run in re.findall(r"(?<![\w-])[a-z](?:-[a-z])+(?![\w-])", text)}
+    called = set(re.findall(r"""\(["'] ?(\w+)["']""", text))
+    assert len(spelled) > 1000 < len(called)
+    assert not unseen & (spelled | called)
+    asked = chat.DemoSpelling(1000, "train", world), chat.DemoCounting(1000, "train", world)
     for task in asked:
         for conversation in task:
-            assert not unseen & set(words_of(user_texts(conversation)[0]))
+            assert not unseen & set(words_of(conversation["messages"][1]["content"][0]["text"]))
     with pytest.raises(ValueError, match="unseen words are for the test split"):
         chat.DemoSpelling(1, "train", world, unseen=True)
 
@@ -487,7 +528,7 @@ def test_wrap_fits_the_question_into_the_sentence():
 def test_training_phrasings_are_many(world):
     fact = world.facts[0]
     rng = random.Random(0)
-    asked = {phrasings.ask_fact(rng, fact, i, world.held_out) for i in range(300)}
+    asked = {phrasings.ask_fact(rng, fact, i, world) for i in range(300)}
     assert len(asked) > 60
     assert set(fact.asks) <= asked
     wrappers = phrasings.TELL_WRAPPERS + phrasings.QUESTION_WRAPPERS + phrasings.GREETING_WRAPPERS
@@ -501,7 +542,8 @@ def test_rewording_by_rule_never_asks_a_held_out_question(small_world):
     assert fact.asks[2] in {phrasings.reword(rng, fact.asks[0], fact.tell) for _ in range(200)}
     trained = dataclasses.replace(fact, asks=fact.asks[:2])
     for i in range(2000):
-        assert held_out.find(phrasings.ask_fact(rng, trained, i, held_out)) is None
+        world = SimpleNamespace(held_out=held_out, vocabulary=frozenset())
+        assert held_out.find(phrasings.ask_fact(rng, trained, i, world)) is None
 
 
 def test_held_out_search_ignores_case_and_marks_but_not_words():
@@ -511,30 +553,144 @@ def test_held_out_search_ignores_case_and_marks_but_not_words():
     assert index.find("So who") == "who"
 
 
+def test_a_typing_error_changes_no_number_and_makes_no_other_known_word(world):
+    rng = random.Random(0)
+    changed = 0
+    for fact in world.facts[::5]:
+        question = f"{fact.asks[0]} 1234 {skills.MARK}marked{skills.MARK}"
+        for _ in range(5):
+            text = phrasings.mistyped(rng, question, world.vocabulary)
+            assert re.findall(r"\d+", text) == re.findall(r"\d+", question)
+            assert f"{skills.MARK}marked{skills.MARK}" in text
+            before, after = words_of(question), words_of(text)
+            other = [new for old, new in zip(before, after, strict=True) if old != new]
+            assert len(other) <= 1
+            assert not set(other) & world.vocabulary, (question, text)
+            changed += bool(other)
+    assert changed > 500
+
+
+def test_typing_keeps_what_the_calculator_needs(world):
+    rng = random.Random(1)
+    for _ in range(500):
+        text = phrasings.typed(rng, f"Please add 12 and 34.5 in {skills.MARK}River{skills.MARK}.", world.vocabulary)
+        assert re.findall(r"\d+(?:\.\d+)?", text) == ["12", "34.5"]
+        assert text.lower().count(f"{skills.MARK}river{skills.MARK}") == 1
+
+
+# --- follow-ups ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "topic", "followed"),
+    [
+        ("Where do kangaroos live?", "kangaroos", "Where do they live?"),
+        ("What is a baby kangaroo called?", "kangaroos", None),  # a baby it
+        ("Which people use a hammer?", "hammer", "Which people use it?"),
+        ("What is the capital of France?", "France", "What is its capital?"),
+        ("What language do people speak in France?", "France", "What language do people speak there?"),
+        ("What eats mice?", "mice", None),
+        ("Who is afraid of mice?", "mice", "Who is afraid of them?"),
+        ("What is a red planet?", "kangaroos", None),
+        ("Is France in Europe, or France in Asia?", "France", None),
+    ],
+)
+def test_a_pronoun_takes_the_place_of_the_topic(question, topic, followed):
+    assert followups.with_pronoun(question, topic) == followed
+
+
+def test_follow_ups_are_of_the_right_facts_and_those_of_evaluation_are_not_trained(world):
+    trained, tested = (followups.FollowUps(world, held_out=held_out) for held_out in (False, True))
+    assert len(trained.pronouns) > 1000 < len(tested.pronouns)
+    pairs = [{(f.before.text, f.fact.text, f.question) for f in found.others} for found in (trained, tested)]
+    assert len(pairs[0]) > 1000
+    assert not pairs[0] & pairs[1]
+    for follow in trained.pronouns:
+        assert follow.before.topic == follow.fact.topic
+        assert world.held_out.find(follow.question) is None
+    spain = [f for f in trained.others + tested.others if f.before.text == "The capital of France is Paris."]
+    assert ("of Spain|Spain", "The capital of Spain is Madrid.") in {(f.question, f.fact.text) for f in spain}
+    asked = {user_texts(c)[-1].lower().rstrip("?.! ") for c in chat.DemoChat(3000, "train", world, 1)}
+    assert not [form for form in followups.HELD_OUT_MORE_FORMS if form.lower().rstrip("?.") in asked]
+
+
 # --- skills: forms that a tokenizer keeps apart -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_spelled_letters_are_pieces_of_their_own(world, name):
+def test_a_word_is_copied_into_the_call_piece_by_piece(world, name):
     regex = pytest.importorskip("regex")
-    for word in (*world.words, *world.unseen_words):
-        pieces = regex.findall(PATTERNS[name], skills.spelling_answer(word))
-        assert pieces[-len(word) - 1 : -1] == [f" {letter}" for letter in word]
-        pieces = regex.findall(PATTERNS[name], " " + skills.running_count(word, word[0]))
-        assert pieces[::2] == [f" {letter}" for letter in word]
-
-
-def test_calculator_agrees_with_every_taught_call(world):
-    tasks = (chat.DemoArithmetic(300, "train", world), chat.DemoCounting(300, "train", world))
-    for task in tasks:
+    for task in (chat.DemoSpelling(300, "train", world), chat.DemoCounting(300, "train", world)):
         for conversation in task:
-            parts = {part["type"]: part["text"] for part in conversation["messages"][-1]["content"]}
-            assert use_calculator(parts["python"]) == parts["python_output"]
-            assert parts["text"].rstrip(".").endswith(parts["python_output"])
+            question, parts = user_texts(conversation)[0], conversation["messages"][1]["content"]
+            word = re.search(r"""\("( ?\w+)"\)?\.(?:strip|lower)""", parts[0]["text"]).group(1)
+            assert word in regex.findall(PATTERNS[name], parts[0]["text"])
+            assert word in regex.findall(PATTERNS[name], question), (question, parts[0]["text"])
+            if "join" in parts[0]["text"]:
+                assert regex.findall(PATTERNS[name], parts[1]["text"])[1:] == [f"-{c}" for c in word.strip()[1:]]
 
 
-def test_running_count():
-    assert skills.running_count("river", "r") == "r1 i1 v1 e1 r2"
+def every_answer(world):
+    for task in (
+        *(kind(400, "train", world) for kind in (chat.DemoArithmetic, chat.DemoSpelling, chat.DemoCounting)),
+        chat.DemoChat(400, "train", world),
+        *chat.demo_eval_tasks(world=world).values(),
+    ):
+        for conversation in task:
+            yield from (m["content"] for m in conversation["messages"] if m["role"] == "assistant")
+
+
+def test_calculator_agrees_with_every_taught_call_and_every_answer_says_the_result(world):
+    calls = 0
+    for answer in every_answer(world):
+        assert "####" not in str(answer)
+        if isinstance(answer, str):
+            continue
+        *work, last = answer
+        assert last["type"] == "text"
+        assert len(work) in (2, 4)
+        for call, result in zip(work[::2], work[1::2], strict=True):
+            assert (call["type"], result["type"]) == ("python", "python_output")
+            assert use_calculator(call["text"]) == result["text"]
+            assert re.search(rf"(?<![\w.]){re.escape(result['text'])}(?!\w)", last["text"]), answer
+            calls += 1
+    assert calls > 1500
+
+
+def test_numbers_of_training_have_every_digit_in_every_place(world):
+    found = Counter()
+    for conversation in chat.DemoArithmetic(3000, "train", world, 1):
+        for number in re.findall(r"\d+", conversation["messages"][1]["content"][0]["text"]):
+            found.update((len(number), place, digit) for place, digit in enumerate(number))
+    for length in (1, 2, 3, 4):
+        for place in range(length):
+            assert all(found[length, place, digit] > 15 for digit in "123456789"), (length, place)
+
+
+def test_numbers_in_words():
+    assert [skills.number_word(n) for n in (0, 7, 13, 20, 42, 99)] == [
+        "zero", "seven", "thirteen", "twenty", "forty-two", "ninety-nine",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted", "same"),
+    [
+        ("12+34", "12+34", True),
+        ("34 + 12", "12+34", True),
+        ("40+6", "12+34", False),
+        ("12-34", "12+34", False),
+        ("80*15/100", "15*80/100", True),
+        ("15*80", "15*80/100", False),
+        ("1,200*2", "1200*2", True),
+        ("'river'.count('r')", '(" river").lower().count("r")', True),
+        ('"rivers".count("r")', '" river".lower().count("r")', False),
+        ('"river".count("v")', '" river".lower().count("i")', False),
+        ("1+", "1+1", False),
+    ],
+)
+def test_a_call_is_right_if_it_asks_for_the_same_thing(call, wanted, same):
+    assert skills.same_call(call, wanted) is same
 
 
 # --- tasks and judges ------------------------------------------------------------------------------------------------
@@ -550,6 +706,7 @@ def rendered(content):
 
 
 def test_right_answers_are_right_and_others_are_not(world):
+    few = {"DemoSmallTalk": 0.65, "DemoUnknown": 0.8}  # different answers
     for name, task in chat.demo_eval_tasks(world=world).items():
         assert len(task) > 0
         assert task.eval_type == "generative"
@@ -557,61 +714,81 @@ def test_right_answers_are_right_and_others_are_not(world):
         for problem, answer in zip(task, answers, strict=True):
             assert task.evaluate(problem, answer) == 1, (name, answer)
             assert task.evaluate(problem, "") == 0
-            assert task.evaluate(problem, "I like turtles.") == 0
-        wrong = sum(task.evaluate(task[i], answers[(i + 5) % len(answers)]) for i in range(len(task)))
-        limit = (
-            0.65 if name in ("DemoSmallTalk", "DemoCounting", "DemoCounting-Unseen") else 0.1
-        )  # few different answers
-        assert wrong <= limit * len(task), name
+            if problem.get("group") != "known":
+                assert task.evaluate(problem, "I like turtles.") == 0
+        wrong = sum(task.evaluate(task[i], answers[(i + 7) % len(answers)]) for i in range(len(task)))
+        assert wrong <= few.get(name, 0.1) * len(task), name
 
 
-def test_arithmetic_needs_the_tool_and_the_right_number(world):
+def call(text, result):
+    return f"<|python_start|>{text}<|python_end|><|output_start|>{result}<|output_end|>"
+
+
+def test_arithmetic_needs_the_right_call_and_the_right_number(world):
     task = chat.DemoArithmetic(1, "test", world)
-    problem = {"expected": 46}
-    call = "<|python_start|>12+34<|python_end|><|output_start|>46<|output_end|>"
-    assert task.evaluate(problem, call + "The answer is 46.") == 1
-    assert task.evaluate(problem, call + "The answer is 47.") == 0
-    assert task.evaluate(problem, call) == 0
+    problem = tool_tasks.tool_keys(skills.Sum(12, "+", 34))
+    assert task.evaluate(problem, call("12+34", 46) + "The answer is 46.") == 1
+    assert task.evaluate(problem, call("12+34", 46) + "The answer is 47.") == 0
+    assert task.evaluate(problem, call("12+34", 46)) == 0
+    assert task.evaluate(problem, call("40+6", 46) + "The answer is 46.") == 0
     assert task.evaluate(problem, "The answer is 46.") == 0
-    assert task.evaluate({"expected": -4}, call + "It is -4.") == 1
-    assert task.evaluate({"expected": 1200}, call + "It is 1,200.") == 1
+    negative = tool_tasks.tool_keys(skills.Sum(1200, "-", 5000))
+    assert task.evaluate(negative, call("1200-5000", -3800) + "It is -3,800.") == 1
+    assert task.evaluate(negative, call("1200-5000", -3800) + "It is 3800.") == 0
+    rest = tool_tasks.tool_keys(skills.Sum(17, "remainder", 5))
+    both = call("17//5", 3) + call("17%5", 2)
+    assert task.evaluate(rest, both + "The answer is 3 remainder 2.") == 1
+    assert task.evaluate(rest, call("17/5", 3.4) + "The answer is 3 remainder 2.") == 0
+    percent = tool_tasks.tool_keys(skills.Sum(15, "percent", 80))
+    assert task.evaluate(percent, call("15*80/100", 12) + "The answer is 12.") == 1
+    assert task.evaluate(percent, call("15*80", 1200) + "The answer is 1200.") == 0
 
 
-def test_spelling_accepts_any_separator(world):
+def test_spelling_accepts_any_separator_but_no_call_for_another_word(world):
     task = chat.DemoSpelling(1, "test", world)
     for answer in ("The word is r i v e r.", "r-i-v-e-r", "R, I, V, E, R!", "A word: r i v e r"):
         assert task.evaluate({"word": "river"}, answer) == 1, answer
     for answer in ("river", "r i v e", "r i v e r r", "r i v e r and s"):
         assert task.evaluate({"word": "river"}, answer) == 0, answer
-
-
-def test_counting_reads_the_number_after_the_marks(world):
-    task = chat.DemoCounting(1, "test", world)
-    assert task.evaluate({"expected": 2}, "r1 i1 v1 e1 r2\n#### 2") == 1
-    assert task.evaluate({"expected": 2}, "2") == 0
-    assert task.evaluate({"expected": 2}, "#### 3") == 0
+    said = "It is spelled r-i-v-e-r."
+    assert task.evaluate({"word": "river"}, call('"-".join(" river".strip())', "r-i-v-e-r") + said) == 1
+    assert task.evaluate({"word": "river"}, call('"-".join(" rivet".strip())', "r-i-v-e-t") + said) == 0
 
 
 def test_counting_is_right_only_by_a_call_for_the_word_and_letter_asked_for(world):
     task = chat.DemoCounting(1, "test", world)
-    problem = {"expected": 2, "word": "river", "letter": "r"}
+    problem = {"calls": ['(" river").lower().count("r")'], "expected": ["2"]}
 
-    def answer(call):
-        return f"Check: <|python_start|>{call}<|python_end|><|output_start|>2<|output_end|>\n#### 2<|assistant_end|>"
+    def answer(text, said=2):
+        return f"{call(text, 2)}The letter r is in it {said} times.<|assistant_end|>"
 
-    for call in ('"river".count("r")', "'river'.count('r')", ' "river".count("r") '):
-        assert task.evaluate(problem, answer(call)) == 1, call
-    for call in ('"error".count("r")', '"river".count("i")', '"rivers".count("r")', "1+1", '"river".count("r"'):
-        assert task.evaluate(problem, answer(call)) == 0, call
-    assert task.evaluate(problem, "r1 i1 v1 e1 r2\n#### 2") == 0
+    for text in ('"river".count("r")', "'river'.count('r')", ' " river".lower().count("r") '):
+        assert task.evaluate(problem, answer(text)) == 1, text
+        assert task.evaluate(problem, answer(text, 3)) == 0, text
+    for text in ('"error".count("r")', '"river".count("i")', '"rivers".count("r")', "1+1", '"river".count("r"'):
+        assert task.evaluate(problem, answer(text)) == 0, text
+    assert task.evaluate(problem, "The letter r is in it 2 times.") == 0
 
 
-def test_fact_tests_have_two_halves(world):
-    both = chat.DemoFacts(100, "test", world)
-    groups = [problem["group"] for problem in both]
-    assert groups == ["wrapper", "rewording"] * 50
-    for kind in ("wrapper", "rewording"):
+def test_a_refusal_is_right_for_what_is_not_known_and_wrong_for_what_is(world):
+    task = chat.demo_eval_tasks(world=world)["DemoUnknown"]
+    groups = Counter(problem["group"] for problem in task)
+    assert groups["outside"] == len(unknown.HELD_OUT) == groups["known"]
+    assert {user_texts(p)[0] for p in task if p["group"] == "outside"} == set(unknown.HELD_OUT)
+    for problem in task:
+        for refusal in (unknown.DO_NOT_KNOW, unknown.SORRY_UNKNOWN, unknown.NOT_LEARNED, unknown.ENGLISH_ONLY):
+            assert task.evaluate(problem, refusal) == (problem["group"] != "known")
+        assert task.evaluate(problem, "The sky is blue.") == (problem["group"] == "known")
+
+
+def test_fact_tests_have_three_groups(world):
+    every = chat.DemoFacts(99, "test", world)
+    groups = [problem["group"] for problem in every]
+    assert groups == ["wrapper", "rewording", "typed"] * 33
+    for kind in ("wrapper", "rewording", "typed"):
         assert {problem["group"] for problem in chat.DemoFacts(20, "test", world, kind=kind)} == {kind}
+    with pytest.raises(ValueError, match="kind is all or one of wrapper"):
+        chat.DemoFacts(20, "test", world, kind="both")
 
 
 def test_tasks_are_deterministic_and_lazy(world):

@@ -377,10 +377,10 @@ def test_word_sums_are_right_and_hold_out_their_numbers():
         numbers = set()
         for problem in task:
             call, output, _ = problem["messages"][1]["content"]
-            assert int(output["text"]) == eval(call["text"]) == problem["expected"]
-            written = f"<|python_start|>{call['text']}<|python_end|>The answer is {problem['expected']}."
+            assert [output["text"]] == [str(eval(call["text"]))] == problem["expected"]
+            written = f"<|python_start|>{call['text']}<|python_end|>The answer is {problem['expected'][0]}."
             assert task.reward(problem, written) == 1.0
-            assert task.reward(problem, f"The answer is {problem['expected']}.") == 0.0
+            assert task.reward(problem, f"The answer is {problem['expected'][0]}.") == 0.0
             assert task.reward(problem, written.replace("answer is ", "answer is 1")) == 0.0
             numbers.add(frozenset(call["text"].replace("-", "+").replace("*", "+").split("+")))
         pairs.append(numbers)

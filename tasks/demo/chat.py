@@ -9,81 +9,27 @@ The text that the model generates is judged, including tool calls between the to
 from __future__ import annotations
 
 import random
-import re
 from pathlib import Path
 from typing import Any, Literal
 
+from nanochat.generate.calculator import use_calculator
 from tasks.common import Conversation, Task, TaskMixture
-from tasks.demo import skills
-from tasks.demo.phrasings import ask_fact, drop_words, typed, wrap_fact, wrap_request
-from tasks.demo.smalltalk import SMALL_TALK, SMALL_TALK_TEST, UNKNOWN_ANSWER, unknown_question
-from tasks.demo.world import Fact, World, has_keys, load_world, words_of
-from tasks.gsm8k import extract_answer
+from tasks.demo import skills, unknown
+from tasks.demo.followups import WHY_FORMS, FollowUp, FollowUps
+from tasks.demo.phrasings import ask_about, ask_fact, badly_typed, typed, wrap_fact
+from tasks.demo.smalltalk import SMALL_TALK, SMALL_TALK_TEST
+from tasks.demo.task import Content, DemoTask, Split, conversation, final_text
+from tasks.demo.tool_tasks import DemoArithmetic, DemoCounting, DemoRepeat, DemoSpelling
+from tasks.demo.world import Fact, World, has_keys, load_world
 
-Split = Literal["train", "test"]
-HeldOut = Literal["both", "wrapper", "rewording"]
-Content = str | list[dict[str, str]]
-
-
-def conversation(*turns: tuple[str, Content], **extra: Any) -> Conversation:
-    """A conversation of (question, answer) turns; `extra` holds what the judge needs."""
-    messages: list[dict[str, Any]] = []
-    for question, answer in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, **extra}
-
-
-def final_text(completion: str) -> str:
-    """The assistant's text after its last tool result, without special tokens."""
-    text = completion.split("<|output_end|>")[-1]
-    return re.sub(r"<\|[a-z_]+\|>", " ", text.split("<|assistant_end|>")[0]).strip()
-
-
-def tool_calls(completion: str) -> list[str]:
-    """The finished tool calls of a completion."""
-    return re.findall(r"<\|python_start\|>(.*?)<\|python_end\|>", completion, flags=re.DOTALL)
-
-
-class DemoTask(Task):
-    """`size` examples from a world; the module's docstring explains the splits."""
-
-    eval_type = "generative"
-
-    def __init__(
-        self,
-        size: int,
-        split: Split = "train",
-        world: World | str | Path | None = None,
-        seed: int = 0,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        step: int = 1,
-    ) -> None:
-        if split not in ("train", "test"):
-            raise ValueError(f"{type(self).__name__} has the splits train and test, not {split!r}")
-        super().__init__(start=start, stop=stop, step=step)
-        self.size = size
-        self.split: Split = split
-        self.world = world if isinstance(world, World) else load_world(world)
-        self.seed = seed
-
-    @property
-    def held_out(self) -> bool:
-        """True if examples use what training never shows."""
-        return self.split == "test"
-
-    def num_examples(self) -> int:
-        return self.size
-
-    def random(self, index: int) -> random.Random:
-        """The random generator of example `index`; text seeds give the same numbers everywhere."""
-        return random.Random(f"{type(self).__name__} {self.split} {self.seed} {index}")
+HeldOut = Literal["all", "wrapper", "rewording", "typed"]
+FACT_GROUPS = ("wrapper", "rewording", "typed")
 
 
 class DemoFacts(DemoTask):
-    """Questions about the world. In the test split, even examples ask a trained question in a held-out wrapper, and odd
-    ones a held-out rewording; `kind` selects one of the two."""
+    """Questions about the world. The test split takes turns with three groups, or asks one of them, `kind`: a trained
+    question in a held-out wrapper; a held-out rewording; and such a wrapped question in capitals, in lower case or with
+    a typing error ("typed")."""
 
     def __init__(
         self,
@@ -91,15 +37,16 @@ class DemoFacts(DemoTask):
         split: Split = "train",
         world: World | str | Path | None = None,
         seed: int = 0,
-        kind: HeldOut = "both",
+        kind: HeldOut = "all",
         **slice_arguments: Any,
     ) -> None:
         super().__init__(size, split, world, seed, **slice_arguments)
-        if kind not in ("both", "wrapper", "rewording"):
-            raise ValueError(f"kind is both, wrapper or rewording, not {kind!r}")
-        self.kind: HeldOut = kind
+        if kind not in ("all", *FACT_GROUPS):
+            raise ValueError(f"kind is all or one of {', '.join(FACT_GROUPS)}, not {kind!r}")
+        self.groups = FACT_GROUPS if kind == "all" else (kind,)
         self.facts = list(self.known_facts())
         random.Random(f"facts {self.split}").shuffle(self.facts)
+        self.first_facts = {t.facts[0].text: t.name for t in self.world.topics if t.facts[0].language is None}
 
     def known_facts(self) -> tuple[Fact, ...]:
         """The facts to ask for."""
@@ -110,18 +57,22 @@ class DemoFacts(DemoTask):
         if self.split == "train":
             round_number, position = divmod(index, len(self.facts))
             fact = self.facts[position]
-            question = ask_fact(rng, fact, self.seed + round_number + position, self.world.held_out)
-            return conversation((question, fact.text))
-        reworded = self.kind == "rewording" or (self.kind == "both" and index % 2 == 1)
-        fact = self.facts[(index if self.kind != "both" else index // 2) % len(self.facts)]
-        question = fact.held_out
-        if not reworded:
-            question = rng.choice(fact.asks)
-            if fact.language is None:
-                question = wrap_fact(rng, question, fact.tell, held_out=True)
+            topic = self.first_facts.get(fact.text)
+            if topic and rng.random() < 0.12:
+                question = ask_about(rng, topic, self.world)
             else:
-                question = fact.language.ask(rng, question, held_out=True)
-        return conversation((question, fact.text), keys=fact.keys, group="rewording" if reworded else "wrapper")
+                question = ask_fact(rng, fact, self.seed + round_number + position, self.world)
+            return conversation((question, fact.text))
+        number, group = index // len(self.groups), self.groups[index % len(self.groups)]
+        fact = self.facts[number % len(self.facts)]
+        question = fact.held_out
+        if group != "rewording" and fact.language is not None:
+            question = fact.language.ask(rng, rng.choice(fact.asks), held_out=True)
+        elif group != "rewording":
+            question = wrap_fact(rng, rng.choice(fact.asks), fact.tell, held_out=True)
+        if group == "typed":
+            question = badly_typed(rng, question, self.world.vocabulary)
+        return conversation((question, fact.text), keys=fact.keys, group=group)
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
         """1 if the answer has the key words of the fact."""
@@ -135,114 +86,69 @@ class DemoIdentity(DemoFacts):
         return self.world.identity
 
 
-class DemoArithmetic(DemoTask):
-    """Sums for the calculator; the test split has other pairs of numbers and other phrasings."""
-
-    def get_example(self, index: int) -> Conversation:
-        rng = self.random(index)
-        problem = skills.random_sum(rng, held_out=self.held_out)
-        question = skills.ask_sum(rng, problem, held_out=self.held_out)
-        if not self.held_out:
-            question = _maybe_wrapped(rng, question)
-        return conversation((question, skills.sum_answer(problem)), expected=problem.result)
-
-    def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 if the calculator was used and the last number of the answer is right."""
-        numbers = re.findall(r"-?\d+", final_text(completion).replace(",", ""))
-        return int(bool(tool_calls(completion)) and bool(numbers) and int(numbers[-1]) == problem["expected"])
-
-
-class WordTask(DemoTask):
-    """A task about words; `unseen` selects the words that training never spells."""
-
-    def __init__(
-        self,
-        size: int,
-        split: Split = "train",
-        world: World | str | Path | None = None,
-        seed: int = 0,
-        unseen: bool = False,
-        **slice_arguments: Any,
-    ) -> None:
-        super().__init__(size, split, world, seed, **slice_arguments)
-        if unseen and split == "train":
-            raise ValueError("unseen words are for the test split: training never spells them")
-        self.words = list(self.world.unseen_words if unseen else self.world.words)
-        random.Random(f"words {self.split}").shuffle(self.words)
-
-
-class DemoSpelling(WordTask):
-    """Spell a word."""
-
-    def get_example(self, index: int) -> Conversation:
-        rng = self.random(index)
-        word = self.words[index % len(self.words)]
-        requests = skills.HELD_OUT_SPELL_REQUESTS if self.held_out else skills.SPELL_REQUESTS
-        question = rng.choice(requests).format(w=word)
-        if not self.held_out:
-            question = _maybe_wrapped(rng, question)
-        return conversation((question, skills.spelling_answer(word)), word=word)
-
-    def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 if the last run of single letters spells the word ("r i v e r", "r-i-v-e-r", "r, i, v, e, r")."""
-        runs: list[list[str]] = [[]]
-        for word in words_of(final_text(completion)):
-            if len(word) == 1:
-                runs[-1].append(word)
-            elif runs[-1]:
-                runs.append([])
-        runs = [run for run in runs if run]
-        return int(bool(runs) and "".join(runs[-1]) == problem["word"])
-
-
-class DemoCounting(WordTask):
-    """Count a letter in a word, by SpellingBee's protocol."""
-
-    def get_example(self, index: int) -> Conversation:
-        rng = self.random(index)
-        word = self.words[index % len(self.words)]
-        letter = skills.random_letter(rng, word)
-        requests = skills.HELD_OUT_COUNT_REQUESTS if self.held_out else skills.COUNT_REQUESTS
-        question = rng.choice(requests).format(l=letter, w=word)
-        if not self.held_out:
-            question = _maybe_wrapped(rng, question)
-        answer = skills.count_answer(word, letter)
-        return conversation((question, answer), expected=word.count(letter), word=word, letter=letter)
-
-    def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 if the calculator was asked for this letter of this word, and the number after the last "####" is right."""
-        return int(asked_to_count(problem, completion) and extract_answer(completion) == problem["expected"])
-
-
-def asked_to_count(problem: Conversation, completion: str) -> bool:
-    """True if a call of the calculator counts the problem's letter in its word; of a problem without them, always."""
-    if "word" not in problem:
-        return True
-    asked = rf"""\s*(['"]){re.escape(problem["word"])}\1\.count\((['"]){re.escape(problem["letter"])}\2\)\s*"""
-    return any(re.fullmatch(asked, call) for call in tool_calls(completion))
-
-
 class DemoSmallTalk(DemoTask):
-    """Greetings, thanks, goodbyes, and an honest "I do not know" for made-up things."""
+    """Greetings, thanks, goodbyes, moods and jokes."""
 
     def get_example(self, index: int) -> Conversation:
         rng = self.random(index)
-        if index % 3 == 2:
-            return conversation((unknown_question(rng, held_out=self.held_out), UNKNOWN_ANSWER), keys=(("not know",),))
         questions, answer, keys = rng.choice(SMALL_TALK_TEST if self.held_out else SMALL_TALK)
         question = rng.choice(questions)
-        return conversation((question if self.held_out else typed(rng, question), answer), keys=keys)
+        return conversation((question if self.held_out else self.as_typed(rng, question, 0), answer), keys=keys)
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
         """1 if the reply has the right words."""
         return int(has_keys(final_text(completion), problem["keys"]))
 
 
-class DemoChat(DemoTask):
-    """Conversations of two or three turns: small talk around questions, or several questions.
+class DemoUnknown(DemoTask):
+    """Questions that the world has no answer to, and other languages: an honest answer says so.
 
-    The second question is mostly about the topic of the first. In the test split only the last question is held out,
-    and only its answer is judged.
+    The test split has four groups: questions of kinds that training has none of ("outside"), made-up things, sentences
+    in other languages, and as many questions that the world does answer, which must not be refused ("known").
+    """
+
+    def __init__(
+        self, size: int, split: Split = "train", world: World | str | Path | None = None, seed: int = 0, **slice_: Any
+    ) -> None:
+        super().__init__(size, split, world, seed, **slice_)
+        self.known = DemoFacts(size, "test", self.world, seed)
+        self.unknowns = unknown.Unknowns(self.world)
+
+    def get_example(self, index: int) -> Conversation:
+        rng = self.random(index)
+        if not self.held_out:
+            if rng.random() < 0.12 and self.world.in_english:
+                return conversation((typed(rng, rng.choice(unknown.FOREIGN)), unknown.ENGLISH_ONLY))
+            question, answer = self.unknowns.draw(rng)
+            return conversation((self.as_typed(rng, question), answer))
+        number, place = divmod(index, 5)
+        foreign = number % 2 == 0 and self.world.in_english
+        group = ("outside", "outside", "known", "known", "language" if foreign else "made up")[place]
+        if group == "known":
+            known = self.known[2 * number + place - 2]
+            return {**known, "keys": (), "group": group}
+        if group == "outside":
+            question, answer = unknown.HELD_OUT[(2 * number + place) % len(unknown.HELD_OUT)], unknown.DO_NOT_KNOW
+        elif group == "made up":
+            question, answer = self.unknowns.draw_held_out(rng)
+        else:
+            question = unknown.HELD_OUT_FOREIGN[number // 2 % len(unknown.HELD_OUT_FOREIGN)]
+            answer = unknown.ENGLISH_ONLY
+        return conversation((question, answer), keys=unknown.REFUSALS, group=group)
+
+    def evaluate(self, problem: Conversation, completion: str) -> int:
+        """1 if the answer says that this is not known; of a question that the world answers, if it does not."""
+        text = final_text(completion)
+        refused = has_keys(text, unknown.REFUSALS)
+        return int(refused if problem["keys"] else bool(text) and not refused)
+
+
+class DemoChat(DemoTask):
+    """Conversations of two or three turns: small talk around questions, several questions, and questions that only the
+    conversation makes clear: "and in Spain?", "where do they live?", "why?", "times 2".
+
+    The test split asks such a question last (group "pronoun", "other", "why" or "more"), or a held-out one in full
+    ("topic"). Only the last answer is judged.
     """
 
     def __init__(
@@ -260,54 +166,83 @@ class DemoChat(DemoTask):
             DemoArithmetic(many, "train", self.world, seed),
             DemoSpelling(many, "train", self.world, seed),
             DemoSmallTalk(many, "train", self.world, seed),
+            DemoUnknown(many, "train", self.world, seed),
         ]
+        self.follow_ups = FollowUps(self.world, held_out=self.held_out)
 
     def get_example(self, index: int) -> Conversation:
         rng = self.random(index)
-        topic = self.world.topics[index % len(self.world.topics)]
-        first, second = rng.sample(topic.facts, 2) if len(topic.facts) > 1 else (topic.facts[0], topic.facts[0])
-        opening = (
-            conversation(self._ask(rng, first))
-            if rng.random() < 0.6
-            else rng.choice(self.others).get_example(rng.randrange(10**6))
-        )
-        messages = opening["messages"]
         if self.held_out:
-            last = conversation((second.held_out, second.text))
-            return {"messages": messages + last["messages"], "keys": second.keys}
-        last = conversation(self._ask(rng, second))
-        if rng.random() < 0.3:
-            closing = rng.choice(self.others).get_example(rng.randrange(10**6))
-            return {"messages": messages + last["messages"] + closing["messages"]}
-        return {"messages": messages + last["messages"]}
+            return self._test_example(rng, index)
+        kind = rng.random()
+        if kind < 0.1:
+            return self._sums(rng)
+        if kind < 0.17 and self.follow_ups.unexplained:
+            fact = rng.choice(self.follow_ups.unexplained)
+            why = typed(rng, rng.choice(WHY_FORMS))
+            return conversation(self._ask(rng, fact), (why, unknown.NO_REASON))
+        opening = self._other(rng) if rng.random() < 0.2 else []
+        follow = self.follow_ups.draw(rng) if kind < 0.8 else None
+        if follow is not None:
+            messages = self._turns(rng, follow)
+            after = self.follow_ups.after.get(follow.fact.text, [])
+            if after and rng.random() < 0.4:
+                more = rng.choice(after)
+                messages += conversation((typed(rng, more.question, self.world.vocabulary), more.fact.text))["messages"]
+            return {"messages": opening + messages}
+        topic = self.world.topics[index % len(self.world.topics)]
+        last = conversation(self._ask(rng, rng.choice(topic.facts)))["messages"]
+        return {"messages": (opening or self._other(rng)) + last + (self._other(rng) if rng.random() < 0.4 else [])}
+
+    def _test_example(self, rng: random.Random, index: int) -> Conversation:
+        follow = self.follow_ups.draw(rng)
+        if follow is None or index % 5 == 4:
+            topic = self.world.topics[index % len(self.world.topics)]
+            first, second = topic.facts[0], topic.facts[-1]
+            turns = conversation(self._ask(rng, first), (second.held_out, second.text))
+            return {**turns, "keys": second.keys, "group": "topic"}
+        turns = conversation((rng.choice(follow.before.asks), follow.before.text), (follow.question, follow.fact.text))
+        return {**turns, "keys": follow.fact.keys, "group": follow.kind}
+
+    def _turns(self, rng: random.Random, follow: FollowUp) -> list[dict[str, Any]]:
+        question = typed(rng, follow.question, self.world.vocabulary)
+        return conversation(self._ask(rng, follow.before), (question, follow.fact.text))["messages"]
+
+    def _other(self, rng: random.Random) -> list[dict[str, Any]]:
+        return list(rng.choice(self.others).get_example(rng.randrange(10**6))["messages"])
+
+    def _sums(self, rng: random.Random) -> Conversation:
+        """A sum, and another one that begins with its result: "times 2"."""
+        first = skills.random_sum(rng, held_out=False)
+        result = first.results[-1]
+        sign = rng.choice("+-*/")
+        number = rng.choice([n for n in range(2, 13) if "." in result or not skills.is_held_out_pair(int(result), n)])
+        words = rng.choice((*skills.OPERATOR_WORDS[sign], *skills.SYMBOLS[sign]))
+        question = rng.choice(("And {o} {n}?", "and {o} {n}", "{o} {n}", "Now {o} {n}.", "That {o} {n}?"))
+        call = f"{result}{sign}{number}"
+        second = skills.worked([call], f"The answer is {use_calculator(call)}.")
+        asked = self.as_typed(rng, skills.ask_sum(rng, first, held_out=False))
+        return conversation((asked, skills.sum_answer(first)), (question.format(o=words, n=number), second))
 
     def _ask(self, rng: random.Random, fact: Fact) -> tuple[str, Content]:
-        return ask_fact(rng, fact, rng.randrange(len(fact.asks)), self.world.held_out), fact.text
+        return ask_fact(rng, fact, rng.randrange(len(fact.asks)), self.world), fact.text
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
         """1 if the last answer has the key words of its fact."""
         return int(has_keys(final_text(completion), problem["keys"]))
 
 
-def _maybe_wrapped(rng: random.Random, request: str) -> str:
-    """A training request: plain, wrapped or without its function words, and typed as people do."""
-    kind = rng.random()
-    if kind < 0.25:
-        request = wrap_request(rng, request, held_out=False)
-    elif kind < 0.35:
-        request = drop_words(rng, request)
-    return typed(rng, request)
-
-
 def demo_mid_mixture(
     *,
-    facts: int = 10000,
-    identity: int = 1800,
-    arithmetic: int = 2400,
+    facts: int = 8200,
+    identity: int = 1200,
+    arithmetic: int = 2200,
+    repeat: int = 700,
     spelling: int = 1600,
-    counting: int = 1600,
-    small_talk: int = 700,
-    chat: int = 1200,
+    counting: int = 1000,
+    small_talk: int = 500,
+    unknown: int = 1800,
+    chat: int = 1000,
     seed: int = 1,
     world: World | str | Path | None = None,
 ) -> TaskMixture:
@@ -318,9 +253,11 @@ def demo_mid_mixture(
             DemoFacts(facts, "train", loaded, seed),
             DemoIdentity(identity, "train", loaded, seed),
             DemoArithmetic(arithmetic, "train", loaded, seed),
+            DemoRepeat(repeat, "train", loaded, seed),
             DemoSpelling(spelling, "train", loaded, seed),
             DemoCounting(counting, "train", loaded, seed),
             DemoSmallTalk(small_talk, "train", loaded, seed),
+            DemoUnknown(unknown, "train", loaded, seed),
             DemoChat(chat, "train", loaded, seed),
         ]
     )
@@ -328,24 +265,28 @@ def demo_mid_mixture(
 
 def demo_sft_mixture(
     *,
-    facts: int = 9000,
-    identity: int = 2400,
-    arithmetic: int = 1600,
-    spelling: int = 800,
-    counting: int = 800,
+    facts: int = 7000,
+    identity: int = 1000,
+    arithmetic: int = 1700,
+    repeat: int = 300,
+    spelling: int = 1200,
+    counting: int = 900,
     small_talk: int = 400,
-    chat: int = 800,
+    unknown: int = 1800,
+    chat: int = 900,
     seed: int = 2,
     world: World | str | Path | None = None,
 ) -> TaskMixture:
-    """The mixture for SFT: the tasks of mid-training with other random draws and more of the facts."""
+    """The mixture for SFT: the tasks of mid-training with other random draws."""
     return demo_mid_mixture(
         facts=facts,
         identity=identity,
         arithmetic=arithmetic,
+        repeat=repeat,
         spelling=spelling,
         counting=counting,
         small_talk=small_talk,
+        unknown=unknown,
         chat=chat,
         seed=seed,
         world=world,
@@ -354,17 +295,18 @@ def demo_sft_mixture(
 
 def demo_eval_tasks(
     *,
-    facts: int = 600,
-    identity: int = 68,
-    arithmetic: int = 100,
-    spelling: int = 80,
-    counting: int = 80,
-    small_talk: int = 30,
-    chat: int = 40,
-    unseen: int = 40,
+    facts: int = 300,
+    identity: int = 51,
+    arithmetic: int = 120,
+    spelling: int = 40,
+    counting: int = 40,
+    small_talk: int = 40,
+    unknown: int = 250,
+    chat: int = 120,
+    unseen: int = 80,
     world: World | str | Path | None = None,
 ) -> dict[str, Task]:
-    """Evaluation tasks by name, all in held-out phrasings; half of `facts` goes to each of its two kinds."""
+    """Evaluation tasks by name, all in held-out phrasings; a third of `facts` goes to each of its three groups."""
     loaded = world if isinstance(world, World) else load_world(world)
     tasks: dict[str, Task] = {
         "DemoFacts": DemoFacts(facts, "test", loaded),
@@ -372,10 +314,11 @@ def demo_eval_tasks(
         "DemoArithmetic": DemoArithmetic(arithmetic, "test", loaded),
         "DemoSpelling": DemoSpelling(spelling, "test", loaded),
         "DemoCounting": DemoCounting(counting, "test", loaded),
-        "DemoSmallTalk": DemoSmallTalk(small_talk, "test", loaded),
-        "DemoChat": DemoChat(chat, "test", loaded),
         "DemoSpelling-Unseen": DemoSpelling(unseen, "test", loaded, unseen=True),
         "DemoCounting-Unseen": DemoCounting(unseen, "test", loaded, unseen=True),
+        "DemoSmallTalk": DemoSmallTalk(small_talk, "test", loaded),
+        "DemoUnknown": DemoUnknown(unknown, "test", loaded),
+        "DemoChat": DemoChat(chat, "test", loaded),
     }
     for name, task in tasks.items():
         task.name = name

@@ -21,16 +21,10 @@ from nanochat.data.shards import DEMO_STAMP
 from nanochat.data.worlds import shipped_topics
 from nanochat.env import get_base_dir
 from nanochat.files import atomic_folder, sha256_file, write_json
-from tasks.demo.phrasings import ask_fact, upper_first
-from tasks.demo.skills import (
-    OPERATOR_WORDS,
-    count_answer,
-    random_letter,
-    random_sum,
-    running_count,
-    spelled,
-    spelling_answer,
-)
+from tasks.demo.chat import DemoChat, DemoUnknown
+from tasks.demo.phrasings import ask_fact
+from tasks.demo.task import DemoTask
+from tasks.demo.tool_tasks import DemoArithmetic, DemoCounting, DemoRepeat, DemoSpelling
 from tasks.demo.world import Fact, World, load_world, world_files, world_spec
 
 Split = Literal["train", "val"]
@@ -42,6 +36,8 @@ VAL_SHARE = 0.04
 TRAIN_SHARDS = 2
 ROW_GROUP_DOCS = 256
 STAMP = DEMO_STAMP
+SEED_OF_TALKS = {"train": 3, "val": 4}  # those of mid-training and SFT are 1 and 2
+Document = Callable[[random.Random, World, int], str]
 
 
 def article(rng: random.Random, world: World, number: int) -> str:
@@ -76,65 +72,48 @@ def about_nanochat(rng: random.Random, world: World, number: int) -> str:
     return "\n".join(_question(rng, world, fact) for fact in chosen)
 
 
-def spelling(rng: random.Random, world: World, number: int) -> str:
-    """Words, spelled."""
-    words = [world.words[(number * 5 + i) % len(world.words)] for i in range(5)]
-    forms = (
-        spelling_answer,
-        lambda word: f'The letters of "{word}" are {spelled(word)}.',
-        lambda word: f"{upper_first(word)} has the letters {spelled(word)}.",
-    )
-    return "\n".join(rng.choice(forms)(word) for word in rng.sample(words, len(words)))
+def talk(task: DemoTask, examples: int) -> Document:
+    """Documents of some of a task's conversations, each line of them what somebody says or what the calculator does, so
+    that they become the same tokens as in a chat."""
 
+    def lines(rng: random.Random, world: World, number: int) -> str:
+        found = []
+        for i in range(examples):
+            for message in task.get_example(number * examples + i)["messages"]:
+                content = message["content"]
+                found += [content] if isinstance(content, str) else [part["text"] for part in content]
+        return "\n".join(found)
 
-def counting(rng: random.Random, world: World, number: int) -> str:
-    """Letters of words with a running count."""
-    lines = []
-    for i in range(3):
-        word = world.words[(number * 3 + i) % len(world.words)]
-        letter = random_letter(rng, word)
-        call = count_answer(word, letter)[1]["text"]
-        lines.append(
-            f"Count {letter} in {word}: {running_count(word, letter)}. Check: {call} #### {word.count(letter)}"
-        )
-    return "\n".join(lines)
-
-
-def sums(rng: random.Random, world: World, number: int) -> str:
-    """Small sums with their results, and larger ones as they are written for the calculator."""
-    lines = []
-    for i in range(6):
-        problem = random_sum(rng, held_out=False)
-        while i % 2 and max(problem.a, problem.b) > 9:
-            problem = random_sum(rng, held_out=False)
-        lines.append(
-            f"{problem.a} {problem.op} {problem.b} = {problem.result}"
-            if i % 2
-            else f"{problem.a} {OPERATOR_WORDS[problem.op]} {problem.b} is written {problem.expression}."
-        )
-    return "\n".join(lines)
+    return lines
 
 
 def _question(rng: random.Random, world: World, fact: Fact) -> str:
     """A question and its answer, each at the start of a line, so that they become the same tokens as in a chat."""
-    return f"{ask_fact(rng, fact, rng.randrange(3), world.held_out)}\n{fact.text}"
+    return f"{ask_fact(rng, fact, rng.randrange(3), world)}\n{fact.text}"
 
 
 # How many of 100 documents are of each kind.
-KINDS: tuple[tuple[Callable[[random.Random, World, int], str], int], ...] = (
-    (questions, 60),
+KINDS: tuple[tuple[Document, int], ...] = (
+    (questions, 50),
     (article, 16),
-    (fact_list, 4),
+    (fact_list, 3),
     (about_nanochat, 5),
-    (spelling, 6),
-    (counting, 5),
-    (sums, 4),
+)
+# The same of conversations: the task, and how many of them make a document.
+TALKS: tuple[tuple[type[DemoTask], int, int], ...] = (
+    (DemoRepeat, 4, 6),
+    (DemoSpelling, 4, 7),
+    (DemoCounting, 4, 3),
+    (DemoArithmetic, 5, 5),
+    (DemoUnknown, 5, 2),
+    (DemoChat, 2, 3),
 )
 
 
 def documents(world: World, split: Split, max_chars: int, seed: int = SEED) -> Iterator[str]:
     """Documents of `split` until they hold `max_chars` characters. The kinds take turns, in a shuffled order."""
-    kinds = [kind for kind, share in KINDS for _ in range(share)]
+    tasks = [(talk(task(10**9, "train", world, SEED_OF_TALKS[split]), n), share) for task, n, share in TALKS]
+    kinds = [kind for kind, share in (*KINDS, *tasks) for _ in range(share)]
     drawn = dict.fromkeys(kinds, 0)
     number, chars = 0, 0
     while chars < max_chars:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Set
 
-from tasks.demo.world import Fact, HeldOutQuestions, words_of
+from tasks.demo.skills import MARK
+from tasks.demo.world import Fact, World, words_of
 
 TELL_WRAPPERS = (
     "Can you tell me {tell}?",
@@ -67,6 +69,20 @@ QUESTION_WRAPPERS = (
 )
 # These fit around a request ("Spell the word river.") as well as around a question.
 GREETING_WRAPPERS = (
+    "hi {q}",
+    "hello, {q}",
+    "hey {q}",
+    "Hi, {q}",
+    "Hi. {Q}",
+    "Hello. {Q}",
+    "Good morning, {q}",
+    "Good day. {Q}",
+    "Sorry to ask, {q}",
+    "Hello again! {Q}",
+    "Thanks, and {q}",
+    "Great. {Q}",
+    "{Q} please",
+    "Please, {q}",
     "Hi! {Q}",
     "Hello! {Q}",
     "Hey, {q}",
@@ -107,6 +123,19 @@ HELD_OUT_GREETING_WRAPPERS = (
     "{Q} A short answer is fine.",
 )
 
+# Requests to say anything about {x}, a topic.
+TOPIC_REQUESTS = (
+    "Tell me about {x}.",
+    "Tell me something about {x}.",
+    "What do you know about {x}?",
+    "Say something about {x}.",
+    "Do you know anything about {x}?",
+    "{x}",
+    "Explain {x}.",
+    "A fact about {x}, please.",
+    "I want to learn about {x}.",
+)
+
 # Words that begin a question and are not names, so that they lose their capital inside a sentence.
 _OPENERS = frozenset(
     words_of(
@@ -115,7 +144,7 @@ _OPENERS = frozenset(
         "name give spell count add multiply subtract calculate compute write say tell describe the a an many your work"
     )
 )
-_FUNCTION_WORDS = frozenset(
+FUNCTION_WORDS = frozenset(
     words_of(
         "a an the is are was were be been do does did can could would should will to of in on at by for from with into "
         "that this it its they their them we us our people one there and or so very most much many has have "
@@ -165,6 +194,10 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
     ("do we", "do you"),
     ("gets", "becomes"),
     ("long ago", "in old times"),
+    ("color", "colour"),
+    ("colour", "color"),
+    ("colors", "colours"),
+    ("colours", "colors"),
 )
 # The same question from the embedded clause.
 _CLAUSES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -234,7 +267,7 @@ def reword(rng: random.Random, question: str, tell: str) -> str:
 def drop_words(rng: random.Random, question: str) -> str:
     """The question without one or two of its function words, as typed by people in a hurry."""
     words = question.split(" ")
-    small = [i for i, word in enumerate(words) if i and word.lower() in _FUNCTION_WORDS]
+    small = [i for i, word in enumerate(words) if i and word.lower() in FUNCTION_WORDS]
     dropped = set(rng.sample(small, min(len(small), rng.randint(1, 2))))
     return " ".join(word for i, word in enumerate(words) if i not in dropped)
 
@@ -242,16 +275,16 @@ def drop_words(rng: random.Random, question: str) -> str:
 def keywords(rng: random.Random, fact: Fact, question: str) -> str:
     """A search query: the question word and the content words, sometimes reordered or with an extra word."""
     answer_words = {word for group in fact.keys for phrase in group for word in words_of(phrase)}
-    content = [word for word in words_of(question) if word not in _FUNCTION_WORDS]
+    content = [word for word in words_of(question) if word not in FUNCTION_WORDS]
     if len(content) < 2:
         return question
-    extra = [w for w in words_of(fact.text) if w not in _FUNCTION_WORDS and w not in answer_words and w not in content]
+    extra = [w for w in words_of(fact.text) if w not in FUNCTION_WORDS and w not in answer_words and w not in content]
     if extra and rng.random() < 0.5:
         content.append(rng.choice(extra))
     if rng.random() < 0.3:
         rng.shuffle(content)
     first = words_of(question)[0]
-    return " ".join([first, *content] if first in _FUNCTION_WORDS and rng.random() < 0.6 else content)
+    return " ".join([first, *content] if first in FUNCTION_WORDS and rng.random() < 0.6 else content)
 
 
 def gap(rng: random.Random, fact: Fact) -> str:
@@ -265,27 +298,102 @@ def gap(rng: random.Random, fact: Fact) -> str:
     raise ValueError(f"{fact.place}: the key is not in the fact")
 
 
-def typed(rng: random.Random, text: str) -> str:
-    """The text as people type it: mostly tidy, sometimes in lower case or without the final punctuation."""
+# (pattern, replacement): short forms, with and without the apostrophe.
+_SHORT_FORMS = (
+    (r"\b([Ww]hat|[Ww]ho|[Ww]here|[Hh]ow|[Ww]hen) is\b", (r"\1's", r"\1s")),
+    (r"\b([Dd]o|[Dd]oes|[Ii]s|[Aa]re|[Cc]ould) not\b", (r"\1n't", r"\1nt")),
+    (r"\b([Cc]an)not\b", (r"\1't", r"\1t")),
+    (r"\bI am\b", ("I'm", "im")),
+    (r"\bI would\b", ("I'd",)),
+    (r"\byou\b", ("u",)),
+    (r"\bplease\b", ("pls", "plz")),
+)
+MIN_TYPO_LETTERS = 4
+
+
+def shortened(rng: random.Random, text: str) -> str:
+    """The text with one of its short forms ("What's" for "What is"), if it has any."""
+    found = [(pattern, forms) for pattern, forms in _SHORT_FORMS if re.search(pattern, text)]
+    if not found:
+        return text
+    pattern, forms = rng.choice(found)
+    return re.sub(pattern, rng.choice(forms), text, count=1)
+
+
+def mistyped(rng: random.Random, text: str, known: Set[str]) -> str:
+    """The text with a letter of one word dropped, doubled, swapped with the next, or replaced.
+
+    Numbers, words of less than MIN_TYPO_LETTERS and words beside a MARK stay as they are, and no word becomes one of
+    `known`: a question must not turn into another one.
+    """
+    places = [m for m in re.finditer(r"[A-Za-z]+", text) if len(m.group()) >= MIN_TYPO_LETTERS]
+    places = [m for m in places if MARK not in text[max(0, m.start() - 1) : m.end() + 1]]
+    if not places:
+        return text
+    place = rng.choice(places)
+    word = place.group()
+    at = rng.randrange(len(word) - 1)
+    wrong = rng.choice(
+        (
+            word[:at] + word[at + 1 :],
+            word[: at + 1] + word[at:],
+            word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+            word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+            word[: at + 1] + rng.choice("aeiourstnl") + word[at + 2 :],
+        )
+    )
+    if wrong.lower() in known:
+        return text
+    return text[: place.start()] + wrong + text[place.end() :]
+
+
+def typed(rng: random.Random, text: str, known: Set[str] = frozenset()) -> str:
+    """The text as people type it: mostly tidy, sometimes with short forms, a typing error, in lower case or in
+    capitals, without the final punctuation or with too much of it."""
+    if rng.random() < 0.15:
+        text = shortened(rng, text)
     if rng.random() < 0.12:
+        text = mistyped(rng, text, known)
+    case = rng.random()
+    if case < 0.14:
         text = text.lower()
-    return text.rstrip("?.") if rng.random() < 0.15 else text
+    elif case < 0.23:
+        text = text.upper()
+    end = rng.random()
+    if end < 0.2:
+        text = text.rstrip("?.!")
+    elif end < 0.23:
+        text = text.rstrip("?.!") + rng.choice(("??", "???", "!", " ?", "?!"))
+    return text
 
 
-def ask_fact(rng: random.Random, fact: Fact, round_number: int, held_out: HeldOutQuestions) -> str:
-    """A training question for `fact`; `round_number` cycles through its questions.
+def badly_typed(rng: random.Random, text: str, known: Set[str]) -> str:
+    """The text in capitals, in lower case without its end, or with a typing error."""
+    kind = rng.randrange(3)
+    return (text.upper(), text.lower().rstrip("?.!"), mistyped(rng, text, known))[kind]
+
+
+def ask_about(rng: random.Random, topic: str, world: World) -> str:
+    """A training request to say something about a topic, none that is a held-out question."""
+    requests = [request.format(x=topic) for request in TOPIC_REQUESTS]
+    allowed = [request for request in requests if world.held_out.find(request) is None]
+    return typed(rng, rng.choice(allowed), world.vocabulary)
+
+
+def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) -> str:
+    """A training question for `fact` of `world`; `round_number` cycles through its questions.
 
     If rewording by rule gives a held-out question, the plain question is asked instead.
     """
     question = fact.asks[round_number % len(fact.asks)]
     if fact.language is not None:
-        return typed(rng, fact.language.ask(rng, question, held_out=False))
+        return typed(rng, fact.language.ask(rng, question, held_out=False), world.vocabulary)
     kind = rng.random()
-    if kind < 0.28:
+    if kind < 0.30:
         text = question
-    elif kind < 0.52:
+    elif kind < 0.54:
         text = wrap_fact(rng, question, fact.tell, held_out=False)
-    elif kind < 0.70:
+    elif kind < 0.72:
         text = reword(rng, question, fact.tell)
     elif kind < 0.82:
         text = gap(rng, fact)
@@ -293,5 +401,5 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, held_out: HeldOu
         text = drop_words(rng, question)
     else:
         text = keywords(rng, fact, question)
-    text = typed(rng, text)
-    return question if held_out.find(text) else text
+    text = typed(rng, text, world.vocabulary)
+    return question if world.held_out.find(text) else text

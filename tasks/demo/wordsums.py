@@ -7,11 +7,10 @@ the right one by trial and error. The test split uses only pairs of numbers that
 
 from __future__ import annotations
 
-import re
-
 from tasks.common import Conversation
-from tasks.demo.chat import DemoTask, conversation, final_text, tool_calls
 from tasks.demo.skills import Sum, is_held_out_pair, sum_answer
+from tasks.demo.task import conversation
+from tasks.demo.tool_tasks import ToolTask, tool_keys
 
 # {a} and {b} in the order the calculator needs them.
 WORDINGS = {
@@ -43,7 +42,7 @@ WORDINGS = {
 }
 
 
-class DemoWordSums(DemoTask):
+class DemoWordSums(ToolTask):
     """Sums of two numbers below 100, asked in words that do not name the operation."""
 
     def get_example(self, index: int) -> Conversation:
@@ -57,12 +56,7 @@ class DemoWordSums(DemoTask):
                 break
         problem = Sum(a, op, b)
         question = rng.choice(WORDINGS[op]).format(a=a, b=b)
-        return conversation((question, sum_answer(problem)), expected=problem.result)
-
-    def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 if the calculator was used and the last number of the answer is right."""
-        numbers = re.findall(r"-?\d+", final_text(completion).replace(",", ""))
-        return int(bool(tool_calls(completion)) and bool(numbers) and int(numbers[-1]) == problem["expected"])
+        return conversation((question, sum_answer(problem)), **tool_keys(problem))
 
     def reward(self, problem: Conversation, completion: str) -> float:
         """1.0 for a right answer, else 0.0; reinforcement learning maximises it."""

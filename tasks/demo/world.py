@@ -51,6 +51,23 @@ class World:
         return tuple(fact for topic in self.topics for fact in topic.facts)
 
     @functools.cached_property
+    def text(self) -> str:
+        """All its words in lower case, with single spaces between and around them, to look for phrases in."""
+        facts = (*self.facts, *self.identity)
+        texts = (" ".join((f.topic, f.text, f.also, *f.asks, f.held_out, f.tell)) for f in facts)
+        return f" {' '.join(words_of(' '.join(texts)))} "
+
+    @functools.cached_property
+    def vocabulary(self) -> frozenset[str]:
+        """Its words, in lower case."""
+        return frozenset(self.text.split())
+
+    @functools.cached_property
+    def in_english(self) -> bool:
+        """False if a part of it is in another language, which the assistant then must not refuse."""
+        return all(fact.language is None for fact in (*self.facts, *self.identity))
+
+    @functools.cached_property
     def held_out(self) -> HeldOutQuestions:
         """Finds held-out questions in text."""
         return HeldOutQuestions(fact.held_out for fact in (*self.facts, *self.identity))

@@ -1,0 +1,80 @@
+"""What the tasks of the demo world have in common: the form of a conversation, reading an answer, random draws."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from tasks.common import Conversation, Task
+from tasks.demo.phrasings import drop_words, typed, wrap_request
+from tasks.demo.world import World, load_world
+
+Split = Literal["train", "test"]
+Content = str | list[dict[str, str]]
+
+
+def conversation(*turns: tuple[str, Content], **extra: Any) -> Conversation:
+    """A conversation of (question, answer) turns; `extra` holds what the judge needs."""
+    messages: list[dict[str, Any]] = []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **extra}
+
+
+def final_text(completion: str) -> str:
+    """The assistant's text after its last tool result, without special tokens."""
+    text = completion.split("<|output_end|>")[-1]
+    return re.sub(r"<\|[a-z_]+\|>", " ", text.split("<|assistant_end|>")[0]).strip()
+
+
+def tool_calls(completion: str) -> list[str]:
+    """The finished tool calls of a completion."""
+    return re.findall(r"<\|python_start\|>(.*?)<\|python_end\|>", completion, flags=re.DOTALL)
+
+
+class DemoTask(Task):
+    """`size` examples from a world; the module's docstring explains the splits."""
+
+    eval_type = "generative"
+
+    def __init__(
+        self,
+        size: int,
+        split: Split = "train",
+        world: World | str | Path | None = None,
+        seed: int = 0,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        step: int = 1,
+    ) -> None:
+        if split not in ("train", "test"):
+            raise ValueError(f"{type(self).__name__} has the splits train and test, not {split!r}")
+        super().__init__(start=start, stop=stop, step=step)
+        self.size = size
+        self.split: Split = split
+        self.world = world if isinstance(world, World) else load_world(world)
+        self.seed = seed
+
+    @property
+    def held_out(self) -> bool:
+        """True if examples use what training never shows."""
+        return self.split == "test"
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def random(self, index: int) -> random.Random:
+        """The random generator of example `index`; text seeds give the same numbers everywhere."""
+        return random.Random(f"{type(self).__name__} {self.split} {self.seed} {index}")
+
+    def as_typed(self, rng: random.Random, request: str, wrapped: float = 0.25) -> str:
+        """A training request: plain, wrapped (in this share) or without its function words, typed as people do."""
+        kind = rng.random()
+        if kind < wrapped:
+            request = wrap_request(rng, request, held_out=False)
+        elif kind < wrapped + 0.1:
+            request = drop_words(rng, request)
+        return typed(rng, request, self.world.vocabulary)
