@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.ops.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
 from nanochat.ops.linear import Linear, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
-from nanochat.ops.pointwise import apply_rotary, offset_keys, relu_squared, rms_norm, rotary_tables, scaled_square
+from nanochat.ops.pointwise import offset_keys, relu_squared, rms_norm, rotary_norm, rotary_tables, scaled_square
 from nanochat.precision import NARROW_RANGE, autocast_dtype
 
 LOGIT_SOFTCAP = 15.0  # nanochat's: logits lie between −15 and 15, 15·tanh(x/15)
@@ -268,8 +268,8 @@ class Attention(nn.Module):
             v = v + gate.to(v.dtype).unsqueeze(-1) * value.to(v.dtype).view(v.shape)  # (B, T, K, 1) · (B, T, K, D)
         # Normalised queries and keys bound the scores, so that no step of training makes the softmax explode (arXiv
         # 2302.05442). Rotation and norm are in float32: late positions turn by large angles, and bfloat16 has 8 bits.
-        q = norm(apply_rotary(q, context.cos, context.sin)).to(v.dtype)
-        k = norm(apply_rotary(k, context.cos, context.sin)).to(v.dtype)
+        q = rotary_norm(q, context.cos, context.sin, NORM_EPS, v.dtype)
+        k = rotary_norm(k, context.cos, context.sin, NORM_EPS, v.dtype)
         if context.kv_cache is not None:
             # Keys are stored with their rotation: a position never changes. The cache offsets them, where it is asked.
             k, v = context.kv_cache.update(self.layer, k, v)  # (B, all, K, D)

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, H heads, D head size, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class _ReLUSquared(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (r,) = ctx.saved_tensors
-        return (grads[0] * r).mul_(2)
+        return torch.addcmul(r.new_zeros(()), grads[0], r, value=2)  # one pass; a product and then a factor are two
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -105,6 +106,70 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, cos.dtype))
     swapped = x.roll(x.size(-1) // 2, dims=-1)
     return torch.addcmul(x * cos, swapped, sin)
+
+
+# Elements that go through all passes at once: two copies in float32 fit into a core's second cache.
+ROTARY_BLOCK = 1 << 17
+
+
+def _rotary_blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Sequences and positions of x (B, T, H, D), a block at a time."""
+    B, T, H, D = x.shape
+    positions = max(1, ROTARY_BLOCK // (H * D))
+    sequences = max(1, positions // T)
+    for b in range(0, B, sequences):
+        for t in range(0, T, positions):
+            yield slice(b, b + sequences), slice(t, t + positions)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, block: tuple[slice, slice]) -> Tensor:
+    """A block of x, rotated: the bits of `apply_rotary`."""
+    own, half = (block if cos.size(0) > 1 else (slice(None), block[1])), x.size(-1) // 2
+    cos, sin = cos[own], sin[own]
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y
+
+
+class _RotaryNormCPU(torch.autograd.Function):
+    """RMSNorm of rotated heads, a block of tokens at a time: it stays in the cache between the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        B, T, H, D = x.shape
+        high = torch.promote_types(x.dtype, cos.dtype)
+        # Attention works on one head after the other: in this order it needs no copy.
+        y = x.new_empty(B, H, T, D, dtype=dtype).transpose(1, 2)
+        scale = x.new_empty(B, T, H, 1, dtype=high)
+        for block in _rotary_blocks(x):
+            rotated = _rotate(x[block].to(high), cos, sin, block)
+            length = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
+            scale[block] = length.square_().div_(D).add_(eps).rsqrt_()
+            y[block] = rotated.mul_(length)
+        ctx.save_for_backward(y, scale, cos, sin)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, scale, cos, sin = ctx.saved_tensors
+        dx = y.new_empty(y.shape, dtype=ctx.dtype)
+        back = -sin  # the inverse of a rotation
+        for block in _rotary_blocks(y):
+            g, normed = grads[0][block].to(scale.dtype), y[block].to(scale.dtype)
+            mean = torch.linalg.vecdot(g, normed).unsqueeze(-1).div_(-y.size(-1))  # as in _RMSNormCPU
+            dx[block] = _rotate(torch.addcmul(g, normed, mean).mul_(scale[block]), cos, back, block)
+        return dx, None, None, None, None
+
+
+def rotary_norm(x: Tensor, cos: Tensor, sin: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`rms_norm(apply_rotary(x, cos, sin), eps)` in `dtype`; x is (B, T, H, D), the tables are (1 or B, T, 1, D)."""
+    if x.device.type == "cpu" and x.size(1) > 1 and not torch.compiler.is_compiling():
+        normalized: Tensor = _RotaryNormCPU.apply(x, cos, sin, eps, dtype)
+        return normalized
+    return rms_norm(apply_rotary(x, cos, sin), eps).to(dtype)
 
 
 # --- keys that include the token before ------------------------------------------------------------------------------

@@ -162,10 +162,10 @@ def layer_bytes_per_token(config: GPTConfig, setup: StepSetup, layer: int, own_a
     # With another residual dtype autocast makes a copy for each of the four matmuls that read the stream.
     inputs = 2 * a if same else 4 * a
     laid_out = own_attention and config.n_head > 1  # a single head lies in memory as it should already
-    rotated = 0.0 if cpu and a == 4 and not laid_out else 4 * (1 + kv)  # float32, q and k before or after the norm
+    rotated = 0.0 if cpu else 4 * (1 + kv)  # float32, q and k before the norm; a CPU keeps what attention reads
     attention: float = (5 if laid_out else 4) * a  # q, k and v (repeated for every query head), and the output
-    if kv < 1 and cpu and a == 4 and not laid_out:
-        attention += 4 * kv  # k before it is repeated
+    if cpu and (kv < 1 or config.key_offset):
+        attention += a * kv  # k before it is repeated or takes from the token before
     mlp = (12 if setup.dtype in NARROW_RANGE else 8) * a
     more: float = s * switch_cost(config).kept_per_layer
     if config.has_value_embedding(layer):
