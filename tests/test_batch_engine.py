@@ -227,8 +227,8 @@ def test_the_error_of_one_request_is_its_own(tool_model, tiny_tokenizer, naive, 
         keys[rows] = float("nan")
         return x.masked_fill(rows[:, None, None], float("nan"))
 
-    monkeypatch.setattr(tool_model, "hidden", poisoned)
     prompts = [p for p in PROMPTS if not {250, 251} & set(p) and not {250, 251} & set(naive(p, 20)[0])]
+    monkeypatch.setattr(tool_model, "hidden", poisoned)
     with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=3) as engine:
         for prompt in prompts:
             bad = [engine.submit(ask_for(tokens=t, max_tokens=9)) for t in ([65, 250], [251], [66, 251, 3])]

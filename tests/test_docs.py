@@ -178,7 +178,11 @@ def shell_command(words: list[str], env: dict[str, str], folder: Path, monkeypat
         done = bash(ROOT / script, [*flags, "--print-torch"] if "--print-torch" not in flags else flags, env)
         assert done.stdout.startswith("torch")
     elif script in ("speedrun_p100.sh", "speedrun.sh"):
-        ours = {"DATA_DIR": str(folder / "texts"), "CHAT_DATA": str(folder / "chats.jsonl")}
+        ours = {
+            "DATA_DIR": str(folder / "texts"),
+            "CHAT_DATA": str(folder / "chats.jsonl"),
+            "BASE": str(folder / "run-a"),
+        }
         env = {name: ours.get(name, value) for name, value in env.items()}
         checkout = folder / "checkout"
         (checkout / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
