@@ -91,6 +91,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "portable": {
         "small": "--recipe=small",
         "portable": "--recipe=portable",
+        "modern init": "--recipe=portable --init=modern",
         "without factors": "--recipe=portable --residual_factors=False",
         "with a softcap": "--recipe=portable --logit_softcap=15",
         "qk 1.0": "--recipe=portable --qk_scale=1",

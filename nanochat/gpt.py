@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.ops.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
+from nanochat.ops.induction import start_induction
 from nanochat.ops.linear import Linear, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
 from nanochat.ops.pointwise import offset_keys, relu_squared, rms_norm, rotary_norm, rotary_tables, scaled_square
@@ -80,7 +81,7 @@ class GPTConfig:
     qk_scale: float = flag(1.0, "Factor on the normalised queries and on the keys: above 1 attention is sharper.")
     rope_base: float = flag(ROPE_BASE, "Base of the rotary frequencies.")
     key_offset: bool = flag(False, "Take half of each key's channels from the token before.")
-    init: Literal["classic", "modern"] = flag("classic", "How weights begin, see `GPT.init_weights`.")
+    init: Literal["classic", "modern", "induction"] = flag("classic", "How weights begin, see `GPT.init_weights`.")
     window_pattern: str = flag("L", "Repeated over the layers: L sees the whole context, S a quarter; the last is L.")
     bigram_buckets: int = flag(0, "Size of an embedding of hashed pairs of tokens, added to the token's; 0: none.")
     logit_softcap: float | None = flag(LOGIT_SOFTCAP, "Bound of the logits, by a tanh; 0: none.")
@@ -96,8 +97,8 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
             raise ValueError(f"window_pattern is {self.window_pattern!r}: use the letters S and L, as in SSSL")
-        if self.init not in ("classic", "modern"):
-            raise ValueError(f"init is {self.init!r}, expected classic or modern")
+        if self.init not in ("classic", "modern", "induction"):
+            raise ValueError(f"init is {self.init!r}, expected classic, modern or induction")
         if not (self.logit_softcap or 0) > 0:  # as a flag it is 0, where None leaves it to the recipe
             object.__setattr__(self, "logit_softcap", None)
         if self.residual_factors and self.residual_scalars:
@@ -392,7 +393,8 @@ class GPT(nn.Module):
 
         Classic: embedding N(0, 1); matrices N(0, min(1, √(out/in)) / √in); outputs of a block and lm_head zero.
         Modern: embedding N(0, 0.8); lm_head N(0, 0.001); matrices uniform with deviation 1/√in, 0.4/√in for c_fc;
-        outputs of a block zero. The switches' parameters: close to what the model would be without them.
+        outputs of a block zero. Induction: modern, and two heads that find earlier occurrences (ops/induction.py).
+        The switches' parameters: close to what the model would be without them.
 
         Raises:
             ValueError: there is no rule for a parameter.
@@ -402,10 +404,12 @@ class GPT(nn.Module):
             if unnumbered(name) not in rules:
                 raise ValueError(f"no rule says how parameter {name} begins: add one to GPT._init_rules")
             rules[unnumbered(name)](p)
+        if self.config.init == "induction":
+            start_induction(self.wte.weight, self.blocks[:2], self.config.head_dim, self.config.rope_base, generator)
 
     def _init_rules(self, generator: torch.Generator | None) -> dict[str, Callable[[Tensor], object]]:
         """How each parameter begins, by its name without numbers. Source: nanochat."""
-        modern = self.config.init == "modern"
+        modern = self.config.init != "classic"
 
         def normal(std: float) -> Callable[[Tensor], object]:
             return lambda p: p.normal_(0.0, std, generator=generator)
@@ -507,12 +511,9 @@ class GPT(nn.Module):
         if not (self.config.smear or self.config.bigram_buckets):
             return x
         # The token before each, (B, T); −1 where a sequence or a segment begins.
-        if kv_cache is not None:
-            before = kv_cache.previous_tokens(idx)
-        else:
-            before = F.pad(idx, (1, -1), value=-1)  # one to the right: the last falls off
-            if first is not None:
-                before = before.masked_fill(first, -1)
+        before = F.pad(idx, (1, -1), value=-1) if kv_cache is None else kv_cache.previous_tokens(idx)
+        if first is not None:  # never with a cache
+            before = before.masked_fill(first, -1)
         plain = x
         if self.config.bigram_buckets:
             # Pairs that share a bucket share an embedding: the hash only has to spread them.

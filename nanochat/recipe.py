@@ -156,7 +156,7 @@ PORTABLE = replace(
     switches={
         "qk_scale": 1.2,
         "rope_base": 100000.0,
-        "init": "modern",
+        "init": "induction",  # it has no offset keys, which find what followed an earlier occurrence
         "residual_factors": True,
         "logit_softcap": None,
     },
