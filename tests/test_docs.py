@@ -103,6 +103,7 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
 def resized(flags: list[str], sizes: dict[str, object]) -> list[str]:
     """The documented flags; `sizes` overrides them, and the demo's text replaces the web's."""
     flags = [flag.replace("--dataset=climbmix", "--dataset=demo") for flag in flags]
+    flags = [flag.replace("=dev/", f"={ROOT}/dev/") for flag in flags]
     kept = [flag for flag in flags if flag.lstrip("-").partition("=")[0] not in sizes]
     return kept + [f"--{name}={value}" for name, value in sizes.items() if value is not None]
 
@@ -181,7 +182,7 @@ def shell_command(words: list[str], env: dict[str, str], folder: Path, monkeypat
         ours = {
             "DATA_DIR": str(folder / "texts"),
             "CHAT_DATA": str(folder / "chats.jsonl"),
-            "BASE": str(folder / "run-a"),
+            "BASE": str(folder / "run-a" / "base_checkpoints" / "d1"),
         }
         env = {name: ours.get(name, value) for name, value in env.items()}
         checkout = folder / "checkout"

@@ -10,6 +10,7 @@ from nanochat import common
 from nanochat.checkpoint_manager import checkpoint_folder, load_checkpoint, load_model, save_checkpoint
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, parse_config, run_script
+from nanochat.files import read_json, write_record
 from nanochat.recipe import PRESETS
 from nanochat.report import get_report
 from nanochat.train.finetune import MID, SFT, Conversations, DataBudget, FinetuneConfig, finetune, plan_budget
@@ -352,9 +353,9 @@ def test_the_report_shows_held_out_chats_before_and_after(saved_mid, capsys):
     assert first.endswith("| a |")
     assert second.startswith("| two |")
     assert "2 held-out chats" in capsys.readouterr().out
-    known = json.loads((get_report().folder / "held_out_chats.json").read_text())
+    known = read_json(get_report().folder / "held_out_chats.json")
     known["before"] = ["from before", "from before"]
-    (get_report().folder / "held_out_chats.json").write_text(json.dumps(known))
+    write_record(get_report().folder / "held_out_chats.json", known)
     finetune(SFT, config(resume="never"), lambda budget: data)
     assert (get_report().folder / "your-chats-before-and-after.md").read_text().count("from before") == 2
 

@@ -337,7 +337,7 @@ def test_every_recipe_equals_a_rewrite_in_float64_with_a_reload_in_the_middle(re
             p.grad = grads[name].clone()
         optimizer.step()
     for name, p in params.items():
-        assert (p - other.params[name]).abs().max() < 1e-9, name  # an SVD rounds otherwise than products
+        assert (p - other.params[name]).abs().max() < 1e-8, name  # an SVD rounds otherwise than products
 
 
 # --- the class

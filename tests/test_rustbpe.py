@@ -414,7 +414,11 @@ def test_a_missing_library_is_explained(tmp_path: Path) -> None:
     package.mkdir()
     (package / "__init__.py").write_text((ROOT / "rustbpe" / "__init__.py").read_text())
     run = subprocess.run(
-        [sys.executable, "-c", "import rustbpe"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", "import sys; sys.prefix = 'nowhere'; import rustbpe"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "bash setup_env.sh" in run.stderr
     assert "ImportError" in run.stderr

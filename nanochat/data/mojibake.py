@@ -38,6 +38,7 @@ def mended(text: str) -> tuple[str, int, int]:
 def _decoded(run: str) -> str | None:
     """What was meant by letters beyond ASCII; None if they are what they look like."""
     try:
-        return bytes(_BYTE[letter] for letter in run).decode("utf-8")
+        meant = bytes(_BYTE[letter] for letter in run).decode("utf-8")
     except (KeyError, UnicodeDecodeError):
         return None
+    return meant if meant.isprintable() else None  # nobody writes control characters

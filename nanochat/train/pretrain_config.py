@@ -105,7 +105,7 @@ class PretrainConfig(RunConfig, PretrainSettings):
     sample_every: int = 2000
     """Steps between printed samples (0: only at the end)."""
     model_tag: str | None = None
-    """Name of the checkpoint folder; default d<depth>, with --init_from the other's and -more."""
+    """Name of the checkpoint folder; default d<depth>, or that of the model it goes on from and -more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
