@@ -64,7 +64,10 @@ def test_what_is_no_model_is_refused_in_one_sentence(model, base_dir, tmp_path, 
     (torn / "step_000007" / "model.safetensors").write_bytes(b"torn")
     stranger = tmp_path / "stranger" / "base_checkpoints" / "d1"
     shutil.copytree(tag, stranger)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(tag / "step_000007", renamed)
     for place, complaint in (
+        (str(renamed), "under another name than step_<number>"),
         ("d9", r"no base model of that name in .* \(there are d1\)"),
         ("/no/where", "there is no such folder"),
         (str(tmp_path / "model.gguf"), "is a file: give a folder with config.json"),

@@ -317,9 +317,14 @@ def test_letters_that_were_encoded_twice_are_mended_where_that_is_sure(tmp_path:
     (tmp_path / "twice.txt").write_text(twice, encoding="utf-8")
     (tmp_path / "thrice.txt").write_text(twice.encode().decode("latin-1"), encoding="utf-8")
     assert read(tmp_path / "twice.txt") == read(tmp_path / "thrice.txt") == [german]
+    spaced = "10\u00a0€ und Ánimo\n"  # a no-break space, and a byte that Windows-1252 does not have
+    (tmp_path / "spaced.txt").write_text(spaced.encode().decode("latin-1").encode().decode("latin-1"), encoding="utf-8")
+    assert read(tmp_path / "spaced.txt") == [spaced]
+    (tmp_path / "spaced.txt").unlink()
     kept = {
         "right.txt": german + "NÃO, SÃO PAULO, Â, 中文, naïve\n",
         "brand.txt": "The CAFÉ™ is open.\n",
+        "control.txt": "a pad Â\x80 b, a pad Â\x80 b, a pad Â\x80 b\n",
         "quoted.txt": "Wer ‚StraÃŸe‘ schreibt, meint Straße.\n",
         "mixed.txt": twice + "Ölmühle\n",
     }

@@ -157,7 +157,7 @@ async def measure(url: str, process: psutil.Process, log: Path, args: argparse.N
         for question in QUESTIONS:
             await load.ask(question, Tally())
         # What is taken only once is taken now: pages of the cache that no context was long enough for before, and the
-        # allocator's largest blocks. On the demo model that is some 50 MiB in the first minute, then nothing.
+        # allocator's largest blocks. On the demo model that is some 50 MiB in the first minute.
         await leavers(load, args.clients, args.seconds)
         before, memory = await load.idle(), process.memory_info().rss
         tally, left = await leavers(load, args.clients, args.seconds)

@@ -9,6 +9,7 @@ _UNDEFINED = {byte: chr(byte) for byte in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}
 _LETTER = {byte: _UNDEFINED.get(byte) or bytes([byte]).decode("cp1252") for byte in range(0x80, 0x100)}
 _BYTE = {letter: byte for byte, letter in _LETTER.items()} | {chr(byte): byte for byte in range(0x80, 0x100)}
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
+_CONTROLS = re.compile("[\x80-\x9f]")
 _FIRST = re.compile("[\u00c2-\u00f4]")
 MOST_TIMES = 3
 USUAL_FIRST = "ÂÃâ"  # of Latin letters and of punctuation
@@ -20,6 +21,13 @@ def mended(text: str) -> tuple[str, int, int]:
 
     It is mended only if all its letters beyond ASCII are such, so that none is a guess.
     """
+    better, count, left = _mended(text)
+    if count and _CONTROLS.search(better):  # nobody writes these: the letters were what they look like
+        return text, 0, 0
+    return better, count, left
+
+
+def _mended(text: str) -> tuple[str, int, int]:
     count = 0
     for _ in range(MOST_TIMES):
         runs = _BEYOND_ASCII.findall(text) if _FIRST.search(text) else []
@@ -38,7 +46,6 @@ def mended(text: str) -> tuple[str, int, int]:
 def _decoded(run: str) -> str | None:
     """What was meant by letters beyond ASCII; None if they are what they look like."""
     try:
-        meant = bytes(_BYTE[letter] for letter in run).decode("utf-8")
+        return bytes(_BYTE[letter] for letter in run).decode("utf-8")
     except (KeyError, UnicodeDecodeError):
         return None
-    return meant if meant.isprintable() else None  # nobody writes control characters

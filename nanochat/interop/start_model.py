@@ -119,9 +119,12 @@ def _of_hf(folder: Path, name: str) -> StartModel:
 
 def _of_checkpoint(folder: Path, name: str) -> StartModel:
     _refuse_too_large(folder, sum(file.stat().st_size for file in folder.glob("model*.safetensors")))
-    checkpoint = load_checkpoint(folder.parent, int(folder.name.rpartition("_")[2]))
+    step = folder.name.removeprefix("step_")
+    if not step.isdecimal():
+        raise ValueError(f"{folder} holds a checkpoint under another name than step_<number>: give it its name back")
+    checkpoint = load_checkpoint(folder.parent, int(step))
     # <base folder>/<stage>_checkpoints/<tag>/<step>
-    home = folder.resolve().parents[2] / TOKENIZER_FOLDER
+    home = (folder / "../../..").resolve() / TOKENIZER_FOLDER
     if not (home / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}: the tokenizer of its model is missing, it should be in {home}")
     tokenizer = RustBPETokenizer.from_directory(home)
