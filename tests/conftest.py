@@ -15,7 +15,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 
 # How long a draw takes says something about the machine only.
-settings.register_profile("nanochat", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("nanochat", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("nanochat")
 # The models here are tiny: more threads only wait for each other, and long ones on a busy machine.
 torch.set_num_threads(1)

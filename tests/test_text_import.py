@@ -72,7 +72,11 @@ def test_jsonl_and_txt_become_shards_once(tmp_path: Path, base_dir: Path, capsys
     assert prepare_corpus(data_dir=own) != folder
 
 
-@given(texts=st.lists(st.text(max_size=20), max_size=60), cut=st.integers(0, 60), buckets=st.integers(1, 5))
+# Without the letters with which text that was encoded twice begins: that is mended (test_text_forms.py).
+LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="".join(map(chr, range(0xC2, 0xF5))))
+
+
+@given(texts=st.lists(st.text(LETTERS, max_size=20), max_size=60), cut=st.integers(0, 60), buckets=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
 def test_every_document_once_in_an_order_that_only_the_content_decides(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], cut: int, buckets: int
