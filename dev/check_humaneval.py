@@ -2,6 +2,7 @@
 
 NANOCHAT_TASK_DIR=... python -m dev.check_humaneval                the solutions
 NANOCHAT_TASK_DIR=... python -m dev.check_humaneval --variants     also 4 variants of each, by the public harness's rule
+NANOCHAT_TASK_DIR=... python -m dev.check_humaneval --styles       also answers as chat models write them, likewise
 
 That rule (https://github.com/openai/human-eval): prompt, completion and tests are one program, run by `exec` in an
 empty namespace; a program that raises nothing passes. The variants are made from HumanEval's own solutions, so they may
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from dev.answer_styles import STYLES, answers
 from nanochat.config import run_script
 from nanochat.execution import isolation
 from tasks.humaneval import HumanEval
@@ -34,10 +36,12 @@ class Config:
     """Programs that run at the same time."""
     variants: bool = False
     """Also compare 4 variants of each solution with the verdict of the public harness."""
+    styles: bool = False
+    """Also compare a right and a wrong answer to each problem, in every style of dev/answer_styles.py by turns."""
 
 
 # What stands behind a solution's function f.
-STYLES = [
+ENDINGS = [
     "\n\nif __name__ == '__main__':\n    print(f(*input().split()))\n",
     "\n\nif __name__ == '__main__':\n    import sys\n    sys.exit(f())\n",
     "\n\nimport functools\nf = functools.wraps(f)(lambda *a, g=f, **k: g(*a, **k))\n",
@@ -80,18 +84,16 @@ def mutant(source: str, rng: random.Random) -> str:
 
 
 def variants(task: HumanEval, index: int) -> list[str]:
-    """Completions of one problem, right and wrong."""
+    """Programs for one problem, right and wrong."""
     problem, rng = task[index], random.Random(index)
     name, source = problem["entry_point"], problem["messages"][1]["content"]
-    style = re.sub(r"\bf\b(?!')", name, STYLES[index % len(STYLES)])
+    style = re.sub(r"\bf\b(?!')", name, ENDINGS[index % len(ENDINGS)])
     other_type = f"\n\ndef other_type(*a, g={name}):\n    r = g(*a)\n    return {TYPES[index % len(TYPES)]}\n"
-    codes = [mutant(source, rng), mutant(source, rng), source + style, f"{source}{other_type}{name} = other_type\n"]
-    return [f"```python\n{code}\n```" for code in codes]
+    return [mutant(source, rng), mutant(source, rng), source + style, f"{source}{other_type}{name} = other_type\n"]
 
 
-def passes_elsewhere(problem: dict, completion: str) -> bool:
+def passes_elsewhere(problem: dict, code: str) -> bool:
     """The verdict of the public harness, whose programs see no input and may take 10 seconds."""
-    code = completion.removeprefix("```python\n").removesuffix("\n```")
     program = f"{code}\n{problem['test']}\ncheck({problem['entry_point']})\n"
     run = f"try:\n    exec({program!r}, {{}})\nexcept BaseException:\n    raise SystemExit(1)\nprint('passed')"
     try:
@@ -109,21 +111,29 @@ def judge(task: HumanEval, bodies: list[str], workers: int) -> list[bool]:
         return list(pool.map(lambda i: task.evaluate(task[i], bodies[i]), range(len(task))))
 
 
-def compare(task: HumanEval, workers: int) -> int:
-    """Judge every variant here and by the public harness's rule; return how often the two differ."""
-    pairs = [(index, completion) for index in range(len(task)) for completion in variants(task, index)]
+def styled(task: HumanEval, index: int) -> list[tuple[int, str, str]]:
+    """(problem, answer, its code) of a right and a wrong answer to one problem, in two of the styles."""
+    problem = task[index]
+    prompt, name = problem["messages"][0]["content"], problem["entry_point"]
+    body = problem["messages"][1]["content"].removeprefix(prompt + "\n")
+    found = [(index, answer, code) for _, _, answer, code in answers(prompt, name, body)]
+    return [found[2 * ((7 * index + wrong) % len(STYLES)) + wrong] for wrong in (0, 1)]
 
-    def both(pair: tuple[int, str]) -> tuple[bool, bool]:
-        problem = task[pair[0]]
-        return task.evaluate(problem, pair[1]), passes_elsewhere(problem, pair[1])
+
+def compare(task: HumanEval, workers: int, found: list[tuple[int, str, str]]) -> int:
+    """Judge answers here, and their codes by the public harness's rule; return how often the two differ."""
+
+    def both(answer: tuple[int, str, str]) -> tuple[bool, bool]:
+        problem = task[answer[0]]
+        return task.evaluate(problem, answer[1]), passes_elsewhere(problem, answer[2])
 
     with ThreadPoolExecutor(workers) as pool:
-        verdicts = list(pool.map(both, pairs))
-    different = [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict[0] != verdict[1]]
+        verdicts = list(pool.map(both, found))
+    different = [(answer, verdict) for answer, verdict in zip(found, verdicts, strict=True) if verdict[0] != verdict[1]]
     print(
-        f"{len(pairs)} variants: {sum(there for _, there in verdicts)} pass elsewhere; {len(different)} verdicts differ"
+        f"{len(found)} answers: {sum(there for _, there in verdicts)} pass elsewhere; {len(different)} verdicts differ"
     )
-    for (index, completion), (here, there) in different:
+    for (index, completion, _), (here, there) in different:
         print(f"--- {task[index]['entry_point']}: here {here}, elsewhere {there}\n{completion}")
     return len(different)
 
@@ -140,7 +150,11 @@ def main(cfg: Config) -> None:
     for i, (good, bad) in enumerate(zip(right, wrong, strict=True)):
         if not good or bad:
             print(f"  {task[i]['entry_point']}: canonical {good}, `pass` {bad}")
-    different = compare(task, cfg.workers) if cfg.variants else 0
+    found = [
+        (i, f"```python\n{code}\n```", code) for i in range(len(task) * cfg.variants) for code in variants(task, i)
+    ]
+    found += [answer for i in range(len(task) * cfg.styles) for answer in styled(task, i)]
+    different = compare(task, cfg.workers, found) if found else 0
     if not all(right) or any(wrong) or different:
         sys.exit(1)
 

@@ -16,23 +16,29 @@ from tasks.common import Conversation, Task
 from tasks.sources import load_rows
 
 _CALCULATOR_NOTE = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-# What ends the final answer: its line, its sentence, or a comma before a word ("10, because …").
-_ANSWER_END = re.compile(r"[\r\n]|[.!?](?=\s|$)|[,;](?=\s*$|\s+[^\s\d$€£-])|<\|")
+# What ends the final answer: its line, its sentence, or a comma before a word ("10, because …"), but not before
+# another answer ("3, or 4", "x = 3, y = 4").
+_ANSWER_END = re.compile(
+    r"[\r\n]|[.!?](?=\s|$)|[,;](?=\s*$|\s+(?!(?i:or|and|to|maybe|perhaps|possibly)\b|\w+\s*=)[^\s\d$€£-])|<\|"
+)
+_EQUATIONS = re.compile(r"=.*[,;]\s+\w+\s*=")
 # Marks that say nothing about the number: of markdown, of LaTeX, of an approximation. Not between digits: 2*3.
 _MARKS = r"*_`{}\\~≈"
 _DECORATION = re.compile(
-    rf"\\(?:boxed|text|mathrm|mathbf)|(?<![\d{_MARKS}])[{_MARKS}]+|[{_MARKS}]+(?![{_MARKS}]|\s*\d)"
+    rf"\\(?:boxed|text|mathrm|mathbf|[()\[\]])|[“”\"]|(?<![\d{_MARKS}])[{_MARKS}]+|[{_MARKS}]+(?![{_MARKS}]|\s*\d)"
 )
+_MINUS = ("-", "\u2212", "\u2013")
 # A sign and a currency sign in either order; digits alone, or in groups of three with commas or spaces; an exponent.
 _NUMBER = re.compile(
-    r"(?P<sign>[-\u2212+]?)\s*[$€£]?\s*(?P<sign2>[-\u2212+]?)\s*"
+    r"(?P<sign>[-\u2212\u2013+]?)\s*[$€£¥₹₩₽₪₺₫₦]?\s*(?P<sign2>[-\u2212\u2013+]?)\s*"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?:[ '\u00a0\u2009\u202f]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?P<exponent>[eE][-+]?\d{1,2}(?![\w.]))?"
 )
 # What behind the digits makes another number of them, or a second one.
 _NOT_ALL = re.compile(
-    r"\s*(?:(?i:hundred|thousand|million|billion|trillion|dozen)s?|[kKMB]|bn|mn|mio)\b|"
-    r".*(?:\b(?i:half|halves|thirds?|or)\b|[\d\u00bc-\u00be\u2150-\u215f])"
+    r"\s*(?:(?i:hundred|thousand|million|billion|trillion|dozen|lakh|crore)s?|[kKMB]|bn|mn|mil|mio|squared|cubed)\b|"
+    r"\s*(?i:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?\b|"
+    r".*(?:\b(?i:half|halves|thirds?|quarter|or)\b|[\d\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u215f])"
 )
 
 
@@ -40,8 +46,9 @@ def extract_answer(text: str) -> Decimal | None:
     """The one number of the final answer, which follows the last "####" of `text`; None if there is not exactly one.
 
     Of an equation ("5 - 10 = -5") it is the number after the last "=". A unit or a remark without digits may follow.
-    No answer is what names several numbers ("3 or 4", "5 - 10", "12:30"), a fraction ("1/2") or a scale in words
-    ("1.5 million"), and what has digits that are no number ("2.5.3", "10,50"). For "#### N" it is the public rule.
+    No answer is what names several numbers ("3 or 4", "5 - 10", "12:30"), a fraction ("1/2"), a power ("10²") or a
+    scale in words ("1.5 million"), and what has digits that are no number ("2.5.3", "10,50"). For "#### N" it is the
+    public rule.
 
     >>> extract_answer("5 + 5 = 10 #### $10."), extract_answer("#### 1,000"), extract_answer("#### 3 or 4")
     (Decimal('10'), Decimal('1000'), None)
@@ -49,12 +56,14 @@ def extract_answer(text: str) -> Decimal | None:
     _, marker, after = text.rstrip(" \t\r\n#").rpartition("####")
     if not marker:
         return None
-    answer = _DECORATION.sub("", after.replace("{,}", ",")).lstrip(" \t\r\n:")
-    answer = _ANSWER_END.split(answer, maxsplit=1)[0].rpartition("=")[2].strip()
+    after = after.replace("{,}", ",").replace("\u066c", ",").replace("\u066b", ".")  # of LaTeX, of Arabic
+    answer = _DECORATION.sub("", after).lstrip(" \t\r\n:")
+    answer = _ANSWER_END.split(answer, maxsplit=1)[0]
+    several, answer = _EQUATIONS.search(answer), answer.rpartition("=")[2].strip()
     match = _NUMBER.match(answer)
-    if match is None or _NOT_ALL.match(answer, match.end()):
+    if several or match is None or _NOT_ALL.match(answer, match.end()):
         return None
-    negative = (match["sign"] in ("-", "\u2212")) != (match["sign2"] in ("-", "\u2212"))
+    negative = (match["sign"] in _MINUS) != (match["sign2"] in _MINUS)
     value = Decimal(re.sub(r"[^\d.]", "", match["digits"]) + (match["exponent"] or ""))
     return -value if negative and value else value
 
