@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +121,21 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "modern 4k × 4, no decay": "--recipe=modern --total_batch_size=4096 --lr_scale=4 --weight_decay=0",
         "modern 2k × 4": "--recipe=modern --total_batch_size=2048 --device_batch_size=4 --lr_scale=4",
     },
+    # Little text, read many times (--train_bytes): what lowers the best value of a run?
+    "epochs": {
+        "small": "--recipe=small",
+        "decay 0.3": "--recipe=small --weight_decay=0.3",
+        "decay 1": "--recipe=small --weight_decay=1",
+        "decay 3": "--recipe=small --weight_decay=3",
+        "decay 8": "--recipe=small --weight_decay=8",
+        "batch 8192": "--recipe=small --total_batch_size=8192",
+        "half the rates": "--recipe=small --lr_scale=0.5",
+        "rates × 1.5": "--recipe=small --lr_scale=1.5",
+        "no value embeddings": "--recipe=small --value_embeddings=False",
+        "dropout 0.1": "--recipe=small --dropout=0.1",
+        "dropout 0.2": "--recipe=small --dropout=0.2",
+        "noise 0.1": "--recipe=small --token_noise=0.1",
+    },
     "shape": {
         "d4": "--depth=4",
         "d6": "--depth=6",
@@ -136,6 +151,8 @@ class Config:
 
     data: str
     """Folder of parquet shards; the last one is the validation text."""
+    train_bytes: int | None = None
+    """Train on the first so many bytes of the text only, as often as the compute lasts; default: all of it."""
     experiment: Literal[tuple(EXPERIMENTS)] = "switches"  # type: ignore[valid-type]
     """Settings to compare."""
     seconds: float | None = None
@@ -156,6 +173,8 @@ class Config:
     """Labels of the settings to run; default: all."""
     eval_bytes: int = 2_000_000
     """Bytes of validation text to evaluate."""
+    eval_every: int = 0
+    """Steps between evaluations, to find the best one (0: only at the end)."""
     results: str = "ablate.jsonl"
     """File for finished runs, one per line; new ones are appended."""
     work: str = "ablate"
@@ -190,9 +209,41 @@ def run_module(module: str, flags: dict[str, str], base_dir: Path, log: Path) ->
         raise RuntimeError(f"{' '.join(command)} failed: {log.read_text(encoding='utf-8')[-800:]}")
 
 
+def shards_of(folder: str | Path) -> list[Path]:
+    """The shards of a corpus; the last one is the validation text."""
+    return sorted(Path(folder).glob("*.parquet"))
+
+
+def part_of(cfg: Config) -> Config:
+    """The settings with a corpus of the first `train_bytes` of text, and the same validation text."""
+    if cfg.train_bytes is None:
+        return cfg
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(cfg.work).absolute() / f"first_{cfg.train_bytes}"
+    if not folder.exists():
+        *train, val = shards_of(cfg.data)
+        texts, left = [], cfg.train_bytes
+        for group in (g for path in train for g in pq.ParquetFile(path).iter_batches(columns=["text"])):
+            for text in group["text"].to_pylist():
+                if left > 0:
+                    texts.append(text)
+                    left -= len(text.encode())
+        if left > 0:
+            raise ValueError(f"--train_bytes={cfg.train_bytes}: {cfg.data} has {left} bytes less than that to train on")
+        begun = folder.with_name(folder.name + ".begun")
+        begun.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": texts}), begun / "part_0.parquet", row_group_size=256)
+        shutil.copyfile(val, begun / "part_1.parquet")
+        begun.rename(folder)
+    return replace(cfg, data=str(folder))
+
+
 def prepare(cfg: Config, vocab_size: int) -> tuple[Path, float]:
     """The base folder of a vocabulary, with its tokenizer, and its bytes per token of validation text."""
-    base_dir = Path(cfg.work).absolute() / f"vocab_{vocab_size}"
+    part = "" if cfg.train_bytes is None else f"_first_{cfg.train_bytes}"
+    base_dir = Path(cfg.work).absolute() / f"vocab_{vocab_size}{part}"
     base_dir.mkdir(parents=True, exist_ok=True)
     record = base_dir / "bytes_per_token.json"
     if not record.exists():
@@ -214,15 +265,31 @@ def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, float]:
     """Train once; returns the figures that are compared, and the cost."""
     flags = dict(flags)
     base_dir, bytes_per_token = prepare(cfg, int(flags.pop("vocab_size")))
-    flags |= {"data_dir": cfg.data, "eval_tokens": str(int(cfg.eval_bytes / bytes_per_token)), "eval_every": "0"}
+    flags |= {
+        "data_dir": cfg.data,
+        "eval_tokens": str(int(cfg.eval_bytes / bytes_per_token)),
+        "eval_every": str(cfg.eval_every),
+    }
     flags |= {"sample_every": "0", "save_every_minutes": "1e9", "resume": "never", "model_tag": "ablate"}
     folder = base_dir / "base_checkpoints" / "ablate"
     shutil.rmtree(folder, ignore_errors=True)
     run_module("scripts.base_train", flags, base_dir, base_dir / "base_train.log")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [r for r in records if "loss" in r][-1]
-    bpb = [r["val_bpb"] for r in records if "val_bpb" in r][-1]
-    return {"val_bpb": bpb, "steps": last["step"], "tokens": last["tokens"], "seconds": last["seconds"]}
+    values = [(r["val_bpb"], r["step"]) for r in records if "val_bpb" in r]
+    best, at = min(values)
+    epochs = last["tokens"] * bytes_per_token / corpus_bytes(cfg)
+    return {
+        "val_bpb": values[-1][0],
+        "best_bpb": best,
+        "epochs": epochs,
+        "best_epoch": epochs * at / last["step"],
+        "train_loss": last["loss"],
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "seconds": last["seconds"],
+        "curve": [(step, round(value, 5)) for value, step in values],
+    }
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -269,10 +336,11 @@ def run_rung(cfg: Config, flops: float | None) -> dict[str, list[dict[str, Any]]
     for seed in cfg.seeds:
         for label, own in settings.items():
             flags = merged_flags(cfg, own, seed, flops)
-            result = next((r for r in done if r["flags"] == flags and r["eval_bytes"] == cfg.eval_bytes), None)
+            asked = {"flags": flags, "eval_bytes": cfg.eval_bytes, "train_bytes": cfg.train_bytes}
+            result = next((r for r in done if all(r.get(name) == value for name, value in asked.items())), None)
             if result is None:
                 start = time.time()
-                result = {"experiment": cfg.experiment, "setting": label, "flags": flags, "eval_bytes": cfg.eval_bytes}
+                result = {"experiment": cfg.experiment, "setting": label, **asked}
                 result |= run_one(cfg, flags) | {"date": time.strftime("%Y-%m-%d %H:%M")}
                 with open(path, "a", encoding="utf-8") as f:
                     f.write(json.dumps(result) + "\n")
@@ -336,6 +404,7 @@ def ladder_table(rungs: dict[float, dict[str, list[dict[str, Any]]]]) -> str:
 
 def main(cfg: Config) -> None:
     """Run the matrix, once or at every rung of the ladder; print the tables."""
+    cfg = part_of(cfg)
     if not cfg.ladder:
         run_rung(cfg, cfg.flops)
         return

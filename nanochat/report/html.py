@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -41,11 +41,13 @@ class Curve:
     log: bool = False
     raw: str | None = None
     """The metric of which this is the smooth form, drawn pale behind it."""
+    training: str | None = None
+    """The same of the training text, drawn beside it; then the best value is marked."""
 
 
 CURVES = (
     Curve("smooth_loss", "Loss", LOSS_UNIT, raw="loss"),
-    Curve("val_bpb", "Validation bits per byte"),
+    Curve("val_bpb", "Validation bits per byte", training="train_bpb"),
     Curve("val_loss", "Validation loss", LOSS_UNIT),
     Curve("lr_multiplier", "Learning rate", "share of the highest", zero=True),
     Curve("grad_norm", "Gradient norm", "before clipping", zero=True),
@@ -59,7 +61,7 @@ CURVES = (
 # Rows of the table of scores that are no shares.
 NO_SHARES = {"train bpb", "val bpb", "val loss"}
 # Logged with every step, but no curve of its own.
-NO_CURVE = {"step", "seconds", "clock", "tokens", "progress", "loss"}
+NO_CURVE = {"step", "seconds", "clock", "tokens", "progress", "loss", "train_bpb", "epoch"}
 
 
 def render_html(run: Run, price: float | None = None) -> str:
@@ -228,8 +230,14 @@ def stage_view(plotter: Plotter, run: Run, stage: StageRun) -> dict[str, Any]:
         if curve.raw:
             raw_x, raw_y = stage.curve(curve.raw)
             lines.insert(0, Line(curve.raw, raw_x, raw_y, color, faint=True))
-        svg = plotter.lines(curve.title, lines, unit=curve.unit, zero=curve.zero, log=curve.log)
-        plots.append((curve.title, short_number(y[-1] * curve.factor), svg))
+        mark, value = None, f"last: {short_number(y[-1] * curve.factor)}"
+        if curve.training and (best := stage.best) is not None:
+            mark, value = (best.step, best.bpb), f"{value}, best: {best}"
+            train_x, train_y = stage.curve(curve.training)
+            if train_y:
+                lines = [replace(lines[0], label="new text"), Line("training text", train_x, train_y, color + 1)]
+        svg = plotter.lines(curve.title, lines, unit=curve.unit, zero=curve.zero, log=curve.log, mark=mark)
+        plots.append((curve.title, value, svg))
     mfu = model_flops_utilization(run, stage)
     facts = stage.facts | ({"MFU, share of the data sheet's peak": f"{mfu:.1%}"} if mfu is not None else {})
     unfinished = not stage.section and bool(stage.steps)

@@ -20,8 +20,8 @@ from nanochat.files import read_json
 from nanochat.hardware import describe_cards
 from nanochat.progress import format_seconds
 from nanochat.report.metrics_log import read_metrics
-from nanochat.report.plots import thin
-from nanochat.report.run_data import METRICS_FILE, is_number
+from nanochat.report.plots import LOSS_UNIT, thin
+from nanochat.report.run_data import METRICS_FILE, best_evaluation, is_number
 from nanochat.stages import PLAN_FILE, STAGES, pending_name
 
 LOG_LINES, LOG_BYTES = 4, 8192
@@ -65,16 +65,19 @@ class StageCurve:
     stage: str
     title: str
     """For people: "Base training"."""
+    unit: str = f"loss, {LOSS_UNIT}"
     steps: Sequence[float]
     losses: Sequence[float]
-    """Smooth, in nats per supervised token; thinned."""
+    """Smooth, in the unit; thinned."""
+    new_text: tuple[Sequence[float], Sequence[float]] | None = None
+    """Steps and losses of text that is not trained on, where the unit is one for both."""
     seconds: float
     """How long it has trained."""
 
     @property
     def summary(self) -> str:
         """One line for where there is no room for a picture."""
-        span = f"loss {self.losses[0]:.4g} to {self.losses[-1]:.4g}"
+        span = f"{self.unit.split(',')[0]} {self.losses[0]:.4g} to {self.losses[-1]:.4g}"
         return f"{self.title}: {span} in {self.steps[-1]:,.0f} steps, {format_seconds(self.seconds)}"
 
 
@@ -184,7 +187,7 @@ class Watcher:
             eta=format_seconds(eta) if alive and eta is not None else None,
             total_left=left,
             facts=training_facts(last, records) if last else (),
-            curves=[curve for name, found in known.items() if (curve := _curve(name, found)) is not None],
+            curves=[curve for name, found in known.items() for curve in _curves(name, found)],
             machine=machine_facts(),
             log=self._log_lines(current or "answer"),
             report=report if finished and report.is_file() else None,
@@ -331,13 +334,21 @@ def _when(mark: Mapping[str, Any], path: Path) -> float:
     return said if is_number(said) else _modified(path)
 
 
-def _curve(stage: str, records: Sequence[Mapping[str, Any]]) -> StageCurve | None:
-    smooth = [(r["step"], r["smooth_loss"]) for r in records if is_number(r.get("smooth_loss"))]
-    if not smooth:
-        return None
-    steps, losses = thin([x for x, _ in smooth], [y for _, y in smooth], CURVE_POINTS)
+def _curves(stage: str, records: Sequence[Mapping[str, Any]]) -> list[StageCurve]:
+    """The loss of every step; and, where text is evaluated, the bits per byte of learned and of new text."""
+
+    def points(key: str) -> tuple[list[float], list[float]]:
+        found = [(r["step"], r[key]) for r in records if is_number(r.get(key))]
+        return thin([x for x, _ in found], [y for _, y in found], CURVE_POINTS)
+
+    smooth, trained, new_text = points("smooth_loss"), points("train_bpb"), points("val_bpb")
     seconds = next((r["seconds"] for r in reversed(records) if is_number(r.get("seconds"))), 0.0)
-    return StageCurve(stage=stage, title=STAGES[stage].title, steps=steps, losses=losses, seconds=seconds)
+    common: dict[str, Any] = {"stage": stage, "title": STAGES[stage].title, "seconds": seconds}
+    curves = [StageCurve(**common, steps=smooth[0], losses=smooth[1])] if smooth[1] else []
+    if len(trained[1]) > 1:
+        unit = "bits per byte of training text and of new text"
+        curves.append(StageCurve(**common, unit=unit, steps=trained[0], losses=trained[1], new_text=new_text))
+    return curves
 
 
 def _states(
@@ -377,6 +388,7 @@ def training_facts(last: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
         for key, value in record.items()
         if key not in ("step", "seconds") and is_number(value)
     }
+    best = best_evaluation(records)
     return [
         ("step", show("step", ",")),
         ("trained", format_seconds(last["seconds"]) if is_number(last.get("seconds")) else "-"),
@@ -388,6 +400,7 @@ def training_facts(last: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
         ("skipped steps", show("skipped", ".0f")),
         ("loss scale", show("scale", "g")),
         *evaluations.items(),
+        *([("best val bpb", str(best))] if best is not None else []),
     ]
 
 

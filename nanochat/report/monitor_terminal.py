@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import plotext
 from rich.columns import Columns
@@ -11,7 +11,6 @@ from rich.panel import Panel
 from rich.text import Text
 
 from nanochat.report.monitor import Frame, StageCurve
-from nanochat.report.plots import LOSS_UNIT
 
 STYLES = {"done": "green", "now": "bold cyan", "stopped": "bold yellow", "waiting": "dim"}
 SIGNS = {"done": "✓", "now": "▶", "stopped": "■", "waiting": "·"}
@@ -56,17 +55,21 @@ def progress_line(frame: Frame, width: int) -> Text:
 
 
 def _picture(stage: StageCurve, width: int) -> Panel:
-    plot = Text.from_ansi(curve(stage.steps, stage.losses, min(width - 4, 116)))
-    return Panel(plot, title=f"{stage.title}: loss, {LOSS_UNIT}", title_align="left", expand=False, style="dim")
+    plot = Text.from_ansi(curve(stage.steps, stage.losses, min(width - 4, 116), stage.new_text))
+    return Panel(plot, title=f"{stage.title}: {stage.unit}", title_align="left", expand=False, style="dim")
 
 
-def curve(x: Iterable[float], y: Iterable[float], width: int) -> str:
-    """A curve in characters, without colours."""
+def curve(
+    x: Iterable[float], y: Iterable[float], width: int, other: tuple[Sequence[float], Sequence[float]] | None = None
+) -> str:
+    """A curve in characters, without colours; `other`: a second one, in dots."""
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.plotsize(width, CURVE_HEIGHT)
     plotext.xlabel("step")
     plotext.plot(list(x), list(y), marker="braille")
+    if other is not None:
+        plotext.scatter(*map(list, other), marker="o", label="o new text")
     return str(plotext.build())
 
 

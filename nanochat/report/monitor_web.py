@@ -10,7 +10,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from nanochat.report.html import TEMPLATES, template
 from nanochat.report.monitor import StageCurve, Watcher
-from nanochat.report.plots import LOSS_UNIT, Line, Plotter
+from nanochat.report.plots import Line, Plotter
 from nanochat.stages import TRAINED
 
 LOCAL_HOSTS = ["127.0.0.1", "localhost"]
@@ -59,15 +59,18 @@ class Pictures:
     def __init__(self) -> None:
         self._plotter = Plotter()
         self._lock = threading.Lock()  # matplotlib's settings are the process's
-        self._drawn: dict[str, tuple[StageCurve, str]] = {}
+        self._drawn: dict[tuple[str, str], tuple[StageCurve, str]] = {}
 
     def plot(self, curve: StageCurve) -> tuple[str, str, str]:
         """(title, last value, SVG)."""
+        what = curve.unit.split(",")[0]
         with self._lock:
-            known, svg = self._drawn.get(curve.stage, (None, ""))
+            known, svg = self._drawn.get((curve.stage, curve.unit), (None, ""))
             if known != curve:
                 color = [names.name for names in TRAINED.values()].index(curve.stage)
-                line = Line(curve.title, curve.steps, curve.losses, color)
-                svg = self._plotter.lines(f"{curve.title}: loss", [line], unit=LOSS_UNIT)
-                self._drawn[curve.stage] = curve, svg
-        return curve.title, f"{curve.losses[-1]:.4g}", svg
+                lines = [Line("training text", curve.steps, curve.losses, color)]
+                if curve.new_text is not None:
+                    lines.append(Line("new text", *curve.new_text, color + 1))
+                svg = self._plotter.lines(f"{curve.title}: {what}", lines, unit=curve.unit.split(", ")[-1])
+                self._drawn[curve.stage, curve.unit] = curve, svg
+        return curve.title, f"last: {curve.losses[-1]:.4g}", svg

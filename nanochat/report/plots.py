@@ -57,7 +57,16 @@ class Plotter:
     def __init__(self) -> None:
         self._numbers = count()
 
-    def lines(self, title: str, lines: Sequence[Line], *, unit: str = "", zero: bool = False, log: bool = False) -> str:
+    def lines(
+        self,
+        title: str,
+        lines: Sequence[Line],
+        *,
+        unit: str = "",
+        zero: bool = False,
+        log: bool = False,
+        mark: tuple[float, float] | None = None,
+    ) -> str:
         """An SVG of curves over the optimizer steps.
 
         Args:
@@ -66,6 +75,7 @@ class Plotter:
             unit: of the values, written above the axis.
             zero: let the axis begin at 0.
             log: powers of two.
+            mark: (step, value) of a point to mark.
         """
         with _style():
             figure, axes = _figure(WIDTH, HEIGHT)
@@ -81,6 +91,8 @@ class Plotter:
                     label="_" if line.faint else _plain(line.label),
                     **({"marker": "o", "markersize": 3} if few else {}),
                 )
+            if mark is not None:
+                axes.plot(*([value] for value in mark), color=TEXT, marker="o", markersize=5, fillstyle="none")
             if log:
                 axes.set_yscale("log", base=2)
             _grid(axes, unit)

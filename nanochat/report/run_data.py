@@ -49,6 +49,11 @@ class StageRun:
         return [float(x) for x, _ in points], [float(y) for _, y in points]
 
     @property
+    def best(self) -> BestEvaluation | None:
+        """The best evaluation; None before the first."""
+        return best_evaluation(self.evaluations)
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What its section says besides the settings."""
         items = [item for item in self.section.get("data", []) if isinstance(item, dict)]
@@ -102,6 +107,28 @@ class Run:
 def is_number(value: Any) -> TypeGuard[float]:
     """True for finite numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+@dataclass(frozen=True)
+class BestEvaluation:
+    """The lowest validation bits per byte of a run."""
+
+    step: int
+    bpb: float
+    epoch: float | None
+    """None: an older log, which does not say."""
+
+    def __str__(self) -> str:
+        return f"{self.bpb:.4g} at step {self.step:,}" + ("" if self.epoch is None else f", epoch {self.epoch:.1f}")
+
+
+def best_evaluation(records: Sequence[Mapping[str, Any]]) -> BestEvaluation | None:
+    """The best of the evaluations among `records`; None if there is none."""
+    found = [record for record in records if is_number(record.get("val_bpb"))]
+    if not found:
+        return None
+    best = min(found, key=lambda record: record["val_bpb"])
+    return BestEvaluation(best["step"], best["val_bpb"], best["epoch"] if is_number(best.get("epoch")) else None)
 
 
 def read_run(folder: Path, header: Mapping[str, Any], sections: Sequence[Mapping[str, Any]]) -> Run:

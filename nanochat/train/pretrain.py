@@ -7,7 +7,7 @@ sequences that go through it at a time, the learning rates. All that comes after
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ from nanochat.recipe import (
     scale_hyperparameters,
 )
 from nanochat.tokenizer import PATTERNS, get_tokenizer
+from nanochat.train.best_weights import BestWeights
 from nanochat.train.clock import Clock
+from nanochat.train.few_texts import TextSize, add_dropout
 from nanochat.train.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
 from nanochat.train.pretrain_config import PretrainConfig
 from nanochat.train.resume import model_hash
@@ -73,6 +75,10 @@ class Plan:
     horizon_tokens: int
     eval_tokens: int
     """Tokens per evaluation."""
+    text: TextSize | None = None
+    """The training text, where it is known."""
+    epochs: float | None = None
+    """How often it is read, where that and the horizon are known."""
     micro: MicroBatch | None = None
     """The micro-batch that fits into the device's memory, where that was measured."""
 
@@ -96,6 +102,8 @@ class Plan:
             )
         elif s.seconds is not None:
             lines.append(f"horizon: {format_seconds(s.seconds)} of training")
+        if self.text is not None:
+            lines.append(self.text.describe(self.epochs, s.seconds))
         return lines
 
 
@@ -112,6 +120,7 @@ def make_plan(
     model_config: GPTConfig | None = None,
     horizon_tokens: int | None = None,
     total_batch_size: int | None = None,
+    text: TextSize | None = None,
     tflops: Callable[[], float] = lambda: 1.0,
     rows: int = DEFAULT_ROWS,
 ) -> Plan:
@@ -124,6 +133,7 @@ def make_plan(
         model_config: of the model to go on from; default: by the settings.
         horizon_tokens: tokens of the whole run, where they are known already.
         total_batch_size: tokens per step of the run that is resumed; the settings' goes before it.
+        text: the training text.
         tflops: measures this machine's matmul speed per process, in TFLOP/s; called when the horizon is a time.
         rows: the most sequences in a micro-batch, where they are not set.
     """
@@ -175,7 +185,9 @@ def make_plan(
         momentum=preset.momentum,
         decay_to_zero=preset.decay_to_zero,
     )
-    return Plan(config, batch, schedule, rates, model.num_params(), flops, tokens, cfg.eval_tokens)
+    planned = iterations * batch.total_tokens if iterations else tokens if preset.scales else None
+    epochs = planned / text.tokens if text and planned else None
+    return Plan(config, batch, schedule, rates, model.num_params(), flops, tokens, cfg.eval_tokens, text, epochs)
 
 
 def resolve_plan(
@@ -184,6 +196,7 @@ def resolve_plan(
     compute: Compute,
     checkpoint: Checkpoint | None = None,
     model_config: GPTConfig | None = None,
+    text: TextSize | None = None,
 ) -> Plan:
     """The plan of a run on this machine: micro-batches that fit, and for a time the horizon that a real step promises.
 
@@ -198,9 +211,8 @@ def resolve_plan(
         refuse_too_large(model_config or _model_config(cfg, vocab_size), compute, only_warn=not auto)
     meta = {} if checkpoint is None else checkpoint.meta
     micro = MicroBatch(**meta["micro_batch"]) if meta.get("micro_batch") else None
-    planned = partial(
-        make_plan, cfg, vocab_size, world, model_config=model_config, total_batch_size=meta.get("total_batch_size")
-    )
+    batch = meta.get("total_batch_size")
+    planned = partial(make_plan, cfg, vocab_size, world, model_config=model_config, total_batch_size=batch, text=text)
     plan = planned(
         horizon_tokens=meta.get("horizon_tokens"),
         tflops=lambda: compute.broadcast(compute.matmul_tflops()),
@@ -349,8 +361,12 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         corpus.chunks(split)  # a split without documents is an error now, not after hours
     inputs = {"tokenizer": tokenizer.hash} | ({"model": model_hash(start)} if start else {})
     checkpoint = run.find_checkpoint(inputs)
+    if checkpoint is not None and "text_size" in checkpoint.meta:  # what follows from it must not be decided anew
+        text = TextSize(**checkpoint.meta["text_size"])
+    else:
+        text = TextSize.of(corpus, tokenizer)
 
-    plan = resolve_plan(cfg, tokenizer.get_vocab_size(), compute, checkpoint, config)
+    plan = resolve_plan(cfg, tokenizer.get_vocab_size(), compute, checkpoint, config, text)
     print0("\n".join(plan.lines()))
     flops = (plan.schedule.num_iterations or 0) * plan.batch.total_tokens * plan.flops_per_token
     if checkpoint is None and flops > LONG_FLOPS:  # hours are not asked for: say them
@@ -366,6 +382,8 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         load_weights(model, weights)
     if start is not None:
         start.release()
+    if cfg.dropout:
+        add_dropout(model, cfg.dropout)
     model.to(compute.device).train()
     groups = parameter_groups(model, **plan.rates.rates(), lr_frac=cfg.lr_scale or 1.0, preset=PRESETS[cfg.recipe])
     loader = PretrainLoader(
@@ -382,6 +400,21 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         skip_bad_shards=cfg.skip_bad_shards,
         cache=TokenCache(tokenizer) if cfg.token_cache else None,
     )
+
+    def evaluate() -> dict[str, float]:
+        val_bpb = corpus_bpb(
+            model,
+            corpus,
+            tokenizer,
+            compute,
+            split="val",
+            rows=plan.batch.device_batch_size,
+            max_rows=max(1, plan.eval_tokens // cfg.max_seq_len),
+            skip_bad_shards=cfg.skip_bad_shards,
+        )
+        return {"val_bpb": val_bpb, **text.progress(trainer.state)}
+
+    keep_best = (plan.epochs is None or plan.epochs > 1) if cfg.keep_best is None else cfg.keep_best
     # What a resume must not decide anew.
     decided = {"horizon_tokens": plan.horizon_tokens, "total_batch_size": plan.batch.total_tokens}
     trainer = run.make_trainer(
@@ -391,18 +424,10 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         plan.schedule,
         plan.batch.grad_accum_steps,
         inputs,
-        {"corpus": corpus.name, **decided, "eval_tokens": plan.eval_tokens},
+        {"corpus": corpus.name, **decided, "eval_tokens": plan.eval_tokens, "text_size": asdict(text)},
         micro=plan.micro,
-        evaluate=lambda: corpus_bpb(
-            model,
-            corpus,
-            tokenizer,
-            compute,
-            split="val",
-            rows=plan.batch.device_batch_size,
-            max_rows=max(1, plan.eval_tokens // cfg.max_seq_len),
-            skip_bad_shards=cfg.skip_bad_shards,
-        ),
+        evaluate=evaluate,
+        best=BestWeights() if keep_best else None,
         sample=lambda: print_samples(model, tokenizer, compute, corpus),
     )
     train(trainer, checkpoint)
@@ -415,8 +440,10 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         "total FLOPs": float(state.tokens * plan.flops_per_token),
         "share of time waiting for data": state.waited / max(state.seconds, 1e-9),
         "epochs begun": loader.epoch + 1,
+        **text.facts(state),
         "share of tokens cropped": loader.counts.cropped_share,
         "minimum validation bpb": state.best_val,
-        "final validation bpb": state.val,
+        "final validation bpb": trainer.last_evaluation.get("val_bpb", state.val),
+        "the model's weights are those of": "the minimum" if trainer.best else "the end",
     }
     run.report("Base model training", trainer, facts, {"val bpb": state.val}, f"val bpb {state.val:.4f}, ")

@@ -79,6 +79,10 @@ class PretrainSettings:
     """Learning rate of the switches' scalars (AdamW); default: 0.1 (small), 0.5 (classic), 0.5 by batch (modern)."""
     weight_decay: float | None = None
     """Decoupled weight decay; default: 0 (small, classic), 0.28 by batch and horizon (modern)."""
+    dropout: float = 0.0
+    """Share of what attentions and MLPs add to the stream that is zeroed in training."""
+    keep_best: bool | None = None
+    """Give the finished model the weights of the best evaluation; default: where text is read more than once."""
     lr_scale: float | None = None
     """Factor on all learning rates; default: 1, with --init_from 0.3."""
     warmup_steps: int | None = None
@@ -115,6 +119,8 @@ class PretrainConfig(RunConfig, PretrainSettings):
             raise ValueError("--num_iterations must be positive, got 0 (leave it out, or -1, for another horizon)")
         if self.target_param_data_ratio is not None and self.target_param_data_ratio == 0:
             raise ValueError("--target_param_data_ratio must be positive, got 0")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
         if not 0 <= self.short_rows_ratio <= 1:
             raise ValueError(f"--short_rows_ratio must be from 0 to 1, got {self.short_rows_ratio}")
         if self.short_rows_ratio and self.max_seq_len % 4:

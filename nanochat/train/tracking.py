@@ -7,16 +7,19 @@ All of them take the same record: numbers by name, "step" among them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from nanochat.checkpoint.keep import Goal
 from nanochat.common import Compute, DummyWandb
 from nanochat.env import error_text, get_base_dir, get_dist_info, print0, require_wandb_login
 from nanochat.files import naming
 from nanochat.hardware import ThrottleWatcher
+from nanochat.precision import StepResult
 from nanochat.progress import Bar, format_seconds
 from nanochat.report.metrics_log import MetricsLog
 from nanochat.train.clock import Clock
@@ -135,6 +138,8 @@ class TrainState:
     val_step: int | None = None
     """The step after which `val` was measured."""
     best_val: float | None = None
+    best_step: int | None = None
+    """The step after which `best_val` was measured."""
     without_signal: int = 0
     """Steps that were not made, since there was nothing to learn from."""
 
@@ -144,6 +149,23 @@ class TrainState:
         self.seconds += seconds
         self.waited += waited
         self.smooth_loss = LOSS_SMOOTHING * self.smooth_loss + (1 - LOSS_SMOOTHING) * loss
+
+    def count_evaluation(self, value: float, goal: Goal) -> bool:
+        """`value` was measured after this step; returns whether it is the best so far."""
+        self.val, self.val_step = value, self.step
+        best = self.best_val
+        better = best is None or not math.isfinite(best) or (value < best if goal == "lowest" else value > best)
+        if better:
+            self.best_val, self.best_step = value, self.step
+        return better
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any], goal: Goal) -> TrainState:
+        """The counters that a checkpoint's record holds among others."""
+        known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
+        if "min_val" in saved:  # an older checkpoint, which took the lowest value for the best in every stage
+            known["best_val"] = saved["min_val"] if goal == "lowest" else saved["val"]
+        return cls(**known)
 
     @property
     def average_loss(self) -> float:
@@ -191,6 +213,13 @@ class RunLog:
         if self.compute.rank == 0:
             self.metrics.append(record)
         self.tracker.log(record)
+
+    def write_skip(self, step: int, result: StepResult, loss: float) -> None:
+        """Say that an attempt at a step was no update, why, and what is tried next."""
+        precision = self.compute.precision
+        reason = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
+        how = f"again at loss scale {precision.scaler.get_scale():g}" if result.retry else "on the next batch instead"
+        print0(f"{self.label}: step {step} skipped ({reason}), {how}; {precision.skipped} skipped so far")
 
     def speed(self, tokens: int, seconds: float, data_seconds: float) -> dict[str, float]:
         """The speed of a step of so many tokens, over all ranks."""

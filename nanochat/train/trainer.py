@@ -12,7 +12,6 @@ Letters for shapes: B sequences in a micro-batch, T tokens in a sequence, C chan
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -43,6 +42,7 @@ from nanochat.progress import progress
 from nanochat.recipe import Schedule
 from nanochat.report.metrics_log import last_value
 from nanochat.signals import StopRequest
+from nanochat.train.best_weights import PREFIX, BestWeights
 from nanochat.train.clock import Clock
 from nanochat.train.compiling import compiled, should_compile
 from nanochat.train.micro_batch import smaller_micro_batch
@@ -108,6 +108,8 @@ class Trainer:
     tracker: Tracker = field(default_factory=DummyWandb)
     state: TrainState = field(default_factory=TrainState)
     clock: Clock = field(default_factory=Clock)
+    best: BestWeights | None = None
+    """Give the finished model the weights of the best evaluation; None: those of the last step."""
     replaces: Path | None = None
     """The folder of an older run of this tag, see `Saver`."""
     micro: MicroBatch | None = None
@@ -158,7 +160,7 @@ class Trainer:
             while result.skipped:
                 # float16 gradients that overflowed can succeed at the halved scale: the same text again, none is lost.
                 # A loss that is not finite comes back whatever the scale: only other text can help.
-                self._report_skip(result, loss)
+                self.log.write_skip(self.state.step + 1, result, loss)
                 if not result.retry:
                     batches = self._next_batches()
                 result, loss = self._attempt(batches)
@@ -250,13 +252,6 @@ class Trainer:
         seconds = (self.clock.seconds or 0.0) - self.clock.ticked
         self._use_compiled(should_compile(self.model, self.compute, idx, passes, seconds))
 
-    def _report_skip(self, result: StepResult, loss: float) -> None:
-        precision = self.compute.precision
-        reason = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
-        how = f"again at loss scale {precision.scaler.get_scale():g}" if result.retry else "on the next batch instead"
-        step = self.state.step + 1
-        print0(f"{self.label}: step {step} skipped ({reason}), {how}; {precision.skipped} skipped so far")
-
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> TrainState:
@@ -274,6 +269,8 @@ class Trainer:
                 self._train(stop)
                 self.saver.before_the_end()  # a last evaluation that fails must not take the training along
                 self.run_evaluation()
+                if self.best is not None:
+                    self.best.finish(self.model, self.state, self.label, self.val_name)
                 if self.sample is not None:
                     print0(f"{self.label}: samples after {self.state.step} steps")
                     self.run_sample()
@@ -362,9 +359,8 @@ class Trainer:
         self.model.train()
         state = self.state
         self.last_evaluation = result if isinstance(result, dict) else {self.val_name: result}
-        state.val, state.val_step = self.last_evaluation[self.val_name], state.step
-        better = min if self.val_goal == "lowest" else max
-        state.best_val = state.val if state.best_val is None else better(state.val, state.best_val)
+        if state.count_evaluation(self.last_evaluation[self.val_name], self.val_goal) and self.best is not None:
+            self.best.take(self.model)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.last_evaluation.items())
         print0(f"{self.label}: step {state.step} {shown}")
         self.log.write({"step": state.step, "seconds": round(state.seconds, 3), **self.last_evaluation})
@@ -384,6 +380,8 @@ class Trainer:
         if not complete:
             # Every rank saves its own share of the moments; the generators too, dropout or not: RL samples from them.
             optimizer = host_copy(self.optimizer.own_flat_state()) | rng_state(self.compute.device)
+            if first and self.best is not None:
+                optimizer |= self.best.state()
             if first and self.extra_state is not None:
                 optimizer |= host_copy({EXTRA_STATE + name: value for name, value in self.extra_state().items()})
         counted = {"clock": self.clock.ticked, **self.log.metrics.state()}
@@ -420,13 +418,9 @@ class Trainer:
         Raises:
             RuntimeError: the ranks have found different checkpoints.
         """
-        saved = dict(checkpoint_meta["state"])
-        clock, metrics_bytes, _ = (saved.pop(name, 0) for name in ("clock", "metrics_bytes", "metrics_crc"))
-        if "min_val" in saved:  # an older checkpoint, which took the lowest value for the best in every stage
-            lowest = saved.pop("min_val")
-            saved["best_val"] = lowest if self.val_goal == "lowest" else saved["val"]
-        self.state = TrainState(**saved)
-        self.log.resume(metrics_bytes, self.state.step)
+        saved = checkpoint_meta["state"]
+        self.state, clock = TrainState.restored(saved, self.val_goal), saved.get("clock", 0)
+        self.log.resume(saved.get("metrics_bytes", 0), self.state.step)
         if self.compute.broadcast(self.state.step) != self.state.step:
             raise RuntimeError(
                 f"rank 0 and rank {self.compute.rank} found different checkpoints in {self.folder}: can all of them "
@@ -442,7 +436,10 @@ class Trainer:
         if checkpoint_meta.get("micro_batch") is not None and self.micro is None:
             self.micro = MicroBatch(**checkpoint_meta["micro_batch"])
         # By parameters' names and whole, whatever number of ranks has saved it.
-        self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(("rng.", EXTRA_STATE))})
+        others = ("rng.", EXTRA_STATE, PREFIX)
+        self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(others)})
+        if self.best is not None:
+            self.best.resume(optimizer, self.state)
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
         if self._compile is None:  # the measurement of the start, so that a resumed run computes the same bits
             self._use_compiled(checkpoint_meta.get("compile"))
