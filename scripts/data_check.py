@@ -21,6 +21,7 @@ from nanochat.data.chat_files import HUB
 from nanochat.data.chats import ChatSource, look_at_chats
 from nanochat.data.copies import copies_lines, find_copies, forget
 from nanochat.data.inventory import Inventory, UnusableInputError, check_inventories
+from nanochat.data.json_text import CHATS
 from nanochat.data.text_look import look_at_texts
 from nanochat.data.text_walk import ReadOptions
 from nanochat.env import get_base_dir, print0
@@ -59,7 +60,9 @@ def look(path: str, options: ReadOptions) -> Inventory:
     )
     if chats is not None and (path.startswith(HUB) or (chats.num_read and not chats.stop and not others)):
         return chats
-    return look_at_texts(folder, options)
+    texts = look_at_texts(folder, options)
+    # Conversations that can't be used: what is wrong with them helps, not that they are no texts.
+    return chats if chats is not None and not texts.num_read and CHATS in texts.left_out else texts
 
 
 def main(cfg: Config) -> None:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.data import chats
+from nanochat.data import chat_store, chats
 from nanochat.data.chats import ChatSource, load_chats, look_at_chats, show_learned
 from nanochat.data.inventory import Inventory, UnusableInputError
 from nanochat.data.text_walk import ReadOptions
@@ -456,7 +457,7 @@ def test_letters_that_were_encoded_twice_are_mended_in_chats(tmp_path: Path) -> 
 
 
 def test_many_are_kept_on_disk_and_equal_ones_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chats, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(chat_store, "IN_MEMORY_BYTES", 1000)
     records = [[{"role": U, "content": f"{i % 90}"}, {"role": A, "content": "x" * 40}] for i in range(100)]
     loaded, _ = load_chats(ChatSource(str(dump(tmp_path / "a.jsonl", *records))))
     assert loaded._file._rolled
@@ -798,3 +799,272 @@ def test_data_check_tells_chats_from_texts(tmp_path: Path) -> None:
     assert data_check.look(str(folder), options).noun != "conversation"
     (tmp_path / "WhatsApp Chat.txt").write_text(WHATSAPP)
     assert data_check.look(str(tmp_path / "WhatsApp Chat.txt"), options).noun != "conversation"
+
+
+# --- what strangers bring ---------------------------------------------------------------------------------------------
+
+ANN_HI, BOB_HI = "2024-01-02T10:00:00", "2024-01-02T10:01:00"
+ME_OLD, ANN_NEW = "2024-01-01T03:00:00", "2024-01-02T10:02:00"
+SAID = "user: Hi\nassistant: «Hello!»"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["03/02/2024 à 21:03 - Ann: Hi", "03/02/2024 à 21:04 - Bob: Hello!", "03/02/2024 à 21:05 - Ann: <Médias omis>"],
+        ["٣/٢/٢٠٢٤، ٩:٠٣ م - Ann: Hi", "٣/٢/٢٠٢٤، ٩:٠٤ م - Bob: Hello!"],
+        ["2024/2/3 晚上9:03 - Ann: Hi", "2024/2/3 晚上9:04 - Bob: Hello!", "2024/2/4 上午9:04 - Bob: 此消息已删除"],
+        ["2024. 2. 3. 오후 9:03 - Ann: Hi", "2024. 2. 3. 오후 9:04 - Bob: Hello!"],
+        [
+            "3/2/24, 9:03 p.\u00a0m. - Ann: Hi",
+            "3/2/24, 9:04 p.\u00a0m. - Bob: Hello!",
+            "3/2/24, 9:05 p.\u00a0m. - Ann: null",
+        ],
+        ["3.02.2024 21:03 - Ann: Hi", "3.02.2024 21:04 - Ann: Bu mesaj silindi", "3.02.2024 21:04 - Bob: Hello!"],
+        ["2024년 1월 1일 오후 3:05, Ann : Hi", "2024년 1월 1일 오후 3:06, Bob : Hello!"],
+        ["-- 2024년 1월 1일 월요일 --", "[Ann] [오후 3:05] Hi", "[Bob] [오후 3:06] Hello!", "[Ann] [오후 3:07] 사진"],
+        ["[LINE] Chat history", "2024/01/01(Mon)", "10:00\tAnn\tHi", "10:01\tBob\tHello!", "10:02\tAnn\t[Sticker]"],
+        ["=" * 62, "Guild: G", "", "[1/13/2024 12:34 PM] Ann", "Hi", "", "[1/13/2024 12:35 PM] Bob (pinned)", "Hello!"],
+        ["[1/2/2024 10:15 AM] Ann", "Hi", "", "[1/2/2024 10:16 AM] Bob", "Hello!", "", "{Attachments}", "https://x.y"],
+        ["Jan 01, 2024  9:41:05 AM (Read by you)", "Ann", "Hi", "", "Jan 01, 2024  9:42:10 AM", "Bob", "Hello!"],
+    ],
+)
+def test_chats_of_people_as_every_phone_and_program_writes_them(lines: list[str], tmp_path: Path) -> None:
+    (tmp_path / "chat.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert look(tmp_path / "chat.txt", me="Bob")[0] == [SAID]
+
+
+def test_chats_of_people_in_tables_and_json(tmp_path: Path) -> None:
+    rows = [(ANN_HI, "Ann", "Hi"), (BOB_HI, "Bob", "Hello!"), (ME_OLD, "Bob", "alone")]
+    forms: dict[str, str] = {
+        "discord.csv": "AuthorID,Author,Date,Content\n"
+        + "".join(f"1,{who},{when}.0000000Z,{t}\n" for when, who, t in rows),
+        "replika.csv": "Timestamp,From,Text,ID\n" + "".join(f"{when},{who},{text},1\n" for when, who, text in rows),
+        "signal.json": "".join(json.dumps({"date": d, "sender": w, "body": t}) + "\n" for d, w, t in rows),
+        "e2ee.json": json.dumps(
+            {"messages": [{"senderName": w, "text": t, "timestamp": chats_hours(d) * 3.6e6} for d, w, t in rows]}
+        ),
+        "teams.json": json.dumps(
+            {
+                "conversations": [
+                    {
+                        "MessageList": [
+                            {
+                                "originalarrivaltime": d,
+                                "messagetype": "RichText",
+                                "content": f"<p>{t}</p>",
+                                "from": f"8:{w}",
+                            }
+                            for d, w, t in rows
+                        ]
+                    }
+                ]
+            }
+        ),
+    }
+    for name, content in forms.items():
+        (tmp_path / name).write_text(content)
+        texts, inventory = look(tmp_path / name, me="Bob")
+        assert texts == [SAID], name
+        assert inventory.left_out["in which nobody else writes"].count == 1
+    two = "Date,Author,Channel,Content\n" + "".join(
+        f"{when},{who},{channel},{text} {channel}\n" for when, who, text in rows[:2] for channel in "xy"
+    )
+    (tmp_path / "two.csv").write_text(two)  # chats that went on at the same time
+    assert look(tmp_path / "two.csv", me="Bob")[0] == [f"user: Hi {c}\nassistant: «Hello! {c}»" for c in "xy"]
+
+
+def test_signals_export_of_all_chats(tmp_path: Path) -> None:
+    def said(chat: str, who: str, minute: int, text: str) -> dict[str, Any]:
+        body = {"standardMessage": {"text": {"body": text}}}
+        return {"chatItem": {"chatId": chat, "authorId": who, "dateSent": f"17000000{minute:02}000", **body}}
+
+    people = [{"recipient": {"id": "1", "self": {}}}]
+    people += [
+        {"recipient": {"id": str(i), "contact": {"profileGivenName": name}}} for i, name in ((2, "Ann"), (3, "Cy"))
+    ]
+    messages = [said("5", "2", 1, "Hi"), said("6", "3", 2, "Yo"), said("5", "1", 3, "Hello!"), said("6", "1", 4, "Hey")]
+    head = [{"version": "1", "backupTimeMs": "1"}, {"account": {"givenName": "Bob"}}, {"chat": {"id": "5"}}]
+    path = dump(tmp_path / "main.jsonl", *head, *people, *messages)
+    assert look(path, me="Bob")[0] == [SAID, "user: Yo\nassistant: «Hey»"]
+
+
+TAVERN = [
+    {"user_name": "You", "character_name": "Eve", "chat_metadata": {}},
+    {"name": "You", "is_user": True, "mes": "Hi"},
+    {"name": "System", "is_user": False, "is_system": True, "mes": "[a checkpoint]"},
+    {"name": "Eve", "is_user": False, "mes": "Hello!", "swipes": ["Go", "Hello!"], "swipe_id": 1},
+]
+NODES = {
+    "1": {"id": "1", "parentId": None, "role": U, "content": "Hi"},
+    "2": {"id": "2", "parentId": "1", "role": A, "content": "Go"},
+    "3": {"id": "3", "parentId": "1", "role": A, "content": '<details type="reasoning">secret</details>\nHello!'},
+}
+STUDIO = {
+    "messages": [
+        {"versions": [{"role": U, "content": [{"type": "text", "text": "Hi"}]}], "currentlySelected": 0},
+        {
+            "versions": [
+                {"role": A, "content": [{"type": "text", "text": "Go"}]},
+                {
+                    "role": A,
+                    "steps": [
+                        {"style": {"type": "thinking"}, "content": [{"type": "text", "text": "secret"}]},
+                        {"content": [{"type": "text", "text": "Hello!"}]},
+                    ],
+                },
+            ],
+            "currentlySelected": 1,
+        },
+    ]
+}
+EXPORTED = {
+    "sillytavern": TAVERN,
+    "open webui": [{"id": "x", "chat": {"history": {"messages": NODES, "currentId": "3"}, "messages": []}}],
+    "lm studio": [STUDIO],
+    "text-generation-webui": [{"internal": [["<|BEGIN-VISIBLE-CHAT|>", "Yes?"], ["Hi", "Hello!"]], "visible": []}],
+    "character.ai": [
+        {
+            "histories": {
+                "histories": [{"msgs": [{"src": {"is_human": h}, "text": t} for h, t in ((1, "Hi"), (0, "Hello!"))]}]
+            }
+        }
+    ],
+    "ai studio": [
+        {
+            "runSettings": {},
+            "chunkedPrompt": {
+                "chunks": [
+                    {"role": U, "text": "Hi"},
+                    {"role": "model", "text": "secret", "isThought": True},
+                    {"role": "model", "text": "Hello!"},
+                ]
+            },
+        }
+    ],
+    "question/answer": [{"title": "Prompted Hi", "safeHtmlItem": [{"html": "<p>Hello!</p>"}]}],  # Takeout of Gemini
+    "messages": [{"request": {"messages": PAIR[:1]}, "response": {"choices": [{"message": PAIR[1]}]}}],
+    "prompt/response": [{"id": 1, "fields": {"prompt": "Hi", "response": "Hello!"}, "metadata": {}}],  # Argilla
+    "dialogue (role, content)": [{"id": 1, "data": {"dialogue": PAIR}, "annotations": []}],  # Label Studio
+    "instruction/generation": [{"instruction": "Hi", "generation": "Hello!"}],  # distilabel
+    "harmony": [
+        {
+            "text": "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>analysis<|message|>secret<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>Hello!<|return|>"
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("form", EXPORTED)
+def test_what_programs_and_tools_export(form: str, tmp_path: Path) -> None:
+    texts, inventory = look(dump(tmp_path / "a.json", *EXPORTED[form]))
+    assert texts == [HI]
+    assert inventory.read == {form: 1}
+
+
+def test_several_conversations_in_one_record(tmp_path: Path) -> None:
+    intents = {"intents": [{"tag": "x", "patterns": ["Hi", "Hey"], "responses": ["Hello!", "Yes?"]}]}
+    assert look(dump(tmp_path / "a.json", intents))[0] == [HI, "user: Hey\nassistant: «Yes?»"]
+    asked = [{"question": q, "answers": a} for q, a in (("Who?", [{"text": "Ann"}]), ("Why?", []))]
+    squad = {"version": "2", "data": [{"title": "T", "paragraphs": [{"context": "Ann did it.", "qas": asked}]}]}
+    texts, inventory = look(dump(tmp_path / "b.json", squad))
+    assert texts == ["user: Ann did it.\n\nWho?\nassistant: «Ann»"]
+    assert inventory.left_out[chats.NO_ANSWER].count == 1
+
+
+WRITTEN = {
+    "a.yaml": "- messages:\n  - {role: user, content: Hi}\n  - {role: assistant, content: Hello!}\n" * 2,
+    "chatterbot.yml": "categories: [x]\nconversations:\n- - Hi\n  - Hello!\n- - Hi\n  - Hello!\n",
+    "comments.json": '// my\n[{"q": "Hi", "a": "Hello!"}, // 1\n /* 2 */ {"question": "Hi", "answer": "Hello!"},\n]\n',
+    "cut.jsonl": '{"question": "Hi", "answer": "Hello!"},\n{"question": "Hi", "answer": "Hello!"},\n',
+    "glued.json": '{"question": "Hi", "answer": "Hello!"}{"question": "Hi", "answer": "Hello!"}',
+    "python.jsonl": "{'question': 'Hi', 'answer': 'Hello!', 'id': None}\n" * 2,
+    "capitals.jsonl": '{"Messages": [{"Role": "User", "Content": "Hi"}, {"Role": "Assistant", "Content": "Hello!"}]}\n'
+    * 2,
+    "faq.txt": "Q: Hi\nA: Hello!\n\nQ: Hi\nA: Hello!\n",
+    "rules.txt": "User: Hi\nBot: Hello!\n\n---\n\nUser: Hi\nBot: Hello!\n",
+    "headings.md": "## User\n\nHi\n\n## Assistant\n\nHello!\n\n---\n\n**You:** Hi\n\n**ChatGPT:** Hello!\n",
+    "copied.txt": "You said:\nHi\nChatGPT said:\nHello!\n***\n用户：Hi\n助手：Hello!\n",
+    "greek.csv": "Ερώτηση;Απάντηση\nHi;Hello!\nHi;Hello!\n",
+    "turkish.csv": "Soru,Cevap\nHi,Hello!\nHi,Hello!\n",
+    "vietnamese.tsv": "Câu hỏi\tCâu trả lời\nHi\tHello!\nHi\tHello!\n",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_people_write_by_hand(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(WRITTEN[name], encoding="utf-8")
+    assert look(tmp_path / name)[0] == [HI, HI]
+
+
+def test_toml_where_python_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('[[conversations]]\nuser = "Hi"\nassistant = "Hello!"\n' * 2)
+    if sys.version_info >= (3, 11):
+        assert look(tmp_path / "a.toml")[0] == [HI, HI]
+    else:
+        assert "save it as JSON" in look_at_chats(ChatSource(str(tmp_path / "a.toml"))).stop
+
+
+def test_a_table_without_a_header_by_number(tmp_path: Path) -> None:
+    (tmp_path / "anki.txt").write_text("#separator:tab\nHi\tHello!\nHi\tHello!\n")
+    (tmp_path / "a.csv").write_text("Hello!,Hi\nHello!,Hi\n")
+    assert look(tmp_path / "anki.txt", columns=("1", "2"))[0] == [HI, HI]
+    assert look(tmp_path / "a.csv", columns=("2", "1"))[0] == [HI, HI]
+    assert "CHAT_COLUMNS=1,2 in a table without a header" in look_at_chats(ChatSource(str(tmp_path / "a.csv"))).stop
+
+
+def test_what_a_model_can_not_learn_is_left_out_or_said(tmp_path: Path) -> None:
+    image = {"conversations": [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A cat."}]}
+    thought = {"messages": [PAIR[0], {"role": A, "content": "<think>x</think>Hello!"}]}
+    ended = {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "response": "Hello!<|im_end|>"}
+    texts, inventory = look(dump(tmp_path / "a.jsonl", image, thought, ended, {"messages": PAIR}))
+    assert texts == ["user: Hi\nassistant: «<think>x</think>Hello!»", HI, HI]
+    assert inventory.left_out[chats.NO_PICTURES].count == 1
+    assert "1 × an answer with <think> in it, learned as it is" in inventory.notes
+    path = tmp_path / "table.csv"
+    names = [f"c{i}" for i in range(98)]
+    path.write_text(",".join(["question", *names, "answer"]) + "\n" + ",".join(["Hi", *["x"] * 98, "Hello!"]) + "\n")
+    assert look(path)[1].notes == ["98 keys are not used: 'c0', 'c1', 'c2', 'c3', 'c4' and 93 more"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "Which?", "choices": ["x", "y"], "answer": 1},
+        {"question": "Which?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answer": "B"},
+        {"question": "Which?", "A": "x", "B": "y", "answer": "B"},
+        {"question": "Which?\nA. x\nB. y", "options": {"A": "x", "B": "y"}, "answer": "B"},
+    ],
+)
+def test_the_options_of_a_question_are_read(record: dict[str, Any], tmp_path: Path) -> None:
+    assert look(dump(tmp_path / "a.jsonl", record))[0] == ["user: Which?\nA. x\nB. y\nassistant: «B. y»"]
+
+
+def test_what_programs_say_in_the_name_of_people_is_not_learned(tmp_path: Path) -> None:
+    texts = ["Hi", "Ann sent an attachment.", "Liked a message", "Hello!", "Bob sent a photo."]
+    rows = [
+        {"sender_name": "AB"[i > 2], "timestamp_ms": 1_700_000_000_000 + i * 1000, "content": t}
+        for i, t in enumerate(texts)
+    ]
+    path = tmp_path / "message_1.json"
+    path.write_text(json.dumps({"participants": [], "messages": rows[::-1]}))
+    assert look(path, me="B")[0] == [HI]
+
+
+def test_slack_as_an_archive_and_pages_of_telegram(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        archive.writestr("users.json", json.dumps([{"id": "U2", "name": "b", "profile": {"real_name": "Bob"}}]))
+        day = [
+            {"type": "message", "user": f"U{i}", "text": t, "ts": f"170000000{i}"}
+            for i, t in ((1, "Hi"), (2, "Hello!"))
+        ]
+        archive.writestr("general/2024-01-01.json", json.dumps(day))
+    assert look(tmp_path / "export.zip", me="Bob")[0] == [HI]
+    (tmp_path / "messages.html").write_text("<html>")
+    assert "export the chat as JSON" in look_at_chats(ChatSource(str(tmp_path / "messages.html"))).stop
+
+
+def test_data_check_says_what_is_wrong_with_chats(tmp_path: Path) -> None:
+    path = dump(tmp_path / "a.jsonl", *[{"messages": [PAIR[0], {"role": A, "content": ""}]}] * 2)
+    assert "2 conversations: without an answer to learn" in data_check.look(str(path), ReadOptions()).stop

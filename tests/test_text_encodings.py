@@ -157,3 +157,18 @@ def test_binary_content_and_nul_bytes(tmp_path: Path) -> None:
     assert inventory.read == {"txt": 1}
     assert "3 NUL characters were left out" in inventory.warnings[0]
     assert "\0" not in inventory.samples[0]
+
+
+def test_letters_that_are_written_in_ascii(tmp_path: Path) -> None:
+    chinese = "这是一个测试文件，我们在这里写一些中文。今天天气很好。" * 4
+    german = "Grüße aus München. Straße über Brücke. " * 6
+    for text, encoding in ((chinese, "hz"), (german, "utf_7"), ("Вчера мы ходили к реке. " * 6, "utf_7")):
+        (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+        inventory = look_at_texts(tmp_path / "a.txt")
+        assert f"read as {encoding} (guessed" in inventory.notes[0]
+        assert text.strip().startswith(inventory.samples[0].removeprefix("(a.txt) ").strip())
+    code = "a+b and C++ and x+AB-y, ~{not} +1-800- 2+2= and aGVsbG8+d29ybGQ+Zm9v+YmFy+cXV4+Zm9vYmFy\n" * 20
+    (tmp_path / "a.txt").write_text(code)
+    assert look_at_texts(tmp_path / "a.txt").notes == []
+    (tmp_path / "a.txt").write_bytes("The harbour was quiet in the morning. ".encode("cp037") * 20)
+    assert "encoding not recognised" in look_at_texts(tmp_path / "a.txt").stop

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.config import run_script
-from nanochat.data import text_walk
+from nanochat.data import documents, text_walk
 from nanochat.data.corpus import open_corpus
 from nanochat.data.inventory import Inventory, UnusableInputError
 from nanochat.data.script import own_prompts
@@ -260,7 +260,7 @@ def test_pdf_and_its_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
     writer.add_blank_page(100, 100)
     writer.write(tmp_path / "scan.pdf")
     assert "1 file: a scan without text (run OCR" in look_at_texts(tmp_path).left_out_line()
-    monkeypatch.setattr(text_walk, "can_read_pdf", lambda: False)
+    monkeypatch.setattr(text_walk, "missing_library", lambda kind: "pypdf")
     assert "[documents]" in look_at_texts(tmp_path).stop
 
 
@@ -349,7 +349,7 @@ def test_menus_and_footers_of_a_page_are_left_out_and_counted(tmp_path: Path) ->
     assert read(tmp_path / "all_nav.html") == ["Only a list of names"]
     assert "And the text after it." in read(tmp_path / "open.html")[0]
     notes = look_at_texts(tmp_path).notes
-    assert notes == ["menus, headers, footers and asides left out: a.html (26 characters)"]
+    assert notes == ["menus, headers, footers, banners and asides left out: a.html (26 characters)"]
 
 
 def test_json_of_every_shape(tmp_path: Path) -> None:
@@ -597,3 +597,115 @@ def test_copies_are_listed_and_forgotten(
     assert (base_dir / "base_checkpoints" / "d1").is_dir()
     assert not (tmp_path / "report.md").exists()
     assert (own / "a.txt").exists()
+
+
+# --- what strangers bring ---------------------------------------------------------------------------------------------
+
+
+def word_file(path: Path, body: str, **parts: str) -> Path:
+    """A Word file with this body, and parts such as footnotes."""
+    head = '<w:{0} xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main">{1}</w:{0}>'
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("word/document.xml", head.format("document", f"<w:body>{body}</w:body>"))
+        for name, text in parts.items():
+            file.writestr(f"word/{name}.xml", head.format(name, text))
+    return path
+
+
+def test_word_files_have_tables_footnotes_and_tracked_changes(tmp_path: Path) -> None:
+    def run(text: str) -> str:
+        return f'<w:r><w:t xml:space="preserve">{text}</w:t></w:r>'
+
+    changed = f"{run('Kept ')}<w:ins>{run('new ')}</w:ins><w:del><w:r><w:delText>old</w:delText></w:r></w:del>"
+    moved = f"<w:moveFrom>{run('gone')}</w:moveFrom>{run('end')}"
+    row = "<w:tr>" + "".join(f"<w:tc><w:p>{run(c)}</w:p></w:tc>" for c in "ab") + "</w:tr>"
+    body = f"<w:p>{changed}{moved}</w:p><w:tbl>{row}{row}</w:tbl>"
+    file = word_file(tmp_path / "a.docx", body, footnotes=f"<w:footnote><w:p>{run('A note.')}</w:p></w:footnote>")
+    assert read(file) == ["Kept new end\n\na\tb\na\tb\n\nA note."]
+
+
+def test_odt_without_what_was_deleted(tmp_path: Path) -> None:
+    deleted = "<t:tracked-changes><t:deletion><t:p>OLD</t:p></t:deletion></t:tracked-changes>"
+    note = "<t:note><t:note-citation>1</t:note-citation><t:note-body><t:p>The note.</t:p></t:note-body></t:note>"
+    with zipfile.ZipFile(tmp_path / "a.odt", "w") as file:
+        name = "urn:oasis:names:tc:opendocument:xmlns:text:1.0"
+        file.writestr("content.xml", f"<d xmlns:t='{name}'>{deleted}<t:p>Body{note} goes on.</t:p></d>")
+    assert read(tmp_path / "a.odt") == ["Body goes on.\n\nThe note."]
+
+
+def test_books_without_order_or_without_text(tmp_path: Path) -> None:
+    for name, page in (("text", "<p>All of it.</p>"), ("pictures", "<img src='p.png'/>")):
+        with zipfile.ZipFile(tmp_path / f"{name}.epub", "w") as book:
+            book.writestr("META-INF/container.xml", "<c xmlns='urn:c'><rootfile full-path='b.opf'/></c>")
+            items = "<item id='n' href='nav.xhtml' properties='nav' media-type='application/xhtml+xml'/>"
+            items += "<item id='1' href='c.xhtml' media-type='application/xhtml+xml'/>"
+            book.writestr("b.opf", f"<p xmlns='urn:p'><manifest>{items}</manifest><spine/></p>")
+            book.writestr("c.xhtml", f"<html><body>{page}</body></html>")
+            book.writestr("nav.xhtml", "<html><body>Contents</body></html>")
+    assert read(tmp_path / "text.epub") == ["All of it."]
+    assert "a book without text (its pages may be images)" in look_at_texts(tmp_path / "pictures.epub").left_out_line()
+
+
+def test_rtf_and_words_that_a_page_has_cut(tmp_path: Path) -> None:
+    pytest.importorskip("striprtf", reason="the library for RTF is not installed")
+    (tmp_path / "a.rtf").write_bytes(rb"{\rtf1\ansi\ansicpg1252 Gr\'fc\'dfe {\b an alle}\par Zweite Zeile\par}")
+    assert read(tmp_path / "a.rtf") == ["Grüße an alle\nZweite Zeile\n"]
+    assert documents.whole_words("The of\ufb01ce has exam-\nples, A-\nB and well-known ones.") == (
+        "The office has examples, A-\nB and well-known ones."
+    )
+
+
+def test_banners_and_menus_in_plain_containers(tmp_path: Path) -> None:
+    banner = "<div class='cookie-banner'><div>We use cookies.</div><button>Accept</button></div>"
+    menu = "<div role='navigation'><ul><li>Home<li>About</ul></div><div id='left-sidebar'>Links</div>"
+    table = "<table><tr><th>name<th>value<tr><td>a<td>1</table>"
+    body = f"<div class='content-with-sidebar'><p>{SENTENCE}</p><p>More of it<br>in two lines.</p>{table}</div>"
+    (tmp_path / "a.html").write_text(f"<body>{banner}{menu}{body}<div hidden>x</div><div class='footer'>Imprint</div>")
+    expected = f"{SENTENCE.strip()}\n\nMore of it\nin two lines.\n\nname\tvalue\na\t1"
+    assert read(tmp_path / "a.html") == [expected]
+    (tmp_path / "b.html").write_text("<div class='menu'>Soup, fish and a cake for everybody</div><p>Prices</p>")
+    assert read(tmp_path / "b.html") == ["Soup, fish and a cake for everybody\n\nPrices"]
+
+
+def test_files_that_are_not_what_their_name_says(tmp_path: Path) -> None:
+    (tmp_path / "page.txt").write_text(f"<!DOCTYPE html><html><script>x</script><p>{SENTENCE}</p></html>")
+    (tmp_path / "rows.txt").write_text("".join(json.dumps({"text": f"{SENTENCE}{i}"}) + "\n" for i in range(3)))
+    (tmp_path / "one.txt").write_text('{"a brace": that is only\na text}\n')
+    assert read(tmp_path / "page.txt") == [SENTENCE.strip()]
+    assert read(tmp_path / "rows.txt") == [f"{SENTENCE}{i}" for i in range(3)]
+    assert read(tmp_path / "one.txt") == ['{"a brace": that is only\na text}\n']
+    for name, content in {"pdf": b"%PDF-1.4\n", "gz": b"\x1f\x8b\x08", "rtf": b"{\\rtf1 a"}.items():
+        (tmp_path / f"{name}.md").write_bytes(content + b" " * 50)
+    left_out = look_at_texts(tmp_path).left_out_line()
+    for what in ("a PDF by its content (rename it, or unpack it) (pdf.md)", "a .gz by its", "an .rtf by its content"):
+        assert what in left_out
+    (tmp_path / "twice.txt.gz.gz").write_bytes(b"\x1f\x8b\x08")
+    assert "packed, and no text by its name (unpack it) (twice.txt.gz.gz)" in look_at_texts(tmp_path).left_out_line()
+
+
+def test_settings_before_markdown_are_left_out_and_said(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(f"---\ntitle: A\ntags: [x]\nlist:\n  - y\n---\n# Title\n{SENTENCE}\n")
+    (tmp_path / "b.md").write_text(f"---\n{SENTENCE}\n---\nNo settings.\n")
+    assert read(tmp_path / "a.md") == [f"# Title\n{SENTENCE}\n"]
+    assert read(tmp_path / "b.md") == [f"---\n{SENTENCE}\n---\nNo settings.\n"]
+    assert "settings before the text (front matter) left out: a.md" in look_at_texts(tmp_path).notes
+
+
+def test_texts_that_are_written_in_escapes_are_warned_of(tmp_path: Path) -> None:
+    odd = {"entities": "Gr&uuml;&szlig;e ", "quoted-printable": "Gr=C3=BC=C3=9Fe ", "JSON's": "\\u041f\\u0440 "}
+    for name, text in odd.items():
+        (tmp_path / "a.txt").write_text(text * 20)
+        (tmp_path / "b.txt").write_text(f"{SENTENCE}AT&amp;T, and =C3=BC and \\u0440 once.")
+        (warning,) = look_at_texts(tmp_path).warnings
+        assert warning.startswith("50% of the documents are full of ")
+        assert name in warning
+
+
+def test_a_word_beside_data_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"type": "Feature", "geometry": {"at": list(range(20))}}] * 3))
+    (tmp_path / "b.json").write_text(json.dumps([{"mapping": {"a": {}}, "current_node": "a", "title": "t" * 90}] * 3))
+    left_out = look_at_texts(tmp_path).left_out
+    assert {e.examples[0]: reason[:13] for reason, e in left_out.items()} == {
+        "a.json": "no field that",
+        "b.json": "conversations",
+    }

@@ -184,7 +184,7 @@ def test_html_shows_what_a_browser_shows(tmp_path: Path) -> None:
         "<html><head><title>T</title><style>p {}</style></head><body><script>if (a < b) {}</script>"
         "<h1>A &amp; B</h1><p>one\n two <b>three</b></p><ul><li>x</li><li>y</li></ul></body></html>"
     )
-    assert documents_of(tmp_path / "a.html") == ["A & B\n\none two three\n\nx\n\ny"]
+    assert documents_of(tmp_path / "a.html") == ["A & B\n\none two three\n\nx\ny"]
 
 
 def test_html_may_leave_out_the_ends_of_head_and_body(tmp_path: Path) -> None:

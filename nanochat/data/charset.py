@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import io
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import IO
 
@@ -31,6 +32,8 @@ MARKS = {
 }
 CONTROL_SHARE = 0.001  # of the bytes: more control characters than in any text, so it may be UTF-16
 BINARY_SHARE = 0.05  # of bytes that are no UTF-16 either: then it is no text
+MANY_WORDS = 3  # of UTF-7: fewer are a formula
+MOST_SCRIPTS = 4  # of one text
 WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 
 
@@ -139,6 +142,8 @@ class Utf8Stream(io.RawIOBase):
             self._use(MARKS[mark], guessed=False)
         elif b"\x1b$" in self._held:
             guess = _escaped(self._held)
+        elif self._held.isascii() and (b"~{" in self._held or b"+" in self._held):
+            guess = _in_ascii(self._held)
         elif control_share(self._held) > CONTROL_SHARE:
             guess = wide_encoding(self._held)
             if guess is None and control_share(self._held) > BINARY_SHARE:
@@ -174,6 +179,8 @@ class Utf8Stream(io.RawIOBase):
         """The first byte that is no UTF-8 is met: decide what it is."""
         if not self.ended and len(data) - first < WINDOW_BYTES // 2:
             data += self._read(WINDOW_BYTES)
+        if data.count(b"@") > data.count(b" ") + len(data) // 20 and b"\n" not in data[:WINDOW_BYTES]:
+            raise NotReadError(UNKNOWN)  # EBCDIC, where "@" is the space
         # Words of another encoding hardly ever are valid UTF-8 as a whole, though parts of them may be.
         words = _BEYOND_ASCII.findall(data.decode("utf-8", "replace"))
         broken = sum("\ufffd" in word for word in words)
@@ -247,5 +254,29 @@ def _escaped(data: bytes) -> str | None:
     """ISO-2022-JP or -KR, whose letters stand between escape sequences."""
     for name in ("iso2022_jp_2", "iso2022_kr"):
         if fits(data, name):
+            return name
+    return None
+
+
+_UTF7_WORD = re.compile(rb"\+[A-Za-z0-9+/]{2,}-?")
+
+
+def _in_ascii(data: bytes) -> str | None:
+    """HZ or UTF-7, which write other letters in ASCII; None if it is ASCII itself, where + and ~ are what they are."""
+    for name, first in (("hz", b"~{"), ("utf_7", b"+")):
+        words = data.count(first) if name == "hz" else len(_UTF7_WORD.findall(data))
+        if not words or (name == "utf_7" and words < MANY_WORDS):
+            continue
+        try:
+            text = codecs.getincrementaldecoder(name)("strict").decode(data)
+        except UnicodeDecodeError:
+            continue
+        beyond = [letter for letter in text if letter > "\x7f"]
+        # Base64 and sums between "+" would be letters of all scripts, most of them of none.
+        if (
+            beyond
+            and all(map(_is_usual, beyond))
+            and len({unicodedata.name(c, "?")[:3] for c in beyond}) <= MOST_SCRIPTS
+        ):
             return name
     return None

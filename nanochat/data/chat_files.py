@@ -8,12 +8,15 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
 
 import pyarrow as pa
+import yaml
 
 from nanochat.data.charset import Repairs, Utf8Stream
 from nanochat.data.chat_forms import ANSWER_KEYS, ASKED_KEYS, is_message
@@ -25,13 +28,19 @@ from nanochat.data.packed import damage_named, is_archive, members, unpacked
 from nanochat.data.tables import LONGEST_FIELD, SAMPLE_LINES, detect_dialect
 from nanochat.data.text_walk import CODE, NO_TEXT
 
+if sys.version_info >= (3, 11):
+    import tomllib
+
+PARSED = frozenset((".yaml", ".yml", ".toml"))
 MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\x00": ".xz", b"BZh": ".bz2"}
 TABLES = (".csv", ".tsv", ".tab", ".psv")
 ARROW_STREAM = b"\xff\xff\xff\xff"
 # Parts of a data set that are kept for measuring: not learned where there are others.
 KEPT_BACK = re.compile(r"(test|val|valid|validation|eval|dev)([-_.].*)?", re.IGNORECASE)
 KEPT_BACK_REASON = "kept for measuring, by its name (give the file itself to learn it)"
-NO_CHATS = NO_TEXT | CODE | {".pdf", ".html", ".htm", ".md", ".css"}
+PAGES = (".html", ".htm", ".pdf")
+NO_CHATS = (NO_TEXT | CODE | {*PAGES, ".md"}) - {".yaml", ".yml", ".toml"}
+AS_PAGE = " that can be read (export the chat as JSON or text)"
 # A conversation is an object or an array of messages; "[05.01.24, 21:03:11] Ann: hi" is a line of a chat's export.
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{|\[\s*(?:[\[{"\]]|\Z))')
 HUB = "hf:"  # hf:owner/name, hf:owner/name@split, hf:owner/name:config@split
@@ -70,7 +79,9 @@ def _learned(names: list[str], inventory: Inventory, kind: str) -> list[str]:
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
             inventory.leave_out("hidden", kind, name, matters=False)
         elif PurePosixPath(name).suffix.lower() in NO_CHATS and parts[-1].lower() != "chat.md":  # an export of Signal
-            inventory.leave_out("no conversations", PurePosixPath(name).suffix.lower(), name, matters=False)
+            suffix = PurePosixPath(name).suffix.lower()
+            reason = f"no conversations{AS_PAGE if suffix in PAGES else ''}"
+            inventory.leave_out(reason, suffix, name, matters=False)
         else:
             wanted.append(name)
     kept = [name for name in wanted if KEPT_BACK.fullmatch(PurePosixPath(name).name)]
@@ -91,7 +102,11 @@ def _open_file(path: Path, shown: str, inventory: Inventory) -> Iterator[Content
 
 
 def file_records(
-    content: Content, encoding: str | None, repairs: Repairs, note: Callable[[str], None]
+    content: Content,
+    encoding: str | None,
+    repairs: Repairs,
+    note: Callable[[str], None],
+    columns: tuple[str, str] | None = None,
 ) -> Iterator[Placed]:
     """The records of a file with their places; of a text, one record {"text": ..., "name": ...}.
 
@@ -100,6 +115,7 @@ def file_records(
         encoding: what it is in, if the user said so.
         repairs: counts the characters that are replaced.
         note: told what was found out about it.
+        columns: of question and answer, if the user said so; by number, then a text may be a table without a header.
 
     Raises:
         NotReadError: it is of no kind that can be read.
@@ -109,6 +125,8 @@ def file_records(
     with damage_named(name):
         stream, packed = _unpacked(raw)
         head = stream.peek(64)[:64]
+        if PurePosixPath(name.lower()).suffix in PAGES:
+            raise NotReadError(f"a page, no conversations{AS_PAGE}")
         if head.startswith(b"PAR1") or name.lower().endswith(".parquet"):
             yield from _parquet_rows(path if path is not None and not packed else io.BytesIO(stream.read()))
         elif head.startswith((b"ARROW1", ARROW_STREAM)):
@@ -120,7 +138,7 @@ def file_records(
 
             utf8 = io.BufferedReader(Utf8Stream(stream, repairs, encoding, found=found))
             try:
-                yield from _text_records(name, cast("io.BufferedReader", utf8), note)
+                yield from _text_records(name, cast("io.BufferedReader", utf8), note, columns)
             except NotReadError:
                 raise
             except ValueError as error:
@@ -136,37 +154,70 @@ def _unpacked(raw: IO[bytes]) -> tuple[io.BufferedReader, bool]:
     return stream, packed
 
 
-def _text_records(name: str, utf8: io.BufferedReader, note: Callable[[str], None]) -> Iterator[Placed]:
+def _text_records(
+    name: str, utf8: io.BufferedReader, note: Callable[[str], None], columns: tuple[str, str] | None
+) -> Iterator[Placed]:
     is_json = JSON_START.match(utf8.peek(1 << 10)) is not None
     suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
-    is_table = any(suffix in TABLES for suffix in suffixes) or (not is_json and _has_header(utf8.peek(1 << 10)))
+    by_number = columns is not None and all(column.isdecimal() for column in columns)
+    is_table = any(suffix in TABLES for suffix in suffixes) or (
+        not is_json and (by_number or _has_header(utf8.peek(1 << 10)))
+    )
     text = io.TextIOWrapper(utf8, "utf-8-sig", errors="replace", newline="" if is_table else None)
     if is_table:
-        yield from _table_rows(text, note)
+        yield from _table_rows(text, note, by_number)
+    elif PARSED.intersection(suffixes):
+        parsed = io.StringIO(json.dumps(_parsed(text, suffixes), default=str))
+        yield from json_records(parsed, lambda value: is_message(value) and read_entry(value) is None)
     elif is_json or ".json" in suffixes or ".jsonl" in suffixes:
         yield from json_records(text, lambda value: is_message(value) and read_entry(value) is None)
     else:
         yield "the text", {"text": text.read(), "name": name}
 
 
+def _parsed(text: TextIO, suffixes: list[str]) -> Any:
+    """What a file of YAML or TOML holds."""
+    try:
+        if ".toml" not in suffixes:
+            return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if sys.version_info >= (3, 11):
+            return tomllib.loads(text.read())
+        raise NotReadError("TOML (save it as JSON or YAML; Python 3.11 reads TOML)")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, NotReadError):
+            raise
+        raise ValueError(
+            f"not valid {'TOML' if '.toml' in suffixes else 'YAML'} ({' '.join(str(error).split())})"
+        ) from None
+
+
 def _has_header(head: bytes) -> bool:
     """True if the first line names a question and an answer: then a text is a table, as spreadsheets save one."""
     line = head.splitlines()[0].decode("utf-8", "replace") if head else ""
     separator = max("\t;,|", key=line.count)
-    names = {name.strip(' "\ufeff').lower() for name in line.split(separator)}
+    return _names_question_and_answer(line.split(separator))
+
+
+def _names_question_and_answer(header: list[str]) -> bool:
+    names = {name.strip(' "\ufeff').lower() for name in header}
     return len(names) > 1 and not names.isdisjoint(ASKED_KEYS) and not names.isdisjoint(ANSWER_KEYS)
 
 
-def _table_rows(text: io.TextIOWrapper, note: Callable[[str], None]) -> Iterator[Placed]:
+def _table_rows(text: io.TextIOWrapper, note: Callable[[str], None], by_number: bool) -> Iterator[Placed]:
     csv.field_size_limit(LONGEST_FIELD)
     head = list(itertools.islice(text, SAMPLE_LINES))
+    while by_number and head and head[0].startswith("#"):  # Anki's settings
+        del head[0]
     if not head:
         return
     dialect = detect_dialect(head, None, len(head) < SAMPLE_LINES)
     if head[0].lower().startswith("sep="):  # Excel's way to say what is between the fields
         del head[0]
     rows: Any = dialect.rows(itertools.chain(head, text))
-    header = [name.strip() for name in next(rows, [])]
+    first: list[str] = next(rows, [])
+    header = [str(i) for i in range(1, len(first) + 1)] if by_number else [name.strip() for name in first]
+    if by_number:
+        yield "line 1", dict(zip(header, first, strict=True))
     try:
         for row in rows:
             if len(row) == len(header):

@@ -2,7 +2,7 @@
 
 A form is recognised by its keys. Read are the forms of OpenAI (messages), ShareGPT, Alpaca, Dolly, Gemini, UltraChat,
 TRL, LLaMA-Factory, Axolotl and Anthropic, questions with answers under many names, preference data (its good side),
-ChatGPT's and Claude's own exports, and text with the marks of a chat template.
+what programs export (chat_exports.py), and text with the marks of a chat template.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from nanochat.data.chat_templates import ROLE_OF, read_template
+from nanochat.data.chat_exports import is_export, read_export
+from nanochat.data.chat_templates import ROLE_OF, ends_of_turns, read_template
 from nanochat.messages import BETWEEN, Message
 
 ROLE_KEYS = ("role", "from", "author", "speaker", "sender", "user", "name")
@@ -26,28 +27,34 @@ SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction"
 # Questions and answers go by these names; a record with one of each is a conversation of two turns.
 ASKED_KEYS = (
     *("instruction", "prompt", "question", "query", "input", "inputs", "problem", "user", "human", "q", "ask", "asked"),
-    *("source_text", "input_text", "prompt_text", "user_message", "message_1", "question_text"),
-    *(
-        "frage",
-        "pregunta",
-        "domanda",
-        "pergunta",
-        "vraag",
-        "pytanie",
-        "вопрос",
-        "问题",
-        "問題",
-        "質問",
-        "질문",
-        "سؤال",
-        "प्रश्न",
-    ),
+    *("source_text", "input_text", "prompt_text", "user_message", "message_1", "question_text", "questions", "front"),
+    *("frage", "fragen", "pregunta", "domanda", "pergunta", "vraag", "pytanie", "otázka", "kérdés", "întrebare"),
+    *("fråga", "spørgsmål", "spørsmål", "kysymys", "soru", "pertanyaan", "soalan", "câu hỏi", "ερώτηση", "küsimus"),
+    *("вопрос", "питання", "запитання", "въпрос", "שאלה", "سؤال", "السؤال", "سوال", "پرسش", "प्रश्न", "প্রশ্ন"),
+    *("คำถาม", "问题", "提问", "問題", "質問", "问", "질문", "문제"),
 )
 ANSWER_KEYS = (
     *("output", "completion", "response", "answer", "outputs", "target", "targets", "solution", "assistant", "bot"),
     *("a", "reply", "gpt", "target_text", "output_text", "model_output", "assistant_message", "message_2", "answers"),
-    *("antwort", "respuesta", "réponse", "reponse", "risposta", "resposta", "antwoord", "odpowiedź", "ответ"),
-    *("回答", "答案", "답변", "جواب", "उत्तर"),
+    *("generation", "answer_text", "back", "antwort", "antworten", "respuesta", "réponse", "reponse", "risposta"),
+    *("resposta", "antwoord", "odpowiedź", "odpověď", "odpoveď", "válasz", "răspuns", "svar", "vastaus", "cevap"),
+    *("yanıt", "jawaban", "jawapan", "trả lời", "câu trả lời", "απάντηση", "vastus", "ответ", "відповідь", "отговор"),
+    *(
+        "תשובה",
+        "جواب",
+        "إجابة",
+        "الإجابة",
+        "الجواب",
+        "پاسخ",
+        "उत्तर",
+        "উত্তর",
+        "คำตอบ",
+        "回答",
+        "答案",
+        "答",
+        "답변",
+        "답",
+    ),
 )
 CONTEXT_KEYS = ("context", "input", "passage", "document")
 TEMPLATE_KEYS = ("text", "content", "conversation", "prompt", "input", "chosen", "formatted", "sample")
@@ -58,9 +65,15 @@ MARKS = ("weight", "train", "training", "loss_weight", "label", "kto_tag")
 HARMLESS = re.compile(
     r".*(id|ids|idx|index|hash|url|link|source|dataset|model|date|time|timestamp|lang|language|created.*|updated.*|tokens?"
     r"|count|num.*|score.*|rating|quality|category|topic|task|type|subset|split|license|name|title|metadata|meta|tags?"
-    r"|is_.*|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|rank|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|deleted|review.*|synthetic)",
+    r"|is_.*|toxic|redacted|hashed_ip|country|state|header|turn.*|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|rank|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|deleted|review.*|synthetic)",
     re.IGNORECASE,
 )
+UNUSED_KEY = "the key "
+THINKING = "an answer with <think> in it, learned as it is"
+# Where LLaMA-Factory, LLaVA and others have an image, a video or a sound.
+_SEEN = re.compile(r"<(image|video|audio|img|ImageHere)>|<\|(?:vision_start|image_pad|image|audio)\|>")
+BY_NUMBER = "an answer that is the number of an option, counted from 0"
+_LETTERS = "ABCDEFGHIJ"
 SEVERAL = "several answers, of which the first is learned"
 FRACTION = "a weight other than 0 and 1, taken for 1"
 PREFERENCE = "preference data, of which the good side is learned"
@@ -74,6 +87,10 @@ class Marked(ValueError):
     """A record that is marked as not to be learned."""
 
 
+class AboutImages(ValueError):
+    """A conversation about something that is no text."""
+
+
 def is_off(value: Any) -> bool:
     """True if the value of a mark says that something must not be learned."""
     return str(value).strip().lower() in ("0", "0.0", "-1", "-1.0", "false", "no")
@@ -83,7 +100,7 @@ def is_message(value: Any) -> bool:
     """True of one message of a conversation, in any form: an array of them is one conversation."""
     if not isinstance(value, dict):
         return isinstance(value, str | int | float)
-    return (
+    return is_export(value) or (
         _first(value, ROLE_KEYS) is not None and _first(value, (*TEXT_KEYS, "tool_calls", "function_call")) is not None
     )
 
@@ -109,10 +126,23 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None, notes: Counte
         if mark in record and is_off(record[mark]):
             raise Marked(f"marked as not to be learned ({mark}: {record[mark]})")
     used: set[str] = set()
-    form, messages = _read_dict(record, columns, notes, used)
-    for key in record.keys() - used:
-        if key not in MARKS and record[key] not in ("", [], {}) and not HARMLESS.fullmatch(key):
-            notes[f"the key {key!r}, which is not used"] += 1
+    try:
+        form, messages = _read_dict(record, columns, notes, used)
+    except NotAConversation as error:
+        lowered = _lowered(record)
+        if columns is not None or lowered == record:
+            raise
+        record = lowered
+        try:
+            form, messages = _read_dict(record, columns, notes, used)
+        except NotAConversation:
+            raise error from None
+    if any(isinstance(m.get("content"), str) and _SEEN.search(m["content"]) for m in messages if m["role"] == "user"):
+        raise AboutImages("about an image or sound, which the model can't see or hear")
+    for key in record:
+        if key not in used and key not in MARKS and record[key] not in ("", [], {}) and not HARMLESS.fullmatch(key):
+            notes[f"{UNUSED_KEY}{key!r}, which is not used"] += 1
+    notes[THINKING] += sum(isinstance(m.get("content"), str) and "</think>" in m["content"] for m in messages)
     return form, messages
 
 
@@ -125,12 +155,10 @@ def _read_dict(
             raise NotAConversation(f"has no {asked!r} and {answer!r} (it has: {_keys(record)})")
         used |= {asked, answer, *SYSTEM_KEYS}
         return f"{asked}/{answer}", [*_system(record), *_pair(record[asked], record[answer], notes)]
-    if isinstance(record.get("mapping"), dict):
-        used |= {"mapping", "current_node"}
-        return "chatgpt export", _read_chatgpt(record, notes)
-    if isinstance(record.get("chat_messages"), list):
-        used |= {"chat_messages", "account", "summary"}
-        return "claude export", [_claude_message(m, notes) for m in record["chat_messages"]]
+    if (export := read_export(record, notes, used)) is not None:
+        if not export[1]:
+            raise NotAConversation("no messages with text")
+        return export
     if isinstance(record.get("segments"), list) and all(isinstance(part, dict) for part in record["segments"]):
         used.add("segments")
         return "segments", _read_segments(record["segments"])
@@ -213,7 +241,7 @@ def _message(value: dict[str, Any], notes: Counter[str]) -> Message:
             notes[FRACTION] += 1
     for key in value.keys() - {role_key, text_key, *message, *MARKS}:
         if value[key] not in ("", [], {}) and not HARMLESS.fullmatch(key):
-            notes[f"the key {key!r} of a message, which is not used"] += 1
+            notes[f"{UNUSED_KEY}{key!r} of a message, which is not used"] += 1
     return message
 
 
@@ -259,7 +287,11 @@ def _read_pair(record: dict[str, Any], notes: Counter[str], used: set[str]) -> t
         raise NotAConversation(f"no known form of a conversation (its keys: {_keys(record)})")
     context = next((key for key in CONTEXT_KEYS if key in low and key not in (asked, answer)), None)
     used |= {keys[key] for key in (asked, answer, context) if key} | {*SYSTEM_KEYS, "history"}
-    question = low[asked]
+    question, said = low[asked], low[answer]
+    if choices := _choices(record):
+        used |= set(choices[1])
+        notes[BY_NUMBER] += str(said).strip().isdecimal() and said not in choices[0]
+        question, said = _with_choices(question, said, choices[0])
     if context and str(low[context]).strip() and isinstance(question, str):
         # Alpaca and Dolly say what to do first; a question about a passage stands behind it.
         parts = [question, str(low[context])] if asked == "instruction" else [str(low[context]), question]
@@ -267,21 +299,48 @@ def _read_pair(record: dict[str, Any], notes: Counter[str], used: set[str]) -> t
     history = low.get("history") or []
     before = [m for pair in history for m in _history_pair(pair)] if isinstance(history, list) else []
     form = {("instruction", "output"): "alpaca", ("instruction", "response"): "dolly"}.get((asked, answer))
-    return form or f"{asked}/{answer}", [*_system(record), *before, *_pair(question, low[answer], notes)]
+    return form or f"{asked}/{answer}", [*_system(record), *before, *_pair(question, said, notes)]
 
 
 def _pair(question: Any, answer: Any, notes: Counter[str]) -> list[Message]:
     """The messages of a question and its answer; TRL has lists of messages for both."""
     question, answer = _decoded(question), _decoded(answer)
+    if isinstance(question, int | float):
+        question = str(question)
     before = _read_list(question, notes)[1] if isinstance(question, list) else [{"role": "user", "content": question}]
     if isinstance(answer, list) and answer and isinstance(answer[0], dict):
         return [*before, *_read_list(answer, notes)[1]]
     if isinstance(question, str):
         if found := read_template(question + " ", whole=True):
             before = found[1]
+            answer = ends_of_turns(answer) if isinstance(answer, str) else answer
         else:
             before = [{"role": "user", "content": question.strip()}]
     return [*before, {"role": "assistant", "content": _answer_text(answer, notes)}]
+
+
+def _choices(record: dict[str, Any]) -> tuple[list[str], list[str]] | None:
+    """(the options of a question with several, the keys that they stand under), None if it has none."""
+    for key in ("choices", "options"):
+        value = _decoded(record.get(key))
+        texts = value.get("text") if isinstance(value, dict) else value  # ARC: {"text": [...], "label": [...]}
+        if isinstance(value, dict) and texts is None and value.keys() <= set(_LETTERS):
+            texts = list(value.values())
+        if isinstance(texts, list) and len(texts) > 1 and all(isinstance(text, str) for text in texts):
+            return texts, [key]
+    letters = [letter for letter in _LETTERS if isinstance(record.get(letter), str | int | float)]
+    return ([str(record[x]) for x in letters], letters) if len(letters) > 1 and letters[0] == "A" else None
+
+
+def _with_choices(question: Any, answer: Any, choices: list[str]) -> tuple[Any, Any]:
+    """Question and answer of a question with several options: both with the options as a person would read them."""
+    lines = [f"{letter}. {text}" for letter, text in zip(_LETTERS, choices, strict=False)]
+    said = str(answer).strip()
+    at = int(said) if said.isdecimal() else _LETTERS.find(said.upper()) if len(said) == 1 else -1
+    if not isinstance(question, str) or len(lines) != len(choices):
+        return question, answer
+    asked = question if all(text in question for text in choices) else "\n".join([question, *lines])
+    return asked, lines[at] if 0 <= at < len(lines) and said not in choices else answer
 
 
 def _answer_text(answer: Any, notes: Counter[str]) -> Any:
@@ -321,55 +380,19 @@ def _read_preference(record: dict[str, Any], good: str, notes: Counter[str], use
     return [*_system(record), *_pair(before, answer, notes)]
 
 
-# --- exports of assistants --------------------------------------------------------------------------------------------
-
-
-def _read_chatgpt(record: dict[str, Any], notes: Counter[str]) -> list[Message]:
-    """The branch that was shown last, of the tree that ChatGPT exports."""
-    mapping = record["mapping"]
-    node = record.get("current_node")
-    if node not in mapping:  # the newest leaf
-        node = next((name for name, n in reversed(mapping.items()) if not n.get("children")), None)
-    messages: list[Message] = []
-    seen: set[Any] = set()
-    while node in mapping and node not in seen:
-        seen.add(node)
-        message = mapping[node].get("message") or {}
-        node = mapping[node].get("parent")
-        role = (message.get("author") or {}).get("role")
-        content = message.get("content") or {}
-        if role not in ("user", "assistant"):
-            notes["a message of a tool or system, left out"] += role == "tool"
-            continue
-        if message.get("weight") == 0 or (message.get("recipient") or "all") != "all":
-            notes["a message to a tool, left out"] += role == "assistant"
-            continue
-        if content.get("content_type") not in ("text", "multimodal_text"):
-            continue  # thoughts, and what the user says about itself
-        parts = content.get("parts") or []
-        text = "\n".join(part for part in parts if isinstance(part, str) and part)
-        notes["an image or file, left out"] += sum(not isinstance(part, str) for part in parts)
-        if text.strip():
-            messages.append({"role": role, "content": text})
-    if not messages:
-        raise NotAConversation("no messages with text")
-    return messages[::-1]
-
-
-def _claude_message(value: dict[str, Any], notes: Counter[str]) -> Message:
-    parts = [p for p in value.get("content") or [] if isinstance(p, dict) and p.get("type") == "text"]
-    text = BETWEEN.join(str(p.get("text", "")) for p in parts) or str(value.get("text") or "")
-    attached = [str(a["extracted_content"]) for a in value.get("attachments") or [] if a.get("extracted_content")]
-    notes["an image or file, left out"] += len(value.get("files") or [])
-    return {"role": ROLE_OF.get(str(value.get("sender")), "user"), "content": BETWEEN.join([*attached, text])}
-
-
 # --- small helpers ----------------------------------------------------------------------------------------------------
 
 
 def _first(record: dict[str, Any], keys: tuple[str, ...]) -> str | None:
     """The first of these keys that the record has."""
     return next((key for key in keys if record.get(key) is not None), None)
+
+
+def _lowered(value: Any) -> Any:
+    """The same with all keys in lower case."""
+    if isinstance(value, dict):
+        return {str(key).lower(): _lowered(inner) for key, inner in value.items()}
+    return [_lowered(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _keys(record: dict[str, Any]) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from nanochat.data.chat_rows import ChatCursor, Packer, PackingStats, Supervise
-from nanochat.data.chats import Chats, ChatSource, load_chats
+from nanochat.data.chat_store import Chats
+from nanochat.data.chats import ChatSource, load_chats
 from nanochat.data.loader import BatchLoader
 from nanochat.env import print0
 from nanochat.messages import Conversation

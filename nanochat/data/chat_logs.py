@@ -1,13 +1,15 @@
 """Conversations that stand in a file message by message: chats of people, trees of answers, tables with a row each.
 
-People's chats (WhatsApp, Telegram, Discord, Slack, Messenger, Instagram) have no assistant: `me` says whose messages
-the model is to write. A silence of SILENCE hours begins a new conversation.
+People's chats (Telegram, Discord, Slack, Messenger, Instagram, Teams; texts in chat_people.py) have no assistant: `me`
+says whose messages the model is to write. A silence of SILENCE hours begins a new conversation.
 """
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -15,11 +17,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat.data.chat_templates import ROLE_OF
+from nanochat.data.markup import visible_text
 from nanochat.messages import Message
 
 SILENCE = 6.0  # hours
 NOTHING_SAID = "a line of the system, or a photo, sticker or file without words, left out"
 NO_TIME = "a message without a time that can be read"
+
+
+# What Messenger and Instagram write in the name of people.
+_OF_MESSENGER = re.compile(
+    r"(Liked a message|Reacted .{1,12} to your message ?|.{0,60}(sent an attachment|unsent a message|"
+    r"sent a (photo|sticker|video|link|voice message|GIF)|shared a (story|post|reel)|"
+    r"missed (a|your) (video )?(call|chat)|"
+    r"started an? (audio|video) (call|chat)|ended the (video )?(call|chat)|"
+    r"changed the (theme|chat theme|quick reaction).*)\.?)",
+    re.IGNORECASE,
+)
 
 
 class LogEntry(NamedTuple):
@@ -30,6 +44,12 @@ class LogEntry(NamedTuple):
     """Empty: a photo, or what the program says itself."""
     hours: float | None
     """Since some fixed time; None where it is not known."""
+    chat: str = ""
+    """Which of several chats in one file it is of."""
+
+
+# Lines of Signal's export that hold no message.
+_SIGNAL_LINES = frozenset(("chat", "stickerPack", "adHocCall", "notificationProfile", "chatFolder"))
 
 
 class UnknownPersonError(ValueError):
@@ -54,11 +74,19 @@ def conversations_of_log(entries: Iterable[LogEntry], me: str | None, notes: Cou
             f"a chat of people: CHAT_ME, whose messages the model learns to write, {what}; "
             f"there are {names or 'no messages with text'}"
         )
+    chats: dict[str, list[LogEntry]] = {}
+    for entry in said:
+        chats.setdefault(entry.chat, []).append(entry)
+    for chat in chats.values():
+        yield from _of_one_chat(chat, mine)
+
+
+def _of_one_chat(said: list[LogEntry], mine: set[str]) -> Iterator[list[Message]]:
     if all(entry.hours is not None for entry in said):
         if (said[0].hours or 0.0) > (said[-1].hours or 0.0):
             said.reverse()  # some programs write the newest first
         said.sort(key=lambda entry: entry.hours or 0.0)
-    in_group = len(people) > 1 + len(mine)
+    in_group = len({entry.who for entry in said} - mine) > 1
     messages: list[Message] = []
     last: LogEntry | None = None
     for entry in said:
@@ -104,6 +132,7 @@ def read_entry(record: Any) -> tuple[str, LogEntry] | None:
         return "discord", LogEntry(_name(name), _plain(text), _iso_hours(record["timestamp"]))
     if "sender_name" in record and "timestamp_ms" in record:
         text = "" if record.get("is_unsent") else _mended(record.get("content") or "")
+        text = "" if _OF_MESSENGER.fullmatch(text) else text
         return "messenger", LogEntry(
             _mended(_name(record["sender_name"])), text, _number(record["timestamp_ms"], 3.6e6)
         )
@@ -111,16 +140,107 @@ def read_entry(record: Any) -> tuple[str, LogEntry] | None:
         profile = record.get("user_profile") or {}
         name = profile.get("real_name") or record.get("username") or record.get("user")
         text = "" if "subtype" in record else re.sub(r"<(?:[^|>]*\|)?([^>]*)>", r"\1", _plain(record.get("text")))
-        return "slack", LogEntry(_name(name), text, _number(record["ts"], 3600.0))
-    return None
+        return "slack", LogEntry(_name(name), html.unescape(text), _number(record["ts"], 3600.0))
+    if "originalarrivaltime" in record and "messagetype" in record:
+        spoken = str(record["messagetype"]) in ("Text", "RichText", "RichText/Html")
+        text = visible_text(str(record.get("content") or "")) if spoken else ""
+        name = record.get("displayName") or str(record.get("from") or "").rpartition(":")[2]
+        return "skype or teams", LogEntry(_name(name), text, _iso_hours(record["originalarrivaltime"]))
+    return _read_any(record)
 
 
-def slack_people(file: Path) -> dict[str, str]:
-    """The names of Slack's people by their id, from the users.json beside the channels; empty without one."""
+# The names of these in exports of all kinds, as "Date,Author,Content" of a table.
+WHO = ("sendername", "sender", "author", "from", "displayname", "nickname", "username", "user", "speaker", "name")
+WHEN = ("timestamp", "date", "time", "datetime", "sent_at", "created_at", "createdat", "sent", "timestamp_ms")
+SAID = ("content", "text", "body", "message", "contents", "msg")
+# Which chat of several.
+WHERE = (
+    "conversationid",
+    "conversation_id",
+    "conversation",
+    "channelid",
+    "channel",
+    "chatid",
+    "chat_id",
+    "chat",
+    "room",
+)
+_NO_LOG = frozenset(
+    (
+        *("role", "question", "answer", "prompt", "response", "instruction", "input", "output", "title", "assistant"),
+        *("bot", "completion", "chosen"),
+    )
+)
+
+
+def _read_any(record: dict[str, Any]) -> tuple[str, LogEntry] | None:
+    """The entry of a record that says who wrote what and when; the writer is no user or assistant."""
+    low = {str(key).strip().lower().replace(" ", ""): value for key, value in record.items()}
+    who, when, said = (next((key for key in keys if low.get(key) is not None), None) for keys in (WHO, WHEN, SAID))
+    if said is None:  # a photo
+        said = next((key for key in SAID if key in low), None)
+    if who is None or when is None or said is None or not _NO_LOG.isdisjoint(low):
+        return None
+    name, text = low[who], low[said]
+    if not isinstance(name, str) or name.strip().lower() in ROLE_OF or not isinstance(text, str | None):
+        return None
+    if low.get("isunsent") or (low.get("type") or "text") == "system":
+        text = ""
+    chat = next((str(low[key]) for key in WHERE if isinstance(low.get(key), str | int)), "")
+    return "chat of people", LogEntry(name.strip() or _name(None), (text or "").strip(), _any_hours(low[when]), chat)
+
+
+def _any_hours(value: Any) -> float | None:
+    """The hours of a time in any form: seconds, milliseconds, ISO 8601."""
+    number = _number(value, 1.0)
+    if number is None:
+        return _iso_hours(re.sub(r"(\.\d{6})\d+", r"\1", str(value)))  # .NET writes seven digits
+    return number / (3.6e6 if number > 1e11 else 3600.0)
+
+
+class SignalBackup:
+    """Signal's export of all chats: lines that name people and chats, and lines of messages that refer to them."""
+
+    def __init__(self) -> None:
+        self.entries: list[LogEntry] = []
+        self._people: dict[str, str] = {}
+        self._own_name = "Me"
+
+    def takes(self, record: Any) -> bool:
+        """True if a record is a line of it; the messages go into `entries`."""
+        if not isinstance(record, dict):
+            return False
+        item = record.get("chatItem")
+        if isinstance(item, dict):
+            said = item.get("standardMessage")
+            text = ((said.get("text") or {}).get("body") if isinstance(said, dict) else None) or ""
+            who = self._people.get(str(item.get("authorId")), f"person {item.get('authorId')}")
+            self.entries.append(LogEntry(who, text, _any_hours(item.get("dateSent")), str(item.get("chatId"))))
+        elif isinstance(account := record.get("account"), dict) and len(record) == 1:
+            self._own_name = str(account.get("givenName") or self._own_name)
+        elif isinstance(person := record.get("recipient"), dict) and len(record) == 1:
+            known = person.get("contact") or {}
+            names = (known.get(key) for key in ("profileGivenName", "profileFamilyName"))
+            name = " ".join(n for n in names if n) or known.get("systemGivenName") or str(known.get("e164") or "")
+            if name or "self" in person:
+                self._people[str(person.get("id"))] = self._own_name if "self" in person else name
+        else:
+            return "backupTimeMs" in record or (len(record) == 1 and not _SIGNAL_LINES.isdisjoint(record))
+        return True
+
+
+def slack_people(path: Path) -> dict[str, str]:
+    """The names of Slack's people by their id, from the users.json beside the channels in a folder or archive."""
+    people: list[Any] = []
     try:
-        people = json.loads(file.read_bytes()) if file.is_file() else []
+        if (path / "users.json").is_file():
+            people = json.loads((path / "users.json").read_bytes())
+        elif path.is_file() and path.suffix.lower() == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                name = next((name for name in archive.namelist() if name.rpartition("/")[2] == "users.json"), None)
+                people = json.loads(archive.read(name)) if name else []
         return {p["id"]: (p.get("profile") or {}).get("real_name") or p.get("real_name") or p["name"] for p in people}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError, zipfile.BadZipFile):
         return {}
 
 
@@ -162,77 +282,6 @@ def _number(value: Any, unit: float) -> float | None:
         return float(value) / unit
     except (TypeError, ValueError):
         return None
-
-
-# --- WhatsApp ---------------------------------------------------------------------------------------------------------
-
-_INVISIBLE = dict.fromkeys(map(ord, "\u200e\u200f\u202a\u202c\ufeff"))
-_LINE = re.compile(
-    r"\[?(?P<date>\d{1,4}[./-]\d{1,2}[./-]\d{1,4}),?\s+(?P<time>\d{1,2}[:.]\d{2}(?:[:.]\d{2})?)"
-    r"(?P<half>\s?[^\W\d]{1,2}\.?\s?[^\W\d]?\.?)?(?:\]|\s[-–])\s(?P<rest>.*)",
-    re.DOTALL,
-)
-_WHO = re.compile(r"(?P<who>[^:\n\"“”«»]{1,50}):\s?(?P<text>.*)", re.DOTALL)
-_EDITED = re.compile(r"\s*<[^<>]*(edited|bearbeitet|editad[oa]|modifi)[^<>]*>\s*$")
-# What WhatsApp writes in place of a photo, a call or a message that was deleted.
-_NO_WORDS = re.compile(
-    r"<[^<>\n]{3,60}>|null|\S.{0,80}\.\w{3,4} \([^()]{4,40}\)"
-    r"|.{1,40} (omitted|weggelassen|omitid[oa]|absente?|omess[oa])"
-    r"|(This message was deleted|You deleted this message|Diese Nachricht wurde gelöscht|Missed (voice|video) call)\.?"
-    r"|(IMG|VID|PTT|AUD|STK|DOC)-\d{8}-WA\d+\.\w+.*",
-    re.IGNORECASE | re.DOTALL,
-)
-
-
-def looks_like_whatsapp(text: str) -> bool:
-    """True if the first lines of a text are of a chat that WhatsApp has exported."""
-    lines = [line for line in text.translate(_INVISIBLE).splitlines()[:20] if line.strip()]
-    return sum(_LINE.match(line) is not None for line in lines) >= max(1, len(lines) // 3)
-
-
-def read_whatsapp(lines: Iterable[str]) -> Iterator[LogEntry]:
-    """The entries of WhatsApp's export: what somebody wrote on several lines is one, lines of the program are empty."""
-    found: list[tuple[re.Match[str], list[str], bool]] = []
-    for line in lines:
-        clean = line.rstrip("\r\n").translate(_INVISIBLE).replace("\u202f", " ").replace("\xa0", " ")
-        if match := _LINE.match(clean):
-            found.append((match, [match["rest"]], ": \u200e" in line))  # iPhones mark their own words so
-        elif found:
-            found[-1][1].append(clean)
-    day_first = _day_first([match["date"] for match, _, _ in found])
-    for match, texts, by_program in found:
-        who = _WHO.match("\n".join(texts).strip())
-        hours = _hours(match, day_first)
-        if who is None:
-            yield LogEntry("", "", hours)
-            continue
-        text = _EDITED.sub("", who["text"]).strip()
-        yield LogEntry(who["who"].strip(), "" if by_program or _NO_WORDS.fullmatch(text) else text, hours)
-
-
-def _day_first(dates: list[str]) -> bool:
-    """Whether the day stands before the month, by the first date that can only be read one way."""
-    for date in dates:
-        first, second = (int(n) for n in re.split(r"[./-]", date)[:2])
-        if first > 12 or second > 12:
-            return first > 12
-    return not dates or "/" not in dates[0]
-
-
-def _hours(match: re.Match[str], day_first: bool) -> float | None:
-    a, b, c = (int(n) for n in re.split(r"[./-]", match["date"]))
-    year, month, day = (a, b, c) if a > 31 else (c, b, a) if day_first else (c, a, b)
-    hour, minute = (int(n) for n in re.split(r"[:.]", match["time"])[:2])
-    half = (match["half"] or "").strip().lower()
-    if half.startswith(("p", "p.")):
-        hour = hour % 12 + 12
-    elif half.startswith("a"):
-        hour %= 12
-    try:
-        moment = datetime(year + 2000 if year < 100 else year, month, day, hour, minute, tzinfo=timezone.utc)
-    except ValueError:
-        return None
-    return moment.timestamp() / 3600
 
 
 # --- a row for each message, and trees --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Conversations that are written out as one text with the marks of a chat template: ChatML, Llama, Vicuna and so on."""
+"""Conversations that are written out as one text: with the marks of a chat template, or with "User:" before a turn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,21 @@ ROLES = {
     "tool": ("tool", "function", "observation", "ipython", "tool_response", "function_response", "environment"),
     "call": ("function_call", "tool_call"),
 }
+# Names that only stand before the lines of a text, in the languages that people write.
+WRITTEN = {
+    "user": (
+        *("you", "me", "benutzer", "nutzer", "frage", "utilisateur", "usuario", "usuário", "pregunta", "pergunta"),
+        *("пользователь", "вопрос", "用户", "人类", "问", "ユーザー", "사용자", "질문", "المستخدم"),
+    ),
+    "assistant": (
+        *("gemini", "copilot", "deepseek", "assistent", "antwort", "asistente", "assistente", "respuesta", "resposta"),
+        *("ассистент", "бот", "ответ", "助手", "助理", "答", "アシスタント", "어시스턴트", "답변", "المساعد"),
+    ),
+}
 ROLE_OF = {alias: role for role, aliases in ROLES.items() for alias in aliases}
+WRITTEN_ROLE_OF = ROLE_OF | {alias: role for role, aliases in WRITTEN.items() for alias in aliases}
+# Headers of a question that stands for itself: what follows it in a text is no longer about the one before.
+ALONE = frozenset(("q", "question", "instruction", "frage", "pregunta", "pergunta", "вопрос", "问", "질문"))
 
 
 class Template(NamedTuple):
@@ -34,11 +48,21 @@ def _template(name: str, header: str, end: str = r"$^") -> Template:
     return Template(name, re.compile(header), re.compile(end))
 
 
+_ENGLISH_NAMES = "Human Assistant AI User System Bot Chatbot GPT Customer Agent Question Answer Q A ChatGPT Claude"
+_NAMES = "|".join(
+    (*_ENGLISH_NAMES.split(), *(name.capitalize() for aliases in WRITTEN.values() for name in aliases if name != "me"))
+)
+
 # Marks that no other text has come first; words at the beginning of a line last.
 TEMPLATES = (
     _template("chatml", r"<\|im_start\|>[ ]*(\w+)[^\n]*\n?", r"<\|im_end\|>|<\|endoftext\|>"),
     _template(
         "llama 3", r"<\|start_header_id\|>(\w+)<\|end_header_id\|>", r"<\|eo[tm]_id\|>|<\|(begin|end)_of_text\|>"
+    ),
+    _template(
+        "harmony",
+        r"<\|start\|>(\w+)(?:<\|channel\|>(\w+))?[^<]*<\|message\|>",
+        r"<\|(end|return|call)\|>.*?(?=<\|start|\Z)",
     ),
     _template("gemma", r"<start_of_turn>(\w+)\n?", r"<end_of_turn>|<bos>|<eos>"),
     _template("nanochat", r"<\|(user|assistant)_start\|>", r"<\|(user|assistant)_end\|>|<\|bos\|>"),
@@ -50,11 +74,18 @@ TEMPLATES = (
     _template("guanaco", r"###[ ]*(Human|Assistant|User|System|Bot)[ ]*:", r"</s>|<\|endoftext\|>"),
     _template("vicuna", r"(?:^|(?<=\s)|(?<=</s>))(USER|ASSISTANT|SYSTEM):", r"</?s>"),
     _template(
+        "headings",
+        rf"(?m)^#{{1,6}}[ ]+\*{{0,2}}({_NAMES})(?:[ ]said)?[ ]?[:：]?\*{{0,2}}[ ]*(?:\n\s*|\Z)",
+        r"(?m)^-{3,}\s*$",
+    ),
+    _template(
         "role: text",
-        r"(?m)^[ ]*(Human|Assistant|AI|User|System|Bot|Chatbot|GPT|Customer|Agent|Question|Answer|Q|A)[ ]?:",
+        rf"(?m)^[ ]*\*{{0,2}}({_NAMES})(?:[ ]said)?\*{{0,2}}[ ]?[:：]\*{{0,2}}",
         r"</?s>|<\|endoftext\|>",
     ),
 )
+# A line of these between two conversations of a text.
+BETWEEN_TEXTS = re.compile(r"<\|endoftext\|>|(?m:^[ ]*(?:[-=*_#][ ]?){3,}\s*$)")
 AROUND = re.compile(r"\A[ ]?\n*|\s+\Z")  # a turn that begins in the line of its mark
 SYSTEM_IN_TURN = re.compile(r"<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 
@@ -67,12 +98,14 @@ def read_template(text: str, whole: bool = False) -> tuple[str, list[Message]] |
     """
     for template in TEMPLATES:
         found = list(template.header.finditer(text))
-        roles = [ROLE_OF.get(match[1].lower()) for match in found]
+        roles = [WRITTEN_ROLE_OF.get(match[1].lower()) for match in found]
         if "user" not in roles or "assistant" not in roles or (whole and text[: found[0].start()].strip()):
             continue
         ends = [match.start() for match in found[1:]] + [len(text)]
         messages = []
         for match, role, end in zip(found, roles, ends, strict=True):
+            if template.name == "harmony" and match[2] == "analysis":
+                continue  # hidden thoughts
             body = template.end.sub("", text[match.end() : end])
             if template.name == "llama 2" and (system := SYSTEM_IN_TURN.search(body)):
                 messages.append({"role": "system", "content": system[1].strip()})
@@ -82,3 +115,41 @@ def read_template(text: str, whole: bool = False) -> tuple[str, list[Message]] |
                 messages.append({"role": role or match[1].lower(), "content": body})
         return template.name, messages
     return None
+
+
+def ends_of_turns(text: str) -> str:
+    """`text`, an answer that stands apart from its templated question, without the marks that end a turn."""
+    for template in TEMPLATES:
+        if (end := template.end.search(text)) and template.end.pattern.startswith("<"):
+            return text[: end.start()].rstrip()
+    return text
+
+
+def texts_of(text: str) -> list[str]:
+    """The conversations that stand one after the other in a text, with lines such as "---" between them.
+
+    Where a part of it has no turns, such a line is a part of a conversation.
+    """
+    parts = [part for part in BETWEEN_TEXTS.split(text) if part.strip()]
+    if len(parts) > 1 and all(read_template(part) for part in parts):
+        return parts
+    return [part for part in text.split("<|endoftext|>") if part.strip()]
+
+
+def questions_apart(text: str, messages: list[Message]) -> list[list[Message]]:
+    """The questions with their answers in a text of many, each a conversation; one where they belong together."""
+    for template in TEMPLATES:
+        names = [m[1].lower() for m in template.header.finditer(text)]
+        asked = {name for name in names if WRITTEN_ROLE_OF.get(name) == "user"} - {"input"}
+        if asked and any(WRITTEN_ROLE_OF.get(name) == "assistant" for name in names):
+            if not asked <= ALONE:
+                return [messages]
+            break
+    else:
+        return [messages]
+    apart: list[list[Message]] = []
+    for message in messages:
+        if not apart or (message["role"] == "user" and apart[-1][-1]["role"] == "assistant"):
+            apart.append([])
+        apart[-1].append(message)
+    return apart

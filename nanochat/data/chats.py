@@ -6,56 +6,57 @@ keeps the conversations, on disk where they are many.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
-import threading
-import weakref
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, overload
+from typing import Any, TypeGuard
 
 from nanochat.data.charset import Repairs
+from nanochat.data.chat_exports import read_mes, unwrapped
 from nanochat.data.chat_files import HUB, Content, file_records, hub_records, open_contents
-from nanochat.data.chat_forms import Marked, NotAConversation, read_chat_record
+from nanochat.data.chat_forms import UNUSED_KEY, AboutImages, Marked, NotAConversation, read_chat_record
 from nanochat.data.chat_logs import (
     NO_TIME,
+    NOTHING_SAID,
     LogEntry,
+    SignalBackup,
     UnknownPersonError,
     conversations_of_log,
     grow_trees,
     is_tree,
     is_tree_row,
-    looks_like_whatsapp,
     named,
     read_entry,
     read_row,
-    read_whatsapp,
     slack_people,
     threads,
 )
-from nanochat.data.inventory import Inventory, NotReadError, UnusableInputError
+from nanochat.data.chat_people import read_log
+from nanochat.data.chat_store import Chats, digest_of
+from nanochat.data.chat_templates import questions_apart, read_template, texts_of
+from nanochat.data.inventory import Inventory, NotReadError, UnusableInputError, shortened
 from nanochat.data.json_stream import Broken, Placed
 from nanochat.data.mojibake import mended
-from nanochat.env import get_base_dir
 from nanochat.messages import Conversation, Message, normalise
 
 EMPTY_ANSWER = "an empty answer, which is not learned"
 NO_ANSWER = "without an answer to learn"
 ENCODED_TWICE = "a letter that was encoded twice, mended"
 MARKED = "marked as not to be learned"
+NOBODY_ELSE = "in which nobody else writes"
+NO_PICTURES = "about an image or sound, which the model can't see or hear"
+MOST_KEYS = 5  # that are not used are listed one by one
 UNUSABLE = "can't be used"
-IN_MEMORY_BYTES = 64_000_000  # conversations beyond this lie in a file without a name, which ends with the process
 BYTES_PER_TOKEN = 4.0  # about, of English with a vocabulary of some ten thousand
 TRIED = 1000  # records; if most of so many are unusable, the others are not even read
 SAMPLES = 20
 HOW = (
     'give each as {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or say '
-    "which two fields are question and answer with CHAT_COLUMNS=question,answer"
+    "which two fields are question and answer with CHAT_COLUMNS=question,answer (CHAT_COLUMNS=1,2 in a table without a "
+    "header)"
 )
 
 
@@ -90,58 +91,13 @@ class ChatSource:
         columns = tuple(name.strip() for name in env.get("CHAT_COLUMNS", "").split(",") if name.strip())
         if columns and len(columns) != 2:
             raise ValueError(
-                f"CHAT_COLUMNS={env['CHAT_COLUMNS']}: must be two names, of question and answer, with a comma"
+                f"CHAT_COLUMNS={env['CHAT_COLUMNS']}: must be two names, or numbers, of question and answer: q,a"
             )
         return cls(path, env.get("CHAT_ME") or None, columns or None, env.get("ENCODING") or None)  # type: ignore[arg-type]
 
     def key(self) -> list[Any]:
         """What of it decides about what is learned, beside the files."""
         return [self.me, self.columns, self.encoding]
-
-
-class Chats(Sequence[Conversation]):
-    """Conversations in a file that has no name, or in memory if they are few; reading one takes about 10 µs."""
-
-    def __init__(self, conversations: Iterable[Conversation]) -> None:
-        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, dir=str(get_base_dir()))  # noqa: SIM115
-        weakref.finalize(self, self._file.close)
-        self._ends, self._digests = array("q", [0]), array("Q")
-        self._lock = threading.Lock()
-        for conversation in conversations:
-            line = json.dumps(conversation).encode()
-            self._file.write(line)
-            self._ends.append(self._ends[-1] + len(line))
-            self._digests.append(_digest(line))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = range(len(self))[index]
-        with self._lock:
-            self._file.seek(self._ends[i])
-            line = self._file.read(self._ends[i + 1] - self._ends[i])
-        conversation: Conversation = json.loads(line)
-        return conversation
-
-    def digest(self, i: int) -> int:
-        """A number that is the same for equal conversations, and for no others."""
-        return self._digests[i]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _digest(line: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
 
 
 def load_chats(source: ChatSource) -> tuple[Chats, Inventory]:
@@ -170,7 +126,7 @@ def look_at_chats(source: ChatSource) -> Inventory:
     repeated = 0
     try:
         for conversation in reader.conversations():
-            number = _digest(json.dumps(conversation).encode())
+            number = digest_of(json.dumps(conversation).encode())
             repeated += number in seen
             seen.add(number)
             if len(reader.inventory.samples) < SAMPLES:
@@ -223,7 +179,7 @@ class _Reader:
         path = Path(self.source.path).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"no conversations at {path}: there is no such file or folder; {HOW}")
-        self.people = slack_people(path / "users.json")
+        self.people = slack_people(path)
         for content in open_contents(path, self.inventory):
             self.name = content[0] if content[0] != str(path) else ""
             before, self.rejected = self.inventory.num_read, []
@@ -246,14 +202,16 @@ class _Reader:
         self.first_reason = self.first_reason or next(iter(self.rejected), "")
 
     def _of_file(self, content: Content) -> Iterator[Conversation]:
-        records = file_records(content, self.source.encoding, self.repairs, self._note)
+        records = file_records(content, self.source.encoding, self.repairs, self._note, self.source.columns)
         yield from self._of_records(records, content[0])
 
     def _of_records(self, records: Iterable[Placed], name: str) -> Iterator[Conversation]:
         entries: list[LogEntry] = []
         program = ""
         tree_rows: list[dict[str, Any]] = []
+        tavern: list[Message] = []
         thread: tuple[str, list[Message], str] | None = None
+        signal = SignalBackup()
         for place, record in records:
             where = f"{self.name}, {place}" if self.name else place
             if isinstance(record, Broken):
@@ -266,15 +224,24 @@ class _Reader:
             if row is not None:
                 thread = thread or (row[0], [], where)
                 thread[1].append(row[1])
+            elif signal.takes(record):
+                program, entries = "signal", signal.entries
             elif (found := read_entry(record)) is not None:
                 program = found[0]
                 entries.append(named(found[1], self.people) if program == "slack" else found[1])
             elif is_tree_row(record):
                 tree_rows.append(record)
+            elif isinstance(record, dict) and (line := read_mes(record)) is not None:
+                tavern.append(line)
+                self.notes[NOTHING_SAID] += not line["content"].strip()
+            elif isinstance(record, dict) and {"user_name", "character_name"} <= record.keys():
+                continue  # the head of SillyTavern's chats
             else:
                 yield from self._of_record(where, record)
         if thread is not None:
             yield from self._finish("rows of messages", thread[1], thread[2])
+        if tavern:
+            yield from self._finish("sillytavern", [line for line in tavern if line["content"].strip()], name)
         if entries:
             yield from self._of_log(program, entries, name)
         for root in grow_trees(tree_rows):
@@ -287,7 +254,7 @@ class _Reader:
         if is_tree(record):
             yield from self._of_tree(record["prompt"], where)
             return
-        inner = record.get("messages") if isinstance(record, dict) else None
+        inner = record.get("messages", record.get("MessageList")) if isinstance(record, dict) else None
         if isinstance(inner, list) and any(read_entry(value) for value in inner[:5]):
             found = [entry for entry in map(read_entry, inner) if entry is not None]
             yield from self._of_log(found[0][0], [entry for _, entry in found], where)
@@ -301,18 +268,31 @@ class _Reader:
             form, messages = read_chat_record(record, self.source.columns, self.notes)
         except Marked as error:
             self.inventory.leave_out(MARKED, "conversation", f"{where}: {error}", matters=False)
+        except AboutImages:
+            self.inventory.leave_out(NO_PICTURES, "conversation", where, matters=False)
         except NotAConversation as error:
-            self._reject(where, str(error))
+            parts = list(unwrapped(record))
+            if any(part is not record for part in parts):
+                for part in parts:
+                    yield from self._of_record(where, part)
+            elif not isinstance(record, list) or record or not self.name:  # an empty file among others says nothing
+                self._reject(where, str(error))
         else:
             yield from self._finish(form, messages, where)
 
     def _of_text(self, text: str, where: str) -> Iterator[Conversation]:
-        if looks_like_whatsapp(text):
-            yield from self._of_log("whatsapp", list(read_whatsapp(text.splitlines(keepends=True))), where)
+        if (log := read_log(text)) is not None:
+            yield from self._of_log(*log, where)
             return
-        for piece in text.split("<|endoftext|>"):
-            if piece.strip():
+        pieces = texts_of(text)
+        for number, piece in enumerate(pieces, 1):
+            place = f"{where}, conversation {number}" if len(pieces) > 1 else where
+            found = read_template(piece)
+            if found is None:
                 yield from self._of_record(where, {"text": piece})
+                continue
+            for messages in questions_apart(piece, found[1]):
+                yield from self._finish(found[0], messages, place)
 
     def _of_log(self, program: str, entries: Sequence[LogEntry], where: str) -> Iterator[Conversation]:
         untimed = sum(entry.hours is None for entry in entries)
@@ -320,7 +300,10 @@ class _Reader:
             self.notes[NO_TIME] += untimed
         try:
             for messages in conversations_of_log(entries, self.source.me, self.notes):
-                yield from self._finish(program, messages, where)
+                if all(message["role"] == "assistant" for message in messages):
+                    self.inventory.leave_out(NOBODY_ELSE, "conversation", where, matters=False)
+                else:
+                    yield from self._finish(program, messages, where)
         except UnknownPersonError as error:
             if not self.name:
                 raise UnusableInputError(f"CHAT_DATA={self.source.path}: {program}, {error}") from None
@@ -391,6 +374,11 @@ class _Reader:
             "tokens (about)": round(self.characters / BYTES_PER_TOKEN),
             **inventory.facts,
         }
+        keys = [note for note, count in self.notes.items() if count and note.startswith(UNUSED_KEY)]
+        if len(keys) > MOST_KEYS:  # a table of a hundred columns
+            names = shortened([key.removeprefix(UNUSED_KEY).partition(", which")[0] for key in keys], MOST_KEYS)
+            inventory.notes.append(f"{len(keys)} keys are not used: {names}")
+            self.notes -= Counter({key: self.notes[key] for key in keys})
         inventory.notes += [f"{count:,} × {note}" for note, count in self.notes.most_common() if count]
         if self.repairs.characters:
             inventory.warnings.append(f"{self.repairs.characters:,} characters were no text and are replaced by U+FFFD")

@@ -1,4 +1,4 @@
-"""The text of documents that are no plain text: books, office files, PDF, notebooks, subtitles, mails."""
+"""The text of documents that are no plain text: books, office files, PDF, RTF, notebooks, subtitles, mails."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import logging
 import posixpath
 import re
+import unicodedata
 import zipfile
 from collections.abc import Iterator
 from email.message import EmailMessage
@@ -23,10 +24,16 @@ try:
     import pypdf
 except ImportError:
     pypdf = None  # type: ignore[assignment]
+try:
+    from striprtf import striprtf
+except ImportError:
+    striprtf = None  # type: ignore[assignment]
 
 DOCUMENTS_EXTRA = "pip install 'nanochat-p100[documents]'"
 MAX_PART_BYTES = 256_000_000  # of one part of a book, unpacked
 _WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+# Text boxes, which are read apart, settings, and what a tracked change has removed.
+_GONE = ("txbxContent", "Fallback", "pPr", "del", "moveFrom")
 _OPEN = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
 
 
@@ -49,25 +56,50 @@ def read_epub(data: IO[bytes]) -> Iterator[str]:
         if package is None or package not in names:
             raise NotReadError("damaged (it names no contents)")
         root, folder = _xml(book, package), posixpath.dirname(package)
-        files = {e.get("id"): e.get("href", "") for e in root.iter() if e.tag.endswith("}item")}
-        for reference in (e.get("idref") for e in root.iter() if e.tag.endswith("}itemref")):
+        items = [e for e in root.iter() if e.tag.endswith("}item")]
+        files = {e.get("id"): e.get("href", "") for e in items if "nav" not in (e.get("properties") or "").split()}
+        spine = [e.get("idref") for e in root.iter() if e.tag.endswith("}itemref")]
+        chapters = 0
+        # A book without an order is read in that of its list of files.
+        for reference in spine or [e.get("id") for e in items if "html" in (e.get("media-type") or "")]:
             name = posixpath.normpath(posixpath.join(folder, unquote(files.get(reference, ""))))
             if name in names:
                 page = _part(book, name)
                 declared = re.search(rb"""encoding=["']([\w-]+)""", page[:200])
-                yield visible_text(page.decode(declared[1].decode() if declared else "utf-8", "replace"))
+                text = visible_text(page.decode(declared[1].decode() if declared else "utf-8", "replace"))
+                chapters += bool(text)
+                yield text
+        if not chapters:
+            raise NotReadError("a book without text (its pages may be images)")
 
 
 def read_docx(data: IO[bytes]) -> Iterator[str]:
-    """The paragraphs of a Word file, one document.
+    """The paragraphs and tables of a Word file as its tracked changes leave it, then its footnotes, one document.
 
     Raises:
         NotReadError: it is protected, or no such file.
     """
     with _zipped(data) as file:
-        body = _xml(file, "word/document.xml")
+        names = set(file.namelist())
+        notes = [f"word/{part}.xml" for part in ("footnotes", "endnotes")]
+        parts = ["word/document.xml", *(name for name in notes if name in names)]
+        yield "\n\n".join(text for name in parts for text in _paragraphs(_xml(file, name)) if text.strip())
 
-    yield "\n\n".join("".join(_runs(paragraph)) for paragraph in body.iter(f"{_WORD}p"))
+
+def _paragraphs(node: ElementTree.Element) -> Iterator[str]:
+    """The paragraphs in a node, and the rows of its tables, with tabs between their cells."""
+    for child in node:
+        name = child.tag.rpartition("}")[2]
+        if name == "p":
+            yield "".join(_runs(child))
+            for box in child.iter(f"{_WORD}txbxContent"):
+                yield from _paragraphs(box)
+        elif name == "tbl":
+            rows = child.findall(f"{_WORD}tr")
+            cells = [[" ".join(_paragraphs(cell)) for cell in row.findall(f"{_WORD}tc")] for row in rows]
+            yield "\n".join("\t".join(row) for row in cells)
+        elif name not in _GONE:
+            yield from _paragraphs(child)
 
 
 def _runs(node: ElementTree.Element) -> Iterator[str]:
@@ -78,7 +110,9 @@ def _runs(node: ElementTree.Element) -> Iterator[str]:
             yield child.text or ""
         elif name in ("tab", "br", "cr"):
             yield "\t" if name == "tab" else "\n"
-        elif name not in ("txbxContent", "Fallback", "pPr"):
+        elif name == "noBreakHyphen":
+            yield "-"
+        elif name not in _GONE:
             yield from _runs(child)
 
 
@@ -93,10 +127,24 @@ def read_odt(data: IO[bytes]) -> Iterator[str]:
 
     def text_of(node: ElementTree.Element) -> str:
         own = {f"{_OPEN}s": " " * int(node.get(f"{_OPEN}c", "1")), f"{_OPEN}tab": "\t", f"{_OPEN}line-break": "\n"}
-        inside = "".join(text_of(child) + (child.tail or "") for child in node if not child.tag.endswith("}annotation"))
+        inside = "".join(
+            ("" if child.tag.endswith(("}annotation", "}note")) else text_of(child)) + (child.tail or "")
+            for child in node
+        )
         return own.get(node.tag, "") + (node.text or "") + inside
 
-    yield "\n\n".join(text_of(node) for node in body.iter() if node.tag in (f"{_OPEN}p", f"{_OPEN}h"))
+    def paragraphs(node: ElementTree.Element) -> Iterator[str]:
+        if node.tag.endswith(("}tracked-changes", "}annotation")):
+            return  # what was deleted
+        if node.tag.endswith("}table-row"):
+            yield "\t".join(" ".join(paragraphs(cell)) for cell in node if cell.tag.endswith("}table-cell"))
+            return
+        if node.tag in (f"{_OPEN}p", f"{_OPEN}h"):
+            yield text_of(node)
+        for child in node:  # in a paragraph only footnotes have paragraphs
+            yield from paragraphs(child)
+
+    yield "\n\n".join(text for text in paragraphs(body) if text.strip())
 
 
 def _zipped(data: IO[bytes]) -> zipfile.ZipFile:
@@ -130,13 +178,29 @@ def _xml(file: zipfile.ZipFile, name: str) -> ElementTree.Element:
 # --- PDF --------------------------------------------------------------------------------------------------------------
 
 
-def can_read_pdf() -> bool:
-    """True if the library for PDF is installed."""
-    return pypdf is not None
+def missing_library(kind: str) -> str:
+    """The library that a kind of file needs and that is not installed; empty if there is none."""
+    return {"pdf": "" if pypdf is not None else "pypdf", "rtf": "" if striprtf is not None else "striprtf"}.get(
+        kind, ""
+    )
+
+
+def read_rtf(data: IO[bytes]) -> Iterator[str]:
+    """The text of an RTF file, one document.
+
+    Raises:
+        NotReadError: it is damaged.
+    """
+    if striprtf is None:
+        raise NotReadError(f"needs striprtf ({DOCUMENTS_EXTRA})")
+    try:
+        yield striprtf.rtf_to_text(data.read(MAX_PART_BYTES).decode("latin-1"), errors="ignore")
+    except Exception as error:  # whatever a file that is not by the rules makes a parser do
+        raise NotReadError(f"damaged ({type(error).__name__}; save as .docx or .txt)") from None
 
 
 def read_pdf(data: IO[bytes]) -> Iterator[str]:
-    """The text layer of a PDF file, one document.
+    """The text layer of a PDF file, one document; ligatures become letters, words that the line has cut whole again.
 
     Raises:
         NotReadError: it has none (a scan), is protected or damaged.
@@ -155,7 +219,16 @@ def read_pdf(data: IO[bytes]) -> Iterator[str]:
         raise NotReadError(f"damaged ({type(error).__name__}; get it again)") from None
     if sum(len(page.split()) for page in pages) < len(pages):
         raise NotReadError("a scan without text (run OCR on it, for example ocrmypdf)")
-    yield "\n\n".join(page.strip() for page in pages)
+    yield whole_words("\n\n".join(page.strip() for page in pages))
+
+
+def whole_words(text: str) -> str:
+    """The text of a page with letters for ligatures, and without the hyphens at which lines cut words."""
+    return _HYPHEN.sub("", _LIGATURES.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text))
+
+
+_LIGATURES = re.compile("[\ufb00-\ufb06]")
+_HYPHEN = re.compile(r"(?<=[^\W\d_]{2})(?:-[ ]?|\u00ad)\n(?=[a-zß-ÿа-я]{2})|\u00ad")  # of a word that the line cut
 
 
 # --- plain forms with marks in between --------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ pretty-printed values one after the other. An array or object that is itself one
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import itertools
 import json
 import re
@@ -24,6 +26,7 @@ RECORD_KEYS = frozenset(
     )
 )
 UNDECODED = re.compile("[\udc80-\udcff]")  # what is left of bytes that are not in the file's encoding
+COMMENT = re.compile(r"//[^\n]*\n|/\*.*?\*/", re.DOTALL)  # no JSON, but people write them between the records
 NOT_UTF8 = "not UTF-8: save the file as UTF-8"
 
 
@@ -79,12 +82,16 @@ class _Values:
         return not self.ended
 
     def peek(self) -> str:
-        """The next character that is not white space, "" at the end."""
+        """The next character that is neither white space nor in a comment, "" at the end."""
         while True:
             while self.at < len(self.window):
-                if not self.window[self.at].isspace() and self.window[self.at] != "\ufeff":
-                    return self.window[self.at]
-                self.at += 1
+                found = self.window[self.at]
+                if found == "/" and (comment := COMMENT.match(self.window, self.at)):
+                    self.at = comment.end()
+                elif not found.isspace() and found != "\ufeff":
+                    return found
+                else:
+                    self.at += 1
             if not self.more():
                 return ""
 
@@ -127,6 +134,8 @@ class _Values:
         except RecursionError:
             return True
         except json.JSONDecodeError as error:
+            if error.msg == "Extra data" and line[error.pos :].lstrip()[:1] in ("{", "[", ","):
+                return False  # values one after the other, however they are laid out
             # A value that goes on in the next line; any other error is only that of one line.
             goes_on = error.msg.startswith("Unterminated") or error.pos >= len(line.rstrip()) - 1
             return not (goes_on and start in "[{" and (rest.strip() or not self.ended))
@@ -155,7 +164,9 @@ class _Values:
     def records(self, is_part: Callable[[Any], bool]) -> Iterator[Any]:
         """The records of every value to the end of the file."""
         while start := self.peek():
-            if start == "[":
+            if start == ",":  # lines that somebody cut out of an array
+                self.at += 1
+            elif start == "[":
                 self.at += 1
                 if self.peek() != "]" and is_part(self.value(keep=True)):
                     yield list(self.elements())
@@ -174,6 +185,9 @@ class _Values:
         while True:
             yield self.value()
             if self.expect(",]") == "]":
+                return
+            if self.peek() == "]":  # a comma too many
+                self.at += 1
                 return
 
     def members(self, is_part: Callable[[Any], bool]) -> Iterator[Any]:
@@ -205,9 +219,13 @@ class _Values:
 def _parse(line: str) -> Any:
     if UNDECODED.search(line):
         return Broken(NOT_UTF8)
+    line = line.removeprefix("\ufeff")
     try:
-        return json.loads(line.removeprefix("\ufeff"))
+        return json.loads(line)
     except RecursionError:
         return Broken("nested too deeply")
     except ValueError as error:
+        if line.startswith(("{'", "[{'")):  # how Python prints a dict
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return ast.literal_eval(line.strip())
         return Broken(f"not valid JSON ({error})")

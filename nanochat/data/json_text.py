@@ -29,9 +29,12 @@ CHAT_NAMES = (
         {"from", "value"},
     ),
     *({"instruction", "output"}, {"instruction", "response"}, {"prompt", "completion"}, {"prompt", "response"}),
-    *({"prompt", "chosen"}, {"question", "answer"}),
+    *({"prompt", "chosen"}, {"chosen", "rejected"}, {"question", "answer"}, {"instruction", "generation"}),
+    *({"mapping", "current_node"}, {"chat_messages"}, {"internal", "visible"}, {"mes", "is_user"}),
+    *({"versions", "currentlySelected"}, {"patterns", "responses"}, {"author", "candidates"}),
 )
 CHATS = "conversations, not texts (give them as CHAT_DATA)"
+LEAST_SHARE = 0.2  # of a record must be the text, where its name does not say that it is
 CLEARLY_LONGER = 3  # times the next longest field: then it is the one with the text
 
 
@@ -161,6 +164,10 @@ def _choose_field(file: Path | str, records: list[dict[str, Any]], wanted: str |
     name = choose_name(list(lengths), {key: total / len(records) for key, total in lengths.items()}, wanted)
     if wanted is None and all(map(_is_chat, records)) and not any("text" in record for record in records):
         raise NotReadError(CHATS)
+    if name is not None and wanted is None and name.strip().lower() not in TEXT_NAMES:
+        # A word beside data, such as "type" or "status", is no text only because it is the only one.
+        whole = sum(len(json.dumps(record, ensure_ascii=False, default=str)) for record in records)
+        name = name if lengths[name] >= LEAST_SHARE * whole else None
     if name is None and any(wanted in record for record in records):
         return wanted
     if name is None and not strict:

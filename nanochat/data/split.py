@@ -14,6 +14,9 @@ END_OF_TEXT = "<|endoftext|>"
 _HEADING = re.compile(r"#{1,2} \S")
 # How a line of an exported chat begins: "05/03/2025, 10:48 - ", "[5.3.25, 10:48:01] ", "2025-03-05 10:48 ".
 _DAY = re.compile(r"\u200e?\[?(\d{1,4}[./-]\d{1,2}[./-]\d{2,4}),? \d{1,2}[:.]\d{2}")
+# A line of the settings before a text in Markdown, as those for Jekyll, Hugo and Obsidian have.
+_SETTING = re.compile(r"[\w -]{1,40}:(\s.*)?$|[ \t]+\S.*$|- \S.*$|#.*$|\s*$")
+MOST_SETTINGS = 200  # lines
 _SENTENCE = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+|[。！？｡]+[」』”’）]*\s*|[।؟۔]\s*")
 
 
@@ -49,6 +52,24 @@ def split_text(lines: io.TextIOBase, markdown: bool = False) -> Iterator[str]:
             yield document[:cut]
             document, pending, num_chars = document[cut:], [], num_chars - cut
     yield document + "".join(pending)
+
+
+class AfterSettings(io.TextIOBase):
+    """A text in Markdown without the settings ("title: ...") between "---" before it, if it has any (`found`)."""
+
+    def __init__(self, lines: io.TextIOBase) -> None:
+        self._lines, self._head, self.found = lines, [lines.readline(LIMIT_CHARS)], False
+        while self._head[0].strip() == "---" and len(self._head) < MOST_SETTINGS:
+            self._head.append(lines.readline(LIMIT_CHARS))
+            if len(self._head) > 2 and self._head[-1].strip() in ("---", "..."):
+                self._head, self.found = [], True
+                break
+            if not self._head[-1] or not _SETTING.match(self._head[-1]):
+                break
+
+    def readline(self, size: int | None = -1) -> str:  # type: ignore[override]
+        """The next line."""
+        return self._head.pop(0) if self._head else self._lines.readline(-1 if size is None else size)
 
 
 def split_long(text: str) -> Iterator[str]:

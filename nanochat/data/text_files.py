@@ -5,7 +5,7 @@
   ends a document.
 - md: the same, but a heading of the first or second level begins a new document when the one before is long enough,
   and code blocks are not cut. Notebooks (ipynb) are read as this.
-- html: the visible text. epub, docx, odt, pdf, eml, subtitles (srt, vtt): their text.
+- html: the visible text. epub, docx, odt, pdf, rtf, eml, subtitles (srt, vtt): their text.
 - jsonl: a line is one document, {"text": "..."} or a JSON string; json: a list of these, or one.
 - csv, tsv, parquet, arrow: a row is one document.
 
@@ -17,7 +17,9 @@ or like it, the only one, or by far the longest.
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -31,6 +33,7 @@ from nanochat.data.documents import (
     read_notebook,
     read_odt,
     read_pdf,
+    read_rtf,
     read_subtitles,
 )
 from nanochat.data.inventory import Inventory, NotReadError
@@ -38,7 +41,7 @@ from nanochat.data.json_text import read_json_file, read_json_lines
 from nanochat.data.markup import declared_charset, page_text
 from nanochat.data.mojibake import mended
 from nanochat.data.packed import compression_of, damage_named, is_archive, members, unpacked
-from nanochat.data.split import split_long, split_text
+from nanochat.data.split import AfterSettings, split_long, split_text
 from nanochat.data.tables import read_arrow, read_csv, read_parquet
 from nanochat.data.text_walk import CODE_REASON, ReadOptions, TextFile, is_code, kind_of
 
@@ -49,9 +52,42 @@ BINARY_FORMS = {
     "docx": read_docx,
     "odt": read_odt,
     "pdf": read_pdf,
+    "rtf": read_rtf,
     "eml": read_mail,
     "mbox": read_mailbox,
 }
+
+
+# Files whose names say that they are text, and whose first bytes say what they are.
+CONTENTS = {
+    b"%PDF-": "a PDF",
+    b"PK\x03\x04": "a .docx, .epub, .odt, .xlsx or .zip",
+    b"\x1f\x8b\x08": "a .gz",
+    b"\x28\xb5\x2f\xfd": "a .zst",
+    b"\xfd7zXZ": "an .xz",
+    b"BZh91AY": "a .bz2",
+    b"Rar!": "a .rar",
+    b"7z\xbc\xaf": "a .7z",
+    b"PAR1": "a .parquet",
+    b"\xd0\xcf\x11\xe0": "an old .doc or .xls, which must be saved as .docx or .csv,",
+    b"{\\rtf": "an .rtf",
+}
+_PAGE_START = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?<(?:!doctype\s+html|html)\b", re.I | re.S
+)
+
+
+def kind_of_content(head: bytes) -> str | None:
+    """ "html" or "jsonl" if a text is one by its first bytes, else None."""
+    if _PAGE_START.match(head):
+        return "html"
+    lines = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")[:-1][:3]
+    try:
+        records = [json.loads(line) for line in lines] if head[:5].lstrip(b"\xef\xbb\xbf ").startswith(b'{"') else []
+    except (ValueError, RecursionError):
+        return None
+    same = len(records) > 1 and all(isinstance(r, dict) and r.keys() == records[0].keys() for r in records)
+    return "jsonl" if same else None
 
 
 class TextReader:
@@ -153,10 +189,15 @@ class TextReader:
             for text in BINARY_FORMS[kind](data):
                 yield from split_text(io.StringIO(self.repairs.surrogates(text))) if text.strip() else ("",)
             return
-        declared = None
-        if kind == "html":
-            stream = io.BufferedReader(_Peekable(stream), BUFFER_BYTES)
-            declared = self._declared(stream.peek(4096))
+        stream = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(_Peekable(stream), BUFFER_BYTES)
+        head = stream.peek(4096)[:4096]
+        for mark, content in CONTENTS.items():
+            if head.startswith(mark):
+                raise NotReadError(f"{content} by its content (rename it, or unpack it)")
+        if kind in ("txt", "md") and (other := kind_of_content(head)):
+            self.note(f"{other} under another name", name)
+            kind = other
+        declared = self._declared(head) if kind == "html" else None
         utf8 = Utf8Stream(
             stream, self.repairs, self.encoding, declared, lambda what, sure: self._charset(what, sure, name)
         )
@@ -172,15 +213,21 @@ class TextReader:
         def found(what: str) -> None:
             self._column(what, name)
 
-        if kind in ("txt", "md"):
-            yield from split_text(lines, kind == "md")
+        if kind == "md":
+            after = AfterSettings(lines)
+            if after.found:
+                self.note("settings before the text (front matter) left out", name)
+            yield from split_text(after, markdown=True)
+            return
+        if kind == "txt":
+            yield from split_text(lines)
             return
         rows: Iterator[str]
         if kind == "html":
-            text, left_out = page_text(lines.read())
+            page, left_out = page_text(lines.read())
             if left_out:
-                self.note("menus, headers, footers and asides left out", f"{name} ({left_out:,} characters)")
-            rows = iter((text,))
+                self.note("menus, headers, footers, banners and asides left out", f"{name} ({left_out:,} characters)")
+            rows = iter((page,))
         elif kind == "jsonl":
             rows = read_json_lines(path, lines, column, lambda field: found(f"field {field!r}"))
         elif kind == "json":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from nanochat.data.inventory import Inventory, format_bytes, shortened
@@ -14,6 +15,16 @@ MAX_BROKEN = 0.01  # of the characters may be replaced or NUL
 BYTES_PER_TOKEN = 4.0  # about, of a tokenizer that is trained on the text
 SAMPLE_TEXTS, SAMPLE_CHARS = 300, 1000  # looked at for the language
 NUM_SHOWN = 20  # samples that an inventory keeps
+
+
+ESCAPE_EVERY = 60  # characters: more than one in so many is more than a text about them has
+ESCAPES = {
+    "HTML's entities (&uuml;)": re.compile(r"&(?:[A-Za-z]{2,8}|#\d{2,6}|#x[0-9a-f]{2,6});"),
+    "HTML's tags (<p>)": re.compile(r"</?[a-z][a-z0-9]{0,9}(?: [a-z-]+=[^<>]*)?/?>"),
+    "quoted-printable (=C3=BC)": re.compile(r"(?:=[0-9A-F]{2}){2}"),
+    "JSON's escapes (\\u00fc)": re.compile(r"\\u[0-9a-fA-F]{4}"),
+    "percent signs for letters (%C3%BC)": re.compile(r"(?:%[0-9A-F]{2}){2}"),
+}
 
 
 class Tally:
@@ -50,6 +61,12 @@ class Tally:
         for what, names in reader.found.items():
             inventory.notes.append(f"{what}: {shortened(names)}")
         inventory.samples = texts[:NUM_SHOWN]
+        for what, pattern in ESCAPES.items():
+            if odd := sum(len(pattern.findall(text)) > len(text) / ESCAPE_EVERY for text in texts):
+                inventory.warnings.append(
+                    f"{odd / len(texts):.0%} of the documents are full of {what}, which is learned as it stands: "
+                    "convert the files if it is not meant"
+                )
 
     def check_broken(self, inventory: Inventory, reader: TextReader) -> None:
         """Warn of characters that are broken; stop if they are more than MAX_BROKEN."""
@@ -58,9 +75,9 @@ class Tally:
         worst = sorted(self.broken, key=lambda name: -self.broken[name])
         names = shortened([f"{name} ({self.broken[name]:,})" for name in worst], 5)
         count = sum(self.broken.values())
-        text = f"{reader.repairs.characters:,} characters were no valid UTF-8 and became U+FFFD"
-        if reader.repairs.nul:
-            text = f"{text}, {reader.repairs.nul:,} NUL characters were left out"
+        said = {"characters were no valid UTF-8 and became U+FFFD": reader.repairs.characters}
+        said["NUL characters were left out"] = reader.repairs.nul
+        text = ", ".join(f"{number:,} {what}" for what, number in said.items() if number)
         if inventory.stop:
             return
         if count > MAX_BROKEN * max(1, self.characters):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.data.documents import DOCUMENTS_EXTRA, can_read_pdf
+from nanochat.data.documents import DOCUMENTS_EXTRA, missing_library
 from nanochat.data.inventory import Inventory
 from nanochat.data.packed import compression_of, is_archive
 from nanochat.env import get_base_dir, printable
@@ -26,7 +26,7 @@ KINDS = {
     **dict.fromkeys((".arrow", ".feather"), "arrow"),
     **{
         suffix: suffix[1:]
-        for suffix in (".json", ".parquet", ".ipynb", ".epub", ".docx", ".odt", ".pdf", ".eml", ".mbox")
+        for suffix in (".json", ".parquet", ".ipynb", ".epub", ".docx", ".odt", ".pdf", ".rtf", ".eml", ".mbox")
     },
 }
 _CODE = (
@@ -51,7 +51,7 @@ _NO_TEXT = (
 )
 NO_TEXT = frozenset(_NO_TEXT.split())
 CONVERT = {
-    **dict.fromkeys((".doc", ".rtf", ".pages", ".wpd"), "save as .docx or .txt"),
+    **dict.fromkeys((".doc", ".pages", ".wpd"), "save as .docx or .txt"),
     **dict.fromkeys((".xls", ".xlsx", ".ods", ".numbers"), "save as .csv"),
     **dict.fromkeys((".ppt", ".pptx", ".odp", ".key"), "save as .txt or .pdf"),
     **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".lit"), "convert to .epub"),
@@ -129,6 +129,7 @@ def kind_of(name: str) -> str | None:
 
 def is_code(name: str) -> bool:
     """True if a file is source code, by its name."""
+    name = name[: len(name) - len(compression_of(name))]
     return os.path.splitext(name)[1].lower() in CODE or os.path.basename(name).lower() in CODE_NAMES
 
 
@@ -248,7 +249,9 @@ def _classify(entry: _File, options: ReadOptions, inventory: Inventory, given: b
             return leave_out("no text", matters=False)
         if suffix and suffix[1:].isalpha():
             head = _head(entry.path, SNIFF_BYTES)
-            texty = not packed and not _is_binary(head)
+            if packed:
+                return leave_out("packed, and no text by its name (unpack it)")
+            texty = not _is_binary(head)
             return leave_out("unknown kind (rename to .txt to have it learned)" if texty else "no text", matters=texty)
         if not packed and _is_binary(_head(entry.path, SNIFF_BYTES)):
             return leave_out("no text", matters=False)
@@ -256,8 +259,8 @@ def _classify(entry: _File, options: ReadOptions, inventory: Inventory, given: b
         kind = "mbox" if head.startswith(b"From ") and b"\nSubject:" in head else "txt"
     if size < 1024 and _head(entry.path, len(LFS_HEAD)) == LFS_HEAD:
         return leave_out("pointers of git-lfs, not the files (run `git lfs pull`)")
-    if kind == "pdf" and not can_read_pdf():
-        return leave_out(f"needs pypdf ({DOCUMENTS_EXTRA})")
+    if kind is not None and (library := missing_library(kind)):
+        return leave_out(f"needs {library} ({DOCUMENTS_EXTRA})")
     kind = kind or "txt"
     label = (label if suffix else "no suffix").lstrip(".") if kind != "archive" else _archive_suffix(entry.name)
     return TextFile(Path(entry.path), kind, size, stat.st_mtime_ns, shown, label)

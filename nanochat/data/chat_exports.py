@@ -1,0 +1,214 @@
+"""What programs for chatting with models export, and data sets that wrap their records: taken apart into known forms.
+
+Read are ChatGPT, Claude, Gemini (Takeout and AI Studio), LM Studio, Open WebUI, SillyTavern, text-generation-webui,
+Character.AI, logs of OpenAI's API; and SQuAD, intents, Label Studio, Argilla, the viewer of data sets.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from nanochat.data.chat_templates import ROLE_OF
+from nanochat.data.markup import visible_text
+from nanochat.messages import BETWEEN, Message
+
+FILE_LEFT_OUT = "an image or file, left out"
+TO_TOOL, OF_TOOL = "a message to a tool, left out", "a message of a tool or system, left out"
+# Around the record itself in exports of tools that label or show data.
+WRAPPERS = ("data", "fields", "chat", "record", "row", "example", "json", "payload", "chunkedPrompt")
+BEGIN_CHAT = "<|BEGIN-VISIBLE-CHAT|>"  # text-generation-webui's for a greeting that nobody asked for
+_THOUGHT = re.compile(r"<details type=\"reasoning\".*?</details>\s*", re.DOTALL)
+_PROMPTED = re.compile(r"(Prompted|Asked|Gefragt|Demande|Preguntaste)\s+(?P<text>.*)", re.DOTALL)
+
+
+def is_export(record: dict[str, Any]) -> bool:
+    """True of a record, or a message of one, that only `read_export` understands."""
+    return isinstance(record.get("versions"), list) or {"candidates", "author"} <= record.keys()
+
+
+def unwrapped(record: Any) -> Iterator[Any]:
+    """The records inside one that wraps them; itself if it wraps none."""
+    if not isinstance(record, dict):
+        yield record
+    elif isinstance(record.get("paragraphs"), list):  # SQuAD
+        for paragraph in filter(_is_object, record["paragraphs"]):
+            for question in filter(_is_object, paragraph.get("qas") or []):
+                answers = [a.get("text") for a in question.get("answers") or [] if isinstance(a, dict)]
+                asked = {"context": paragraph.get("context"), "question": question.get("question")}
+                yield {**asked, "answers": {"text": answers}} if answers else {**asked, "answer": ""}
+    elif isinstance(record.get("intents"), list):
+        for intent in filter(_is_object, record["intents"]):
+            patterns, responses = intent.get("patterns") or [], intent.get("responses") or []
+            for i, pattern in enumerate(patterns):
+                yield {"question": pattern, "answer": responses[i % len(responses)] if responses else ""}
+    elif isinstance(inner := record.get("histories"), dict) and isinstance(inner.get("histories"), list):
+        yield from inner["histories"]  # Character.AI
+    elif isinstance(record.get("request"), dict) and isinstance(record.get("response"), dict):
+        yield _of_api(record["request"], record["response"])
+    elif isinstance(record.get("title"), str) and isinstance(record.get("safeHtmlItem"), list):
+        yield _of_activity(record)
+    else:
+        wrapper = next((name for name in WRAPPERS if isinstance(record.get(name), dict)), None)
+        if wrapper is None or "messages" in record:
+            yield record
+        else:
+            beside = {name: record[name] for name in ("systemInstruction", "label", "weight") if name in record}
+            yield {**beside, **record[wrapper]}
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _of_api(request: dict[str, Any], response: dict[str, Any]) -> dict[str, Any]:
+    """A logged call of OpenAI's API and its answer."""
+    choices = response.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    answer = first.get("message") or {"role": "assistant", "content": first.get("text")}
+    asked = request.get("messages") or [{"role": "user", "content": request.get("prompt")}]
+    return {"messages": [*asked, answer]}
+
+
+def _of_activity(record: dict[str, Any]) -> dict[str, Any]:
+    """A question to Gemini and its answer, as Google's Takeout has them."""
+    asked = _PROMPTED.fullmatch(record["title"])
+    pages = [str(item.get("html", "")) for item in record["safeHtmlItem"] if isinstance(item, dict)]
+    return {"question": asked["text"] if asked else record["title"], "answer": visible_text("".join(pages))}
+
+
+def read_export(record: dict[str, Any], notes: Counter[str], used: set[str]) -> tuple[str, list[Message]] | None:
+    """(form, messages) of a record that a program exported, None if it is none; `used` gets its keys.
+
+    Args:
+        record: a conversation.
+        notes: counts what was left out.
+        used: the keys that were understood.
+    """
+    if isinstance(record.get("mapping"), dict):
+        used |= {"mapping", "current_node"}
+        return "chatgpt export", _read_chatgpt(record, notes)
+    if isinstance(record.get("chat_messages"), list):
+        used |= {"chat_messages", "account", "summary"}
+        return "claude export", [_claude_message(m, notes) for m in record["chat_messages"]]
+    if isinstance(record.get("internal"), list) and isinstance(record.get("visible"), list):
+        used |= {"internal", "visible"}
+        return "text-generation-webui", _read_webui(record["internal"])
+    history = record.get("history")
+    if isinstance(history, dict) and isinstance(history.get("messages"), dict):
+        used |= {"history", "messages", "models", "params", "files", "system"}
+        return "open webui", _read_branch(history)
+    if isinstance(record.get("chunks"), list):
+        used |= {"chunks", "pendingInputs", "systemInstruction"}
+        said = [c for c in record["chunks"] if isinstance(c, dict) and not c.get("isThought")]
+        notes[FILE_LEFT_OUT] += sum("text" not in c for c in said)
+        turns = [{"role": ROLE_OF.get(str(c.get("role")), "user"), "content": c["text"]} for c in said if "text" in c]
+        system = record.get("systemInstruction")
+        text = system.get("text") if isinstance(system, dict) else system
+        return "ai studio", [*([{"role": "system", "content": text}] if isinstance(text, str) and text else []), *turns]
+    for key in ("messages", "turns", "msgs"):
+        values = record.get(key)
+        if isinstance(values, list) and values and isinstance(values[0], dict) and _is_of_program(values[0]):
+            used |= {key, "systemPrompt", "preset", "pinned", "usePerChatPredictionConfig"}
+            system = record.get("systemPrompt")
+            turns = [turn for value in values if (turn := _program_message(value))]
+            form = "lm studio" if "versions" in values[0] else "character.ai"
+            return form, [*([{"role": "system", "content": system}] if system else []), *turns]
+    return None
+
+
+def _is_of_program(value: dict[str, Any]) -> bool:
+    return is_export(value) or (isinstance(value.get("src"), dict) and "is_human" in value["src"])
+
+
+def _program_message(value: dict[str, Any]) -> Message | None:
+    """A message of LM Studio or Character.AI: of several answers to one question the chosen one."""
+    if isinstance(value.get("src"), dict):
+        return {
+            "role": "user" if value["src"].get("is_human") else "assistant",
+            "content": str(value.get("text") or ""),
+        }
+    if "candidates" in value:
+        chosen = value.get("primary_candidate_id")
+        found = [c for c in value["candidates"] if isinstance(c, dict)]
+        best = next((c for c in found if c.get("candidate_id") == chosen), found[0] if found else {})
+        human = isinstance(value["author"], dict) and value["author"].get("is_human")
+        return {"role": "user" if human else "assistant", "content": str(best.get("raw_content") or "")}
+    versions = value.get("versions") or [{}]
+    at = value.get("currentlySelected") or 0
+    version = versions[at] if isinstance(at, int) and 0 <= at < len(versions) else versions[-1]
+    blocks = [version, *(step for step in version.get("steps") or [] if isinstance(step, dict))]
+    blocks = [b for b in blocks if not (isinstance(b.get("style"), dict) and b["style"].get("type") == "thinking")]
+    parts = [part for block in blocks for part in block.get("content") or [] if isinstance(part, dict)]
+    text = "".join(str(part.get("text") or "") for part in parts if part.get("type", "text") == "text")
+    return {"role": ROLE_OF.get(str(version.get("role")), "user"), "content": text}
+
+
+def read_mes(record: dict[str, Any]) -> Message | None:
+    """A line of SillyTavern's chats, None if it is none; lines of the program have no content."""
+    if not isinstance(record.get("mes"), str) or "is_user" not in record:
+        return None
+    text = "" if record.get("is_system") else record["mes"]
+    return {"role": "user" if record["is_user"] else "assistant", "content": text}
+
+
+def _read_webui(pairs: list[Any]) -> list[Message]:
+    messages: list[Message] = []
+    for pair in pairs:
+        asked, answer = (*pair, "", "")[:2] if isinstance(pair, list) else ("", "")
+        if asked != BEGIN_CHAT:
+            messages.append({"role": "user", "content": html.unescape(str(asked))})
+        messages.append({"role": "assistant", "content": html.unescape(str(answer))})
+    return messages
+
+
+def _read_branch(history: dict[str, Any]) -> list[Message]:
+    """The branch of Open WebUI's tree that was shown last."""
+    nodes, name, messages, seen = history["messages"], history.get("currentId"), [], set[str]()
+    while isinstance(name, str) and isinstance(node := nodes.get(name), dict) and name not in seen:
+        seen.add(name)
+        text = _THOUGHT.sub("", str(node.get("content") or ""))
+        messages.append({"role": ROLE_OF.get(str(node.get("role")), "user"), "content": text})
+        name = node.get("parentId")
+    return messages[::-1]
+
+
+def _read_chatgpt(record: dict[str, Any], notes: Counter[str]) -> list[Message]:
+    """The branch that was shown last, of the tree that ChatGPT exports."""
+    mapping = record["mapping"]
+    node = record.get("current_node")
+    if node not in mapping:  # the newest leaf
+        node = next((name for name, n in reversed(mapping.items()) if not n.get("children")), None)
+    messages: list[Message] = []
+    seen: set[Any] = set()
+    while node in mapping and node not in seen:
+        seen.add(node)
+        message = mapping[node].get("message") or {}
+        node = mapping[node].get("parent")
+        role = (message.get("author") or {}).get("role")
+        content = message.get("content") or {}
+        if role not in ("user", "assistant"):
+            notes[OF_TOOL] += role == "tool"
+            continue
+        if message.get("weight") == 0 or (message.get("recipient") or "all") != "all":
+            notes[TO_TOOL] += role == "assistant"
+            continue
+        if content.get("content_type") not in ("text", "multimodal_text"):
+            continue  # thoughts, and what the user says about itself
+        parts = content.get("parts") or []
+        text = "\n".join(part for part in parts if isinstance(part, str) and part)
+        notes[FILE_LEFT_OUT] += sum(not isinstance(part, str) for part in parts)
+        if text.strip():
+            messages.append({"role": role, "content": text})
+    return messages[::-1]
+
+
+def _claude_message(value: dict[str, Any], notes: Counter[str]) -> Message:
+    parts = [p for p in value.get("content") or [] if isinstance(p, dict) and p.get("type") == "text"]
+    text = BETWEEN.join(str(p.get("text", "")) for p in parts) or str(value.get("text") or "")
+    attached = [str(a["extracted_content"]) for a in value.get("attachments") or [] if a.get("extracted_content")]
+    notes[FILE_LEFT_OUT] += len(value.get("files") or [])
+    return {"role": ROLE_OF.get(str(value.get("sender")), "user"), "content": BETWEEN.join([*attached, text])}
