@@ -1018,6 +1018,9 @@ def test_what_a_model_can_not_learn_is_left_out_or_said(tmp_path: Path) -> None:
     image = {"conversations": [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A cat."}]}
     thought = {"messages": [PAIR[0], {"role": A, "content": "<think>x</think>Hello!"}]}
     ended = {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "response": "Hello!<|im_end|>"}
+    tags = {"question": "What does <video> do?", "answer": "It plays."}
+    played = {**tags, "videos": ["a.mp4"]}
+    assert look(dump(tmp_path / "b.jsonl", tags, played))[0] == ["user: What does <video> do?\nassistant: «It plays.»"]
     texts, inventory = look(dump(tmp_path / "a.jsonl", image, thought, ended, {"messages": PAIR}))
     assert texts == ["user: Hi\nassistant: «<think>x</think>Hello!»", HI, HI]
     assert inventory.left_out[chats.NO_PICTURES].count == 1

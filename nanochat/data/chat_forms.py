@@ -70,8 +70,10 @@ HARMLESS = re.compile(
 )
 UNUSED_KEY = "the key "
 THINKING = "an answer with <think> in it, learned as it is"
-# Where LLaMA-Factory, LLaVA and others have an image, a video or a sound.
-_SEEN = re.compile(r"<(image|video|audio|img|ImageHere)>|<\|(?:vision_start|image_pad|image|audio)\|>")
+# Where LLaMA-Factory, LLaVA and others have an image, a video or a sound; some are tags of HTML where no file is named.
+_SEEN = re.compile(r"<(?:image|ImageHere)>|<\|(?:vision_start|image_pad|image|audio)\|>")
+_SEEN_TAGS = re.compile(rf"{_SEEN.pattern}|<(?:video|audio|img)>")
+_SEEN_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 BY_NUMBER = "an answer that is the number of an option, counted from 0"
 _LETTERS = "ABCDEFGHIJ"
 SEVERAL = "several answers, of which the first is learned"
@@ -137,7 +139,8 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None, notes: Counte
             form, messages = _read_dict(record, columns, notes, used)
         except NotAConversation:
             raise error from None
-    if any(isinstance(m.get("content"), str) and _SEEN.search(m["content"]) for m in messages if m["role"] == "user"):
+    seen = _SEEN_TAGS if any(record.get(key) for key in _SEEN_KEYS) else _SEEN
+    if any(isinstance(m.get("content"), str) and seen.search(m["content"]) for m in messages if m["role"] == "user"):
         raise AboutImages("about an image or sound, which the model can't see or hear")
     for key in record:
         if key not in used and key not in MARKS and record[key] not in ("", [], {}) and not HARMLESS.fullmatch(key):

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat.data.chat_templates import ROLE_OF
+from nanochat.data.chat_templates import ROLE_OF, read_template
 from nanochat.data.markup import visible_text
 from nanochat.messages import Message
 
@@ -184,6 +184,8 @@ def _read_any(record: dict[str, Any]) -> tuple[str, LogEntry] | None:
     name, text = low[who], low[said]
     if not isinstance(name, str) or name.strip().lower() in ROLE_OF or not isinstance(text, str | None):
         return None
+    if text and ("<|" in text or "\n" in text) and read_template(text):
+        return None  # a conversation as one text, and who collected it
     if low.get("isunsent") or (low.get("type") or "text") == "system":
         text = ""
     chat = next((str(low[key]) for key in WHERE if isinstance(low.get(key), str | int)), "")

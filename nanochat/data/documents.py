@@ -92,14 +92,23 @@ def _paragraphs(node: ElementTree.Element) -> Iterator[str]:
         name = child.tag.rpartition("}")[2]
         if name == "p":
             yield "".join(_runs(child))
-            for box in child.iter(f"{_WORD}txbxContent"):
-                yield from _paragraphs(box)
+            yield from _boxes(child)
         elif name == "tbl":
             rows = child.findall(f"{_WORD}tr")
             cells = [[" ".join(_paragraphs(cell)) for cell in row.findall(f"{_WORD}tc")] for row in rows]
             yield "\n".join("\t".join(row) for row in cells)
         elif name not in _GONE:
             yield from _paragraphs(child)
+
+
+def _boxes(node: ElementTree.Element) -> Iterator[str]:
+    """The paragraphs of the text boxes in a paragraph; of each there is a second form for old programs."""
+    for child in node:
+        name = child.tag.rpartition("}")[2]
+        if name == "txbxContent":
+            yield from _paragraphs(child)
+        elif name != "Fallback":
+            yield from _boxes(child)
 
 
 def _runs(node: ElementTree.Element) -> Iterator[str]:

@@ -134,7 +134,8 @@ class _Values:
         except RecursionError:
             return True
         except json.JSONDecodeError as error:
-            if error.msg == "Extra data" and line[error.pos :].lstrip()[:1] in ("{", "[", ","):
+            after = line[error.pos :].strip()
+            if error.msg == "Extra data" and (after == "," or after[0] in "{["):
                 return False  # values one after the other, however they are laid out
             # A value that goes on in the next line; any other error is only that of one line.
             goes_on = error.msg.startswith("Unterminated") or error.pos >= len(line.rstrip()) - 1

@@ -121,7 +121,7 @@ def _texts_of(
 ) -> Iterator[str]:
     head = list(itertools.islice(records, SAMPLE_RECORDS))
     inside = [r[0] for _, r in head if isinstance(r, list) and r and isinstance(r[0], dict)]
-    if inside and all(map(_is_chat, inside)):
+    if inside and all(map(is_chat, inside)):
         raise NotReadError(CHATS)
     name = _choose_field(file, [record for _, record in head if isinstance(record, dict)], wanted, strict)
     if name is not None:
@@ -145,10 +145,10 @@ def _wrapped(record: dict[str, Any]) -> list[Any] | None:
     """The list of records that an object is about: the only list of objects in it, if no text is beside it."""
     lists = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)]
     named = any(isinstance(record.get(name), str) for name in TEXT_NAMES)
-    return lists[0] if len(lists) == 1 and not named and not _is_chat(record) else None
+    return lists[0] if len(lists) == 1 and not named and not is_chat(record) else None
 
 
-def _is_chat(record: dict[str, Any]) -> bool:
+def is_chat(record: dict[str, Any]) -> bool:
     """True if an object is a conversation, or a message of one."""
     return any(names <= record.keys() for names in CHAT_NAMES)
 
@@ -162,7 +162,7 @@ def _choose_field(file: Path | str, records: list[dict[str, Any]], wanted: str |
             if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], str)):
                 lengths[key] = lengths.get(key, 0.0) + len("".join(map(str, value)))
     name = choose_name(list(lengths), {key: total / len(records) for key, total in lengths.items()}, wanted)
-    if wanted is None and all(map(_is_chat, records)) and not any("text" in record for record in records):
+    if wanted is None and all(map(is_chat, records)) and not any("text" in record for record in records):
         raise NotReadError(CHATS)
     if name is not None and wanted is None and name.strip().lower() not in TEXT_NAMES:
         # A word beside data, such as "type" or "status", is no text only because it is the only one.

@@ -37,7 +37,7 @@ from nanochat.data.documents import (
     read_subtitles,
 )
 from nanochat.data.inventory import Inventory, NotReadError
-from nanochat.data.json_text import read_json_file, read_json_lines
+from nanochat.data.json_text import TEXT_NAMES, is_chat, read_json_file, read_json_lines
 from nanochat.data.markup import declared_charset, page_text
 from nanochat.data.mojibake import mended
 from nanochat.data.packed import compression_of, damage_named, is_archive, members, unpacked
@@ -87,7 +87,7 @@ def kind_of_content(head: bytes) -> str | None:
     except (ValueError, RecursionError):
         return None
     same = len(records) > 1 and all(isinstance(r, dict) and r.keys() == records[0].keys() for r in records)
-    return "jsonl" if same else None
+    return "jsonl" if same and (is_chat(records[0]) or not records[0].keys().isdisjoint(TEXT_NAMES)) else None
 
 
 class TextReader:
