@@ -23,6 +23,7 @@ from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.chat import Conversation
 from nanochat.serve.chat_commands import ALIASES, HELP, Quit, is_command, run_command
 from nanochat.serve.choose_model import choose_drawing
+from nanochat.serve.plain_answer import plain_answer
 
 ROOT = Path(__file__).parents[1]
 
@@ -307,6 +308,11 @@ def test_tool_calls_show_only_on_a_terminal(capsys):
         ),
         (["Count me in!"], "Count me in!\n", None),
         (["Co"], "Co\n", None),
+        (
+            ['Count of "n" in "ribbon". ', ("python", "'ribbon'.count('n')"), ("python_output", "1"), "\n#### 1"],
+            "\033[2mCount of \"n\" in \"ribbon\". ['ribbon'.count('n') = 1]\n\033[0m1\n",
+            "1\n",
+        ),
         (["3 and 4 are 7.\n#### 7"], "3 and 4 are 7.\n7\n", None),
         (["Yes.\n####"], "Yes.\n", None),
         (["#### Title\n\nx = 1  #### note"], "#### Title\n\nx = 1  #### note\n", None),
@@ -323,6 +329,22 @@ def test_results_are_shown_without_their_marker(capsys, parts, terminal, plain, 
     for on_terminal, expected in ((True, terminal), (False, plain or terminal)):
         chat_cli.show(events, on_terminal)
         assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    "answer", ["Counting sheep helps.", "Countries have flags.", "Count me in!", "Count Basie played."]
+)
+def test_an_answer_that_begins_like_a_count_is_shown_as_it_comes(answer):
+    shown = ""
+
+    def pieces():
+        for i, letter in enumerate(answer):
+            assert i < 8 or len(shown) >= i - 1, shown  # nothing waits for the end
+            yield Event("text", letter)
+
+    for part in plain_answer(pieces()):
+        shown += part.text
+    assert shown == answer
 
 
 def test_a_model_can_not_steer_the_terminal(capsys):

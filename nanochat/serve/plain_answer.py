@@ -14,7 +14,8 @@ from nanochat.serve.answer_events import Event
 MARKER = re.compile(r"\s*####[ \t]*(?=[-+$€£]?\d)")  # before anything but a number it is a heading, or a comment
 # What may turn out to be the beginning of one: blank space, and up to four of its signs.
 HALF_MARKER = re.compile(r"(?:^|\s+)#{0,4}[ \t]*[-+$€£]?$")
-COUNTING = "Count"  # how both spelling tasks begin to go through a word, letter by letter
+# How a walk through a word, letter by letter, begins in the SpellingBee of now and in an older one; ? is a letter.
+WALKS = ('Count of "?" in ', "Count ? in ")
 
 
 def plain_answer(parts: Iterable[Event]) -> Iterator[Event]:
@@ -37,10 +38,11 @@ def plain_answer(parts: Iterable[Event]) -> Iterator[Event]:
             yield part
             continue
         text += part.text
-        if not begun and COUNTING.startswith(text.strip()[: len(COUNTING)]):
-            if text.strip().startswith(COUNTING):
+        start = text.lstrip()
+        if not begun and any(_begins(walk, start) for walk in WALKS):
+            if any(_begins(walk, start) and len(start) >= len(walk) for walk in WALKS):
                 held = [Event("text", text)]
-            continue
+            continue  # else the next letters tell, so that no answer that begins with "Countries" waits for its end
         begun = True
         shown, text = _split(text)
         if shown:
@@ -49,6 +51,11 @@ def plain_answer(parts: Iterable[Event]) -> Iterator[Event]:
         yield from _walked(held)
     elif text := re.sub(r"\s*####\s*$", "", text):
         yield Event("text", text)
+
+
+def _begins(walk: str, text: str) -> bool:
+    """True if the text begins like this walk, as far as either goes."""
+    return all(a == b or (a == "?" and b.isalpha()) for a, b in zip(walk, text, strict=False))
 
 
 def _split(text: str) -> tuple[str, str]:
