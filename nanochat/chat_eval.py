@@ -12,14 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from nanochat.engine import Engine, row_seed
 from nanochat.env import get_dist_info
 from nanochat.files import ResumeLog
 from nanochat.generate.sampling import Sampling
 from nanochat.progress import progress
-from nanochat.scoring import LanguageModel, Record, TaskScore, batches_by_length, next_token_logits
+from nanochat.scoring import LanguageModel, Record, TaskScore, batches_by_length, next_token_logits, pad_rows
 from nanochat.tokenizer import RustBPETokenizer
 
 # Problems rendered and sorted by length together, per row of a batch.
@@ -220,6 +222,10 @@ FEWEST_RIGHT = 20  # below it nothing can be said
 # Of the right answers, the share that drawing may spoil. Held-out conversations are nearer to the training's words than
 # people's own questions are: on the demo model they lose about half as many (at 0.8, 2 to 3 % against 7 %; dev/LOG.md).
 TOLERANCE = 0.002
+# Answers that drawing changes less often than this are not drawn at all: most of them, where it is cold. Together they
+# could spoil half of TOLERANCE if each change were one.
+RISK = TOLERANCE / 2
+RISK_TOKENS = 4096  # read at once
 
 
 def choose_sampling(
@@ -250,23 +256,58 @@ def choose_sampling(
             prompts.append(prompt)
             references.append(_words(tokenizer.decode(answer[0][:TRIED_TOKENS])))
 
-    def agreements(rows: list[list[int]], wanted: list[Counter[str]], temperature: float) -> list[float]:
-        sequences, _ = engine.generate_prompts(rows, TRIED_TOKENS, temperature=temperature, top_k=TOP_K)
-        answers = [_words(tokenizer.decode(s[len(row) :])) for s, row in zip(sequences, rows, strict=True)]
-        return [_f1(answer, reference) for answer, reference in zip(answers, wanted, strict=True)]
+    def answers(rows: list[int], temperature: float) -> tuple[list[list[int]], list[list[int]]]:
+        asked = [prompts[i] for i in rows]
+        return engine.generate_prompts(asked, TRIED_TOKENS, keep_end=True, temperature=temperature, top_k=TOP_K)
 
-    known = agreements(prompts, references, 0.0)
-    right = [i for i, value in enumerate(known) if value >= RIGHT for _ in range(DRAWS)]
-    if len(right) < FEWEST_RIGHT * DRAWS:
+    def agreement(i: int, sequence: list[int]) -> float:
+        return _f1(_words(tokenizer.decode(sequence[len(prompts[i]) :])), references[i])
+
+    sequences, masks = answers(list(range(len(prompts))), 0.0)
+    known = [agreement(i, sequence) for i, sequence in enumerate(sequences)]
+    right = [i for i, value in enumerate(known) if value >= RIGHT]
+    if len(right) < FEWEST_RIGHT:
         return {}
+    risks = risks_of_drawing(engine, [sequences[i] for i in right], [masks[i] for i in right], TEMPERATURES)
     chosen = 0.0
-    for temperature in TEMPERATURES:
-        drawn = agreements([prompts[i] for i in right], [references[i] for i in right], temperature)
-        spoiled = sum(value < known[i] / 2 for i, value in zip(right, drawn, strict=True))
-        if spoiled > TOLERANCE * len(right):
+    for temperature, changed in zip(TEMPERATURES, risks, strict=True):
+        drawn = [i for i, risk in zip(right, changed, strict=True) if risk >= RISK for _ in range(DRAWS)]
+        found = zip(drawn, answers(drawn, temperature)[0], strict=True)
+        if sum(agreement(i, sequence) < known[i] / 2 for i, sequence in found) > TOLERANCE * len(right) * DRAWS:
             break
         chosen = temperature
     return {"temperature": chosen, "top_k": TOP_K} if chosen else {"temperature": 0.0}
+
+
+@torch.inference_mode()
+def risks_of_drawing(
+    engine: Engine, sequences: Sequence[list[int]], masks: Sequence[list[int]], temperatures: Sequence[float]
+) -> list[list[float]]:
+    """How likely a drawn answer differs from this one, at each temperature: 1 - the product of its tokens' shares.
+
+    Args:
+        engine: whose model gives the shares.
+        sequences: prompts with the likeliest answer to each, its end included.
+        masks: 1 where the model chose a token, as `Engine.generate_prompts` returns them.
+        temperatures: above 0.
+
+    Returns:
+        For each temperature the risk of each sequence.
+    """
+    model, device = engine.model, engine.model.get_device()
+    kept = torch.zeros(len(temperatures), len(sequences), dtype=torch.float64)  # log of the share that stays
+    with engine.precision.autocast() if engine.precision else nullcontext():
+        for batch in batches_by_length([len(sequence) for sequence in sequences], RISK_TOKENS):
+            hidden = model.hidden(pad_rows([sequences[b] for b in batch], device))  # (B, T, C)
+            for row, b in zip(hidden, batch, strict=True):
+                chosen = [t for t, mask in enumerate(masks[b]) if mask]
+                if not chosen:
+                    continue
+                logits = model.logits_at(row[[t - 1 for t in chosen]])  # (tokens, V)
+                ids = torch.tensor([sequences[b][t] for t in chosen], device=device)
+                for n, temperature in enumerate(temperatures):
+                    kept[n, b] = -F.cross_entropy(logits / temperature, ids, reduction="sum").double()
+    return (1 - kept.exp()).tolist()
 
 
 def _words(text: str) -> Counter[str]:

@@ -199,7 +199,8 @@ def seed_everything(seed: int) -> None:
 
 def set_deterministic(on: bool) -> None:
     """Restrict torch to algorithms that give the same bits every time (with the same number of threads and cards)."""
-    torch.use_deterministic_algorithms(on)
+    # Not use_deterministic_algorithms, which says it to the compiler too: to import that takes two seconds.
+    torch.set_deterministic_debug_mode("error" if on else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # NaN there only costs time
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -321,6 +322,8 @@ def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | No
     precision = Precision(device_type, _choose_dtype(wish, device, ddp))
     seed_everything(runtime.seed)
     compiles = _compile_allowed(runtime.compile, device)
+    if compiles:
+        torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
     measure = compiles and runtime.compile == "auto"
     compute = Compute(device, ddp, rank, local_rank, world_size, precision, compiles, measure, runtime.fp16_gemm)
     where = torch.cuda.get_device_name(device) if device_type == "cuda" else device_type

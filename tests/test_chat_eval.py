@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.chat_eval import choose_sampling, evaluate_chat_task
+from nanochat.chat_eval import choose_sampling, evaluate_chat_task, risks_of_drawing
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import compute_cleanup
 from nanochat.config import run_script
@@ -434,14 +434,14 @@ class Unsure:
     def __init__(self, references, warmest, known):
         self.references, self.warmest, self.known = references, warmest, known
 
-    def generate_prompts(self, rows, max_tokens, temperature, top_k):
+    def generate_prompts(self, rows, max_tokens, keep_end, temperature, top_k):
         answers = []
         for i, row in enumerate(rows):
             reference = self.references[tuple(row)]
             spoiled = temperature > self.warmest and i % 50 == 0
             wrong = spoiled or int(reference[-1]) % 10 >= self.known  # the last word tells which question it was
             answers.append(row + self.tokenizer.encode("something else entirely" if wrong else reference))
-        return answers, None
+        return answers, answers
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ class Unsure:
     [(2.0, 10, {"temperature": 0.8, "top_k": 50}), (0.3, 10, {"temperature": 0.3, "top_k": 50}),
      (0.3, 6, {"temperature": 0.3, "top_k": 50}), (0.0, 10, {"temperature": 0.0}), (2.0, 0, {})],
 )  # fmt: skip
-def test_the_warmest_setting_that_spoils_nothing_is_chosen(tiny_tokenizer, warmest, known, chosen):
+def test_the_warmest_setting_that_spoils_nothing_is_chosen(tiny_tokenizer, monkeypatch, warmest, known, chosen):
     conversations = [
         {
             "messages": [
@@ -462,8 +462,33 @@ def test_the_warmest_setting_that_spoils_nothing_is_chosen(tiny_tokenizer, warme
     prompts = {tuple(tiny_tokenizer.render_for_completion(c)): c["messages"][1]["content"] for c in conversations}
     engine = Unsure(prompts, warmest, known)
     engine.tokenizer = tiny_tokenizer
+    risk = 1.0
+    monkeypatch.setattr(
+        "nanochat.chat_eval.risks_of_drawing", lambda _, rows, __, heats: [[risk] * len(rows)] * len(heats)
+    )
     assert choose_sampling(engine, tiny_tokenizer, conversations) == chosen
     assert choose_sampling(engine, tiny_tokenizer, conversations[:5]) == {}  # too few to say
+    risk = 1e-4  # what drawing can't change is not drawn
+    assert choose_sampling(engine, tiny_tokenizer, conversations) == (
+        {"temperature": 0.8, "top_k": 50} if chosen else {}
+    )
+
+
+def test_the_risk_of_drawing_is_how_often_draws_differ(tiny_model, tiny_tokenizer):
+    engine = Engine(tiny_model, tiny_tokenizer)
+    prompts = [
+        [tiny_tokenizer.get_bos_token_id(), *tiny_tokenizer.encode(text)] for text in ("one", "two two", "a b c")
+    ]
+    greedy, masks = engine.generate_prompts(prompts, 3, keep_end=True)
+    heats = (1e-4, 0.1, 1.0)
+    risks = risks_of_drawing(engine, greedy, masks, heats)
+    for temperature, row in zip(heats, risks, strict=True):
+        for prompt, answer, risk in zip(prompts, greedy, row, strict=True):
+            drawn, _ = engine.generate_prompts([prompt] * 200, 3, keep_end=True, temperature=temperature)
+            differing = sum(sequence != answer for sequence in drawn) / 200
+            assert differing == pytest.approx(risk, abs=0.12), (temperature, risk)
+    assert max(risks[0]) < 0.01 < min(risks[1])
+    assert 0.2 < max(risks[1]) < 0.99
 
 
 def test_blank_task_names_are_refused_and_repeated_ones_asked_once():

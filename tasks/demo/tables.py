@@ -17,11 +17,14 @@ NEEDED = ("fact", "ask", "key")
 MIN_ASKS = 2
 MAX_FACT_CHARS = 240
 NO_CELL = "-"
+_WORD = re.compile(r"[^\W_]+")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
 
 
 def words_of(text: str) -> list[str]:
     """Lower-case words and numbers of a text: "What's 1,000?" -> ["what", "s", "1000"]."""
-    return re.findall(r"[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", text.lower()))
+    text = text.lower()
+    return _WORD.findall(_THOUSANDS.sub("", text) if "," in text else text)
 
 
 def contains_words(text: str, phrase: str) -> bool:

@@ -294,7 +294,7 @@ def is_known(world: World, filler: str) -> bool:
     """True if the world speaks of the filler, without its article."""
     words = words_of(filler)
     words = words[1:] if words and words[0] in ("a", "an", "the", "my") else words
-    return bool(words) and f" {' '.join(words)} " in world.text
+    return bool(words) and world.vocabulary.issuperset(words) and f" {' '.join(words)} " in world.text
 
 
 class Unknowns:
