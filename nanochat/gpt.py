@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanochat.ops import pointwise
 from nanochat.ops.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
 from nanochat.ops.induction import start_induction
 from nanochat.ops.linear import Linear, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
-from nanochat.ops.pointwise import offset_keys, relu_squared, rms_norm, rotary_norm, rotary_tables, scaled_square
 from nanochat.precision import NARROW_RANGE, autocast_dtype
 
 LOGIT_SOFTCAP = 15.0  # nanochat's: logits lie between −15 and 15, 15·tanh(x/15)
@@ -219,7 +219,7 @@ def unnumbered(name: str) -> str:
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without parameters over the last dimension, in the dtype of `x`."""
-    return rms_norm(x, NORM_EPS)
+    return pointwise.rms_norm(x, NORM_EPS)
 
 
 @dataclass
@@ -269,13 +269,12 @@ class Attention(nn.Module):
             v = v + gate.to(v.dtype).unsqueeze(-1) * value.to(v.dtype).view(v.shape)  # (B, T, K, 1) · (B, T, K, D)
         # Normalised queries and keys bound the scores, so that no step of training makes the softmax explode (arXiv
         # 2302.05442). Rotation and norm are in float32: late positions turn by large angles, and bfloat16 has 8 bits.
-        q = rotary_norm(q, context.cos, context.sin, NORM_EPS, v.dtype)
-        k = rotary_norm(k, context.cos, context.sin, NORM_EPS, v.dtype)
+        q, k = (pointwise.rotary_norm(x, context.cos, context.sin, NORM_EPS, v.dtype) for x in (q, k))
         if context.kv_cache is not None:
             # Keys are stored with their rotation: a position never changes. The cache offsets them, where it is asked.
             k, v = context.kv_cache.update(self.layer, k, v)  # (B, all, K, D)
         elif self.key_offset:
-            k = offset_keys(k, context.first)
+            k = pointwise.offset_keys(k, context.first)
         y = attend(q, k, v, context.pieces[self.window], self.scale, self.product_dtype)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))
 
@@ -291,9 +290,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.c_fc(x)  # (B, T, 4C)
         if h.dtype not in NARROW_RANGE:
-            return self.c_proj(relu_squared(h))
+            return self.c_proj(pointwise.relu_squared(h))
         # In float16 a square overflows from 256 on: multiply a scaled one, and undo the scale in float32.
-        square, factor = scaled_square(F.relu(h))
+        square, factor = pointwise.scaled_square(F.relu(h))
         return self.c_proj(square).float() * factor
 
 
@@ -307,8 +306,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context, value: Tensor | None = None) -> Tensor:
         # The stream itself is never normalised, so that gradients reach every layer through the sums unchanged.
-        x = x + self.attn(norm(x), context, value)
-        return x + self.mlp(norm(x))
+        x, y = pointwise.add_norm(x, None, NORM_EPS, self.attn.product_dtype)
+        x, y = pointwise.add_norm(x, self.attn(y, context, value), NORM_EPS, self.attn.product_dtype)
+        return pointwise.add(x, self.mlp(y))
 
 
 class GPT(nn.Module):
@@ -353,7 +353,7 @@ class GPT(nn.Module):
         self.loss_chunk_bytes: int | None = None  # None: by the device, see nanochat/ops/loss.py
         self.product_dtype: torch.dtype | None = None  # see set_product_dtype
         # Buffers move with the model to its device. They follow from the config, so no checkpoint holds them.
-        cos, sin = rotary_tables(config.sequence_len, config.head_dim, config.rope_base)
+        cos, sin = pointwise.rotary_tables(config.sequence_len, config.head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat.ops import native
 from nanochat.ops.linear import training_product_dtype
 from nanochat.precision import NARROW_RANGE
 
@@ -140,7 +141,11 @@ def attend(
         if dtype not in NARROW_RANGE and probability_bytes(heads, pieces, dtype.itemsize) <= MAX_PROBABILITY_BYTES:
             scale = q.size(-1) ** -0.5 if scale is None else scale
             low = (x.to(dtype).flatten(0, 1) for x in (q, k, v))  # (B·H, T, D)
-            y = _CPUAttention.apply(*low, split_causal(pieces, q.device), scale).view(q.shape)
+            blocks = split_causal(pieces, q.device)
+            kernels = native.kernels_for() if dtype in native.CODES else None
+            if not all(p.mask is None or p.mask.is_contiguous() for p in blocks):
+                kernels = None
+            y = _CPUAttention.apply(*low, blocks, scale, kernels).view(q.shape)
             return y.to(v.dtype).transpose(1, 2)
     parts = [
         F.scaled_dot_product_attention(
@@ -199,19 +204,19 @@ class _CPUAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: list[Piece], scale: float, kernels: Any) -> Tensor:
         y = torch.empty_like(q)
         probabilities = []
         for piece in pieces:
-            scores = torch.bmm(q[:, piece.queries], k[:, piece.keys].mT).mul_(scale)  # (N, queries, keys)
-            if piece.mask is not None:  # (1 or B, 1, queries, the last keys)
-                masked = scores[:, :, scores.size(2) - piece.mask.size(3) :].unflatten(0, (piece.mask.size(0), -1))
-                # A view: this writes into the scores.
-                masked.masked_fill_(piece.mask.logical_not(), float("-inf"))
-            probabilities.append(torch.softmax(scores, dim=-1))
+            scores = torch.bmm(q[:, piece.queries], k[:, piece.keys].mT)  # (N, queries, keys)
+            if kernels is not None:
+                probabilities.append(native.softmax_(kernels, scores, piece.mask, scale))
+            else:
+                probabilities.append(_masked_softmax(scores.mul_(scale), piece.mask))
             y[:, piece.queries] = torch.bmm(probabilities[-1], v[:, piece.keys])
-        ctx.save_for_backward(q, k, v, y, *probabilities)
-        ctx.pieces, ctx.scale = pieces, scale
+        # The kernel sums dP ∘ P itself, row by row as it passes, and needs no Y.
+        ctx.save_for_backward(q, k, v, y if kernels is None else None, *probabilities)
+        ctx.pieces, ctx.scale, ctx.kernels = pieces, scale, kernels
         return y
 
     @staticmethod
@@ -221,14 +226,26 @@ class _CPUAttention(torch.autograd.Function):
         g = grads[0]
         # Each query is in one piece, but keys are in several: their gradients add up.
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        total = torch.linalg.vecdot(g, y).unsqueeze(-1)  # (N, T, 1)
+        total = None if y is None else torch.linalg.vecdot(g, y).unsqueeze(-1)  # (N, T, 1)
         for piece, p in zip(ctx.pieces, probabilities, strict=True):
             dy = g[:, piece.queries]
             dv[:, piece.keys] += torch.bmm(p.mT, dy)
-            ds = torch.bmm(dy, v[:, piece.keys].mT).sub_(total[:, piece.queries]).mul_(p).mul_(ctx.scale)
+            dp = torch.bmm(dy, v[:, piece.keys].mT)  # (N, queries, keys)
+            if total is None:
+                ds = native.softmax_back_(ctx.kernels, p, dp, ctx.scale)
+            else:
+                ds = dp.sub_(total[:, piece.queries]).mul_(p).mul_(ctx.scale)
             dq[:, piece.queries] = torch.bmm(ds, k[:, piece.keys])  # ds (N, queries, keys)
             dk[:, piece.keys] += torch.bmm(ds.mT, q[:, piece.queries])
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
+
+
+def _masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Probabilities of scores (N, queries, keys), which it overwrites; mask (1 or B, 1, queries, the last keys)."""
+    if mask is not None:
+        masked = scores[:, :, scores.size(2) - mask.size(3) :].unflatten(0, (mask.size(0), -1))
+        masked.masked_fill_(mask.logical_not(), float("-inf"))  # a view: this writes into the scores
+    return torch.softmax(scores, dim=-1)
 
 
 def _length(part: slice) -> int:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from nanochat.ops import native
+
 # Memory for the logits of one chunk, counted as float32.
 CHUNK_BYTES = {"cpu": 128 << 20}
 CHUNK_BYTES_DEFAULT = 256 << 20
@@ -124,6 +126,7 @@ class _SummedLoss(torch.autograd.Function):
         cap: float | None,
         chunk_bytes: int | None,
         need_grad: bool,
+        kernels: Any,
     ) -> Tensor:
         # x (N, C) in the compute dtype; master (V, C) float32, so that dW is summed and returned in float32.
         weight = master.to(x.dtype)
@@ -133,6 +136,9 @@ class _SummedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=high, device=x.device)
         dx, dw = torch.empty_like(x), torch.zeros(weight.shape, dtype=high, device=x.device)
         for chunk, dz, parts in _chunks(x, weight, targets, cap, chunk_bytes):
+            if kernels is not None:
+                total += native.cross_entropy_(kernels, dz, targets[chunk], vocab_size, cap).sum()
+                parts = []
             for zc, tc in parts:  # part by part, the logits are overwritten with their gradient
                 losses, s, e, sums = _softmax(zc, tc, vocab_size, cap)
                 total += losses.sum()
@@ -150,7 +156,7 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Only these two wait for the backward pass, N·C and V·C numbers, in place of N·V logits.
         dx, dw = ctx.saved_tensors
-        return dx.to(grads[0].dtype) * grads[0], dw * grads[0], None, None, None, None, None
+        return dx.to(grads[0].dtype) * grads[0], dw * grads[0], None, None, None, None, None, None
 
 
 def _losses_each(
@@ -203,5 +209,6 @@ def linear_cross_entropy(
             return _losses(flat, weight.to(dtype), t, vocab_size, cap, chunk_bytes).view(targets.shape)
         # ctx.needs_input_grad would be true under no_grad too, and an evaluation would pay for gradients.
         need_grad = torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad)
-        total: Tensor = _SummedLoss.apply(flat, weight, t, vocab_size, cap, chunk_bytes, need_grad)
+        kernels = native.kernels_for(flat) if (cap or 0.0) <= native.LARGEST_CAP and t.is_contiguous() else None
+        total: Tensor = _SummedLoss.apply(flat, weight, t, vocab_size, cap, chunk_bytes, need_grad, kernels)
     return total if reduction == "sum" else total / (t >= 0).sum()

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat.ops import native
+from nanochat.ops.linear import training_product_dtype
+
 
 class _RMSNormCPU(torch.autograd.Function):
     """y = x·scale with scale = 1/√(mean(x²) + ε), over the last dimension. Source: arXiv 1910.07467."""
@@ -42,10 +45,33 @@ class _RMSNormCPU(torch.autograd.Function):
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """RMSNorm without parameters of `x` (…, C), in its own dtype."""
+    if (kernels := native.kernels_for(x)) is not None:
+        return native.stream_and_norm(kernels, x, None, eps, x.dtype)[1]
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         normalized: Tensor = _RMSNormCPU.apply(x, eps)
         return normalized
     return F.rms_norm(x, (x.size(-1),), eps=eps)
+
+
+def add_norm(x: Tensor, delta: Tensor | None, eps: float, wanted: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """The residual stream x + delta (…, C), and its RMSNorm for a product that wants float32 rounded to `wanted`.
+
+    Without a delta the stream is x itself.
+    """
+    dtype = training_product_dtype(x, wanted)
+    kernels = native.kernels_for(x) if delta is None else native.kernels_for(x, delta)
+    if kernels is not None and dtype in native.CODES and (delta is None or delta.dtype == dtype):
+        # The stream passes through the function even where it stays as it is: so both its gradients arrive together.
+        return native.stream_and_norm(kernels, x, delta, eps, dtype)
+    x = x if delta is None else x + delta
+    return x, rms_norm(x, eps)
+
+
+def add(x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta: the residual stream in float32 or narrower, and what a product gave."""
+    if (kernels := native.kernels_for(x, delta)) is not None and x.dtype == torch.promote_types(x.dtype, delta.dtype):
+        return native.stream(kernels, x, delta)
+    return x + delta
 
 
 class _ReLUSquared(torch.autograd.Function):
@@ -68,6 +94,8 @@ def relu_squared(x: Tensor) -> Tensor:
     """relu(x)² of any shape."""
     if torch.compiler.is_compiling():
         return F.relu(x).square()
+    if (kernels := native.kernels_for(x)) is not None:
+        return native.squared_relu(kernels, x)
     y: Tensor = _ReLUSquared.apply(x)
     return y
 
@@ -166,6 +194,8 @@ class _RotaryNormCPU(torch.autograd.Function):
 
 def rotary_norm(x: Tensor, cos: Tensor, sin: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`rms_norm(apply_rotary(x, cos, sin), eps)` in `dtype`; x is (B, T, H, D), the tables are (1 or B, T, 1, D)."""
+    if (kernels := native.kernels_for(x, cos, sin)) is not None and dtype in native.CODES and native.fits_heads(x, cos):
+        return native.normed_heads(kernels, x, cos, sin, eps, dtype)
     if x.device.type == "cpu" and x.size(1) > 1 and not torch.compiler.is_compiling():
         normalized: Tensor = _RotaryNormCPU.apply(x, cos, sin, eps, dtype)
         return normalized

@@ -12,6 +12,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod abi;
+pub mod between;
 pub mod count;
 pub mod decode;
 pub mod documents;

@@ -1,0 +1,222 @@
+"""What lies between the products of a training step on a CPU, by the compiled crate (rustbpe/src/between).
+
+torch makes such operations one at a time, and each one reads and writes its tensors once more; a mix of float32 and
+bfloat16 costs a copy on top. Here each is one pass, forward and backward, and writes what the next product takes.
+nanochat/ops has the same in torch's operations: the reference, and what runs wherever `kernels_for` says no.
+
+Values and gradients equal the reference's within rounding, and do not depend on the number of threads.
+
+Shapes: B batch, T tokens, H heads, D head size, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nanochat.precision import DTYPES
+
+# The dtypes' numbers in the crate.
+CODES = {DTYPES["float32"]: 0, DTYPES["bfloat16"]: 1}
+# Below, a softcapped logit's exponential fits into float32 whatever the logit is.
+LARGEST_CAP = 40.0
+LARGEST_HEAD = 512
+_allowed = True
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Inside, everything runs in torch's operations: for tests and comparisons."""
+    global _allowed
+    before, _allowed = _allowed, False
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        from rustbpe import between  # lazy: a model runs without the crate
+    except ImportError:
+        return None
+    return between.kernels()
+
+
+def kernels_for(*tensors: Tensor) -> Any:
+    """The crate's kernels, where they can take these tensors, on a CPU and with gradients; else None.
+
+    The one place that decides.
+    """
+    # A compiler is left to see plain operations, and without gradients the reference stays exact.
+    if not _allowed or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    for x in tensors:
+        # Subclasses, such as torch's fake tensors, have no memory.
+        if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or x.dtype not in CODES:
+            return None
+        if not x.is_contiguous() or x.numel() == 0:
+            return None
+    return _library()
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class _AddNorm(torch.autograd.Function):
+    """r = x + delta and y = norm(r); without a delta r is x. Without a `dtype` there is no y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, eps: float, dtype: torch.dtype | None, kernels: Any) -> Any:
+        channels = x.size(-1)
+        rows = x.numel() // channels
+        product = dtype or (x if delta is None else delta).dtype
+        r = x if delta is None else torch.empty_like(x)
+        y = None if dtype is None else x.new_empty(x.shape, dtype=dtype)
+        scale = None if dtype is None else x.new_empty(rows, dtype=DTYPES["float32"])
+        tensors = (_address(t) for t in (x, delta, r, y, scale))
+        kernels.add_norm(torch.get_num_threads(), CODES[x.dtype], CODES[product], *tensors, rows, channels, eps)
+        ctx.kernels, ctx.has_delta, ctx.product = kernels, delta is not None, product
+        ctx.set_materialize_grads(False)
+        if y is None:
+            return r
+        ctx.save_for_backward(r, scale)
+        return r, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dr, dy = grads if len(grads) == 2 else (grads[0], None)
+        if dy is None:  # nobody used the norm
+            ddelta = dr.to(ctx.product) if ctx.has_delta and dr is not None else None
+            return dr, ddelta, None, None, None
+        r, scale = ctx.saved_tensors
+        dy, dr = dy.contiguous(), None if dr is None else dr.contiguous()
+        dx = torch.empty_like(r)
+        # In one dtype the two gradients are one tensor; autograd does not write into it.
+        ddelta = torch.empty_like(dy) if ctx.has_delta and dy.dtype != dx.dtype else None
+        tensors = (_address(t) for t in (r, scale, dy, dr, dx, ddelta))
+        codes, shape = (CODES[r.dtype], CODES[dy.dtype]), (scale.numel(), r.size(-1))
+        ctx.kernels.add_norm_back(torch.get_num_threads(), *codes, *tensors, *shape)
+        return dx, (dx if ddelta is None else ddelta) if ctx.has_delta else None, None, None, None
+
+
+def stream_and_norm(
+    kernels: Any, x: Tensor, delta: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x + delta in the dtype of x, and its RMSNorm in `dtype`, which is that of delta."""
+    result: tuple[Tensor, Tensor] = _AddNorm.apply(x, delta, eps, dtype, kernels)
+    return result
+
+
+def stream(kernels: Any, x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta in the dtype of x."""
+    result: Tensor = _AddNorm.apply(x, delta, 0.0, None, kernels)
+    return result
+
+
+class _ReLUSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: Any) -> Tensor:
+        y = torch.empty_like(x)
+        kernels.relu_squared(torch.get_num_threads(), CODES[x.dtype], x.data_ptr(), y.data_ptr(), x.numel())
+        ctx.save_for_backward(x)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        dy = grads[0].contiguous()
+        dx = torch.empty_like(x)
+        tensors = (t.data_ptr() for t in (x, dy, dx))
+        ctx.kernels.relu_squared_back(torch.get_num_threads(), CODES[x.dtype], *tensors, x.numel())
+        return dx, None
+
+
+def squared_relu(kernels: Any, x: Tensor) -> Tensor:
+    """relu(x)²."""
+    y: Tensor = _ReLUSquared.apply(x, kernels)
+    return y
+
+
+class _RotaryNorm(torch.autograd.Function):
+    """x (B, T, H, D) -> (B, T, H, D), which lies in memory as (B, H, T, D): so attention's products take it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, eps: float, dtype: torch.dtype, kernels: Any) -> Tensor:
+        B, T, H, D = x.shape
+        y, scale = x.new_empty(B, H, T, D, dtype=dtype), x.new_empty(B, H, T, dtype=DTYPES["float32"])
+        shape = kernels.Shape(T, H, D, H * D, cos.data_ptr(), sin.data_ptr(), int(cos.size(0) > 1))
+        tensors = (t.data_ptr() for t in (x, y, scale))
+        kernels.rotary_norm(
+            torch.get_num_threads(), CODES[x.dtype], CODES[dtype], *tensors, ctypes.byref(shape), B, eps
+        )
+        ctx.save_for_backward(y, scale, cos, sin)  # cos and sin: the shape holds their addresses
+        ctx.kernels, ctx.shape, ctx.dtype = kernels, shape, x.dtype
+        return y.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, scale, _, _ = ctx.saved_tensors
+        B, H, T, D = y.shape
+        dy = grads[0].transpose(1, 2).contiguous()
+        dx = y.new_empty(B, T, H, D, dtype=ctx.dtype)
+        codes = CODES[ctx.dtype], CODES[y.dtype]
+        tensors = (t.data_ptr() for t in (y, dy, scale, dx))
+        ctx.kernels.rotary_norm_back(torch.get_num_threads(), *codes, *tensors, ctypes.byref(ctx.shape), B)
+        return dx, None, None, None, None, None
+
+
+def fits_heads(x: Tensor, cos: Tensor) -> bool:
+    """True if the kernel takes heads and angles of these shapes."""
+    same = cos.dim() == 4 and cos.shape == (cos.size(0), x.size(1), 1, x.size(3)) and cos.size(0) in (1, x.size(0))
+    return x.dim() == 4 and same and cos.dtype == DTYPES["float32"] and x.size(3) % 2 == 0 and x.size(3) <= LARGEST_HEAD
+
+
+def normed_heads(kernels: Any, x: Tensor, cos: Tensor, sin: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """RMSNorm in `dtype` of the heads x (B, T, H, D), rotated by the tables (1 or B, T, 1, D)."""
+    y: Tensor = _RotaryNorm.apply(x, cos, sin, eps, dtype, kernels)
+    return y
+
+
+def softmax_(kernels: Any, scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale · scores) in place, scores (N, queries, keys); mask (share of N, 1, queries, last keys) or None."""
+    N, queries, keys = scores.shape
+    seen = (None, 0, N) if mask is None else (mask.data_ptr(), mask.size(3), N // mask.size(0))
+    sizes = N * queries, queries, keys
+    kernels.softmax(torch.get_num_threads(), CODES[scores.dtype], scores.data_ptr(), *sizes, scale, *seen)
+    return scores
+
+
+def softmax_back_(kernels: Any, p: Tensor, dp: Tensor, scale: float) -> Tensor:
+    """The gradient of the scores, in place of that of the probabilities p, both (N, queries, keys)."""
+    rows, keys = p.size(0) * p.size(1), p.size(2)
+    tensors = p.data_ptr(), dp.data_ptr()
+    kernels.softmax_back(torch.get_num_threads(), CODES[p.dtype], *tensors, rows, keys, scale)
+    return dp
+
+
+def cross_entropy_(kernels: Any, z: Tensor, targets: Tensor, vocab_size: int, cap: float | None) -> Tensor:
+    """Losses (n,) of z (n, V) as `loss._chunks` gives it; z becomes its gradient. `targets` (n,) int64, −1 ignored.
+
+    Raises: ValueError for a target that is no token.
+    """
+    if (largest := int(targets.max())) >= vocab_size:
+        raise ValueError(f"target {largest} is not in the vocabulary of {vocab_size} tokens")
+    losses = z.new_empty(z.size(0), dtype=DTYPES["float32"])
+    tensors = (t.data_ptr() for t in (z, targets, losses))
+    sizes = z.size(0), z.size(1), vocab_size
+    kernels.loss(torch.get_num_threads(), CODES[z.dtype], *tensors, *sizes, cap or 0.0)
+    return losses

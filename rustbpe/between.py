@@ -1,0 +1,78 @@
+"""What a training step on a CPU does between its matrix products, in Rust (src/between): the binding to its C ABI.
+
+This module knows addresses and sizes only; `nanochat.ops.native` knows tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import rustbpe
+
+VERSION = 1  # of the functions below, that of src/between/abi.rs
+
+_int, _size, _pointer, _float = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_float
+
+
+class HeadsShape(ctypes.Structure):
+    """`Shape` of src/between/heads.rs."""
+
+    _fields_ = (
+        *((name, _size) for name in ("tokens", "heads", "size", "stride")),
+        *((name, _pointer) for name in ("cos", "sin")),
+        ("own_angles", _size),
+    )
+
+
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "add_norm": (_int, _int, *(_pointer,) * 5, _size, _size, _float),
+    "add_norm_back": (_int, _int, *(_pointer,) * 6, _size, _size),
+    "relu_squared": (_int, _pointer, _pointer, _size),
+    "relu_squared_back": (_int, _pointer, _pointer, _pointer, _size),
+    "rotary_norm": (_int, _int, *(_pointer,) * 3, ctypes.POINTER(HeadsShape), _size, _float),
+    "rotary_norm_back": (_int, _int, *(_pointer,) * 4, ctypes.POINTER(HeadsShape), _size),
+    "softmax": (_int, _pointer, _size, _size, _size, _float, _pointer, _size, _size),
+    "softmax_back": (_int, _pointer, _pointer, _size, _size, _float),
+    "loss": (_int, *(_pointer,) * 3, _size, _size, _size, _float),
+}
+
+
+class Kernels:
+    """The functions of src/between/abi.rs, each with its own arguments after the number of threads.
+
+    Raises: RuntimeError for a failure inside, ValueError for sizes that don't fit.
+    """
+
+    Shape = HeadsShape
+
+    def __init__(self, library: Any) -> None:
+        # The workers that torch computes with, so that no second pool fights with them for the cores.
+        try:
+            openmp = ctypes.CDLL(None)
+            parallel = ctypes.cast(openmp.GOMP_parallel, _pointer)
+        except (OSError, TypeError, AttributeError):  # as where torch has another OpenMP than GNU's
+            parallel = _pointer()
+        for name, arguments in _FUNCTIONS.items():
+            function = getattr(library, f"rustbpe_{name}")
+            function.argtypes, function.restype = (_pointer, _size, *arguments), _int
+            setattr(self, name, functools.partial(self._call, function, parallel))
+
+    @staticmethod
+    def _call(function: Any, parallel: Any, *arguments: Any) -> None:
+        status = function(parallel, *arguments)
+        if status:
+            rustbpe._check(status)
+
+
+@functools.cache
+def kernels() -> Any:
+    """The `Kernels`; None without the compiled crate, or where it is of another version."""
+    library = rustbpe._lib
+    try:
+        version = library.rustbpe_between_version
+        version.argtypes, version.restype = (), _int
+        return Kernels(library) if version() == VERSION else None
+    except AttributeError:
+        return None

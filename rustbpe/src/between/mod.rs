@@ -1,0 +1,17 @@
+//! What a training step on a CPU does between its matrix products: norms, rotated heads, squared ReLU, softmax.
+//!
+//! All of it is limited by memory, so what counts is how often a tensor is read and written. Each kernel reads its
+//! inputs once and writes the next product's input in the dtype that the product wants. The gradients' formulas are
+//! those of `nanochat/ops`, whose functions in torch stay the reference.
+//!
+//! Arithmetic is in float32 whatever the dtype, without fused multiplications, and every sum has a fixed order. So the
+//! result is the same, bit for bit, for every number of threads and on every processor.
+//!
+//! Shapes: B sequences, T tokens, C channels, H heads, D head size, V vocabulary.
+
+pub mod abi;
+mod heads;
+mod numbers;
+mod rows;
+mod softmax;
+pub mod team;
