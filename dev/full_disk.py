@@ -11,16 +11,21 @@ command must come to its end. Training says the same and waits with its finished
 from __future__ import annotations
 
 import contextlib
+import functools
+import http.server
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat.config import run_script
+from nanochat.data.shards import ShardWriter
 from nanochat.pipeline.profiles import TINY, Settings
 from nanochat.pipeline.stages import make_stages
 
@@ -35,12 +40,39 @@ class Config:
 
     only: str | None = None
     """Names of stages, by commas; the ones before run with room."""
+    base_dir: Path | None = None
+    """A finished tiny run to start from (it is copied): then the stages that --only does not name are not run."""
     free_kb: str = "0,200"
     """What is free, by commas: each stage fails once with each, unless that is enough."""
 
 
-def commands(base: Path) -> dict[str, list[str]]:
-    """The command of every stage, in order: the pipeline's, then what is made from its models."""
+@contextlib.contextmanager
+def served_shards(folder: Path) -> Iterator[Path]:
+    """A list of the URLs of two shards of about 2 MB, which lie in `folder` and are served from there."""
+    rng = random.Random(0)
+    for name in ("a", "b"):
+        writer = ShardWriter(folder, name, one=True)
+        for _ in range(1000):
+            writer.add(" ".join(f"{rng.getrandbits(40):x}" for _ in range(300)))
+        (folder / writer.close()[0].name).rename(folder / f"{name}.parquet")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    urls = [f"http://127.0.0.1:{server.server_port}/{name}.parquet\n" for name in ("a", "b")]
+    (folder / "list.txt").write_text("".join(urls))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield folder / "list.txt"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def commands(base: Path, shards: Path) -> dict[str, list[str]]:
+    """The command of every stage, in order: the pipeline's, then what is made from its models, and a download."""
     found = {}
     for stage in make_stages(replace(TINY, recipe="portable"), Settings(), base):
         found[stage.name] = stage.command()[1:]
@@ -55,7 +87,17 @@ def commands(base: Path) -> dict[str, list[str]]:
         "--eval_tokens=256",
         *short,
     ]
+    rl = [
+        "--num_iterations=2",
+        "--examples_per_step=2",
+        "--num_samples=2",
+        "--max_new_tokens=4",
+        "--device_batch_size=4",
+    ]
+    rl += ["--eval_examples=2", "--eval_samples=2", "--device_batch_size=4", "--model_tag=d1", "--task=DemoWordSums"]
     return found | {
+        "chat_rl": ["-m", "scripts.chat_rl", *rl],
+        "download": ["-m", "nanochat.dataset", f"--source=urls:{shards}"],
         "tok_cache": ["-m", "scripts.tok_cache", "--dataset=demo"],
         "tensorboard": [*train, "--model_tag=t", "--tracker=tensorboard", "--run=t"],
         "import_texts": ["-m", "scripts.tok_cache", f"--data_dir={ROOT / 'docs'}"],
@@ -120,9 +162,18 @@ def problems(code: int, said: str, base: Path) -> list[str]:
 def main(cfg: Config) -> None:
     """Fill the disk in each stage, make room, go on."""
     failed, only = 0, cfg.only.split(",") if cfg.only else None
-    with tempfile.TemporaryDirectory() as tmp, small_disk(Path(tmp)):
+    with (
+        tempfile.TemporaryDirectory() as tmp,
+        tempfile.TemporaryDirectory() as other,
+        served_shards(Path(other)) as shards,
+        small_disk(Path(tmp)),
+    ):
         base = Path(tmp)
-        for name, command in commands(base).items():
+        if cfg.base_dir is not None:
+            shutil.copytree(cfg.base_dir, base, dirs_exist_ok=True)
+        for name, command in commands(base, shards).items():
+            if cfg.base_dir is not None and only is not None and name not in only:
+                continue
             ends = []
             for free_kb in map(int, cfg.free_kb.split(",")) if only is None or name in only else ():
                 with full(base, free_kb):

@@ -230,7 +230,7 @@ class _Session:
         self.timed_out = self.overfull = False
         self._readable: dict[str, int] = {}  # descriptors by the name of what they say
         self._for_children: list[int] = []
-        self._homes: list[str] = []
+        self._homes: dict[str, int | None] = {}  # with the descriptor that holds the folder's lock
 
     def __enter__(self) -> _Session:
         return self
@@ -243,8 +243,10 @@ class _Session:
             process.wait()
         for fd in [*self._readable.values(), *self._for_children]:
             os.close(fd)
-        for home in self._homes:
+        for home, lock in self._homes.items():
             _remove_tree(home)
+            if lock is not None:
+                os.close(lock)
 
     def pipe(self) -> tuple[int, int]:
         """Return (read end, write end) of a pipe between children."""
@@ -254,8 +256,12 @@ class _Session:
 
     def start(self, part: str, settings: dict[str, Any]) -> None:
         """Start a process that plays `part`, with only the descriptors it is told of."""
-        home = tempfile.mkdtemp(prefix="nanochat-run-")
-        self._homes.append(home)
+        _sweep(tempfile.gettempdir())
+        made = tempfile.mkdtemp(prefix=".nanochat-new-")
+        lock = _lock(made)
+        home = os.path.join(os.path.dirname(made), os.path.basename(made).replace(".nanochat-new-", "nanochat-run-"))
+        os.rename(made, home)  # a folder with this name and without a lock is nobody's
+        self._homes[home] = lock
         if not self.namespaces:
             os.chmod(home, 0o777)  # the process may not be of this user
         settings = settings | {"part": part, "namespaces": self.namespaces}
@@ -338,6 +344,32 @@ class _Session:
             self.timed_out,
             report == "memory" and not self.timed_out,
         )
+
+
+def _lock(folder: str) -> int | None:
+    """A descriptor that holds the lock of a folder while this process lives; None if another has it."""
+    with contextlib.suppress(ImportError):
+        import fcntl  # lazy: Unix only
+
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+        else:
+            return fd
+    return None
+
+
+@functools.cache
+def _sweep(folder: str) -> None:
+    """Remove the folders of programs that killed processes of this user left (once per process)."""
+    for home in Path(folder).glob("nanochat-run-*"):
+        with contextlib.suppress(OSError):  # gone in the meantime, another user's, or no folder
+            if (lock := _lock(str(home))) is not None:
+                if home.lstat().st_uid == os.getuid():
+                    _remove_tree(str(home))
+                os.close(lock)
 
 
 def _is_overfull(home: str) -> bool:

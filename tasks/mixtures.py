@@ -183,7 +183,7 @@ def _nanochat_sft(budget: DataBudget) -> Conversations:
 RL_TASKS: Mapping[str, Callable[[], RLTasks]] = {
     "GSM8K": lambda: RLTasks(GSM8K("train"), GSM8K("test")),
     "SpellingBee": lambda: RLTasks(SpellingBee(size=10_000, split="train"), SpellingBee(size=256, split="test")),
-    "DemoWordSums": lambda: RLTasks(DemoWordSums(10_000, "train"), DemoWordSums(400, "test")),
+    "DemoWordSums": lambda: RLTasks(DemoWordSums(10_000, "train"), DemoWordSums(400, "test"), lr_frac=0.1),
 }
 
 

@@ -1,5 +1,6 @@
 """Corpora: which documents are validation, what is waited for, and what is said about bad data."""
 
+import json
 import os
 import threading
 import time
@@ -152,7 +153,7 @@ def test_a_shard_of_another_size_is_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "b.parquet", [["b"]])
     listed(tmp_path, ["a.parquet"], ["b.parquet"])
     write_shard(tmp_path / "a.parquet", [["another text"]])
-    with pytest.raises(BadShardError, match=r"a\.parquet has \d+ bytes, but its manifest says"):
+    with pytest.raises(BadShardError, match=r"a\.parquet has \d+ bytes, but is listed with"):
         open_corpus(tmp_path)
 
 
@@ -234,8 +235,9 @@ def finished(folder: Path, kind: str) -> list[Path]:
     entries = [entry for writer in writers for entry in writer.close()]
     name_shards(folder, "texts", entries[:2], entries[2:], {"import": "0"} if kind == "import" else {})
     shards = sorted(folder.glob("*.parquet"))
-    if kind == "demo":
+    if kind in ("demo", "unlisted"):
         (folder / "manifest.json").unlink()
+    if kind == "demo":
         write_json(folder / DEMO_STAMP, {"fingerprint": "", "sha256": {p.name: sha256_file(p) for p in shards}})
     return shards
 
@@ -246,7 +248,13 @@ def read_all(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "remedy"), [("import", "delete the folder"), ("demo", "tasks.demo"), ("download", "nanochat.dataset")]
+    ("kind", "remedy"),
+    [
+        ("import", "delete the folder"),
+        ("demo", "tasks.demo"),
+        ("download", "nanochat.dataset"),
+        ("unlisted", "first_use"),
+    ],
 )
 def test_a_flipped_bit_a_swap_and_a_loss_are_found_and_say_the_remedy(kind: str, remedy: str, tmp_path: Path) -> None:
     shards = finished(tmp_path / "x", kind)
@@ -298,3 +306,38 @@ def test_a_hash_is_compared_once(tmp_path: Path, base_dir: Path, monkeypatch: py
     write_json(tmp_path / "x" / DEMO_STAMP, [])
     with pytest.raises(ValueError, match=r"corpus\.json can't be understood.*tasks\.demo"):
         open_corpus(tmp_path / "x")
+
+
+def test_a_folder_without_a_list_is_compared_with_its_first_use(
+    tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = finished(folder := tmp_path / "x", "unlisted")
+    late = shards.pop(0).rename(tmp_path / "late")
+    read_all(folder)
+    (record,) = (base_dir / ".first_use").iterdir()
+    late.rename(folder / "shard_00000.parquet")  # more of them may come
+    read_all(folder)
+    assert len(json.loads(record.read_text())["shards"]) == 3
+    shards[0].write_bytes(shards[1].read_bytes())
+    with pytest.raises(BadShardError, match=f"delete {record} if you have changed it on purpose"):
+        open_corpus(folder)
+    assert len({chunk.shard for chunk in open_corpus(folder, skip_bad_shards=True).train}) == 1
+    shards[0].rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=f"in the record of what {folder} held.*{record}"):
+        open_corpus(folder)
+    assert len({chunk.shard for chunk in open_corpus(folder, skip_bad_shards=True).train}) == 1
+    assert "going on without 1 of 3 shards" in capsys.readouterr().out
+    record.unlink()
+    read_all(folder)
+    record.write_text(record.read_text().replace("sha256:", "sha256:0", 1))
+    read_all(folder)
+    assert "was changed before can't be known" in capsys.readouterr().out
+    read_all(shards[1])  # a file alone has a record of its own
+    assert len([*record.parent.iterdir()]) == 2
+
+
+def test_what_cannot_be_recorded_is_said(tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(tmp_path / "x", "unlisted")
+    (base_dir / ".first_use").write_text("in the way")
+    read_all(tmp_path / "x")
+    assert "that can't be known" in capsys.readouterr().out

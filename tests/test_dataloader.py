@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -22,9 +23,11 @@ from nanochat.data import corpus as corpus_module
 from nanochat.data import text_rows
 from nanochat.data.corpus import Corpus, open_corpus
 from nanochat.data.prefetch import DeviceFeed, Prefetch
+from nanochat.data.shards import FIRST_USE
 from nanochat.data.text_rows import pack_window
 from nanochat.data.token_stream import chunk_order, document_order, insert_bos, reorder
 from nanochat.dataloader import Mode, PretrainLoader
+from nanochat.env import get_base_dir
 from nanochat.tokenizer import RustBPETokenizer
 
 BOS = 256
@@ -35,8 +38,14 @@ shard_texts = st.lists(st.lists(documents, max_size=5), min_size=1, max_size=3) 
 corpora = st.lists(shard_texts, min_size=1, max_size=3)
 
 
+def forget_first_use() -> None:
+    """What is in folders is changed on purpose."""
+    shutil.rmtree(get_base_dir() / FIRST_USE, ignore_errors=True)
+
+
 def make_corpus(folder: Path, shards: list[list[list[str]]]) -> Corpus:
     """These shards of row groups of documents, on disk."""
+    forget_first_use()
     schema = pa.schema([("text", pa.string())])
     for i, groups in enumerate(shards):
         with pq.ParquetWriter(folder / f"shard_{i:05d}.parquet", schema) as writer:
@@ -341,6 +350,7 @@ def test_shards_that_arrive_do_not_move_the_place(tmp_path: Path, capsys: pytest
     make_corpus(tmp_path, texts)
     (tmp_path / "shard_00002.parquet").rename(tmp_path / "shard_00009.parquet")
     (tmp_path / "shard_00001.parquet").rename(tmp_path / "shard_00005.parquet")
+    forget_first_use()
     before = open_corpus(tmp_path)
     loader = PretrainLoader(before, BYTES, 2, 8)
     for _ in range(2):
@@ -353,6 +363,7 @@ def test_shards_that_arrive_do_not_move_the_place(tmp_path: Path, capsys: pytest
     assert torch.equal(next(resumed)[0], expected)
     assert "changed" in capsys.readouterr().out
     (tmp_path / "shard_00005.parquet").unlink()
+    forget_first_use()
     with pytest.raises(ValueError, match=r"no longer has row group 0 of shard_00005\.parquet"):
         PretrainLoader(open_corpus(tmp_path), BYTES, 2, 8, state=state)
 
@@ -403,8 +414,10 @@ def test_bad_shards_are_skipped_only_on_request(tmp_path: Path, capsys: pytest.C
     assert [bytes(row[1:]) for row in next(loader)[0].tolist()] == [b"aaa", b"bbb", b"eee"]
     assert "warning: skipping the rest of row group 0 of shard_00001.parquet" in capsys.readouterr().out
     (tmp_path / "shard_00001.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"shard_00001\.parquet is not a readable"):
-        open_corpus(tmp_path)
+    for first in (False, True):
+        with pytest.raises(ValueError, match=r"shard_00001\.parquet is not a readable" if first else r"has 0 bytes"):
+            open_corpus(tmp_path)
+        forget_first_use()
     loader = PretrainLoader(open_corpus(tmp_path, skip_bad_shards=True), BYTES, 3, 4)
     assert [bytes(row[1:]) for row in next(loader)[0].tolist()] == [b"aaa", b"bbb", b"eee"]
 

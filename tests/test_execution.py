@@ -1,6 +1,9 @@
 """Programs that reach their end pass; everything else fails, within its time and size, and harms nothing outside."""
 
 import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -226,6 +229,31 @@ def test_its_folder_is_gone_afterwards(monkeypatch, tmp_path):
         monkeypatch.setattr(execution, "isolation", lambda strong=strong: Isolation(strong))
         assert execute_code("import os\nopen('big', 'w').write('x' * 1000)\nos.mkdir('d')\nprint(os.getcwd())").success
         assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_run_removes_what_a_killed_one_left(monkeypatch, tmp_path):
+    def folders():
+        return {path.name for path in tmp_path.glob("nanochat-run-*")}
+
+    run = "import os; from nanochat.execution import execute_code; execute_code('while True: pass', timeout=300)"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    alive, dead = (subprocess.Popen([sys.executable, "-c", run], env=environment) for _ in range(2))
+    try:
+        while len(folders()) < 4:  # of a worker and a judge each
+            assert alive.poll() is None
+            assert dead.poll() is None
+            time.sleep(0.05)
+        dead.kill()
+        dead.wait()
+        (tmp_path / "nanochat-run-file").touch()
+        assert len(folders()) == 5
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        assert execute_code("pass").success
+        assert len(folders()) == 3  # those of the living one, and what is no folder
+    finally:
+        alive.kill()
+        dead.kill()
+        alive.wait()
 
 
 def test_files_are_limited_in_size():

@@ -86,10 +86,16 @@ def test_a_classic_checkpoint_that_claims_more_than_its_file_holds_is_refused(fo
         torch.save(weights | {name: value}, path)
         with pytest.raises(ValueError, match=named):
             read_classic(path.parent)
-    record = {"sequence_len": 32, "vocab_size": 280, "n_layer": 10**9, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
-    (folder / "pt" / "meta_000001.json").write_text(json.dumps({"model_config": record}))
-    with pytest.raises(ValueError, match="1000000000 layers"):
-        read_classic(path.parent)
+    record = {"sequence_len": 32, "vocab_size": 280, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    for field, value, named in (
+        ("n_layer", 10**9, "1000000000 layers"),
+        ("n_embd", 10**9, "no model can have the sizes"),  # more numbers than torch can count
+    ):
+        changed = json.dumps({"model_config": record | {field: value}})
+        (folder / "pt" / "meta_000001.json").write_text(changed)
+        torch.save(weights, path)
+        with pytest.raises(ValueError, match=named):
+            read_classic(path.parent)
 
 
 # --- transformers folders of others, for --hf_path --------------------------------------------------------------------

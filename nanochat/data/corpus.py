@@ -26,7 +26,9 @@ from nanochat.data.shards import (
     Manifest,
     demo_entries,
     find_damage,
+    first_entries,
     load_manifest,
+    record_first_use,
     remedy,
     wait_for_shard,
 )
@@ -170,7 +172,7 @@ class Corpus:
                 return False
             with self._lock:
                 if pending and self.folder / pending[0].name == path:  # another loader's thread may have taken it
-                    chunks += _usable_chunks(path, self.column, pending[0], self.skip_bad_shards)
+                    chunks += _usable_chunks(path, self.column, pending[0], self.skip_bad_shards, self.folder)
                     pending.popleft()
         return len(chunks) > known
 
@@ -258,10 +260,19 @@ def open_corpus(folder: str | Path, skip_bad_shards: bool = False) -> Corpus:
     shards = list_shards(folder)
     if not shards:
         raise FileNotFoundError(f"no .parquet file in {folder}: give another --data_dir, or a --dataset to download")
-    listed = demo_entries(folder)
+    demo = demo_entries(folder)
+    listed = demo or first_entries(folder)
     if missing := sorted(set(listed) - {shard.name for shard in shards}):
-        raise FileNotFoundError(f"{folder / missing[0]} is listed in {DEMO_STAMP} but is not there: {remedy(folder)}")
-    per_shard = [_usable_chunks(shard, TEXT_COLUMN, listed.get(shard.name), skip_bad_shards) for shard in shards]
+        listing = DEMO_STAMP if demo else f"the record of what {folder} held"
+        said = f"{folder / missing[0]} is in {listing} but is not there: {remedy(folder)}"
+        if not skip_bad_shards:
+            raise FileNotFoundError(said)
+        print0(f"warning: going on without {len(missing)} of {len(listed)} shards: {said}")
+    per_shard = [
+        _usable_chunks(shard, TEXT_COLUMN, listed.get(shard.name), skip_bad_shards, folder) for shard in shards
+    ]
+    if not demo:
+        record_first_use(folder, listed, [shard for shard, chunks in zip(shards, per_shard, strict=True) if chunks])
     split = _split if all(SHARD_NAME.fullmatch(shard.name) for shard in shards) else _spread
     train, val = split([chunks for chunks in per_shard if chunks])
     if not train:
@@ -281,7 +292,7 @@ def _open_listed(folder: Path, manifest: Manifest, skip_bad_shards: bool) -> Cor
         chunks[split] = [
             chunk
             for entry in entries[:there]
-            for chunk in _usable_chunks(folder / entry.name, manifest.column, entry, skip_bad_shards)
+            for chunk in _usable_chunks(folder / entry.name, manifest.column, entry, skip_bad_shards, folder)
         ]
         pending[split] = deque(entries[there:])
     if not manifest.validation:
@@ -294,11 +305,11 @@ def _open_listed(folder: Path, manifest: Manifest, skip_bad_shards: bool) -> Cor
     )
 
 
-def _usable_chunks(shard: Path, column: str, entry: Entry | None, skip_bad: bool) -> list[Chunk]:
+def _usable_chunks(shard: Path, column: str, entry: Entry | None, skip_bad: bool, corpus: Path) -> list[Chunk]:
     """The chunks of a shard; none, and a warning, if it is bad and bad ones are to be skipped."""
     try:
         if entry is not None and (damage := find_damage(shard, entry)):
-            raise BadShardError(f"{damage}: {remedy(shard.parent)}")
+            raise BadShardError(f"{damage}: {remedy(corpus)}")
         return shard_chunks(shard, column)
     except BadShardError as error:
         if not skip_bad:

@@ -13,9 +13,11 @@ validation.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from nanochat.env import get_base_dir, print0
+from nanochat.env import get_base_dir, get_dist_info, print0
 from nanochat.files import matches, seal, sha256_file, unseal, write_json
 
 MANIFEST = "manifest.json"
 LOCK = ".download.lock"
 DEMO_STAMP = "corpus.json"  # the demo corpus has this instead of a manifest
 VERIFIED = ".verified_shards.json"  # in the base folder: shards whose hash was compared, as they were then
+FIRST_USE = ".first_use"  # in the base folder: what was in folders without a list of hashes when they were first opened
 VERSION = 1  # of the manifest
 SECONDS_BETWEEN_LOOKS = 0.2
+LARGE_BYTES = 2_000_000_000  # hashing more is announced: it takes seconds
 
 ROW_GROUP_DOCUMENTS = 1024
 ROW_GROUP_CHARS = 16_000_000
@@ -143,16 +147,12 @@ def find_damage(shard: Path, entry: Entry) -> str | None:
     """
     stat = shard.stat()
     if entry.size is not None and stat.st_size != entry.size:
-        return f"{shard} has {stat.st_size} bytes, but its manifest says {entry.size}"
-    state = [entry.digest, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    known, name = _verified(), str(shard.absolute())
-    if entry.digest is None or known.get(name) == state:
+        return f"{shard} has {stat.st_size} bytes, but is listed with {entry.size}"
+    if entry.digest is None or _verified().get(str(shard.absolute())) == _state(shard, entry):
         return None
     if not matches(shard, entry.size, entry.digest):
         return f"{shard} is not the file that was listed, its hash is another"
-    with contextlib.suppress(OSError):  # a base folder that can't be written to costs time, nothing else
-        there = {path: seen for path, seen in known.items() if Path(path).exists()}
-        write_json(get_base_dir() / VERIFIED, there | {name: state})
+    _note([(shard, entry)])
     return None
 
 
@@ -160,10 +160,65 @@ def remedy(folder: Path) -> str:
     """What brings back the shards of a folder that are missing or not as they were listed."""
     if (folder / DEMO_STAMP).exists():
         return "run `python -m tasks.demo` again"
-    manifest = load_manifest(folder)
+    manifest = load_manifest(folder) if folder.is_dir() else None
     if manifest is not None and "import" in manifest.facts:
         return f"delete the folder {folder}, then import its texts again"
+    if manifest is None and (record := first_use(folder)).exists():
+        return f"put it back as it was, or delete {record} if you have changed it on purpose"
     return "delete the file if it is there, then run the `python -m nanochat.dataset` command of this folder again"
+
+
+def first_use(folder: Path) -> Path:
+    """The record of what a folder without a list of hashes held when it was first opened (or of one file)."""
+    name = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:12]
+    return get_base_dir() / FIRST_USE / f"{folder.name}-{name}.json"
+
+
+def first_entries(folder: Path) -> dict[str, Entry]:
+    """The shards that a folder without a list of hashes held when it was opened before, by name; empty the first time.
+
+    A record that can't be read is told and made anew.
+    """
+    path = first_use(folder)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not unseal(record, path.name):
+            raise ValueError("it was changed or is damaged")
+        return {name: Entry(name, size, digest) for name, (size, digest) in record["shards"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        print0(f"warning: {path} can't be read ({error}): whether {folder} was changed before can't be known")
+        return {}
+
+
+def record_first_use(folder: Path, known: dict[str, Entry], shards: Iterable[Path]) -> None:
+    """Add the hashes of `shards` to the record of `folder`, unless they are there; one process does."""
+    new = [shard for shard in shards if shard.name not in known]
+    if not new or get_dist_info()[1] != 0:
+        return
+    if (size := sum(shard.stat().st_size for shard in new)) > LARGE_BYTES:
+        print0(f"hashing {size / 1e9:.1f} GB of {folder} once, so that a later change is found")
+    entries = [Entry(shard.name, shard.stat().st_size, f"sha256:{sha256_file(shard)}") for shard in new]
+    path, rows = first_use(folder), {e.name: [e.size, e.digest] for e in [*known.values(), *entries]}
+    try:
+        write_json(path, seal({"folder": str(folder.absolute()), "shards": rows}, path.name))
+    except OSError as error:
+        print0(f"warning: {path} can't be written ({error}): if {folder} is changed later, that can't be known")
+    _note(list(zip(new, entries, strict=True)))
+
+
+def _state(shard: Path, entry: Entry) -> list[Any]:
+    stat = shard.stat()
+    return [entry.digest, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _note(compared: list[tuple[Path, Entry]]) -> None:
+    """Remember that these shards are as listed."""
+    with contextlib.suppress(OSError):  # a base folder that can't be written to costs time, nothing else
+        there = {path: seen for path, seen in _verified().items() if Path(path).exists()}
+        now = {str(shard.absolute()): _state(shard, entry) for shard, entry in compared}
+        write_json(get_base_dir() / VERIFIED, there | now)
 
 
 def _verified() -> dict[str, Any]:

@@ -52,8 +52,11 @@ def check_config(config: GPTConfig, weights: Mapping[str, Tensor], where: str) -
 
 def check_shapes(state: Mapping[str, Tensor], config: GPTConfig, where: str) -> None:
     """Raise ValueError, which names up to five, if the weights are not those of a model with this config."""
-    with torch.device("meta"):  # shapes only: no memory is spent on a model before its weights are known to fit it
-        expected = {name: value.shape for name, value in GPT(config).state_dict().items()}
+    try:
+        with torch.device("meta"):  # shapes only: no memory is spent on a model before its weights are known to fit it
+            expected = {name: value.shape for name, value in GPT(config).state_dict().items()}
+    except RuntimeError as error:  # more numbers than torch can count
+        raise ValueError(f"{where}: no model can have the sizes of its config ({one_line(error)})") from None
     problems = [f"{name} is missing" for name in sorted(set(expected) - set(state))]
     problems += [f"{name} is unknown" for name in sorted(set(state) - set(expected))]
     problems += [

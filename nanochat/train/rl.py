@@ -61,8 +61,8 @@ class RLConfig(StageConfig, RolloutConfig):
     """PPO's clipping of the probability ratio to 1 ± this; off by default."""
     kl: float = 0.0
     """Weight of the penalty for moving away from the model at the start; off by default."""
-    init_lr_frac: float = 0.05
-    """All learning rates start at this share."""
+    init_lr_frac: float = 0.0
+    """All learning rates start at this share; 0: the task's own, 0.1 for DemoWordSums and 0.05 for the others."""
     warmdown_ratio: float = 1.0
     """Share of the run in which the learning rate falls."""
     eval_every: int = 60
@@ -80,6 +80,8 @@ class RLConfig(StageConfig, RolloutConfig):
             raise ValueError(f"--clip must be between 0 and 1, got {self.clip}")
         if self.kl < 0 or self.temperature <= 0:
             raise ValueError("--kl must not be negative, and --temperature must be above 0")
+        if self.init_lr_frac < 0:
+            raise ValueError(f"--init_lr_frac must not be negative, got {self.init_lr_frac}")
         for name in ("examples_per_step", "num_samples", "max_new_tokens", "updates_per_rollout", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -92,6 +94,8 @@ class RLTasks(NamedTuple):
 
     train: RewardTask
     val: RewardTask
+    lr_frac: float = 0.05
+    """The share that learning rates start at, if none is given: nanochat's. Other tasks may bear more."""
 
 
 def policy_loss(losses: Tensor, batch: Batch, clip: float | None = None, kl: float = 0.0) -> Tensor:
@@ -174,16 +178,19 @@ def reinforce(cfg: RLConfig, load_tasks: Callable[[dict[str, Any]], RLTasks]) ->
     print_banner()
     start = find_start(cfg.source, cfg)
     tasks, tokenizer = load_tasks(start.checkpoint.meta), start.tokenizer
+    cfg = replace(cfg, init_lr_frac=cfg.init_lr_frac or tasks.lr_frac)
     with start_run("rl", cfg, start.tag, clock, start.checkpoint.meta.get("dtype")) as run:
         # Every step has sequences of another length: compiling would start again and again.
         run.compute = compute = replace(run.compute, compile=False, measure_compile=False)
         context = start.checkpoint.meta["model_config"]["sequence_len"]
-        tasks = RLTasks(*(FittingProblems(task, tokenizer, context) for task in tasks))
+        train_task, val_task = (FittingProblems(task, tokenizer, context) for task in (tasks.train, tasks.val))
+        tasks = tasks._replace(train=train_task, val=val_task)
         steps_per_epoch = len(tasks.train) / cfg.examples_per_step * cfg.updates_per_rollout
         schedule = make_schedule(cfg, steps_per_epoch, start.preset)
         print0(
             f"rl: {tasks.train.name}, {len(tasks.train):,} problems, {describe_horizon(schedule)} of "
-            f"{cfg.examples_per_step} problems × {cfg.num_samples} answers"
+            f"{cfg.examples_per_step} problems × {cfg.num_samples} answers, "
+            f"learning rates from {cfg.init_lr_frac:g} of the base run's"
         )
         if cfg.dry_run:
             return
