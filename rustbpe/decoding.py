@@ -14,7 +14,7 @@ import rustbpe
 
 VERSION = 1  # of the layouts below, that of src/decode/abi.rs
 FORMATS = ("float32", "bfloat16", "int8")
-LEVELS = ("best", "portable", "avx2", "avx512")
+LEVELS = ("best", "portable", "avx2", "avx512", "amx")
 
 _size, _pointer = ctypes.c_size_t, ctypes.c_void_p
 

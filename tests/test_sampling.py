@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.generate.logit_rules import LogitRules, penalize
-from nanochat.generate.sampling import NOT_FINITE, Sampling, sample
+from nanochat.generate.sampling import NOT_FINITE, Sampling, likeliest, sample
 
 
 def uniform(n, seed=0):
@@ -51,6 +51,32 @@ def test_temperature_0_and_tiny_temperatures_take_the_likeliest():
     for temperature in (0.0, 1e-30, 1e-300):
         assert torch.equal(sample(logits, Sampling(temperature=temperature)), logits.argmax(-1))
     assert torch.equal(sample(logits, Sampling(top_k=1), uniform(50)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("k", [1, 3, 50, 200, 1000])
+def test_the_likeliest_are_those_of_topk_and_equal_ones_come_by_their_ids(k):
+    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(k))
+    logits[1, 7], logits[2, ::3] = float("inf"), -float("inf")
+    values, ids = likeliest(logits, k)
+    expected = logits.topk(k)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(logits.gather(-1, ids), values)
+    finite = values.isfinite() & (k <= 200)
+    assert torch.equal(ids[finite], expected.indices[finite])
+    equal = torch.zeros(2, 1000)
+    equal[1, 900] = 1.0
+    if k <= 200:
+        assert likeliest(equal, k)[1].tolist() == [list(range(k)), [900, *range(k - 1)]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 2}, {"top_k": 30, "top_p": 0.5}, {}])
+def test_one_bad_logit_spoils_its_row_only(bad, settings):
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    good = sample(logits, Sampling(**settings), torch.full((3,), 0.5))
+    logits[1, 20] = bad
+    chosen = sample(logits, Sampling(**settings), torch.full((3,), 0.5))
+    assert chosen.tolist() == [good[0], NOT_FINITE, good[2]]
 
 
 def test_rows_that_are_not_numbers_are_told():

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,6 +127,13 @@ def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) ->
     Returns:
         (B,) int64; NOT_FINITE where the logits hold NaN or infinity that matters.
     """
+    on_cpu = logits.device.type == "cpu" and logits.dtype == torch.float32
+    if settings.greedy and on_cpu:
+        # numpy's is a vector operation; torch's took 200 µs for 8 rows of 4,096, as long as the model's step.
+        rows = logits.detach().numpy()
+        choice = rows.argmax(axis=-1)
+        best = rows[np.arange(len(rows)), choice]  # NaN, if there is one
+        return torch.from_numpy(np.where(np.isfinite(best), choice, NOT_FINITE))
     if settings.greedy:
         best, choice = logits.max(dim=-1)
         return choice.masked_fill_(best.sub_(best) != 0, NOT_FINITE)  # NaN less itself is NaN, and so is infinity
@@ -137,8 +145,9 @@ def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) ->
     top_p = 1.0 if settings.top_p is None else settings.top_p
     if top_k < all_tokens or top_p < 1.0:
         # top_p needs them sorted as well: its share is filled from the likeliest down.
-        logits, ids = logits.topk(top_k, dim=-1)  # (B, k), the likeliest first
+        logits, ids = likeliest(logits, top_k) if on_cpu else logits.topk(top_k, dim=-1)  # (B, k), the likeliest first
     p = (logits / settings.temperature).softmax(dim=-1)
+    finite = p[:, 0].isfinite()  # one NaN or infinity makes all of its row NaN, which the filters below would drop
     if settings.min_p > 0.0:
         p = p.where(p >= settings.min_p * p.amax(dim=-1, keepdim=True), 0.0)
     total = _running_total(p)
@@ -152,7 +161,24 @@ def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) ->
     choice = torch.searchsorted(total, share, right=True).clamp_(max=total.size(-1) - 1)  # (B, 1)
     if ids is not None:
         choice = ids.gather(-1, choice)
-    return choice[:, 0].where(total[:, -1].isfinite(), NOT_FINITE)
+    return choice[:, 0].where(finite, NOT_FINITE)
+
+
+def likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row, the largest first, and their tokens, (B, k) both; as `topk`, on a CPU.
+
+    Of equal ones the lower token comes first.
+    """
+    rows = logits.detach().numpy()  # (B, V)
+    # torch's topk took 0.9 ms for 8 rows of 4,096. With nearly all tokens it is as good; NaN counts as largest there.
+    if 4 * k > rows.shape[1] or np.isnan(rows).any():
+        return logits.topk(k, dim=-1)
+    bounds = np.partition(rows, -k, axis=-1)[:, -k]  # the last one that belongs to them
+    ids = np.empty((len(rows), k), dtype=np.int64)
+    for i, (row, bound) in enumerate(zip(rows, bounds, strict=True)):
+        found = np.flatnonzero(row >= bound)
+        ids[i] = found[np.argsort(-row[found], kind="stable")[:k]]
+    return torch.from_numpy(np.take_along_axis(rows, ids, axis=-1)), torch.from_numpy(ids)
 
 
 def _running_total(p: Tensor) -> Tensor:

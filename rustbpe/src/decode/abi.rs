@@ -91,7 +91,7 @@ pub extern "C" fn rustbpe_decoder_version() -> c_int {
     VERSION
 }
 
-/// Makes a decoder. `format`: 0 float32, 1 bfloat16, 2 8 bits; `level`: 0 the best, 1 portable, 2 AVX2, 3 AVX-512.
+/// Makes a decoder. `format`: 0 float32, 1 bfloat16, 2 8 bits; `level`: 0 the best, 1 portable, 2 AVX2, 3 AVX-512, 4 AMX.
 ///
 /// # Safety
 /// `model` and what it points to are valid; all floats stay where they are, and do not change during a step, until the
@@ -156,6 +156,7 @@ pub unsafe extern "C" fn rustbpe_decoder_new(
                 1 => Some(Level::Portable),
                 2 => Some(Level::Avx2),
                 3 => Some(Level::Avx512),
+                4 => Some(Level::Amx),
                 other => return Err(format!("there is no level {other}")),
             };
             if threads == 0 || threads > 1024 {

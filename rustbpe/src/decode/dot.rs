@@ -45,11 +45,65 @@ pub trait Dot {
     fn single(weight: Self::Weight, input: Self::Input) -> f32;
 }
 
+/// A matrix times the activations of a few tokens, both in a form of its own: rows one after another for every [`Dot`].
+pub trait Product {
+    /// An activation, or a part of one, as `prepare` makes it.
+    type Input: Copy;
+
+    /// Inputs from one token to the next.
+    fn stride(columns: usize) -> usize;
+    /// Brings a token's activations into the form for `run`; returns a factor that belongs to its products.
+    fn prepare(row: &[f32], out: &mut [Self::Input]) -> f32;
+    /// Writes the products of `outputs`, (first, count), with each of `batch` tokens, the first one's at `out`.
+    ///
+    /// # Safety
+    /// The processor has the instructions, the matrix has `columns` and these outputs, `inputs` holds the tokens and
+    /// has memory for 16 more, and `out` has room.
+    unsafe fn run(
+        weights: *const u8,
+        columns: usize,
+        outputs: (usize, usize),
+        inputs: *const Self::Input,
+        batch: usize,
+        out: Out,
+    );
+}
+
+impl<D: Dot> Product for D {
+    type Input = D::Input;
+
+    #[inline(always)]
+    fn stride(columns: usize) -> usize {
+        columns
+    }
+    #[inline(always)]
+    fn prepare(row: &[f32], out: &mut [D::Input]) -> f32 {
+        <D as Dot>::prepare(row, out)
+    }
+    #[inline(always)]
+    unsafe fn run(
+        weights: *const u8,
+        columns: usize,
+        (first, count): (usize, usize),
+        inputs: *const D::Input,
+        batch: usize,
+        out: Out,
+    ) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let weights = (weights as *const D::Weight).add(first * columns);
+            multiply::<D>(weights, columns, columns, count, inputs, batch, out);
+        }
+    }
+}
+
 /// The formats on one kind of processor.
 pub trait Processor {
     type F32: Dot<Weight = f32>;
-    type Bf16: Dot<Weight = u16>;
-    type Int8: Dot<Weight = i8>;
+    type Bf16: Product;
+    type Int8: Product;
+    /// For keys and values in bfloat16.
+    type Cached: Dot<Weight = u16>;
 }
 
 /// R rows times B tokens.
@@ -221,17 +275,19 @@ pub fn from_bf16(x: u16) -> f32 {
 #[inline(always)]
 pub fn prepare_int16(row: &[f32], out: &mut [i16], lanes: usize) -> f32 {
     let most = (i32::MAX as usize / 127 * lanes / (row.len() + 2 * lanes)).min(32_767) as f32;
-    let largest = largest(row);
-    let factor = largest.max(f32::MIN_POSITIVE * 1e5) / most;
-    let inverse = 1.0 / factor;
+    let (factor, inverse) = integer_factor(row, most);
     for (out, x) in out.iter_mut().zip(row) {
         *out = round(x * inverse) as i16;
     }
-    if largest.is_nan() {
-        f32::NAN
-    } else {
-        factor
-    }
+    factor
+}
+
+/// What activations as integers up to `most` count, NaN if one of them is not finite; and by what to multiply them.
+#[inline(always)]
+pub fn integer_factor(row: &[f32], most: f32) -> (f32, f32) {
+    let largest = largest(row);
+    let factor = largest.max(f32::MIN_POSITIVE * 1e5) / most;
+    (if largest.is_nan() { f32::NAN } else { factor }, 1.0 / factor)
 }
 
 /// An 8-bit row of weights and its scale: the largest becomes ±127.
@@ -261,6 +317,7 @@ impl Processor for Portable {
     type F32 = PlainF32;
     type Bf16 = PlainBf16;
     type Int8 = PlainInt8;
+    type Cached = PlainBf16;
 }
 
 /// sum + a · b: one instruction where every processor has it, and never a call of a library.
@@ -380,24 +437,33 @@ mod tests {
         (0..count).map(|_| next()).collect()
     }
 
-    /// The products of `rows` with `batch` tokens, and the largest difference from those in double precision.
-    fn check<D: Dot>(keep: impl Fn(f32) -> D::Weight, read: impl Fn(D::Weight) -> f32, tolerance: f64)
+    /// How the weights of a test are arranged: rows of some bytes each, to what a `Product` wants.
+    type Arrange = fn(&[u8], usize) -> Vec<u8>;
+
+    /// The products of `rows` with `batch` tokens, a part of them too, and their difference from those in double precision.
+    fn check<D: Product, W: Copy>(keep: impl Fn(f32) -> W, read: impl Fn(W) -> f32, arrange: Arrange, tolerance: f64)
     where
         D::Input: Default,
     {
+        let shapes = [(1, 1, 0), (3, 2, 1), (4, 8, 0), (9, 5, 2), (6, 13, 0), (70, 17, 33), (150, 9, 0)];
         for columns in [1, 7, 8, 31, 32, 64, 100, 515] {
-            for (rows, batch) in [(1, 1), (3, 2), (4, 8), (9, 5), (6, 13)] {
+            for (rows, batch, first) in shapes {
                 let weights: Vec<_> = numbers(rows * columns, 1).into_iter().map(&keep).collect();
-                let tokens = numbers(batch * columns, 2);
-                let mut inputs = vec![D::Input::default(); batch * columns];
-                let pairs = tokens.chunks(columns).zip(inputs.chunks_mut(columns));
+                let bytes = std::mem::size_of::<W>();
+                // SAFETY: plain numbers.
+                let raw = unsafe { std::slice::from_raw_parts(weights.as_ptr() as *const u8, weights.len() * bytes) };
+                let kept = arrange(raw, columns * bytes);
+                let (tokens, stride) = (numbers(batch * columns, 2), D::stride(columns));
+                let mut inputs = vec![D::Input::default(); (batch + 16) * stride];
+                let pairs = tokens.chunks(columns).zip(inputs.chunks_mut(stride));
                 let factors: Vec<f32> = pairs.map(|(row, out)| D::prepare(row, out)).collect();
-                let mut out = vec![f32::NAN; rows * batch];
-                let to = Out { at: out.as_mut_ptr(), tokens: rows };
+                let count = rows - first - first.min(1); // not up to the last one either
+                let mut out = vec![f32::NAN; count * batch];
+                let to = Out { at: out.as_mut_ptr(), tokens: count };
                 // SAFETY: the buffers have these sizes; callers ask for instructions that there are.
-                unsafe { multiply::<D>(weights.as_ptr(), columns, columns, rows, inputs.as_ptr(), batch, to) };
+                unsafe { D::run(kept.as_ptr(), columns, (first, count), inputs.as_ptr(), batch, to) };
                 for (i, total) in out.iter().enumerate() {
-                    let (b, r) = (i / rows, i % rows);
+                    let (b, r) = (i / count, first + i % count);
                     let row = weights[r * columns..][..columns].iter();
                     let pairs = row.zip(&tokens[b * columns..][..columns]);
                     let exact: f64 = pairs.map(|(&w, &x)| f64::from(read(w)) * f64::from(x)).sum();
@@ -408,30 +474,42 @@ mod tests {
         }
     }
 
-    fn check_all<P: Processor>(bf16_tolerance: f64)
+    fn check_all<P: Processor>(arrange: Arrange, bf16_tolerance: f64)
     where
-        <P::F32 as Dot>::Input: Default,
-        <P::Bf16 as Dot>::Input: Default,
-        <P::Int8 as Dot>::Input: Default,
+        <P::F32 as Product>::Input: Default,
+        <P::Bf16 as Product>::Input: Default,
+        <P::Int8 as Product>::Input: Default,
     {
-        check::<P::F32>(|w| w, |w| w, 1e-6);
-        check::<P::Bf16>(to_bf16, from_bf16, bf16_tolerance);
-        check::<P::Int8>(|w| (w * 127.0) as i8, f32::from, 1e-2);
+        let plain: Arrange = |weights, _| weights.to_vec();
+        check::<P::F32, f32>(|w| w, |w| w, plain, 1e-6);
+        check::<P::Bf16, u16>(to_bf16, from_bf16, arrange, bf16_tolerance);
+        check::<P::Int8, i8>(|w| (w * 127.0) as i8, f32::from, arrange, 1e-2);
     }
 
     #[test]
     fn every_processor_multiplies_alike() {
-        check_all::<Portable>(1e-6);
+        let plain: Arrange = |weights, _| weights.to_vec();
+        check_all::<Portable>(plain, 1e-6);
         #[cfg(target_arch = "x86_64")]
         {
             use crate::decode::{x86, Level};
             let available = Level::available();
             if available.contains(&Level::Avx2) {
-                check_all::<x86::Avx2>(1e-6);
+                check_all::<x86::Avx2>(plain, 1e-6);
             }
             #[cfg(avx512)]
             if available.contains(&Level::Avx512) {
-                check_all::<x86::avx512::Avx512>(4e-3); // activations are rounded too
+                check_all::<x86::avx512::Avx512>(plain, 4e-3); // activations are rounded too
+            }
+            #[cfg(all(target_os = "linux", avx512))]
+            if available.contains(&Level::Amx) {
+                use crate::decode::amx;
+                let tiles: Arrange = |weights, bytes| {
+                    let mut out = vec![0; amx::packed_len(weights.len() / bytes, bytes)];
+                    amx::pack(weights, bytes, &mut out);
+                    out
+                };
+                check_all::<amx::Amx>(tiles, 4e-3);
             }
         }
     }
@@ -441,7 +519,7 @@ mod tests {
         for columns in [64, 4096, 65_536] {
             let row = vec![3.0; columns];
             let mut inputs = vec![0; columns];
-            let factor = PlainInt8::prepare(&row, &mut inputs);
+            let factor = <PlainInt8 as Dot>::prepare(&row, &mut inputs);
             let weights = vec![127; columns];
             let mut total = 0.0;
             let out = Out { at: &mut total, tokens: 1 };

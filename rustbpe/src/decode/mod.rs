@@ -1,13 +1,16 @@
 //! The decode step: one token for each of a few sequences, through the whole model, in one call.
 //!
 //! The arithmetic is that of `nanochat/gpt.py`, with all its switches; sums are in float32. What it costs is reading the
-//! weights, so they are kept as small as the caller wants ([`Format`]), read once for all sequences ([`dot`]) and shared
+//! weights, so they are kept as small as the caller wants ([`Format`]), read once for all sequences ([`dot`], `amx`) and shared
 //! among threads that stay ([`pool`]). A layer has five phases: query, key and value; attention; its output; and the two
 //! matrices of the MLP. Norms and residuals are no phases of their own: each thread norms what it is about to multiply.
 //!
 //! Shapes: B sequences, C channels, H query heads, K key/value heads, D head size, T positions of the cache.
 
 pub mod abi;
+#[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
+#[allow(clippy::incompatible_msrv)] // build.rs looks which Rust compiles it
+mod amx;
 pub mod dot;
 mod memory;
 mod pool;
@@ -17,7 +20,7 @@ mod x86;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 
-use dot::{from_bf16, fused, multiply, quantize, to_bf16, Dot, Out, Portable, Processor};
+use dot::{from_bf16, fused, multiply, quantize, to_bf16, Dot, Out, Portable, Processor, Product};
 use memory::Buffer;
 use pool::{Job, Pool};
 
@@ -40,12 +43,25 @@ pub enum Format {
     Int8,
 }
 
+impl Format {
+    /// Bytes of a weight.
+    fn bytes(self) -> usize {
+        match self {
+            Format::F32 => 4,
+            Format::Bf16 => 2,
+            Format::Int8 => 1,
+        }
+    }
+}
+
 /// Instructions to use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Level {
     Portable,
     Avx2,
     Avx512,
+    /// AVX-512, and tiles for bfloat16 and 8 bits.
+    Amx,
 }
 
 impl Level {
@@ -63,6 +79,10 @@ impl Level {
                     && is_x86_feature_detected!("avx512bf16")
                 {
                     levels.push(Level::Avx512);
+                    #[cfg(target_os = "linux")]
+                    if amx::available() {
+                        levels.push(Level::Amx);
+                    }
                 }
             }
         }
@@ -236,7 +256,7 @@ pub struct Decoder {
 /// The chunks of `rows` outputs for a number of threads, and the outputs of each.
 fn chunks(rows: usize, threads: usize) -> (usize, usize) {
     let size = (rows + threads * CHUNKS_PER_THREAD - 1) / (threads * CHUNKS_PER_THREAD);
-    let size = (size.max(LEAST_ROWS) + 3) / 4 * 4;
+    let size = (size.max(LEAST_ROWS) + 15) / 16 * 16; // whole tiles
     ((rows + size - 1) / size, size)
 }
 
@@ -310,9 +330,11 @@ impl Decoder {
             Level::Avx2 => chunk_avx2,
             #[cfg(all(target_arch = "x86_64", avx512))]
             Level::Avx512 => chunk_avx512,
+            #[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
+            Level::Amx => chunk_amx,
             _ => chunk_portable,
         };
-        let mut step = Step::new(weights, format, entry)?;
+        let mut step = Step::new(weights, format, level, entry)?;
         step.set_threads(threads);
         let phases = step.layers.len() * PHASES + 1;
         Ok(Decoder { pool: Pool::new(step, phases, threads)?, serial: 0, batch: 0 })
@@ -407,6 +429,15 @@ unsafe fn chunk_avx512(step: &Step, phase: usize, chunk: usize, thread: usize) {
     unsafe { step.chunk::<x86::avx512::Avx512>(phase, chunk, thread) }
 }
 
+/// # Safety
+/// As `Step::chunk`, and the processor has these instructions and tiles.
+#[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")]
+unsafe fn chunk_amx(step: &Step, phase: usize, chunk: usize, thread: usize) {
+    // SAFETY: as the caller promises.
+    unsafe { step.chunk::<amx::Amx>(phase, chunk, thread) }
+}
+
 impl Job for Step {
     unsafe fn run(&self, phase: usize, chunk: usize, thread: usize) {
         // SAFETY: the level is one that the processor has; the rest is the pool's promise.
@@ -415,7 +446,12 @@ impl Job for Step {
 }
 
 impl Step {
-    fn new(weights: Weights, format: Format, entry: unsafe fn(&Step, usize, usize, usize)) -> Result<Step, String> {
+    fn new(
+        weights: Weights,
+        format: Format,
+        level: Level,
+        entry: unsafe fn(&Step, usize, usize, usize),
+    ) -> Result<Step, String> {
         let matrices = |layer: &LayerWeights| {
             [
                 [layer.query, layer.key, layer.value].to_vec(),
@@ -424,25 +460,30 @@ impl Step {
                 vec![layer.residual],
             ]
         };
-        let width = |len: usize| match format {
+        let (c, mlp) = (weights.channels, weights.mlp);
+        let width = |floats: Floats, columns: usize| match format {
             Format::F32 => 0, // read where they are
-            Format::Bf16 => (2 * len + 63) / 64 * 64,
-            Format::Int8 => (len + 63) / 64 * 64,
+            #[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
+            _ if level == Level::Amx => amx::packed_len(floats.len() / columns, columns * format.bytes()),
+            _ => (floats.len() * format.bytes() + 63) / 64 * 64,
         };
-        let all = weights.layers.iter().flat_map(|layer| matrices(layer).concat());
-        let bytes = all.chain([weights.head]).map(|matrix| width(matrix.len())).sum();
+        let mut bytes = width(weights.head, c);
+        for layer in &weights.layers {
+            let [project, output, hidden, residual] = matrices(layer);
+            bytes += [project, output, hidden].concat().iter().map(|floats| width(floats, c)).sum::<usize>();
+            bytes += width(residual[0], mlp);
+        }
         let mut store = Buffer::new(bytes);
         let mut at = 0;
         let mut keep = |floats: &[Floats], columns: usize| -> Vec<Matrix> {
             let mut made = Vec::new();
             for &floats in floats {
-                let end = at + width(floats.len());
-                made.push(Matrix::new(floats, columns, format, &mut store[at..end]));
+                let end = at + width(floats, columns);
+                made.push(Matrix::new(floats, columns, format, level, &mut store[at..end]));
                 at = end;
             }
             made
         };
-        let (c, mlp) = (weights.channels, weights.mlp);
         let head = keep(&[weights.head], c);
         let mut weights = weights;
         let layers = std::mem::take(&mut weights.layers);
@@ -510,7 +551,7 @@ impl Step {
         for scratch in &self.scratch {
             // SAFETY: as the caller promises.
             let scratch = unsafe { &mut *scratch.get() };
-            scratch.inputs = Buffer::new(batch * widest);
+            scratch.inputs = Buffer::new((batch + 16) * (widest + 64)); // as `Product` wants them
             scratch.factors = vec![1.0; batch];
             scratch.row = Buffer::new(widest);
             let largest = [w.qkv(), c, w.mlp, w.vocab].iter().map(|&rows| chunks(rows, self.threads).1).max();
@@ -600,7 +641,7 @@ impl Step {
         unsafe {
             if phase % PHASES == ATTEND {
                 if call.cache.bf16 {
-                    self.attend::<P::Bf16>(phase / PHASES, chunk, call, scratch);
+                    self.attend::<P::Cached>(phase / PHASES, chunk, call, scratch);
                 } else {
                     self.attend::<P::F32>(phase / PHASES, chunk, call, scratch);
                 }
@@ -634,7 +675,7 @@ impl Step {
     /// # Safety
     /// As `chunk`, and D is of the model's format.
     #[inline(always)]
-    unsafe fn product<D: Dot>(&self, phase: usize, chunk: usize, call: &Call, scratch: &mut Scratch) {
+    unsafe fn product<D: Product>(&self, phase: usize, chunk: usize, call: &Call, scratch: &mut Scratch) {
         let (w, c, batch) = (&self.weights, self.weights.channels, call.ids.len());
         let layer = self.layers.get(phase / PHASES);
         let kind = phase % PHASES;
@@ -646,6 +687,7 @@ impl Step {
             (Some(layer), _) => (&layer.residual, c),
         };
         let columns = matrices[0].columns;
+        let stride = D::stride(columns);
         let size = chunks(rows, self.threads).1;
         let wanted = chunk * size..((chunk + 1) * size).min(rows);
 
@@ -654,8 +696,7 @@ impl Step {
             scratch.ready = (call.serial, phase);
             for b in 0..batch {
                 let row = &mut scratch.row[..columns];
-                // SAFETY: what is read was written in earlier phases; an input is not larger than a float, and the
-                // scratch has room for `batch` times the widest.
+                // SAFETY: what is read was written in earlier phases; the scratch has room.
                 unsafe {
                     match (layer, kind) {
                         (None, _) => {
@@ -674,7 +715,7 @@ impl Step {
                         }
                         _ => row.copy_from_slice(self.hidden.read(b * columns..(b + 1) * columns)),
                     }
-                    let out = std::slice::from_raw_parts_mut(inputs.add(b * columns), columns);
+                    let out = std::slice::from_raw_parts_mut(inputs.add(b * stride), stride);
                     scratch.factors[b] = D::prepare(row, out);
                 }
             }
@@ -694,9 +735,8 @@ impl Step {
             // SAFETY: the rows are the matrix's, the inputs were prepared for all its columns, and there is room for
             // the products of a chunk.
             unsafe {
-                let weights = (matrix.weights as *const D::Weight).add(first * columns);
                 let out = Out { at: products.as_mut_ptr(), tokens: size };
-                multiply::<D>(weights, columns, columns, count, inputs, batch, out);
+                D::run(matrix.weights, columns, (first, count), inputs, batch, out);
             }
             for b in 0..batch {
                 let products = &mut products[b * size..][..count];
@@ -875,26 +915,30 @@ impl Element for u16 {
 
 impl Matrix {
     /// A matrix in `format`, in `store` unless it stays where it is.
-    fn new(floats: Floats, columns: usize, format: Format, store: &mut [u8]) -> Matrix {
+    fn new(floats: Floats, columns: usize, format: Format, level: Level, store: &mut [u8]) -> Matrix {
         let rows = floats.len() / columns;
         let mut scales = Vec::new();
-        let weights = match format {
-            Format::F32 => floats.as_ptr() as *const u8,
-            Format::Bf16 => {
-                for (out, &w) in store.chunks_exact_mut(2).zip(floats) {
-                    out.copy_from_slice(&to_bf16(w).to_ne_bytes());
-                }
-                store.as_ptr()
+        if format == Format::F32 {
+            return Matrix { weights: floats.as_ptr() as *const u8, rows, columns, scales };
+        }
+        let mut bytes = vec![0; floats.len() * format.bytes()];
+        if format == Format::Bf16 {
+            for (out, &w) in bytes.chunks_exact_mut(2).zip(floats) {
+                out.copy_from_slice(&to_bf16(w).to_ne_bytes());
             }
-            Format::Int8 => {
-                let mut row = vec![0; columns];
-                for (out, floats) in store.chunks_exact_mut(columns).zip(floats.chunks_exact(columns)) {
-                    scales.push(quantize(floats, &mut row));
-                    out.iter_mut().zip(&row).for_each(|(out, &w)| *out = w as u8);
-                }
-                store.as_ptr()
+        } else {
+            let mut row = vec![0; columns];
+            for (out, floats) in bytes.chunks_exact_mut(columns).zip(floats.chunks_exact(columns)) {
+                scales.push(quantize(floats, &mut row));
+                out.iter_mut().zip(&row).for_each(|(out, &w)| *out = w as u8);
             }
-        };
+        }
+        match level {
+            #[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
+            Level::Amx => amx::pack(&bytes, columns * format.bytes(), store),
+            _ => store[..bytes.len()].copy_from_slice(&bytes),
+        }
+        let weights = store.as_ptr();
         Matrix { weights, rows, columns, scales }
     }
 }

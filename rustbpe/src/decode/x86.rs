@@ -15,6 +15,7 @@ impl Processor for Avx2 {
     type F32 = Avx2F32;
     type Bf16 = Avx2Bf16;
     type Int8 = Avx2Int8;
+    type Cached = Avx2Bf16;
 }
 
 // SAFETY (of all blocks here): callers of `Dot` promise readable memory and a processor with these instructions.
@@ -182,6 +183,7 @@ pub mod avx512 {
         type F32 = Avx512F32;
         type Bf16 = Avx512Bf16;
         type Int8 = Avx512Int8;
+        type Cached = Avx512Bf16;
     }
 
     #[inline(always)]
