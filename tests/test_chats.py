@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -1071,3 +1072,16 @@ def test_slack_as_an_archive_and_pages_of_telegram(tmp_path: Path) -> None:
 def test_data_check_says_what_is_wrong_with_chats(tmp_path: Path) -> None:
     path = dump(tmp_path / "a.jsonl", *[{"messages": [PAIR[0], {"role": A, "content": ""}]}] * 2)
     assert "2 conversations: without an answer to learn" in data_check.look(str(path), ReadOptions()).stop
+
+
+def test_messages_row_by_row_and_files_that_are_no_files(tmp_path: Path) -> None:
+    rows = [{"role": "system", "content": "Be brief"}, *PAIR] * 2
+    assert look(dump(tmp_path / "a.jsonl", *rows))[0] == [SYS + HI] * 2
+    (tmp_path / "a.csv").write_text("role,content\nuser,Hi\nassistant,Hello!\n")
+    assert look(tmp_path / "a.csv")[0] == [HI]
+    (tmp_path / "a.txt").write_bytes(b"PK\x03\x04" + bytes(90))
+    assert "save it as JSON or CSV" in look_at_chats(ChatSource(str(tmp_path / "a.txt"))).stop
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnusableInputError, match="no ordinary file"):
+        look(tmp_path / "pipe")
+    assert "no ordinary file" in look(tmp_path)[1].left_out_line()

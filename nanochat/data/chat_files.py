@@ -24,7 +24,7 @@ from nanochat.data.chat_logs import read_entry
 from nanochat.data.corpus import open_parquet
 from nanochat.data.inventory import Inventory, NotReadError
 from nanochat.data.json_stream import Broken, Placed, json_records
-from nanochat.data.packed import damage_named, is_archive, members, unpacked
+from nanochat.data.packed import damage_named, is_archive, members, unpacked, what_it_is
 from nanochat.data.tables import LONGEST_FIELD, SAMPLE_LINES, detect_dialect
 from nanochat.data.text_walk import CODE, NO_TEXT
 
@@ -63,7 +63,10 @@ def open_contents(path: Path, inventory: Inventory) -> Iterator[Content]:
             yield from open_contents(path / name, inventory)
     elif path.is_dir():
         saved = (path / "state.json").is_file()
-        files = [file for file in sorted(path.glob("data-*.arrow") if saved else path.rglob("*")) if file.is_file()]
+        files = [f for f in sorted(path.glob("data-*.arrow") if saved else path.rglob("*")) if not f.is_dir()]
+        for odd in (f for f in files if not f.is_file()):
+            inventory.leave_out("no ordinary file", "file", odd.relative_to(path).as_posix(), matters=False)
+        files = [f for f in files if f.is_file()]
         shown = [file.relative_to(path).as_posix() for file in files]
         for name in _learned(shown, inventory, "file"):
             yield from _open_file(path / name, name, inventory)
@@ -91,10 +94,15 @@ def _learned(names: list[str], inventory: Inventory, kind: str) -> list[str]:
 
 
 def _open_file(path: Path, shown: str, inventory: Inventory) -> Iterator[Content]:
-    if not is_archive(path.name):
-        with open(path, "rb") as raw:
-            yield shown, raw, path
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        inventory.leave_out((error.strerror or str(error)).lower(), "file", shown)
         return
+    with file:
+        if not is_archive(path.name):
+            yield shown, file, path
+            return
     wanted = set(_learned([name for name, _, _ in members(path)], inventory, "file"))
     for name, _, content in members(path):
         if name in wanted:
@@ -127,6 +135,8 @@ def file_records(
         head = stream.peek(64)[:64]
         if PurePosixPath(name.lower()).suffix in PAGES:
             raise NotReadError(f"a page, no conversations{AS_PAGE}")
+        if not head.startswith(b"PAR1") and (other := what_it_is(head)):
+            raise NotReadError(f"{other} by its content (save it as JSON or CSV, or unpack it)")
         if head.startswith(b"PAR1") or name.lower().endswith(".parquet"):
             yield from _parquet_rows(path if path is not None and not packed else io.BytesIO(stream.read()))
         elif head.startswith((b"ARROW1", ARROW_STREAM)):

@@ -295,7 +295,10 @@ THREAD_KEYS = (
 
 
 def read_row(record: Any) -> tuple[str, Message] | None:
-    """(which conversation, message) of a record that is one message of a conversation, None if it is none."""
+    """(which conversation, message) of a record that is one message of a conversation, None if it is none.
+
+    Where nothing says which, a system message begins a new one.
+    """
     if not isinstance(record, dict):
         return None
     low = {str(key).strip().lower(): value for key, value in record.items()}
@@ -305,9 +308,9 @@ def read_row(record: Any) -> tuple[str, Message] | None:
     )
     text = next((low[key] for key in ("content", "text", "value", "message") if isinstance(low.get(key), str)), None)
     role = ROLE_OF.get(who.strip().lower())
-    if thread is None or role is None or text is None or role == "call":
+    if role is None or text is None or role == "call" or (thread is None and not {"role", "content"} <= low.keys()):
         return None
-    return str(low[thread]), {"role": role, "content": text}
+    return str(low[thread]) if thread else "", {"role": role, "content": text}
 
 
 def is_tree_row(record: Any) -> bool:

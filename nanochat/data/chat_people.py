@@ -115,7 +115,7 @@ def _read_timed(lines: Iterable[str]) -> Iterator[LogEntry]:
             yield LogEntry("", "", hours)
             continue
         text = _EDITED.sub("", said["text"]).strip()
-        yield LogEntry(said["who"].strip(), "" if by_program or _NO_WORDS.fullmatch(text) else text, hours)
+        yield LogEntry(said["who"].strip(" ~"), "" if by_program or _NO_WORDS.fullmatch(text) else text, hours)
 
 
 def _numbers(date: str) -> list[int]:

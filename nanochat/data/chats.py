@@ -179,6 +179,8 @@ class _Reader:
         path = Path(self.source.path).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"no conversations at {path}: there is no such file or folder; {HOW}")
+        if not path.is_dir() and not path.is_file():
+            raise UnusableInputError(f"CHAT_DATA={path} is no ordinary file; {HOW}")
         self.people = slack_people(path)
         for content in open_contents(path, self.inventory):
             self.name = content[0] if content[0] != str(path) else ""
@@ -218,7 +220,7 @@ class _Reader:
                 self._reject(where, record.reason)
                 continue
             row = read_row(record)
-            if thread is not None and (row is None or row[0] != thread[0]):
+            if thread is not None and (row is None or row[0] != thread[0] or row[1]["role"] == "system"):
                 yield from self._finish("rows of messages", thread[1], thread[2])
                 thread = None
             if row is not None:

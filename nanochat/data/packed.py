@@ -34,8 +34,29 @@ DAMAGED = (
 )
 
 
+# The first bytes of files that are no text, whatever their names say.
+CONTENTS = {
+    b"%PDF-": "a PDF",
+    b"PK\x03\x04": "a .docx, .epub, .odt, .xlsx or .zip",
+    b"\x1f\x8b\x08": "a .gz",
+    b"\x28\xb5\x2f\xfd": "a .zst",
+    b"\xfd7zXZ": "an .xz",
+    b"BZh91AY": "a .bz2",
+    b"Rar!": "a .rar",
+    b"7z\xbc\xaf": "a .7z",
+    b"PAR1": "a .parquet",
+    b"\xd0\xcf\x11\xe0": "an old .doc or .xls, which must be saved as .docx or .csv,",
+    b"{\\rtf": "an .rtf",
+}
+
+
 class PackedFileError(ValueError):
     """A packed file that is damaged, cut off, or protected by a password; the message names it."""
+
+
+def what_it_is(head: bytes) -> str:
+    """What a file is by its first bytes, where it is a document, an archive or a table and no text; else empty."""
+    return next((what for mark, what in CONTENTS.items() if head.startswith(mark)), "")
 
 
 def compression_of(name: str) -> str:

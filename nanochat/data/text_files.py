@@ -40,7 +40,7 @@ from nanochat.data.inventory import Inventory, NotReadError
 from nanochat.data.json_text import TEXT_NAMES, is_chat, read_json_file, read_json_lines
 from nanochat.data.markup import declared_charset, page_text
 from nanochat.data.mojibake import mended
-from nanochat.data.packed import compression_of, damage_named, is_archive, members, unpacked
+from nanochat.data.packed import compression_of, damage_named, is_archive, members, unpacked, what_it_is
 from nanochat.data.split import AfterSettings, split_long, split_text
 from nanochat.data.tables import read_arrow, read_csv, read_parquet
 from nanochat.data.text_walk import CODE_REASON, ReadOptions, TextFile, is_code, kind_of
@@ -58,20 +58,6 @@ BINARY_FORMS = {
 }
 
 
-# Files whose names say that they are text, and whose first bytes say what they are.
-CONTENTS = {
-    b"%PDF-": "a PDF",
-    b"PK\x03\x04": "a .docx, .epub, .odt, .xlsx or .zip",
-    b"\x1f\x8b\x08": "a .gz",
-    b"\x28\xb5\x2f\xfd": "a .zst",
-    b"\xfd7zXZ": "an .xz",
-    b"BZh91AY": "a .bz2",
-    b"Rar!": "a .rar",
-    b"7z\xbc\xaf": "a .7z",
-    b"PAR1": "a .parquet",
-    b"\xd0\xcf\x11\xe0": "an old .doc or .xls, which must be saved as .docx or .csv,",
-    b"{\\rtf": "an .rtf",
-}
 _PAGE_START = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?<(?:!doctype\s+html|html)\b", re.I | re.S
 )
@@ -191,12 +177,11 @@ class TextReader:
             return
         stream = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(_Peekable(stream), BUFFER_BYTES)
         head = stream.peek(4096)[:4096]
-        for mark, content in CONTENTS.items():
-            if head.startswith(mark):
-                raise NotReadError(f"{content} by its content (rename it, or unpack it)")
-        if kind in ("txt", "md") and (other := kind_of_content(head)):
-            self.note(f"{other} under another name", name)
-            kind = other
+        if other := what_it_is(head):
+            raise NotReadError(f"{other} by its content (rename it, or unpack it)")
+        if kind in ("txt", "md") and (kind_inside := kind_of_content(head)):
+            self.note(f"{kind_inside} under another name", name)
+            kind = kind_inside
         declared = self._declared(head) if kind == "html" else None
         utf8 = Utf8Stream(
             stream, self.repairs, self.encoding, declared, lambda what, sure: self._charset(what, sure, name)
