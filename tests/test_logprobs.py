@@ -106,6 +106,39 @@ def test_prompts_have_the_reference_s(model, tiny_tokenizer, max_tokens):
             assert rest[-1].finish_reason in ("stop", "length")
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_prompts_that_are_judged_are_read_together(model, tiny_tokenizer, monkeypatch, fails):
+    """As a harness sends them, with an ordinary request between; and one by one again where a pass fails."""
+    draw, passes, hidden = random.Random(5), [], model.hidden
+
+    def counted(idx, kv_cache=None, segments=None):
+        if kv_cache is not None:
+            passes.append(tuple(idx.shape))
+        if fails and idx.size(0) > 1 and idx.size(1) > 1:
+            raise RuntimeError("out of memory")
+        return hidden(idx, kv_cache, segments)
+
+    prompts = [[draw.randrange(256) for _ in range(20 + 3 * (i % 9))] for i in range(24)]
+    knobs = {"max_tokens": 1, "temperature": 0.0}
+    with BatchEngine(model, tiny_tokenizer, max_batch_size=8, prefill_chunk=64) as engine:
+        alone = [[t for e in events_of(ask(engine, p, **knobs)) for t in e.tokens] for p in prompts]
+    with BatchEngine(model, tiny_tokenizer, max_batch_size=8, prefill_chunk=64) as engine:
+        monkeypatch.setattr(model, "hidden", counted)
+        asked = [ask(engine, p, True, logprobs=1, **knobs) for p in prompts[:-1]]
+        other = ask(engine, prompts[-1], **knobs)
+        for prompt, tokens, generation in zip(prompts, alone, asked, strict=False):
+            first, *rest = events_of(generation)
+            check(first.logprobs[1:], reference(model, prompt), tiny_tokenizer, 1)
+            assert [t for e in rest for t in e.tokens] == tokens
+        assert [t for e in events_of(other) for t in e.tokens] == alone[-1]
+    reads = [shape for shape in passes if shape[1] > 1]
+    together = [shape for shape in reads if shape[0] > 1]
+    assert together
+    assert all(rows * longest <= 4 * 64 for rows, longest in together)
+    if not fails:
+        assert len(reads) <= len(prompts) / 2
+
+
 def test_a_prompt_that_fills_the_context_can_be_judged(model, tiny_tokenizer):
     prompt = [i % 200 for i in range(128)]
     with BatchEngine(model, tiny_tokenizer, max_batch_size=1) as engine:

@@ -43,6 +43,7 @@ from nanochat.serve.choose_model import load_chosen
 
 OPEN_FILES = 1024
 CHECKS = ("overhead", "leavers", "silent")
+WARM_UP = (64, 48, 40, 32, 28, 24, 22, 20, 18, 16, 12, 8)  # clients, so that every number of answers occurs
 
 
 def overhead(url: str, args: argparse.Namespace) -> dict[str, float]:
@@ -156,9 +157,10 @@ async def measure(url: str, process: psutil.Process, log: Path, args: argparse.N
         load = Load(url, args.max_tokens)
         for question in QUESTIONS:
             await load.ask(question, Tally())
-        # What is taken only once is taken now: pages of the cache that no context was long enough for before, and the
-        # allocator's largest blocks. On the demo model that is some 50 MiB in the first minute.
-        await leavers(load, args.clients, args.seconds)
+        # What is taken only once is taken now: pages of the cache that no context was long enough for before, and above
+        # all oneDNN's kernels, one for each number of answers that are written together: on the demo model some 50 MiB.
+        for clients in WARM_UP:
+            await leavers(load, clients, args.seconds / len(WARM_UP))
         before, memory = await load.idle(), process.memory_info().rss
         tally, left = await leavers(load, args.clients, args.seconds)
         after, grown = await load.idle(), (process.memory_info().rss - memory) / 2**20

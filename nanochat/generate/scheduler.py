@@ -27,6 +27,9 @@ from nanochat.gpt import GPT
 from nanochat.precision import Precision
 
 LOGIT_ROWS = 64  # positions of a prompt whose logits are computed together: 64 × V numbers
+# Prompts that are to be judged are read several at a time: so many chunks together while no answer waits for its next
+# token. The shortest is at least half as long as the longest, so that at most half of a pass is padding.
+JUDGED_CHUNKS, LEAST_SHARE = 4, 0.5
 Forward = Callable[[Tensor, KVCache], Tensor]  # a token per sequence (B, 1) and the cache -> logits (B, V)
 
 
@@ -149,7 +152,8 @@ class Scheduler:
         Returns:
             The sequences that are through.
         """
-        budget, through = self.prefill_chunk, []
+        through = self._read_judged(logits)
+        budget = 0 if through else self.prefill_chunk
         for index, slot in sorted(enumerate(self._slots), key=lambda item: item[1].used_at):
             row = slot.row
             if row is None or row.finish_reason is not None:
@@ -171,6 +175,51 @@ class Scheduler:
                 # One bad sequence (a poisoned prompt, a full card) ends alone; the others never hear of it.
                 self._invalidate(index, row, error)
         return through
+
+    def _read_judged(self, logits: list[Tensor]) -> list[RowState]:
+        """Read whole prompts that are to be judged, several in one pass; add their logits (n, V), return the sequences.
+
+        A harness sends hundreds of short ones. One by one, each pass would mostly be the cost of its many operations.
+        """
+        idle = not any(slot.is_ready() for slot in self._slots)
+        budget = self.prefill_chunk * (JUDGED_CHUNKS if idle else 1)
+        chosen: list[_Slot] = []
+        for slot in sorted(self._slots, key=lambda slot: slot.used_at):
+            row = slot.row
+            if row is None or row.finish_reason is not None or (row.reused is not None and slot.unread() < 2):
+                continue  # nothing to read
+            if row.prompt_logprobs is None or row.reused is not None:
+                if not chosen:
+                    return []  # it came first
+                continue
+            lengths = [len(s.row.context) for s in [*chosen, slot] if s.row is not None]
+            if len(lengths) * max(lengths) <= budget and min(lengths) >= LEAST_SHARE * max(lengths):
+                chosen.append(slot)
+        if len(chosen) < 2:
+            return []
+        count = self._gather([slot in chosen for slot in self._slots])
+        rows = self._rows_of(0, count)
+        for index, row in enumerate(rows):
+            self._reuse(index, row)
+        try:
+            self._select(0, count)
+            prompts = [torch.tensor(row.context) for row in rows]
+            # Padding stands behind each prompt, where causal attention sees it from nowhere; its keys lie behind the
+            # sequence's length, where the next tokens overwrite them.
+            idx = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(self.model.get_device())  # (n, T)
+            with self._autocast():
+                x = self.model.hidden(idx, kv_cache=self.cache)  # (n, T, C)
+                logits.append(self.model.logits_at(x[range(count), [len(p) - 1 for p in prompts]]))
+                for row, hidden in zip(rows, x, strict=True):
+                    self._describe_prompt(row, hidden[: len(row.context)], 0)
+        except Exception:
+            for row in rows:  # which of them was it? They are read again, one by one
+                row.reused, row.prompt_logprobs = None, []
+            del logits[:]
+            return []
+        for slot, row in zip(self._slots, rows, strict=False):
+            slot.tokens = list(row.context)
+        return rows
 
     def _make_room(self, index: int, row: RowState) -> None:
         """When the context is full: forget the older half of what comes after the tokens to keep."""

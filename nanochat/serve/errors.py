@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 CLIENT_GONE = 499  # nobody reads this; the number is the one nginx logs
 
+UNREADABLE = "There was an error parsing the body"  # FastAPI, of what is no text or exhausts the parser
 # What pydantic calls a body that is missing or no JSON object.
 NO_OBJECT = ("missing", "model_attributes_type", "dict_type", "model_type")
 
@@ -111,6 +112,12 @@ def add_error_handlers(app: FastAPI, headers: Mapping[str, str]) -> None:
             body = error.body
         elif error.status_code == 404:
             body = error_body("there is nothing here; OpenAI's API is at /v1, the page at /", code="not_found")
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            body = error_body(f"{request.method} is not used here, but {allowed}", code="method_not_allowed")
+        elif error.detail == UNREADABLE:
+            message = "the body can't be read: JSON in UTF-8 is expected, nested less deeply than a thousand times"
+            body = error_body(message, code="invalid_json")
         else:
             body = error_body(str(error.detail))
         return AsciiJSON(body, error.status_code, headers=error.headers)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -20,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanochat.serve.errors import RequestError
 from nanochat.serve.schemas import MAX_BODY_BYTES
 
+CODINGS = ("gzip", "x-gzip", "deflate")  # of a request's body
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -136,10 +139,15 @@ class Guard:
             return
         too_large = RequestError(413, f"the request is larger than {MAX_BODY_BYTES} bytes", code="request_too_large")
         received = 0
+        headers = Headers(scope=scope)
+        coding = headers.get("content-encoding", "").strip().lower()
+        inflate = zlib.decompressobj(47) if coding in CODINGS else None  # 32 + 15: zlib's form or gzip's
 
         async def limited_receive() -> Message:
             nonlocal received
             message = await receive()
+            if inflate is not None and message["type"] == "http.request":
+                message = {**message, "body": _inflated(inflate, message)}
             received += len(message.get("body", b""))
             if received > MAX_BODY_BYTES:
                 raise too_large
@@ -160,21 +168,30 @@ class Guard:
         # question is /chat/completions either way.
         if root and scope["path"].startswith(f"{root}/") and not _is_route(scope):
             scope = {**scope, "path": scope["path"][len(root) :]}
-        headers = Headers(scope=scope)
-        refusal = self._refusal(scope["path"], scope["method"], headers)
+        scope = {**scope, "path": plain_path(scope["path"])}
+        refusal = self._refusal(scope, headers)
         announced = headers.get("content-length", "0")
         if refusal is None and announced.isdecimal() and len(announced) < 20 and int(announced) > MAX_BODY_BYTES:
             refusal = too_large
+        if refusal is None and coding not in ("", "identity", *CODINGS):
+            message = f"the body is encoded as {coding!r:.40}: send it as it is, or as gzip or deflate"
+            refusal = RequestError(415, message, code="unsupported_encoding", param="Content-Encoding")
         if refusal is not None:
             response = JSONResponse(refusal.body, refusal.status_code, headers=refusal.headers)
             await response(scope, receive, send_with_headers)
             return
         await self.app(scope, limited_receive, send_with_headers)
 
-    def _refusal(self, path: str, method: str, headers: Headers) -> RequestError | None:
-        access = self.access
+    def _refusal(self, scope: Scope, headers: Headers) -> RequestError | None:
+        access, path, method = self.access, scope["path"], scope["method"]
         host = headers.get("host", "").lower()
-        if access.local_only and host_name(host) not in (*LOCAL_HOSTS, host_name(access.public_host) or LOCAL_HOSTS[0]):
+        # No browser leaves the name out; a program that speaks HTTP/1.0 may.
+        unnamed = not host and scope["http_version"] == "1.0"
+        if (
+            access.local_only
+            and not unnamed
+            and host_name(host) not in (*LOCAL_HOSTS, host_name(access.public_host) or LOCAL_HOSTS[0])
+        ):
             return RequestError(
                 403,
                 f"this server answers on {', '.join(LOCAL_HOSTS)} only: start it with --public_url=ADDRESS if a proxy "
@@ -221,7 +238,28 @@ def host_name(host: str) -> str:
     """The name in a Host header: `[::1]:8000` is ::1."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower()
+    return host.partition(":")[0].lower().removesuffix(".")  # `localhost.` is the same name, written to its end
+
+
+def plain_path(path: str) -> str:
+    """The path that was meant: `//v1//models/` is /v1/models, and so is `http://localhost:8000/v1/models`.
+
+    Joined addresses have two slashes where one is meant, or one at the end, and who believes to talk to a proxy sends
+    the whole address. A redirect would lose the body of a request with most clients.
+    """
+    return re.sub(r"/+", "/", re.sub(r"^https?://[^/]*", "", path)).rstrip("/") or "/"
+
+
+def _inflated(inflate: Any, message: Message) -> bytes:
+    """The next part of a body that comes compressed; at most one byte more than a body may have."""
+    broken = RequestError(400, "the body is not what its Content-Encoding says", param="Content-Encoding")
+    try:
+        body: bytes = inflate.decompress(message.get("body", b""), MAX_BODY_BYTES + 1)
+    except zlib.error:
+        raise broken from None
+    if not message.get("more_body") and not inflate.eof and len(body) <= MAX_BODY_BYTES:
+        raise broken
+    return body
 
 
 def _is_route(scope: Scope) -> bool:
