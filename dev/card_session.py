@@ -5,7 +5,7 @@ compile   a forward and backward pass, eager and compiled
 steps     time and memory of real steps of d8, d12 and d16 at two micro-batches, measured against planned
 loss      the chunked loss against the plain one: value, gradient, time, memory
 memory    the largest models of a 16 GB card train within a cap of 16 GB
-decode    tokens/s of answers, one and eight at once
+decode    tokens/s of answers, one and eight at once, by recorded steps (CUDA graphs) and without
 scaling   float16 from a loss scale of 2^24: it falls to one that holds, and no step is lost for good
 halfgemm  the float16 accumulation of ops/fp16_gemm.py: accurate and faster, or refused with the reason
 resume    a run that is killed and resumed gives the same weights bit for bit (deterministic mode)
@@ -263,21 +263,33 @@ def part_memory(arguments: argparse.Namespace, folder: Path) -> Result:
 
 
 def part_decode(arguments: argparse.Namespace, folder: Path) -> Result:
-    """Greedy answers: the same alone and together, and their speed."""
+    """Greedy answers: the same alone and together, with recorded steps (CUDA graphs) and without; and their speed."""
     compute, size = compute_of(arguments), sizes(arguments)
     model, _ = make(compute, GPTConfig.from_depth(size["depth"], size["vocab"], size["T"]))
+    with torch.no_grad():  # it begins with zeros, and then every token is as likely as any other
+        model.lm_head.weight.normal_(0.0, 0.05, generator=torch.Generator(compute.device).manual_seed(1))
     engine = Engine(model.eval(), PlainTokenizer(), compute.precision)  # type: ignore[arg-type]
     prompt, count = [1, 2, 3, 4], size["tokens"]
     found: Result = {}
     answers = {}
-    for rows in (1, 8):
-        taken = seconds_of(
-            compute,
-            lambda n=rows: answers.__setitem__(n, engine.generate_batch(prompt, n, count, temperature=0.0)[0]),
-            times=2,
-        )
-        found[f"tokens_per_second_{rows}"] = rows * count / taken
-    return {"ok": all(row == answers[1][0] for row in answers[8])} | found
+    decoder = engine._decoder
+    graphs = decoder.graphs if decoder is not None else None
+    for name, recorded in (("", graphs), ("_eager", None)) if graphs is not None else (("_eager", None),):
+        if decoder is not None:
+            decoder.graphs = recorded
+        for rows in (1, 8):
+            taken = seconds_of(
+                compute,
+                lambda key=(name, rows): answers.__setitem__(
+                    key, engine.generate_batch(prompt, key[1], count, temperature=0.0)[0]
+                ),
+                times=2,
+            )
+            found[f"tokens_per_second_{rows}{name}"] = rows * count / taken
+    if graphs is not None:
+        found["graphs"] = graphs.why_off or "on"
+    same = all(row == answers[name, 1][0] for (name, rows), found_rows in answers.items() for row in found_rows)
+    return {"ok": same and (graphs is None or not graphs.why_off)} | found
 
 
 def part_scaling(arguments: argparse.Namespace, folder: Path) -> Result:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.generate.decode_linear import FixedLinear, Int8Linear, best_form
+from nanochat.generate.graph_step import GraphSteps
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.native_step import NativeStep, supports
 from nanochat.gpt import GPT, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, Block, GPTConfig, Linear, unnumbered
@@ -134,6 +135,8 @@ class FastDecoder:
         self._seen: list[tuple[int, int]] | None = None  # of each parameter, when its weights were taken
         self._forms: dict[type[FixedLinear], _Matrices] = {}  # by the kind of linear map, see best_form
         self._threads: dict[int, ThreadChoice] = {}  # by the power of two of the number of sequences
+        self.graphs = GraphSteps(self._decode) if self.device == "cuda" else None
+        """Records steps, which a card then starts by one call; None: not here."""
 
     def refresh(self) -> FastDecoder:
         """Take the model's weights as they are now, if they have changed."""
@@ -143,6 +146,8 @@ class FastDecoder:
         if now != self._seen:
             self._forms.clear()
             self._native = None
+            if self.graphs is not None:
+                self.graphs.forget()
             self._seen = now
             self._cos, self._sin = model.cos[:, None, None], model.sin[:, None, None]  # (T, 1, 1, D)
             self._take_switches()
@@ -193,6 +198,8 @@ class FastDecoder:
                 self._native = NativeStep(self.model, self.dtype, self.int8)
             return self._native(idx, cache)
         self._matrices(idx.size(0))  # before the choice of threads: new forms are made with all of them
+        if self.graphs is not None:
+            return self.graphs(idx, cache)
         with self._threads.setdefault(idx.size(0).bit_length(), ThreadChoice(self.device))():
             return self._decode(idx, cache)
 
@@ -256,7 +263,7 @@ class FastDecoder:
     def _rotation(self, cache: KVCache) -> tuple[Tensor, Tensor]:
         """cos and sin at the sequences' positions, (1 or B, 1, 1, D)."""
         positions = cache.positions(1)[:, 0]
-        if positions.size(0) == 1:
+        if positions.size(0) == 1 and not cache.is_fixed:
             p = cache.get_pos()  # a slice is a view, an index tensor would copy
             return self._cos[p : p + 1], self._sin[p : p + 1]
         return self._cos[positions], self._sin[positions]

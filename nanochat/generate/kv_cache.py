@@ -60,6 +60,9 @@ class KVCache:
         key_offset: the model's switch, see nanochat/ops/pointwise.py.
     """
 
+    is_fixed = False
+    """True where a step may not depend on the rows' lengths but by tensors, see nanochat/generate/graph_step.py."""
+
     def __init__(
         self,
         batch_size: int,
