@@ -387,9 +387,11 @@ main() {
     fi
     python="$(find_python)" ||
         die "no Python 3.10 to 3.14 with its venv module found: install one (Debian, Ubuntu: apt install python3 python3-venv)"
-    if [[ -e "${KFD:-/dev/kfd}" && -z "$(cards)" && -z "${NANOCHAT_TORCH:-}" ]]; then
-        echo "setup: an AMD card is here. Its torch is not chosen by itself, and nobody has tried it; to try it, name one" \
-            "of ROCm: NANOCHAT_TORCH='torch --index-url $PYTORCH_INDEX/rocm6.4' bash setup_env.sh. Going on for the CPU"
+    if [[ -z "$(cards)" && -z "${NANOCHAT_TORCH:-}" ]]; then
+        PYTHONPATH="$ROOT" "$python" -m nanochat.pipeline.card_checks other |
+            while IFS=$'\t' read -r status _ text remedy; do
+                [[ "$status" != warn ]] || echo "setup: $text; $remedy. Going on for the CPU"
+            done
     fi
     mkdir -p "$ROOT/logs"
     : > "$LOG"

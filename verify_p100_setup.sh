@@ -213,7 +213,7 @@ check_cards() {
 }
 
 no_card() {
-    local said on_bus
+    local said on_bus lines status name text remedy
     on_bus="$(lspci 2> /dev/null | grep -iE '(vga|3d|display).*nvidia' || true)"
     on_bus="${on_bus%%$'\n'*}" on_bus="${on_bus#*: }"
     if command -v nvidia-smi > /dev/null; then
@@ -229,7 +229,11 @@ no_card() {
         report warn driver "$on_bus is in this machine, but its driver is not installed" \
             "$(install_driver); in a container: docker run --gpus all; else the CPU is used"
     fi
-    report ok cards "no CUDA card: the demo will run, on the CPU, and needs none"
+    lines="$(PYTHONPATH="$ROOT" "${python:-python3}" -m nanochat.pipeline.card_checks other 2> /dev/null)" || lines=""
+    while IFS=$'\t' read -r status name text remedy; do
+        [[ -z "$text" ]] || report "$status" "$name" "$text" "$remedy"
+    done <<< "$lines"
+    [[ -n "$lines" ]] || report ok cards "no CUDA card: the demo will run, on the CPU, and needs none"
 }
 
 # --- memory, disk, data -----------------------------------------------------------------------------------------------

@@ -6,10 +6,14 @@ verify_p100_setup.sh and setup_env.sh ask it; the facts are those of `nanochat.c
     … | python -m nanochat.pipeline.card_checks verify "apt install nvidia-driver"     lines of the verification
 
 Both read lines "name, capability, MiB, driver" and write fields separated by tabs; an unknown field is "?".
+
+    python -m nanochat.pipeline.card_checks other     a line of the verification about an AMD, Jetson or Apple GPU
 """
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +23,7 @@ from nanochat.cards import (
     OLDEST,
     OLDEST_OF_CUDA_13,
     OTHER_PACKAGES,
+    PYTORCH_INDEX,
     DeviceInfo,
     choose_cards,
     describe_choice,
@@ -105,7 +110,24 @@ def build_lines(cards: Sequence[tuple[DeviceInfo, str]]) -> Iterator[str]:
         yield f"{build.requirement}\t{download:.1f}\t{disk:.1f}"
 
 
+def other_gpus() -> Iterator[Line]:
+    """A line about a GPU of this machine whose driver is not asked by nvidia-smi: AMD's, a Jetson's or Apple's."""
+    if os.path.exists(os.environ.get("KFD", "/dev/kfd")):
+        text = "an AMD card is here. Its torch is not chosen by itself, and nobody has tried it"
+        remedy = f"to try it, name one of ROCm: NANOCHAT_TORCH='torch --index-url {PYTORCH_INDEX}/rocm6.4'"
+        yield "warn", "cards", text, f"{remedy} bash setup_env.sh; else the CPU is used"
+    elif os.path.exists(os.environ.get("TEGRA", "/etc/nv_tegra_release")):
+        text = "a Jetson is here. Only NVIDIA's own torch for its JetPack sees the GPU, and nobody has tried it"
+        remedy = "to try it, name its wheel (NVIDIA's page is PyTorch for Jetson): NANOCHAT_TORCH=/path/or/address.whl"
+        yield "warn", "cards", text, f"{remedy} bash setup_env.sh; else the CPU is used"
+    elif (sys.platform, platform.machine()) == ("darwin", "arm64"):
+        yield "ok", "cards", "Apple's GPU: the scripts take it (MPS, float32); nobody has tried it", ""
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "other":
+        print("\n".join("\t".join(line) for line in other_gpus()))
+        sys.exit()
     found = read_cards(sys.stdin.readlines())
     if sys.argv[1] == "torch":
         print("\n".join(build_lines(found)))

@@ -28,13 +28,13 @@ print(json.dumps([[c.name, [c.major, c.minor], c.total_memory >> 20] for c in ca
 
 
 def list_devices() -> list[DeviceInfo]:
-    """The CUDA cards that torch sees, in its order."""
-    if not torch.version.cuda or not torch.cuda.device_count():
+    """The cards that torch sees, in its order: CUDA's, or AMD's by a torch of ROCm, which gives them the same names."""
+    if not (torch.version.cuda or torch.version.hip) or not torch.cuda.device_count():
         return []
     answer = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         reason = (answer.stderr.strip() or "no reason given").splitlines()[-1]
-        raise RuntimeError(f"the CUDA cards don't answer: {reason}. See `nvidia-smi` and `bash verify_p100_setup.sh`")
+        raise RuntimeError(f"the cards don't answer: {reason}. See `nvidia-smi` and `bash verify_p100_setup.sh`")
     cards = json.loads(answer.stdout.splitlines()[-1])
     return [DeviceInfo(name, (major, minor), mib) for name, (major, minor), mib in cards]
 

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -68,7 +69,7 @@ def check_torch() -> Check:
         text = f"{version} {why} and sees none of the driver's {cards} cards"
         return Check("fail", "wheel", text, "bash setup_env.sh (if that is done: a driver from 525.60 to 580)")
     if not torch.cuda.is_available():
-        return Check("ok", "wheel", f"{version}, for the CPU")
+        return Check("ok", "wheel", f"{version}, for {'Apple GPUs (MPS)' if _has_mps() else 'the CPU'}")
     try:
         check_wheel()
     except RuntimeError as error:
@@ -76,6 +77,10 @@ def check_torch() -> Check:
         remedy = f"bash setup_env.sh, or by hand: .venv/bin/{reinstall_line(weakest)}"
         return Check("fail", "wheel", str(error).split(". Install")[0], remedy)
     return Check("ok", "wheel", f"{version} has kernels for {torch.cuda.get_device_name(0)}")
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
 
 
 def train_a_little(compute: Compute) -> list[float]:
@@ -195,7 +200,8 @@ def checks() -> Iterator[Check]:
     yield wheel
     if wheel.status == "fail":
         return
-    with setup_compute(Runtime(device_type="cuda" if devices else "cpu", compile="off")) as compute:
+    device_type: Literal["cuda", "mps", "cpu"] = "cuda" if devices else "mps" if _has_mps() else "cpu"
+    with setup_compute(Runtime(device_type=device_type, compile="off")) as compute:
         if devices:
             yield check_free_memory(compute)
         yield check_step(compute)
