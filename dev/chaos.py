@@ -2,6 +2,7 @@
 
     python dev/chaos.py                          20 × SIGKILL, 5 × SIGTERM on the pipeline, 6 failing disks
     python dev/chaos.py --ranks 2 --kills 6      two gloo ranks, one of which is killed
+    python dev/chaos.py --move                   each launch on another machine, with a copy of the folder
 
 Final weights, position in the data, loss scale, counters and the loss log (loss, gradient norm and learning rate of
 every step) must be the same bit for bit; a SIGTERM must lose no step and exit with 75; a dead rank must end the other.
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nanochat.config import run_script  # noqa: E402
+from nanochat.pipeline.session import sync  # noqa: E402
 from nanochat.stages import STAGES  # noqa: E402
 
 TRAINED = {name: STAGES[name].folder for name in ("base_train", "mid_train", "chat_sft")}
@@ -64,6 +66,8 @@ class Config:
     """Seed of the random moments."""
     pause: float = 4.0
     """A signal comes up to this many seconds after its step; 0: as soon as the step is in the log."""
+    move: bool = False
+    """What a run leaves is copied to a fresh folder, as the notebook does between two sessions, and goes on there."""
     folder: str | None = None
     """Working folder; default: a temporary one, removed at the end."""
     child: bool = False
@@ -208,8 +212,20 @@ def newest_step(base_dir: Path, stage: str) -> int | None:
 # --- disturbing it ---------------------------------------------------------------------------------------------------
 
 
-def kill_at_random(cfg: Config, base_dir: Path, rng: random.Random) -> float:
-    """Kill and resume, then run to the end; returns the longest time that a rank outlived a killed one."""
+def moved(base_dir: Path, number: int) -> Path:
+    """A copy of what the notebook keeps of a session, in another place; the session's own machine is lost."""
+    fresh = base_dir.with_name(f"session-{number}")
+    sync(base_dir, fresh)
+    shutil.rmtree(base_dir)
+    return fresh
+
+
+def kill_at_random(cfg: Config, base_dir: Path, rng: random.Random) -> tuple[Path, float]:
+    """Kill and resume, then run to the end.
+
+    Returns:
+        (where the run ended, the longest time that a rank outlived a killed one).
+    """
     kinds = ["KILL"] * cfg.kills + ["TERM"] * cfg.terms
     rng.shuffle(kinds)
     # A moment: when this stage has come to this step, and a little later.
@@ -238,8 +254,10 @@ def kill_at_random(cfg: Config, base_dir: Path, rng: random.Random) -> float:
         else:
             run.kill()
         print(f"  {number}/{len(kinds)} SIG{kind} in {stage} at step {reached}", flush=True)
+        if cfg.move:
+            base_dir = moved(base_dir, number)
     Run(cfg, base_dir).expect(0)
-    return slowest
+    return base_dir, slowest
 
 
 def tear(cfg: Config, base_dir: Path, rng: random.Random) -> int:
@@ -343,9 +361,10 @@ def main(cfg: Config) -> None:
         result: dict[str, Any] = {"kills": cfg.kills, "terms": cfg.terms, "ranks": cfg.ranks}
         if cfg.kills + cfg.terms:
             (work / "killed").mkdir()
-            slowest = kill_at_random(cfg, work / "killed", rng)
-            compare(cfg, wanted, work / "killed")
-            print(f"{cfg.kills} × SIGKILL, {cfg.terms} × SIGTERM: the same result bit for bit", flush=True)
+            ended, slowest = kill_at_random(cfg, work / "killed", rng)
+            compare(cfg, wanted, ended)
+            where = ", each time on with a copy of the folder" if cfg.move else ""
+            print(f"{cfg.kills} × SIGKILL, {cfg.terms} × SIGTERM{where}: the same result bit for bit", flush=True)
             if cfg.ranks > 1:
                 print(f"a killed rank ended the others within {slowest:.1f} s")
                 result["seconds_to_end"] = round(slowest, 1)
