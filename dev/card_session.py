@@ -475,7 +475,10 @@ def main(argv: list[str] | None = None) -> int:
     }
     if arguments.device_type == "cuda":
         record["device"] = torch.cuda.get_device_name()
-    for name in arguments.parts.split(","):
+    names = arguments.parts.split(",")
+    minutes = sum(LIMITS[name] for name in names) / 60
+    print(f"{len(names)} parts, planned for at most {minutes:.1f} minutes on a card", flush=True)
+    for name in names:
         result = record["parts"][name] = run_part(arguments, name)
         state, seconds = "ok" if result["ok"] else "FAILED", result["wall_seconds"]
         print(f"{state:7}{name:10}{seconds:6.1f} s  {result.get('error') or short(result)}", flush=True)

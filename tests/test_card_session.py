@@ -40,7 +40,9 @@ def test_a_part_that_fails_or_hangs_costs_no_other(tmp_path, monkeypatch, capsys
     assert "not done in" in found["decode"]["error"]
     assert not found["peer"]["ok"]
     assert found["memory"]["ok"]
-    assert capsys.readouterr().out.count("FAILED") == 2
+    said = capsys.readouterr().out
+    assert said.startswith("3 parts, planned for at most 1.7 minutes on a card")
+    assert said.count("FAILED") == 2
 
 
 def test_every_part_has_a_limit_and_they_are_eight_minutes():
