@@ -578,6 +578,23 @@ def test_typing_keeps_what_the_calculator_needs(world):
         assert text.lower().count(f"{skills.MARK}river{skills.MARK}") == 1
 
 
+def test_lists_in_capitals_become_small_and_mistyped_ones_right(world):
+    kinds = Counter()
+    for conversation in chat.DemoRepeat(600, "train", world, 1):
+        question, answer = (message["content"] for message in conversation["messages"])
+        words = answer.rstrip(".").split(" ")
+        if all(word in words_of(question) for word in words):
+            kinds["small" if all(word.upper() in question for word in words) else "same"] += 1
+        elif set(words) <= world.vocabulary:
+            request = max((r for r in skills.CORRECTION_REQUESTS), key=lambda r: r.strip(" {w}") in question)
+            shown = question.replace(request.replace("{w}", "").strip(), "").split()
+            assert len(shown) == len(words), question
+            kinds["corrected"] += 1
+    assert kinds["same"] > 150 < kinds["small"]
+    assert kinds["corrected"] > 80
+    assert kinds.total() > 590  # every list is of one of the three kinds
+
+
 # --- follow-ups ------------------------------------------------------------------------------------------------------
 
 

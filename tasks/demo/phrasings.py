@@ -352,12 +352,12 @@ def typed(rng: random.Random, text: str, known: Set[str] = frozenset()) -> str:
     capitals, without the final punctuation or with too much of it."""
     if rng.random() < 0.15:
         text = shortened(rng, text)
-    if rng.random() < 0.12:
+    if rng.random() < 0.16:
         text = mistyped(rng, text, known)
     case = rng.random()
     if case < 0.14:
         text = text.lower()
-    elif case < 0.23:
+    elif case < 0.3:
         text = text.upper()
     end = rng.random()
     if end < 0.2:

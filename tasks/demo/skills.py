@@ -159,6 +159,45 @@ SPELL_REQUESTS = (
     "I want to write the word {w}.",
     "Which letters are used to write {w}?",
     "I can never spell {w}.",
+    "Which letters form {w}?",
+    "Which letters does {w} consist of?",
+    "Which letters give the word {w}?",
+    "What letters do I need to write {w}?",
+    "What are the letters in the word {w}?",
+    "Show me how {w} is written.",
+    "Show me how to spell {w}.",
+    "Show me how one writes the word {w}.",
+    "Show me the spelling of {w}.",
+    "Tell me how {w} is spelled.",
+    "Tell me how to spell {w}.",
+    "Say how {w} is spelled.",
+    "Explain how {w} is written.",
+    "Do you know how to spell {w}?",
+    "Do you know how {w} is spelled?",
+    "I forgot how {w} is written.",
+    "I forgot the spelling of {w}.",
+    "I want to know how to spell {w}.",
+    "I have to write {w}. How do you spell it?",
+    "Remind me how to spell {w}.",
+    "How would you spell {w}?",
+    "How would one write the word {w}?",
+    "How can I spell {w}?",
+    "How must I write {w}?",
+    "Could you spell out {w}?",
+    "Can you spell out {w} for me?",
+    "Please spell out the word {w}.",
+    "Could you tell me the letters of the word {w}?",
+    "Give me the spelling of {w}.",
+    "Give me all the letters of the word {w}.",
+    "spell {w}",
+    "spelling of {w}",
+    "letters of {w}",
+    "{w}, letter by letter.",
+    "Break {w} into letters.",
+    "Take the word {w} apart into its letters.",
+    "Name all letters of {w}.",
+    "List the letters in {w}.",
+    "What does {w} look like letter by letter?",
 )
 HELD_OUT_SPELL_REQUESTS = (
     "How would I spell {w}?",
@@ -203,6 +242,39 @@ COUNT_REQUESTS = (
     "How many times does {w} have the letter {l}?",
     "Show me how many {l} are in {w}.",
     "Can you find {l} in {w} and count it?",
+    "How many times does {l} occur in {w}?",
+    "How many times does the letter {l} come in {w}?",
+    "How many times does {l} stand in the word {w}?",
+    "How many times can you see {l} in {w}?",
+    "How many times do you find {l} in {w}?",
+    "How often does {l} occur in {w}?",
+    "How often does the letter {l} come in the word {w}?",
+    "How often do you find {l} in {w}?",
+    "How often is the letter {l} in the word {w}?",
+    "How many of the letters in {w} are {l}?",
+    "How many of the letters of {w} are {l}?",
+    "How many letters of {w} are {l}?",
+    "How many letters {l} are in {w}?",
+    "How many letters {l} do you see in {w}?",
+    "How many {l} can you find in {w}?",
+    "How many {l} can you see in the word {w}?",
+    "How many {l} does the word {w} have?",
+    "How many {l}s does {w} have?",
+    "how many {l} in {w}",
+    "how many {l}s in the word {w}",
+    "number of {l} in {w}",
+    "count {l} in {w}",
+    "Can you count the {l}s in {w}?",
+    "Can you tell me how many {l} {w} has?",
+    "Please tell me how many times {l} is in {w}.",
+    "In {w}, how often is the letter {l}?",
+    "In {w}, how many times does {l} come?",
+    "In {w}, what is the number of {l}?",
+    "What is the number of {l} in {w}?",
+    "Look at {w}. How many {l} do you see?",
+    "The word {w} has how many {l}?",
+    "Take the word {w}. How many {l} does it have?",
+    "I want to know how many {l} {w} has.",
 )
 HELD_OUT_COUNT_REQUESTS = (
     "How many times does {l} appear in {w}?",
@@ -224,6 +296,20 @@ REPEAT_REQUESTS = (
     'Can you say "{w}"?',
     "Copy these words: {w}",
     "Tell me these words again: {w}",
+)
+SMALL_LETTER_REQUESTS = (
+    "In small letters: {w}",
+    "Write in small letters: {w}",
+    "{w} in small letters",
+    "Please write this in small letters: {w}",
+    "Make these letters small: {w}",
+)
+CORRECTION_REQUESTS = (
+    "Correct: {w}",
+    "Correct these words: {w}",
+    "Please correct the mistakes: {w}",
+    "Write this without mistakes: {w}",
+    "{w} without mistakes",
 )
 
 
@@ -262,6 +348,9 @@ def is_held_out_pair(a: Number, b: Number) -> bool:
 def _number(rng: random.Random, lengths: Sequence[int]) -> int:
     """A whole number with one of these numbers of digits, each of them equally likely."""
     digits = rng.choice(lengths)
+    if digits > 1 and rng.random() < 0.12:  # "1000", "77", "4004": digits that are hard to keep apart
+        pair = rng.choice("123456789") + rng.choice("0123456789")
+        return int(pair[0] + "".join(rng.choice(pair) for _ in range(digits - 1)))
     return rng.randrange(10 ** (digits - 1), 10**digits)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tasks.common import Conversation
 from tasks.demo import skills
+from tasks.demo.phrasings import FUNCTION_WORDS, mistyped
 from tasks.demo.task import DemoTask, Split, conversation, final_text, tool_calls
 from tasks.demo.world import World, words_of
 
@@ -132,9 +133,24 @@ class DemoCounting(WordTask):
 
 class DemoRepeat(WordTask):
     """Say some words again, for training only: copying is what the calls of the calculator need, and here nearly every
-    token of an answer is copied. Whole lists are more than the smallest models can do, so this is not evaluated."""
+    token of an answer is copied. Some of the lists are in capitals, which are to become small, or mistyped, which are
+    to be corrected: nearly every token then teaches what a word looks like when people shout or hurry. Whole lists are
+    more than the smallest models can do, so this is not evaluated."""
 
     def get_example(self, index: int) -> Conversation:
         rng = self.random(index)
-        words = " ".join(self.word(rng, index + i) for i in range(rng.randint(2, 8)))
-        return conversation((rng.choice(skills.REPEAT_REQUESTS).format(w=words), words + "."))
+        kind = rng.random()
+        if kind < 0.4:
+            words = " ".join(self.word(rng, index + i) for i in range(rng.randint(2, 8)))
+            return conversation((rng.choice(skills.REPEAT_REQUESTS).format(w=words), words + "."))
+        facts = rng.choices(self.world.facts or self.world.identity, k=2)
+        texts = " ".join(rng.choice((fact.text, *fact.asks)) for fact in facts)
+        words = [word for word in words_of(texts) if word not in FUNCTION_WORDS] or list(self.world.words)
+        words = rng.sample(words, min(len(words), rng.randint(2, 8)))
+        if kind < 0.75:
+            request, shown = rng.choice(skills.SMALL_LETTER_REQUESTS), " ".join(words).upper()
+            request = request.upper().replace("{W}", "{w}") if rng.random() < 0.5 else request
+        else:
+            request = rng.choice(skills.CORRECTION_REQUESTS)
+            shown = " ".join(mistyped(rng, word, self.world.vocabulary) for word in words)
+        return conversation((request.format(w=shown), " ".join(words) + "."))
