@@ -168,13 +168,15 @@ WHERE = (
 _NO_LOG = frozenset(
     (
         *("role", "question", "answer", "prompt", "response", "instruction", "input", "output", "title", "assistant"),
-        *("bot", "completion", "chosen"),
+        *("bot", "completion", "chosen", "messages", "conversations"),
     )
 )
 
 
 def _read_any(record: dict[str, Any]) -> tuple[str, LogEntry] | None:
     """The entry of a record that says who wrote what and when; the writer is no user or assistant."""
+    if len(record) < 3 or not _NO_LOG.isdisjoint(record):  # asked of every message: most are none at a glance
+        return None
     low = {str(key).strip().lower().replace(" ", ""): value for key, value in record.items()}
     who, when, said = (next((key for key in keys if low.get(key) is not None), None) for keys in (WHO, WHEN, SAID))
     if said is None:  # a photo
@@ -299,7 +301,7 @@ def read_row(record: Any) -> tuple[str, Message] | None:
 
     Where nothing says which, a system message begins a new one.
     """
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or isinstance(record.get("messages"), list):
         return None
     low = {str(key).strip().lower(): value for key, value in record.items()}
     thread = next((key for key in THREAD_KEYS if isinstance(low.get(key), str | int)), None)
