@@ -19,7 +19,7 @@ from nanochat.engine import Engine
 from nanochat.generate import fast_decode, graph_step
 from nanochat.generate.decode_linear import PlainLinear
 from nanochat.generate.fast_decode import FastDecoder, make_decoder
-from nanochat.generate.graph_step import CHECKED, EAGER_STEPS, MOST_ROWS, GraphSteps
+from nanochat.generate.graph_step import CHECKED, MOST_ROWS, GraphSteps
 from nanochat.generate.kv_cache import KVCache
 from nanochat.gpt import NANOCHAT_2026, NORM_EPS
 from nanochat.precision import Precision
@@ -69,6 +69,7 @@ def record(step, device):
 
 
 recorded: list = []
+EAGER_STEPS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,7 @@ def short(monkeypatch):
     recorded.clear()
     monkeypatch.setattr(fast_decode, "supports", lambda model, dtype: False)
     monkeypatch.setattr(graph_step, "LEAST_LENGTH", 16)
+    monkeypatch.setattr(graph_step, "EAGER_STEPS", EAGER_STEPS)
     monkeypatch.setattr(fast_decode, "best_form", lambda rows, device, dtype: PlainLinear)  # as on a card
     # For one row a CPU's norm takes a number to Python, which no card does.
     monkeypatch.setattr(FastDecoder, "_norm", staticmethod(lambda x: torch.rms_norm(x, x.shape[-1:], eps=NORM_EPS)))

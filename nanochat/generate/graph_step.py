@@ -26,7 +26,9 @@ from nanochat.generate.kv_cache import KVCache
 # With more sequences the operations are large enough to hide what starting them costs; and each number has graphs.
 MOST_ROWS = 8
 LEAST_LENGTH = 256  # positions that attention looks at: this, or a power of two above it, or the whole context
-EAGER_STEPS = 4  # of one shape, before it is recorded: a short answer is over by then
+# Steps of one shape before it is recorded, which costs about as much as some of them: a short answer is over by then,
+# and so is the tail of a batch, whose sequences end one after the other. A server's cache lives long enough.
+EAGER_STEPS = 32
 CHECKED = 8  # steps that are computed both ways before a recorded one is trusted
 # Of the largest logit. Masked positions change the order of sums, and so the last bits.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
