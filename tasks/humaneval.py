@@ -17,10 +17,10 @@ from nanochat.execution import check_function
 from tasks.common import CodeTask, Conversation
 from tasks.sources import load_rows
 
-# What a model thought before it answered; the opening tag may be part of the prompt.
-_THOUGHTS = re.compile(r".*</(?:think|thinking|thought|reasoning|analysis)>", re.DOTALL | re.IGNORECASE)
+# Ends what a model thought before it answered; the opening tag may be part of the prompt.
+_THOUGHTS_END = re.compile(r"</(?:think|thinking|thought|reasoning|analysis)>", re.IGNORECASE)
 # Anything may follow the opening fence: models write python3, Python or a title there.
-_OPENING = re.compile(r"(`{3,}|~{3,})([^\n`]*)\n")
+_OPENING = re.compile(r"((?<!`)`{3,}(?!`)|(?<!~)~{3,}(?!~))([^\n`]*)\n")
 _NO_CHANGE = re.compile(r"-|@@|\+\+\+ |diff |index |\\")  # lines of a diff that are not in its new text
 MAX_CLOSINGS = 8  # fences that are tried as the end of a block
 # How a line of code begins, in an answer that mixes it with sentences.
@@ -44,7 +44,7 @@ def extract_code(completion: str, entry_point: str = "") -> str:
     An answer without a block is code as a whole, except for sentences around a definition or behind a body; so is what
     stands before a fence that closes a block which was never opened. What a model thought is left out.
     """
-    completion = _THOUGHTS.sub("", completion.replace("\r\n", "\n").removeprefix("\ufeff"))
+    completion = _THOUGHTS_END.split(completion.replace("\r\n", "\n").removeprefix("\ufeff"))[-1]
     definition, (blocks, beside) = defines(entry_point), _blocks(completion)
     if not entry_point:
         return blocks[0] if blocks else completion

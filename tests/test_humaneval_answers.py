@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import time
 
 import pytest
 
@@ -72,7 +73,9 @@ def test_no_answer_is_found_in_thoughts_alone():
     assert not passes(build_solution(prompt, name, thought), tests, name)
 
 
-def test_many_fences_take_no_time():
+@pytest.mark.parametrize("noise", ["```python\nx = (\n" + "```\n" * 2000, "`" * 50_000, "~" * 50_000, "</think" * 9000])
+def test_what_repeats_takes_no_time(noise):
     prompt, name, body, _ = PROBLEMS[0]
-    answer = "```python\nx = (\n" + "```\n" * 2000 + f"```python\n{prompt}{body}\n```"
-    build_solution(prompt, name, answer)  # a minute, if every fence were tried as the end of every block
+    start = time.process_time()
+    build_solution(prompt, name, f"{noise}\n```python\n{prompt}{body}\n```")
+    assert time.process_time() - start < 10  # minutes, if all were tried in all places
