@@ -80,8 +80,6 @@ class RLConfig(StageConfig, RolloutConfig):
             raise ValueError(f"--clip must be between 0 and 1, got {self.clip}")
         if self.kl < 0 or self.temperature <= 0:
             raise ValueError("--kl must not be negative, and --temperature must be above 0")
-        if self.init_lr_frac < 0:
-            raise ValueError(f"--init_lr_frac must not be negative, got {self.init_lr_frac}")
         for name in ("examples_per_step", "num_samples", "max_new_tokens", "updates_per_rollout", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")

@@ -90,6 +90,15 @@ class RunConfig:
             raise ValueError(f"--hours must be positive, got {self.hours}")
         if self.keep_last < 1:
             raise ValueError(f"--keep_last must be at least 1, got {self.keep_last}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"--{name} is no number")
+            bounded = name.endswith(("_lr", "_frac")) or name in ("weight_decay", "grad_clip")
+            if bounded and isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise ValueError(f"--{name} must be a number from 0 on, got {value}")
+        tag = self.model_tag
+        if tag is not None and (Path(tag).name != tag or tag[:1] in ("", ".")):
+            raise ValueError(f"--model_tag={tag}: give the name of a folder, without a path, not hidden")
         length = getattr(self, "max_seq_len", None)  # of the stages that read text
         if length is not None and length < 2:
             raise ValueError(f"--max_seq_len must be at least 2, got {length}: a token predicts the next one")
