@@ -1085,3 +1085,21 @@ def test_messages_row_by_row_and_files_that_are_no_files(tmp_path: Path) -> None
     with pytest.raises(UnusableInputError, match="no ordinary file"):
         look(tmp_path / "pipe")
     assert "no ordinary file" in look(tmp_path)[1].left_out_line()
+
+
+def test_exports_that_break_their_own_rules_are_told_by_place(tmp_path: Path) -> None:
+    broken = [
+        {"mapping": {"a": {"message": {"author": "x"}}}, "current_node": "a"},
+        {"chat_messages": ["x"]},
+        {"messages": [{"versions": [7]}]},
+        {"intents": [{"patterns": 3}]},
+        {"turns": [{"author": {}, "candidates": 4}]},
+        {"request": {"messages": 1}, "response": {}},
+    ]
+    chat = {"chat": PAIR}  # a line with this key alone is no line of Signal's export
+    texts, inventory = look(dump(tmp_path / "a.jsonl", *broken, *[chat] * 7))
+    assert texts == [HI] * 7
+    assert inventory.left_out[chats.UNUSABLE].count == len(broken)
+    assert "line 1: malformed (AttributeError" in inventory.left_out_line() + "".join(
+        inventory.left_out[chats.UNUSABLE].examples
+    )

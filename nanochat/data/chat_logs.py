@@ -131,7 +131,7 @@ def read_entry(record: Any) -> tuple[str, LogEntry] | None:
         name = author.get("nickname") or author.get("global_name") or author.get("name") or author.get("username")
         return "discord", LogEntry(_name(name), _plain(text), _iso_hours(record["timestamp"]))
     if "sender_name" in record and "timestamp_ms" in record:
-        text = "" if record.get("is_unsent") else _mended(record.get("content") or "")
+        text = "" if record.get("is_unsent") else _mended(str(record.get("content") or ""))
         text = "" if _OF_MESSENGER.fullmatch(text) else text
         return "messenger", LogEntry(
             _mended(_name(record["sender_name"])), text, _number(record["timestamp_ms"], 3.6e6)
@@ -208,7 +208,7 @@ class SignalBackup:
     def __init__(self) -> None:
         self.entries: list[LogEntry] = []
         self._people: dict[str, str] = {}
-        self._own_name = "Me"
+        self._own_name, self._begun = "Me", False
 
     def takes(self, record: Any) -> bool:
         """True if a record is a line of it; the messages go into `entries`."""
@@ -219,7 +219,7 @@ class SignalBackup:
             said = item.get("standardMessage")
             text = ((said.get("text") or {}).get("body") if isinstance(said, dict) else None) or ""
             who = self._people.get(str(item.get("authorId")), f"person {item.get('authorId')}")
-            self.entries.append(LogEntry(who, text, _any_hours(item.get("dateSent")), str(item.get("chatId"))))
+            self.entries.append(LogEntry(who, str(text), _any_hours(item.get("dateSent")), str(item.get("chatId"))))
         elif isinstance(account := record.get("account"), dict) and len(record) == 1:
             self._own_name = str(account.get("givenName") or self._own_name)
         elif isinstance(person := record.get("recipient"), dict) and len(record) == 1:
@@ -229,7 +229,10 @@ class SignalBackup:
             if name or "self" in person:
                 self._people[str(person.get("id"))] = self._own_name if "self" in person else name
         else:
-            return "backupTimeMs" in record or (len(record) == 1 and not _SIGNAL_LINES.isdisjoint(record))
+            self._begun = self._begun or "backupTimeMs" in record
+            return "backupTimeMs" in record or (
+                self._begun and len(record) == 1 and not _SIGNAL_LINES.isdisjoint(record)
+            )
         return True
 
 

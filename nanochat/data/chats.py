@@ -48,6 +48,7 @@ ENCODED_TWICE = "a letter that was encoded twice, mended"
 MARKED = "marked as not to be learned"
 NOBODY_ELSE = "in which nobody else writes"
 NO_PICTURES = "about an image or sound, which the model can't see or hear"
+MALFORMED = (AttributeError, TypeError, KeyError, IndexError)
 MOST_KEYS = 5  # that are not used are listed one by one
 UNUSABLE = "can't be used"
 BYTES_PER_TOKEN = 4.0  # about, of English with a vocabulary of some ten thousand
@@ -219,27 +220,30 @@ class _Reader:
             if isinstance(record, Broken):
                 self._reject(where, record.reason)
                 continue
-            row = read_row(record)
-            if thread is not None and (row is None or row[0] != thread[0] or row[1]["role"] == "system"):
-                yield from self._finish("rows of messages", thread[1], thread[2])
-                thread = None
-            if row is not None:
-                thread = thread or (row[0], [], where)
-                thread[1].append(row[1])
-            elif signal.takes(record):
-                program, entries = "signal", signal.entries
-            elif (found := read_entry(record)) is not None:
-                program = found[0]
-                entries.append(named(found[1], self.people) if program == "slack" else found[1])
-            elif is_tree_row(record):
-                tree_rows.append(record)
-            elif isinstance(record, dict) and (line := read_mes(record)) is not None:
-                tavern.append(line)
-                self.notes[NOTHING_SAID] += not line["content"].strip()
-            elif isinstance(record, dict) and {"user_name", "character_name"} <= record.keys():
-                continue  # the head of SillyTavern's chats
-            else:
-                yield from self._of_record(where, record)
+            try:
+                row = read_row(record)
+                if thread is not None and (row is None or row[0] != thread[0] or row[1]["role"] == "system"):
+                    yield from self._finish("rows of messages", thread[1], thread[2])
+                    thread = None
+                if row is not None:
+                    thread = thread or (row[0], [], where)
+                    thread[1].append(row[1])
+                elif signal.takes(record):
+                    program, entries = "signal", signal.entries
+                elif (found := read_entry(record)) is not None:
+                    program = found[0]
+                    entries.append(named(found[1], self.people) if program == "slack" else found[1])
+                elif is_tree_row(record):
+                    tree_rows.append(record)
+                elif isinstance(record, dict) and (line := read_mes(record)) is not None:
+                    tavern.append(line)
+                    self.notes[NOTHING_SAID] += not line["content"].strip()
+                elif isinstance(record, dict) and {"user_name", "character_name"} <= record.keys():
+                    continue  # the head of SillyTavern's chats
+                else:
+                    yield from self._of_record(where, record)
+            except MALFORMED as error:  # an export by whose rules something should be there that is not
+                self._reject(where, f"malformed ({type(error).__name__}: {error})")
         if thread is not None:
             yield from self._finish("rows of messages", thread[1], thread[2])
         if tavern:
