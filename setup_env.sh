@@ -178,6 +178,13 @@ venv_works() {
     "$PYTHON" -c 'import sys, pip; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2> /dev/null
 }
 
+# The build of torch that is installed, as torch-2.14.0+cu126: another one, from a pip install of later, may lack the card.
+torch_here() {
+    local folders
+    folders="$(compgen -G "$VENV/lib/python3*/site-packages/torch-*.dist-info" | head -n 1)"
+    basename "$folders" .dist-info
+}
+
 # A quick check that the packages are still installed; importing them would take seconds.
 is_complete() {
     # A compiler that has come meanwhile replaces PyPI's rustbpe.
@@ -382,7 +389,7 @@ main() {
     esac
     export PATH="$PATH:$HOME/.cargo/bin"
     wanted="$(wanted_stamp)"
-    if [[ -f "$STAMP" && "$(< "$STAMP")" == "$wanted"*"$extras" ]] && is_complete; then
+    if [[ -f "$STAMP" && "$(< "$STAMP")" == "$wanted $(torch_here) "*"$extras" ]] && is_complete; then
         return
     fi
     python="$(find_python)" ||
@@ -409,7 +416,7 @@ main() {
         install_and_prove "$extras" "$((num_cards))" || give_up "$((num_cards))"
     fi
     rm -rf "$PIP_TMP"
-    printf '%s %s\n' "$wanted" "$extras" > "$STAMP"
+    printf '%s %s %s\n' "$wanted" "$(torch_here)" "$extras" > "$STAMP"
     printf 'setup: done in %s s\n' "$SECONDS"
 }
 

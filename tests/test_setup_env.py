@@ -96,6 +96,16 @@ def test_a_second_run_does_nothing_and_a_compiler_that_came_is_used(machine):
     assert not (machine.checkout / ".venv" / "portable").exists()
 
 
+def test_another_torch_that_came_later_is_replaced(machine):
+    machine(NANOCHAT_TORCH="torch==2.13.0")
+    packages = machine.checkout / ".venv" / "lib" / "python3.11" / "site-packages"
+    (packages / "torch-2.15.0.dist-info").mkdir(parents=True)
+    done, _ = machine(NANOCHAT_TORCH="torch==2.13.0")
+    assert "done in" in done.stdout
+    done, _ = machine(NANOCHAT_TORCH="torch==2.13.0")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may use the package manager")
 @pytest.mark.parametrize(("answer", "installs"), [("0", False), ("1", True)])
 def test_the_package_manager_is_used_only_with_a_yes(machine, answer, installs):
