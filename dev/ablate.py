@@ -4,6 +4,7 @@
     python dev/ablate.py --data FOLDER --experiment vocabulary --flops 2e14 --seeds 0 1 2
     python dev/ablate.py --data FOLDER --experiment recipes --seconds 1200 --seeds 0 1 2 --dtype bfloat16
     python dev/ablate.py --data FOLDER --experiment shape --ladder --seeds 0
+    python dev/ablate.py --data FOLDER --experiment epochs --train_bytes=4000000 --eval_every=100 --flops 5.56e14
 
 Every run is `scripts.base_train` in a process of its own, with a base folder for each vocabulary (its tokenizer is
 trained on first use). A finished run is one line in the results file and is not repeated, so a matrix that was killed
@@ -128,13 +129,12 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "decay 1": "--recipe=small --weight_decay=1",
         "decay 3": "--recipe=small --weight_decay=3",
         "decay 8": "--recipe=small --weight_decay=8",
-        "batch 8192": "--recipe=small --total_batch_size=8192",
-        "half the rates": "--recipe=small --lr_scale=0.5",
-        "rates × 1.5": "--recipe=small --lr_scale=1.5",
-        "no value embeddings": "--recipe=small --value_embeddings=False",
         "dropout 0.1": "--recipe=small --dropout=0.1",
         "dropout 0.2": "--recipe=small --dropout=0.2",
-        "noise 0.1": "--recipe=small --token_noise=0.1",
+        "decay 1, dropout 0.3": "--recipe=small --weight_decay=1 --dropout=0.3",
+        "no value embeddings": "--recipe=small --value_embeddings=False",
+        "half the rates": "--recipe=small --lr_scale=0.5",
+        "d2": "--recipe=small --depth=2 --aspect_ratio=64",
     },
     "shape": {
         "d4": "--depth=4",
@@ -234,8 +234,8 @@ def part_of(cfg: Config) -> Config:
             raise ValueError(f"--train_bytes={cfg.train_bytes}: {cfg.data} has {left} bytes less than that to train on")
         begun = folder.with_name(folder.name + ".begun")
         begun.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"text": texts}), begun / "part_0.parquet", row_group_size=256)
-        shutil.copyfile(val, begun / "part_1.parquet")
+        pq.write_table(pa.table({"text": texts}), begun / "shard_00000.parquet", row_group_size=256)
+        shutil.copyfile(val, begun / "shard_00001.parquet")
         begun.rename(folder)
     return replace(cfg, data=str(folder))
 
@@ -294,13 +294,15 @@ def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, float]:
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Mean and spread (sample deviation) of each setting, best first."""
-    lines = ["| setting | val bpb | ± | runs | steps | million tokens |", "|---|---|---|---|---|---|"]
+    lines = ["| setting | val bpb | ± | runs | steps | million tokens | best, at epoch |", "|---" * 7 + "|"]
     for label, runs in sorted(rows.items(), key=lambda item: statistics.mean(r["val_bpb"] for r in item[1])):
         values = [r["val_bpb"] for r in runs]
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "–"
         steps, tokens = (statistics.mean(r[key] for r in runs) for key in ("steps", "tokens"))
+        best = [f"{r['best_bpb']:.4f} at {r['best_epoch']:.1f} of {r['epochs']:.1f}" for r in runs if "best_bpb" in r]
         lines.append(
-            f"| {label} | {statistics.mean(values):.4f} | {spread} | {len(runs)} | {steps:.0f} | {tokens / 1e6:.2f} |"
+            f"| {label} | {statistics.mean(values):.4f} | {spread} | {len(runs)} | {steps:.0f} | {tokens / 1e6:.2f} | "
+            f"{', '.join(best) or '–'} |"
         )
     return "\n".join(lines)
 

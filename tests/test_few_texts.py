@@ -12,11 +12,13 @@ from dev import ablate
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.config import parse_config
 from nanochat.data.corpus import BadShardError, open_corpus
+from nanochat.dataset import prepare_corpus
 from nanochat.report.html import stage_view
 from nanochat.report.monitor import Watcher
 from nanochat.report.plots import Plotter
 from nanochat.report.run_data import BestEvaluation, Run, StageRun
-from nanochat.train.few_texts import TextSize, add_dropout
+from nanochat.train.best_weights import BestWeights
+from nanochat.train.few_texts import TextSize, add_dropout, kept_weights
 from nanochat.train.tracking import TrainState
 from nanochat.train.trainer import Trainer
 from scripts.base_train import Config, main
@@ -49,7 +51,8 @@ def train(base_dir, text, tiny_tokenizer, monkeypatch):
 
         def noted(self):
             at[self.state.step] = {name: value.clone() for name, value in self.model.state_dict().items()}
-            monkeypatch.setattr(script, "corpus_bpb", lambda *args, **kwargs: VALUES[self.state.step])
+            values = iter([VALUES[self.state.step], VALUES[self.state.step] - 0.1])  # of own weights, of their mean
+            monkeypatch.setattr(script, "corpus_bpb", lambda *args, **kwargs: next(values))
             original(self)
 
         monkeypatch.setattr(Trainer, "run_evaluation", noted)
@@ -82,15 +85,8 @@ def test_the_finished_model_has_the_best_weights(train, capsys):
 
 def test_a_kill_after_the_best_evaluation_changes_no_bit(train, monkeypatch):
     whole, _ = train("whole")
-    original = Trainer.train_step
-
-    def killed(self):
-        if self.state.step == 8:
-            raise KeyboardInterrupt
-        return original(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", killed)
+        patch.setattr(Trainer, "train_step", killed_at(8, Trainer.train_step))
         with pytest.raises(KeyboardInterrupt):
             train("killed")
     resumed, at = train("killed")
@@ -101,16 +97,95 @@ def test_a_kill_after_the_best_evaluation_changes_no_bit(train, monkeypatch):
     assert logs[0] == logs[1]
 
 
-def test_a_checkpoint_of_before_seeks_the_best_from_there_on(train, monkeypatch):
-    original = Trainer.train_step
+def test_with_a_mean_of_the_weights_the_model_is_the_best_mean(train, monkeypatch):
+    """Evaluations see the mean too, training does not; a kill changes no bit of either."""
+    original, taken = BestWeights.take, {}
 
-    def killed(self):
-        if self.state.step == 8:
+    def take(self):
+        original(self)
+        taken[len(taken)] = dict(self._best)
+
+    monkeypatch.setattr(BestWeights, "take", take)
+    whole, own = train("mean", "--mean_weights=True")
+    plain, at = train("plain", "--keep_best=False")
+    assert [r["loss"] for r in log_of(whole) if "loss" in r] == [r["loss"] for r in log_of(plain) if "loss" in r]
+    assert all(same(own[step], at[step]) for step in VALUES)
+    assert same(whole.model, taken[1])  # of step 6
+    assert not same(whole.model, own[6])
+    assert whole.meta["val_bpb"] == pytest.approx(1.9)
+    record = next(r for r in log_of(whole) if r["step"] == 6 and "val_bpb" in r)
+    assert (record["own_val_bpb"], record["mean_val_bpb"], record["val_bpb"]) == pytest.approx((2.0, 1.9, 1.9))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", killed_at(8, Trainer.train_step))
+        with pytest.raises(KeyboardInterrupt):
+            train("killed", "--mean_weights=True")
+    resumed, later = train("killed", "--mean_weights=True")
+    assert sorted(later) == [9, 12]
+    assert same(whole.model, resumed.model)
+    assert log_of(whole)[-1]["mean_val_bpb"] == log_of(resumed)[-1]["mean_val_bpb"]
+
+
+def test_the_mean_after_a_kill_is_that_of_all_steps():
+    def after(model, best, steps):
+        for step in steps:
+            with torch.no_grad():
+                model.weight.fill_(step**2)
+            best.count_step(step)
+
+    model = torch.nn.Linear(1, 1, bias=False)
+    whole = BestWeights(model, mean=True)
+    after(model, whole, range(1, 6))
+    saved = whole.state()
+    after(model, whole, range(6, 9))
+    resumed = BestWeights(model, mean=True)
+    resumed.resume(saved, TrainState())
+    after(model, resumed, range(6, 9))
+    assert torch.equal(whole.state()["mean.weight"], resumed.state()["mean.weight"])
+    assert saved["mean.weight"] != whole.state()["mean.weight"]
+
+
+def test_the_weights_that_are_better_are_kept_mean_or_not():
+    model = torch.nn.Linear(1, 1, bias=False)
+    best = BestWeights(model, mean=True)
+    for step in range(1, 5):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        best.count_step(step)
+    for wanted, kept in ((0.0, best.state()["mean.weight"].item()), (10.0, 4.0)):
+        values = best.evaluate(lambda wanted=wanted: {"val_bpb": abs(model.weight.item() - wanted)}, "val_bpb")
+        best.take()
+        assert values["val_bpb"] == pytest.approx(abs(kept - wanted))
+        assert best.state()["best.weight"].item() == kept
+        assert model.weight.item() == 4.0
+
+
+def test_the_mean_reaches_back_over_a_share_of_the_steps():
+    model = torch.nn.Linear(1, 1, bias=False)
+    best, values = BestWeights(model, mean=True), []
+    for step in range(1, 601):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        best.count_step(step)
+        with best.in_place():
+            values.append(model.weight.item())
+        assert model.weight.item() == step
+    assert values[0] == 1.0
+    assert values[299] == pytest.approx(300 * 3 / 4, rel=0.01)
+    assert values[599] == pytest.approx(600 * 3 / 4, rel=0.01)
+
+
+def killed_at(step, original):
+    def train_step(self):
+        if self.state.step == step:
             raise KeyboardInterrupt
         return original(self)
 
+    return train_step
+
+
+def test_a_checkpoint_of_before_seeks_the_best_from_there_on(train, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", killed)
+        patch.setattr(Trainer, "train_step", killed_at(8, Trainer.train_step))
         with pytest.raises(KeyboardInterrupt):
             train("old", "--keep_best=False")
     ended, at = train("old", "--keep_best=True", "--force")
@@ -155,6 +230,47 @@ def test_a_shard_that_is_passed_over_in_training_is_passed_over_here(text, tiny_
         TextSize.of(corpus, tiny_tokenizer)
 
 
+def test_a_document_that_is_a_whole_library_is_not_tokenized_to_be_counted(tmp_path, tiny_tokenizer, monkeypatch):
+    for i in range(2):
+        pq.write_table(pa.table({"text": ["rain and snow " * 100_000]}), tmp_path / f"shard_{i:05d}.parquet")
+    asked = []
+    monkeypatch.setattr("nanochat.train.few_texts.SAMPLE_BYTES", 1400)
+    encode = tiny_tokenizer.encode
+    monkeypatch.setattr(tiny_tokenizer, "encode", lambda texts: asked.extend(texts) or encode(texts))
+    size = TextSize.of(open_corpus(tmp_path), tiny_tokenizer)
+    assert sum(map(len, asked)) == 1400
+    assert size.tokens / size.num_bytes == pytest.approx((len(encode("rain and snow " * 100)) + 1) / 1400, rel=0.01)
+
+
+TEXT = TextSize(num_bytes=4_000_000, tokens=1_000_000)
+
+
+def plan_of(*flags, text=TEXT):
+    shape = ["--depth=2", "--max_seq_len=64", "--device_batch_size=4", "--total_batch_size=4096", "--device_type=cpu"]
+    return script.make_plan(parse_config(Config, [*shape, *flags]), 512, 1, text=text)
+
+
+def test_many_epochs_look_at_a_mean_of_the_weights_too(capsys):
+    often, rarely, once = (
+        "--num_iterations=1000",
+        "--num_iterations=900",
+        "--num_iterations=200",
+    )  # 4.1, 3.7, 0.8 epochs
+    assert plan_of(often).rates == plan_of(often, text=None).rates  # training is as ever
+    assert "3.7 epochs" in plan_of(rarely).lines()[-1]
+
+    def kept(*flags):
+        return kept_weights(parse_config(Config, [*flags]), plan_of(*flags).epochs)
+
+    assert [kept(flag) for flag in (often, rarely, once)] == [(True, True), (True, False), (False, False)]
+    assert capsys.readouterr().out.count("--mean_weights") == 1  # it is said
+    assert kept(often, "--keep_best=False") == (False, False)
+    assert kept(often, "--mean_weights=False") == (True, False)
+    assert kept(once, "--mean_weights=True") == (True, True)
+    with pytest.raises(SystemExit):
+        kept(often, "--mean_weights=True", "--keep_best=False")
+
+
 def test_bits_per_byte_of_training_text():
     state = TrainState(step=1, tokens=500, best_step=1)
     state.smooth_loss = 0.1 * 2.0  # one step of 2 nats a token
@@ -179,6 +295,11 @@ def test_dropout_is_for_training_only_and_leaves_nothing_in_the_model(tiny_model
         torch.manual_seed(1)
         assert torch.equal(tiny_model.hidden(idx), first)
     assert list(tiny_model.state_dict()) == names
+
+
+def test_a_run_of_before_these_flags_is_still_the_same_run():
+    fresh = vars(parse_config(Config, []))
+    assert [fresh[name] for name in ("dropout", "keep_best", "mean_weights")] == [None] * 3  # as where they are missing
 
 
 @pytest.mark.parametrize("share", ["1", "-0.1"])
@@ -239,6 +360,8 @@ def test_an_ablation_on_a_part_of_a_corpus_keeps_the_validation_text(tmp_path, t
     size = sum(len(t.encode()) for t in texts)
     assert 1_000 <= size < 1_000 + len(texts[-1].encode())
     assert val.read_bytes() == (text / "shard_00001.parquet").read_bytes()
+    corpus = open_corpus(prepare_corpus(None, part.data))  # as base_train opens it: in place, with the same split
+    assert list(corpus.documents("train")) == texts
     assert ablate.part_of(part) == part  # made once
     with pytest.raises(ValueError, match="less than that to train on"):
         ablate.part_of(ablate.Config(data=str(text), flops=1e9, train_bytes=10**9, work=str(tmp_path)))

@@ -61,7 +61,18 @@ CURVES = (
 # Rows of the table of scores that are no shares.
 NO_SHARES = {"train bpb", "val bpb", "val loss"}
 # Logged with every step, but no curve of its own.
-NO_CURVE = {"step", "seconds", "clock", "tokens", "progress", "loss", "train_bpb", "epoch"}
+NO_CURVE = {
+    "step",
+    "seconds",
+    "clock",
+    "tokens",
+    "progress",
+    "loss",
+    "train_bpb",
+    "epoch",
+    "own_val_bpb",
+    "mean_val_bpb",
+}
 
 
 def render_html(run: Run, price: float | None = None) -> str:

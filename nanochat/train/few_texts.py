@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from nanochat.data.corpus import BadShardError, Corpus
 from nanochat.data.inventory import format_bytes
+from nanochat.env import print0
 from nanochat.gpt import GPT, MLP, Attention
 from nanochat.progress import format_seconds
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.pretrain_config import PretrainConfig
 from nanochat.train.tracking import TrainState
 
 # Up to here text read again teaches about as much as new text. Source: arXiv 2305.16264.
@@ -37,19 +39,22 @@ class TextSize:
         Raises:
             BadShardError: a shard can't be read, unless the corpus passes over such.
         """
-        num_bytes = tokens = 0
+        documents: list[str] = []
+        num_bytes, complete = 0, False
         try:
-            for texts in corpus.arrays("train"):
-                documents = [text or "" for text in texts.to_pylist()]
-                num_bytes += sum(len(text.encode()) for text in documents)
-                tokens += sum(len(ids) + 1 for ids in tokenizer.encode(documents))
-                if num_bytes > SAMPLE_BYTES:
+            for text in corpus.documents("train"):
+                documents.append(text[:SAMPLE_BYTES])
+                num_bytes += len(text[:SAMPLE_BYTES].encode())
+                if num_bytes >= SAMPLE_BYTES:
                     break
             else:
-                return cls(max(1, num_bytes), max(1, tokens))
+                complete = True
         except BadShardError:
             if not corpus.skip_bad_shards:
                 raise
+        tokens = sum(len(ids) + 1 for ids in tokenizer.encode(documents))
+        if complete:
+            return cls(max(1, num_bytes), max(1, tokens))
         whole = max(num_bytes, corpus.num_bytes("train"))
         return cls(whole, round(whole * (tokens / num_bytes if num_bytes else TOKENS_PER_BYTE)))
 
@@ -69,6 +74,17 @@ class TextSize:
         """For the report of a finished run."""
         epochs = state.tokens / self.tokens
         return {"epochs": epochs, "epoch of the minimum": epochs * (state.best_step or 0) / state.step}
+
+
+def kept_weights(cfg: PretrainConfig, epochs: float | None) -> tuple[bool, bool]:
+    """Whether a run keeps its best weights, and whether a mean of the latest ones may be these; says the latter."""
+    repeats = epochs is None or epochs > 1 or bool(cfg.mean_weights)
+    best = repeats if cfg.keep_best is None else cfg.keep_best
+    mean = best and epochs is not None and epochs > MANY_EPOCHS
+    mean = mean if cfg.mean_weights is None else cfg.mean_weights
+    if mean:
+        print0("the finished model has the best weights, those of a step or a mean of the latest (--mean_weights)")
+    return best, mean
 
 
 def add_dropout(model: GPT, share: float) -> None:

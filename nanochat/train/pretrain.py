@@ -43,7 +43,7 @@ from nanochat.recipe import (
 from nanochat.tokenizer import PATTERNS, get_tokenizer
 from nanochat.train.best_weights import BestWeights
 from nanochat.train.clock import Clock
-from nanochat.train.few_texts import TextSize, add_dropout
+from nanochat.train.few_texts import TextSize, add_dropout, kept_weights
 from nanochat.train.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
 from nanochat.train.pretrain_config import PretrainConfig
 from nanochat.train.resume import model_hash
@@ -414,7 +414,7 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         )
         return {"val_bpb": val_bpb, **text.progress(trainer.state)}
 
-    keep_best = (plan.epochs is None or plan.epochs > 1) if cfg.keep_best is None else cfg.keep_best
+    keep_best, mean = kept_weights(cfg, plan.epochs)
     # What a resume must not decide anew.
     decided = {"horizon_tokens": plan.horizon_tokens, "total_batch_size": plan.batch.total_tokens}
     trainer = run.make_trainer(
@@ -427,7 +427,7 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         {"corpus": corpus.name, **decided, "eval_tokens": plan.eval_tokens, "text_size": asdict(text)},
         micro=plan.micro,
         evaluate=evaluate,
-        best=BestWeights() if keep_best else None,
+        best=BestWeights(model, mean) if keep_best else None,
         sample=lambda: print_samples(model, tokenizer, compute, corpus),
     )
     train(trainer, checkpoint)

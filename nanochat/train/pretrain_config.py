@@ -79,10 +79,13 @@ class PretrainSettings:
     """Learning rate of the switches' scalars (AdamW); default: 0.1 (small), 0.5 (classic), 0.5 by batch (modern)."""
     weight_decay: float | None = None
     """Decoupled weight decay; default: 0 (small, classic), 0.28 by batch and horizon (modern)."""
-    dropout: float = 0.0
-    """Share of what attentions and MLPs add to the stream that is zeroed in training."""
+    dropout: float | None = None
+    """Share of what attentions and MLPs add to the stream that is zeroed in training; default: 0."""
     keep_best: bool | None = None
     """Give the finished model the weights of the best evaluation; default: where text is read more than once."""
+    mean_weights: bool | None = None
+    """Evaluate a mean of the latest weights too, and keep it where it is better; default: where the best weights are
+    kept and text is read more than 4 times."""
     lr_scale: float | None = None
     """Factor on all learning rates; default: 1, with --init_from 0.3."""
     warmup_steps: int | None = None
@@ -119,6 +122,8 @@ class PretrainConfig(RunConfig, PretrainSettings):
             raise ValueError("--num_iterations must be positive, got 0 (leave it out, or -1, for another horizon)")
         if self.target_param_data_ratio is not None and self.target_param_data_ratio == 0:
             raise ValueError("--target_param_data_ratio must be positive, got 0")
+        if self.mean_weights and self.keep_best is False:
+            raise ValueError("--mean_weights is for the weights that --keep_best keeps: leave --keep_best=False out")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
         if not 0 <= self.short_rows_ratio <= 1:

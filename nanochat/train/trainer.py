@@ -42,7 +42,7 @@ from nanochat.progress import progress
 from nanochat.recipe import Schedule
 from nanochat.report.metrics_log import last_value
 from nanochat.signals import StopRequest
-from nanochat.train.best_weights import PREFIX, BestWeights
+from nanochat.train.best_weights import BEST, MEAN, BestWeights
 from nanochat.train.clock import Clock
 from nanochat.train.compiling import compiled, should_compile
 from nanochat.train.micro_batch import smaller_micro_batch
@@ -270,7 +270,7 @@ class Trainer:
                 self.saver.before_the_end()  # a last evaluation that fails must not take the training along
                 self.run_evaluation()
                 if self.best is not None:
-                    self.best.finish(self.model, self.state, self.label, self.val_name)
+                    self.best.finish(self.state, self.label, self.val_name)
                 if self.sample is not None:
                     print0(f"{self.label}: samples after {self.state.step} steps")
                     self.run_sample()
@@ -307,6 +307,8 @@ class Trainer:
                 self.compute.synchronize()  # the update is still running on the device: without it steps look faster
                 seconds = clock.count_step(clock.now() - start, state.tokens - tokens)
                 state.count_step(seconds, metrics["loss"], self._data_seconds)
+                if self.best is not None:
+                    self.best.count_step(state.step)
                 metrics |= self.log.speed(state.tokens - tokens, seconds, self._data_seconds)
                 self.log.write_step(bar, state, clock, schedule.num_iterations, metrics)
                 # Before the save, so that a checkpoint is kept or dropped by its own value. Who wants the run to stop
@@ -355,12 +357,12 @@ class Trainer:
             return
         self.model.eval()
         with self.clock.timed("evaluation"):
-            result = self.evaluate()
+            result = self.evaluate() if self.best is None else self.best.evaluate(self.evaluate, self.val_name)
         self.model.train()
         state = self.state
         self.last_evaluation = result if isinstance(result, dict) else {self.val_name: result}
         if state.count_evaluation(self.last_evaluation[self.val_name], self.val_goal) and self.best is not None:
-            self.best.take(self.model)
+            self.best.take()
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.last_evaluation.items())
         print0(f"{self.label}: step {state.step} {shown}")
         self.log.write({"step": state.step, "seconds": round(state.seconds, 3), **self.last_evaluation})
@@ -436,8 +438,8 @@ class Trainer:
         if checkpoint_meta.get("micro_batch") is not None and self.micro is None:
             self.micro = MicroBatch(**checkpoint_meta["micro_batch"])
         # By parameters' names and whole, whatever number of ranks has saved it.
-        others = ("rng.", EXTRA_STATE, PREFIX)
-        self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(others)})
+        beside = ("rng.", EXTRA_STATE, BEST, MEAN)
+        self.optimizer.load_flat_state({k: v for k, v in optimizer.items() if not k.startswith(beside)})
         if self.best is not None:
             self.best.resume(optimizer, self.state)
         self.compute.precision.load_state_dict(checkpoint_meta["precision"])
