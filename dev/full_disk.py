@@ -41,7 +41,7 @@ class Config:
     only: str | None = None
     """Names of stages, by commas; the ones before run with room."""
     base_dir: Path | None = None
-    """A finished tiny run to start from (it is copied): then the stages that --only does not name are not run."""
+    """A finished tiny run to start from (it is copied; exports need recipe portable): only what --only names is run."""
     free_kb: str = "0,200"
     """What is free, by commas: each stage fails once with each, unless that is enough."""
 
