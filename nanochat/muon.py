@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.ops import native
 from nanochat.ops.collectives import Ranks
 from nanochat.precision import DTYPES
 
@@ -80,12 +81,17 @@ def orthogonalize(x: Tensor, coefficients: str = "quintic", steps: int = 5, dtyp
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)  # (N, 1, 1)
     if coefficients == "polar":
         norm = norm * POLAR_SAFETY
-    x = (x / norm.clamp_min(1e-20)).to(dtype or newton_schulz_dtype(x))
+    x = newton_schulz((x / norm.clamp_min(1e-20)).to(dtype or newton_schulz_dtype(x)), coefficients, steps)
+    return x.mT if tall else x
+
+
+def newton_schulz(x: Tensor, coefficients: str, steps: int) -> Tensor:
+    """The products of `orthogonalize`, for wide matrices x (N, R, C) whose singular values are at most 1."""
     for a, b, c in newton_schulz_coefficients(coefficients, steps):
         gram = x @ x.mT  # (N, R, R), eigenvalues S^2
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b S^2 + c S^4
         x = torch.baddbmm(x, poly, x, beta=a)  # a S + b S^3 + c S^5
-    return x.mT if tall else x
+    return x
 
 
 def equalize_rows(x: Tensor) -> Tensor:
@@ -179,6 +185,9 @@ class MuonStack:
         if not self.active:
             return
         everything = len(self.active) == len(self.own)
+        if everything and (kernels := self._kernels()) is not None:
+            self._step_natively(kernels, float(multiplier))
+            return
         state = self.state if everything else {key: value[self.active] for key, value in self.state.items()}
         if self.looked_ahead is None:
             x = self.reduced if self.reduced is not None and everything else torch.stack(self.own_grads())
@@ -193,6 +202,35 @@ class MuonStack:
             if not everything and "second_moment" in state:
                 self.state["second_moment"][self.active] = state["second_moment"]
         self.apply([self.own[i] for i in self.active], self.update)
+
+    def _kernels(self) -> Any:
+        """The crate's kernels for this stack, or None."""
+        dtype = self.group["ns_dtype"] or newton_schulz_dtype(self.own[0])
+        tensors = *self.own_grads(), *self.own, *self.state.values()
+        # Parameters in 16 bits are rounded once, after all of the update: that stays with torch.
+        if dtype not in native.CODES or any(t.dtype != DTYPES["float32"] for t in tensors):
+            return None
+        kernels = native.kernels_for(*tensors, gradients=False)
+        return kernels if kernels is not None and kernels.has_muon else None  # an older build has not
+
+    def _step_natively(self, kernels: Any, multiplier: float) -> None:
+        """`look_ahead`, `direction` and `apply` in one pass before the products, and one after them."""
+        group, (rows, cols) = self.group, self.own[0].shape
+        if self.looked_ahead is None:
+            safety = POLAR_SAFETY if group["coefficients"] == "polar" else 1.0
+            dtype = group["ns_dtype"] or newton_schulz_dtype(self.own[0])
+            settings = group["momentum"], group["row_equalize"], safety, dtype
+            grads, momentum = self.own_grads(), self.state["momentum_buffer"]
+            self.looked_ahead = native.muon_look_ahead(kernels, grads, momentum, multiplier, *settings)
+        if self.update is None:
+            tall = rows > cols
+            x = self.looked_ahead.mT if tall else self.looked_ahead
+            x = newton_schulz(x, group["coefficients"], group["ns_steps"])
+            self.update = (x.mT if tall else x).contiguous()
+        rate = group["lr"] * max(1.0, rows / cols) ** 0.5
+        moment, decay = self.state.get("second_moment"), rate * group["weight_decay"]
+        beta2, cautious = group["beta2"] or 0.0, group["cautious"]
+        native.muon_apply(kernels, self.own, self.update, moment, beta2, rate, decay, cautious)
 
     def look_ahead(self, grad: Tensor, momentum: Tensor) -> Tensor:
         """Nesterov's momentum (K, R, C); overwrites grad and the momentum, and needs no memory.

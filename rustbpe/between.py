@@ -11,7 +11,7 @@ from typing import Any
 
 import rustbpe
 
-VERSION = 1  # of the functions below, that of src/between/abi.rs
+VERSIONS = 1, 2  # of the functions below, those of src/between/abi.rs; 1 has none for Muon
 
 _int, _size, _pointer, _float = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_float
 
@@ -35,6 +35,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "rotary_norm_back": (_int, _int, *(_pointer,) * 4, ctypes.POINTER(HeadsShape), _size),
     "softmax": (_int, _pointer, _size, _size, _size, _float, _pointer, _size, _size),
     "softmax_back": (_int, _pointer, _pointer, _size, _size, _float),
+    "muon_look_ahead": (_int, *(_pointer,) * 3, _size, _size, _size, _float, _float, _size, _float),
+    "muon_apply": (_int, *(_pointer,) * 3, *(_size,) * 4, _float, _float, _float, _size),
     "loss": (_int, *(_pointer,) * 3, _size, _size, _size, _float),
 }
 
@@ -47,14 +49,17 @@ class Kernels:
 
     Shape = HeadsShape
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: Any, version: int) -> None:
         # The workers that torch computes with, so that no second pool fights with them for the cores.
         try:
             openmp = ctypes.CDLL(None)
             parallel = ctypes.cast(openmp.GOMP_parallel, _pointer)
         except (OSError, TypeError, AttributeError):  # as where torch has another OpenMP than GNU's
             parallel = _pointer()
+        self.has_muon = version >= 2
         for name, arguments in _FUNCTIONS.items():
+            if name.startswith("muon") and not self.has_muon:
+                continue
             function = getattr(library, f"rustbpe_{name}")
             function.argtypes, function.restype = (_pointer, _size, *arguments), _int
             setattr(self, name, functools.partial(self._call, function, parallel))
@@ -73,6 +78,6 @@ def kernels() -> Any:
     try:
         version = library.rustbpe_between_version
         version.argtypes, version.restype = (), _int
-        return Kernels(library) if version() == VERSION else None
+        return Kernels(library, version()) if version() in VERSIONS else None
     except AttributeError:
         return None

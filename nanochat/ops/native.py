@@ -6,7 +6,7 @@ nanochat/ops has the same in torch's operations: the reference, and what runs wh
 
 Values and gradients equal the reference's within rounding, and do not depend on the number of threads.
 
-Shapes: B batch, T tokens, H heads, D head size, C channels.
+Shapes: B batch, T tokens, H heads, D head size, C channels; of Muon's: N matrices, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,13 +51,13 @@ def _library() -> Any:
     return between.kernels()
 
 
-def kernels_for(*tensors: Tensor) -> Any:
-    """The crate's kernels, where they can take these tensors, on a CPU and with gradients; else None.
+def kernels_for(*tensors: Tensor, gradients: bool = True) -> Any:
+    """The crate's kernels, where they can take these tensors, on a CPU and (if asked) with gradients; else None.
 
     The one place that decides.
     """
     # A compiler is left to see plain operations, and without gradients the reference stays exact.
-    if not _allowed or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not _allowed or torch.compiler.is_compiling() or (gradients and not torch.is_grad_enabled()):
         return None
     for x in tensors:
         # Subclasses, such as torch's fake tensors, have no memory.
@@ -220,3 +220,65 @@ def cross_entropy_(kernels: Any, z: Tensor, targets: Tensor, vocab_size: int, ca
     sizes = z.size(0), z.size(1), vocab_size
     kernels.loss(torch.get_num_threads(), CODES[z.dtype], *tensors, *sizes, cap or 0.0)
     return losses
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
+def muon_look_ahead(
+    kernels: Any,
+    grads: Sequence[Tensor],
+    momentum: Tensor,
+    multiplier: float,
+    beta: float,
+    equalize: bool,
+    safety: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Nesterov's momentum (N, R, C) with the Frobenius norm 1/safety, in `dtype`; updates the momentum (N, R, C).
+
+    Args:
+        kernels: from `kernels_for`, for gradients and momentum.
+        grads: float32, N times (R, C).
+        momentum: float32.
+        multiplier: on the gradients.
+        beta: share of the momentum that stays.
+        equalize: give every row the length 1 first.
+        safety: what the norm is multiplied with.
+        dtype: of the result.
+    """
+    y = momentum.new_empty(momentum.shape, dtype=dtype)
+    tensors = _addresses(grads), momentum.data_ptr(), y.data_ptr()
+    numbers = multiplier, beta, int(equalize), safety
+    kernels.muon_look_ahead(torch.get_num_threads(), CODES[dtype], *tensors, *momentum.shape, *numbers)
+    return y
+
+
+def muon_apply(
+    kernels: Any,
+    params: Sequence[Tensor],
+    update: Tensor,
+    moment: Tensor | None,
+    beta2: float,
+    rate: float,
+    decay: float,
+    cautious: bool,
+) -> None:
+    """p -= rate·update + decay·p for N params (R, C), with NorMuon's normalisation where there is a second moment.
+
+    Args:
+        kernels: from `kernels_for`, for params and update.
+        params: float32, changed in place.
+        update: (N, R, C), contiguous.
+        moment: (N, R, 1) or (N, 1, C), float32, updated; None: the update is taken as it is.
+        beta2: share of the moment that stays.
+        rate: the learning rate.
+        decay: the share of a weight that goes.
+        cautious: decay only where the update shrinks the weight too.
+    """
+    by_rows = moment is not None and moment.size(-1) == 1
+    tensors = update.data_ptr(), _addresses(params), _address(moment)
+    sizes = update.size(0), int(by_rows), *update.shape[1:]
+    numbers = beta2, rate, decay, int(cautious)
+    kernels.muon_apply(torch.get_num_threads(), CODES[update.dtype], *tensors, *sizes, *numbers)

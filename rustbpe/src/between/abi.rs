@@ -6,6 +6,7 @@
 use std::os::raw::{c_int, c_void};
 
 use super::heads::{RotaryNorm, RotaryNormBack, Shape, MAX_HEAD};
+use super::muon::{Apply, LookAhead};
 use super::numbers::Bf16;
 use super::rows::{AddNorm, AddNormBack, ReluSquared, ReluSquaredBack, FLAT};
 use super::softmax::{Loss, Softmax, SoftmaxBack};
@@ -13,7 +14,7 @@ use super::team::{Parallel, Team};
 use crate::abi::guarded;
 
 /// Counts the functions and their arguments: `between.py` refuses a library with another number.
-const VERSION: c_int = 1;
+const VERSION: c_int = 2;
 
 type Out = *mut c_void;
 type In = *const c_void;
@@ -59,11 +60,15 @@ pub unsafe extern "C" fn rustbpe_add_norm(
 ) -> c_int {
     let team = Team { parallel, threads };
     guarded(|| {
-        typed!(x_dtype, X, typed!(y_dtype, Y, {
-            let (x, delta, r, y) = (x as *const X, delta as *const Y, r as *mut X, y as *mut Y);
-            // SAFETY (of all blocks here): as the caller promises.
-            unsafe { team.run(&AddNorm { x, delta, r, y, scale, channels, eps }, rows, channels) }
-        }))
+        typed!(
+            x_dtype,
+            X,
+            typed!(y_dtype, Y, {
+                let (x, delta, r, y) = (x as *const X, delta as *const Y, r as *mut X, y as *mut Y);
+                // SAFETY (of all blocks here): as the caller promises.
+                unsafe { team.run(&AddNorm { x, delta, r, y, scale, channels, eps }, rows, channels) }
+            })
+        )
     })
 }
 
@@ -86,11 +91,15 @@ pub unsafe extern "C" fn rustbpe_add_norm_back(
 ) -> c_int {
     let team = Team { parallel, threads };
     guarded(|| {
-        typed!(x_dtype, X, typed!(y_dtype, Y, {
-            let (r, dy, dr, dx) = (r as *const X, dy as *const Y, dr as *const X, dx as *mut X);
-            let kernel = AddNormBack { r, scale, dy, dr, dx, ddelta: ddelta as *mut Y, channels };
-            unsafe { team.run(&kernel, rows, channels) }
-        }))
+        typed!(
+            x_dtype,
+            X,
+            typed!(y_dtype, Y, {
+                let (r, dy, dr, dx) = (r as *const X, dy as *const Y, dr as *const X, dx as *mut X);
+                let kernel = AddNormBack { r, scale, dy, dr, dx, ddelta: ddelta as *mut Y, channels };
+                unsafe { team.run(&kernel, rows, channels) }
+            })
+        )
     })
 }
 
@@ -151,10 +160,14 @@ pub unsafe extern "C" fn rustbpe_rotary_norm(
     guarded(|| {
         let shape = unsafe { checked(shape)? };
         let (rows, width) = (sequences * shape.tokens, shape.heads * shape.size);
-        typed!(x_dtype, X, typed!(y_dtype, Y, {
-            let kernel = RotaryNorm { x: x as *const X, y: y as *mut Y, scale, shape, eps };
-            unsafe { team.run(&kernel, rows, width) }
-        }))
+        typed!(
+            x_dtype,
+            X,
+            typed!(y_dtype, Y, {
+                let kernel = RotaryNorm { x: x as *const X, y: y as *mut Y, scale, shape, eps };
+                unsafe { team.run(&kernel, rows, width) }
+            })
+        )
     })
 }
 
@@ -177,10 +190,14 @@ pub unsafe extern "C" fn rustbpe_rotary_norm_back(
     guarded(|| {
         let shape = unsafe { checked(shape)? };
         let (rows, width) = (sequences * shape.tokens, shape.heads * shape.size);
-        typed!(x_dtype, X, typed!(y_dtype, Y, {
-            let kernel = RotaryNormBack { y: y as *const Y, dy: dy as *const Y, scale, dx: dx as *mut X, shape };
-            unsafe { team.run(&kernel, rows, width) }
-        }))
+        typed!(
+            x_dtype,
+            X,
+            typed!(y_dtype, Y, {
+                let kernel = RotaryNormBack { y: y as *const Y, dy: dy as *const Y, scale, dx: dx as *mut X, shape };
+                unsafe { team.run(&kernel, rows, width) }
+            })
+        )
     })
 }
 
@@ -260,6 +277,63 @@ pub unsafe extern "C" fn rustbpe_loss(
         typed!(dtype, X, {
             let kernel = Loss { logits: logits as *mut X, targets, losses, width, vocab, cap };
             unsafe { team.run(&kernel, rows, width) }
+        })
+    })
+}
+
+/// # Safety
+/// The tensors of `LookAhead` are there, for so many matrices.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_muon_look_ahead(
+    parallel: Option<Parallel>,
+    threads: usize,
+    y_dtype: c_int,
+    grads: *const *const f32,
+    momentum: *mut f32,
+    y: Out,
+    matrices: usize,
+    rows: usize,
+    columns: usize,
+    multiplier: f32,
+    beta: f32,
+    equalize: usize,
+    safety: f32,
+) -> c_int {
+    let team = Team { parallel, threads };
+    guarded(|| {
+        typed!(y_dtype, Y, {
+            let y = y as *mut Y;
+            let kernel = LookAhead { grads, momentum, y, rows, columns, multiplier, beta, equalize, safety };
+            unsafe { team.run(&kernel, matrices, rows * columns) }
+        })
+    })
+}
+
+/// # Safety
+/// The tensors of `Apply` are there, for so many matrices.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_muon_apply(
+    parallel: Option<Parallel>,
+    threads: usize,
+    dtype: c_int,
+    update: In,
+    params: *const *mut f32,
+    moment: *mut f32,
+    matrices: usize,
+    by_rows: usize,
+    rows: usize,
+    columns: usize,
+    beta2: f32,
+    rate: f32,
+    decay: f32,
+    cautious: usize,
+) -> c_int {
+    let team = Team { parallel, threads };
+    guarded(|| {
+        typed!(dtype, Y, {
+            let update = update as *const Y;
+            let kernel = Apply { update, params, moment, by_rows, rows, columns, beta2, rate, decay, cautious };
+            unsafe { team.run(&kernel, matrices, rows * columns) }
         })
     })
 }

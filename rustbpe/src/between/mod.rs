@@ -9,8 +9,12 @@
 //!
 //! Shapes: B sequences, T tokens, C channels, H heads, D head size, V vocabulary.
 
+// Indices run over several slices of one length, which a compiler sees best in this form.
+#![allow(clippy::needless_range_loop)]
+
 pub mod abi;
 mod heads;
+mod muon;
 mod numbers;
 mod rows;
 mod softmax;

@@ -107,7 +107,7 @@ pub fn exp(x: f32) -> f32 {
     let shifted = clamped * LOG2_E + ROUND;
     let n = shifted - ROUND;
     let r = clamped - n * LN2_HIGH - n * LN2_LOW; // |r| <= ln 2 / 2
-    // The Taylor series to r^7: what is left out is below 2^-27 of the result.
+                                                  // The Taylor series to r^7: what is left out is below 2^-27 of the result.
     let mut p = 1.0 / 5040.0;
     p = p * r + 1.0 / 720.0;
     p = p * r + 1.0 / 120.0;
@@ -149,8 +149,8 @@ mod tests {
     fn bfloat16_rounds_to_the_nearest_even() {
         let round = |x: f32| Bf16::narrow(x).wide();
         assert_eq!([1.0, -2.5, 1.003_9, 1.003_91].map(round), [1.0, -2.5, 1.0, 1.007_812_5]);
-        assert_eq!(round(1.003_906_25), 1.0); // exactly between 1 and 1.0078125
-        assert_eq!(round(1.011_718_75), 1.015_625);
+        assert_eq!(round(1.0 + 1.0 / 256.0), 1.0); // exactly between 1 and 1.0078125
+        assert_eq!(round(1.0 + 3.0 / 256.0), 1.015_625);
         assert_eq!(round(f32::INFINITY), f32::INFINITY);
         assert_eq!(round(f32::MAX), f32::INFINITY);
         assert!(round(f32::from_bits(0x7f80_0001)).is_nan());

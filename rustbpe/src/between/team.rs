@@ -17,10 +17,9 @@ pub type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void
 const BLOCK: usize = 1 << 14;
 
 /// Work on the rows of some tensors.
-///
-/// # Safety
-/// Of `run`: the rows exist, and no two calls have the same.
 pub trait Kernel: Sync {
+    /// # Safety
+    /// The rows exist, and no two calls have the same.
     unsafe fn run(&self, rows: Range<usize>);
 }
 
@@ -45,7 +44,10 @@ unsafe fn run_avx512<K: Kernel>(kernel: &K, rows: Range<usize>) {
 /// As for `run`.
 unsafe fn run_best<K: Kernel>(kernel: &K, rows: Range<usize>) {
     #[cfg(all(target_arch = "x86_64", avx512))]
-    if is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512vl") {
+    if is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+    {
         // SAFETY: the processor has the instructions; else as for `run`.
         return unsafe { run_avx512(kernel, rows) };
     }
