@@ -8,6 +8,7 @@ argv: kind (ours, nanochat, transformers), folder with model.safetensors and con
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import resource
@@ -23,6 +24,9 @@ from safetensors.torch import load_file
 
 Times = list[list[float]]  # per request: the time of each of its tokens
 Run = Callable[[list[list[int]], int], tuple[Times, list[list[int]]]]  # (prompts, new tokens) -> times, tokens
+
+
+in_steps: list[tuple[float, float]] = []  # when this project's steps in Rust began, and how many seconds they took
 
 
 class PlainTokenizer:
@@ -54,6 +58,17 @@ def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[
     from nanochat.precision import DTYPES, Precision
     from nanochat.serve.batch_engine import BatchEngine, GenerationRequest
 
+    with contextlib.suppress(ImportError):  # an older checkout has no step in Rust
+        from rustbpe import decoding  # lazy: as above
+
+        inner = decoding.Decoder.step
+
+        def timed(*args: Any) -> None:
+            start = time.perf_counter()
+            inner(*args)
+            in_steps.append((start, time.perf_counter() - start))
+
+        decoding.Decoder.step = timed
     model = GPT(GPTConfig(**config))
     model.load_state_dict(state)
     device = torch.device(settings["device"])
@@ -185,15 +200,20 @@ def main() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         prompts = make_prompts(task, config["vocab_size"])
+        in_steps.clear()
         start = time.perf_counter()
         times, tokens = run(prompts, task["new_tokens"])
         first = [when[0] for when in times]
         last = max(when[-1] for when in times)
-        decoded = sum(len(when) - 1 for when in times)
+        # From the moment when all prompts are read: reading the last of them would count as decoding otherwise.
+        begin = max(first)
+        decoded = sum(t > begin for when in times for t in when)
+        inside = sum(seconds for began, seconds in in_steps if began > begin)
         result = {
             "ttft_seconds": sum(first) / len(first) - start,
-            "decode_tokens_per_second": decoded / (last - min(first)),
+            "decode_tokens_per_second": decoded / (last - begin),
             "tokens_per_second": sum(map(len, tokens)) / (last - start),
+            "outside_share": 1 - inside / (last - begin) if inside else None,  # None: torch takes the steps
             "memory_bytes": memory_bytes(settings["device"]),
             "tokens": tokens[0],
         }

@@ -5,9 +5,13 @@
 
 A model of random weights that is exact as a GGUF file (recipe `portable`) is decoded greedily by this project's server
 engine, with each kind of weights, and by llama.cpp from `export_gguf`'s file of the same kind; each in a process of its
-own. What is printed for each number of requests: tokens per second (the median of the rounds), the ratio, and the share
-of the memory's speed that this project reaches: a step reads every matrix once, and the speed is that at which torch
-sums as many bytes. llama.cpp reads a quarter more, since the file's MLPs have one matrix more (see interop/qwen3.py).
+own. What is printed for each number of requests: tokens per second (the median of the rounds), the ratio, how much of
+our time passes outside the step in Rust, and how fast the step reads the weights, each matrix once. If they do not stay
+in the processor's cache, also the share of the speed at which torch sums 512 MB. llama.cpp reads a quarter more, since
+the file's MLPs have one matrix more (see interop/qwen3.py).
+
+One thread each by default, which is fair on a machine that others use too: llama.cpp's threads wait for each other by
+spinning, and with two of them beside another program its speed falls to a fraction.
 """
 
 from __future__ import annotations
@@ -59,7 +63,7 @@ class Config:
     """Length of the answers."""
     repeats: int = 3
     """Rounds, after one for warm-up."""
-    threads: int = 2
+    threads: int = 1
     """Threads of each."""
     folder: Path | None = None
     """Keep the model's files here, and use those that are there; default: a temporary folder."""
@@ -80,11 +84,19 @@ def any_tokenizer(vocab_size: int) -> RustBPETokenizer:
     return tokenizer
 
 
-def bytes_per_second(count: int) -> float:
-    """The speed at which torch sums `count` bytes, the best of some tries."""
+def cache_bytes() -> int:
+    """The size of the processor's largest cache; 0 where the system doesn't say."""
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")
+    sizes = [path.read_text(encoding="ascii").strip() for path in files]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=0)
+
+
+def memory_speed() -> float:
+    """The bytes per second at which torch sums 512 MB, the best of some tries."""
+    count = 512 << 20
     numbers = torch.ones(count // 4)
     best = float("inf")
-    for _ in range(10):
+    for _ in range(5):
         start = time.perf_counter()
         numbers.sum()
         best = min(best, time.perf_counter() - start)
@@ -131,7 +143,9 @@ def start(cfg: Config, folder: Path) -> tuple[list[Contestant], int]:
 def compare(cfg: Config, contestants: list[Contestant], parameters: int) -> list[dict[str, Any]]:
     """Measure in turns; a row for each kind of weights and number of requests."""
     rows = []
+    speed, cache = memory_speed(), cache_bytes()
     for requests in cfg.requests:
+        outside: list[list[float]] = [[] for _ in cfg.weights]
         speeds: dict[str, list[float]] = {c.name: [] for c in contestants}
         tokens: dict[str, list[int]] = {}
         for repeat in range(cfg.repeats + 1):
@@ -143,17 +157,27 @@ def compare(cfg: Config, contestants: list[Contestant], parameters: int) -> list
                 tokens[contestant.name] = result["tokens"]
                 if repeat > 0:
                     speeds[contestant.name].append(result["decode_tokens_per_second"])
-        for weights, (ours, theirs) in zip(cfg.weights, zip(*[iter(contestants)] * 2, strict=True), strict=True):
+                if repeat > 0 and result.get("outside_share") is not None:
+                    outside[contestants.index(contestant) // 2].append(result["outside_share"])
+        pairs_of = zip(*[iter(contestants)] * 2, strict=True)
+        for weights, rest, (ours, theirs) in zip(cfg.weights, outside, pairs_of, strict=True):
             mine, other = (statistics.median(speeds[c.name]) for c in (ours, theirs))
             pairs = zip(tokens[ours.name], tokens[theirs.name], strict=True)
             row = {"weights": weights, "requests": requests, "ours": mine, "llama.cpp": other, "ratio": mine / other}
-            row["read"] = mine / requests * parameters * BYTES[weights]  # bytes a second
-            row["share"] = row["read"] / bytes_per_second(parameters * BYTES[weights])
+            row["outside_share"] = statistics.median(rest) if rest else 0.0  # none: torch takes the steps
+            size = parameters * BYTES[weights]
+            row["read"] = mine / requests * size / (1 - row["outside_share"])  # bytes a second of the step
+            # Other programs, and the guests beside a virtual machine, have their part of the cache.
+            cached = size <= cache / 8 or row["read"] > speed
+            row["share"] = None if cached else row["read"] / speed
+            fits = f"(faster than memory or small: the {size / 1e6:.0f} MB stay in the cache of {cache / 1e6:.0f})"
+            reading = fits if row["share"] is None else f"({row['share']:.0%} of the memory's {speed / 1e9:.1f})"
             row["same_tokens"] = next((i for i, (a, b) in enumerate(pairs) if a != b), cfg.new_tokens)
             rows.append(row)
             print(
                 f"{weights:9}{requests:3} requests: ours {mine:8.1f} tokens/s, llama.cpp {other:8.1f}, "
-                f"{row['ratio']:.2f} x; {row['read'] / 1e9:.1f} GB/s, {row['share']:.0%} of the memory's speed; "
+                f"{row['ratio']:.2f} x; {row['outside_share']:.0%} outside the step; "
+                f"{row['read'] / 1e9:.1f} GB/s {reading}; "
                 f"the first {row['same_tokens']} tokens are the same",
                 flush=True,
             )

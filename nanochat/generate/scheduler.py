@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.logprobs import TokenLogprob, describe_tokens
-from nanochat.generate.sampling import NOT_FINITE, Sampling, sample
+from nanochat.generate.sampling import NOT_FINITE, sample
 from nanochat.generate.sequence import NewTokens, RowState, Tokenizer, ToolMachine
 from nanochat.gpt import GPT
 from nanochat.precision import Precision
@@ -152,6 +152,9 @@ class Scheduler:
         Returns:
             The sequences that are through.
         """
+        room = self.cache.max_seq_len
+        if all(slot.row is None or (slot.is_ready() and len(slot.row.context) <= room) for slot in self._slots):
+            return []  # as in most steps: nothing to read, nothing to forget
         through = self._read_judged(logits)
         budget = 0 if through else self.prefill_chunk
         for index, slot in sorted(enumerate(self._slots), key=lambda item: item[1].used_at):
@@ -288,7 +291,7 @@ class Scheduler:
     def _decode_rows(self, start: int, stop: int) -> Tensor:
         self._select(start, stop)
         last = [row.context[-1] for row in self._rows_of(start, stop)]
-        idx = torch.tensor(last, device=self.model.get_device()).unsqueeze(1)  # (B, 1)
+        idx = torch.tensor(last, device=self.cache.k_cache.device).unsqueeze(1)  # (B, 1)
         logits = self.decode(idx, self.cache)  # (B, V)
         for slot, token in zip(self._slots[start:stop], last, strict=True):
             slot.tokens.append(token)
@@ -333,11 +336,12 @@ class Scheduler:
                     row.rules.apply(logits[i], row.limit - row.count, self.tools.stop_tokens | row.stop_tokens)
             except Exception as error:
                 row.error = error  # `_accept` raises it: this sequence's alone
-        groups: dict[Sampling, list[int]] = {}
+        groups: dict[int, list[int]] = {}  # by the identity of the settings, which equal ones share
         for i, row in enumerate(rows):
-            groups.setdefault(row.sampling, []).append(i)
+            groups.setdefault(id(row.sampling), []).append(i)
         tokens = [NOT_FINITE] * len(rows)
-        for settings, members in groups.items():
+        for members in groups.values():
+            settings = rows[members[0]].sampling
             part = logits if len(groups) == 1 else logits[torch.tensor(members, device=logits.device)]  # (n, V)
             uniform = None
             if not settings.greedy:  # a greedy sequence draws nothing

@@ -5,6 +5,7 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
@@ -65,9 +66,7 @@ class RowState:
         # it, and a request with a seed would be answered differently on a busy server.
         self.random = random.Random(seed)
         # What sequences must have in common to be sampled in one call; all else is each one's own.
-        self.sampling = Sampling(
-            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p, seed=0
-        )
+        self.sampling = _common_settings(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         self.rules = LogitRules.needed(sampling, tokens)
         self.stop_tokens = frozenset(sampling.stop_tokens)
         self.top_logprobs = sampling.logprobs  # None: none are wanted
@@ -80,6 +79,12 @@ class RowState:
         # One without room for an answer has ended, unless its prompt must be read.
         self.finish_reason: FinishReason | None = "length" if limit <= 0 and not prompt_logprobs else None
         self.error: Exception | None = None
+
+
+@functools.lru_cache(maxsize=256)
+def _common_settings(temperature: float, top_k: int | None, top_p: float | None, min_p: float) -> Sampling:
+    """One object for equal settings: to compare all their fields for every token would cost more than to sample it."""
+    return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=0)
 
 
 class ToolMachine:

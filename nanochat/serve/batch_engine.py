@@ -13,7 +13,6 @@ order of arrival. An answer does not depend on which others are written beside i
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import queue
 import threading
@@ -171,7 +170,9 @@ class _Job:
         """Pass an event on, with the tokens that no event has had yet."""
         end = self.told + len(self.held)
         logprobs = tuple(self.row.logprobs[self.told : end])
-        self.generation._emit(dataclasses.replace(event, tokens=tuple(self.held), logprobs=logprobs))
+        # Not dataclasses.replace, which takes twice as long, for every token of every answer.
+        tokens = tuple(self.held)
+        self.generation._emit(Event(event.kind, event.text, tokens, logprobs, event.finish_reason, event.usage))
         self.told = end
         self.held.clear()
 
