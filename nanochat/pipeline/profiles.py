@@ -120,7 +120,7 @@ DEMO = Profile(
     chat_data="demo",
     bfloat16_on_cpu=True,
     recipe="portable",  # the first model that people show around should open anywhere
-    steps={"base_train": 300, "mid_train": 300, "chat_sft": 230},
+    steps={"base_train": 390, "mid_train": 300, "chat_sft": 240},
     flags={
         "tok_eval": ("--no-compare",),
         "base_train": (
