@@ -120,7 +120,7 @@ DEMO = Profile(
     chat_data="demo",
     bfloat16_on_cpu=True,
     recipe="portable",  # the first model that people show around should open anywhere
-    steps={"base_train": 390, "mid_train": 300, "chat_sft": 240},
+    steps={"base_train": 390, "mid_train": 330, "chat_sft": 310},
     flags={
         "tok_eval": ("--no-compare",),
         "base_train": (
@@ -151,15 +151,15 @@ DEMO = Profile(
         "data": 6,
         "tok_train": 4,
         "tok_eval": 3,
-        "base_train": 110,
-        "base_loss": 10,
+        "base_train": 68,
+        "base_loss": 6,
         "base_eval": 3,
-        "mid_train": 112,
-        "chat_eval_mid": 7,
-        "chat_sft": 100,
-        "chat_eval_sft": 24,
-        "report": 7,
-        "answer": 6,
+        "mid_train": 78,
+        "chat_eval_mid": 6,
+        "chat_sft": 82,
+        "chat_eval_sft": 21,
+        "report": 6,
+        "answer": 4,
     },
 )
 
