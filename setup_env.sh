@@ -182,7 +182,8 @@ venv_works() {
 torch_here() {
     local folders
     folders="$(compgen -G "$VENV/lib/python3*/site-packages/torch-*.dist-info" | head -n 1)"
-    basename "$folders" .dist-info
+    folders="${folders##*/}"
+    printf '%s' "${folders%.dist-info}"
 }
 
 # A quick check that the packages are still installed; importing them would take seconds.

@@ -14,6 +14,7 @@ from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import setup_compute
 from nanochat.config import Runtime
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.ops import native
 from nanochat.optim import MuonAdamW
 from nanochat.plan.memory import SMALL_CHUNKS, MicroBatch
 from nanochat.recipe import MODERN, Schedule, parameter_groups
@@ -78,6 +79,13 @@ def fail_at(monkeypatch, owner, name, call, error=torch.OutOfMemoryError):
 
     monkeypatch.setattr(owner, name, once)
     return calls
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_on_a_card():
+    """Cards run out of memory, and take torch's path."""
+    with native.reference_only():
+        yield
 
 
 @pytest.fixture(scope="module")

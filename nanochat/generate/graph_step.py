@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nanochat.generate.kv_cache import KVCache
+from nanochat.precision import DTYPES
 
 # With more sequences the operations are large enough to hide what starting them costs; and each number has graphs.
 MOST_ROWS = 8
@@ -31,7 +32,7 @@ LEAST_LENGTH = 256  # positions that attention looks at: this, or a power of two
 EAGER_STEPS = 32
 CHECKED = 8  # steps that are computed both ways before a recorded one is trusted
 # Of the largest logit. Masked positions change the order of sums, and so the last bits.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {DTYPES["float32"]: 1e-3, DTYPES["bfloat16"]: 5e-2, DTYPES["float16"]: 1e-2}
 
 Step = Callable[[Tensor, KVCache], Tensor]  # a token per sequence (B, 1) and the cache -> logits (B, V)
 Record = Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]]
@@ -148,7 +149,7 @@ class GraphSteps:
             return found
         expected = self._step(idx, cache)  # it stores the same keys and values at the same places again
         most = expected.abs().max()
-        limit = TOLERANCE.get(cache.k_cache.dtype, TOLERANCE[torch.bfloat16])
+        limit = TOLERANCE.get(cache.k_cache.dtype, max(TOLERANCE.values()))
         if not bool((expected.argmax(-1) == found.argmax(-1)).all() & ((expected - found).abs().max() <= limit * most)):
             self._turn_off("a recorded step gave other logits")
         return expected

@@ -167,8 +167,8 @@ class Guard:
         # A path that is a route already came through a proxy that takes the root away: under /chat, that of the page's
         # question is /chat/completions either way.
         if root and scope["path"].startswith(f"{root}/") and not _is_route(scope):
-            scope = {**scope, "path": scope["path"][len(root) :]}
-        scope = {**scope, "path": plain_path(scope["path"])}
+            scope["path"] = scope["path"][len(root) :]  # in place: the metrics look for the route in this scope
+        scope["path"] = plain_path(scope["path"])
         refusal = self._refusal(scope, headers)
         announced = headers.get("content-length", "0")
         if refusal is None and announced.isdecimal() and len(announced) < 20 and int(announced) > MAX_BODY_BYTES:

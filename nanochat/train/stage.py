@@ -94,7 +94,8 @@ class RunConfig:
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"--{name} is no number")
             bounded = name.endswith(("_lr", "_frac")) or name in ("weight_decay", "grad_clip")
-            if bounded and isinstance(value, int | float) and not 0 <= value < math.inf:
+            off = name == "grad_clip" and value == -1  # as in the flags that count steps
+            if bounded and isinstance(value, int | float) and not (off or 0 <= value < math.inf):
                 raise ValueError(f"--{name} must be a number from 0 on, got {value}")
         tag = self.model_tag
         if tag is not None and (Path(tag).name != tag or tag[:1] in ("", ".")):
