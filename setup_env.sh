@@ -178,7 +178,7 @@ venv_works() {
     "$PYTHON" -c 'import sys, pip; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2> /dev/null
 }
 
-# The build of torch that is installed, as torch-2.14.0+cu126: another one, from a pip install of later, may lack the card.
+# The installed build of torch, as torch-2.14.0+cu126: one that a later pip install brought may lack kernels for the card.
 torch_here() {
     local folders
     folders="$(compgen -G "$VENV/lib/python3*/site-packages/torch-*.dist-info" | head -n 1)"

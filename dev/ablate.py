@@ -261,7 +261,7 @@ def prepare(cfg: Config, vocab_size: int) -> tuple[Path, float]:
     return base_dir, json.loads(record.read_text(encoding="utf-8"))
 
 
-def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, float]:
+def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, Any]:
     """Train once; returns the figures that are compared, and the cost."""
     flags = dict(flags)
     base_dir, bytes_per_token = prepare(cfg, int(flags.pop("vocab_size")))

@@ -150,10 +150,11 @@ def main(cfg: Config) -> None:
     for i, (good, bad) in enumerate(zip(right, wrong, strict=True)):
         if not good or bad:
             print(f"  {task[i]['entry_point']}: canonical {good}, `pass` {bad}")
-    found = [
-        (i, f"```python\n{code}\n```", code) for i in range(len(task) * cfg.variants) for code in variants(task, i)
-    ]
-    found += [answer for i in range(len(task) * cfg.styles) for answer in styled(task, i)]
+    found = []
+    if cfg.variants:
+        found += [(i, f"```python\n{code}\n```", code) for i in range(len(task)) for code in variants(task, i)]
+    if cfg.styles:
+        found += [answer for i in range(len(task)) for answer in styled(task, i)]
     different = compare(task, cfg.workers, found) if found else 0
     if not all(right) or any(wrong) or different:
         sys.exit(1)

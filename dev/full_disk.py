@@ -94,7 +94,7 @@ def commands(base: Path, shards: Path) -> dict[str, list[str]]:
         "--max_new_tokens=4",
         "--device_batch_size=4",
     ]
-    rl += ["--eval_examples=2", "--eval_samples=2", "--device_batch_size=4", "--model_tag=d1", "--task=DemoWordSums"]
+    rl += ["--eval_examples=2", "--eval_samples=2", "--model_tag=d1", "--task=DemoWordSums"]
     return found | {
         "chat_rl": ["-m", "scripts.chat_rl", *rl],
         "download": ["-m", "nanochat.dataset", f"--source=urls:{shards}"],

@@ -271,6 +271,8 @@ def risks_of_drawing(
 ) -> list[list[float]]:
     """How likely a drawn answer differs from this one, at each temperature: 1 - the product of its tokens' shares.
 
+    Without top_k, so that the true risk is a little lower.
+
     Args:
         engine: whose model gives the shares.
         sequences: prompts with the likeliest answer to each, its end included.

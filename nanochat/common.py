@@ -199,7 +199,7 @@ def seed_everything(seed: int) -> None:
 
 def set_deterministic(on: bool) -> None:
     """Restrict torch to algorithms that give the same bits every time (with the same number of threads and cards)."""
-    # Not use_deterministic_algorithms, which says it to the compiler too: to import that takes two seconds.
+    # Not use_deterministic_algorithms, which says it to the compiler too, and imports that.
     torch.set_deterministic_debug_mode("error" if on else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # NaN there only costs time
     if on:

@@ -364,8 +364,10 @@ def _lock(folder: str) -> int | None:
 @functools.cache
 def _sweep(folder: str) -> None:
     """Remove the folders of programs that killed processes of this user left (once per process)."""
-    for home in Path(folder).glob("nanochat-run-*"):
+    for home in (*Path(folder).glob("nanochat-run-*"), *Path(folder).glob(".nanochat-new-*")):
         with contextlib.suppress(OSError):  # gone in the meantime, another user's, or no folder
+            if home.name.startswith(".") and time.time() - home.lstat().st_mtime < 3600:
+                continue  # another process may be about to lock it
             if (lock := _lock(str(home))) is not None:
                 if home.lstat().st_uid == os.getuid():
                     _remove_tree(str(home))

@@ -210,8 +210,7 @@ class MuonStack:
         # Parameters in 16 bits are rounded once, after all of the update: that stays with torch.
         if dtype not in native.CODES or any(t.dtype != DTYPES["float32"] for t in tensors):
             return None
-        kernels = native.kernels_for(*tensors, gradients=False)
-        return kernels if kernels is not None and kernels.has_muon else None  # an older build has not
+        return native.kernels_for(*tensors, gradients=False)
 
     def _step_natively(self, kernels: Any, multiplier: float) -> None:
         """`look_ahead`, `direction` and `apply` in one pass before the products, and one after them."""

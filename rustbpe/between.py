@@ -11,7 +11,7 @@ from typing import Any
 
 import rustbpe
 
-VERSIONS = 1, 2  # of the functions below, those of src/between/abi.rs; 1 has none for Muon
+VERSION = 3  # of the functions below, those of src/between/abi.rs
 
 _int, _size, _pointer, _float = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_float
 
@@ -20,7 +20,7 @@ class HeadsShape(ctypes.Structure):
     """`Shape` of src/between/heads.rs."""
 
     _fields_ = (
-        *((name, _size) for name in ("tokens", "heads", "size", "stride")),
+        *((name, _size) for name in ("tokens", "heads", "size")),
         *((name, _pointer) for name in ("cos", "sin")),
         ("own_angles", _size),
     )
@@ -49,17 +49,14 @@ class Kernels:
 
     Shape = HeadsShape
 
-    def __init__(self, library: Any, version: int) -> None:
+    def __init__(self, library: Any) -> None:
         # The workers that torch computes with, so that no second pool fights with them for the cores.
         try:
             openmp = ctypes.CDLL(None)
             parallel = ctypes.cast(openmp.GOMP_parallel, _pointer)
         except (OSError, TypeError, AttributeError):  # as where torch has another OpenMP than GNU's
             parallel = _pointer()
-        self.has_muon = version >= 2
         for name, arguments in _FUNCTIONS.items():
-            if name.startswith("muon") and not self.has_muon:
-                continue
             function = getattr(library, f"rustbpe_{name}")
             function.argtypes, function.restype = (_pointer, _size, *arguments), _int
             setattr(self, name, functools.partial(self._call, function, parallel))
@@ -78,6 +75,6 @@ def kernels() -> Any:
     try:
         version = library.rustbpe_between_version
         version.argtypes, version.restype = (), _int
-        return Kernels(library, version()) if version() in VERSIONS else None
+        return Kernels(library) if version() == VERSION else None
     except AttributeError:
         return None

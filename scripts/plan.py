@@ -333,7 +333,7 @@ def compare_cards(cfg: Config) -> None:
         print(f"{title}\n\n{markdown(CARD_COLUMNS, rows)}\n")
     else:
         show(title, CARD_COLUMNS, rows, [""] * len(rows))
-    print(f"Planned from data sheets, not measured; bits per byte ± {ERROR:.0%}. One card (--card t4) says how.")
+    print(f"Planned from data sheets, not measured; bits per byte ± {ERROR:.0%}. How one is planned: --card t4.")
 
 
 if __name__ == "__main__":

@@ -586,7 +586,7 @@ def test_lists_in_capitals_become_small_and_mistyped_ones_right(world):
         if all(word in words_of(question) for word in words):
             kinds["small" if all(word.upper() in question for word in words) else "same"] += 1
         elif set(words) <= world.vocabulary:
-            request = max((r for r in skills.CORRECTION_REQUESTS), key=lambda r: r.strip(" {w}") in question)
+            request = max(skills.CORRECTION_REQUESTS, key=lambda r: r.strip(" {w}") in question)
             shown = question.replace(request.replace("{w}", "").strip(), "").split()
             assert len(shown) == len(words), question
             kinds["corrected"] += 1

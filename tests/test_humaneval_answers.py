@@ -56,7 +56,7 @@ def test_the_verdict_is_that_of_the_code_run_plainly(style):
 
 
 @pytest.mark.parametrize("style", ["thoughts", "a session", "closed on the last line", "a body, then sentences"])
-def test_the_sandbox_gives_the_same_verdict(style, tmp_path, monkeypatch):
+def test_the_sandbox_gives_the_same_verdict(style):
     task = HumanEval.__new__(HumanEval)
     task.allow_weak_isolation = True
     prompt, name, _, tests = PROBLEMS[0]

@@ -231,7 +231,6 @@ MUON_SETTINGS = {
 }
 
 
-@pytest.mark.skipif(not getattr(between.kernels(), "has_muon", False), reason="an older build of rustbpe")
 @pytest.mark.parametrize("settings", MUON_SETTINGS.values(), ids=MUON_SETTINGS)
 @pytest.mark.parametrize("shape", [(24, 24), (17, 40), (40, 17)], ids=["square", "wide", "tall"])
 @DTYPES

@@ -306,14 +306,14 @@ def test_an_evaluation_does_not_depend_on_the_batch_or_the_ranks(
 def test_learning_rates_start_where_the_task_says_or_the_user(saved_sft, capsys):
     assert (rl_tasks("DemoWordSums", {}).lr_frac, TASKS.lr_frac) == (0.1, 0.05)
     norms = {}
-    for given, task in ((0.0, 0.3), (0.3, 0.05), (0.0, 0.05)):
+    for given, task in ((None, 0.3), (0.3, 0.05), (None, 0.05)):
         reinforce(
             config(num_iterations=1, init_lr_frac=given, resume="never"), lambda meta, t=task: TASKS._replace(lr_frac=t)
         )
         assert f"learning rates from {given or task:g} of" in capsys.readouterr().out
         model = load_checkpoint(checkpoint_folder("rl", "d2")).model
         norms[given, task] = sum(value.double().square().sum().item() for value in model.values())
-    assert norms[0.0, 0.3] == norms[0.3, 0.05] != norms[0.0, 0.05]
+    assert norms[None, 0.3] == norms[0.3, 0.05] != norms[None, 0.05]
 
 
 def test_rewards_rise(saved_sft):

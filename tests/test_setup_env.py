@@ -96,7 +96,7 @@ def test_a_second_run_does_nothing_and_a_compiler_that_came_is_used(machine):
     assert not (machine.checkout / ".venv" / "portable").exists()
 
 
-def test_another_torch_that_came_later_is_replaced(machine):
+def test_another_torch_that_came_later_makes_the_setup_run_again(machine):
     machine(NANOCHAT_TORCH="torch==2.13.0")
     packages = machine.checkout / ".venv" / "lib" / "python3.11" / "site-packages"
     (packages / "torch-2.15.0.dist-info").mkdir(parents=True)

@@ -148,9 +148,11 @@ class GraphSteps:
             cache.advance(1)
             return found
         expected = self._step(idx, cache)  # it stores the same keys and values at the same places again
-        most = expected.abs().max()
+        sound = expected.isfinite().all(-1)  # a sequence that went wrong says nothing about the others
+        ours, theirs = expected[sound], found[sound]
         limit = TOLERANCE.get(cache.k_cache.dtype, max(TOLERANCE.values()))
-        if not bool((expected.argmax(-1) == found.argmax(-1)).all() & ((expected - found).abs().max() <= limit * most)):
+        near = (ours - theirs).abs() <= limit * ours.abs().amax(-1, keepdim=True)
+        if not bool((ours.argmax(-1) == theirs.argmax(-1)).all() & near.all()):
             self._turn_off("a recorded step gave other logits")
         return expected
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -215,8 +216,11 @@ class Scheduler:
                 logits.append(self.model.logits_at(x[range(count), [len(p) - 1 for p in prompts]]))
                 for row, hidden in zip(rows, x, strict=True):
                     self._describe_prompt(row, hidden[: len(row.context)], 0)
-        except Exception:
-            for row in rows:  # which of them was it? They are read again, one by one
+        except Exception as error:
+            logging.getLogger(__name__).warning(
+                "%d prompts are read one by one: %s: %s", count, type(error).__name__, error
+            )
+            for row in rows:  # which of them was it?
                 row.reused, row.prompt_logprobs = None, []
             del logits[:]
             return []

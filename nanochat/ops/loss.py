@@ -209,6 +209,8 @@ def linear_cross_entropy(
             return _losses(flat, weight.to(dtype), t, vocab_size, cap, chunk_bytes).view(targets.shape)
         # ctx.needs_input_grad would be true under no_grad too, and an evaluation would pay for gradients.
         need_grad = torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad)
-        kernels = native.kernels_for(flat) if (cap or 0.0) <= native.LARGEST_CAP and t.is_contiguous() else None
+        # The kernel reads the targets' memory as it is.
+        readable = t.dtype == torch.int64 and t.device == flat.device and t.is_contiguous()
+        kernels = native.kernels_for(flat) if (cap or 0.0) <= native.LARGEST_CAP and readable else None
         total: Tensor = _SummedLoss.apply(flat, weight, t, vocab_size, cap, chunk_bytes, need_grad, kernels)
     return total if reduction == "sum" else total / (t >= 0).sum()

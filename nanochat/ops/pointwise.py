@@ -68,7 +68,7 @@ def add_norm(x: Tensor, delta: Tensor | None, eps: float, wanted: torch.dtype | 
 
 
 def add(x: Tensor, delta: Tensor) -> Tensor:
-    """x + delta: the residual stream in float32 or narrower, and what a product gave."""
+    """x + delta, in the wider of their dtypes: the residual stream and what a product gave."""
     if (kernels := native.kernels_for(x, delta)) is not None and x.dtype == torch.promote_types(x.dtype, delta.dtype):
         return native.stream(kernels, x, delta)
     return x + delta

@@ -114,9 +114,9 @@ def add_error_handlers(app: FastAPI, headers: Mapping[str, str]) -> None:
             body = error_body("there is nothing here; OpenAI's API is at /v1, the page at /", code="not_found")
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")
-            body = error_body(f"{request.method} is not used here, but {allowed}", code="method_not_allowed")
+            body = error_body(f"{request.method} is not allowed here: use {allowed}", code="method_not_allowed")
         elif error.detail == UNREADABLE:
-            message = "the body can't be read: JSON in UTF-8 is expected, nested less deeply than a thousand times"
+            message = "the body can't be read: JSON in UTF-8 is expected, nested fewer than a thousand levels deep"
             body = error_body(message, code="invalid_json")
         else:
             body = error_body(str(error.detail))

@@ -146,9 +146,10 @@ class Guard:
         async def limited_receive() -> Message:
             nonlocal received
             message = await receive()
+            sent = len(message.get("body", b""))
             if inflate is not None and message["type"] == "http.request":
                 message = {**message, "body": _inflated(inflate, message)}
-            received += len(message.get("body", b""))
+            received += max(sent, len(message.get("body", b"")))  # compressed bytes may stand for none
             if received > MAX_BODY_BYTES:
                 raise too_large
             return message
@@ -161,14 +162,15 @@ class Guard:
             await send(message)
 
         root = self.access.root_path
-        if root and scope["path"] == root:  # the page's own files are named relative to it: the slash is needed
+        # In place: the metrics look for the route in this scope.
+        scope["path"], slash = plain_path(scope["path"]), scope["path"].endswith("/")
+        if root and scope["path"] == root and not slash:  # the page's own files are named relative to root/
             await RedirectResponse(f"{root}/")(scope, receive, send_with_headers)
             return
         # A path that is a route already came through a proxy that takes the root away: under /chat, that of the page's
         # question is /chat/completions either way.
-        if root and scope["path"].startswith(f"{root}/") and not _is_route(scope):
-            scope["path"] = scope["path"][len(root) :]  # in place: the metrics look for the route in this scope
-        scope["path"] = plain_path(scope["path"])
+        if root and f"{scope['path']}/".startswith(f"{root}/") and not _is_route(scope):
+            scope["path"] = scope["path"][len(root) :] or "/"
         refusal = self._refusal(scope, headers)
         announced = headers.get("content-length", "0")
         if refusal is None and announced.isdecimal() and len(announced) < 20 and int(announced) > MAX_BODY_BYTES:
@@ -244,8 +246,8 @@ def host_name(host: str) -> str:
 def plain_path(path: str) -> str:
     """The path that was meant: `//v1//models/` is /v1/models, and so is `http://localhost:8000/v1/models`.
 
-    Joined addresses have two slashes where one is meant, or one at the end, and who believes to talk to a proxy sends
-    the whole address. A redirect would lose the body of a request with most clients.
+    Joined addresses have two slashes where one is meant, or one at the end, and a client that thinks it
+    talks to a proxy sends the whole address. A redirect would lose the body of a request with most clients.
     """
     return re.sub(r"/+", "/", re.sub(r"^https?://[^/]*", "", path)).rstrip("/") or "/"
 
@@ -257,7 +259,8 @@ def _inflated(inflate: Any, message: Message) -> bytes:
         body: bytes = inflate.decompress(message.get("body", b""), MAX_BODY_BYTES + 1)
     except zlib.error:
         raise broken from None
-    if not message.get("more_body") and not inflate.eof and len(body) <= MAX_BODY_BYTES:
+    ends_early = not message.get("more_body") and not inflate.eof and len(body) <= MAX_BODY_BYTES
+    if ends_early or inflate.unused_data:  # something stands behind its end: not even a second body is read
         raise broken
     return body
 

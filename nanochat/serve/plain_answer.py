@@ -14,7 +14,7 @@ from nanochat.serve.answer_events import Event
 MARKER = re.compile(r"\s*####[ \t]*(?=[-+$€£]?\d)")  # before anything but a number it is a heading, or a comment
 # What may turn out to be the beginning of one: blank space, and up to four of its signs.
 HALF_MARKER = re.compile(r"(?:^|\s+)#{0,4}[ \t]*[-+$€£]?$")
-# How a walk through a word, letter by letter, begins in the SpellingBee of now and in an older one; ? is a letter.
+# How a walk through a word, letter by letter, begins in today's SpellingBee and in an older one; ? is a letter.
 WALKS = ('Count of "?" in ', "Count ? in ")
 
 

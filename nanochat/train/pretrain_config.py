@@ -82,10 +82,11 @@ class PretrainSettings:
     dropout: float | None = None
     """Share of what attentions and MLPs add to the stream that is zeroed in training; default: 0."""
     keep_best: bool | None = None
-    """Give the finished model the weights of the best evaluation; default: where text is read more than once."""
+    """Give the finished model the weights of the best evaluation; default: where text is read more than once, or where
+    it isn't known how often."""
     mean_weights: bool | None = None
     """Evaluate a mean of the latest weights too, and keep it where it is better; default: where the best weights are
-    kept and text is read more than 4 times."""
+    kept and text is read more than four times."""
     lr_scale: float | None = None
     """Factor on all learning rates; default: 1, with --init_from 0.3."""
     warmup_steps: int | None = None

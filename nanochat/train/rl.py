@@ -61,8 +61,8 @@ class RLConfig(StageConfig, RolloutConfig):
     """PPO's clipping of the probability ratio to 1 ± this; off by default."""
     kl: float = 0.0
     """Weight of the penalty for moving away from the model at the start; off by default."""
-    init_lr_frac: float = 0.0
-    """All learning rates start at this share; 0: the task's own, 0.1 for DemoWordSums and 0.05 for the others."""
+    init_lr_frac: float | None = None
+    """All learning rates start at this share; default: the task's own, 0.1 for DemoWordSums, 0.05 for the others."""
     warmdown_ratio: float = 1.0
     """Share of the run in which the learning rate falls."""
     eval_every: int = 60
@@ -176,7 +176,7 @@ def reinforce(cfg: RLConfig, load_tasks: Callable[[dict[str, Any]], RLTasks]) ->
     print_banner()
     start = find_start(cfg.source, cfg)
     tasks, tokenizer = load_tasks(start.checkpoint.meta), start.tokenizer
-    cfg = replace(cfg, init_lr_frac=cfg.init_lr_frac or tasks.lr_frac)
+    cfg = replace(cfg, init_lr_frac=tasks.lr_frac if cfg.init_lr_frac is None else cfg.init_lr_frac)
     with start_run("rl", cfg, start.tag, clock, start.checkpoint.meta.get("dtype")) as run:
         # Every step has sequences of another length: compiling would start again and again.
         run.compute = compute = replace(run.compute, compile=False, measure_compile=False)

@@ -129,7 +129,7 @@ class StageConfig(RunConfig):
     """Learning rate of lm_head, as in base_train."""
     matrix_lr: float = 0.02
     """Learning rate of the matrices, as in base_train."""
-    init_lr_frac: float = 1.0
+    init_lr_frac: float | None = 1.0
     """All learning rates start at this share."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
@@ -350,7 +350,7 @@ def prepare_model(
             matrix_lr=cfg.matrix_lr,
             weight_decay=cfg.weight_decay,
             scalar_lr=preset.scalar_lr,
-            lr_frac=cfg.init_lr_frac,
+            lr_frac=1.0 if cfg.init_lr_frac is None else cfg.init_lr_frac,
             preset=preset,
         )
         if cfg.last_layers:

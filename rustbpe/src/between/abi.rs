@@ -1,6 +1,6 @@
 //! The C ABI of the kernels: what `between.py` calls. The rules are those of the crate's `abi`.
 //!
-//! A dtype is 0 (float32) or 1 (bfloat16). All tensors are contiguous but where a stride is told, aligned to their
+//! A dtype is 0 (float32) or 1 (bfloat16). All tensors are contiguous, aligned to their
 //! elements, and do not overlap unless they are the same one.
 
 use std::os::raw::{c_int, c_void};
@@ -14,7 +14,7 @@ use super::team::{Parallel, Team};
 use crate::abi::guarded;
 
 /// Counts the functions and their arguments: `between.py` refuses a library with another number.
-const VERSION: c_int = 2;
+const VERSION: c_int = 3;
 
 type Out = *mut c_void;
 type In = *const c_void;

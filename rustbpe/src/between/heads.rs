@@ -16,8 +16,6 @@ pub struct Shape {
     pub tokens: usize,
     pub heads: usize,
     pub size: usize,
-    /// Elements from one token's heads to the next one's, of the tensor in this order.
-    pub stride: usize,
     /// (1 or B, T, D) float32: cosines; sines, negative in the second half.
     pub cos: *const f32,
     pub sin: *const f32,
@@ -41,7 +39,7 @@ impl Shape {
     }
 }
 
-/// y = norm(rotate(x)): x (B, T, H, D) with a stride between tokens, y (B, H, T, D), scale (B, H, T).
+/// y = norm(rotate(x)): x (B, T, H, D), y (B, H, T, D), scale (B, H, T).
 pub struct RotaryNorm<X, Y> {
     pub x: *const X,
     pub y: *mut Y,
@@ -64,7 +62,7 @@ impl<X: Number, Y: Number> Kernel for RotaryNorm<X, Y> {
             for head in 0..self.shape.heads {
                 let at = self.shape.by_head(row, head);
                 unsafe {
-                    let x = from_raw_parts(self.x.add(row * self.shape.stride + head * d), d);
+                    let x = from_raw_parts(self.x.add((row * self.shape.heads + head) * d), d);
                     let (x1, x2) = x.split_at(half);
                     let (turned1, turned2) = buffer[..d].split_at_mut(half);
                     for i in 0..half {
@@ -86,7 +84,7 @@ impl<X: Number, Y: Number> Kernel for RotaryNorm<X, Y> {
     }
 }
 
-/// The gradient: dx (B, T, H, D), with the shape's stride, from dy and y (B, H, T, D).
+/// The gradient: dx (B, T, H, D), from dy and y (B, H, T, D).
 pub struct RotaryNormBack<X, Y> {
     pub y: *const Y,
     pub dy: *const Y,
@@ -115,7 +113,7 @@ impl<X: Number, Y: Number> Kernel for RotaryNormBack<X, Y> {
                         *turned = (g.wide() - y.wide() * mean) * scale;
                     }
                     // Turned back: the angle's opposite.
-                    let dx = from_raw_parts_mut(self.dx.add(row * self.shape.stride + head * d), d);
+                    let dx = from_raw_parts_mut(self.dx.add((row * self.shape.heads + head) * d), d);
                     let (dx1, dx2) = dx.split_at_mut(half);
                     let (turned1, turned2) = buffer[..d].split_at(half);
                     for i in 0..half {

@@ -1,5 +1,6 @@
 //! Muon's steps before and after its products: momentum and norm, and the update of the weights. For the formulas see
-//! `nanochat/muon.py`. A matrix at a time, which then lies in a cache.
+//! `nanochat/muon.py`. A matrix at a time, on one thread each: a stack of
+//! fewer matrices than cores leaves some idle.
 
 use std::ops::Range;
 use std::slice::{from_raw_parts, from_raw_parts_mut};
@@ -55,8 +56,8 @@ impl<Y: Number> Kernel for LookAhead<Y> {
                 for (m, &g) in momentum.iter_mut().zip(grad) {
                     *m += (1.0 - beta) * (g * multiplier - *m);
                 }
+                // The row's length.
                 *factor = sum2(grad, momentum, |g, m| ahead(g, m) * ahead(g, m)).sqrt();
-                // the row's length
             }
             let mut square = 0f64;
             for factor in &mut factors {

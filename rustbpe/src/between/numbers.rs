@@ -1,5 +1,7 @@
 //! The two dtypes, sums in a fixed order, and an exponential that a compiler can vectorize.
 
+use crate::decode::dot::{from_bf16, to_bf16};
+
 /// An element of a tensor.
 pub trait Number: Copy + Send + Sync + 'static {
     fn wide(self) -> f32;
@@ -25,14 +27,12 @@ pub struct Bf16(pub u16);
 impl Number for Bf16 {
     #[inline(always)]
     fn wide(self) -> f32 {
-        f32::from_bits(u32::from(self.0) << 16)
+        from_bf16(self.0)
     }
     /// To the nearest, of two equally near to the even one, as torch rounds.
     #[inline(always)]
     fn narrow(x: f32) -> Bf16 {
-        let bits = x.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-        Bf16(if x.is_nan() { 0x7fc0 } else { (rounded >> 16) as u16 })
+        Bf16(to_bf16(x))
     }
 }
 
@@ -107,7 +107,8 @@ pub fn exp(x: f32) -> f32 {
     let shifted = clamped * LOG2_E + ROUND;
     let n = shifted - ROUND;
     let r = clamped - n * LN2_HIGH - n * LN2_LOW; // |r| <= ln 2 / 2
-                                                  // The Taylor series to r^7: what is left out is below 2^-27 of the result.
+
+    // The Taylor series to r^7: what is left out is below 2^-27 of the result.
     let mut p = 1.0 / 5040.0;
     p = p * r + 1.0 / 720.0;
     p = p * r + 1.0 / 120.0;

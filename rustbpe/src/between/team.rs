@@ -131,7 +131,7 @@ impl Team {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::between::rows::ReluSquared;
+    use crate::between::softmax::Softmax;
 
     struct Count(Vec<AtomicUsize>);
 
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn every_row_is_worked_at_once() {
+    fn every_row_is_worked_on_once() {
         for threads in 1..4 {
             let count = Count((0..999).map(|_| AtomicUsize::new(0)).collect());
             let team = Team { parallel: None, threads };
@@ -160,13 +160,18 @@ mod tests {
     #[test]
     fn all_instructions_give_the_same_bits() {
         let x: Vec<f32> = (0..1001).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
-        let run = |how: &dyn Fn(&ReluSquared<f32>)| {
-            let mut y = vec![0.0f32; x.len()];
-            how(&ReluSquared { x: x.as_ptr(), y: y.as_mut_ptr(), len: x.len() });
-            y.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        let run = |how: &dyn Fn(&Softmax<f32>)| {
+            let mut scores = x.clone();
+            let (scores_at, mask) = (scores.as_mut_ptr(), std::ptr::null());
+            how(&Softmax { scores: scores_at, queries: 1, keys: x.len(), scale: 0.7, mask, masked: 0, share: 1 });
+            scores.into_iter().map(f32::to_bits).collect::<Vec<_>>()
         };
-        // SAFETY: one row of 1001 elements.
+        // SAFETY (of all): one row of 1001 elements; the processor has the instructions.
         let plain = run(&|kernel| unsafe { kernel.run(0..1) });
         assert_eq!(run(&|kernel| unsafe { run_best(kernel, 0..1) }), plain);
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") {
+            assert_eq!(run(&|kernel| unsafe { run_avx2(kernel, 0..1) }), plain);
+        }
     }
 }

@@ -49,7 +49,9 @@ pub fn available() -> bool {
         const XTILEDATA: c_long = 18;
         const BF16_TILE_INT8: u32 = 1 << 22 | 1 << 24 | 1 << 25;
         // Leaf 0 says how many leaves there are; of leaf 7 EDX has these bits.
-        let has = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & BF16_TILE_INT8 == BF16_TILE_INT8;
+        #[allow(unused_unsafe)] // safe functions in newer Rust
+        // SAFETY: every x86-64 processor has CPUID.
+        let has = unsafe { __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & BF16_TILE_INT8 == BF16_TILE_INT8 };
         // SAFETY: it asks for a permission; older kernels answer with an error.
         has && unsafe { syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) } == 0
     })
@@ -97,7 +99,7 @@ impl Shapes {
     }
 }
 
-/// Asks for all lines of the tile of a block after the next: a third more speed from memory, no difference from caches.
+/// Asks for all lines of the tile of a block after the next.
 macro_rules! prefetch {
     ($block:ident) => {
         prefetch!($block 0 64 128 192 256 320 384 448 512 576 640 704 768 832 896 960)
@@ -324,7 +326,7 @@ impl Product for AmxInt8 {
         let (factor, inverse) = integer_factor(row, 32_639.0);
         for ((upper, lower), x) in upper.iter_mut().zip(lower).zip(row) {
             let x = round(x * inverse) as i16;
-            (*upper, *lower) = (((x + 128) >> 8) as i8, x as i8);
+            (*upper, *lower) = ((x.wrapping_add(128) >> 8) as i8, x as i8);
         }
         factor
     }
