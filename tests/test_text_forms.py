@@ -335,7 +335,7 @@ def test_letters_that_were_encoded_twice_are_mended_where_that_is_sure(tmp_path:
     assert (
         f"letters that were encoded twice, mended: thrice.txt ({sum(not c.isascii() for c in german)}), twice" in notes
     )
-    assert "left as it is: mixed.txt (" in notes
+    assert "left as it is: control.txt (3), mixed.txt (" in notes  # letters that only a computer would mean
     assert "right.txt" not in notes
 
 
@@ -619,18 +619,25 @@ def test_word_files_have_tables_footnotes_and_tracked_changes(tmp_path: Path) ->
     changed = f"{run('Kept ')}<w:ins>{run('new ')}</w:ins><w:del><w:r><w:delText>old</w:delText></w:r></w:del>"
     moved = f"<w:moveFrom>{run('gone')}</w:moveFrom>{run('end')}"
     row = "<w:tr>" + "".join(f"<w:tc><w:p>{run(c)}</w:p></w:tc>" for c in "ab") + "</w:tr>"
-    body = f"<w:p>{changed}{moved}</w:p><w:tbl>{row}{row}</w:tbl>"
+    held = row.replace("<w:tc>", "<w:sdt><w:sdtContent><w:tc>", 1).replace(
+        "</w:tc>", "</w:tc></w:sdtContent></w:sdt>", 1
+    )
+    held = f"<w:sdt><w:sdtPr/><w:sdtContent>{held}</w:sdtContent></w:sdt>"  # a content control, as forms have them
+    body = f"<w:p>{changed}{moved}</w:p><w:tbl>{row}{held}</w:tbl>"
     file = word_file(tmp_path / "a.docx", body, footnotes=f"<w:footnote><w:p>{run('A note.')}</w:p></w:footnote>")
     assert read(file) == ["Kept new end\n\na\tb\na\tb\n\nA note."]
+    assert "tracked deletions left out: a.docx (1)" in look_at_texts(file).notes
 
 
 def test_odt_without_what_was_deleted(tmp_path: Path) -> None:
     deleted = "<t:tracked-changes><t:deletion><t:p>OLD</t:p></t:deletion></t:tracked-changes>"
     note = "<t:note><t:note-citation>1</t:note-citation><t:note-body><t:p>The note.</t:p></t:note-body></t:note>"
+    box = "<w:frame xmlns:w='urn:d'><w:text-box><t:p>In a box.</t:p></w:text-box></w:frame>"
     with zipfile.ZipFile(tmp_path / "a.odt", "w") as file:
         name = "urn:oasis:names:tc:opendocument:xmlns:text:1.0"
-        file.writestr("content.xml", f"<d xmlns:t='{name}'>{deleted}<t:p>Body{note} goes on.</t:p></d>")
-    assert read(tmp_path / "a.odt") == ["Body goes on.\n\nThe note."]
+        file.writestr("content.xml", f"<d xmlns:t='{name}'>{deleted}<t:p>Body{note}{box} goes on.</t:p></d>")
+    assert read(tmp_path / "a.odt") == ["Body goes on.\n\nThe note.\n\nIn a box."]
+    assert "tracked deletions left out: a.odt (1)" in look_at_texts(tmp_path).notes
 
 
 def test_books_without_order_or_without_text(tmp_path: Path) -> None:
@@ -646,13 +653,19 @@ def test_books_without_order_or_without_text(tmp_path: Path) -> None:
     assert "a book without text (its pages may be images)" in look_at_texts(tmp_path / "pictures.epub").left_out_line()
 
 
-def test_rtf_and_words_that_a_page_has_cut(tmp_path: Path) -> None:
+def test_rtf_and_words_that_a_page_has_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("striprtf", reason="the library for RTF is not installed")
     (tmp_path / "a.rtf").write_bytes(rb"{\rtf1\ansi\ansicpg1252 Gr\'fc\'dfe {\b an alle}\par Zweite Zeile\par}")
     assert read(tmp_path / "a.rtf") == ["Grüße an alle\nZweite Zeile\n"]
     assert documents.whole_words("The of\ufb01ce has exam-\nples, A-\nB and well-known ones.") == (
         "The office has examples, A-\nB and well-known ones."
     )
+    assert documents.whole_words("Nord-\nund Süd, Ver-\nunden") == "Nord-\nund Süd, Verunden"
+    (tmp_path / "a.rtf").write_bytes(rb"{\rtf1\ansi\ansicpg1252 " + b"Ein Satz. " * 90 + rb"\'81\par}")
+    inventory = look_at_texts(tmp_path)
+    assert "1 characters were no valid UTF-8 and became U+FFFD" in "".join(inventory.warnings)
+    monkeypatch.setattr(documents, "MAX_PART_BYTES", 90)
+    assert "RTF of more than" in look_at_texts(tmp_path).left_out_line()
 
 
 def test_banners_and_menus_in_plain_containers(tmp_path: Path) -> None:
@@ -680,7 +693,8 @@ def test_files_that_are_not_what_their_name_says(tmp_path: Path) -> None:
     for what in ("a PDF by its content (rename it, or unpack it) (pdf.md)", "a .gz by its", "an .rtf by its content"):
         assert what in left_out
     (tmp_path / "twice.txt.gz.gz").write_bytes(b"\x1f\x8b\x08")
-    assert "packed, and no text by its name (unpack it) (twice.txt.gz.gz)" in look_at_texts(tmp_path).left_out_line()
+    left_out = look_at_texts(tmp_path).left_out_line()
+    assert "packed, and its name does not say it is text (unpack it) (twice.txt.gz.gz)" in left_out
 
 
 def test_settings_before_markdown_are_left_out_and_said(tmp_path: Path) -> None:
@@ -697,7 +711,7 @@ def test_texts_that_are_written_in_escapes_are_warned_of(tmp_path: Path) -> None
         (tmp_path / "a.txt").write_text(text * 20)
         (tmp_path / "b.txt").write_text(f"{SENTENCE}AT&amp;T, and =C3=BC and \\u0440 once.")
         (warning,) = look_at_texts(tmp_path).warnings
-        assert warning.startswith("50% of the documents are full of ")
+        assert warning.startswith("50% of the documents looked at are full of ")
         assert name in warning
 
 

@@ -11,6 +11,7 @@ import posixpath
 import re
 import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from email.message import EmailMessage
 from typing import IO, TextIO
@@ -34,13 +35,16 @@ MAX_PART_BYTES = 256_000_000  # of one part of a book, unpacked
 _WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 # Text boxes, which are read apart, settings, and what a tracked change has removed.
 _GONE = ("txbxContent", "Fallback", "pPr", "del", "moveFrom")
+_AROUND = ("sdt", "sdtContent", "ins", "moveTo", "customXml", "smartTag")  # what rows and cells may stand in
+DELETED = "tracked deletions left out"
+JOINED = "words hyphenated at a line's end, joined"
 _OPEN = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}"
 
 
 # --- books and office files: zipped XML -------------------------------------------------------------------------------
 
 
-def read_epub(data: IO[bytes]) -> Iterator[str]:
+def read_epub(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
     """The chapters of a book in reading order.
 
     Raises:
@@ -73,8 +77,10 @@ def read_epub(data: IO[bytes]) -> Iterator[str]:
             raise NotReadError("a book without text (its pages may be images)")
 
 
-def read_docx(data: IO[bytes]) -> Iterator[str]:
-    """The paragraphs and tables of a Word file as its tracked changes leave it, then its footnotes, one document.
+def read_docx(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
+    """The paragraphs and tables of a Word file, tracked changes accepted, then its footnotes, one document.
+
+    `found` counts the deletions among the changes.
 
     Raises:
         NotReadError: it is protected, or no such file.
@@ -83,7 +89,11 @@ def read_docx(data: IO[bytes]) -> Iterator[str]:
         names = set(file.namelist())
         notes = [f"word/{part}.xml" for part in ("footnotes", "endnotes")]
         parts = ["word/document.xml", *(name for name in notes if name in names)]
-        yield "\n\n".join(text for name in parts for text in _paragraphs(_xml(file, name)) if text.strip())
+        roots = [_xml(file, name) for name in parts]
+    found[DELETED] += sum(
+        child.find(f".//{_WORD}delText") is not None for root in roots for child in root.iter(f"{_WORD}del")
+    )
+    yield "\n\n".join(text for root in roots for text in _paragraphs(root) if text.strip())
 
 
 def _paragraphs(node: ElementTree.Element) -> Iterator[str]:
@@ -94,11 +104,20 @@ def _paragraphs(node: ElementTree.Element) -> Iterator[str]:
             yield "".join(_runs(child))
             yield from _boxes(child)
         elif name == "tbl":
-            rows = child.findall(f"{_WORD}tr")
-            cells = [[" ".join(_paragraphs(cell)) for cell in row.findall(f"{_WORD}tc")] for row in rows]
+            cells = [[" ".join(_paragraphs(cell)) for cell in _parts(row, "tc")] for row in _parts(child, "tr")]
             yield "\n".join("\t".join(row) for row in cells)
         elif name not in _GONE:
             yield from _paragraphs(child)
+
+
+def _parts(node: ElementTree.Element, wanted: str) -> Iterator[ElementTree.Element]:
+    """The rows of a table, or the cells of a row, also those inside content controls and tracked insertions."""
+    for child in node:
+        name = child.tag.rpartition("}")[2]
+        if name == wanted:
+            yield child
+        elif name in _AROUND:
+            yield from _parts(child, wanted)
 
 
 def _boxes(node: ElementTree.Element) -> Iterator[str]:
@@ -125,19 +144,20 @@ def _runs(node: ElementTree.Element) -> Iterator[str]:
             yield from _runs(child)
 
 
-def read_odt(data: IO[bytes]) -> Iterator[str]:
-    """The paragraphs of an OpenDocument text, one document.
+def read_odt(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
+    """The paragraphs of an OpenDocument text, one document. `found` counts tracked deletions.
 
     Raises:
         NotReadError: it is no such file.
     """
     with _zipped(data) as file:
         body = _xml(file, "content.xml")
+    found[DELETED] += sum(1 for _ in body.iter(f"{_OPEN}deletion"))
 
     def text_of(node: ElementTree.Element) -> str:
         own = {f"{_OPEN}s": " " * int(node.get(f"{_OPEN}c", "1")), f"{_OPEN}tab": "\t", f"{_OPEN}line-break": "\n"}
         inside = "".join(
-            ("" if child.tag.endswith(("}annotation", "}note")) else text_of(child)) + (child.tail or "")
+            ("" if child.tag.endswith(("}annotation", "}note", "}text-box")) else text_of(child)) + (child.tail or "")
             for child in node
         )
         return own.get(node.tag, "") + (node.text or "") + inside
@@ -150,7 +170,7 @@ def read_odt(data: IO[bytes]) -> Iterator[str]:
             return
         if node.tag in (f"{_OPEN}p", f"{_OPEN}h"):
             yield text_of(node)
-        for child in node:  # in a paragraph only footnotes have paragraphs
+        for child in node:  # in a paragraph only footnotes and text boxes have some
             yield from paragraphs(child)
 
     yield "\n\n".join(text for text in paragraphs(body) if text.strip())
@@ -194,22 +214,27 @@ def missing_library(kind: str) -> str:
     )
 
 
-def read_rtf(data: IO[bytes]) -> Iterator[str]:
-    """The text of an RTF file, one document.
+def read_rtf(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
+    """The text of an RTF file, one document; bytes that are no letters as lone surrogates ("surrogateescape").
 
     Raises:
-        NotReadError: it is damaged.
+        NotReadError: it is damaged, or longer than MAX_PART_BYTES.
     """
     if striprtf is None:
         raise NotReadError(f"needs striprtf ({DOCUMENTS_EXTRA})")
+    content = data.read(MAX_PART_BYTES + 1)
+    if len(content) > MAX_PART_BYTES:
+        raise NotReadError(f"RTF of more than {MAX_PART_BYTES // 1_000_000} MB (save as .docx or .txt)")
     try:
-        yield striprtf.rtf_to_text(data.read(MAX_PART_BYTES).decode("latin-1"), errors="ignore")
+        yield striprtf.rtf_to_text(content.decode("latin-1"), errors="surrogateescape")
     except Exception as error:  # whatever a file that is not by the rules makes a parser do
         raise NotReadError(f"damaged ({type(error).__name__}; save as .docx or .txt)") from None
 
 
-def read_pdf(data: IO[bytes]) -> Iterator[str]:
+def read_pdf(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
     """The text layer of a PDF file, one document; ligatures become letters, words that the line has cut whole again.
+
+    `found` counts these words.
 
     Raises:
         NotReadError: it has none (a scan), is protected or damaged.
@@ -228,7 +253,9 @@ def read_pdf(data: IO[bytes]) -> Iterator[str]:
         raise NotReadError(f"damaged ({type(error).__name__}; get it again)") from None
     if sum(len(page.split()) for page in pages) < len(pages):
         raise NotReadError("a scan without text (run OCR on it, for example ocrmypdf)")
-    yield whole_words("\n\n".join(page.strip() for page in pages))
+    text = "\n\n".join(page.strip() for page in pages)
+    found[JOINED] += sum("\n" in cut for cut in _HYPHEN.findall(text))
+    yield whole_words(text)
 
 
 def whole_words(text: str) -> str:
@@ -237,7 +264,8 @@ def whole_words(text: str) -> str:
 
 
 _LIGATURES = re.compile("[\ufb00-\ufb06]")
-_HYPHEN = re.compile(r"(?<=[^\W\d_]{2})(?:-[ ]?|\u00ad)\n(?=[a-zß-ÿа-я]{2})|\u00ad")  # of a word that the line cut
+# Of a word that the line cut; in "Nord- und Südsee", "pre- and postwar" the hyphen stands for the rest of a word.
+_HYPHEN = re.compile(r"(?<=[^\W\d_]{2})(?:-[ ]?|\u00ad)\n(?!(?:und|oder|bzw|and|or)\b)(?=[a-zß-ÿа-я]{2})|\u00ad")
 
 
 # --- plain forms with marks in between --------------------------------------------------------------------------------
@@ -293,7 +321,7 @@ def _after(rows: list[str], row: str) -> str:
     return rows[at] if at < len(rows) else ""
 
 
-def read_mail(data: IO[bytes]) -> Iterator[str]:
+def read_mail(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
     """A mail: its subject and its text.
 
     Raises:
@@ -305,7 +333,7 @@ def read_mail(data: IO[bytes]) -> Iterator[str]:
     yield text
 
 
-def read_mailbox(data: IO[bytes]) -> Iterator[str]:
+def read_mailbox(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
     """The mails of a mailbox (mbox), one by one; of one without text an empty document."""
     lines: list[bytes] = []
     blank = True

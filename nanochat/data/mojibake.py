@@ -23,7 +23,7 @@ def mended(text: str) -> tuple[str, int, int]:
     """
     better, count, left = _mended(text)
     if count and _CONTROLS.search(better):  # nobody writes these: the letters were what they look like
-        return text, 0, 0
+        return text, 0, count
     return better, count, left
 
 

@@ -20,6 +20,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -172,8 +173,12 @@ class TextReader:
         """The documents of a stream of bytes; `path` is for messages, `name` for the inventory."""
         if kind in BINARY_FORMS:
             data = stream if stream.seekable() else io.BytesIO(stream.read(MAX_BINARY_BYTES))
-            for text in BINARY_FORMS[kind](data):
+            found = Counter[str]()
+            for text in BINARY_FORMS[kind](data, found):
                 yield from split_text(io.StringIO(self.repairs.surrogates(text))) if text.strip() else ("",)
+            for what, count in found.items():
+                if count:
+                    self.note(what, f"{name} ({count:,})")
             return
         stream = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(_Peekable(stream), BUFFER_BYTES)
         head = stream.peek(4096)[:4096]

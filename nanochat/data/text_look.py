@@ -64,8 +64,8 @@ class Tally:
         for what, pattern in ESCAPES.items():
             if odd := sum(len(pattern.findall(text)) > len(text) / ESCAPE_EVERY for text in texts):
                 inventory.warnings.append(
-                    f"{odd / len(texts):.0%} of the documents are full of {what}, which is learned as it stands: "
-                    "convert the files if it is not meant"
+                    f"{odd / len(texts):.0%} of the documents looked at are full of {what}, which are learned as they "
+                    "stand: convert the files if you did not mean this"
                 )
 
     def check_broken(self, inventory: Inventory, reader: TextReader) -> None:

@@ -250,7 +250,7 @@ def _classify(entry: _File, options: ReadOptions, inventory: Inventory, given: b
         if suffix and suffix[1:].isalpha():
             head = _head(entry.path, SNIFF_BYTES)
             if packed:
-                return leave_out("packed, and no text by its name (unpack it)")
+                return leave_out("packed, and its name does not say it is text (unpack it)")
             texty = not _is_binary(head)
             return leave_out("unknown kind (rename to .txt to have it learned)" if texty else "no text", matters=texty)
         if not packed and _is_binary(_head(entry.path, SNIFF_BYTES)):
