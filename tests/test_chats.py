@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.data import chat_store, chats
+from nanochat.data import chat_store, chats, json_stream
+from nanochat.data.chat_exports import OTHER_ANSWER
+from nanochat.data.chat_templates import BEFORE_TURNS, THOUGHT_LEFT_OUT
 from nanochat.data.chats import ChatSource, load_chats, look_at_chats, show_learned
 from nanochat.data.inventory import Inventory, UnusableInputError
 from nanochat.data.text_walk import ReadOptions
@@ -1046,14 +1048,14 @@ def test_the_options_of_a_question_are_read(record: dict[str, Any], tmp_path: Pa
 
 
 def test_what_programs_say_in_the_name_of_people_is_not_learned(tmp_path: Path) -> None:
-    texts = ["Hi", "Ann sent an attachment.", "Liked a message", "Hello!", "Bob sent a photo."]
+    texts = ["Hi", "Ann sent an attachment.", "Liked a message", "Hello!", "Bob sent a photo.", "I just sent a photo."]
     rows = [
-        {"sender_name": "AB"[i > 2], "timestamp_ms": 1_700_000_000_000 + i * 1000, "content": t}
+        {"sender_name": ("Ann Lee", "Bob")[i > 2], "timestamp_ms": 1_700_000_000_000 + i * 1000, "content": t}
         for i, t in enumerate(texts)
     ]
     path = tmp_path / "message_1.json"
     path.write_text(json.dumps({"participants": [], "messages": rows[::-1]}))
-    assert look(path, me="B")[0] == [HI]
+    assert look(path, me="Bob")[0] == ["user: Hi\nassistant: «Hello!\nI just sent a photo.»"]
 
 
 def test_slack_as_an_archive_and_pages_of_telegram(tmp_path: Path) -> None:
@@ -1103,3 +1105,139 @@ def test_exports_that_break_their_own_rules_are_told_by_place(tmp_path: Path) ->
     assert "line 1: malformed (AttributeError" in inventory.left_out_line() + "".join(
         inventory.left_out[chats.UNUSABLE].examples
     )
+
+
+# --- nothing of an answer is changed or lost unsaid -------------------------------------------------------------------
+
+ASKED = [{"role": U, "content": "Hi"}]
+ARC = {"question": "Which?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answer": "1"}
+QUIZ = {"question": "Which?", "choices": [f"option {i}" for i in range(12)], "answer": 11}
+PROMPT = "User: Hi\nAssistant:"
+KEPT: dict[str, tuple[Any, str]] = {
+    "labels of options": (ARC, "user: Which?\n1. x\n2. y\nassistant: «1. x»"),
+    "options in another order": (
+        {"question": "Which?", "options": {"B": "y", "A": "x"}, "answer": "B"},
+        "user: Which?\nA. x\nB. y\nassistant: «B. y»",
+    ),
+    "capital Q and A": ({"Q": "Hi", "A": "Hello!"}, HI),
+    "HTML in an answer": (
+        {"prompt": PROMPT, "completion": "Use <s>old</s> new text."},
+        "user: Hi\nassistant: «Use <s>old</s> new text.»",
+    ),
+    "HTML in a text": (
+        {"text": "User: Hi\nAssistant: Use new text, <s>old</s>"},
+        "user: Hi\nassistant: «Use new text, <s>old</s>»",
+    ),
+    "HTML and a mark at the end": (
+        {"prompt": "[INST] Hi [/INST]", "completion": "Hello! <s>old</s></s>"},
+        "user: Hi\nassistant: «Hello! <s>old</s>»",
+    ),
+    "another template's mark": (
+        {"prompt": PROMPT, "completion": "It ends with <|im_end|> there."},
+        "user: Hi\nassistant: «It ends with <|im_end|> there.»",
+    ),
+    "beside a wrapper": ({"system": "Be brief", "data": {"question": "Hi", "answer": "Hello!"}}, SYS + HI),
+    "two writings of a key": (
+        {"Messages": [{"Role": "user", "Content": "Hi", "content": ""}, {"Role": A, "Content": "Hello!"}]},
+        HI,
+    ),
+    "open webui's system": (
+        {"history": {"messages": NODES, "currentId": "3"}, "params": {"system": "Be brief"}},
+        SYS + HI,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_stands_in_a_record_is_what_is_learned(name: str, tmp_path: Path) -> None:
+    record, expected = KEPT[name]
+    assert look(dump(tmp_path / "a.jsonl", record))[0] == [expected]
+
+
+def test_twelve_options_are_all_read(tmp_path: Path) -> None:
+    (text,), _ = look(dump(tmp_path / "a.jsonl", QUIZ))
+    assert "\nL. option 11\nassistant: «L. option 11»" in text
+    many = {**QUIZ, "choices": [f"option {i}" for i in range(27)], "answer": "none"}
+    assert "1 × the key 'choices', which is not used" in look(dump(tmp_path / "a.jsonl", many))[1].notes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.yaml", "- {question: Hi, input: null, answer: no}\n", "no"),
+        ("a.yaml", "- {question: Hi, answer: 12:30}\n", "12:30"),
+        ("a.yaml", "- {question: Hi, answer: 01234}\n", "01234"),
+        ("a.md", "## User\n\nHi\n\n## Assistant\n\nOne\n\n---\n\nTwo\n\n---\n", "One\n\n---\n\nTwo"),
+        ("a.txt", "You said:\nHi\nDeepSeek said:\nHello!\n", "Hello!"),
+        ("a.json", '[{"question": "Hi", "answer": "Hello!"}] // end', "Hello!"),
+    ],
+)
+def test_what_is_written_stays_as_it_is_written(name: str, content: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    assert look(tmp_path / name)[0] == [f"user: Hi\nassistant: «{expected}»"]
+
+
+def test_a_comment_across_two_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "BLOCK", 7)
+    text = '[\n{"a": 1}, // one, two, three\n/* four, five */ {"a": 2}\n] // the end'
+    assert [value for _, value in json_stream.json_records(io.StringIO(text), lambda _: False)] == [{"a": 1}, {"a": 2}]
+
+
+def test_only_settings_of_anki_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("#separator:tab\n#html:true\n#1 what\tone\nHi\tHello!\na\tb\tc\n")
+    texts, inventory = look(path, columns=("1", "2"))
+    assert texts == ["user: #1 what\nassistant: «one»", HI]
+    assert "line 5: 3 fields" in inventory.left_out_line()
+
+
+def test_quotation_marks_and_rules_of_people_stay(tmp_path: Path) -> None:
+    line = ["2024/01/01(Mon)", "10:00\tAnn\tHi", '10:01\tBob\tSay "yes"', '10:02\tAnn\t"one', 'two"', "10:03\tBob\tOk"]
+    (tmp_path / "line.txt").write_text("\n".join(line) + "\n")
+    assert look(tmp_path / "line.txt", me="Bob")[0] == [
+        'user: Hi\nassistant: «Say "yes"»\nuser: one\ntwo\nassistant: «Ok»'
+    ]
+    rule = "=" * 40
+    times = ["[1/13/2024 12:34 PM] Ann", "Hi", "", "[1/13/2024 12:35 PM] Bob", f"Above\n{rule}\nbelow", ""]
+    last = ["[1/13/2024 12:36 PM] Bob", "Bye", "", "", rule, "Exported 3 message(s)", rule]
+    (tmp_path / "discord.txt").write_text("\n".join([*times, *last]) + "\n")
+    assert look(tmp_path / "discord.txt", me="Bob")[0] == [f"user: Hi\nassistant: «Above\n{rule}\nbelow\nBye»"]
+
+
+def test_rows_with_an_id_stay_together_and_rows_without_are_said(tmp_path: Path) -> None:
+    rows = [*PAIR, {"role": "system", "content": "Be brief"}, *PAIR]
+    with_id = [{"conversation_id": 7, **row} for row in rows]
+    assert len(look(dump(tmp_path / "a.jsonl", *with_id))[0]) == 1
+    texts, inventory = look(dump(tmp_path / "b.jsonl", *rows))
+    assert texts == [HI, SYS + HI]
+    assert f"5 × {chats.WITHOUT_ID}" in inventory.notes
+
+
+def test_what_is_left_out_of_exports_is_counted(tmp_path: Path) -> None:
+    def notes(*records: Any) -> str:
+        return "\n".join(look(dump(tmp_path / "a.json", *records))[1].notes)
+
+    thought, other = f"1 × {THOUGHT_LEFT_OUT}", f"1 × {OTHER_ANSWER}"
+    for form in ("open webui", "lm studio", "ai studio", "harmony"):
+        assert thought in notes(*EXPORTED[form]), form
+    assert thought in notes(ONE["chatgpt"][0])
+    for form in ("open webui", "lm studio", "sillytavern"):
+        assert other in notes(*EXPORTED[form]), form
+    assert other in notes(ONE["chatgpt"][0])
+    choices = [{"message": PAIR[1]}, {"message": {"role": A, "content": "Go"}}]
+    assert other in notes({"request": {"messages": ASKED}, "response": {"choices": choices}})
+    assert other in notes({"intents": [{"patterns": ["Hi"], "responses": ["Hello!", "Go"]}]})
+    assert "the key 'turn_2', which is not used" in notes({"question": "Hi", "answer": "Hello!", "turn_2": "And?"})
+    people = [{"sender_name": "AB"[i], "timestamp_ms": i, "content": text} for i, text in enumerate(("Hi", "Hello!"))]
+    two = dump(tmp_path / "b.jsonl", {"messages": [*people, {"odd": 1}]}, {"messages": people})
+    assert f"1 × {chats.UNREADABLE}" in look(two, me="B")[1].notes
+
+
+def test_a_written_text_is_looked_at_like_a_record(tmp_path: Path) -> None:
+    pictures = "User: <image> What is it?\nBot: A cat."
+    (tmp_path / "a.txt").write_text(f"My chats\nUser: Hi\nBot: <think>x</think>Hello!\n---\n{pictures}\n")
+    texts, inventory = look(tmp_path / "a.txt")
+    assert texts == ["user: Hi\nassistant: «<think>x</think>Hello!»"]
+    assert inventory.left_out[chats.NO_PICTURES].count == 1
+    assert "1 × an answer with <think> in it, learned as it is" in inventory.notes
+    assert f"1 × {BEFORE_TURNS}" in inventory.notes

@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from nanochat.data.chat_templates import ROLE_OF
+from nanochat.data.chat_templates import ROLE_OF, THOUGHT_LEFT_OUT
 from nanochat.data.markup import visible_text
 from nanochat.messages import BETWEEN, Message
 
 FILE_LEFT_OUT = "an image or file, left out"
+OTHER_ANSWER = "another answer or branch beside the one that is learned, left out"
 TO_TOOL, OF_TOOL = "a message to a tool, left out", "a message of a tool or system, left out"
 # Around the record itself in exports of tools that label or show data.
 WRAPPERS = ("data", "fields", "chat", "record", "row", "example", "json", "payload", "chunkedPrompt")
@@ -30,8 +31,8 @@ def is_export(record: dict[str, Any]) -> bool:
     return isinstance(record.get("versions"), list) or {"candidates", "author"} <= record.keys()
 
 
-def unwrapped(record: Any) -> Iterator[Any]:
-    """The records inside one that wraps them; itself if it wraps none."""
+def unwrapped(record: Any, notes: Counter[str]) -> Iterator[Any]:
+    """The records inside one that wraps them; itself if it wraps none. `notes` counts what was left out."""
     if not isinstance(record, dict):
         yield record
     elif isinstance(record.get("paragraphs"), list):  # SQuAD
@@ -43,12 +44,13 @@ def unwrapped(record: Any) -> Iterator[Any]:
     elif isinstance(record.get("intents"), list):
         for intent in filter(_is_object, record["intents"]):
             patterns, responses = intent.get("patterns") or [], intent.get("responses") or []
+            notes[OTHER_ANSWER] += max(0, len(responses) - len(patterns))
             for i, pattern in enumerate(patterns):
                 yield {"question": pattern, "answer": responses[i % len(responses)] if responses else ""}
     elif isinstance(inner := record.get("histories"), dict) and isinstance(inner.get("histories"), list):
         yield from inner["histories"]  # Character.AI
     elif isinstance(record.get("request"), dict) and isinstance(record.get("response"), dict):
-        yield _of_api(record["request"], record["response"])
+        yield _of_api(record["request"], record["response"], notes)
     elif isinstance(record.get("title"), str) and isinstance(record.get("safeHtmlItem"), list):
         yield _of_activity(record)
     else:
@@ -56,17 +58,17 @@ def unwrapped(record: Any) -> Iterator[Any]:
         if wrapper is None or "messages" in record:
             yield record
         else:
-            beside = {name: record[name] for name in ("systemInstruction", "label", "weight") if name in record}
-            yield {**beside, **record[wrapper]}
+            yield {**{name: value for name, value in record.items() if name != wrapper}, **record[wrapper]}
 
 
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _of_api(request: dict[str, Any], response: dict[str, Any]) -> dict[str, Any]:
+def _of_api(request: dict[str, Any], response: dict[str, Any], notes: Counter[str]) -> dict[str, Any]:
     """A logged call of OpenAI's API and its answer."""
     choices = response.get("choices")
+    notes[OTHER_ANSWER] += len(choices) - 1 if isinstance(choices, list) and choices else 0
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     answer = first.get("message") or {"role": "assistant", "content": first.get("text")}
     asked = request.get("messages") or [{"role": "user", "content": request.get("prompt")}]
@@ -99,32 +101,39 @@ def read_export(record: dict[str, Any], notes: Counter[str], used: set[str]) -> 
         return "text-generation-webui", _read_webui(record["internal"])
     history = record.get("history")
     if isinstance(history, dict) and isinstance(history.get("messages"), dict):
-        used |= {"history", "messages", "models", "params", "files", "system"}
-        return "open webui", _read_branch(history)
+        used |= {"history", "messages", "models", "params", "system"}
+        params = record.get("params")
+        system = record.get("system") or (params.get("system") if isinstance(params, dict) else None)
+        return "open webui", [*_system_message(system), *_read_branch(history, notes)]
     if isinstance(record.get("chunks"), list):
         used |= {"chunks", "pendingInputs", "systemInstruction"}
-        said = [c for c in record["chunks"] if isinstance(c, dict) and not c.get("isThought")]
+        chunks = [c for c in record["chunks"] if isinstance(c, dict)]
+        said = [c for c in chunks if not c.get("isThought")]
+        notes[THOUGHT_LEFT_OUT] += len(chunks) - len(said)
         notes[FILE_LEFT_OUT] += sum("text" not in c for c in said)
         turns = [{"role": ROLE_OF.get(str(c.get("role")), "user"), "content": c["text"]} for c in said if "text" in c]
         system = record.get("systemInstruction")
         text = system.get("text") if isinstance(system, dict) else system
-        return "ai studio", [*([{"role": "system", "content": text}] if isinstance(text, str) and text else []), *turns]
+        return "ai studio", [*_system_message(text), *turns]
     for key in ("messages", "turns", "msgs"):
         values = record.get(key)
         if isinstance(values, list) and values and isinstance(values[0], dict) and _is_of_program(values[0]):
             used |= {key, "systemPrompt", "preset", "pinned", "usePerChatPredictionConfig"}
-            system = record.get("systemPrompt")
-            turns = [turn for value in values if (turn := _program_message(value))]
+            turns = [_program_message(value, notes) for value in values]
             form = "lm studio" if "versions" in values[0] else "character.ai"
-            return form, [*([{"role": "system", "content": system}] if system else []), *turns]
+            return form, [*_system_message(record.get("systemPrompt")), *turns]
     return None
+
+
+def _system_message(text: Any) -> list[Message]:
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
 
 
 def _is_of_program(value: dict[str, Any]) -> bool:
     return is_export(value) or (isinstance(value.get("src"), dict) and "is_human" in value["src"])
 
 
-def _program_message(value: dict[str, Any]) -> Message | None:
+def _program_message(value: dict[str, Any], notes: Counter[str]) -> Message:
     """A message of LM Studio or Character.AI: of several answers to one question the chosen one."""
     if isinstance(value.get("src"), dict):
         return {
@@ -134,6 +143,7 @@ def _program_message(value: dict[str, Any]) -> Message | None:
     if "candidates" in value:
         chosen = value.get("primary_candidate_id")
         found = [c for c in value["candidates"] if isinstance(c, dict)]
+        notes[OTHER_ANSWER] += max(0, len(found) - 1)
         best = next((c for c in found if c.get("candidate_id") == chosen), found[0] if found else {})
         human = isinstance(value["author"], dict) and value["author"].get("is_human")
         return {"role": "user" if human else "assistant", "content": str(best.get("raw_content") or "")}
@@ -141,17 +151,21 @@ def _program_message(value: dict[str, Any]) -> Message | None:
     at = value.get("currentlySelected") or 0
     version = versions[at] if isinstance(at, int) and 0 <= at < len(versions) else versions[-1]
     blocks = [version, *(step for step in version.get("steps") or [] if isinstance(step, dict))]
-    blocks = [b for b in blocks if not (isinstance(b.get("style"), dict) and b["style"].get("type") == "thinking")]
-    parts = [part for block in blocks for part in block.get("content") or [] if isinstance(part, dict)]
-    text = "".join(str(part.get("text") or "") for part in parts if part.get("type", "text") == "text")
-    return {"role": ROLE_OF.get(str(version.get("role")), "user"), "content": text}
+    said = [b for b in blocks if not (isinstance(b.get("style"), dict) and b["style"].get("type") == "thinking")]
+    notes[OTHER_ANSWER] += len(versions) - 1
+    notes[THOUGHT_LEFT_OUT] += len(blocks) - len(said)
+    parts = [part for block in said for part in block.get("content") or [] if isinstance(part, dict)]
+    texts = [str(part.get("text") or "") for part in parts if part.get("type", "text") == "text"]
+    notes[FILE_LEFT_OUT] += len(parts) - len(texts)
+    return {"role": ROLE_OF.get(str(version.get("role")), "user"), "content": "".join(texts)}
 
 
-def read_mes(record: dict[str, Any]) -> Message | None:
+def read_mes(record: dict[str, Any], notes: Counter[str]) -> Message | None:
     """A line of SillyTavern's chats, None if it is none; lines of the program have no content."""
     if not isinstance(record.get("mes"), str) or "is_user" not in record:
         return None
     text = "" if record.get("is_system") else record["mes"]
+    notes[OTHER_ANSWER] += max(0, len(record.get("swipes") or []) - 1)
     return {"role": "user" if record["is_user"] else "assistant", "content": text}
 
 
@@ -165,14 +179,18 @@ def _read_webui(pairs: list[Any]) -> list[Message]:
     return messages
 
 
-def _read_branch(history: dict[str, Any]) -> list[Message]:
+def _read_branch(history: dict[str, Any], notes: Counter[str]) -> list[Message]:
     """The branch of Open WebUI's tree that was shown last."""
     nodes, name, messages, seen = history["messages"], history.get("currentId"), [], set[str]()
     while isinstance(name, str) and isinstance(node := nodes.get(name), dict) and name not in seen:
         seen.add(name)
-        text = _THOUGHT.sub("", str(node.get("content") or ""))
+        text, thoughts = _THOUGHT.subn("", str(node.get("content") or ""))
+        notes[THOUGHT_LEFT_OUT] += thoughts
+        notes[FILE_LEFT_OUT] += len(node.get("files") or [])
         messages.append({"role": ROLE_OF.get(str(node.get("role")), "user"), "content": text})
         name = node.get("parentId")
+    others = [node for name, node in nodes.items() if name not in seen and isinstance(node, dict)]
+    notes[OTHER_ANSWER] += sum(node.get("role") == "assistant" for node in others)
     return messages[::-1]
 
 
@@ -196,13 +214,22 @@ def _read_chatgpt(record: dict[str, Any], notes: Counter[str]) -> list[Message]:
         if message.get("weight") == 0 or (message.get("recipient") or "all") != "all":
             notes[TO_TOOL] += role == "assistant"
             continue
-        if content.get("content_type") not in ("text", "multimodal_text"):
-            continue  # thoughts, and what the user says about itself
+        kind = content.get("content_type")
+        if kind not in ("text", "multimodal_text"):
+            thought = kind in ("thoughts", "reasoning_recap")
+            notes[THOUGHT_LEFT_OUT if thought else f"a message of the type {kind!r}, left out"] += kind is not None
+            continue
         parts = content.get("parts") or []
         text = "\n".join(part for part in parts if isinstance(part, str) and part)
         notes[FILE_LEFT_OUT] += sum(not isinstance(part, str) for part in parts)
         if text.strip():
             messages.append({"role": role, "content": text})
+    others = [n.get("message") or {} for name, n in mapping.items() if name not in seen]
+    notes[OTHER_ANSWER] += sum(
+        (m.get("author") or {}).get("role") == "assistant"
+        and (m.get("content") or {}).get("content_type") in ("text", "multimodal_text")
+        for m in others
+    )
     return messages[::-1]
 
 

@@ -189,7 +189,12 @@ def _parsed(text: TextIO, suffixes: list[str]) -> Any:
     """What a file of YAML or TOML holds."""
     try:
         if ".toml" not in suffixes:
-            return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            rules = {
+                first: [(tag, pattern) for tag, pattern in found if tag.endswith((":null", ":merge"))]
+                for first, found in loader.yaml_implicit_resolvers.items()
+            }  # "no", 12:30 and 01234 stay as they are written
+            return yaml.load(text, type("AsWritten", (loader,), {"yaml_implicit_resolvers": rules}))
         if sys.version_info >= (3, 11):
             return tomllib.loads(text.read())
         raise NotReadError("TOML (save it as JSON or YAML; Python 3.11 reads TOML)")
@@ -213,29 +218,36 @@ def _names_question_and_answer(header: list[str]) -> bool:
     return len(names) > 1 and not names.isdisjoint(ASKED_KEYS) and not names.isdisjoint(ANSWER_KEYS)
 
 
+_ANKI_SETTING = re.compile(r"#(separator|html|tags|columns|notetype|deck|guid)\b.*:")
+
+
 def _table_rows(text: io.TextIOWrapper, note: Callable[[str], None], by_number: bool) -> Iterator[Placed]:
     csv.field_size_limit(LONGEST_FIELD)
     head = list(itertools.islice(text, SAMPLE_LINES))
-    while by_number and head and head[0].startswith("#"):  # Anki's settings
+    skipped = 0
+    while by_number and head and _ANKI_SETTING.match(head[0]):
         del head[0]
+        skipped += 1
     if not head:
         return
     dialect = detect_dialect(head, None, len(head) < SAMPLE_LINES)
     if head[0].lower().startswith("sep="):  # Excel's way to say what is between the fields
         del head[0]
+        skipped += 1
     rows: Any = dialect.rows(itertools.chain(head, text))
     first: list[str] = next(rows, [])
     header = [str(i) for i in range(1, len(first) + 1)] if by_number else [name.strip() for name in first]
     if by_number:
-        yield "line 1", dict(zip(header, first, strict=True))
+        yield f"line {skipped + 1}", dict(zip(header, first, strict=True))
     try:
         for row in rows:
             if len(row) == len(header):
-                yield f"line {rows.line_num}", dict(zip(header, row, strict=True))
+                yield f"line {skipped + rows.line_num}", dict(zip(header, row, strict=True))
             elif row:
-                yield f"line {rows.line_num}", Broken(f"{len(row)} fields, but the first line has {len(header)}")
+                where = f"line {skipped + rows.line_num}"
+                yield where, Broken(f"{len(row)} fields, but the first line has {len(header)}")
     except csv.Error as error:
-        raise ValueError(f"line {rows.line_num}: not a table that can be read surely ({error})") from None
+        raise ValueError(f"line {skipped + rows.line_num}: not a table that can be read surely ({error})") from None
 
 
 def _parquet_rows(source: Any) -> Iterator[Placed]:

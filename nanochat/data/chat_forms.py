@@ -8,13 +8,15 @@ what programs export (chat_exports.py), and text with the marks of a chat templa
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
+import string
 from collections import Counter
 from typing import Any
 
 from nanochat.data.chat_exports import is_export, read_export
-from nanochat.data.chat_templates import ROLE_OF, ends_of_turns, read_template
+from nanochat.data.chat_templates import ROLE_OF, read_template, without_end_of_turn
 from nanochat.messages import BETWEEN, Message
 
 ROLE_KEYS = ("role", "from", "author", "speaker", "sender", "user", "name")
@@ -65,9 +67,10 @@ MARKS = ("weight", "train", "training", "loss_weight", "label", "kto_tag")
 HARMLESS = re.compile(
     r".*(id|ids|idx|index|hash|url|link|source|dataset|model|date|time|timestamp|lang|language|created.*|updated.*|tokens?"
     r"|count|num.*|score.*|rating|quality|category|topic|task|type|subset|split|license|name|title|metadata|meta|tags?"
-    r"|is_.*|toxic|redacted|hashed_ip|country|state|header|turn.*|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|rank|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|deleted|review.*|synthetic)",
+    r"|is_.*|toxic|redacted|hashed_ip|country|state|turn(_?(id|identifier|index|number|count))?|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|rank|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|deleted|review.*|synthetic)",
     re.IGNORECASE,
 )
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 UNUSED_KEY = "the key "
 THINKING = "an answer with <think> in it, learned as it is"
 # Where LLaMA-Factory, LLaVA and others have an image, a video or a sound; some are tags of HTML where no file is named.
@@ -75,7 +78,7 @@ _SEEN = re.compile(r"<(?:image|ImageHere)>|<\|(?:vision_start|image_pad|image|au
 _SEEN_TAGS = re.compile(rf"{_SEEN.pattern}|<(?:video|audio|img)>")
 _SEEN_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 BY_NUMBER = "an answer that is the number of an option, counted from 0"
-_LETTERS = "ABCDEFGHIJ"
+_LETTERS = string.ascii_uppercase
 SEVERAL = "several answers, of which the first is learned"
 FRACTION = "a weight other than 0 and 1, taken for 1"
 PREFERENCE = "preference data, of which the good side is learned"
@@ -118,6 +121,7 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None, notes: Counte
     Raises:
         NotAConversation: its form is not known; names its keys.
         Marked: it must not be learned.
+        AboutImages: it names files of images or sounds, and its text refers to them.
     """
     if isinstance(record, list):
         return _read_list(record, notes)
@@ -139,14 +143,19 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None, notes: Counte
             form, messages = _read_dict(record, columns, notes, used)
         except NotAConversation:
             raise error from None
-    seen = _SEEN_TAGS if any(record.get(key) for key in _SEEN_KEYS) else _SEEN
-    if any(isinstance(m.get("content"), str) and seen.search(m["content"]) for m in messages if m["role"] == "user"):
-        raise AboutImages("about an image or sound, which the model can't see or hear")
+    if any(record.get(key) for key in _SEEN_KEYS) and is_about_images(messages, _SEEN_TAGS):
+        raise AboutImages
     for key in record:
         if key not in used and key not in MARKS and record[key] not in ("", [], {}) and not HARMLESS.fullmatch(key):
             notes[f"{UNUSED_KEY}{key!r}, which is not used"] += 1
-    notes[THINKING] += sum(isinstance(m.get("content"), str) and "</think>" in m["content"] for m in messages)
     return form, messages
+
+
+def is_about_images(messages: list[Message], marks: re.Pattern[str] = _SEEN) -> bool:
+    """True if a message of the user has one of the marks that stand for an image, a video or a sound."""
+    return any(
+        isinstance(m.get("content"), str) and marks.search(m["content"]) for m in messages if m["role"] == "user"
+    )
 
 
 def _read_dict(
@@ -164,7 +173,7 @@ def _read_dict(
         return export
     if isinstance(record.get("segments"), list) and all(isinstance(part, dict) for part in record["segments"]):
         used.add("segments")
-        return "segments", _read_segments(record["segments"])
+        return "segments", _read_segments(record["segments"], notes)
     good, bad = _first(record, GOOD_KEYS), _first(record, BAD_KEYS)
     if good is not None and (bad is not None or _first(record, LIST_KEYS) is not None or _asked(record)):
         notes[PREFERENCE] += 1
@@ -179,7 +188,7 @@ def _read_dict(
     for name in TEMPLATE_KEYS:
         if name in ASKED_KEYS and _first(record, ANSWER_KEYS):
             continue  # a question that may quote a dialogue
-        if isinstance(record.get(name), str) and (found := read_template(record[name])):
+        if isinstance(record.get(name), str) and (found := read_template(record[name], notes=notes)):
             used.add(name)
             return found
     return _read_pair(record, notes, used)
@@ -259,10 +268,10 @@ def _system(record: dict[str, Any], messages: list[Message] | None = None) -> li
     return [{"role": "system", "content": text}]
 
 
-def _read_segments(segments: list[dict[str, Any]]) -> list[Message]:
+def _read_segments(segments: list[dict[str, Any]], notes: Counter[str]) -> list[Message]:
     """The messages of Axolotl's input_output form: pieces of one text, labelled whether they are learned."""
     pieces = [(str(part.get("text") or ""), not is_off(part.get("label"))) for part in segments]
-    if found := read_template("".join(text for text, _ in pieces)):
+    if found := read_template("".join(text for text, _ in pieces), notes=notes):
         learned = "\n".join(text for text, label in pieces if label)
         for message in found[1]:
             if message["role"] == "assistant" and message["content"] not in learned:
@@ -282,7 +291,10 @@ def _asked(record: dict[str, Any]) -> str | None:
 
 def _read_pair(record: dict[str, Any], notes: Counter[str], used: set[str]) -> tuple[str, list[Message]]:
     """(form, messages) of a record with a question and its answer."""
-    keys = {key.strip().lower(): key for key in record}
+    keys: dict[str, str] = {}
+    for key in record:  # of "Question" and "question" the first that is not empty
+        if record.get(keys.get(key.strip().lower(), "")) in _EMPTY:
+            keys[key.strip().lower()] = key
     low = {key: record[name] for key, name in keys.items()}
     answer = _first(low, ANSWER_KEYS)
     asked = next((key for key in ASKED_KEYS if key in low and key != answer), None)
@@ -292,9 +304,10 @@ def _read_pair(record: dict[str, Any], notes: Counter[str], used: set[str]) -> t
     used |= {keys[key] for key in (asked, answer, context) if key} | {*SYSTEM_KEYS, "history"}
     question, said = low[asked], low[answer]
     if choices := _choices(record):
-        used |= set(choices[1])
-        notes[BY_NUMBER] += str(said).strip().isdecimal() and said not in choices[0]
-        question, said = _with_choices(question, said, choices[0])
+        texts, labels, under = choices
+        used |= set(under)
+        notes[BY_NUMBER] += str(said).strip().isdecimal() and said not in texts and str(said).strip() not in labels
+        question, said = _with_choices(question, said, texts, labels)
     if context and str(low[context]).strip() and isinstance(question, str):
         # Alpaca and Dolly say what to do first; a question about a passage stands behind it.
         parts = [question, str(low[context])] if asked == "instruction" else [str(low[context]), question]
@@ -314,34 +327,41 @@ def _pair(question: Any, answer: Any, notes: Counter[str]) -> list[Message]:
     if isinstance(answer, list) and answer and isinstance(answer[0], dict):
         return [*before, *_read_list(answer, notes)[1]]
     if isinstance(question, str):
-        if found := read_template(question + " ", whole=True):
+        if found := read_template(question + " ", whole=True, notes=notes):
             before = found[1]
-            answer = ends_of_turns(answer) if isinstance(answer, str) else answer
+            answer = without_end_of_turn(answer, found[0]) if isinstance(answer, str) else answer
         else:
             before = [{"role": "user", "content": question.strip()}]
     return [*before, {"role": "assistant", "content": _answer_text(answer, notes)}]
 
 
-def _choices(record: dict[str, Any]) -> tuple[list[str], list[str]] | None:
-    """(the options of a question with several, the keys that they stand under), None if it has none."""
+def _choices(record: dict[str, Any]) -> tuple[list[str], list[str], list[str]] | None:
+    """(the options of a question with several, their labels, the keys that they stand under), None if it has none."""
     for key in ("choices", "options"):
         value = _decoded(record.get(key))
-        texts = value.get("text") if isinstance(value, dict) else value  # ARC: {"text": [...], "label": [...]}
-        if isinstance(value, dict) and texts is None and value.keys() <= set(_LETTERS):
-            texts = list(value.values())
-        if isinstance(texts, list) and len(texts) > 1 and all(isinstance(text, str) for text in texts):
-            return texts, [key]
-    letters = [letter for letter in _LETTERS if isinstance(record.get(letter), str | int | float)]
-    return ([str(record[x]) for x in letters], letters) if len(letters) > 1 and letters[0] == "A" else None
+        texts: Any = value
+        labels: Any = None
+        if isinstance(value, dict):  # ARC: {"text": [...], "label": [...]}
+            texts, labels = value.get("text"), value.get("label")
+            if texts is None and value.keys() <= set(_LETTERS):
+                labels = sorted(value)
+                texts = [value[label] for label in labels]
+        if isinstance(texts, list) and 1 < len(texts) <= len(_LETTERS) and all(isinstance(text, str) for text in texts):
+            fits = isinstance(labels, list) and len(labels) == len(texts)
+            return texts, [str(label) for label in labels] if fits else list(_LETTERS[: len(texts)]), [key]
+    letters = list(itertools.takewhile(lambda x: isinstance(record.get(x), str | int | float), _LETTERS))
+    return ([str(record[x]) for x in letters], letters, letters) if len(letters) > 1 else None
 
 
-def _with_choices(question: Any, answer: Any, choices: list[str]) -> tuple[Any, Any]:
+def _with_choices(question: Any, answer: Any, choices: list[str], labels: list[str]) -> tuple[Any, Any]:
     """Question and answer of a question with several options: both with the options as a person would read them."""
-    lines = [f"{letter}. {text}" for letter, text in zip(_LETTERS, choices, strict=False)]
-    said = str(answer).strip()
-    at = int(said) if said.isdecimal() else _LETTERS.find(said.upper()) if len(said) == 1 else -1
-    if not isinstance(question, str) or len(lines) != len(choices):
+    if not isinstance(question, str):
         return question, answer
+    lines = [f"{label}. {text}" for label, text in zip(labels, choices, strict=True)]
+    said = str(answer).strip()
+    at = next((i for i, label in enumerate(labels) if label.upper() == said.upper()), -1)
+    if at < 0 and said.isdecimal():
+        at = int(said)
     asked = question if all(text in question for text in choices) else "\n".join([question, *lines])
     return asked, lines[at] if 0 <= at < len(lines) and said not in choices else answer
 
@@ -376,7 +396,7 @@ def _read_preference(record: dict[str, Any], good: str, notes: Counter[str], use
         if len(messages) > 1 or before is None:  # the whole conversation stands in it
             return [*_system(record, messages), *messages]
         return [*_system(record), *_pair(before, answer, notes)]
-    if isinstance(answer, str) and (found := read_template(answer)):
+    if isinstance(answer, str) and (found := read_template(answer, notes=notes)):
         return found[1]
     if before is None:
         raise NotAConversation(f"an answer without a question (its keys: {_keys(record)})")
@@ -394,7 +414,11 @@ def _first(record: dict[str, Any], keys: tuple[str, ...]) -> str | None:
 def _lowered(value: Any) -> Any:
     """The same with all keys in lower case."""
     if isinstance(value, dict):
-        return {str(key).lower(): _lowered(inner) for key, inner in value.items()}
+        low: dict[str, Any] = {}
+        for key, inner in value.items():  # of "Content" and "content" the first that is not empty
+            if low.get(str(key).lower()) in _EMPTY:
+                low[str(key).lower()] = _lowered(inner)
+        return low
     return [_lowered(inner) for inner in value] if isinstance(value, list) else value
 
 

@@ -27,7 +27,7 @@ NO_TIME = "a message without a time that can be read"
 
 # What Messenger and Instagram write in the name of people.
 _OF_MESSENGER = re.compile(
-    r"(Liked a message|Reacted .{1,12} to your message ?|.{0,60}(sent an attachment|unsent a message|"
+    r"(Liked a message|Reacted .{1,12} to your message ?|(?P<who>.{1,60}?) (sent an attachment|unsent a message|"
     r"sent a (photo|sticker|video|link|voice message|GIF)|shared a (story|post|reel)|"
     r"missed (a|your) (video )?(call|chat)|"
     r"started an? (audio|video) (call|chat)|ended the (video )?(call|chat)|"
@@ -132,10 +132,16 @@ def read_entry(record: Any) -> tuple[str, LogEntry] | None:
         return "discord", LogEntry(_name(name), _plain(text), _iso_hours(record["timestamp"]))
     if "sender_name" in record and "timestamp_ms" in record:
         text = "" if record.get("is_unsent") else _mended(str(record.get("content") or ""))
-        text = "" if _OF_MESSENGER.fullmatch(text) else text
-        return "messenger", LogEntry(
-            _mended(_name(record["sender_name"])), text, _number(record["timestamp_ms"], 3.6e6)
-        )
+        name = _mended(_name(record["sender_name"]))
+        by_program = _OF_MESSENGER.fullmatch(text)
+        if by_program and by_program["who"] in (
+            None,
+            "You",
+            name,
+            name.partition(" ")[0],
+        ):  # "I sent a photo." is a person's
+            text = ""
+        return "messenger", LogEntry(name, text, _number(record["timestamp_ms"], 3.6e6))
     if "ts" in record and record.get("type") == "message":
         profile = record.get("user_profile") or {}
         name = profile.get("real_name") or record.get("username") or record.get("user")

@@ -64,8 +64,9 @@ _NO_WORDS = re.compile(
     r"|\[(Sticker|Photo|Video|Voice message|File|スタンプ|写真|動画|貼圖|照片)\]|사진|이모티콘|동영상",
     re.IGNORECASE | re.DOTALL,
 )
-# What Discord's exporter adds below a message, and around all of them.
-_ADDED = re.compile(r"\n\{(?:Attachments|Embed|Reactions|Stickers|Forwarded Message)\}.*|\n={20,}.*", re.DOTALL)
+# What Discord's exporter adds below a message, and below all of them.
+_ADDED = re.compile(r"\n\{(?:Attachments|Embed|Reactions|Stickers|Forwarded Message)\}.*", re.DOTALL)
+_FOOTER = re.compile(r"\n={20,}\s*\nExported [^\n]*(?:\n={20,})?\s*\Z")
 _MORNING, _EVENING = ("a", "上午", "오전", "午前", "凌晨", "早上"), ("p", "下午", "오후", "午後", "晚上", "م")
 
 Log = tuple[str, list[LogEntry]]
@@ -166,7 +167,8 @@ def _read_named(lines: Sequence[str]) -> Iterator[LogEntry]:
     day_first = _day_first([match["date"] for _, match in starts])
     ends = [i for i, _ in starts[1:]] + [len(lines)]
     for (start, match), end in zip(starts, ends, strict=True):
-        text = _ADDED.sub("", "\n" + "\n".join(lines[start + 1 : end])).strip()
+        below = "\n" + "\n".join(lines[start + 1 : end])
+        text = _ADDED.sub("", _FOOTER.sub("", below) if end == len(lines) else below).strip()
         yield LogEntry(
             match["who"].strip(), text, _moment(*_day(match["date"], day_first), match["time"], match["half"] or "")
         )
@@ -189,14 +191,13 @@ def _read_daily(entry: re.Pattern[str]) -> Callable[[Sequence[str]], Iterator[Lo
     def read(lines: Sequence[str]) -> Iterator[LogEntry]:
         day: tuple[int, int, int] | None = None
         who, texts, hours = "", list[str](), None
-        for line in [*lines, "1.1.1970 end"]:
+        for line in lines:
             date, match = _DAY.fullmatch(line), entry.match(line)
-            if match is None and date is None and line != "1.1.1970 end":
+            if match is None and date is None:
                 texts.append(line)
                 continue
-            text = "\n".join(texts).strip().strip('"')
             if who and texts:
-                yield LogEntry(who, "" if _NO_WORDS.fullmatch(text) else text, hours)
+                yield LogEntry(who, _unquoted(texts), hours)
             who, texts = "", []
             if date is not None:
                 day = (int(date["year"]), int(date["month"]), int(date["day"]))
@@ -204,8 +205,18 @@ def _read_daily(entry: re.Pattern[str]) -> Callable[[Sequence[str]], Iterator[Lo
                 who, texts = match["who"].strip(), [match["text"]]
                 half = match["half"] or match["after"] or ""
                 hours = _moment(*day, match["time"], half) if day else None
+        if who and texts:
+            yield LogEntry(who, _unquoted(texts), hours)
 
     return read
+
+
+def _unquoted(texts: list[str]) -> str:
+    """What was written on these lines; LINE writes quotation marks around several."""
+    text = "\n".join(texts).strip()
+    if "\n" in text and text[0] == text[-1] == '"':
+        text = text[1:-1]
+    return "" if _NO_WORDS.fullmatch(text) else text
 
 
 _IMESSAGE = re.compile(r"(?P<when>[A-Z][a-z]{2} \d{1,2}, \d{4} +\d{1,2}:\d{2}:\d{2} [AP]M)(?: \(.*\))?\s*")

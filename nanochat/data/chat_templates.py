@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import NamedTuple
 
 from nanochat.messages import Message
@@ -48,11 +49,18 @@ def _template(name: str, header: str, end: str = r"$^") -> Template:
     return Template(name, re.compile(header), re.compile(end))
 
 
-_ENGLISH_NAMES = "Human Assistant AI User System Bot Chatbot GPT Customer Agent Question Answer Q A ChatGPT Claude"
+_ENGLISH_NAMES = (
+    "Human Assistant AI User System Bot Chatbot GPT Customer Agent Question Answer Q A ChatGPT Claude DeepSeek"
+)
 _NAMES = "|".join(
     (*_ENGLISH_NAMES.split(), *(name.capitalize() for aliases in WRITTEN.values() for name in aliases if name != "me"))
 )
 
+# Marks of sentences stand at the ends of a turn; inside it they are HTML that strikes out.
+_SENTENCE = r"(?P<kept><s>[^<>]+</s>)|</?s>(?=\s*(?:(?:</?s>|<\|endoftext\|>)\s*)*\Z)"
+THOUGHT_LEFT_OUT = "a hidden thought, left out"
+_STRUCK_OUT = re.compile(r"<s>[^<>]+</s>\s*\Z")
+BEFORE_TURNS = "a text before the first turn (the fixed sentence of a template, or a title), left out"
 # Marks that no other text has come first; words at the beginning of a line last.
 TEMPLATES = (
     _template("chatml", r"<\|im_start\|>[ ]*(\w+)[^\n]*\n?", r"<\|im_end\|>|<\|endoftext\|>"),
@@ -66,22 +74,22 @@ TEMPLATES = (
     ),
     _template("gemma", r"<start_of_turn>(\w+)\n?", r"<end_of_turn>|<bos>|<eos>"),
     _template("nanochat", r"<\|(user|assistant)_start\|>", r"<\|(user|assistant)_end\|>|<\|bos\|>"),
-    _template("zephyr", r"<\|(system|user|assistant|tool)\|>", r"</s>|<\|end\|>|<\|endoftext\|>|<\|eot\|>"),
-    _template("llama 2", r"\[(/?INST)\]", r"</?s>"),
+    _template("zephyr", r"<\|(system|user|assistant|tool)\|>", rf"{_SENTENCE}|<\|end\|>|<\|endoftext\|>|<\|eot\|>"),
+    _template("llama 2", r"\[(/?INST)\]", _SENTENCE),
     _template("deepseek", "<｜(User|Assistant)｜>", "<｜(begin|end)▁of▁sentence｜>"),
     _template("baize", r"\[\|(Human|AI)\|\]"),
-    _template("alpaca text", r"(?m)^###[ ]*(Instruction|Input|Response)[ ]*:?", r"</s>|<\|endoftext\|>"),
-    _template("guanaco", r"###[ ]*(Human|Assistant|User|System|Bot)[ ]*:", r"</s>|<\|endoftext\|>"),
-    _template("vicuna", r"(?:^|(?<=\s)|(?<=</s>))(USER|ASSISTANT|SYSTEM):", r"</?s>"),
+    _template("alpaca text", r"(?m)^###[ ]*(Instruction|Input|Response)[ ]*:?", rf"{_SENTENCE}|<\|endoftext\|>"),
+    _template("guanaco", r"###[ ]*(Human|Assistant|User|System|Bot)[ ]*:", rf"{_SENTENCE}|<\|endoftext\|>"),
+    _template("vicuna", r"(?:^|(?<=\s)|(?<=</s>))(USER|ASSISTANT|SYSTEM):", _SENTENCE),
     _template(
         "headings",
         rf"(?m)^#{{1,6}}[ ]+\*{{0,2}}({_NAMES})(?:[ ]said)?[ ]?[:：]?\*{{0,2}}[ ]*(?:\n\s*|\Z)",
-        r"(?m)^-{3,}\s*$",
+        r"\n-{3,}\s*\Z",
     ),
     _template(
         "role: text",
         rf"(?m)^[ ]*\*{{0,2}}({_NAMES})(?:[ ]said)?\*{{0,2}}[ ]?[:：]\*{{0,2}}",
-        r"</?s>|<\|endoftext\|>",
+        rf"{_SENTENCE}|<\|endoftext\|>",
     ),
 )
 # A line of these between two conversations of a text.
@@ -90,12 +98,15 @@ AROUND = re.compile(r"\A[ ]?\n*|\s+\Z")  # a turn that begins in the line of its
 SYSTEM_IN_TURN = re.compile(r"<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 
 
-def read_template(text: str, whole: bool = False) -> tuple[str, list[Message]] | None:
+def read_template(
+    text: str, whole: bool = False, notes: Counter[str] | None = None
+) -> tuple[str, list[Message]] | None:
     """(name of the template, messages) of a text that has turns of the user and of the assistant, else None.
 
     What stands before the first turn is not part of any, and left out: templates begin with a fixed sentence. With
-    `whole` there must be nothing before it.
+    `whole` there must be nothing before it. `notes` counts what was left out.
     """
+    notes = Counter() if notes is None else notes
     for template in TEMPLATES:
         found = list(template.header.finditer(text))
         roles = [WRITTEN_ROLE_OF.get(match[1].lower()) for match in found]
@@ -103,10 +114,12 @@ def read_template(text: str, whole: bool = False) -> tuple[str, list[Message]] |
             continue
         ends = [match.start() for match in found[1:]] + [len(text)]
         messages = []
+        notes[BEFORE_TURNS] += bool(template.end.sub("", text[: found[0].start()]).strip())
         for match, role, end in zip(found, roles, ends, strict=True):
             if template.name == "harmony" and match[2] == "analysis":
-                continue  # hidden thoughts
-            body = template.end.sub("", text[match.end() : end])
+                notes[THOUGHT_LEFT_OUT] += 1
+                continue
+            body = template.end.sub(lambda mark: mark.groupdict().get("kept") or "", text[match.end() : end])
             if template.name == "llama 2" and (system := SYSTEM_IN_TURN.search(body)):
                 messages.append({"role": "system", "content": system[1].strip()})
                 body = SYSTEM_IN_TURN.sub("", body)
@@ -117,11 +130,12 @@ def read_template(text: str, whole: bool = False) -> tuple[str, list[Message]] |
     return None
 
 
-def ends_of_turns(text: str) -> str:
-    """`text`, an answer that stands apart from its templated question, without the marks that end a turn."""
-    for template in TEMPLATES:
-        if (end := template.end.search(text)) and template.end.pattern.startswith("<"):
-            return text[: end.start()].rstrip()
+def without_end_of_turn(text: str, name: str) -> str:
+    """An answer that stands apart from its question in the template `name`, without the marks at its end."""
+    ends = next(template.end.pattern for template in TEMPLATES if template.name == name)
+    last = re.compile(rf"\s*(?!<s>)(?:{ends})\s*\Z")
+    while (mark := last.search(text)) and mark[0] and not _STRUCK_OUT.search(text):
+        text = text[: mark.start()]
     return text
 
 

@@ -17,7 +17,15 @@ from typing import Any, TypeGuard
 from nanochat.data.charset import Repairs
 from nanochat.data.chat_exports import read_mes, unwrapped
 from nanochat.data.chat_files import HUB, Content, file_records, hub_records, open_contents
-from nanochat.data.chat_forms import UNUSED_KEY, AboutImages, Marked, NotAConversation, read_chat_record
+from nanochat.data.chat_forms import (
+    THINKING,
+    UNUSED_KEY,
+    AboutImages,
+    Marked,
+    NotAConversation,
+    is_about_images,
+    read_chat_record,
+)
 from nanochat.data.chat_logs import (
     NO_TIME,
     NOTHING_SAID,
@@ -48,6 +56,8 @@ ENCODED_TWICE = "a letter that was encoded twice, mended"
 MARKED = "marked as not to be learned"
 NOBODY_ELSE = "in which nobody else writes"
 NO_PICTURES = "about an image or sound, which the model can't see or hear"
+WITHOUT_ID = "a row that does not say of which conversation: such rows are one, up to the next system message"
+UNREADABLE = "a message in a chat of people that can't be read, left out"
 MALFORMED = (AttributeError, TypeError, KeyError, IndexError)
 MOST_KEYS = 5  # that are not used are listed one by one
 UNUSABLE = "can't be used"
@@ -222,12 +232,15 @@ class _Reader:
                 continue
             try:
                 row = read_row(record)
-                if thread is not None and (row is None or row[0] != thread[0] or row[1]["role"] == "system"):
+                if thread is not None and (
+                    row is None or row[0] != thread[0] or (not row[0] and row[1]["role"] == "system")
+                ):
                     yield from self._finish("rows of messages", thread[1], thread[2])
                     thread = None
                 if row is not None:
                     thread = thread or (row[0], [], where)
                     thread[1].append(row[1])
+                    self.notes[WITHOUT_ID] += not row[0]
                 elif signal.takes(record):
                     program, entries = "signal", signal.entries
                 elif (found := read_entry(record)) is not None:
@@ -235,7 +248,7 @@ class _Reader:
                     entries.append(named(found[1], self.people) if program == "slack" else found[1])
                 elif is_tree_row(record):
                     tree_rows.append(record)
-                elif isinstance(record, dict) and (line := read_mes(record)) is not None:
+                elif isinstance(record, dict) and (line := read_mes(record, self.notes)) is not None:
                     tavern.append(line)
                     self.notes[NOTHING_SAID] += not line["content"].strip()
                 elif isinstance(record, dict) and {"user_name", "character_name"} <= record.keys():
@@ -263,6 +276,7 @@ class _Reader:
         inner = record.get("messages", record.get("MessageList")) if isinstance(record, dict) else None
         if isinstance(inner, list) and any(read_entry(value) for value in inner[:5]):
             found = [entry for entry in map(read_entry, inner) if entry is not None]
+            self.notes[UNREADABLE] += len(inner) - len(found)
             yield from self._of_log(found[0][0], [entry for _, entry in found], where)
             return
         inner = record.get("chats") if isinstance(record, dict) else None
@@ -277,7 +291,7 @@ class _Reader:
         except AboutImages:
             self.inventory.leave_out(NO_PICTURES, "conversation", where, matters=False)
         except NotAConversation as error:
-            parts = list(unwrapped(record))
+            parts = list(unwrapped(record, self.notes))
             if any(part is not record for part in parts):
                 for part in parts:
                     yield from self._of_record(where, part)
@@ -293,7 +307,7 @@ class _Reader:
         pieces = texts_of(text)
         for number, piece in enumerate(pieces, 1):
             place = f"{where}, conversation {number}" if len(pieces) > 1 else where
-            found = read_template(piece)
+            found = read_template(piece, notes=self.notes)
             if found is None:
                 yield from self._of_record(where, {"text": piece})
                 continue
@@ -331,7 +345,11 @@ class _Reader:
         except ValueError as error:
             self._reject(where, str(error))
             return
+        if is_about_images(turns):
+            self.inventory.leave_out(NO_PICTURES, "conversation", where, matters=False)
+            return
         self.notes.update(notes)
+        self.notes[THINKING] += sum("</think>" in str(turn["content"]) for turn in turns)
         for turn in turns:
             if isinstance(turn["content"], str) and not turn["content"].isascii():
                 turn["content"], count, _ = mended(turn["content"])

@@ -26,7 +26,7 @@ RECORD_KEYS = frozenset(
     )
 )
 UNDECODED = re.compile("[\udc80-\udcff]")  # what is left of bytes that are not in the file's encoding
-COMMENT = re.compile(r"//[^\n]*\n|/\*.*?\*/", re.DOTALL)  # no JSON, but people write them between the records
+COMMENT = re.compile(r"//[^\n]*(?:\n|\Z)|/\*.*?\*/", re.DOTALL)  # no JSON, but people write them between the records
 NOT_UTF8 = "not UTF-8: save the file as UTF-8"
 
 
@@ -86,8 +86,15 @@ class _Values:
         while True:
             while self.at < len(self.window):
                 found = self.window[self.at]
-                if found == "/" and (comment := COMMENT.match(self.window, self.at)):
-                    self.at = comment.end()
+                if found == "/" and self.window[self.at : self.at + 2] in ("/", "//", "/*"):
+                    comment = COMMENT.match(self.window, self.at)
+                    whole = comment is not None and comment.end() < len(self.window)
+                    if not whole and not self.ended and len(self.window) - self.at < LONGEST_VALUE:
+                        self.more()  # the comment may go on
+                    elif comment is None:
+                        return found
+                    else:
+                        self.at = comment.end()
                 elif not found.isspace() and found != "\ufeff":
                     return found
                 else:
