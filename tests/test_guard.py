@@ -148,6 +148,7 @@ def test_under_a_path_whether_or_not_the_proxy_takes_it_away(model, tiny_tokeniz
         if not strip:
             slashless = client.get(root, follow_redirects=False)
             assert slashless.headers["location"] == f"{root}/"
+            assert client.get(f"{root}//v1/models/").status_code == 200
         assert client.get("/nothing").status_code == 404
         assert client.get(f"{root}/nothing").status_code == 404
 
