@@ -1137,6 +1137,10 @@ KEPT: dict[str, tuple[Any, str]] = {
         "user: Hi\nassistant: «It ends with <|im_end|> there.»",
     ),
     "beside a wrapper": ({"system": "Be brief", "data": {"question": "Hi", "answer": "Hello!"}}, SYS + HI),
+    "beside a wrapper with an empty one": (
+        {"system": "Be brief", "answer": "Go", "data": {"question": "Hi", "answer": "Hello!", "system": ""}},
+        SYS + HI,
+    ),
     "two writings of a key": (
         {"Messages": [{"Role": "user", "Content": "Hi", "content": ""}, {"Role": A, "Content": "Hello!"}]},
         HI,

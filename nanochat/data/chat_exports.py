@@ -58,7 +58,10 @@ def unwrapped(record: Any, notes: Counter[str]) -> Iterator[Any]:
         if wrapper is None or "messages" in record:
             yield record
         else:
-            yield {**{name: value for name, value in record.items() if name != wrapper}, **record[wrapper]}
+            inside = record[wrapper]
+            taken = {wrapper} | {name for name, value in inside.items() if value not in (None, "", [], {})}
+            # Of two of one name the inner one, unless it is empty.
+            yield {**inside, **{name: value for name, value in record.items() if name not in taken}}
 
 
 def _is_object(value: Any) -> bool:
