@@ -457,6 +457,28 @@ def test_letters_that_were_encoded_twice_are_mended_in_chats(tmp_path: Path) -> 
     texts, inventory = look(dump(tmp_path / "a.jsonl", {"messages": pair}, {"messages": PAIR}))
     assert texts[0] == "user: Wie schön?\nassistant: «Sehr – größer.»"
     assert "1 × a letter that was encoded twice, mended" in inventory.notes
+    doubtful = [
+        {"role": U, "content": "CafÃ© – schÃ¶n?"},
+        {"role": A, "content": "NÃO, größer."},
+    ]  # a dash that is right
+    texts, inventory = look(dump(tmp_path / "b.jsonl", {"messages": doubtful}, {"messages": PAIR}))
+    assert texts[0] == "user: CafÃ© – schÃ¶n?\nassistant: «NÃO, größer.»"
+    assert [note for note in inventory.notes if note.startswith("2 × a letter that looks encoded twice")]
+
+
+def test_linked_folders_of_chats_are_followed_once(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "chats"
+    (outside / "deep").mkdir(parents=True)
+    folder.mkdir()
+    dump(outside / "deep" / "a.jsonl", *RECORDS)
+    (folder / "linked").symlink_to(outside)
+    (folder / "again").symlink_to(outside / "deep")
+    (outside / "deep" / "loop").symlink_to(folder)
+    (folder / "gone").symlink_to(tmp_path / "nothing")
+    texts, inventory = look(folder)
+    assert texts == SAME
+    assert inventory.left_out["a link to what is read already"].kinds == {"folder": 2}
+    assert inventory.left_out["a link to nothing"].examples == ["gone"]
 
 
 def test_many_are_kept_on_disk_and_equal_ones_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

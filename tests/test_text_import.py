@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from nanochat import dataset
 from nanochat.config import run_script
-from nanochat.data import shards, split, text_import
+from nanochat.data import json_text, shards, split, text_import
 from nanochat.data.corpus import open_corpus
 from nanochat.data.inventory import Inventory
 from nanochat.data.shards import load_manifest
 from nanochat.data.text_files import TextReader, file_of
 from nanochat.data.text_import import import_path, import_texts
+from nanochat.data.text_look import look_at_texts
 from nanochat.data.text_walk import ReadOptions, find_texts
 from nanochat.dataset import prepare_corpus
 
@@ -211,6 +212,28 @@ def test_a_null_is_blank_and_other_things_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
     with pytest.raises(ValueError, match="found a int in 'text'"):
         documents_of(tmp_path / "b.jsonl")
+
+
+def test_records_without_text_are_counted_and_only_many_stop(
+    tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f'{{"text": "text number {i}"}}' for i in range(8)]
+    rows[4:4] = ['{"meta": "no text"}', '{"text": 3}', '{"text": {"value": "x"}}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    assert documents_of(tmp_path / "a.jsonl") == [f"text number {i}" for i in range(8)]
+    (tmp_path / "b.json").write_text(f"[{','.join(rows)}]")
+    notes = look_at_texts(tmp_path).notes
+    assert notes == [
+        "records without text in 'text', left out: a.jsonl (3, the first at line 5), b.json (3, the first at item 5)"
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join([*rows[:7], '{"body": "b"}']))
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 5: expected .* with meta .*; 4 of 8 records have none"):
+        documents_of(tmp_path / "c.jsonl")
+    monkeypatch.setattr(json_text, "TRIED", 3)
+    monkeypatch.setattr(json_text, "SAMPLE_RECORDS", 5)
+    (tmp_path / "d.jsonl").write_text("\n".join([*rows[1:7], "{is not read"]))
+    with pytest.raises(ValueError, match=r"d\.jsonl, line 4: .*; 3 of 6 records have none"):
+        documents_of(tmp_path / "d.jsonl")
 
 
 def test_markdown_is_cut_at_headings_but_not_in_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from nanochat.data.inventory import Inventory, NotReadError
 from nanochat.data.json_stream import Broken, Placed, json_records
 from nanochat.data.packed import damage_named, is_archive, members, unpacked, what_it_is
 from nanochat.data.tables import LONGEST_FIELD, SAMPLE_LINES, detect_dialect
-from nanochat.data.text_walk import CODE, NO_TEXT
+from nanochat.data.text_walk import CODE, NO_TEXT, files_below
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -61,15 +61,13 @@ def open_contents(path: Path, inventory: Inventory) -> Iterator[Content]:
         names = sorted(folder.name for folder in path.iterdir() if (folder / "state.json").is_file())
         for name in _learned(names, inventory, "split"):
             yield from open_contents(path / name, inventory)
+    elif (path / "state.json").is_file():
+        for file in sorted(path.glob("data-*.arrow")):
+            yield from _open_file(file, file.name, inventory)
     elif path.is_dir():
-        saved = (path / "state.json").is_file()
-        files = [f for f in sorted(path.glob("data-*.arrow") if saved else path.rglob("*")) if not f.is_dir()]
-        for odd in (f for f in files if not f.is_file()):
-            inventory.leave_out("no ordinary file", "file", odd.relative_to(path).as_posix(), matters=False)
-        files = [f for f in files if f.is_file()]
-        shown = [file.relative_to(path).as_posix() for file in files]
-        for name in _learned(shown, inventory, "file"):
-            yield from _open_file(path / name, name, inventory)
+        files = {file.shown: file.path for file in files_below(path, inventory)}
+        for name in _learned(list(files), inventory, "file"):
+            yield from _open_file(Path(files[name]), name, inventory)
     else:
         yield from _open_file(path, str(path), inventory)
 

@@ -53,6 +53,7 @@ from nanochat.messages import Conversation, Message, normalise
 EMPTY_ANSWER = "an empty answer, which is not learned"
 NO_ANSWER = "without an answer to learn"
 ENCODED_TWICE = "a letter that was encoded twice, mended"
+PERHAPS_TWICE = "a letter that looks encoded twice (as CafÃ© for Café), among others that do not: left as it is"
 MARKED = "marked as not to be learned"
 NOBODY_ELSE = "in which nobody else writes"
 NO_PICTURES = "about an image or sound, which the model can't see or hear"
@@ -352,8 +353,9 @@ class _Reader:
         self.notes[THINKING] += sum("</think>" in str(turn["content"]) for turn in turns)
         for turn in turns:
             if isinstance(turn["content"], str) and not turn["content"].isascii():
-                turn["content"], count, _ = mended(turn["content"])
+                turn["content"], count, left = mended(turn["content"])
                 self.notes[ENCODED_TWICE] += count
+                self.notes[PERHAPS_TWICE] += left
             if turn["role"] == "assistant" and not _says_something(turn["content"]):
                 turn["weight"] = 0
                 self.notes[EMPTY_ANSWER] += 1

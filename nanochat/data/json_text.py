@@ -12,6 +12,8 @@ from nanochat.data.inventory import NotReadError
 from nanochat.data.json_stream import LONGEST_VALUE, Broken, Placed, json_records
 
 SAMPLE_RECORDS = 100  # looked at before the field is chosen
+TRIED = 1000  # records without text: if half of all are such, the others are not even read
+MISSING = object()
 # Fields that hold the text, by name, in this order.
 TEXT_NAMES = (
     *("text", "content", "body", "document", "article", "story", "passage", "raw_content", "page_content", "markdown"),
@@ -59,7 +61,13 @@ def choose_name(names: Sequence[str], lengths: Mapping[str, float], wanted: str 
     return None
 
 
-def read_json_lines(file: Path | str, lines: TextIO, wanted: str | None, found: Callable[[str], None]) -> Iterator[str]:
+Found = Callable[[str], None]
+Lacking = Callable[[str, int, str], None]
+
+
+def read_json_lines(
+    file: Path | str, lines: TextIO, wanted: str | None, found: Found, lacking: Lacking
+) -> Iterator[str]:
     """A document per line: a string, or an object with the text in a field.
 
     Args:
@@ -67,14 +75,17 @@ def read_json_lines(file: Path | str, lines: TextIO, wanted: str | None, found: 
         lines: its characters.
         wanted: the field, if the user named one.
         found: told the field that was chosen.
+        lacking: told what records without text in it are left out, how many, and where the first is.
 
     Raises:
-        ValueError: a line is no such thing; names it.
+        ValueError: a line is no JSON, or half of them have no text; names the first.
     """
-    return _texts_of(file, _lines(file, lines), wanted, found)
+    return _texts_of(file, _lines(file, lines), wanted, found, lacking)
 
 
-def read_json_file(file: Path | str, lines: TextIO, wanted: str | None, found: Callable[[str], None]) -> Iterator[str]:
+def read_json_file(
+    file: Path | str, lines: TextIO, wanted: str | None, found: Found, lacking: Lacking
+) -> Iterator[str]:
     """The documents of a .json file: an array or an object with texts in it, or JSON lines under another name.
 
     Raises:
@@ -85,9 +96,9 @@ def read_json_file(file: Path | str, lines: TextIO, wanted: str | None, found: C
     first = list(itertools.islice(values, 2))
     if len(first) == 1 and isinstance(first[0][1], dict) and (inner := _wrapped(first[0][1])):
         return _texts_of(
-            file, ((f"item {i}", record) for i, record in enumerate(inner, 1)), wanted, found, strict=False
+            file, ((f"item {i}", record) for i, record in enumerate(inner, 1)), wanted, found, lacking, strict=False
         )
-    return _texts_of(file, itertools.chain(first, values), wanted, found, strict=False)
+    return _texts_of(file, itertools.chain(first, values), wanted, found, lacking, strict=False)
 
 
 def _lines(file: Path | str, lines: TextIO) -> Iterator[Placed]:
@@ -98,7 +109,7 @@ def _lines(file: Path | str, lines: TextIO) -> Iterator[Placed]:
             try:
                 yield f"line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
+                raise ValueError(f"{file}, line {number}: not JSON ({error}; mend or remove it)") from None
 
 
 def _values(file: Path | str, lines: TextIO) -> Iterator[Placed]:
@@ -116,7 +127,8 @@ def _texts_of(
     file: Path | str,
     records: Iterator[tuple[str, Any]],
     wanted: str | None,
-    found: Callable[[str], None],
+    found: Found,
+    lacking: Lacking,
     strict: bool = True,
 ) -> Iterator[str]:
     head = list(itertools.islice(records, SAMPLE_RECORDS))
@@ -126,19 +138,24 @@ def _texts_of(
     name = _choose_field(file, [record for _, record in head if isinstance(record, dict)], wanted, strict)
     if name is not None:
         found(name)
-    for place, record in itertools.chain(head, records):
-        text = record.get(name) if isinstance(record, dict) and name is not None else record
-        if text is None:
-            if strict and isinstance(record, dict) and name not in record:
-                raise ValueError(f"{file}, {place}: {_expected(name, record)}")
-            text = ""  # counts as blank, as a null in parquet does
+    lacks, number, first = 0, 0, ("", "")  # records without text, all, and the first of them
+    for number, (place, record) in enumerate(itertools.chain(head, records), 1):
+        text = record.get(name, MISSING) if isinstance(record, dict) and name is not None else record
         if isinstance(text, list) and text and all(isinstance(part, str) for part in text):
             text = "\n\n".join(text)  # paragraphs
-        if not isinstance(text, str):
-            if strict:
-                raise ValueError(f"{file}, {place}: {_expected(name, record)}")
-            text = ""
-        yield text
+        if text is None:
+            yield ""  # counts as blank, as a null in parquet does
+        elif isinstance(text, str):
+            yield text
+        else:
+            lacks, first = lacks + 1, (first if lacks else (place, _expected(name, record)))
+            if strict and lacks >= TRIED and 2 * lacks >= number:
+                break
+    if strict and lacks and 2 * lacks >= number:
+        others = f"; {lacks:,} of {number:,} records have none" if lacks > 1 else ""
+        raise ValueError(f"{file}, {first[0]}: {first[1]}{others}")
+    if lacks:
+        lacking(f"records without text{f' in {name!r}' if name else ''}, left out", lacks, first[0])
 
 
 def _wrapped(record: dict[str, Any]) -> list[Any] | None:

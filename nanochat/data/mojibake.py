@@ -10,14 +10,16 @@ _LETTER = {byte: _UNDEFINED.get(byte) or bytes([byte]).decode("cp1252") for byte
 _BYTE = {letter: byte for byte, letter in _LETTER.items()} | {chr(byte): byte for byte in range(0x80, 0x100)}
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 _CONTROLS = re.compile("[\x80-\x9f]")
-_FIRST = re.compile("[\u00c2-\u00f4]")
+# In UTF-8: a letter that is the first byte of one, and one that is a further byte. Bytes are searched several times as
+# fast as letters, and nearly every text has none.
+_SIGN = re.compile(b"\xc3[\x82-\xb4][\xc2\xc5\xc6\xcb\xe2]")
 MOST_TIMES = 3
 USUAL_FIRST = "ÂÃâ"  # of Latin letters and of punctuation
 MANY_SIGNS = 3  # fewer may be a word about it
 
 
 def mended(text: str) -> tuple[str, int, int]:
-    """(text, letters that were mended, signs of it that were left).
+    """(text, letters that were mended, signs of it that were left: of a whole file MANY_SIGNS are worth a word).
 
     It is mended only if all its letters beyond ASCII are such, so that none is a guess.
     """
@@ -30,11 +32,12 @@ def mended(text: str) -> tuple[str, int, int]:
 def _mended(text: str) -> tuple[str, int, int]:
     count = 0
     for _ in range(MOST_TIMES):
-        runs = _BEYOND_ASCII.findall(text) if _FIRST.search(text) else []
+        runs = _BEYOND_ASCII.findall(text) if _SIGN.search(text.encode("utf-8", "surrogatepass")) else []
         decoded = [_decoded(run) for run in runs]
         if not runs or None in decoded:
-            doubtful = sum(run is not None for run in decoded)
-            return text, count, doubtful if doubtful >= MANY_SIGNS else 0
+            usual = sum(d is not None and run[0] in USUAL_FIRST for run, d in zip(runs, decoded, strict=True))
+            signs = sum(run is not None for run in decoded)
+            return text, count, signs if signs >= MANY_SIGNS else usual
         letters = sum(len(run or "") for run in decoded)
         if letters < MANY_SIGNS and any(run[0] not in USUAL_FIRST for run in runs):
             return text, count, 0  # a word such as CAFÉ™

@@ -40,7 +40,7 @@ from nanochat.data.documents import (
 from nanochat.data.inventory import Inventory, NotReadError
 from nanochat.data.json_text import TEXT_NAMES, is_chat, read_json_file, read_json_lines
 from nanochat.data.markup import declared_charset, page_text
-from nanochat.data.mojibake import mended
+from nanochat.data.mojibake import MANY_SIGNS, mended
 from nanochat.data.packed import compression_of, damage_named, is_archive, members, unpacked, what_it_is
 from nanochat.data.split import AfterSettings, split_long, split_text
 from nanochat.data.tables import read_arrow, read_csv, read_parquet
@@ -119,7 +119,7 @@ class TextReader:
             self.inventory.count(file.label, -1, -file.size)
         if twice:
             self.note("letters that were encoded twice, mended", f"{file.name} ({twice:,})")
-        if left:
+        if left >= MANY_SIGNS:
             self.note(
                 "looks encoded twice (as StraÃŸe for Straße), not all of it: left as it is", f"{file.name} ({left:,})"
             )
@@ -203,6 +203,9 @@ class TextReader:
         def found(what: str) -> None:
             self._column(what, name)
 
+        def lacking(what: str, count: int, place: str) -> None:
+            self.note(what, f"{name} ({count:,}, the first at {place})")
+
         if kind == "md":
             after = AfterSettings(lines)
             if after.found:
@@ -219,9 +222,9 @@ class TextReader:
                 self.note("menus, headers, footers, banners and asides left out", f"{name} ({left_out:,} characters)")
             rows = iter((page,))
         elif kind == "jsonl":
-            rows = read_json_lines(path, lines, column, lambda field: found(f"field {field!r}"))
+            rows = read_json_lines(path, lines, column, lambda field: found(f"field {field!r}"), lacking)
         elif kind == "json":
-            rows = read_json_file(path, lines, column, lambda field: found(f"field {field!r}"))
+            rows = read_json_file(path, lines, column, lambda field: found(f"field {field!r}"), lacking)
         elif kind in ("csv", "tsv"):
             rows = read_csv(path, lines, column, found, tabs=kind == "tsv")
         elif kind == "ipynb":

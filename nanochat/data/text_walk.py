@@ -140,35 +140,43 @@ def find_texts(path: Path, options: ReadOptions, inventory: Inventory) -> list[T
     folder, pointers of git-lfs, conversations that are given as CHAT_DATA, and what is no text.
     """
     if not path.is_dir():
-        entry = _File(str(path), path.name, printable(path.name).replace("\n", "\\n"))
+        entry = FoundFile(str(path), path.name, printable(path.name).replace("\n", "\\n"))
         found = _classify(entry, options, inventory, given=True)
         return [found] if found else []
-    walk = _Walk(path, options, inventory)
-    files = (_classify(entry, options, inventory) for entry in walk.files())
+    files = (_classify(entry, options, inventory) for entry in files_below(path, inventory, options.chat_data))
     return [file for file in files if file is not None]
 
 
+def files_below(path: Path, inventory: Inventory, chat_data: str | None = None) -> Iterator[FoundFile]:
+    """The files below a folder in the order of their paths, each once, through linked folders too.
+
+    The inventory gets what is no file, hidden, of a tool, the run's own, or `chat_data`.
+    """
+    walk = _Walk(path, chat_data, inventory)
+    yield from walk.folder(str(path), "")
+
+
 @dataclass(frozen=True)
-class _File:
+class FoundFile:
+    """A file in a folder."""
+
     path: str
     name: str
     shown: str
+    """Its path below the folder, for people."""
 
 
 class _Walk:
     """Goes through folders; every folder and file once, however many links lead to it."""
 
-    def __init__(self, root: Path, options: ReadOptions, inventory: Inventory) -> None:
+    def __init__(self, root: Path, chat_data: str | None, inventory: Inventory) -> None:
         self.root, self.inventory = root, inventory
         self.seen: set[tuple[int, int]] = set()
         self.own = _own_folders(root.resolve())
-        self.chats = Path(options.chat_data).expanduser().resolve() if options.chat_data else None
+        self.chats = Path(chat_data).expanduser().resolve() if chat_data else None
 
-    def files(self) -> Iterator[_File]:
-        """The files, in the order of their paths."""
-        yield from self._folder(str(self.root), "")
-
-    def _folder(self, path: str, shown: str) -> Iterator[_File]:
+    def folder(self, path: str, shown: str) -> Iterator[FoundFile]:
+        """The files below a folder."""
         try:
             stat = os.stat(path)
             if (stat.st_dev, stat.st_ino) in self.seen:
@@ -199,11 +207,11 @@ class _Walk:
             elif self.chats is not None and Path(entry.path).resolve() == self.chats:
                 self.inventory.leave_out("given as CHAT_DATA", "folder" if is_dir else "file", below, matters=False)
             elif is_dir:
-                yield from self._folder(entry.path, f"{below}/")
+                yield from self.folder(entry.path, f"{below}/")
             elif entry.is_symlink() and self._seen_file(entry):
                 self.inventory.leave_out("a link to what is read already", "file", below, matters=False)
             else:
-                yield _File(entry.path, name, below)
+                yield FoundFile(entry.path, name, below)
 
     def _seen_file(self, entry: os.DirEntry[str]) -> bool:
         """True if a link leads to a file inside the root, which is met without it."""
@@ -217,7 +225,7 @@ def _own_folders(root: Path) -> set[Path]:
     return {base} if base != root else {*(base / name for name in OWN_FOLDERS), *base.glob("*_checkpoints")}
 
 
-def _classify(entry: _File, options: ReadOptions, inventory: Inventory, given: bool = False) -> TextFile | None:
+def _classify(entry: FoundFile, options: ReadOptions, inventory: Inventory, given: bool = False) -> TextFile | None:
     """The file as one to read, or None, and then the inventory says why; a file that was `given` by name is tried."""
     try:
         stat = os.stat(entry.path)
