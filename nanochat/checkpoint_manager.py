@@ -178,16 +178,27 @@ def choose_tag(source: str, model_tag: str | None = None) -> tuple[Path, str]:
     return chosen, f"the deepest of {names}" if depth(chosen) >= 0 else f"saved last of {names}"
 
 
-def check_tokenizer(checkpoint: Checkpoint, tokenizer: RustBPETokenizer) -> None:
-    """Raise RuntimeError when a checkpoint belongs to another tokenizer: its token ids would mean other text."""
-    wanted, folder = checkpoint.meta.get("tokenizer_hash"), get_base_dir() / TOKENIZER_FOLDER
-    if wanted is not None and wanted != tokenizer.hash:
-        kept = _kept_tokenizer(wanted)
-        back = f"copy {kept} over tokenizer.json there" if kept.is_file() else "put that tokenizer back"
-        raise RuntimeError(
-            f"{checkpoint.folder} was trained with another tokenizer ({wanted[:8]}…) than the one in "
-            f"{folder} ({tokenizer.hash[:8]}…): {back} or train again"
-        )
+def tokenizer_of(checkpoint: Checkpoint, folder: Path | None = None) -> RustBPETokenizer:
+    """The tokenizer that a checkpoint was trained with: that of `folder` (the base folder's), else one kept there.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RuntimeError: another is there, with which the checkpoint's token ids would mean other text.
+    """
+    folder = folder or get_base_dir() / TOKENIZER_FOLDER
+    wanted, tokenizer = checkpoint.meta.get("tokenizer_hash"), RustBPETokenizer.from_directory(folder)
+    if wanted is None or wanted == tokenizer.hash:
+        return tokenizer
+    file = _kept_tokenizer(folder, wanted)
+    if file.is_file():
+        kept = RustBPETokenizer.from_directory(folder, file.name)
+        if kept.hash == wanted:
+            print0(f"{checkpoint.folder} takes the tokenizer that it was trained with, {file}: tokenizer.json is newer")
+            return kept
+    raise RuntimeError(
+        f"{checkpoint.folder} was trained with another tokenizer ({wanted[:8]}…) than the one in {folder} "
+        f"({tokenizer.hash[:8]}…): put that tokenizer back or train again"
+    )
 
 
 def keep_replaced_tokenizer(tokenizer: RustBPETokenizer) -> None:
@@ -198,16 +209,16 @@ def keep_replaced_tokenizer(tokenizer: RustBPETokenizer) -> None:
         return
     needed_by = [] if before.hash == tokenizer.hash else _models_of(before.hash)
     if needed_by:
-        kept = _kept_tokenizer(before.hash)
+        kept = _kept_tokenizer(get_base_dir() / TOKENIZER_FOLDER, before.hash)
         write_json(kept, before.to_dict())
         print0(
             f"warning: {', '.join(needed_by)} need the tokenizer that was there, of {before.get_vocab_size():,} "
-            f"tokens. It is kept as {kept}: to use these models again, copy it over tokenizer.json there"
+            f"tokens. It is kept as {kept}, where they find it; a new base model takes the new one"
         )
 
 
-def _kept_tokenizer(tokenizer_hash: str) -> Path:
-    return get_base_dir() / TOKENIZER_FOLDER / f"{tokenizer_hash[:8]}.json"
+def _kept_tokenizer(folder: Path, tokenizer_hash: str) -> Path:
+    return folder / f"{tokenizer_hash[:8]}.json"
 
 
 def _models_of(tokenizer_hash: str) -> list[str]:
@@ -265,9 +276,7 @@ def load_model(
     which = "asked for" if step is not None else "the newest" if taken == newest else "the newest that is undamaged"
     unfinished = "" if checkpoint.meta.get("complete", True) else ", of an unfinished run"
     print0(f"checkpoint {checkpoint.folder}: tag {folder.name} ({why}), step {taken} ({which}{unfinished})")
-    tokenizer = get_tokenizer()
-    check_tokenizer(checkpoint, tokenizer)
-    return build_model(checkpoint, device, phase), tokenizer, checkpoint.meta
+    return build_model(checkpoint, device, phase), tokenizer_of(checkpoint), checkpoint.meta
 
 
 # --- random generators -----------------------------------------------------------------------------------------------

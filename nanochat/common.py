@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import random
 import shutil
@@ -223,6 +224,9 @@ def compute_init(device_type: str) -> tuple[bool, int, int, int, torch.device]:
         check_wheel()
         torch.cuda.set_device(device)
     if ddp and not dist.is_initialized():
+        # The default arguments of its functions are the group at its import. Imported later, as by torch's optimizers,
+        # they keep the group's threads alive until the interpreter ends, and these can abort it then.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return ddp, rank, local_rank, world_size, device
 

@@ -105,4 +105,4 @@ def corpus_bpb(
         max_rows=max_rows,
         skip_bad_shards=skip_bad_shards,
     )
-    return evaluate_bpb(model, loader, None, get_token_bytes(compute.device), compute.precision.autocast())
+    return evaluate_bpb(model, loader, None, get_token_bytes(compute.device, tokenizer), compute.precision.autocast())

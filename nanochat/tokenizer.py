@@ -188,14 +188,14 @@ class RustBPETokenizer:
         return cls(encoding._pat_str, [token for token, _ in ranks], specials, "<|endoftext|>", encoder="tiktoken")
 
     @classmethod
-    def from_directory(cls, tokenizer_dir: str | Path) -> RustBPETokenizer:
-        """Load what `save` wrote.
+    def from_directory(cls, tokenizer_dir: str | Path, name: str = "tokenizer.json") -> RustBPETokenizer:
+        """Load what `save` wrote, or another file of that form in the same folder.
 
         Raises:
             FileNotFoundError: there is none; says how to train one.
             ValueError: the file is damaged or of another format.
         """
-        path = Path(tokenizer_dir) / "tokenizer.json"
+        path = Path(tokenizer_dir) / name
         if not path.exists():
             raise FileNotFoundError(f"no tokenizer at {path}: train one with `python -m scripts.tok_train`")
         try:
@@ -420,11 +420,14 @@ def get_tokenizer() -> RustBPETokenizer:
     return RustBPETokenizer.from_directory(get_base_dir() / TOKENIZER_FOLDER)
 
 
-def get_token_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
-    """Raw bytes of each token, int32 (vocab,), 0 for special tokens: what turns nats per token into bits per byte."""
+def get_token_bytes(device: torch.device | str = "cpu", tokenizer: RustBPETokenizer | None = None) -> torch.Tensor:
+    """Raw bytes of each token, int32 (vocab,), 0 for special tokens: what turns nats per token into bits per byte.
+
+    Of `tokenizer`, else of the base folder's.
+    """
     # The file is for other programs: what follows from tokenizer.json is never read from anywhere else. One that is
     # missing, damaged or of another tokenizer is made again.
-    tokenizer = get_tokenizer()
+    current = get_tokenizer()
     with contextlib.suppress(OSError):
-        tokenizer.save_lengths(get_base_dir() / TOKENIZER_FOLDER / LENGTHS_FILE)
-    return torch.from_numpy(tokenizer.token_lengths()).to(device)
+        current.save_lengths(get_base_dir() / TOKENIZER_FOLDER / LENGTHS_FILE)
+    return torch.from_numpy((tokenizer or current).token_lengths()).to(device)

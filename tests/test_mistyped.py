@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat.checkpoint.format import saved_steps, step_folder, weights_hash
+from nanochat.checkpoint.format import read_meta, saved_steps, step_folder, weights_hash
 from nanochat.checkpoint_manager import checkpoint_folder, load_model
 from nanochat.config import run_script
 from nanochat.engine import Engine
@@ -62,6 +62,7 @@ MISTAKES = [
     ("base", "--matrix_lr=-1"),
     ("base", "--embedding_lr=inf"),
     ("base", "--grad_clip=-0.5"),
+    ("base", "--eval_tokens=0"),
     ("base", "--weight_decay=nan"),
     ("base", "--model_tag=../x"),
     ("base", "--model_tag=a/b"),
@@ -84,6 +85,8 @@ MISTAKES = [
     ("mid", "--eval_batches=two"),
     ("sft", "--chat_data={long}"),
     ("sft", "--chat_data={empty}"),
+    ("sft", "--lora_rank=0"),
+    ("sft", "--last_layers=0"),
     ("sft", "--lora_rank=999"),
     ("sft", "--lora_rank=2 --last_layers=1"),
     ("sft", "--last_layers=9"),
@@ -182,6 +185,21 @@ def test_a_mistake_costs_no_model(files, base, capsys, name, flags):
     assert not any("Traceback" in line for line in said)
     assert state(base) == before
     assert name == "tok" or answers(name)
+
+
+def test_another_tokenizer_costs_no_model(files, base, capsys):
+    before, own = state(base), (base / "tokenizer" / "tokenizer.json").read_bytes()
+    try:
+        assert run("tok", "--vocab_size=290", files) == 0  # as large as a user wants it, by mistake
+        assert state(base)["tokenizer"] != before.pop("tokenizer")
+        assert all(answers(name) for name in COMMANDS if name != "tok")
+        assert "it is kept as" in capsys.readouterr().out.lower()
+        # Going on from a model needs the model's own tokenizer, in training and in evaluation.
+        assert run("mid", "--num_iterations=1 --model_tag=t", files) == 0
+        meta = read_meta(step_folder(checkpoint_folder("mid", "t"), 1))
+        assert meta["tokenizer_hash"] == load_model("base", torch.device("cpu"), model_tag="t")[1].hash
+    finally:
+        (base / "tokenizer" / "tokenizer.json").write_bytes(own)
 
 
 @pytest.mark.parametrize("name", ["base", "mid", "sft", "rl"])

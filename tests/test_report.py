@@ -47,6 +47,16 @@ def test_sections_come_in_pipeline_order_and_missing_stages_are_named(report, tm
     ]
 
 
+def test_a_run_that_ends_with_the_base_model_lacks_no_chat_stages(report):
+    report.reset()
+    for section in ("Tokenizer training", "Base model training", "Base model loss", "Base model evaluation"):
+        report.log(section, [])
+    text = report.generate().read_text(encoding="utf-8")
+    assert "- Stages without a section: Tokenizer evaluation\n" in text
+    report.log("Chat evaluation mid", [])
+    assert "section: Tokenizer evaluation, Midtraining\n" in report.generate().read_text(encoding="utf-8")
+
+
 def test_summary_puts_metrics_under_their_stage(report):
     report.log("Base model loss", [], metrics={"train bpb": 1.2, "val bpb": 1.25})
     report.log("Base model evaluation", [], metrics={"CORE": 0.1234})

@@ -342,7 +342,7 @@ def test_a_folder_without_permissions_is_removed(level, scratch):
 
 
 def test_all_files_together_are_limited(level, scratch):
-    code = "for i in range(1000):\n  with open(str(i), 'wb') as f: f.write(bytes(1 << 20))"
+    code = "for i in range(4000):\n  with open(str(i), 'wb') as f: f.write(bytes(1 << 19))"
     most = [0]
     done = threading.Event()
 
@@ -362,6 +362,26 @@ def test_all_files_together_are_limited(level, scratch):
     assert list(scratch.iterdir()) == []
     if level == "no namespaces":
         assert "wrote more than 32 MB" in result.error
+
+
+DELETED = """
+import os
+kept = []
+for i in range(60):
+    try:
+        kept.append(open(f'f{i}', 'wb', buffering=0))
+        os.unlink(f'f{i}')
+        while True: kept[-1].write(bytes(1 << 16))
+    except OSError: pass
+size = sum(os.fstat(f.fileno()).st_size for f in kept)
+assert 0 < size <= 32 << 20, size
+"""
+
+
+def test_files_that_are_deleted_while_open_are_limited_too(level, scratch):
+    result = execute_code(DELETED, timeout=20)
+    assert result.success, result.stderr
+    assert list(scratch.iterdir()) == []
 
 
 def test_files_that_cannot_be_seen_are_limited_too(monkeypatch, scratch):

@@ -1,7 +1,6 @@
 """The tokenizer: same ids as tiktoken, exact round trips, safe storage, and the chat format token by token."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -315,10 +314,15 @@ def test_a_tokenizer_that_models_need_is_kept_when_another_is_trained(
     assert f"base d4, sft d4.old need the tokenizer that was there, of 300 tokens. It is kept as {kept}" in (
         capsys.readouterr().out
     )
-    with pytest.raises(RuntimeError, match=f"copy {kept} over tokenizer.json there or train again"):
+    assert load_model("base", torch.device("cpu"))[1].hash == first.hash  # it answers as before
+    assert f"takes the tokenizer that it was trained with, {kept}" in capsys.readouterr().out
+    assert len(get_token_bytes(tokenizer=first)) == 300
+    kept.write_text(kept.read_text().replace('"hash"', '"hush"'))
+    with pytest.raises(ValueError, match=f"{kept} is damaged"):
         load_model("base", torch.device("cpu"))
-    shutil.copy(kept, base_dir / "tokenizer" / "tokenizer.json")
-    assert load_model("base", torch.device("cpu"))[1].hash == first.hash
+    kept.unlink()
+    with pytest.raises(RuntimeError, match="put that tokenizer back or train again"):
+        load_model("base", torch.device("cpu"))
 
 
 def test_tok_train_stops_at_what_the_text_supports(own_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

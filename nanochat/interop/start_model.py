@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint.format import META_FILE, checkpoint_folder, read_sums, saved_steps, step_folder
-from nanochat.checkpoint_manager import check_tokenizer, load_checkpoint
+from nanochat.checkpoint_manager import load_checkpoint, tokenizer_of
 from nanochat.data.inventory import format_bytes
 from nanochat.env import get_base_dir
 from nanochat.files import sha256_file
@@ -127,8 +127,7 @@ def _of_checkpoint(folder: Path, name: str) -> StartModel:
     home = (folder / "../../..").resolve() / TOKENIZER_FOLDER
     if not (home / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}: the tokenizer of its model is missing, it should be in {home}")
-    tokenizer = RustBPETokenizer.from_directory(home)
-    check_tokenizer(checkpoint, tokenizer)
+    tokenizer = tokenizer_of(checkpoint, home)
     meta = checkpoint.meta
     facts = {key: meta[key] for key in ("sampling", "dtype") if meta.get(key)} | {"recipe": recipe_of(meta)}
     config = GPTConfig.from_dict(meta["model_config"])

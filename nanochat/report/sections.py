@@ -36,9 +36,16 @@ def render_section(record: Mapping[str, Any]) -> str:
 
 
 def missing_sections(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The sections of the pipeline that have not been logged; a stage that is started by hand is not missed."""
+    """The sections that have not been logged of what a run has been through up to the newest model it has made.
+
+    Later models are not missed, since a run may end with the base model, nor a stage that is started by hand.
+    """
     there = {record["section"] for record in records}
-    return [s.section for s in STAGES.values() if s.section and not s.optional and s.section not in there]
+    stages = [stage for stage in STAGES.values() if stage.section]
+    models = list(dict.fromkeys(stage.source for stage in stages))  # in their order, first "" for the tokenizer
+    newest = max((models.index(stage.source) for stage in stages if stage.section in there), default=0)
+    wanted = [s for s in stages if not s.optional and models.index(s.source) <= newest]
+    return [stage.section for stage in wanted if stage.section not in there]
 
 
 def render_report(header: Mapping[str, Any], records: Sequence[Mapping[str, Any]], cost: str) -> str:

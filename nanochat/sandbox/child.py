@@ -345,11 +345,13 @@ def main() -> None:
         isolation.hide_memory()
     folder, readable = os.path.realpath(os.getcwd()), isolation.readable_paths()
 
+    limits = [*settings["limits"], isolation.MAX_FILE_BYTES if namespaces else isolation.MAX_FILE_BYTES_ON_DISK]
+
     def restrict() -> None:
-        isolation.set_limits(*settings["limits"], threads)
+        isolation.set_limits(*limits, threads)
         fence.close_files(readable)
         if not fence.filter_calls(threads=bool(threads), change_files=namespaces):
-            isolation.set_limits(*settings["limits"], 0)  # without a filter a thread can't be told from a process
+            isolation.set_limits(*limits, 0)  # without a filter a thread can't be told from a process
         if settings.get("audit"):
             forbid(
                 folder,

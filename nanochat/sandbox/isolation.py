@@ -41,6 +41,9 @@ FOLDER_BYTES, FOLDER_ENTRIES = 32 << 20, 4096
 MAX_THREADS = 64
 MAX_FILE_BYTES = 16 << 20
 MAX_OPEN_FILES = 64
+# Without namespaces, where files lie on the machine's disk: those that were deleted while they are open are in no
+# folder whose size could be looked at, but there are only so many of them.
+MAX_FILE_BYTES_ON_DISK = FOLDER_BYTES // MAX_OPEN_FILES
 INSIDE = "/tmp"
 
 
@@ -242,12 +245,13 @@ def count_tasks() -> int:
     return tasks
 
 
-def set_limits(memory_bytes: int, cpu_seconds: int, tasks: int) -> None:
+def set_limits(memory_bytes: int, cpu_seconds: int, file_bytes: int, tasks: int) -> None:
     """Limit this process. A limit this system doesn't have is left out; memory_bytes −1 is none.
 
     Args:
         memory_bytes: of address space.
         cpu_seconds: of computing.
+        file_bytes: of each file that it writes.
         tasks: processes and threads that its user may have, all together.
     """
     try:
@@ -257,7 +261,7 @@ def set_limits(memory_bytes: int, cpu_seconds: int, tasks: int) -> None:
     wanted = {
         "RLIMIT_AS": memory_bytes,
         "RLIMIT_CPU": cpu_seconds,
-        "RLIMIT_FSIZE": MAX_FILE_BYTES,
+        "RLIMIT_FSIZE": file_bytes,
         "RLIMIT_NOFILE": MAX_OPEN_FILES,
         "RLIMIT_NPROC": tasks,  # root is exempt
         "RLIMIT_CORE": 0,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nanochat.checkpoint.format import checkpoint_folder
-from nanochat.checkpoint_manager import Checkpoint, check_tokenizer, find_tag, load_checkpoint, load_weights
+from nanochat.checkpoint_manager import Checkpoint, find_tag, load_checkpoint, load_weights, tokenizer_of
 from nanochat.common import Compute, print0, print_banner
 from nanochat.config import positive
 from nanochat.data.token_cache import TokenCache
@@ -346,10 +346,9 @@ def _vocab_size(cfg: PretrainConfig) -> int:
 
 
 def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -> None:
-    compute, tokenizer = run.compute, get_tokenizer()
+    compute, tokenizer = run.compute, tokenizer_of(start) if start else get_tokenizer()
     config = None
     if start is not None:
-        check_tokenizer(start, tokenizer)
         config = GPTConfig.from_dict(start.meta["model_config"])
     elif cfg.recipe == "portable" and tokenizer.pattern != PATTERNS["runtimes"]:
         print0(

@@ -19,10 +19,10 @@ from nanochat.checkpoint.saver import pending_folder
 from nanochat.checkpoint_manager import (
     Checkpoint,
     build_model,
-    check_tokenizer,
     checkpoint_folder,
     choose_tag,
     load_checkpoint,
+    tokenizer_of,
 )
 from nanochat.common import Compute, print0, setup_compute
 from nanochat.config import Runtime, positive
@@ -31,7 +31,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
 from nanochat.recipe import PRESETS, Preset, Schedule, parameter_groups, recipe_of
 from nanochat.report import get_report
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.clock import Clock
 from nanochat.train.lora import (
     add_lora,
@@ -88,9 +88,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.hours is not None and self.hours <= 0:
             raise ValueError(f"--hours must be positive, got {self.hours}")
-        if self.keep_last < 1:
-            raise ValueError(f"--keep_last must be at least 1, got {self.keep_last}")
         for name, value in vars(self).items():
+            if name in ("keep_last", "eval_tokens", "lora_rank", "last_layers") and value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
             if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"--{name} is no number")
             bounded = name.endswith(("_lr", "_frac")) or name in ("weight_decay", "grad_clip")
@@ -318,11 +318,11 @@ def find_start(source: str, cfg: StageConfig) -> Start:
 
     Raises:
         FileNotFoundError: there is none.
-        RuntimeError: the tokenizer in use is another.
+        RuntimeError: that tokenizer is not there any more.
     """
     folder, why = choose_tag(source, cfg.model_tag)
-    checkpoint, tokenizer = load_checkpoint(folder, cfg.step), get_tokenizer()
-    check_tokenizer(checkpoint, tokenizer)
+    checkpoint = load_checkpoint(folder, cfg.step)
+    tokenizer = tokenizer_of(checkpoint)
     print0(f"starts from {checkpoint.folder} ({why})")
     return Start(folder.name, checkpoint, tokenizer)
 
