@@ -135,6 +135,7 @@ SATISFIABLE = {
         {"properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "boolean"}, "minProperties": 2},
         40,
     ),
+    "a schema with a name": ({"$id": "https://example.org/flag.json", "type": "boolean"}, 9),
     "a small multiple": ({"type": "integer", "multipleOf": 7, "minimum": 700, "maximum": 713}, 9),
     "a number between two that are near": ({"exclusiveMinimum": 0.1, "exclusiveMaximum": 0.1000002}, 20),
     "patterns with bounds": ({"type": "string", "pattern": "^(ab|c)*$", "minLength": 5, "maxLength": 6}, 20),

@@ -231,7 +231,7 @@ def test_tool_use_is_readable():
         {"type": "python_output", "text": "42"},
         {"type": "text", "text": "It is 42."},
     ]
-    assert readable(text) == readable(parts) == "⟨7*6 → 42⟩It is 42."
+    assert readable(text) == readable(parts) == "⟨7*6 → 42⟩ It is 42."
 
 
 def test_compare(base_dir, tmp_path, capsys, monkeypatch):

@@ -27,9 +27,19 @@ def test_scores_and_good_questions(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "broken.jsonl").write_text("{torn")
     found = read_evaluation(tmp_path)
-    assert found["scores"] == [("arithmetic", 1.0), ("facts", 0.6667), ("gsm8k", 0.25)]
+    assert found["scores"] == [("sums", 1.0), ("facts", 0.6667), ("gsm8k", 0.25)]
     assert found["suggestions"] == ["What is 3 * 4?", "Why is the sky blue?"]
     assert read_evaluation(tmp_path / "none") == {"scores": []}
+
+
+def test_a_question_within_a_conversation_is_not_suggested(tmp_path):
+    asked = ["And in Spain?", "How high is it?", "Then in Germany?", "Can you say why?"]  # the last one looks whole
+    records = [right(question, "Because of air.") for question in asked]
+    (tmp_path / "demochat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "demofacts.jsonl").write_text(json.dumps(SKY) + "\n")
+    found = read_evaluation(tmp_path)
+    assert found["suggestions"] == ["Why is the sky blue?"]
+    assert found["scores"][0] == ("following a conversation", 1.0)
 
 
 @pytest.mark.parametrize(

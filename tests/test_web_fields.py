@@ -333,6 +333,8 @@ def test_metrics_count_what_happened(model, tiny_tokenizer):
         refused(chat(client, top_p=9), "top_p")
         client.get("/v1/models/nothing")
         client.get("/no/such/path")
+        client.head("/v1/models")
+        client.options("/v1/models")
         wait_until(lambda: 'nanochat_finished_total{worker="0"} 1.0' in client.get("/metrics").text)
         response = client.get("/metrics")
         lines = response.text.splitlines()
@@ -342,6 +344,8 @@ def test_metrics_count_what_happened(model, tiny_tokenizer):
         'nanochat_http_requests_total{path="/v1/chat/completions",status="400"} 1.0',
         'nanochat_http_requests_total{path="/v1/models/{model:path}",status="404"} 1.0',
         'nanochat_http_requests_total{path="other",status="404"} 1.0',
+        'nanochat_http_requests_total{path="/v1/models",status="200"} 1.0',
+        'nanochat_http_requests_total{path="/v1/models",status="204"} 1.0',
         'nanochat_generated_tokens_total{worker="0"} 3.0',
         'nanochat_max_batch_size{worker="0"} 4.0',
         'nanochat_max_queue{worker="0"} 16.0',
@@ -427,6 +431,13 @@ def test_tools_of_a_client_are_called(model, tiny_tokenizer):
         message = fine(chat(client, tools=other))["choices"][0]["message"]
         assert message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Rome"}'}
         assert message["content"] is None
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "object", "properties": {}}])
+def test_a_function_without_arguments_is_called_without_any(client, parameters):
+    tools = [{"type": "function", "function": {"name": "ping", "parameters": parameters}}]
+    choice = fine(chat(client, tools=tools, tool_choice="required", max_tokens=20))["choices"][0]
+    assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {}
 
 
 def test_defaults_are_the_servers(model, tiny_tokenizer, prompts):

@@ -225,9 +225,10 @@ def readable(answer: Any) -> str:
     """An answer as people read it: a use of the calculator or of Python as ⟨7*6 → 42⟩, a result after ⇒."""
     text = re.sub(r"<\|python_end\|>\s*<\|output_start\|>", " → ", _with_marks(answer))
     text = re.sub(r"\s*####\s*(?=[-+$€£]?\d)", " ⇒ ", text)
-    return re.sub(
+    text = re.sub(
         r"<\|python_start\|>|<\|(?:python|output)_end\|>", lambda m: "⟨" if "start" in m.group() else "⟩", text
     )
+    return re.sub(r"⟩(?=\w)", "⟩ ", text)  # what it says begins there
 
 
 def _first_records(path: Path) -> Iterator[dict[str, Any]]:

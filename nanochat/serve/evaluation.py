@@ -10,11 +10,25 @@ from nanochat.files import read_jsonl
 
 SUGGESTIONS, LONGEST_QUESTION = 4, 60
 GOOD_ENOUGH = 0.5  # of a task, for a question of it to be suggested
+FOLLOWING = 0.4  # a task with more of such questions asks within conversations: none of its questions stands alone
+# The demo's tasks, as what a model can do.
+PLAIN_NAMES = {
+    "arithmetic": "sums",
+    "chat": "following a conversation",
+    "counting": "counting letters",
+    "counting unseen": "counting letters of new words",
+    "identity": "questions about itself",
+    "smalltalk": "small talk",
+    "spelling unseen": "spelling new words",
+    "unknown": "saying that it does not know",
+}
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>", re.DOTALL)
 # What is no answer for people: the marker of a result, a word letter by letter, not to know.
 TRACE = re.compile(r"####|(?:\b\w\d? ?[-, ] ?){3}|\bnot know\b")
 # A question that goes on from another one, which nobody has asked here.
-FOLLOWS = re.compile(r"^(?:and|what about|how about)\b|\b(?:it|its|there|they|them|he|she|that one)\b", re.IGNORECASE)
+FOLLOWS = re.compile(
+    r"^(?:and|but|then|what about|how about)\b|\b(?:it|its|there|they|them|he|she|that one)\b", re.IGNORECASE
+)
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -33,9 +47,11 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
             continue
         share = sum(r.get("num_correct", r["passed"]) / (r.get("num_samples") or 1) for r in records) / len(records)
         task = path.stem.removeprefix("demo").replace("-", " ")
-        scores.append((task, round(share, 4)))
-        good = [str(record["question"]) for record in records if share >= GOOD_ENOUGH and _shows_well(record)]
-        found += sorted(good, key=lambda question: not question.endswith("?"))[:1]
+        scores.append((PLAIN_NAMES.get(task, task), round(share, 4)))
+        following = sum(bool(FOLLOWS.search(str(record.get("question", "")))) for record in records)
+        if share >= GOOD_ENOUGH and following <= FOLLOWING * len(records):
+            good = [str(record["question"]) for record in records if _shows_well(record)]
+            found += sorted(good, key=lambda question: not question.endswith("?"))[:1]
     return {"scores": scores, **({"suggestions": found[:SUGGESTIONS]} if found else {})}
 
 

@@ -24,7 +24,11 @@ class AnyMethod:
         """Handle one request."""
         if scope["type"] == "http" and scope["method"] == "HEAD":
             # The server knows the client's method and sends no body; the routes need not know of it.
-            await self.app({**scope, "method": "GET"}, receive, send)
+            inner = {**scope, "method": "GET"}
+            try:
+                await self.app(inner, receive, send)
+            finally:
+                scope["route"] = inner.get("route")  # which the metrics look for
             return
         if scope["type"] == "http" and scope["method"] == "OPTIONS" and (methods := self._methods(scope)):
             await Response(status_code=204, headers={"Allow": ", ".join(methods)})(scope, receive, send)
@@ -32,12 +36,9 @@ class AnyMethod:
         await self.app(scope, receive, send)
 
     def _methods(self, scope: Scope) -> list[str]:
-        methods = {
-            method
-            for route in self.routes
-            if route.matches(scope)[0] != Match.NONE
-            for method in getattr(route, "methods", None) or ()
-        }
+        routes = [route for route in self.routes if route.matches(scope)[0] != Match.NONE]
+        methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
         if not methods:
             return []
+        scope["route"] = routes[0]
         return sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))

@@ -124,6 +124,8 @@ def read_tools(tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] 
         schema = function.get("parameters") or {"type": "object", "properties": {}}
         if not isinstance(schema, dict):
             raise RequestError(400, f"the parameters of {name} must be a JSON schema", param=f"tools[{i}].parameters")
+        if schema.get("properties") == {}:  # a function without arguments is called without any
+            schema = {"additionalProperties": False, **schema}
         parameters[name] = schema
     if choice in (None, "auto", ""):
         return Tools(parameters)

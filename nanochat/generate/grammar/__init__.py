@@ -69,6 +69,8 @@ class Grammars:
             key = json.dumps(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise BadSchema(f"the JSON schema is no JSON: {error}") from None
+        if isinstance(schema, dict):  # its own address: no reference needs it, for those to other places are refused
+            schema = {name: value for name, value in schema.items() if name != "$id"}
         return self._get("schema", key, lambda space: JsonValues(space, SchemaReader(schema)).value(schema))
 
     def choice(self, texts: Sequence[str]) -> GrammarConstraint:

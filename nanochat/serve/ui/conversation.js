@@ -244,13 +244,16 @@ export class Conversation {
 
   failed(error, message) {
     message.note = "cut short";
+    // The same again would be refused again: what can be changed is the message.
+    const refused = error.status === 400;
     this.note(
       error.message,
       true,
-      textButton("Try again", "", (event) => {
+      textButton(refused ? "Edit the message" : "Try again", "", (event) => {
         event.currentTarget.closest(".note").remove();
         if (message.parts.length) this.forgetFrom(message);
-        this.answer();
+        if (refused) this.lastQuestion?.edit();
+        else this.answer();
       }),
     );
     if (error.status === 401) this.hooks.refused();

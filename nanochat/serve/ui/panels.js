@@ -184,11 +184,13 @@ export function initTransfer(limits, changed) {
     const chats = store.listChats();
     if (chats.length) download("nanochat-chats.jsonl", chats.map((chat) => `${JSON.stringify(record(chat))}\n`).join(""));
     said.textContent = chats.length ? `${count(chats.length, "chat")} written to nanochat-chats.jsonl.` : "There is no chat yet.";
+    said.scrollIntoView({ block: "nearest" });
   });
   byId("import-chats").addEventListener("click", () => byId("import-file").click());
   byId("import-file").addEventListener("change", async (event) => {
     said.textContent = await importFiles([...event.target.files], limits.message_chars);
     event.target.value = "";
+    said.scrollIntoView({ block: "nearest" }); // it stands at the end of a dialog that scrolls
     changed();
   });
 }
@@ -235,7 +237,7 @@ function aboutModel({ name, n_layer: layers, params, dtype }) {
 // The welcome: what the model has shown that it can do, and questions that it answers well.
 export function showWelcome({ model }, ask) {
   const scores = model.scores ?? [];
-  const named = (kept) => scores.filter(([, right]) => kept(right)).map(([task, right]) => `${task} (${Math.round(100 * right)} %)`).join(", ");
+  const named = (kept) => scores.filter(([, right]) => kept(right)).map(([task, right]) => `${task} (${Math.round(100 * right)}\u00a0%)`).join(", ");
   const good = named((right) => right >= 0.8);
   const poor = named((right) => right < 0.8);
   const said = [good && `In its evaluation it was good at ${good}.`, poor && `It is often wrong in ${poor}.`];

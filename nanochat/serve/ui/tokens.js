@@ -76,7 +76,8 @@ export function tokenView(message) {
   view.setAttribute("role", "group");
   view.setAttribute("aria-label", "Tokens of the answer: the arrow keys go from one to the next");
   view.addEventListener("pointerover", (event) => look(nodes.indexOf(event.target)));
-  view.addEventListener("pointerleave", () => look(-1));
+  // A finger leaves as soon as it has tapped: what it has tapped stays, until it taps elsewhere.
+  view.addEventListener("pointerleave", (event) => event.pointerType !== "touch" && look(-1));
   view.addEventListener("blur", () => look(-1));
   view.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -95,3 +96,4 @@ export function tokenView(message) {
 }
 
 byId("log").addEventListener("scroll", hide);
+document.addEventListener("pointerdown", (event) => event.target.closest(".token") ?? hide());
