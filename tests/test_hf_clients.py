@@ -14,6 +14,7 @@ from nanochat.checkpoint_manager import load_model, save_checkpoint
 from nanochat.common import get_base_dir
 from nanochat.interop.hf_format import write_hf_folder
 from nanochat.interop.hf_tokenizer import PLAIN_TEMPLATE
+from nanochat.messages import normalise
 from nanochat.tokenizer import RustBPETokenizer
 from tests.test_hf import MODELS, TEXT, load_theirs, random_model
 
@@ -65,6 +66,43 @@ def test_texts_as_parts_and_a_system_message_alone(tokenizer, their_tokenizer):
     assert written(system) == "<|bos|><|user_start|>Say no<|user_end|><|assistant_start|>"
     with pytest.raises(Exception, match="part of type image"):
         written(USER | {"content": [{"type": "image"}]})
+
+
+def test_a_history_with_tools_is_written_as_training_writes_it(tokenizer, their_tokenizer):
+    def calls(*made):
+        return [
+            {"id": str(i), "type": "function", "function": {"name": name, "arguments": arguments}}
+            for i, (name, arguments) in enumerate(made)
+        ]
+
+    def result(i, content):
+        return {"role": "tool", "tool_call_id": str(i), "content": content}
+
+    two = calls(("calculator", {"expression": "6*7"}), ("look", {"at": "Ω", "n": 2}))
+    for history in (
+        [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": calls(("python", {"code": "1+1"}))},
+            result(0, "2"),
+        ],
+        [USER, {"role": "assistant", "content": "So ", "tool_calls": two}, result(1, "b"), result(0, "a"), ANSWER],
+        [USER, {"role": "assistant", "tool_calls": two}, result(0, [{"type": "text", "text": "a"}]), ANSWER, USER],
+        [USER, {"role": "assistant", "content": "", "tool_calls": two}, USER, ANSWER],
+        [{"role": "developer", "content": "Be brief."}, USER, ANSWER],
+    ):
+        turns, _ = normalise(history)
+        whole, mask = tokenizer.render_conversation({"messages": turns}, max_tokens=None)
+        theirs = their_tokenizer.apply_chat_template(history, return_dict=True, return_assistant_tokens_mask=True)
+        assert theirs["input_ids"] == whole
+        assert theirs["assistant_masks"] == mask
+        asked = their_tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=False)
+        if history[-1]["role"] == "tool":  # the model goes on where the result ends
+            assert asked == whole[:-1]
+        else:
+            assert asked == [*whole, tokenizer.encode_special("<|assistant_start|>")]
+    for wrong in ([USER, result(0, "2")], [USER, ANSWER, result(0, "2")]):
+        with pytest.raises(Exception, match="after its call"):
+            their_tokenizer.apply_chat_template(wrong)
 
 
 def test_without_the_marks_of_what_is_learned_the_template_writes_the_same(their_tokenizer):
@@ -184,6 +222,34 @@ def test_what_is_not_honoured_is_no_argument(tokenizer, tmp_path):
     kept = theirs(ids, logits_to_keep=torch.tensor([1, 4])).logits
     torch.testing.assert_close(kept, output.logits[:, [1, 4]])
     torch.testing.assert_close(theirs(ids, logits_to_keep=2).logits, output.logits[:, 3:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointed_gradients_are_the_same_and_texts_can_stop_an_answer(tokenizer, tmp_path, name):
+    from transformers import AutoTokenizer
+
+    export(tokenizer, tmp_path / "m", name)
+    theirs = load_theirs(tmp_path / "m").train()
+    ids = torch.arange(20)[None]
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            # Its name until transformers 5.24 is the second.
+            enable = getattr(theirs, "activation_checkpointing_enable", None) or theirs.gradient_checkpointing_enable
+            enable()
+        theirs.zero_grad()
+        theirs(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in theirs.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)
+    theirs.eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    free = theirs.generate(ids, do_sample=False, max_new_tokens=16)[0]
+    text = their_tokenizer.decode(free[20:])
+    stop = next((c for c in text if c.isascii()), text[-1])
+    stopped = theirs.generate(ids, do_sample=False, max_new_tokens=16, stop_strings=[stop], tokenizer=their_tokenizer)
+    assert torch.equal(stopped[0], free[: len(stopped[0])])
+    assert stop in their_tokenizer.decode(stopped[0, 20:])
+    assert len(stopped[0]) < len(free) or stop not in text[:-1]
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------

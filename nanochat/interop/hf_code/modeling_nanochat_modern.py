@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nanochat_modern import NanoChatModernConfig
@@ -116,7 +117,7 @@ class MLP(nn.Module):
         return self.c_proj(h * h).float() * torch.exp2(2 * exponent)
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Attention and MLP, each normalised before and added to the residual stream."""
 
     def __init__(self, config, layer):
@@ -141,6 +142,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "transformer"
     _supports_sdpa = True
     _no_split_modules = ("Block",)
+    supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch
 
     def __init__(self, config):
@@ -176,6 +178,10 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
         """Leave the mask as it is, one number a token: windows and smear need to know which tokens are padding."""
         return attention_mask
+
+    def prepare_inputs_for_generation(self, *args, tokenizer=None, assistant_tokenizer=None, **kwargs):
+        """What `forward` takes: transformers passes on the tokenizer too that stop_strings need."""
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def get_output_embeddings(self):
         """The layer that gives the logits."""
@@ -227,6 +233,9 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be (batch, tokens), got {tuple(attention_mask.shape)}")
         use_cache = c.use_cache if use_cache is None else use_cache
+        checkpointed = any(block.gradient_checkpointing for block in self.transformer["h"])
+        if self.training and checkpointed and torch.is_grad_enabled():
+            use_cache = False  # what a layer computes twice must not be cached twice
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
