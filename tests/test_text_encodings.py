@@ -132,6 +132,39 @@ def test_an_encoding_that_comes_late_in_a_long_file(tmp_path: Path) -> None:
     assert "\ufffd" not in text
 
 
+def test_letters_behind_a_book_of_ascii_and_scripts_that_look_like_others(tmp_path: Path) -> None:
+    book = "The harbour was quiet in the morning. " * 2000  # in one line
+    russian = "Ранним утром паром отошёл от пристани, и над водой поднялся туман. " * 9
+    hindi = "नदी के किनारे एक छोटा सा गाँव था, जहाँ लोग सुबह जल्दी उठते थे। " * 9
+    right = {
+        "cp1251": book + russian,
+        "gb18030": book + "清晨，渡船离开了码头，江面上升起了薄雾。" * 9,
+        "utf-16-le": hindi,  # each letter has a tab and a letter of ASCII
+        "utf-16-be": "z" + hindi,
+        "utf-32-le": "ភូមិតូចមួយនៅមាត់ទន្លេ។ " * 9,
+        "iso8859_6": "كان الميناء هادئا في الصباح, ووقفت القوارب حتى هبت الريح من الغرب. " * 9,
+        "cp862": "הנמל היה שקט בבוקר, והסירות עמדו עד שבאה הרוח ממערב. " * 9,
+        "cp866": russian,
+    }
+    for encoding, text in right.items():
+        (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+        found, inventory = read(tmp_path / "a.txt")
+        assert "".join(found) == text, encoding
+        assert not inventory.left_out
+
+
+def test_characters_in_halves_are_joined(tmp_path: Path) -> None:
+    halves = b"\xed\xa0\xbd\xed\xb8\x80"
+    (tmp_path / "a.txt").write_bytes(b"Smile " + halves + b" twice " + halves)
+    (tmp_path / "b.txt").write_bytes("Größe 😀 ".encode() + halves)
+    (tmp_path / "half.txt").write_bytes("Größe ".encode() + halves[:3] + b"x")
+    assert [read(tmp_path / name)[0][0] for name in ("a.txt", "b.txt")] == ["Smile 😀 twice 😀", "Größe 😀 😀"]
+    assert read(tmp_path / "half.txt")[0] == ["Größe \ufffd\ufffd\ufffdx"]
+    inventory = look_at_texts(tmp_path)
+    assert "read as CESU-8 (guessed; ENCODING= says otherwise): a.txt, b.txt" in inventory.notes
+    assert "3 characters were no valid UTF-8" in (inventory.stop or str(inventory.warnings))
+
+
 def test_encoding_forces_and_a_wrong_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("Привет".encode("cp866"))
     assert read(tmp_path / "a.txt", ReadOptions(encoding="cp866"))[0] == ["Привет"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.message
+import io
 import json
 import os
 import tarfile
@@ -275,6 +276,9 @@ def test_notebooks_subtitles_and_mails(tmp_path: Path) -> None:
         "1\n00:00:01,000 --> 00:00:02,000\n<i>Hello</i>\n\n2\n00:00:03,000 --> 00:00:04,000\nthere\n"
     )
     assert read(tmp_path / "a.srt") == ["Hello\nthere\n"]
+    time = "00:00:01,000 --> 00:00:02,000"
+    (tmp_path / "b.srt").write_text(f"1\n{time}\n{{\\an8}}<font color=red>5 < 6</font> and 7 > 3<00:01.5>\n")
+    assert read(tmp_path / "b.srt") == ["5 < 6 and 7 > 3\n"]
     (tmp_path / "a.vtt").write_text(
         "WEBVTT\n\nNOTE x\n\n00:01.000 --> 00:02.000 align:start\nHi\n\n00:02.000 --> 00:03.000\nHi\n"
     )
@@ -695,6 +699,57 @@ def test_files_that_are_not_what_their_name_says(tmp_path: Path) -> None:
     (tmp_path / "twice.txt.gz.gz").write_bytes(b"\x1f\x8b\x08")
     left_out = look_at_texts(tmp_path).left_out_line()
     assert "packed, and its name does not say it is text (unpack it) (twice.txt.gz.gz)" in left_out
+
+
+def test_archives_of_a_folder_called_dot_and_locks_of_office(tmp_path: Path) -> None:
+    names = {
+        "./a.txt": SENTENCE,
+        "../b.txt": SENTENCE + "b",
+        "./.git/c.txt": "c",
+        "./~$d.docx": "lock",
+        "e/.f.txt": "f",
+    }
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        for name, text in names.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    for name in ("~$a.docx", "b.txt~", "#c.txt#", "d.txt.part", "E.JSONL.crdownload"):
+        (tmp_path / name).write_text(SENTENCE)
+    inventory = look_at_texts(tmp_path)
+    assert inventory.facts["documents"] == 2
+    assert {reason.partition(" (")[0]: entry.count for reason, entry in inventory.left_out.items()} == {
+        "hidden": 4,
+        "an editor's copy of a file": 2,
+        "a download that did not finish": 2,
+    }
+
+
+def test_what_surrounds_pages_of_wikis_and_project_gutenberg(tmp_path: Path) -> None:
+    words = "A harbour is a sheltered body of water that ships come to when the wind rises. " * 4
+    (tmp_path / "a.html").write_text(
+        f"<body><div id=siteNotice>Donate</div><div class=noprint>From a wiki</div><h2>Old<span class=mw-editsection>"
+        f"[edit]</span></h2><p>{words.strip()}<sup class=reference>[1]</sup> End, x<sup>2</sup>.</p>"
+        "<div id=catlinks>Cats</div>"
+        f"<section class='pg-boilerplate pgfooter'>Licence</section><p><span class=pagenum>[Pg 1]</span>Call me.</p>"
+    )
+    assert read(tmp_path / "a.html") == [f"Old\n\n{words.strip()} End, x2.\n\nCall me."]
+
+
+@pytest.mark.parametrize("around", ["license.lcpl", "sinf.xml", "rights.xml", ""])
+def test_books_whose_text_is_encrypted_are_named(tmp_path: Path, around: str) -> None:
+    for encrypted in ("fonts/f.ttf", "a.xhtml"):
+        with zipfile.ZipFile(tmp_path / "a.epub", "w") as file:
+            file.writestr("META-INF/container.xml", '<c xmlns="urn:c"><rootfile full-path="c.opf"/></c>')
+            items = '<item id="a" href="a.xhtml" media-type="text/html"/>'
+            file.writestr("c.opf", f'<p xmlns="urn:p">{items}<itemref idref="a"/></p>')
+            file.writestr("a.xhtml", f"<p>{SENTENCE}</p>")
+            reference = f'<e:CipherReference xmlns:e="urn:e" URI="{encrypted}"/>'
+            file.writestr("META-INF/encryption.xml", f"<encryption>{reference}</encryption>")
+            if around:
+                file.writestr(f"META-INF/{around}", "<x/>")
+        left_out = look_at_texts(tmp_path / "a.epub").left_out
+        assert ("protected by DRM" in left_out) == bool(around or encrypted == "a.xhtml")
 
 
 def test_settings_before_markdown_are_left_out_and_said(tmp_path: Path) -> None:

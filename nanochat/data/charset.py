@@ -23,6 +23,8 @@ REPAIR = "nanochat_repair"  # the name of the codec error handler
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 UNKNOWN = "encoding not recognised (ENCODING=cp1251, or its right name, says which)"
 BINARY = "no text (binary content)"
+# A character beyond U+FFFF as Java and old databases write it in UTF-8 (CESU-8): the two halves that UTF-16 has.
+_HALVES = re.compile(b"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16: its mark begins like this one
@@ -49,6 +51,9 @@ class Repairs:
     def _replace(self, error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeDecodeError):
             raise error
+        if error.encoding == "utf-8" and (halves := _HALVES.match(error.object, error.start)):
+            text = halves[0].decode("utf-8", "surrogatepass").encode("utf-16", "surrogatepass").decode("utf-16")
+            return text, halves.end()
         self.characters += 1
         return "\ufffd", error.end
 
@@ -184,7 +189,10 @@ class Utf8Stream(io.RawIOBase):
         # Words of another encoding hardly ever are valid UTF-8 as a whole, though parts of them may be.
         words = _BEYOND_ASCII.findall(data.decode("utf-8", "replace"))
         broken = sum("\ufffd" in word for word in words)
-        if self._letters > 0 or len(words) >= 2 * broken:
+        halves = _HALVES.match(data, first) is not None
+        if halves:
+            self.found("CESU-8", True)
+        if self._letters > 0 or len(words) >= 2 * broken or halves:
             name: str | None = "utf-8"
         else:
             name = self.declared if self.declared and fits(data, self.declared) else detect(data)
@@ -224,7 +232,9 @@ def wide_encoding(data: bytes) -> str | None:
     best, best_score = None, 0.9
     letters = data.replace(b"\0", b"")
     # Two letters of ASCII make one of UTF-16 that looks Chinese.
-    looks_ascii = len(letters.translate(None, bytes(range(9, 127)))) < 0.05 * len(letters)
+    # But Devanagari's have a tab in each, and a letter of ASCII.
+    beyond, tabs = len(letters.translate(None, bytes(range(9, 127)))), letters.count(9)
+    looks_ascii = beyond < 0.05 * len(letters) and tabs < 0.2 * len(letters)
     for name in WIDE:
         width = 4 if "32" in name else 2
         part = data[: len(data) // width * width]
@@ -242,9 +252,9 @@ def _is_usual(letter: str) -> bool:
     code = ord(letter)
     if code < 0x20:
         return letter in "\t\n\r\f"
-    # Latin to Thai, punctuation, kana, CJK, Hangul, full-width forms, emoji.
+    # Latin to Mongolian, punctuation, kana, CJK, Hangul, full-width forms, emoji.
     return (
-        *(code < 0x7F or 0xA0 <= code < 0x1200 or 0x1E00 <= code < 0x2070 or 0x20A0 <= code < 0x20C0,),
+        *(code < 0x7F or 0xA0 <= code < 0x1AB0 or 0x1E00 <= code < 0x2070 or 0x20A0 <= code < 0x20C0,),
         *(0x2100 <= code < 0x2200, 0x3000 <= code < 0x3130, 0x4E00 <= code < 0xA000, 0xAC00 <= code < 0xD7A4),
         *(0xFF00 <= code < 0xFFF0, 0x1F300 <= code < 0x1FB00),
     ).count(True) > 0

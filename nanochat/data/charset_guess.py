@@ -7,6 +7,7 @@ valid in nearly every encoding.
 from __future__ import annotations
 
 import codecs
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -52,9 +53,12 @@ GUESSES = (
         "euc_kr",
         "mac_cyrillic",
     ),
-    *("mac_roman", "iso8859_2", "iso8859_5", "iso8859_7", "iso8859_8", "cp437", "cp850", "cp852"),
+    *("mac_roman", "iso8859_2", "iso8859_5", "iso8859_7", "iso8859_8", "iso8859_6", "cp862", "cp437", "cp850", "cp852"),
 )
 SAMPLE_BYTES = 1 << 16
+KEPT_ASCII = 200
+LAST_OF_CP862 = 0x9A
+_LONG_ASCII = re.compile(rb"[\x00-\x7f]{1000,}")
 ENOUGH = 0.8  # of the letters must be usual ones
 ALL_HANGUL = 0.95  # of the letters of a Korean text are; of a Chinese one read as Korean it would be two thirds
 # Letters beyond ASCII of languages in Latin letters, each group one language; an encoding fits as well as its best one.
@@ -88,11 +92,14 @@ def _strict(data: bytes, name: str) -> str | None:
 def detect(data: bytes) -> str | None:
     """The encoding of bytes that are no UTF-8, None if it can't be told surely."""
     lines = [line for line in data.splitlines(keepends=True) if not line.isascii()]  # the others say nothing
-    data = b"".join(lines)[:SAMPLE_BYTES]
+    # Nor does most of a line as long as a book.
+    data = _LONG_ASCII.sub(lambda run: run[0][:KEPT_ASCII] + run[0][-KEPT_ASCII:], b"".join(lines))[:SAMPLE_BYTES]
     if (east := _east_asian(data)) is not None:
         return east
     best = from_bytes(data, cp_isolation=list(GUESSES)).best()
-    name = None if best is None else LARGER.get(best.encoding, best.encoding)
+    name = None if best is None or best.encoding == "utf_8" else LARGER.get(best.encoding, best.encoding)
+    if name == "cp866" and max(data) <= LAST_OF_CP862:  # in capitals only, and without Э, Ю and Я: it is Hebrew of DOS
+        return "cp862"
     if name is None or name in LATIN or name in ("cp437", "cp1258"):
         return _latin(data) or name
     return name

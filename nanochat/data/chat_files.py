@@ -24,9 +24,9 @@ from nanochat.data.chat_logs import read_entry
 from nanochat.data.corpus import open_parquet
 from nanochat.data.inventory import Inventory, NotReadError
 from nanochat.data.json_stream import Broken, Placed, json_records
-from nanochat.data.packed import damage_named, is_archive, members, unpacked, what_it_is
+from nanochat.data.packed import damage_named, is_archive, is_hidden, members, unpacked, what_it_is
 from nanochat.data.tables import LONGEST_FIELD, SAMPLE_LINES, detect_dialect
-from nanochat.data.text_walk import CODE, NO_TEXT, files_below
+from nanochat.data.text_walk import CODE, NO_TEXT, UNFINISHED, files_below
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,7 +39,7 @@ ARROW_STREAM = b"\xff\xff\xff\xff"
 KEPT_BACK = re.compile(r"(test|val|valid|validation|eval|dev)([-_.].*)?", re.IGNORECASE)
 KEPT_BACK_REASON = "kept for measuring, by its name (give the file itself to learn it)"
 PAGES = (".html", ".htm", ".pdf")
-NO_CHATS = (NO_TEXT | CODE | {*PAGES, ".md"}) - {".yaml", ".yml", ".toml"}
+NO_CHATS = (NO_TEXT | CODE | UNFINISHED | {*PAGES, ".md"}) - {".yaml", ".yml", ".toml"}
 AS_PAGE = " that can be read (export the chat as JSON or text)"
 # A conversation is an object or an array of messages; "[05.01.24, 21:03:11] Ann: hi" is a line of a chat's export.
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{|\[\s*(?:[\[{"\]]|\Z))')
@@ -77,7 +77,7 @@ def _learned(names: list[str], inventory: Inventory, kind: str) -> list[str]:
     wanted = []
     for name in names:
         parts = PurePosixPath(name).parts
-        if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        if is_hidden(name):
             inventory.leave_out("hidden", kind, name, matters=False)
         elif PurePosixPath(name).suffix.lower() in NO_CHATS and parts[-1].lower() != "chat.md":  # an export of Signal
             suffix = PurePosixPath(name).suffix.lower()

@@ -52,8 +52,9 @@ def read_epub(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
     """
     with _zipped(data) as book:
         names = set(book.namelist())
-        protected = "META-INF/encryption.xml" in names and b"EncryptedKey" in _part(book, "META-INF/encryption.xml")
-        if protected or "META-INF/rights.xml" in names:
+        if "META-INF/encryption.xml" in names and _protects_text(_xml(book, "META-INF/encryption.xml")):
+            raise NotReadError("protected by DRM")
+        if not names.isdisjoint(("META-INF/rights.xml", "META-INF/license.lcpl", "META-INF/sinf.xml")):
             raise NotReadError("protected by DRM")
         container = _xml(book, "META-INF/container.xml")
         package = next((e.get("full-path") for e in container.iter() if e.tag.endswith("}rootfile")), None)
@@ -75,6 +76,14 @@ def read_epub(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
                 yield text
         if not chapters:
             raise NotReadError("a book without text (its pages may be images)")
+
+
+def _protects_text(encryption: ElementTree.Element) -> bool:
+    """True if more than the fonts of a book are encrypted, by its list of what is."""
+    if any(e.tag.endswith("}EncryptedKey") for e in encryption.iter()):
+        return True
+    places = [e.get("URI", "") for e in encryption.iter() if e.tag.endswith("}CipherReference")]
+    return any(posixpath.splitext(place)[1].lower() in (".html", ".xhtml", ".htm", ".xml", ".opf") for place in places)
 
 
 def read_docx(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
@@ -293,7 +302,8 @@ def read_notebook(lines: TextIO) -> Iterator[str]:
 
 
 _TIMES = re.compile(r"\s*(\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}\s*-->.*")
-_MARKS = re.compile(r"<[^<>]{0,80}>|\{\\[^{}]{0,80}\}")
+# Tags and times within a line; "5 < 6 and 7 > 3" has none.
+_MARKS = re.compile(r"</?[A-Za-z][^<>]{0,80}>|<\d[\d:.]*>|\{\\[^{}]{0,80}\}")
 
 
 def read_subtitles(lines: TextIO) -> Iterator[str]:

@@ -31,17 +31,19 @@ BLOCKS = re.compile(
     r"section|table|tr|ul"
 )
 # Containers that say by an attribute that they are around the text, as most pages do that have no nav or aside.
-CONTAINERS = frozenset({"div", "ul", "ol", "section", "table", "form", "span", "dl"})
+CONTAINERS = frozenset({"div", "ul", "ol", "section", "table", "form", "span", "dl", "sup"})
 AROUND_ROLES = frozenset(
     {"navigation", "banner", "contentinfo", "dialog", "alertdialog", "complementary", "search", "menu", "menubar"}
 )
 _AROUND_NAME = re.compile(
     r"(?:(?:site|main|top|page|global|primary|secondary|left|right|bottom|mobile|wp)[-_]?)*"
     r"(?:nav|navbar|navigation|menu|menubar|sidebar|breadcrumbs?|footer|masthead|topbar|toolbar|share|sharing|social|"
-    r"newsletter|advert|advertisement|ads|popup|modal|skip-?link|related-?posts)"
+    r"newsletter|advert|advertisement|ads|popup|modal|skip-?link|related-?posts|toc)"
     r"(?:[-_]?(?:bar|menu|container|wrapper|wrap|inner|list|box|area|links|left|right|main|top|bottom|\d))*"
     r"|(?:.*[-_])?cookies?(?:[-_]?(?:banner|bar|consent|notice|popup|overlay|law|info|message|dialog|policy))+.*"
-    r"|(?:onetrust|didomi|usercentrics|qc-cmp|cky|cmplz|gdpr|consent)(?:[-_].*)?",
+    r"|(?:onetrust|didomi|usercentrics|qc-cmp|cky|cmplz|gdpr|consent)(?:[-_].*)?"
+    # What a wiki's page is not printed with; the licence and the page numbers of Project Gutenberg.
+    r"|noprint|printfooter|catlinks|sitenotice|mw-(?:editsection|navigation|jump-link)|pg-boilerplate|pagenum",
     re.IGNORECASE,
 )
 PARAGRAPHS = re.compile(r"article|div|h[1-6]|p|section")
@@ -98,15 +100,15 @@ class _Page(HTMLParser):
         self.hidden, self.by_name, self.left_out = hidden, by_name, 0
         self._inside = 0  # open parts of the page that hold its text
         self.parts: list[tuple[bool, str]] = []  # (whether its lines are kept, text)
-        # (tag, where its text begins). Its text is dropped when it ends; of a tag that never ends, it is shown.
-        self._hidden: list[tuple[str, int]] = []
+        # (tag, where its text begins, line ends due then). Its text is dropped where it ends, else shown.
+        self._hidden: list[tuple[str, int, int]] = []
         self._same = 0  # open tags like the container that is hidden by its attributes, in it
         self._kept = 0  # open tags that keep their lines
         self._break = 0  # line ends that are due before the next text
         self._in_row = False  # a cell of this row has begun
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        names = [name for name, _ in self._hidden]
+        names = [name for name, *_ in self._hidden]
         if tag == "body" or (BLOCKS.fullmatch(tag) and names == ["head"]):
             self._drop(0)  # a head that was never closed: HTML allows to omit its end, and body
         elif tag in names:
@@ -116,9 +118,9 @@ class _Page(HTMLParser):
                 self._hidden = self._hidden[: names.index(tag)]  # none stands in itself: the one before was left open
         self._inside += tag in TEXT_PARTS
         if tag in self.hidden and not (tag == "header" and self._inside):
-            self._hidden.append((tag, len(self.parts)))
-        elif tag in CONTAINERS and not CONTAINERS.intersection(names) and self._is_around(dict(attrs)):
-            self._hidden.append((tag, len(self.parts)))
+            self._hidden.append((tag, len(self.parts), self._break))
+        elif tag in CONTAINERS and not CONTAINERS.intersection(names) and self._is_around(tag, dict(attrs)):
+            self._hidden.append((tag, len(self.parts), self._break))
             self._same = 0
         self._kept += tag in KEEPS_LINES
         self._ends_line(tag)
@@ -130,7 +132,7 @@ class _Page(HTMLParser):
             self._in_row = True
 
     def handle_endtag(self, tag: str) -> None:
-        names = [name for name, _ in self._hidden]
+        names = [name for name, *_ in self._hidden]
         if tag in names:
             if tag in CONTAINERS and self._same:
                 self._same -= 1
@@ -141,13 +143,15 @@ class _Page(HTMLParser):
         if tag != "br":
             self._ends_line(tag)
 
-    def _is_around(self, attrs: dict[str, str | None]) -> bool:
+    def _is_around(self, tag: str, attrs: dict[str, str | None]) -> bool:
         """True of the attributes of a container that is not shown, or is around the text."""
         if "hidden" in attrs or re.search(r"display\s*:\s*none", attrs.get("style") or "", re.IGNORECASE):
             return True
         if AROUND_TEXT.isdisjoint(self.hidden) or self._inside:
             return False
         words = f"{attrs.get('class') or ''} {attrs.get('id') or ''}".split()
+        if tag == "sup":
+            return "reference" in words  # [1] of a wiki, whose footnotes are a list at the end
         return attrs.get("role") in AROUND_ROLES or (self.by_name and any(map(_AROUND_NAME.fullmatch, words)))
 
     def _ends_line(self, tag: str) -> None:
@@ -180,9 +184,10 @@ class _Page(HTMLParser):
             if self._hidden[first][0] in AROUND_TEXT | CONTAINERS:
                 dropped = "".join(text for _, text in self.parts[self._hidden[first][1] :])
                 self.left_out += len("".join(dropped.split()))
-            del self.parts[self._hidden[first][1] :]
+            tag, begin, due = self._hidden[first]
+            del self.parts[begin:]
             del self._hidden[first:]
-            self._break, self._same = max(self._break, 1), 0
+            self._break, self._same = due if tag in ("sup", "span") else max(self._break, 1), 0
 
     def text(self) -> str:
         """All that was collected, with at most one blank line between paragraphs."""

@@ -70,6 +70,15 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVES)
 
 
+def is_hidden(name: str) -> bool:
+    """True if a path leads through a hidden file or folder, or one of Office's locks or a Mac's.
+
+    Archives may name their files "./a.txt" or "../a.txt"; these are not hidden.
+    """
+    parts = name.replace("\\", "/").split("/")
+    return any((p.startswith(".") and p.strip(".")) or p.startswith("~$") or p.lower() == "__macosx" for p in parts)
+
+
 def unpacked(raw: IO[bytes], suffix: str) -> IO[bytes]:
     """The content of a stream that is packed as `suffix` says ("" for not at all)."""
     kind: Any = _ALIASES.get(suffix, suffix)

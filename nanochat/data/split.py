@@ -24,7 +24,7 @@ def split_text(lines: io.TextIOBase, markdown: bool = False) -> Iterator[str]:
     """Documents of a text; together they are the text, but for the lines that only separate documents."""
     document, in_code, day = "", False, ""
     pending: list[str] = []  # lines of the document that are not in the string yet: adding each would copy it again
-    num_chars = 0
+    num_chars = num_documents = 0
     while line := lines.readline(LIMIT_CHARS):  # a "line" may be gigabytes: the limit bounds memory
         starts_new = False
         if markdown:
@@ -38,20 +38,21 @@ def split_text(lines: io.TextIOBase, markdown: bool = False) -> Iterator[str]:
         separator = line.strip() == END_OF_TEXT
         if separator or (starts_new and num_chars >= SECTION_CHARS):
             yield document + "".join(pending)
-            document, pending, num_chars = "", [], 0
+            document, pending, num_chars, num_documents = "", [], 0, num_documents + 1
         if separator:
             continue
         pending.append(line)
         num_chars += len(line)
         if num_chars >= DOCUMENT_CHARS and not in_code and not line.strip():
             yield document + "".join(pending)
-            document, pending, num_chars = "", [], 0
+            document, pending, num_chars, num_documents = "", [], 0, num_documents + 1
         while num_chars >= (LONGEST_CHARS if in_code else LIMIT_CHARS):
             document += "".join(pending)
             cut = best_cut(document, DOCUMENT_CHARS, LIMIT_CHARS)
             yield document[:cut]
-            document, pending, num_chars = document[cut:], [], num_chars - cut
-    yield document + "".join(pending)
+            document, pending, num_chars, num_documents = document[cut:], [], num_chars - cut, num_documents + 1
+    if num_chars or not num_documents:  # nothing behind the last cut is no blank document
+        yield document + "".join(pending)
 
 
 class AfterSettings(io.TextIOBase):

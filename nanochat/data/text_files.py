@@ -41,7 +41,7 @@ from nanochat.data.inventory import Inventory, NotReadError
 from nanochat.data.json_text import TEXT_NAMES, is_chat, read_json_file, read_json_lines
 from nanochat.data.markup import declared_charset, page_text
 from nanochat.data.mojibake import MANY_SIGNS, mended
-from nanochat.data.packed import compression_of, damage_named, is_archive, members, unpacked, what_it_is
+from nanochat.data.packed import compression_of, damage_named, is_archive, is_hidden, members, unpacked, what_it_is
 from nanochat.data.split import AfterSettings, split_long, split_text
 from nanochat.data.tables import read_arrow, read_csv, read_parquet
 from nanochat.data.text_walk import CODE_REASON, ReadOptions, TextFile, is_code, kind_of
@@ -144,8 +144,7 @@ class TextReader:
         done = 0
         for name, size, content in members(file.path):
             shown, kind = f"{file.name}/{name}", kind_of(name)
-            parts = name.lower().split("/")
-            if any(part.startswith(".") or part == "__macosx" for part in parts):
+            if is_hidden(name):
                 self.inventory.leave_out("hidden", "file", shown, matters=False)
             elif kind in ("archive", "parquet", "arrow"):
                 self.inventory.leave_out("in an archive (unpack it)", "file", shown, size)

@@ -46,10 +46,13 @@ _NO_TEXT = (
     ".png .jpg .jpeg .gif .webp .svg .ico .bmp .tif .tiff .heic .avif .psd .ai .eps .raw .mp3 .wav .ogg .opus .m4a "
     ".flac .aac .wma .mid .mp4 .mkv .avi .mov .webm .wmv .m4v .flv .3gp .exe .dll .so .dylib .o .a .lib .obj .pyc "
     ".pyo .class .jar .wasm .apk .dmg .iso .msi .deb .rpm .ttf .otf .woff .woff2 .eot .pt .pth .safetensors .gguf "
-    ".npy .npz .onnx .ckpt .pkl .joblib .h5 .db .sqlite .sqlite3 .lock .tmp .part .crdownload .torrent .lnk .url "
+    ".npy .npz .onnx .ckpt .pkl .joblib .h5 .db .sqlite .sqlite3 .lock .tmp .torrent .lnk .url "
     ".ds_store .vcf .ics"
 )
 NO_TEXT = frozenset(_NO_TEXT.split())
+UNFINISHED = frozenset(
+    (".part", ".crdownload", ".download", ".opdownload", ".filepart", ".partial", ".incomplete", ".aria2", ".!ut")
+)
 CONVERT = {
     **dict.fromkeys((".doc", ".pages", ".wpd"), "save as .docx or .txt"),
     **dict.fromkeys((".xls", ".xlsx", ".ods", ".numbers"), "save as .csv"),
@@ -57,6 +60,7 @@ CONVERT = {
     **dict.fromkeys((".mobi", ".azw", ".azw3", ".fb2", ".lit"), "convert to .epub"),
     **dict.fromkeys((".7z", ".rar", ".lz4", ".br"), "unpack it"),
     **dict.fromkeys((".djvu", ".ps"), "convert to .txt"),
+    **dict.fromkeys(UNFINISHED, "a download that did not finish (go on with it, or remove it)"),
     **dict.fromkeys((".xml", ".mhtml", ".warc"), "convert to .txt, .html or .jsonl"),
 }
 CODE_REASON = "source code (SOURCE_CODE=1 learns it too, SOURCE_CODE=0 says to leave it out)"
@@ -198,8 +202,10 @@ class _Walk:
             if not is_dir and not is_file:
                 reason = "a link to nothing" if entry.is_symlink() else "no ordinary file"
                 self.inventory.leave_out(reason, "link" if entry.is_symlink() else "file", below, matters=False)
-            elif name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
+            elif name.startswith((".", "~$")) or name.lower() in ("thumbs.db", "desktop.ini"):
                 self.inventory.leave_out("hidden", "folder" if is_dir else "file", below, matters=False)
+            elif is_file and (name.endswith("~") or (name[0] == name[-1] == "#")):
+                self.inventory.leave_out("an editor's copy of a file", "file", below, matters=False)
             elif is_dir and name.lower() in TOOL_FOLDERS:
                 self.inventory.leave_out("of a tool, no texts", "folder", below, matters=False)
             elif is_dir and Path(entry.path).resolve() in self.own:
