@@ -665,6 +665,24 @@ def test_chats_travel_as_files(page, engine, tmp_path):
     page.click("#chats .chat >> text=6 times 7")
     assert page.inner_text(".chip") == "6*7 = 42"
 
+    call = {"id": "1", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "3+4"}'}}
+    messages_of_openai = [
+        {"role": "developer", "content": [{"type": "input_text", "text": "Be kind."}]},
+        {"role": "user", "content": "And 3 + 4?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "7"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "It is 7."}]},
+    ]
+    others.write_text(json.dumps({"messages": messages_of_openai}), encoding="utf-8")
+    page.click("#open-settings")
+    page.set_input_files("#import-file", others)
+    page.wait_for_function("() => document.querySelector('#chats-moved').innerText.startsWith('1 chat imported')")
+    page.keyboard.press("Escape")
+    page.click("#chats .chat >> text=And 3 + 4")
+    assert messages(page)[0] == "And 3 + 4?"
+    assert page.text_content(".chip") == "3+4 = 7"
+    assert "It is 7." in page.inner_text(".message.assistant")
+
 
 def test_no_room_for_more_chats_is_said(page):
     chat = {"messages": [{"role": "user", "content": "Hi"}]}

@@ -1,6 +1,8 @@
 // Chats as files: one {"messages": [...]} per line, which other programs and this project's training read as well.
 
-const ROLES = { user: "user", assistant: "assistant", system: "system", developer: "system" };
+const ROLES = { user: "user", assistant: "assistant", system: "system", developer: "system", tool: "tool" };
+const TEXTS = ["text", "input_text", "output_text"];
+const CALCULATOR = ["python", "calculator", "calculate"]; // the names that nanochat.messages knows
 const KINDS = ["text", "python", "python_output"];
 
 // The chat in the form of OpenAI's messages; the answers with the calculator's work keep their parts.
@@ -22,9 +24,19 @@ export function download(name, text) {
 }
 
 function toParts(content) {
-  if (typeof content === "string") return [{ type: "text", text: content }];
-  const known = Array.isArray(content) && content.every((p) => KINDS.includes(p?.type) && typeof p.text === "string");
-  return known ? content.map(({ type, text }) => ({ type, text })) : null;
+  if (typeof (content ?? "") === "string") return [{ type: "text", text: content ?? "" }];
+  const plain = Array.isArray(content) ? content.map((p) => (TEXTS.includes(p?.type) ? { type: "text", text: p.text } : p)) : [null];
+  const known = plain.every((p) => KINDS.includes(p?.type) && typeof p.text === "string");
+  return known ? plain.map(({ type, text }) => ({ type, text })) : null;
+}
+
+// What a call of a tool says, as training writes it: an expression for the calculator, else name(arguments).
+function callText(call) {
+  const { name, arguments: given } = call.function;
+  const written = typeof given === "string" ? given : JSON.stringify(given ?? {});
+  if (!CALCULATOR.includes(name)) return `${name}(${written})`;
+  const texts = Object.values(parsed(written) ?? {}).filter((value) => typeof value === "string");
+  return texts.length === 1 ? texts[0] : written;
 }
 
 // A chat of what stands in a file, or null if that is none.
@@ -32,11 +44,29 @@ function toChat(value, newChat) {
   const messages = Array.isArray(value) ? value : value?.messages;
   if (!Array.isArray(messages)) return null;
   const chat = { ...newChat(), system: "" };
+  const calls = []; // that wait for their results: [id, part]
   for (const message of messages) {
     const role = Object.hasOwn(ROLES, String(message?.role)) ? ROLES[message.role] : null;
     const parts = role && toParts(message.content);
     if (!parts) return null;
-    if (role === "system") chat.system += (chat.system && "\n") + parts.map((part) => part.text).join("");
+    const last = chat.messages.at(-1);
+    if (role === "tool") {
+      const at = calls.findIndex(([id]) => !message.tool_call_id || !id || id === message.tool_call_id);
+      if (at < 0 || last?.role !== "assistant") return null;
+      const [[, call]] = calls.splice(at, 1);
+      last.parts.splice(last.parts.indexOf(call) + 1, 0, { type: "python_output", text: parts.map((part) => part.text).join("") });
+      continue;
+    }
+    if (role === "assistant" && Array.isArray(message.tool_calls)) {
+      for (const made of message.tool_calls) {
+        if (typeof made?.function?.name !== "string") return null;
+        const part = { type: "python", text: callText(made) };
+        parts.push(part);
+        calls.push([made?.id, part]);
+      }
+    }
+    if (role === "system") chat.system += (chat.system && "\n\n") + parts.map((part) => part.text).join("");
+    else if (role === "assistant" && last?.role === "assistant") last.parts.push(...parts); // it went on after a result
     else chat.messages.push({ role, parts });
   }
   if (!chat.messages.length) return null;
