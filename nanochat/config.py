@@ -63,6 +63,10 @@ class Runtime:
     deterministic: bool = False
     """Bit-reproducible on a card too, somewhat slower; on a CPU it always is."""
 
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"--seed must have at most 63 bits, got {self.seed}")
+
 
 def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
     """Build `config` from the command line (`sys.argv` by default); exits with 2 on a bad flag or value."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nanochat.checkpoint.format import check_tag
 from nanochat.config import run_script
 from nanochat.interop.nanochat_pt import import_classic
 from nanochat.tokenizer import get_tokenizer
@@ -28,6 +29,9 @@ class Config:
     """Default: the last."""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     """The type that a later stage computes in if its card does so well; the original trains in bfloat16."""
+
+    def __post_init__(self) -> None:
+        check_tag(self.model_tag)
 
 
 def main(cfg: Config) -> None:

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nanochat.checkpoint.format import checkpoint_folder, saved_steps
+from nanochat.checkpoint.format import check_tag, checkpoint_folder, saved_steps
 from nanochat.checkpoint.saver import pending_folder, take_over
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.config import run_script, short
@@ -34,6 +34,9 @@ class Config:
     """The type that a later stage computes in if its card does so well; the weights stay float32."""
     replace: bool = False
     """Take the place of a model of that name, which moves to <name>.old."""
+
+    def __post_init__(self) -> None:
+        check_tag(self.model_tag)
 
 
 def main(cfg: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint
+from nanochat.config import run_script
 from nanochat.interop import start_model
+from nanochat.interop.foreign import read_remainder
 from nanochat.interop.hf_format import has_a_row_per_token, write_hf_folder
 from nanochat.interop.start_model import keep_tokenizer, read_start_model
 from nanochat.pipeline.chosen import go_on
@@ -49,6 +52,31 @@ def test_a_model_is_read_from_wherever_it_lies(model, tiny_tokenizer, base_dir, 
         for key, value in state.items():
             rows = model.config.vocab_size if has_a_row_per_token(key) else None
             assert torch.equal(start.state[key][:rows], value[:rows]), (place, key)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_else_lies_in_a_model_folder_is_not_opened(model, tiny_tokenizer, base_dir, tmp_path, capsys):
+    folder = tmp_path / "hf"
+    write_hf_folder(folder, model.state_dict(), model.config, tiny_tokenizer, "# card", recipe="portable")
+    before = read_start_model(str(folder)).fingerprint
+    os.mkfifo(folder / "notes.json")  # to open it waits for ever
+    (folder / "endless.json").symlink_to("/dev/zero")
+    os.mkfifo(folder / "other.safetensors")
+    assert read_start_model(str(folder)).fingerprint == before  # a run that went on from it goes on
+    with pytest.raises(ValueError, match="it is no file"):
+        read_remainder(folder / "notes.json", 1000)
+    (folder / "nanochat.json").unlink()
+    os.mkfifo(folder / "nanochat.json")
+    with pytest.raises(FileNotFoundError, match=r"nanochat\.json is missing"):
+        read_start_model(str(folder))
+    with open(folder / "config.json", "wb") as f:
+        f.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"config\.json has 1,099,511,627,776 bytes"):
+        read_start_model(str(folder))
+    for tag in ("../x", ".x", "", "x" * 300):
+        with pytest.raises(SystemExit):
+            run_script(import_hf.main, import_hf.Config, [f"--path={folder}", f"--model_tag={tag}"])
+        assert "give the name of a folder" in capsys.readouterr().err
 
 
 def test_what_is_no_model_is_refused_in_one_sentence(model, base_dir, tmp_path, monkeypatch):

@@ -63,6 +63,10 @@ MISTAKES = [
     ("base", "--embedding_lr=inf"),
     ("base", "--grad_clip=-0.5"),
     ("base", "--eval_tokens=0"),
+    ("base", "--lr_scale=-1"),
+    ("base", "--hours=inf --num_iterations=-1"),
+    ("base", "--target_flops=inf --num_iterations=-1"),
+    ("base", "--seed=99999999999999999999"),
     ("base", "--weight_decay=nan"),
     ("base", "--model_tag=../x"),
     ("base", "--model_tag=a/b"),
@@ -74,6 +78,8 @@ MISTAKES = [
     ("sft", "--grad_clip=nan"),
     ("sft", "--lora_rank=2 --lora_lr=nan"),
     ("rl", "--kl=nan"),
+    ("rl", "--kl=inf"),
+    ("rl", "--device_batch_size=0"),
     ("rl", "--temperature=nan"),
     ("rl", "--init_lr_frac=-0.1"),
     ("mid", "--chat_data={missing}"),
@@ -85,6 +91,7 @@ MISTAKES = [
     ("mid", "--eval_batches=two"),
     ("sft", "--chat_data={long}"),
     ("sft", "--chat_data={empty}"),
+    ("sft", "--eval_batches=0"),
     ("sft", "--lora_rank=0"),
     ("sft", "--last_layers=0"),
     ("sft", "--lora_rank=999"),
@@ -187,6 +194,20 @@ def test_a_mistake_costs_no_model(files, base, capsys, name, flags):
     assert name == "tok" or answers(name)
 
 
+@pytest.mark.parametrize("name", ["base", "mid", "sft", "rl"])
+def test_a_run_that_dies_in_its_first_step_costs_no_model(files, base, monkeypatch, name):
+    def dies(self):
+        raise RuntimeError("out of luck")
+
+    before = state(base)
+    monkeypatch.setattr(Trainer, "train_step", dies)
+    assert run(name, "--num_iterations=9", files) == 1
+    assert state(base) == before
+    assert answers(name)
+    folder = checkpoint_folder(name, "t").parent
+    assert [entry for entry in os.listdir(folder) if not entry.endswith(".lock")] == ["t"]
+
+
 def test_another_tokenizer_costs_no_model(files, base, capsys):
     before, own = state(base), (base / "tokenizer" / "tokenizer.json").read_bytes()
     try:
@@ -200,17 +221,3 @@ def test_another_tokenizer_costs_no_model(files, base, capsys):
         assert meta["tokenizer_hash"] == load_model("base", torch.device("cpu"), model_tag="t")[1].hash
     finally:
         (base / "tokenizer" / "tokenizer.json").write_bytes(own)
-
-
-@pytest.mark.parametrize("name", ["base", "mid", "sft", "rl"])
-def test_a_run_that_dies_in_its_first_step_costs_no_model(files, base, monkeypatch, name):
-    def dies(self):
-        raise RuntimeError("out of luck")
-
-    before = state(base)
-    monkeypatch.setattr(Trainer, "train_step", dies)
-    assert run(name, "--num_iterations=9", files) == 1
-    assert state(base) == before
-    assert answers(name)
-    folder = checkpoint_folder(name, "t").parent
-    assert [entry for entry in os.listdir(folder) if not entry.endswith(".lock")] == ["t"]

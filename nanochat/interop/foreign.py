@@ -23,6 +23,7 @@ from nanochat.gpt import GPT, GPTConfig
 
 WEIGHTS_FILE = "model.safetensors"
 LONGEST_CONTEXT = 1 << 20
+MOST_JSON_BYTES = 1 << 28  # the largest tokenizers have some 30 MB
 # What reading fields of the wrong kind raises.
 MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, RuntimeError)
 
@@ -96,6 +97,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; FileNotFoundError or ValueError names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the folder must hold a model in the format of transformers")
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, which no tokenizer or config has: get the file again"
+        )
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -108,6 +113,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def read_remainder(path: Path, most_bytes: int) -> dict[str, Tensor]:
     """The arrays of an .npz file that unpack to at most `most_bytes`; ValueError if it is damaged."""
     try:
+        if not path.is_file() or path.stat().st_size > most_bytes:
+            raise ValueError("it is no file, or larger than the weights")
         # Without pickles: loading it can run nothing.
         packed = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(packed) as members:

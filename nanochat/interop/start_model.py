@@ -15,7 +15,8 @@ from nanochat.env import get_base_dir
 from nanochat.files import sha256_file
 from nanochat.gpt import GPTConfig
 from nanochat.hardware import free_memory
-from nanochat.interop.hf_format import model_folder, read_hf_folder, recorded_facts
+from nanochat.interop.foreign import weight_files
+from nanochat.interop.hf_format import OWN_FILE, REMAINDER_FILE, model_folder, read_hf_folder, recorded_facts
 from nanochat.recipe import recipe_of
 from nanochat.stages import TRAINED
 from nanochat.tokenizer import TOKENIZER_FOLDER, RustBPETokenizer
@@ -109,11 +110,13 @@ def _checkpoint_of(path: Path) -> Path:
 
 
 def _of_hf(folder: Path, name: str) -> StartModel:
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     _refuse_too_large(folder, sum(file.stat().st_size for file in files))
     state, config, tokenizer = read_hf_folder(folder)
-    known = sorted([*folder.glob("*.json"), *files])
-    fingerprint = " ".join(sha256_file(file) for file in known)
+    # Of what is read, and nothing else that lies in the folder: it may be changed, have no end, or be no file.
+    others = ("config.json", OWN_FILE, "tokenizer.json", "tokenizer_config.json", REMAINDER_FILE)
+    known = [path for name in others if (path := folder / name).is_file()]
+    fingerprint = " ".join(sha256_file(file) for file in [*known, *files])
     return StartModel(name, folder, state, config, tokenizer, recorded_facts(folder), fingerprint)
 
 

@@ -355,6 +355,8 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
             "warning: this tokenizer cuts text as only nanochat and transformers can: for one that opens in llama.cpp "
             "and others too, train it with `python -m scripts.tok_train --pattern=runtimes` first"
         )
+    if cfg.vocab_size not in (None, tokenizer.get_vocab_size()):
+        print0(f"warning: --vocab_size is for --dry_run; this run takes its tokenizer's {tokenizer.get_vocab_size():,}")
     corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column), cfg.skip_bad_shards)
     for split in ("train", "val"):
         corpus.chunks(split)  # a split without documents is an error now, not after hours

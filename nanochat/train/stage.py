@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from nanochat.checkpoint.format import saved_steps
+from nanochat.checkpoint.format import check_tag, saved_steps
 from nanochat.checkpoint.saver import pending_folder
 from nanochat.checkpoint_manager import (
     Checkpoint,
@@ -45,6 +45,8 @@ from nanochat.train.lora import (
 from nanochat.train.resume import find_resume, model_hash, run_lock, saved_dtype
 from nanochat.train.tracking import TrackerName, init_tracker
 from nanochat.train.trainer import EXTRA_STATE, Loader, Trainer, TrainSettings
+
+AT_LEAST_ONE = ("device_batch_size", "keep_last", "eval_tokens", "eval_batches", "lora_rank", "last_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +91,16 @@ class RunConfig:
         if self.hours is not None and self.hours <= 0:
             raise ValueError(f"--hours must be positive, got {self.hours}")
         for name, value in vars(self).items():
-            if name in ("keep_last", "eval_tokens", "lora_rank", "last_layers") and value is not None and value < 1:
+            if name in AT_LEAST_ONE and isinstance(value, int) and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-            if isinstance(value, float) and math.isnan(value):
-                raise ValueError(f"--{name} is no number")
-            bounded = name.endswith(("_lr", "_frac")) or name in ("weight_decay", "grad_clip")
+            never = name == "save_every_minutes" and value == math.inf
+            if isinstance(value, float) and not (math.isfinite(value) or never):
+                raise ValueError(f"--{name} must be a number, and not without end, got {value}")
+            bounded = name.endswith(("_lr", "_frac")) or name in ("weight_decay", "grad_clip", "lr_scale")
             off = name == "grad_clip" and value == -1  # as in the flags that count steps
-            if bounded and isinstance(value, int | float) and not (off or 0 <= value < math.inf):
+            if bounded and isinstance(value, int | float) and not (off or value >= 0):
                 raise ValueError(f"--{name} must be a number from 0 on, got {value}")
-        tag = self.model_tag
-        if tag is not None and (Path(tag).name != tag or tag[:1] in ("", ".")):
-            raise ValueError(f"--model_tag={tag}: give the name of a folder, without a path, not hidden")
+        check_tag(self.model_tag)
         length = getattr(self, "max_seq_len", None)  # of the stages that read text
         if length is not None and length < 2:
             raise ValueError(f"--max_seq_len must be at least 2, got {length}: a token predicts the next one")
