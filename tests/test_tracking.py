@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -89,3 +90,15 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path, capsys):
     assert said.count("no more curves") == 1
     assert str(tmp_path) in said
     assert "free some space" in said
+
+
+def test_the_error_of_tensorboards_own_thread_is_no_traceback(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back behind this test
+    tracker = TensorBoard(tmp_path, {})
+    tracker.finish()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    theirs = type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary"})()
+    for thread, error in ((theirs, full), (theirs, KeyError("x")), (threading.current_thread(), full)):
+        threading.excepthook(threading.ExceptHookArgs((type(error), error, None, thread)))
+        assert ("Error" in capsys.readouterr().err) == ((thread, error) != (theirs, full))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
@@ -49,6 +50,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # lazy: an optional package
 
         self._folder, self._lost = folder, False
+        threading.excepthook = _without_writers(threading.excepthook)
         with naming(folder):
             self._writer = SummaryWriter(str(folder))
             self._writer.add_text("config", "\n".join(f"- {k}: {v}" for k, v in config.items()))
@@ -74,6 +76,16 @@ class TensorBoard:
             if not self._lost:
                 print0(f"WARNING: no more curves for TensorBoard, training goes on ({error_text(error)})")
             self._lost = True
+
+
+def _without_writers(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[[threading.ExceptHookArgs], Any]:
+    """`hook` for all but what stops TensorBoard's writing thread: its next record raises the same, and is told."""
+
+    def told(args: threading.ExceptHookArgs) -> None:
+        if not (type(args.thread).__module__.startswith("tensorboard.") and isinstance(args.exc_value, OSError)):
+            hook(args)
+
+    return told
 
 
 class Trackio:
