@@ -147,18 +147,24 @@ def from_pipe(read: Callable[[], str]) -> str:
     """Return what `read` reads from standard input: UTF-8, or UTF-16 where its byte order mark says so (PowerShell).
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or UTF-16 without that mark.
     """
     peek = getattr(getattr(sys.stdin, "buffer", None), "peek", None)
     if peek is not None and codecs.lookup(sys.stdin.encoding).name == "utf-8":  # not set yet
         utf16 = peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         sys.stdin.reconfigure(encoding="utf-16" if utf16 else "utf-8-sig", errors="strict")  # type: ignore[union-attr]
     try:
-        return read()
+        text = read()
     except UnicodeError as error:
         raise ValueError(
             f"standard input is not UTF-8 text ({error}): convert it, for example with iconv -f latin1 -t utf-8"
         ) from error
+    if "\0" in text:
+        raise ValueError(
+            "standard input holds NUL characters, as UTF-16 without a byte order mark does: convert it, for example "
+            "with iconv -f utf-16le -t utf-8"
+        )
+    return text
 
 
 class Interrupts:

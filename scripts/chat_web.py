@@ -92,6 +92,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if self.log_conversations is not None and self.log_conversations.is_dir():
+            raise ValueError(f"--log_conversations={self.log_conversations} is a folder: name a file in it")
         self.access(None)  # checks itself
 
     def access(self, key: str | None) -> Access:

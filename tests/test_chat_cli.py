@@ -527,6 +527,13 @@ def test_what_is_no_text_is_named(monkeypatch):
         chat_cli.from_pipe(sys.stdin.read)
 
 
+def test_utf_16_without_its_mark_is_refused(monkeypatch):
+    stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO("Hello?\n".encode("utf-16-le"))), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(ValueError, match=r"UTF-16.*iconv"):
+        chat_cli.from_pipe(sys.stdin.read)
+
+
 @pytest.mark.parametrize(("stream", "flags"), [("stdin", []), ("stdin", ["-p", "-"]), ("stdout", ["-p", "Hello"])])
 def test_closed_streams_are_said(monkeypatch, capsys, stream, flags):
     monkeypatch.setattr(sys, stream, None)  # what Python makes of <&- and >&-

@@ -398,7 +398,16 @@ class TestScript:
         assert (cfg.host, cfg.port) == ("127.0.0.1", 8000)
 
     @pytest.mark.parametrize(
-        "argv", [["-t", "3"], ["-k", "201"], ["-m", "0"], ["-p", "70000"], ["-n", "0"], ["--cors_origins", "x.org"]]
+        "argv",
+        [
+            ["-t", "3"],
+            ["-k", "201"],
+            ["-m", "0"],
+            ["-p", "70000"],
+            ["-n", "0"],
+            ["--cors_origins", "x.org"],
+            ["--log_conversations", "."],
+        ],
     )
     def test_bad_flags_exit_with_2(self, argv):
         with pytest.raises(SystemExit) as error:
