@@ -466,6 +466,115 @@ def test_letters_that_were_encoded_twice_are_mended_in_chats(tmp_path: Path) -> 
     assert [note for note in inventory.notes if note.startswith("2 × a letter that looks encoded twice")]
 
 
+def asked(*texts: str) -> list[dict[str, str]]:
+    """Messages of user and assistant in turns."""
+    return [{"role": (U, A)[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+PROGRAMS: dict[str, Any] = {
+    "deepseek": {
+        "mapping": {
+            "root": {"parent": None, "children": ["1"], "message": None},
+            "1": {
+                "parent": "root",
+                "children": ["2"],
+                "message": {"fragments": [{"type": "REQUEST", "content": "Hi"}]},
+            },
+            "2": {
+                "parent": "1",
+                "children": [],
+                "message": {
+                    "fragments": [{"type": "THINK", "content": "hm"}, {"type": "RESPONSE", "content": "Hello!"}]
+                },
+            },
+        }
+    },
+    "grok": {
+        "conversations": [
+            {
+                "conversation": {"id": "x"},
+                "responses": [
+                    {"response": {"sender": who, "message": text}}
+                    for who, text in (("human", "Hi"), ("ASSISTANT", "Hello!"))
+                ],
+            }
+        ]
+    },
+    "typingmind": {"data": {"chats": [{"id": "1", "messages": asked("Hi", "Hello!")}], "folders": []}},
+    "copilot": {
+        "responderUsername": "GitHub Copilot",
+        "requests": [{"message": {"text": "Hi"}, "response": [{"value": "Hel"}, {"kind": "ref"}, {"value": "lo!"}]}],
+    },
+    "librechat": {
+        "endpoint": "openAI",
+        "messages": [
+            {"messageId": "1", "parentMessageId": "0", "text": "Hi", "sender": "User", "isCreatedByUser": True},
+            {"messageId": "2", "parentMessageId": "1", "text": "No.", "sender": "GPT", "isCreatedByUser": False},
+            {"messageId": "3", "parentMessageId": "1", "text": "Hello!", "sender": "GPT", "isCreatedByUser": False},
+        ],
+    },
+    "arena": {"conversation_a": asked("Hi", "No."), "conversation_b": asked("Hi", "Hello!"), "winner": "model_b"},
+    "stack": {"question": "Hi", "response_j": "Hello!", "response_k": "No."},
+    "selfinstruct": {"instruction": "Hi", "instances": [{"input": "", "output": "Hello!"}]},
+    "speakers": {"dialogue": ["Hi", "Hel", "lo!"], "speakers": ["Ann", "Eve", "Eve"]},
+    "matrix": {
+        "messages": [
+            {"type": "m.room.member", "sender": "@ann:m.org", "content": {}, "origin_server_ts": 1},
+            *(
+                {
+                    "type": "m.room.message",
+                    "sender": f"@{who}:m.org",
+                    "content": {"msgtype": kind, "body": text},
+                    "origin_server_ts": 2,
+                }
+                for who, kind, text in (
+                    ("ann", "m.text", "Hi"),
+                    ("Bob", "m.text", "Hello!"),
+                    ("ann", "m.image", "a.jpg"),
+                )
+            ),
+        ]
+    },
+    "google": {
+        "messages": [
+            {"creator": {"name": who}, "created_date": f"Monday, January 1, 2024 at 10:0{i}:00 AM UTC", "text": text}
+            for i, (who, text) in enumerate((("Ann", "Hi"), ("Bob", "Hello!")))
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_exports_of_programs_and_sets_that_wrap_their_turns(name: str, tmp_path: Path) -> None:
+    record = PROGRAMS[name]
+    (tmp_path / "a.json").write_text(json.dumps([record] if name == "selfinstruct" else record))
+    said = ["user: Hi\nassistant: «Hel\nlo!»"] if name == "speakers" else [HI]
+    assert [text.replace("\n\n", "\n") for text in look(tmp_path / "a.json", me="Bob")[0]] == said
+
+
+def test_jan_s_threads_and_mattermosts_posts(tmp_path: Path) -> None:
+    rows = [{**m, "content": [{"type": "text", "text": {"value": m["content"]}}]} for m in asked("Hi", "Hello!")]
+    assert look(dump(tmp_path / "jan.jsonl", *({**row, "thread_id": "t"} for row in rows)))[0] == [HI]
+    posts = [
+        {"team": "t", "channel": "c", "user": who, "message": text} for who, text in (("ann", "Hi"), ("Bob", "Hello!"))
+    ]
+    records = [{"type": "post", "post": {**post, "create_at": i}} for i, post in enumerate(posts)]
+    assert look(dump(tmp_path / "mm.jsonl", {"type": "version", "version": 1}, *records), me="Bob")[0] == [HI]
+
+
+def test_questions_without_answers_ties_and_tags_are_told(tmp_path: Path) -> None:
+    turns = {"question_id": 81, "turns": ["Write a post.", "Shorten it."]}
+    with pytest.raises(UnusableInputError, match="questions one after the other, without answers"):
+        look(dump(tmp_path / "a.jsonl", turns, turns))
+    tie = {"conversation_a": asked("q", "a"), "conversation_b": asked("q", "b"), "winner": "tie"}
+    texts, inventory = look(dump(tmp_path / "b.jsonl", tie, *RECORDS))
+    assert texts == SAME
+    assert "1 × two answers of which neither is said to be the better, left out" in inventory.notes
+    html = {"messages": asked("Hi", "<div class=prose><p>Hello <b>you</b></p><ul><li>one</li></ul></div>")}
+    (warning,) = look(dump(tmp_path / "c.jsonl", html, html))[1].warnings
+    assert warning.startswith("100% of the conversations looked at are full of HTML's tags")
+
+
 def test_linked_folders_of_chats_are_followed_once(tmp_path: Path) -> None:
     outside, folder = tmp_path / "outside", tmp_path / "chats"
     (outside / "deep").mkdir(parents=True)
@@ -852,6 +961,14 @@ SAID = "user: Hi\nassistant: «Hello!»"
         ["=" * 62, "Guild: G", "", "[1/13/2024 12:34 PM] Ann", "Hi", "", "[1/13/2024 12:35 PM] Bob (pinned)", "Hello!"],
         ["[1/2/2024 10:15 AM] Ann", "Hi", "", "[1/2/2024 10:16 AM] Bob", "Hello!", "", "{Attachments}", "https://x.y"],
         ["Jan 01, 2024  9:41:05 AM (Read by you)", "Ann", "Hi", "", "Jan 01, 2024  9:42:10 AM", "Bob", "Hello!"],
+        ["--- Log opened Mon Jan 01", "10:00 -!- Ann [a@h] has joined", "10:00 < Ann> Hi", "10:01 <@Bob> Hello!"],
+        ["[23:59] <Ann> Hi", "[00:01] <Bob> Hello!", "[00:02]  * Ann waves"],
+        [
+            "2024-01-01 10:00:00\t-->\tAnn has joined",
+            "2024-01-01 10:00:05\t+Ann\tHi",
+            "2024-99-01 10:01:09\tBob\tHello!",
+        ],
+        ["10:01:05\t From  Ann : Hi", "10:01:15\t From Bob to Everyone:", "\tHello!"],
     ],
 )
 def test_chats_of_people_as_every_phone_and_program_writes_them(lines: list[str], tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What programs for chatting with models export, and data sets that wrap their records: taken apart into known forms.
 
 Read are ChatGPT, Claude, Gemini (Takeout and AI Studio), LM Studio, Open WebUI, SillyTavern, text-generation-webui,
-Character.AI, logs of OpenAI's API; and SQuAD, intents, Label Studio, Argilla, the viewer of data sets.
+Character.AI, DeepSeek, Grok, LibreChat, Copilot in VS Code, logs of OpenAI's API; and SQuAD, intents, Self-Instruct,
+pairs of an arena, Label Studio, Argilla, the viewer of data sets.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nanochat.data.markup import visible_text
 from nanochat.messages import BETWEEN, Message
 
 FILE_LEFT_OUT = "an image or file, left out"
+NO_WINNER = "two answers of which neither is said to be the better, left out"
 OTHER_ANSWER = "another answer or branch beside the one that is learned, left out"
 TO_TOOL, OF_TOOL = "a message to a tool, left out", "a message of a tool or system, left out"
 # Around the record itself in exports of tools that label or show data.
@@ -49,6 +51,21 @@ def unwrapped(record: Any, notes: Counter[str]) -> Iterator[Any]:
                 yield {"question": pattern, "answer": responses[i % len(responses)] if responses else ""}
     elif isinstance(inner := record.get("histories"), dict) and isinstance(inner.get("histories"), list):
         yield from inner["histories"]  # Character.AI
+    elif isinstance(record.get("instances"), list):  # Self-Instruct: inputs and outputs of one instruction
+        yield from ({**record, "instances": None, **one} for one in filter(_is_object, record["instances"]))
+    elif isinstance(record.get("conversation"), dict) and isinstance(record.get("responses"), list):  # Grok
+        said = [r["response"] for r in filter(_is_object, record["responses"]) if isinstance(r.get("response"), dict)]
+        yield {"messages": [{"role": str(m.get("sender")), "content": m.get("message")} for m in said]}
+    elif isinstance(record.get("requests"), list) and "responderUsername" in record:
+        yield {"messages": [message for r in filter(_is_object, record["requests"]) for message in _of_editor(r)]}
+    elif isinstance(record.get("conversation_a"), list) and isinstance(record.get("conversation_b"), list):
+        sides = {"model_a": "ab", "model_b": "ba"}.get(str(record.get("winner")))
+        if sides is None:
+            notes[NO_WINNER] += 1
+        else:
+            yield dict(zip(("chosen", "rejected"), (record[f"conversation_{side}"] for side in sides), strict=True))
+    elif isinstance(record.get("chats"), list):
+        yield from record["chats"]
     elif isinstance(record.get("request"), dict) and isinstance(record.get("response"), dict):
         yield _of_api(record["request"], record["response"], notes)
     elif isinstance(record.get("title"), str) and isinstance(record.get("safeHtmlItem"), list):
@@ -76,6 +93,13 @@ def _of_api(request: dict[str, Any], response: dict[str, Any], notes: Counter[st
     answer = first.get("message") or {"role": "assistant", "content": first.get("text")}
     asked = request.get("messages") or [{"role": "user", "content": request.get("prompt")}]
     return {"messages": [*asked, answer]}
+
+
+def _of_editor(request: dict[str, Any]) -> list[Message]:
+    """A question to Copilot in an editor, and its answer, whose pieces that are no text are left out."""
+    asked, parts = request.get("message") or {}, request.get("response") or []
+    texts = [part["value"] for part in filter(_is_object, parts) if isinstance(part.get("value"), str)]
+    return [{"role": "user", "content": asked.get("text")}, {"role": "assistant", "content": "".join(texts)}]
 
 
 def _of_activity(record: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +144,9 @@ def read_export(record: dict[str, Any], notes: Counter[str], used: set[str]) -> 
         return "ai studio", [*_system_message(text), *turns]
     for key in ("messages", "turns", "msgs"):
         values = record.get(key)
+        if isinstance(values, list) and values and all(map(_is_librechat, values)):
+            used |= {key, "endpoint", "exportAt", "branches", "recursive", "options"}
+            return "librechat", _read_replies(values, notes)
         if isinstance(values, list) and values and isinstance(values[0], dict) and _is_of_program(values[0]):
             used |= {key, "systemPrompt", "preset", "pinned", "usePerChatPredictionConfig"}
             turns = [_program_message(value, notes) for value in values]
@@ -172,6 +199,21 @@ def read_mes(record: dict[str, Any], notes: Counter[str]) -> Message | None:
     return {"role": "user" if record["is_user"] else "assistant", "content": text}
 
 
+def _is_librechat(value: Any) -> bool:
+    return isinstance(value, dict) and {"isCreatedByUser", "messageId", "parentMessageId", "text"} <= value.keys()
+
+
+def _read_replies(values: list[dict[str, Any]], notes: Counter[str]) -> list[Message]:
+    """The branch that ends with the last message, of messages that name the one before."""
+    nodes, name, branch = {v["messageId"]: v for v in values}, values[-1]["messageId"], list[dict[str, Any]]()
+    while name in nodes:
+        branch.append(nodes.pop(name))
+        name = branch[-1]["parentMessageId"]
+    notes[OTHER_ANSWER] += sum(not node["isCreatedByUser"] for node in nodes.values())
+    roles = {True: "user", False: "assistant"}
+    return [{"role": roles[bool(v["isCreatedByUser"])], "content": str(v["text"] or "")} for v in branch[::-1]]
+
+
 def _read_webui(pairs: list[Any]) -> list[Message]:
     messages: list[Message] = []
     for pair in pairs:
@@ -209,6 +251,9 @@ def _read_chatgpt(record: dict[str, Any], notes: Counter[str]) -> list[Message]:
         seen.add(node)
         message = mapping[node].get("message") or {}
         node = mapping[node].get("parent")
+        if isinstance(message.get("fragments"), list):  # DeepSeek
+            messages += _fragments(message["fragments"], notes)[::-1]
+            continue
         role = (message.get("author") or {}).get("role")
         content = message.get("content") or {}
         if role not in ("user", "assistant"):
@@ -234,6 +279,18 @@ def _read_chatgpt(record: dict[str, Any], notes: Counter[str]) -> list[Message]:
         for m in others
     )
     return messages[::-1]
+
+
+def _fragments(parts: list[Any], notes: Counter[str]) -> list[Message]:
+    """The turns of one node of DeepSeek's tree."""
+    messages: list[Message] = []
+    for part in filter(_is_object, parts):
+        role = {"REQUEST": "user", "RESPONSE": "assistant"}.get(str(part.get("type")))
+        if role is None:
+            notes[THOUGHT_LEFT_OUT if part.get("type") == "THINK" else OF_TOOL] += 1
+        else:
+            messages.append({"role": role, "content": str(part.get("content") or "")})
+    return messages
 
 
 def _claude_message(value: dict[str, Any], notes: Counter[str]) -> Message:

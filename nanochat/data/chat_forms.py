@@ -25,7 +25,15 @@ LIST_KEYS = (
     *("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "turns", "chat", "contents"),
     *("data", "items", "history", "thread"),
 )
-SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "systemPrompt")
+SYSTEM_KEYS = (
+    "system",
+    "system_prompt",
+    "system_message",
+    "system_instruction",
+    "systemInstruction",
+    "systemPrompt",
+    "definition",
+)
 # Questions and answers go by these names; a record with one of each is a conversation of two turns.
 ASKED_KEYS = (
     *("instruction", "prompt", "question", "query", "input", "inputs", "problem", "user", "human", "q", "ask", "asked"),
@@ -41,26 +49,13 @@ ANSWER_KEYS = (
     *("generation", "answer_text", "back", "antwort", "antworten", "respuesta", "réponse", "reponse", "risposta"),
     *("resposta", "antwoord", "odpowiedź", "odpověď", "odpoveď", "válasz", "răspuns", "svar", "vastaus", "cevap"),
     *("yanıt", "jawaban", "jawapan", "trả lời", "câu trả lời", "απάντηση", "vastus", "ответ", "відповідь", "отговор"),
-    *(
-        "תשובה",
-        "جواب",
-        "إجابة",
-        "الإجابة",
-        "الجواب",
-        "پاسخ",
-        "उत्तर",
-        "উত্তর",
-        "คำตอบ",
-        "回答",
-        "答案",
-        "答",
-        "답변",
-        "답",
-    ),
+    *("תשובה", "جواب", "إجابة", "الإجابة", "الجواب", "پاسخ", "उत्तर"),
+    *("উত্তর", "คำตอบ", "回答", "答案", "答", "답변", "답"),
 )
 CONTEXT_KEYS = ("context", "input", "passage", "document")
 TEMPLATE_KEYS = ("text", "content", "conversation", "prompt", "input", "chosen", "formatted", "sample")
-GOOD_KEYS, BAD_KEYS = ("chosen", "preferred_output", "chosen_response"), ("rejected", "non_preferred_output")
+GOOD_KEYS = ("chosen", "preferred_output", "chosen_response", "response_j")
+BAD_KEYS = ("rejected", "non_preferred_output", "response_k")
 # Marks that say what must not be learned: such a value of one is "no".
 MARKS = ("weight", "train", "training", "loss_weight", "label", "kto_tag")
 # Keys that say nothing about the meaning of a conversation.
@@ -182,8 +177,13 @@ def _read_dict(
     for key in LIST_KEYS:
         value = _decoded(record.get(key))
         if isinstance(value, list) and value and not (key == "history" and _first(record, ANSWER_KEYS)):
+            if key == "turns" and "question_id" in record and all(isinstance(turn, str) for turn in value):
+                raise NotAConversation("questions one after the other, without answers")  # MT-bench
             used |= {key, *SYSTEM_KEYS}
             form, messages = _read_list(value, notes)
+            if form == "list of turns" and isinstance(speakers := record.get("speakers"), list):
+                used.add("speakers")
+                _take_turns(messages, speakers)
             return _list_form(key, form), [*_system(record, messages), *messages]
     for name in TEMPLATE_KEYS:
         if name in ASKED_KEYS and _first(record, ANSWER_KEYS):
@@ -215,6 +215,14 @@ def _read_list(values: list[Any], notes: Counter[str]) -> tuple[str, list[Messag
         form, pair = _read_pair(value, notes, set())
         messages += pair
     return f"list of {form}", messages
+
+
+def _take_turns(messages: list[Message], speakers: list[Any]) -> None:
+    """Give what two people say to user and assistant; the first who speaks is the user."""
+    if len(speakers) != len(messages) or len(set(map(str, speakers))) > 2:
+        raise NotAConversation("not two speakers, one for each turn")
+    for message, who in zip(messages, speakers, strict=True):
+        message["role"] = "user" if who == speakers[0] else "assistant"
 
 
 def _list_form(key: str, form: str) -> str:
@@ -263,6 +271,8 @@ def _system(record: dict[str, Any], messages: list[Message] | None = None) -> li
     text = record[key] if key else None
     if isinstance(text, dict):  # Gemini
         text = text.get("parts") or text.get("text")
+    if isinstance(text, list) and all(isinstance(part, str) for part in text):
+        text = BETWEEN.join(text)
     if not text or (messages and messages[0]["role"] == "system"):
         return []
     return [{"role": "system", "content": text}]

@@ -52,6 +52,10 @@ class LogEntry(NamedTuple):
 _SIGNAL_LINES = frozenset(("chat", "stickerPack", "adHocCall", "notificationProfile", "chatFolder"))
 
 
+# Lines of Mattermost's export that hold no post.
+_MATTERMOST_LINES = frozenset(("version", "team", "channel", "user", "emoji", "role", "scheme", "direct_channel"))
+
+
 class UnknownPersonError(ValueError):
     """Nobody said whose messages are the assistant's, or there are none of that name."""
 
@@ -152,6 +156,21 @@ def read_entry(record: Any) -> tuple[str, LogEntry] | None:
         text = visible_text(str(record.get("content") or "")) if spoken else ""
         name = record.get("displayName") or str(record.get("from") or "").rpartition(":")[2]
         return "skype or teams", LogEntry(_name(name), text, _iso_hours(record["originalarrivaltime"]))
+    if str(record.get("type", "")).startswith("m.") and "sender" in record and isinstance(record.get("content"), dict):
+        said = record["content"] if record["type"] == "m.room.message" else {}
+        text = str(said.get("body") or "") if said.get("msgtype") in ("m.text", "m.emote", "m.notice") else ""
+        name = str(record["sender"]).removeprefix("@").partition(":")[0]
+        return "matrix", LogEntry(name, text, _number(record.get("origin_server_ts"), 3.6e6))
+    if isinstance(record.get("creator"), dict) and "created_date" in record:
+        return "google chat", LogEntry(
+            _name(record["creator"].get("name")), str(record.get("text") or ""), _written_hours(record["created_date"])
+        )
+    if isinstance(post := record.get("post"), dict) and record.get("type") == "post":
+        channel = f"{post.get('team')}/{post.get('channel')}"
+        hours = _number(post.get("create_at"), 3.6e6)
+        return "mattermost", LogEntry(_name(post.get("user")), str(post.get("message") or ""), hours, channel)
+    if record.get("type") in _MATTERMOST_LINES and record["type"] in record:
+        return "mattermost", LogEntry("", "", 0.0)
     return _read_any(record)
 
 
@@ -290,6 +309,15 @@ def _iso_hours(value: Any) -> float | None:
     return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp() / 3600
 
 
+def _written_hours(value: Any) -> float | None:
+    """The hours of "Monday, January 1, 2024 at 10:00:00 AM UTC"."""
+    try:
+        time = datetime.strptime(" ".join(str(value).split()), "%A, %B %d, %Y at %I:%M:%S %p UTC")
+    except ValueError:
+        return None
+    return time.replace(tzinfo=timezone.utc).timestamp() / 3600
+
+
 def _number(value: Any, unit: float) -> float | None:
     try:
         return float(value) / unit
@@ -318,6 +346,9 @@ def read_row(record: Any) -> tuple[str, Message] | None:
         (low[key] for key in ("role", "from", "speaker", "author", "sender") if isinstance(low.get(key), str)), ""
     )
     text = next((low[key] for key in ("content", "text", "value", "message") if isinstance(low.get(key), str)), None)
+    if text is None and isinstance(parts := low.get("content"), list):  # OpenAI's assistants, Jan
+        inside = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), dict)]
+        text = "".join(str(part.get("value") or "") for part in inside) if len(inside) == len(parts) > 0 else None
     role = ROLE_OF.get(who.strip().lower())
     if role is None or text is None or role == "call" or (thread is None and not {"role", "content"} <= low.keys()):
         return None

@@ -1,4 +1,4 @@
-"""Chats of people that are exported as text: WhatsApp, LINE, KakaoTalk, iMessage, Discord, Teams, Signal, Telegram.
+"""Chats of people as text: WhatsApp, LINE, KakaoTalk, iMessage, Discord, Teams, Signal, Telegram, IRC, Zoom.
 
 An entry begins with its time, in the order and language of the phone that wrote it. Who wrote it stands behind the
 time, or in the same line alone, with what was written below; lines without a time go on with the entry before.
@@ -6,6 +6,7 @@ time, or in the same line alone, with what was written below; lines without a ti
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -232,10 +233,49 @@ def _read_imessage(lines: Sequence[str]) -> Iterator[LogEntry]:
             yield LogEntry(lines[start + 1].strip(), "\n".join(lines[start + 2 : end]).strip(), hours)
 
 
+# --- a clock before every entry, perhaps no day: IRC's logs, and the chat beside a meeting of Zoom --------------------
+
+_CLOCKED = re.compile(r"(?:---|\[?(?:\d{4}-\d\d-\d\d[ T])?\d{1,2}:\d\d\b)")
+_IRC = re.compile(
+    rf"\[?(?P<day>\d{{4}}-\d\d-\d\d)?[ T]?{_CLOCK}\]?(?:\s+<[ @+%~&]?|\t[@+%~&]?)"
+    r"(?P<who>[\w\[\]\\^{}|`][^<>\s]{0,40})(?:>\s|\t)(?P<text>.*)"
+)
+_ZOOM = re.compile(rf"(?P<day>\d{{4}}-\d\d-\d\d)?\s?{_CLOCK}\s+From\s+(?P<who>.+?)(?:\s+to\s+.+?)?\s*:\s*(?P<text>.*)")
+
+
+def _read_clocked(entry: re.Pattern[str]) -> Callable[[Sequence[str]], Iterator[LogEntry]]:
+    """How to read such a log; an earlier clock than the one before is of the next day."""
+
+    def read(lines: Sequence[str]) -> Iterator[LogEntry]:
+        found: list[tuple[str, list[str], float]] = []
+        midnight = hours = 0.0
+        for line in lines:
+            match = entry.match(line)
+            if match is not None:
+                hour, minute = (int(n) for n in re.split(r"[:.]", match["time"])[:2])
+                if match["day"]:
+                    with contextlib.suppress(ValueError):  # no such day
+                        midnight = datetime.fromisoformat(f"{match['day']}T00:00:00+00:00").timestamp() / 3600
+                elif midnight + hour + minute / 60 < hours:
+                    midnight += 24
+                hours = midnight + hour + minute / 60
+                found.append((match["who"].strip(), [match["text"]], hours))
+            elif _CLOCKED.match(line):
+                found.append(("", [], hours))  # who came and went
+            elif found:
+                found[-1][1].append(line.strip())
+        for who, texts, when in found:
+            yield LogEntry(who, "\n".join(texts).strip() if who else "", when)
+
+    return read
+
+
 _FORMS: tuple[tuple[str, Callable[[str], bool], Callable[[Sequence[str]], Iterator[LogEntry]]], ...] = (
     ("line", lambda line: _LINE_ENTRY.match(line) is not None, _read_daily(_LINE_ENTRY)),
     ("kakaotalk", lambda line: _KAKAO_ENTRY.match(line) is not None, _read_daily(_KAKAO_ENTRY)),
     ("imessage", lambda line: _IMESSAGE.fullmatch(line) is not None, _read_imessage),
     ("discord or teams", lambda line: _NAMED.fullmatch(_plain(line)) is not None, _read_named),
     ("whatsapp", _is_timed, _read_timed),
+    ("irc", lambda line: _IRC.match(line) is not None, _read_clocked(_IRC)),
+    ("zoom", lambda line: _ZOOM.match(line) is not None, _read_clocked(_ZOOM)),
 )

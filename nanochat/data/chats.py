@@ -48,6 +48,7 @@ from nanochat.data.chat_templates import questions_apart, read_template, texts_o
 from nanochat.data.inventory import Inventory, NotReadError, UnusableInputError, shortened
 from nanochat.data.json_stream import Broken, Placed
 from nanochat.data.mojibake import mended
+from nanochat.data.text_look import escape_warnings
 from nanochat.messages import Conversation, Message, normalise
 
 EMPTY_ANSWER = "an empty answer, which is not learned"
@@ -65,6 +66,7 @@ UNUSABLE = "can't be used"
 BYTES_PER_TOKEN = 4.0  # about, of English with a vocabulary of some ten thousand
 TRIED = 1000  # records; if most of so many are unusable, the others are not even read
 SAMPLES = 20
+LOOKED_AT = 300  # conversations
 HOW = (
     'give each as {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or say '
     "which two fields are question and answer with CHAT_COLUMNS=question,answer (CHAT_COLUMNS=1,2 in a table without a "
@@ -176,6 +178,8 @@ class _Reader:
         """Of the file that is read: where, and why."""
         self.first_reason = ""
         self.repairs = Repairs()
+        self.looked_at: list[str] = []
+        """What is said in the first conversations."""
         self.name = ""  # of the file that is read
         self.people: dict[str, str] = {}
         """Names by id, where an export has them in a file of their own."""
@@ -293,7 +297,9 @@ class _Reader:
             self.inventory.leave_out(NO_PICTURES, "conversation", where, matters=False)
         except NotAConversation as error:
             parts = list(unwrapped(record, self.notes))
-            if any(part is not record for part in parts):
+            if not parts:
+                self.inventory.leave_out(NO_ANSWER, "conversation", where, matters=False)
+            elif any(part is not record for part in parts):
                 for part in parts:
                     yield from self._of_record(where, part)
             elif not isinstance(record, list) or record or not self.name:  # an empty file among others says nothing
@@ -368,6 +374,8 @@ class _Reader:
             self.inventory.leave_out(MARKED if marked else NO_ANSWER, "conversation", where, matters=False)
             return
         self.inventory.count(form)
+        if len(self.looked_at) < LOOKED_AT:
+            self.looked_at.append("\n".join(turn["content"] for turn in turns if isinstance(turn["content"], str)))
         self.turns += len(turns)
         self.learned += len(learned)
         self.characters += sum(_length(turn["content"]) for turn in turns)
@@ -406,6 +414,7 @@ class _Reader:
             inventory.notes.append(f"{len(keys)} keys are not used: {names}")
             self.notes -= Counter({key: self.notes[key] for key in keys})
         inventory.notes += [f"{count:,} × {note}" for note, count in self.notes.most_common() if count]
+        inventory.warnings += escape_warnings(self.looked_at, "conversations")
         if self.repairs.characters:
             inventory.warnings.append(f"{self.repairs.characters:,} characters were no text and are replaced by U+FFFD")
         if good == 0 or self.unusable >= good:

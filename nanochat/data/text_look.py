@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat.data.inventory import Inventory, format_bytes, shortened
@@ -61,12 +62,7 @@ class Tally:
         for what, names in reader.found.items():
             inventory.notes.append(f"{what}: {shortened(names)}")
         inventory.samples = texts[:NUM_SHOWN]
-        for what, pattern in ESCAPES.items():
-            if odd := sum(len(pattern.findall(text)) > len(text) / ESCAPE_EVERY for text in texts):
-                inventory.warnings.append(
-                    f"{odd / len(texts):.0%} of the documents looked at are full of {what}, which are learned as they "
-                    "stand: convert the files if you did not mean this"
-                )
+        inventory.warnings += escape_warnings(texts, "documents")
 
     def check_broken(self, inventory: Inventory, reader: TextReader) -> None:
         """Warn of characters that are broken; stop if they are more than MAX_BROKEN."""
@@ -87,6 +83,18 @@ class Tally:
             )
         else:
             inventory.warnings.append(f"{text}: {names}")
+
+
+def escape_warnings(texts: Sequence[str], noun: str) -> list[str]:
+    """What to say of texts, called `noun`, that are full of what a program writes in place of letters."""
+    warnings = []
+    for what, pattern in ESCAPES.items():
+        if odd := sum(len(pattern.findall(text)) > len(text) / ESCAPE_EVERY for text in texts):
+            warnings.append(
+                f"{odd / len(texts):.0%} of the {noun} looked at are full of {what}, which are learned as they "
+                "stand: convert the files if you did not mean this"
+            )
+    return warnings
 
 
 def stop_if_too_little(inventory: Inventory) -> None:
