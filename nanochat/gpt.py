@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.ops import pointwise
-from nanochat.ops.attention import Piece, attend, plan_attention, plan_ragged, segment_starts
+from nanochat.ops.attention import Piece, attend, attention_block, plan_attention, plan_ragged, segment_starts
 from nanochat.ops.induction import start_induction
 from nanochat.ops.linear import Linear, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
@@ -259,13 +259,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context, value: Tensor | None = None) -> Tensor:
         """x (B, T, C); value (B, T, K·D): the tokens' value embeddings in this layer, if it has them."""
         B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)  # (B, T, H, D)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, K, D)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        maps, pieces = (self.c_q, self.c_k, self.c_v), context.pieces[self.window]
+        if context.kv_cache is None and value is None and not self.key_offset and all(type(m) is Linear for m in maps):
+            angles, how = (context.cos, context.sin), (pieces, self.scale, self.product_dtype)
+            if (y := attention_block(x, [m.weight for m in maps], angles, NORM_EPS, *how)) is not None:  # as below
+                return self.c_proj(y)
+        q, k, v = (m(x).view(B, T, -1, self.head_dim) for m in maps)  # (B, T, H or K, D)
         if self.ve_gate is not None and value is not None:
             # Source: value residuals, arXiv 2410.17897; gated and as an embedding: modded-nanogpt, nanochat.
-            # A gate is between 0 and 3 for each head and token; it begins near 1.5.
-            gate = 3.0 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
+            gate = 3.0 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, K), begins near 1.5
             v = v + gate.to(v.dtype).unsqueeze(-1) * value.to(v.dtype).view(v.shape)  # (B, T, K, 1) · (B, T, K, D)
         # Normalised queries and keys bound the scores, so that no step of training makes the softmax explode (arXiv
         # 2302.05442). Rotation and norm are in float32: late positions turn by large angles, and bfloat16 has 8 bits.
@@ -275,7 +277,7 @@ class Attention(nn.Module):
             k, v = context.kv_cache.update(self.layer, k, v)  # (B, all, K, D)
         elif self.key_offset:
             k = pointwise.offset_keys(k, context.first)
-        y = attend(q, k, v, context.pieces[self.window], self.scale, self.product_dtype)  # (B, T, H, D)
+        y = attend(q, k, v, pieces, self.scale, self.product_dtype)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))
 
 
@@ -336,11 +338,9 @@ class GPT(nn.Module):
         if config.residual_factors:
             self.resid_logs = nn.Parameter(torch.zeros(config.n_layer))  # ln λ, so that λ stays above 0
         if config.value_embeddings:
-            layers, kv_dim = range(config.n_layer), config.n_kv_head * config.head_dim
-            tables = {
-                str(i): nn.Embedding(config.padded_vocab_size, kv_dim) for i in layers if config.has_value_embedding(i)
-            }
-            self.value_embeds = nn.ModuleDict(tables)
+            gated = [i for i in range(config.n_layer) if config.has_value_embedding(i)]
+            kv_dim = config.n_kv_head * config.head_dim
+            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.padded_vocab_size, kv_dim) for i in gated})
         if config.smear:
             self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
             self.smear_lambda = nn.Parameter(torch.zeros(1))  # the largest share

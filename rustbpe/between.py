@@ -11,7 +11,7 @@ from typing import Any
 
 import rustbpe
 
-VERSION = 3  # of the functions below, those of src/between/abi.rs
+VERSION = 4  # of the functions below, those of src/between/abi.rs
 
 _int, _size, _pointer, _float = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_float
 
@@ -22,10 +22,23 @@ class HeadsShape(ctypes.Structure):
     _fields_ = (
         *((name, _size) for name in ("tokens", "heads", "size")),
         *((name, _pointer) for name in ("cos", "sin")),
-        ("own_angles", _size),
+        *((name, _size) for name in ("own_angles", "x_heads")),
     )
 
 
+class View(ctypes.Structure):
+    """`View` of src/between/attend.rs."""
+
+    _fields_ = (("at", _pointer), *((name, _size) for name in ("sequence", "head", "token")))
+
+
+class AttentionShape(ctypes.Structure):
+    """`Shape` of src/between/attend.rs."""
+
+    _fields_ = (*((name, _size) for name in ("heads", "kv_heads", "tokens", "size")), ("scale", _float))
+
+
+_attention = (ctypes.POINTER(View), _pointer, ctypes.POINTER(AttentionShape), _size)
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "add_norm": (_int, _int, *(_pointer,) * 5, _size, _size, _float),
     "add_norm_back": (_int, _int, *(_pointer,) * 6, _size, _size),
@@ -37,6 +50,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "softmax_back": (_int, _pointer, _pointer, _size, _size, _float),
     "muon_look_ahead": (_int, *(_pointer,) * 3, _size, _size, _size, _float, _float, _size, _float),
     "muon_apply": (_int, *(_pointer,) * 3, *(_size,) * 4, _float, _float, _float, _size),
+    "attend": _attention,
+    "attend_back": _attention,
     "loss": (_int, *(_pointer,) * 3, _size, _size, _size, _float),
 }
 
@@ -47,7 +62,7 @@ class Kernels:
     Raises: RuntimeError for a failure inside, ValueError for sizes that don't fit.
     """
 
-    Shape = HeadsShape
+    Shape, View, AttentionShape = HeadsShape, View, AttentionShape
 
     def __init__(self, library: Any) -> None:
         # The workers that torch computes with, so that no second pool fights with them for the cores.
@@ -56,7 +71,12 @@ class Kernels:
             parallel = ctypes.cast(openmp.GOMP_parallel, _pointer)
         except (OSError, TypeError, AttributeError):  # as where torch has another OpenMP than GNU's
             parallel = _pointer()
+        available = getattr(library, "rustbpe_attention_available", None)
+        self.can_attend = available is not None and bool(available())
+        """True if the processor has what `attend` and `attend_back` need."""
         for name, arguments in _FUNCTIONS.items():
+            if arguments is _attention and not self.can_attend:
+                continue
             function = getattr(library, f"rustbpe_{name}")
             function.argtypes, function.restype = (_pointer, _size, *arguments), _int
             setattr(self, name, functools.partial(self._call, function, parallel))

@@ -8,11 +8,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import rustbpe
 
-VERSION = 1  # of the layouts below, that of src/decode/abi.rs
+VERSION = 2  # of the layouts below, that of src/decode/abi.rs
 FORMATS = ("float32", "bfloat16", "int8")
 LEVELS = ("best", "portable", "avx2", "avx512", "amx")
 
@@ -61,6 +62,24 @@ class Cache(ctypes.Structure):
     )
 
 
+class Sampling(ctypes.Structure):
+    """`Sampling` of src/decode/choose.rs: how tokens are chosen."""
+
+    _fields_ = (*((name, ctypes.c_float) for name in ("temperature", "top_p", "min_p")), ("top_k", _size))
+
+
+class Ahead(ctypes.Structure):
+    """`RawAhead` of src/decode/abi.rs."""
+
+    _fields_ = (
+        ("sampling", ctypes.POINTER(Sampling)),
+        *((name, _pointer) for name in ("uniforms", "stops")),
+        ("num_stops", _size),
+        ("chosen", _pointer),
+        ("steps", _size),
+    )
+
+
 @functools.cache
 def library() -> Any:
     """The library with the decoder's functions; None without the compiled crate, or where it is of another version."""
@@ -76,8 +95,25 @@ def library() -> Any:
     lib.rustbpe_decoder_new.argtypes = (ctypes.POINTER(Model), _size, _size, _size, ctypes.POINTER(_pointer))
     lib.rustbpe_decoder_new.restype = ctypes.c_int
     lib.rustbpe_decoder_step.argtypes, lib.rustbpe_decoder_step.restype = step, ctypes.c_int
+    ahead = (*step[:-2], ctypes.POINTER(Ahead), ctypes.POINTER(_size))
+    lib.rustbpe_decoder_ahead.argtypes, lib.rustbpe_decoder_ahead.restype = ahead, ctypes.c_int
+    choose = (_pointer, _size, _size, ctypes.POINTER(Sampling), _pointer, _pointer)
+    lib.rustbpe_choose.argtypes, lib.rustbpe_choose.restype = choose, ctypes.c_int
     lib.rustbpe_decoder_free.argtypes, lib.rustbpe_decoder_free.restype = (_pointer,), None
     return lib
+
+
+def choose(logits: int, shape: tuple[int, int], sampling: Sampling, uniforms: int | None, chosen: int) -> None:
+    """Choose a token from each row of logits; −1 where they are not numbers.
+
+    Args:
+        logits: address of float32 numbers of this shape.
+        shape: rows and vocabulary.
+        sampling: how.
+        uniforms: address of a float32 random number in [0, 1) per row.
+        chosen: address of an int64 per row, for the tokens.
+    """
+    rustbpe._check(library().rustbpe_choose(logits, *shape, ctypes.byref(sampling), uniforms, chosen))
 
 
 class Decoder:
@@ -98,7 +134,7 @@ class Decoder:
         handle, lib = _pointer(), library()
         arguments = FORMATS.index(format), LEVELS.index(level), threads, ctypes.byref(handle)
         rustbpe._check(lib.rustbpe_decoder_new(ctypes.byref(model), *arguments))
-        self._handle, self._step = handle, lib.rustbpe_decoder_step
+        self._handle, self._step, self._ahead = handle, lib.rustbpe_decoder_step, lib.rustbpe_decoder_ahead
         weakref.finalize(self, lib.rustbpe_decoder_free, handle)
 
     def step(self, cache: Cache, ids: int, positions: list[int], first_row: int, logits: int, num_logits: int) -> None:
@@ -119,3 +155,41 @@ class Decoder:
         at = (ctypes.c_int64 * batch)(*positions)
         status = self._step(self._handle, ctypes.byref(cache), ids, at, batch, first_row, logits, num_logits)
         rustbpe._check(status)
+
+    def ahead(
+        self,
+        cache: Cache,
+        ids: Sequence[int],
+        positions: list[int],
+        first_row: int,
+        sampling: Sequence[Sampling],
+        uniforms: Sequence[Sequence[float]],
+        stops: Iterable[int],
+    ) -> list[list[int]]:
+        """Run several steps, each with the tokens that the one before has chosen.
+
+        Args:
+            cache: the keys and values.
+            ids: the tokens to begin with, one for each of the cache's rows from `first_row` on.
+            positions: where they stand.
+            first_row: the cache's row of the first one.
+            sampling: how each row's tokens are chosen.
+            uniforms: for each step, the most there are, a random number per row.
+            stops: tokens after which it returns.
+
+        Returns:
+            The tokens of each step that was run; −1 where the logits are not numbers, which ends it too.
+
+        Raises:
+            ValueError: as for `step`.
+        """
+        batch, steps, ends = len(ids), len(uniforms), list(stops)
+        chosen, done = (ctypes.c_int64 * (batch * steps))(), _size()
+        how, stop = (Sampling * batch)(*sampling), (ctypes.c_int64 * len(ends))(*ends)
+        random = (ctypes.c_float * (batch * steps))(*(x for row in uniforms for x in row))
+        first, at = (ctypes.c_int64 * batch)(*ids), (ctypes.c_int64 * batch)(*positions)
+        addresses = (ctypes.addressof(array) for array in (random, stop))
+        raw = Ahead(how, *addresses, len(ends), ctypes.addressof(chosen), steps)
+        where = ctypes.byref(cache), first, at, batch, first_row
+        rustbpe._check(self._ahead(self._handle, *where, ctypes.byref(raw), ctypes.byref(done)))
+        return [chosen[i : i + batch] for i in range(0, batch * done.value, batch)]

@@ -118,6 +118,24 @@ def test_attention(dtype, T, plan):
     check(lambda q, k, v: attend(q, k, v, pieces, 0.3), q, k, v, bfloat16=dtype == BFLOAT16)
 
 
+@pytest.mark.skipif(between.kernels() is None or not between.kernels().can_attend, reason="no AMX here")
+@pytest.mark.parametrize(
+    "shape", [(2, 32, 1, 1, 32), (3, 160, 4, 2, 96), (1, 512, 2, 2, 128), (1, 64, 3, 1, 64)], ids=str
+)
+def test_attention_in_tiles(shape):
+    B, T, H, K, D = shape
+    q, k = (draw(B, n, T, D, dtype=BFLOAT16, seed=i) for i, n in enumerate((H, K)))
+    v, pieces = draw(B, T, 2 * K, D, dtype=BFLOAT16, seed=2), plan_attention(T, T, q.device)
+
+    def function(q, k, v):
+        return attend(q.transpose(1, 2), k.transpose(1, 2), v[:, :, :K], pieces, 0.1)
+
+    assert type(function(q, k, v).grad_fn).__name__ == "_CausalAttentionBackward"
+    check(function, q, k, v, bfloat16=True)
+    q.data[0, 0, T // 2, 3] = float("nan")
+    assert function(q, k, v)[0, :, 0].isnan().any(dim=-1).tolist() == [t == T // 2 for t in range(T)]
+
+
 @pytest.mark.parametrize("cap", [15.0, None])
 @pytest.mark.parametrize("size", [1.0, 30.0], ids=["usual", "large logits"])
 @DTYPES
@@ -168,7 +186,7 @@ def gradients(mode, settings, reference=False, double=False):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator), alpha=0.02)  # what begins as zero would hide mistakes
-    x = torch.randint(0, 250, (2, 3, 40), generator=generator)
+    x = torch.randint(0, 250, (2, 3, model.max_seq_len), generator=generator)
     model.set_product_dtype(BFLOAT16 if mode == "medium" else None)
     if double:
         model.double()
@@ -185,8 +203,11 @@ def gradients(mode, settings, reference=False, double=False):
         {"n_kv_head": 2},
         {"n_kv_head": 1, **NANOCHAT_2026},
         {"n_kv_head": 2, "residual_factors": True, "key_offset": True, "logit_softcap": None, "window_pattern": "SL"},
+        # What attention's tiles take, by itself and together with its products.
+        {"n_kv_head": 1, "sequence_len": 64, "key_offset": True},
+        {"n_kv_head": 1, "sequence_len": 64, "qk_scale": 1.2},
     ],
-    ids=["classic", "2026", "portable"],
+    ids=["classic", "2026", "portable", "tiles", "block"],
 )
 @pytest.mark.parametrize("mode", ["strict", "medium", "bfloat16"])
 def test_a_model_learns_the_same(mode, settings):
@@ -202,6 +223,17 @@ def test_a_model_learns_the_same(mode, settings):
         assert ours_off < 1e-5
     # Rounded no more than torch's operations round.
     assert ours_off < 1.2 * reference_off + 1e-6
+
+
+@pytest.mark.skipif(between.kernels() is None or not between.kernels().can_attend, reason="no AMX here")
+@pytest.mark.parametrize("mode", ["medium", "bfloat16"])
+def test_query_key_and_value_are_one_product(mode, monkeypatch):
+    found, block = [], native.attention_by_tiles
+    monkeypatch.setattr(native, "attention_by_tiles", lambda *args: found.append(block(*args)) or found[-1])
+    gradients(mode, {"n_kv_head": 2, "sequence_len": 64})
+    assert [y.grad_fn.name() for y in found] == ["_AttentionBlockBackward"] * 2
+    gradients(mode, {"n_kv_head": 2, "sequence_len": 40})
+    assert found[2:] == [None] * 2
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads():

@@ -8,6 +8,7 @@ from reference_generation import make_model, naive_greedy
 
 import rustbpe
 from nanochat.engine import Engine
+from nanochat.generate import ahead as ahead_module
 from nanochat.generate.fast_decode import FastDecoder, make_decoder
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.native_step import NativeStep, supports
@@ -151,6 +152,31 @@ def test_greedy_text_is_the_references_for_every_recipe(tiny_tokenizer, recipe):
     assert engine._decoder._native is not None
     for prompt, sequence in zip(prompts, together, strict=True):
         assert sequence == prompt + naive_greedy(model, tiny_tokenizer, prompt, 20)[0]
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"temperature": 0.0}, {"temperature": 1.5, "top_k": 200}, {"top_p": 0.9, "min_p": 0.01}], ids=str
+)
+def test_several_tokens_in_one_call_are_those_of_single_steps(tiny_tokenizer, monkeypatch, knobs):
+    model = make_model(tiny_tokenizer, n_head=4, n_kv_head=2)
+    prompts, calls, ahead = [[65], list(range(60)), [1, 2, 3, 4, 5, 6]], [], FastDecoder.ahead
+
+    def counted(self, *args):
+        calls.append(ahead(self, *args))
+        return calls[-1]
+
+    def answers(seconds):
+        monkeypatch.setattr(ahead_module, "AHEAD_SECONDS", seconds)
+        calls.clear()
+        settings = {"stop_tokens": (70,), "keep_end": True, "seeds": [1, "b", 3]}
+        return Engine(model, tiny_tokenizer).generate_prompts(prompts, 50, max_batch_tokens=250, **settings, **knobs)
+
+    monkeypatch.setattr(FastDecoder, "ahead", counted)
+    by_steps = answers(0.0)
+    assert not calls
+    assert answers(60.0) == by_steps
+    assert len(calls) < sum(map(len, calls)) <= 100  # two slots, the third prompt waits for one of them
+    assert max(map(len, calls)) > 10
 
 
 def test_what_is_not_a_number_stays_so():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from nanochat.generate.logit_rules import LogitRules, penalize
 from nanochat.generate.sampling import NOT_FINITE, Sampling, likeliest, sample
+from rustbpe import decoding
 
 
 def uniform(n, seed=0):
@@ -51,6 +52,22 @@ def test_temperature_0_and_tiny_temperatures_take_the_likeliest():
     for temperature in (0.0, 1e-30, 1e-300):
         assert torch.equal(sample(logits, Sampling(temperature=temperature)), logits.argmax(-1))
     assert torch.equal(sample(logits, Sampling(top_k=1), uniform(50)), logits.argmax(-1))
+
+
+@pytest.mark.skipif(decoding.library() is None, reason="rustbpe was not compiled here")
+@pytest.mark.parametrize("knobs", [
+    {"temperature": 0.0}, {}, {"temperature": 0.3, "top_k": 7}, {"top_k": 299}, {"top_p": 0.8}, {"min_p": 0.05},
+    {"temperature": 2.0, "top_k": 50, "top_p": 0.9, "min_p": 0.01},
+])  # fmt: skip
+def test_the_crate_chooses_as_torch_does(knobs, monkeypatch):
+    logits = 3 * torch.randn(2000, 300, generator=torch.Generator().manual_seed(0))
+    logits[5, 7], logits[6, 8], logits[7, ::2], logits[8] = float("nan"), float("inf"), -float("inf"), -float("inf")
+    ours = sample(logits, Sampling(**knobs), uniform(2000))
+    monkeypatch.setattr(decoding, "library", lambda: None)
+    theirs = sample(logits, Sampling(**knobs), uniform(2000))
+    assert ours[[5, 6, 8]].tolist() == [NOT_FINITE] * 3
+    # A random number may lie between two sums that are rounded differently.
+    assert (ours != theirs).sum() <= (0 if knobs.get("temperature") == 0.0 else 2)
 
 
 @pytest.mark.parametrize("k", [1, 3, 50, 200, 1000])

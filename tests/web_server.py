@@ -56,6 +56,11 @@ def tiny_chat_model(tokenizer, sequence_len=128):
 class SlowEngine(BatchEngine):
     """Its answers take their time."""
 
+    def _row(self, request):
+        row = super()._row(request)
+        row.by_step = True  # a round for every token
+        return row
+
     def _round(self, start):
         time.sleep(0.01)
         super()._round(start)

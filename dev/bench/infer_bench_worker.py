@@ -61,14 +61,17 @@ def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[
     with contextlib.suppress(ImportError):  # an older checkout has no step in Rust
         from rustbpe import decoding  # lazy: as above
 
-        inner = decoding.Decoder.step
+        def timed(inner: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                start = time.perf_counter()
+                result = inner(*args)
+                in_steps.append((start, time.perf_counter() - start))
+                return result
 
-        def timed(*args: Any) -> None:
-            start = time.perf_counter()
-            inner(*args)
-            in_steps.append((start, time.perf_counter() - start))
+            return run
 
-        decoding.Decoder.step = timed
+        decoding.Decoder.step = timed(decoding.Decoder.step)
+        decoding.Decoder.ahead = timed(decoding.Decoder.ahead)
     model = GPT(GPTConfig(**config))
     model.load_state_dict(state)
     device = torch.device(settings["device"])

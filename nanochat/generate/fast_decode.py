@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, Literal, cast, get_args
 
@@ -31,6 +32,7 @@ from nanochat.generate.decode_linear import FixedLinear, Int8Linear, best_form
 from nanochat.generate.graph_step import GraphSteps
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.native_step import NativeStep, supports
+from nanochat.generate.sampling import Sampling
 from nanochat.gpt import GPT, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, Block, GPTConfig, Linear, unnumbered
 from nanochat.ops.cpu import ThreadChoice
 from nanochat.ops.pointwise import scaled_square
@@ -193,15 +195,33 @@ class FastDecoder:
     @torch.inference_mode()
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Run token ids (B, 1) on the cache's selected rows; return float32 logits (B, V)."""
-        if idx.size(0) <= self._native_rows and cache.k_cache.dtype not in NARROW_RANGE:
-            if self._native is None or self._native.threads != torch.get_num_threads():
-                self._native = NativeStep(self.model, self.dtype, self.int8)
-            return self._native(idx, cache)
+        if (native := self._native_for(idx.size(0), cache)) is not None:
+            return native(idx, cache)
         self._matrices(idx.size(0))  # before the choice of threads: new forms are made with all of them
         if self.graphs is not None:
             return self.graphs(idx, cache)
         with self._threads.setdefault(idx.size(0).bit_length(), ThreadChoice(self.device))():
             return self._decode(idx, cache)
+
+    def ahead(
+        self,
+        ids: list[int],
+        cache: KVCache,
+        settings: Sequence[Sampling],
+        uniforms: Sequence[Sequence[float]],
+        stops: Iterable[int],
+    ) -> list[list[int]] | None:
+        """Several steps in one call, see `decoding.Decoder.ahead`; None where the step is not in Rust."""
+        native = self._native_for(len(ids), cache)
+        return None if native is None else native.ahead(ids, cache, settings, uniforms, stops)
+
+    def _native_for(self, rows: int, cache: KVCache) -> NativeStep | None:
+        """The step in Rust, where it takes so many rows."""
+        if rows > self._native_rows or cache.k_cache.dtype in NARROW_RANGE:
+            return None
+        if self._native is None or self._native.threads != torch.get_num_threads():
+            self._native = NativeStep(self.model, self.dtype, self.int8)
+        return self._native
 
     def _decode(self, idx: Tensor, cache: KVCache) -> Tensor:
         c, dtype = self.model.config, self.dtype

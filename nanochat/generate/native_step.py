@@ -15,12 +15,14 @@ import ctypes
 import functools
 import logging
 import weakref
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from nanochat.generate.kv_cache import KVCache
+from nanochat.generate.sampling import Sampling, raw_sampling
 from nanochat.gpt import BIGRAM_HASH, GPT, MLP, NORM_EPS, Attention
 from nanochat.precision import DTYPE_NAMES, NARROW_RANGE
 from rustbpe import decoding
@@ -106,6 +108,21 @@ class NativeStep:
         self._decoder.step(self._raw(cache), idx.data_ptr(), lengths, first_row, logits.data_ptr(), logits.numel())
         cache.advance(1)
         return logits
+
+    def ahead(
+        self,
+        ids: list[int],
+        cache: KVCache,
+        settings: Sequence[Sampling],
+        uniforms: Sequence[Sequence[float]],
+        stops: Iterable[int],
+    ) -> list[list[int]]:
+        """Run several steps on the cache's selected rows, see `decoding.Decoder.ahead`."""
+        first_row, lengths = cache.selected(len(uniforms))
+        how = [raw_sampling(s) for s in settings]
+        tokens = self._decoder.ahead(self._raw(cache), ids, lengths, first_row, how, uniforms, stops)
+        cache.advance(len(tokens))
+        return tokens
 
     def _raw(self, cache: KVCache) -> decoding.Cache:
         """Where the cache's memory is; made once per cache, which this must not keep alive."""

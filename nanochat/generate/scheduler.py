@@ -14,16 +14,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanochat.generate.ahead import steps_ahead
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.logprobs import TokenLogprob, describe_tokens
 from nanochat.generate.sampling import NOT_FINITE, sample
-from nanochat.generate.sequence import NewTokens, RowState, Tokenizer, ToolMachine
+from nanochat.generate.sequence import NewTokens, RowState, Tokenizer, ToolMachine, common_beginning, worth_keeping
 from nanochat.gpt import GPT
 from nanochat.precision import Precision
 
@@ -79,6 +81,8 @@ class Scheduler:
         self.model, self.precision, self.prefill_chunk = model, precision, prefill_chunk
         self.tools = ToolMachine(tokenizer)
         self.decode = decode or self._decode_by_model
+        self._several_steps = getattr(decode, "ahead", None)
+        self._step_seconds = float("inf")  # of the last step
         dtype = precision.dtype if precision is not None else model.lm_head.weight.dtype
         self.cache = KVCache.for_model(model, slots, seq_len, dtype)
         self._slots = [_Slot() for _ in range(slots)]
@@ -99,7 +103,7 @@ class Scheduler:
         free = [slot for slot in self._slots if slot.row is None]
         if not free:
             raise RuntimeError(f"all {len(self._slots)} slots are taken")
-        slot = max(free, key=lambda s: (_worth_keeping(s.tokens, row.context), -s.used_at))
+        slot = max(free, key=lambda s: (worth_keeping(s.tokens, row.context), -s.used_at))
         self._clock += 1
         slot.row, slot.used_at = row, self._clock
 
@@ -118,11 +122,15 @@ class Scheduler:
             (sequence, new tokens) of each that got some or ended; one that ended has a finish_reason.
         """
         try:
-            return self._step()
+            result = self._step()
         except Exception:
             for slot in self._slots:  # rows may have been half exchanged: what the cache holds isn't known any more
                 slot.tokens = []
             raise
+        for row, _ in result:
+            if row.finish_reason:
+                self.remove(row)
+        return result
 
     def _step(self) -> list[tuple[RowState, NewTokens]]:
         # Prefill, then decode. Reading runs many tokens of one sequence at once (matrix products, limited by
@@ -131,6 +139,8 @@ class Scheduler:
         # has to wait for between two of its tokens.
         logits: list[Tensor] = []
         rows = self._read(logits)
+        if not rows and (several := self._decode_ahead()) is not None:
+            return several
         rows += self._decode_ready(rows, logits)
         new: dict[int, NewTokens] = {}
         if logits:
@@ -139,11 +149,7 @@ class Scheduler:
             described = self._describe(rows, together, tokens)
             for row, token in zip(rows, tokens, strict=True):
                 new[id(row)] = self._accept(row, token, described.get(id(row)))
-        result = [(row, new.get(id(row), [])) for row in self.rows if id(row) in new or row.finish_reason]
-        for row, _ in result:
-            if row.finish_reason:
-                self.remove(row)
-        return result
+        return [(row, new.get(id(row), [])) for row in self.rows if id(row) in new or row.finish_reason]
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -243,7 +249,7 @@ class Scheduler:
         # Any slot may serve, also that of a sequence still running: a key depends on the tokens before it only. Between
         # equals its own slot comes first, which copies nothing.
         shared, source = max(
-            ((_common(slot.tokens, row.context), i) for i, slot in enumerate(self._slots)),
+            ((common_beginning(slot.tokens, row.context), i) for i, slot in enumerate(self._slots)),
             key=lambda item: (item[0], item[1] == index),
         )
         row.reused = min(shared, len(row.context) - 1)  # the last token must run: its logits are wanted
@@ -292,11 +298,40 @@ class Scheduler:
                     self._invalidate(index, row, error)
             return rows
 
+    def _decode_ahead(self) -> list[tuple[RowState, NewTokens]] | None:
+        """Give every sequence several tokens in one call; None where somebody must look at each, or has to read."""
+        if self._several_steps is None or not all(slot.is_ready() for slot in self._slots if slot.row is not None):
+            return None
+        steps = steps_ahead(self.rows, self.cache.max_seq_len, self._step_seconds)
+        if steps < 2:
+            return None
+        count = self._gather([slot.row is not None for slot in self._slots])
+        rows = self._rows_of(0, count)
+        self._select(0, count)
+        last = [row.context[-1] for row in rows]
+        draws = list(zip(*(row.draws(steps) for row in rows), strict=True))  # steps times one for each row
+        stops = self.tools.watched.union(*(row.stop_tokens for row in rows))
+        start = time.perf_counter()
+        found: list[list[int]] | None = None
+        with contextlib.suppress(Exception):  # single steps find out whose fault it is
+            found = self._several_steps(last, self.cache, [row.sampling for row in rows], draws, stops)
+        if found is None:
+            return None
+        self._step_seconds = (time.perf_counter() - start) / len(found)
+        result = []
+        for row, slot, *tokens in zip(rows, self._slots[:count], *found, strict=True):
+            slot.tokens += [row.context[-1], *tokens[:-1]]
+            row.spend(len(tokens))
+            result.append((row, [pair for token in tokens for pair in self._accept(row, token, None)]))
+        return result
+
     def _decode_rows(self, start: int, stop: int) -> Tensor:
         self._select(start, stop)
         last = [row.context[-1] for row in self._rows_of(start, stop)]
         idx = torch.tensor(last, device=self.cache.k_cache.device).unsqueeze(1)  # (B, 1)
+        began = time.perf_counter()
         logits = self.decode(idx, self.cache)  # (B, V)
+        self._step_seconds = time.perf_counter() - began
         for slot, token in zip(self._slots[start:stop], last, strict=True):
             slot.tokens.append(token)
         return logits
@@ -349,7 +384,9 @@ class Scheduler:
             part = logits if len(groups) == 1 else logits[torch.tensor(members, device=logits.device)]  # (n, V)
             uniform = None
             if not settings.greedy:  # a greedy sequence draws nothing
-                uniform = torch.tensor([rows[i].random.random() for i in members], device=logits.device)  # (n,)
+                uniform = torch.tensor([rows[i].draws(1)[0] for i in members], device=logits.device)  # (n,)
+                for i in members:
+                    rows[i].spend(1)
             chosen: list[int] = sample(part, settings, uniform).tolist()  # here the CPU waits for the card
             for i, token in zip(members, chosen, strict=True):
                 tokens[i] = token
@@ -409,19 +446,3 @@ class Scheduler:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return self.precision.autocast() if self.precision is not None else contextlib.nullcontext()
-
-
-def _worth_keeping(content: list[int], tokens: list[int]) -> int:
-    """The tokens of a slot's content that a sequence can continue from, if they are most of it; else 0."""
-    # A short common beginning (bos, a system message) is copied out of this slot instead, and the rest of it saved for
-    # the conversation that may come back to it.
-    common = _common(content, tokens)
-    return common if 2 * common > len(content) else 0
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """The number of tokens that two lists have in common at the start."""
-    length = min(len(a), len(b))
-    if a[:length] == b[:length]:  # the usual case, compared in C
-        return length
-    return next(i for i in range(length) if a[i] != b[i])

@@ -65,10 +65,12 @@ class RowState:
         # A generator of its own: with a shared one, what a sequence draws would depend on how many others draw beside
         # it, and a request with a seed would be answered differently on a busy server.
         self.random = random.Random(seed)
+        self._drawn: list[float] = []  # from it, and not used yet
         # What sequences must have in common to be sampled in one call; all else is each one's own.
         self.sampling = _common_settings(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         self.rules = LogitRules.needed(sampling, tokens)
         self.stop_tokens = frozenset(sampling.stop_tokens)
+        self.by_step = False  # somebody must see each token before the next one is made
         self.top_logprobs = sampling.logprobs  # None: none are wanted
         self.logprobs: list[TokenLogprob] = []  # of the new tokens
         self.prompt_tokens = len(tokens)
@@ -79,6 +81,17 @@ class RowState:
         # One without room for an answer has ended, unless its prompt must be read.
         self.finish_reason: FinishReason | None = "length" if limit <= 0 and not prompt_logprobs else None
         self.error: Exception | None = None
+
+    def draws(self, count: int) -> list[float]:
+        """The next random numbers in [0, 1), of which `spend` says how many were used; a greedy sequence has none."""
+        if self.sampling.greedy:
+            return [0.0] * count
+        self._drawn += [self.random.random() for _ in range(count - len(self._drawn))]
+        return self._drawn[:count]
+
+    def spend(self, count: int) -> None:
+        """Drop the first random numbers that `draws` gave."""
+        del self._drawn[:count]
 
 
 @functools.lru_cache(maxsize=256)
@@ -96,6 +109,7 @@ class ToolMachine:
         # bos ends an answer too: a model that begins another document has nothing more to say in this one.
         self.stop_tokens = {special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
         self._python_start, self._python_end = special("<|python_start|>"), special("<|python_end|>")
+        self.watched = self.stop_tokens | {self._python_end}  # after these the next token may not be the model's
         self._output_start, self._output_end = special("<|output_start|>"), special("<|output_end|>")
 
     def accept(self, row: RowState, token: int) -> NewTokens:
@@ -129,3 +143,19 @@ class ToolMachine:
         if row.count >= row.limit and row.finish_reason is None:
             row.finish_reason = "length"
         return new
+
+
+def worth_keeping(content: list[int], tokens: list[int]) -> int:
+    """The tokens of a slot's content that a sequence can continue from, if they are most of it; else 0."""
+    # A short common beginning (bos, a system message) is copied out of this slot instead, and the rest of it saved for
+    # the conversation that may come back to it.
+    common = common_beginning(content, tokens)
+    return common if 2 * common > len(content) else 0
+
+
+def common_beginning(a: list[int], b: list[int]) -> int:
+    """The number of tokens that two lists have in common at the start."""
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:  # the usual case, compared in C
+        return length
+    return next(i for i in range(length) if a[i] != b[i])

@@ -132,6 +132,8 @@ def attend(
     repeats = q.size(2) // k.size(2)
     if repeats > 1 and q.size(1) == 1:
         return _attend_one(q, k, v, pieces[0], scale)
+    if q.requires_grad and native.fits_attention(kernels := _causal_kernels(pieces, q), q, k, v):
+        return native.causal_attention(kernels, q, k, v, q.size(-1) ** -0.5 if scale is None else scale)
     if repeats > 1:  # query heads h·repeats … (h+1)·repeats − 1 share key/value head h
         k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
@@ -155,6 +157,36 @@ def attend(
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return y.transpose(1, 2)
+
+
+def attention_block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    angles: tuple[Tensor, Tensor],
+    eps: float,
+    pieces: Sequence[Piece],
+    scale: float | None = None,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """From the normed stream x (B, T, C) to what the heads have found (B, T, H·D), as in `gpt.Attention`.
+
+    `weights` are those of query, key and value, `angles` cos and sin, `eps` of the heads' norm; the rest as in
+    `attend`. None where the crate has no kernel for all of it.
+    """
+    if training_product_dtype(x, product_dtype) != x.dtype:
+        return None
+    kernels = _causal_kernels(pieces, x)
+    if kernels is None or native.kernels_for(x, *weights, *angles) is None:
+        return None
+    scale = angles[0].size(-1) ** -0.5 if scale is None else scale
+    return native.attention_by_tiles(kernels, x, weights, *angles, eps, scale)
+
+
+def _causal_kernels(pieces: Sequence[Piece], x: Tensor) -> Any:
+    """The crate's kernels for x, where attention is plainly causal; else None."""
+    if len(pieces) != 1 or not pieces[0].causal or x.device.type != "cpu":
+        return None
+    return native.kernels_for()
 
 
 def _run(x: Tensor, part: slice) -> Tensor:

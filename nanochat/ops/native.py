@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -28,6 +29,7 @@ CODES = {DTYPES["float32"]: 0, DTYPES["bfloat16"]: 1}
 # Up to here the sum of a softcapped row's exponentials fits into float32, whatever the logits, for 2^18 tokens.
 LARGEST_CAP = 38.0
 LARGEST_HEAD = 512
+TILES = 32  # what divides tokens and channels of a head that attention's kernel takes
 _allowed = True
 
 
@@ -150,10 +152,13 @@ def squared_relu(kernels: Any, x: Tensor) -> Tensor:
     return y
 
 
-def _heads_shape(kernels: Any, sizes: tuple[int, int, int], cos: Tensor, sin: Tensor) -> Any:
-    """Of heads with `sizes` (T, H, D) and their tables, whose addresses it holds: these must outlive it."""
+def _heads_shape(kernels: Any, sizes: tuple[int, int, int], cos: Tensor, sin: Tensor, x_heads: int = 0) -> Any:
+    """Of heads with `sizes` (T, H, D) and their tables, whose addresses it holds: these must outlive it.
+
+    In x a token has `x_heads` of them, by default H.
+    """
     T, H, D = sizes
-    return kernels.Shape(T, H, D, cos.data_ptr(), sin.data_ptr(), int(cos.size(0) > 1))
+    return kernels.Shape(T, H, D, cos.data_ptr(), sin.data_ptr(), int(cos.size(0) > 1), x_heads or H)
 
 
 class _RotaryNorm(torch.autograd.Function):
@@ -213,6 +218,126 @@ def softmax_back_(kernels: Any, p: Tensor, dp: Tensor, scale: float) -> Tensor:
     tensors = p.data_ptr(), dp.data_ptr()
     kernels.softmax_back(torch.get_num_threads(), CODES[p.dtype], *tensors, rows, keys, scale)
     return dp
+
+
+class _CausalAttention(torch.autograd.Function):
+    """q (B, T, H, D), k and v (B, T, K, D), in any order in memory but for D -> (B, T, H, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: Any) -> Tensor:
+        B, T, H, D = q.shape
+        y, sums = q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=DTYPES["float32"])
+        ctx.shape = kernels.AttentionShape(H, k.size(2), T, D, scale)
+        _attend(kernels.attend, kernels, ctx.shape, sums, q, k, v, y)
+        ctx.save_for_backward(q, k, v, y, sums)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, sums = ctx.saved_tensors
+        q, k, v, _ = tensors
+        # Queries and keys come from `normed_heads`, which wants the gradients as it gave them; values from a product.
+        dq, dk = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k))
+        dv = v.new_empty(v.shape)
+        _attend(ctx.kernels.attend_back, ctx.kernels, ctx.shape, sums, *tensors, grads[0].contiguous(), dq, dk, dv)
+        return dq, dk, dv, None, None
+
+
+def _attend(function: Any, kernels: Any, shape: Any, sums: Tensor, *tensors: Tensor) -> None:
+    views = (kernels.View * len(tensors))(*((t.data_ptr(), t.stride(0), t.stride(2), t.stride(1)) for t in tensors))
+    function(torch.get_num_threads(), views, sums.data_ptr(), ctypes.byref(shape), tensors[0].size(0))
+
+
+def fits_attention(kernels: Any, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """True if the crate has a kernel for causal attention of q (B, T, H, D), k and v (B, T, K, D)."""
+    plain = all(type(x) is Tensor and x.dtype == DTYPES["bfloat16"] and x.stride(3) == 1 for x in (q, k, v))
+    (B, T, H, D), K = q.shape, k.size(2)
+    return plain and k.shape == v.shape == (B, T, K, D) and H % K == 0 and _fits_tiles(kernels, T, D)
+
+
+def _fits_tiles(kernels: Any, tokens: int, size: int) -> bool:
+    return kernels is not None and kernels.can_attend and tokens % TILES == 0 and size % TILES == 0
+
+
+def causal_attention(kernels: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale · q·kᵀ)·v of each query with the keys up to its own: (B, T, H, D)."""
+    y: Tensor = _CausalAttention.apply(q, k, v, scale, kernels)
+    return y
+
+
+class _AttentionBlock(torch.autograd.Function):
+    """x (B, T, C) to what the heads have found (B, T, H·D): one product for query, key and value, no copy between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, eps: float, scale: float, kernels: Any, *w: Tensor
+    ) -> Tensor:
+        (B, T, _), D = x.shape, cos.size(-1)
+        H, K = w[0].size(0) // D, w[1].size(0) // D
+        weight = torch.cat([part.to(x.dtype) for part in w])  # ((H + 2K)·D, C)
+        heads = F.linear(x, weight).view(B, T, -1, D)  # (B, T, H + 2K, D): queries, keys, values
+        turned = x.new_empty(B, H + K, T, D)
+        lengths = x.new_empty(B, H + K, T, dtype=DTYPES["float32"])
+        shape = _heads_shape(kernels, (T, H + K, D), cos, sin, H + 2 * K)
+        code, tensors = CODES[x.dtype], (t.data_ptr() for t in (heads, turned, lengths))
+        kernels.rotary_norm(torch.get_num_threads(), code, code, *tensors, ctypes.byref(shape), B, eps)
+        y, sums = x.new_empty(B, T, H, D), x.new_empty(B, H, T, dtype=DTYPES["float32"])
+        ctx.shapes = shape, kernels.AttentionShape(H, K, T, D, scale)
+        _attend(kernels.attend, kernels, ctx.shapes[1], sums, *_parts(turned, heads, H), y)
+        ctx.save_for_backward(x, weight, heads, turned, lengths, y, sums, cos, sin)
+        ctx.kernels, ctx.dtypes, ctx.rows = kernels, [part.dtype for part in w], [part.size(0) for part in w]
+        return y.view(B, T, H * D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, heads, turned, lengths, y, sums, *_ = ctx.saved_tensors
+        kernels, H = ctx.kernels, y.size(2)
+        dheads, dturned = torch.empty_like(heads), torch.empty_like(turned)
+        dy = grads[0].contiguous().view(y.shape)
+        given = *_parts(turned, heads, H), y, dy
+        _attend(kernels.attend_back, kernels, ctx.shapes[1], sums, *given, *_parts(dturned, dheads, H))
+        tensors, code = (t.data_ptr() for t in (turned, dturned, lengths, dheads)), CODES[x.dtype]
+        kernels.rotary_norm_back(torch.get_num_threads(), code, code, *tensors, ctypes.byref(ctx.shapes[0]), x.size(0))
+        flat = dheads.view(-1, weight.size(0))  # (N, (H + 2K)·D)
+        dx = (flat @ weight).view(x.shape)
+        dw = (flat.t() @ x.flatten(0, 1)).split(ctx.rows)
+        return dx, *(None,) * 5, *(part.to(dtype) for part, dtype in zip(dw, ctx.dtypes, strict=True))
+
+
+def _parts(turned: Tensor, heads: Tensor, H: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of H + K turned heads (B, H + K, T, D), and of all heads (B, T, H + 2K, D)."""
+    q, k = turned[:, :H], turned[:, H:]
+    return q.transpose(1, 2), k.transpose(1, 2), heads[:, :, turned.size(1) :]
+
+
+def attention_by_tiles(
+    kernels: Any, x: Tensor, weights: Sequence[Tensor], cos: Tensor, sin: Tensor, eps: float, scale: float
+) -> Tensor | None:
+    """What causal attention finds in x (B, T, C), (B, T, H·D); None where the crate has no kernel for it.
+
+    Args:
+        kernels: from `kernels_for`, for all tensors here.
+        x: the normed stream in bfloat16.
+        weights: of query (H·D, C), key and value (K·D, C).
+        cos: of the positions, (1 or B, T, 1, D).
+        sin: the same.
+        eps: of the heads' norm.
+        scale: on the products of queries and keys.
+    """
+    (B, T, _), D = x.shape, cos.size(-1)
+    if not (x.dtype == DTYPES["bfloat16"] and D <= LARGEST_HEAD and _fits_tiles(kernels, T, D)):
+        return None
+    sizes = {w.size(0) for w in weights[1:]}
+    if len(sizes) > 1 or any(w.size(0) % D for w in weights) or weights[0].size(0) % max(sizes):
+        return None
+    table = (cos.size(0), T, 1, D)
+    if any(t.dtype != DTYPES["float32"] or t.shape != table for t in (cos, sin)) or cos.size(0) not in (1, B):
+        return None
+    y: Tensor = _AttentionBlock.apply(x, cos, sin, eps, scale, kernels, *weights)
+    return y
 
 
 def cross_entropy_(kernels: Any, z: Tensor, targets: Tensor, vocab_size: int, cap: float | None) -> Tensor:

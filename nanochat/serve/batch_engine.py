@@ -314,7 +314,9 @@ class BatchEngine:
             raise ValueError("prompt_logprobs and slide exclude each other: the prompt must stay as it is")
         check_sampling(self.model, sampling, limit)
         keep = request.keep if request.slide else None
-        return RowState(request.tokens, limit, sampling, sampling.seed, keep, request.prompt_logprobs)
+        row = RowState(request.tokens, limit, sampling, sampling.seed, keep, request.prompt_logprobs)
+        row.by_step = bool(request.stop)  # nothing is written, nor counted, behind a stop text
+        return row
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ use super::team::{Parallel, Team};
 use crate::abi::guarded;
 
 /// Counts the functions and their arguments: `between.py` refuses a library with another number.
-const VERSION: c_int = 3;
+const VERSION: c_int = 4;
 
 type Out = *mut c_void;
 type In = *const c_void;
@@ -205,8 +205,11 @@ pub unsafe extern "C" fn rustbpe_rotary_norm_back(
 /// `shape` is valid.
 unsafe fn checked(shape: *const Shape) -> Result<Shape, String> {
     let shape = unsafe { *shape };
-    if shape.size > MAX_HEAD || shape.size % 2 == 1 || shape.tokens == 0 {
-        return Err(format!("heads of {} are odd or larger than {MAX_HEAD}, or there is no token", shape.size));
+    if shape.size > MAX_HEAD || shape.size % 2 == 1 || shape.tokens == 0 || shape.x_heads < shape.heads {
+        return Err(format!(
+            "heads of {} are odd, larger than {MAX_HEAD} or too many, or there is no token",
+            shape.size
+        ));
     }
     Ok(shape)
 }
@@ -336,4 +339,71 @@ pub unsafe extern "C" fn rustbpe_muon_apply(
             unsafe { team.run(&kernel, matrices, rows * columns) }
         })
     })
+}
+
+/// Attention by AMX; without these functions, or without tiles, there is none.
+#[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
+mod attention {
+    use super::*;
+    use crate::between::attend::{Attend, AttendBack, Shape, View};
+    use crate::decode::Level;
+
+    #[no_mangle]
+    pub extern "C" fn rustbpe_attention_available() -> c_int {
+        c_int::from(available())
+    }
+
+    fn available() -> bool {
+        Level::available().contains(&Level::Amx)
+    }
+
+    /// # Safety
+    /// `views` are q, k, v and y of `Attend`, with `sequences`; the shape is valid.
+    #[no_mangle]
+    pub unsafe extern "C" fn rustbpe_attend(
+        parallel: Option<Parallel>,
+        threads: usize,
+        views: *const View,
+        sums: *mut f32,
+        shape: *const Shape,
+        sequences: usize,
+    ) -> c_int {
+        let team = Team { parallel, threads };
+        guarded(|| unsafe {
+            let (shape, &[q, k, v, y]) = (known(shape)?, &*(views as *const [View; 4]));
+            let heads = sequences * shape.kv_heads;
+            team.run(&Attend { q, k, v, y, sums, shape }, heads, shape.tokens * shape.size)
+        })
+    }
+
+    /// # Safety
+    /// `views` are q, k, v, y, dy, dq, dk and dv of `AttendBack`, with `sequences`; the shape is valid.
+    #[no_mangle]
+    pub unsafe extern "C" fn rustbpe_attend_back(
+        parallel: Option<Parallel>,
+        threads: usize,
+        views: *const View,
+        sums: *mut f32,
+        shape: *const Shape,
+        sequences: usize,
+    ) -> c_int {
+        let team = Team { parallel, threads };
+        guarded(|| unsafe {
+            let (shape, &[q, k, v, y, dy, dq, dk, dv]) = (known(shape)?, &*(views as *const [View; 8]));
+            let heads = sequences * shape.kv_heads;
+            let kernel = AttendBack { q, k, v, y, dy, dq, dk, dv, sums, shape };
+            team.run(&kernel, heads, shape.tokens * shape.size)
+        })
+    }
+
+    /// # Safety
+    /// `shape` is valid.
+    unsafe fn known(shape: *const Shape) -> Result<Shape, String> {
+        let shape = unsafe { *shape };
+        let whole = shape.tokens % 32 == 0 && shape.size % 32 == 0 && shape.tokens > 0 && shape.size > 0;
+        if !whole || shape.kv_heads == 0 || shape.heads % shape.kv_heads != 0 || !available() {
+            return Err("there are no tiles for attention of this shape".into());
+        }
+        Ok(shape)
+    }
 }

@@ -21,6 +21,8 @@ pub struct Shape {
     pub sin: *const f32,
     /// Not 0: each sequence has angles of its own.
     pub own_angles: usize,
+    /// From one token of x to the next: more heads than these may lie side by side.
+    pub x_heads: usize,
 }
 
 impl Shape {
@@ -39,7 +41,7 @@ impl Shape {
     }
 }
 
-/// y = norm(rotate(x)): x (B, T, H, D), y (B, H, T, D), scale (B, H, T).
+/// y = norm(rotate(x)): x (B, T, x_heads, D), of which the first H are taken, y (B, H, T, D), scale (B, H, T).
 pub struct RotaryNorm<X, Y> {
     pub x: *const X,
     pub y: *mut Y,
@@ -62,7 +64,7 @@ impl<X: Number, Y: Number> Kernel for RotaryNorm<X, Y> {
             for head in 0..self.shape.heads {
                 let at = self.shape.by_head(row, head);
                 unsafe {
-                    let x = from_raw_parts(self.x.add((row * self.shape.heads + head) * d), d);
+                    let x = from_raw_parts(self.x.add((row * self.shape.x_heads + head) * d), d);
                     let (x1, x2) = x.split_at(half);
                     let (turned1, turned2) = buffer[..d].split_at_mut(half);
                     for i in 0..half {
@@ -113,7 +115,7 @@ impl<X: Number, Y: Number> Kernel for RotaryNormBack<X, Y> {
                         *turned = (g.wide() - y.wide() * mean) * scale;
                     }
                     // Turned back: the angle's opposite.
-                    let dx = from_raw_parts_mut(self.dx.add((row * self.shape.heads + head) * d), d);
+                    let dx = from_raw_parts_mut(self.dx.add((row * self.shape.x_heads + head) * d), d);
                     let (dx1, dx2) = dx.split_at_mut(half);
                     let (turned1, turned2) = buffer[..d].split_at(half);
                     for i in 0..half {

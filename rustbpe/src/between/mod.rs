@@ -13,9 +13,12 @@
 #![allow(clippy::needless_range_loop)]
 
 pub mod abi;
+#[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
+#[allow(clippy::incompatible_msrv)]
+mod attend;
 mod heads;
 mod muon;
-mod numbers;
+pub(crate) mod numbers;
 mod rows;
 mod softmax;
 pub mod team;

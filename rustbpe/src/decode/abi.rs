@@ -1,13 +1,14 @@
 //! The C ABI of the decoder: what `decoding.py` calls. The rules are those of the crate's `abi`.
 
 use std::os::raw::c_int;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{Cache, Decoder, Format, LayerWeights, Level, Weights};
+use super::choose::{choose, Room, Sampling};
+use super::{Ahead, Cache, Decoder, Format, LayerWeights, Level, Weights};
 use crate::abi::{borrow, free, guarded, put, view, view_mut};
 
 /// Counts the layouts below: `decoding.py` refuses a library with another number.
-const VERSION: c_int = 1;
+const VERSION: c_int = 2;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -75,6 +76,30 @@ pub struct Guarded {
     decoder: Mutex<Decoder>,
     layers: usize,
     kv_width: usize,
+}
+
+impl Guarded {
+    fn lock(&self) -> MutexGuard<'_, Decoder> {
+        self.decoder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// # Errors
+    /// The cache does not belong to this model.
+    fn cache(&self, raw: &RawCache) -> Result<Cache, String> {
+        let floats = [raw.rows, raw.positions, self.kv_width].iter().try_fold(self.layers, |a, &b| a.checked_mul(b));
+        if raw.keys.is_null() || raw.values.is_null() || floats != Some(raw.len) || !matches!(raw.width, 2 | 4) {
+            return Err("the cache has another shape than the model".into());
+        }
+        Ok(Cache {
+            keys: raw.keys,
+            values: raw.values,
+            bf16: raw.width == 2,
+            rows: raw.rows,
+            positions: raw.positions,
+            tokens: raw.tokens,
+            token_positions: raw.token_positions,
+        })
+    }
 }
 
 impl RawFloats {
@@ -190,25 +215,83 @@ pub unsafe extern "C" fn rustbpe_decoder_step(
     guarded(|| {
         // SAFETY: as the caller promises.
         unsafe {
-            let (guarded, raw) = (borrow(decoder)?, borrow(cache)?);
-            let floats =
-                [raw.rows, raw.positions, guarded.kv_width].iter().try_fold(guarded.layers, |a, &b| a.checked_mul(b));
-            if raw.keys.is_null() || raw.values.is_null() || floats != Some(raw.len) || !matches!(raw.width, 2 | 4) {
-                return Err("the cache has another shape than the model".into());
-            }
-            let cache = Cache {
-                keys: raw.keys,
-                values: raw.values,
-                bf16: raw.width == 2,
-                rows: raw.rows,
-                positions: raw.positions,
-                tokens: raw.tokens,
-                token_positions: raw.token_positions,
-            };
-            let (ids, positions) = (view(ids, batch)?, view(positions, batch)?);
-            let mut decoder = guarded.decoder.lock().unwrap_or_else(PoisonError::into_inner);
-            decoder.step(ids, positions, first_row, cache, view_mut(logits, num_logits)?)
+            let (guarded, ids, positions) = (borrow(decoder)?, view(ids, batch)?, view(positions, batch)?);
+            let cache = guarded.cache(borrow(cache)?)?;
+            guarded.lock().step(ids, positions, first_row, cache, view_mut(logits, num_logits)?)
         }
+    })
+}
+
+/// What `Ahead` has, `steps` for each of `batch` rows.
+#[repr(C)]
+pub struct RawAhead {
+    sampling: *const Sampling,
+    uniforms: *const f32,
+    stops: *const i64,
+    num_stops: usize,
+    chosen: *mut i64,
+    steps: usize,
+}
+
+/// Runs up to `ahead.steps` steps, see `Decoder::ahead`; writes how many to `done`.
+///
+/// # Safety
+/// As for `rustbpe_decoder_step`; what `ahead` points to is valid for its sizes, `done` for writing.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_decoder_ahead(
+    decoder: *const Guarded,
+    cache: *const RawCache,
+    ids: *const i64,
+    positions: *const i64,
+    batch: usize,
+    first_row: usize,
+    ahead: *const RawAhead,
+    done: *mut usize,
+) -> c_int {
+    guarded(|| {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let (guarded, ids, positions) = (borrow(decoder)?, view(ids, batch)?, view(positions, batch)?);
+            let (cache, raw) = (guarded.cache(borrow(cache)?)?, borrow(ahead)?);
+            let tokens = raw.steps.checked_mul(batch).ok_or("too many steps")?;
+            let ahead = Ahead {
+                sampling: view(raw.sampling, batch)?,
+                uniforms: view(raw.uniforms, tokens)?,
+                stops: view(raw.stops, raw.num_stops)?,
+                chosen: view_mut(raw.chosen, tokens)?,
+            };
+            put(done, guarded.lock().ahead(ids, positions, first_row, cache, ahead)?);
+        }
+        Ok(())
+    })
+}
+
+/// Chooses a token from each row of logits (batch, vocab); see `choose`.
+///
+/// # Safety
+/// `logits` is valid for that many floats, `sampling` for one, `uniforms` and `chosen` for `batch`.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_choose(
+    logits: *const f32,
+    batch: usize,
+    vocab: usize,
+    sampling: *const Sampling,
+    uniforms: *const f32,
+    chosen: *mut i64,
+) -> c_int {
+    guarded(|| {
+        let numbers = batch.checked_mul(vocab).filter(|&n| n > 0).ok_or("there are no logits")?;
+        // SAFETY: as the caller promises.
+        unsafe {
+            let (logits, sampling) = (view(logits, numbers)?, borrow(sampling)?);
+            let (uniforms, mut room) = (view(uniforms, batch)?, Room::default());
+            for ((token, logits), uniform) in
+                view_mut(chosen, batch)?.iter_mut().zip(logits.chunks_exact(vocab)).zip(uniforms)
+            {
+                *token = choose(logits, sampling, *uniform, &mut room);
+            }
+        }
+        Ok(())
     })
 }
 

@@ -80,7 +80,7 @@ pub fn pack(weights: &[u8], bytes: usize, out: &mut [u8]) {
 
 /// The shapes of the 8 tiles, as the processor wants to be told: C is 0 to 3, A is 4, and B the rest.
 #[repr(C, align(64))]
-struct Shapes {
+pub(crate) struct Shapes {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -90,7 +90,7 @@ struct Shapes {
 
 impl Shapes {
     /// For this many rows of A.
-    fn new(a: usize) -> Self {
+    pub(crate) fn new(a: usize) -> Self {
         let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         shapes.row_bytes[..8].fill(LINE as u16);
         shapes.rows[..8].fill(ROWS as u8);

@@ -10,7 +10,8 @@
 pub mod abi;
 #[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
 #[allow(clippy::incompatible_msrv)] // build.rs looks which Rust compiles it
-mod amx;
+pub(crate) mod amx;
+pub mod choose;
 pub mod dot;
 mod memory;
 mod pool;
@@ -20,6 +21,7 @@ mod x86;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 
+use choose::{choose, Room, Sampling, NOT_FINITE};
 use dot::{from_bf16, fused, multiply, quantize, to_bf16, Dot, Out, Portable, Processor, Product};
 use memory::Buffer;
 use pool::{Job, Pool};
@@ -251,6 +253,20 @@ pub struct Decoder {
     pool: Pool<Step>,
     serial: u64,
     batch: usize,
+    logits: Vec<f32>,
+    room: Room,
+}
+
+/// What `Decoder::ahead` is asked for.
+pub struct Ahead<'a> {
+    /// Of each row.
+    pub sampling: &'a [Sampling],
+    /// (steps, B) random numbers.
+    pub uniforms: &'a [f32],
+    /// Tokens after which Python must look.
+    pub stops: &'a [i64],
+    /// (steps, B), room for the tokens.
+    pub chosen: &'a mut [i64],
 }
 
 /// The chunks of `rows` outputs for a number of threads, and the outputs of each.
@@ -337,7 +353,8 @@ impl Decoder {
         let mut step = Step::new(weights, format, level, entry)?;
         step.set_threads(threads);
         let phases = step.layers.len() * PHASES + 1;
-        Ok(Decoder { pool: Pool::new(step, phases, threads)?, serial: 0, batch: 0 })
+        let (logits, room) = (Vec::new(), Room::default());
+        Ok(Decoder { pool: Pool::new(step, phases, threads)?, serial: 0, batch: 0, logits, room })
     }
 
     /// The number of tokens of the vocabulary.
@@ -401,6 +418,43 @@ impl Decoder {
         }
         let counts = step.counts(batch);
         self.pool.run(&counts)
+    }
+
+    /// Runs up to so many steps as there is room for tokens, each with the tokens that the one before has chosen.
+    /// Ends after one that has chosen a stop or found no number. Returns how many steps it ran.
+    ///
+    /// # Safety
+    /// As `step`.
+    pub unsafe fn ahead(
+        &mut self,
+        ids: &[i64],
+        positions: &[i64],
+        first_row: usize,
+        cache: Cache,
+        ahead: Ahead,
+    ) -> Result<usize, String> {
+        let (batch, vocab) = (ids.len(), self.vocab());
+        check(ahead.sampling.len(), Some(batch), "sampling")?;
+        check(ahead.uniforms.len(), Some(ahead.chosen.len()), "uniforms")?;
+        let (mut ids, mut positions) = (ids.to_vec(), positions.to_vec());
+        let mut logits = std::mem::take(&mut self.logits);
+        logits.resize(batch * vocab, 0.0);
+        let mut done = 0;
+        for (chosen, uniforms) in ahead.chosen.chunks_exact_mut(batch).zip(ahead.uniforms.chunks_exact(batch)) {
+            // SAFETY: as the caller promises.
+            unsafe { self.step(&ids, &positions, first_row, cache, &mut logits) }?;
+            for (b, (chosen, logits)) in chosen.iter_mut().zip(logits.chunks_exact(vocab)).enumerate() {
+                *chosen = choose(logits, &ahead.sampling[b], uniforms[b], &mut self.room);
+            }
+            done += 1;
+            if chosen.iter().any(|token| *token == NOT_FINITE || ahead.stops.contains(token)) {
+                break;
+            }
+            ids.copy_from_slice(chosen);
+            positions.iter_mut().for_each(|p| *p += 1);
+        }
+        self.logits = logits;
+        Ok(done)
     }
 }
 
