@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import os
+import re
 import signal
 import sys
 import unicodedata
@@ -34,6 +35,7 @@ from nanochat.serve.plain_answer import plain_answer
 USUAL = {"temperature": 0.6, "top_k": 50}
 PREFILL_CHUNK = 1024  # nobody else waits, but Ctrl-C does
 BYTE_ORDER_MARK = "\ufeff"  # at the beginning of what some programs write; no part of a question
+NO_TEXT = re.compile(r"[\x00-\x07\x0b\x0e-\x1a\x1c-\x1f]")  # control characters that texts do not have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ def from_pipe(read: Callable[[], str]) -> str:
     """Return what `read` reads from standard input: UTF-8, or UTF-16 where its byte order mark says so (PowerShell).
 
     Raises:
-        ValueError: it is neither, or UTF-16 without that mark.
+        ValueError: it is neither, or holds control characters, as UTF-16 without that mark does.
     """
     peek = getattr(getattr(sys.stdin, "buffer", None), "peek", None)
     if peek is not None and codecs.lookup(sys.stdin.encoding).name == "utf-8":  # not set yet
@@ -159,10 +161,11 @@ def from_pipe(read: Callable[[], str]) -> str:
         raise ValueError(
             f"standard input is not UTF-8 text ({error}): convert it, for example with iconv -f latin1 -t utf-8"
         ) from error
-    if "\0" in text:
+    if found := NO_TEXT.search(text):
         raise ValueError(
-            "standard input holds NUL characters, as UTF-16 without a byte order mark does: convert it, for example "
-            "with iconv -f utf-16le -t utf-8"
+            f"standard input holds control characters (U+{ord(found.group()):04X}), as UTF-16 without a byte order "
+            "mark does: if it is that, convert it, for example with iconv -f utf-16le -t utf-8, otherwise remove them, "
+            r"for example with tr -d '\000-\007\013\016-\032\034-\037'"
         )
     return text
 

@@ -56,3 +56,32 @@ CALCULATION = (
     *("<|assistant_start|>", "Let", "<|python_start|>", "6*7", "<|python_end|>"),  # "42" is the calculator's
     *("<|output_end|>", ":ok", "<|assistant_end|>"),
 )
+
+
+def odd_histories(user, answer):
+    """Calls and results with ids that are numbers, the same twice, or missing, and calls as they were until 2023."""
+
+    def called(*ids):
+        function = {"name": "look", "arguments": {"at": "Ω"}}
+        return {"role": "assistant", "content": None, "tool_calls": [{"id": i, "function": function} for i in ids]}
+
+    def result(content, **more):
+        return {"role": "tool", "content": content, **more}
+
+    old = {"name": "calculator", "arguments": {"expression": "6*7"}}
+    return [
+        [user, called(0, 1), result("b", tool_call_id=1), result("a", tool_call_id=0), answer],
+        [user, called("x", "x"), result("a", tool_call_id="x"), result("b", tool_call_id="x"), answer],
+        [user, called("x", "y"), result("b", tool_call_id="y"), result("a"), answer],
+        [user, called(None, None), result("a", tool_call_id="x"), result("b", tool_call_id=None), user, answer],
+        [user, called("x", "y"), result(None, tool_call_id="y"), answer, user],
+        [user, called("x"), result("a", tool_call_id="x"), called("x"), result("b", tool_call_id="x"), user],
+        [user, {"role": "assistant", "content": None, "function_call": old}, user],
+        [user, {"role": "assistant", "content": None, "function_call": old}, {"role": "function", "content": "42"}],
+        [
+            user,
+            {"role": "assistant", "content": "So ", "function_call": old},
+            {"role": "function", "name": "calculator", "content": "42"},
+            answer,
+        ],
+    ]

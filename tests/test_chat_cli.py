@@ -527,11 +527,27 @@ def test_what_is_no_text_is_named(monkeypatch):
         chat_cli.from_pipe(sys.stdin.read)
 
 
-def test_utf_16_without_its_mark_is_refused(monkeypatch):
-    stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO("Hello?\n".encode("utf-16-le"))), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", stdin)
-    with pytest.raises(ValueError, match=r"UTF-16.*iconv"):
+def pipe(monkeypatch, data):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)), encoding="utf-8"))
+
+
+@pytest.mark.parametrize("text", ["Hello?\n", "Привет"])  # the second has no NUL
+def test_utf_16_without_its_mark_is_refused(monkeypatch, text):
+    pipe(monkeypatch, text.encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"UTF-16.*iconv.*tr -d"):
         chat_cli.from_pipe(sys.stdin.read)
+
+
+def test_of_control_characters_those_of_texts_are_taken_and_the_remedy_removes_the_others(monkeypatch):
+    pipe(monkeypatch, b"a\tb\f\x1b[1mc\x08\x7f\r\n")
+    assert chat_cli.from_pipe(sys.stdin.read) == "a\tb\f\x1b[1mc\x08\x7f\n"
+    every = bytes(range(128))
+    pipe(monkeypatch, every)
+    with pytest.raises(ValueError, match=r"U\+0000") as error:
+        chat_cli.from_pipe(sys.stdin.read)
+    remedy = re.search(r"tr -d '.*'", str(error.value)).group()
+    pipe(monkeypatch, subprocess.run(["sh", "-c", remedy], input=every, capture_output=True, check=True).stdout)
+    assert len(chat_cli.from_pipe(sys.stdin.read)) == 128 - 26
 
 
 @pytest.mark.parametrize(("stream", "flags"), [("stdin", []), ("stdin", ["-p", "-"]), ("stdout", ["-p", "Hello"])])

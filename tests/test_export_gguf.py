@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from portable_model import CALCULATION, TEXT, portable_model, portable_tokenizer, scripted_model
+from portable_model import CALCULATION, TEXT, odd_histories, portable_model, portable_tokenizer, scripted_model
 
 from dev.check_runtimes import LlamaCpp, answer_with_tools, missing_llama, node_folder
 from nanochat.checkpoint.format import checkpoint_folder
@@ -20,6 +20,7 @@ from nanochat.env import get_base_dir
 from nanochat.interop.gguf_file import GGUFCard, check_exact, modelfile, tokenizer_fields, write_gguf
 from nanochat.interop.hf_tokenizer import PLAIN_TEMPLATE
 from nanochat.interop.qwen3 import fold
+from nanochat.messages import normalise
 from nanochat.tokenizer import TOKENIZER_FOLDER, RustBPETokenizer
 from scripts import export_gguf
 
@@ -289,6 +290,21 @@ class TestLlamaCpp:
         assert rendered == [tokenizer.decode(ids) for ids in ours]
         assert len(plain) > 100
         assert found == [ours[i] for i in plain]
+
+    def test_histories_with_tools(self, llama, tokenizer):
+        user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+
+        def render(every):
+            jinja = (node_folder() / "node_modules/@huggingface/jinja/dist/index.js").as_uri()
+            given = json.dumps({"template": PLAIN_TEMPLATE, "every": every})
+            run = ["node", "--input-type=module", "-e", RENDER, jinja]
+            return subprocess.run(run, input=given, capture_output=True, text=True, check=False)
+
+        every = [history for history in odd_histories(user, answer) if history[-1]["role"] == "user"]
+        ours = [tokenizer.render_for_completion({"messages": normalise(history)[0]}) for history in every]
+        assert json.loads(render(every).stdout) == [tokenizer.decode(ids) for ids in ours]
+        for wrong in odd_histories(user, answer)[:3]:  # one result more than there are calls
+            assert "after its call" in render([[*wrong[:4], wrong[3], answer]]).stderr
 
     def test_logits_and_greedy_tokens(self, llama, folder, model, tokenizer):
         rng = random.Random(3)

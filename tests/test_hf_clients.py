@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from portable_model import odd_histories
 
 from nanochat.checkpoint_manager import load_model, save_checkpoint
 from nanochat.common import get_base_dir
@@ -89,6 +90,7 @@ def test_a_history_with_tools_is_written_as_training_writes_it(tokenizer, their_
         [USER, {"role": "assistant", "tool_calls": two}, result(0, [{"type": "text", "text": "a"}]), ANSWER, USER],
         [USER, {"role": "assistant", "content": "", "tool_calls": two}, USER, ANSWER],
         [{"role": "developer", "content": "Be brief."}, USER, ANSWER],
+        *odd_histories(USER, ANSWER),
     ):
         turns, _ = normalise(history)
         whole, mask = tokenizer.render_conversation({"messages": turns}, max_tokens=None)
@@ -96,13 +98,22 @@ def test_a_history_with_tools_is_written_as_training_writes_it(tokenizer, their_
         assert theirs["input_ids"] == whole
         assert theirs["assistant_masks"] == mask
         asked = their_tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=False)
-        if history[-1]["role"] == "tool":  # the model goes on where the result ends
+        if history[-1]["role"] in ("tool", "function"):  # the model goes on where the result ends
             assert asked == whole[:-1]
         else:
             assert asked == [*whole, tokenizer.encode_special("<|assistant_start|>")]
-    for wrong in ([USER, result(0, "2")], [USER, ANSWER, result(0, "2")]):
+    called = [USER, {"role": "assistant", "content": None, "tool_calls": two}]
+    for wrong in (
+        [USER, result(0, "2")],
+        [USER, ANSWER, result(0, "2")],
+        [*called, result(7, "of no call"), ANSWER],
+        [*called, result(0, "a"), result(0, "again"), ANSWER],
+        [*called, result(0, "a"), USER, result(1, "too late")],
+    ):
         with pytest.raises(Exception, match="after its call"):
             their_tokenizer.apply_chat_template(wrong)
+        with pytest.raises(ValueError, match="result of a tool call"):
+            normalise(wrong)
 
 
 def test_without_the_marks_of_what_is_learned_the_template_writes_the_same(their_tokenizer):
@@ -226,7 +237,7 @@ def test_what_is_not_honoured_is_no_argument(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpointed_gradients_are_the_same_and_texts_can_stop_an_answer(tokenizer, tmp_path, name):
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, DynamicCache
 
     export(tokenizer, tmp_path / "m", name)
     theirs = load_theirs(tmp_path / "m").train()
@@ -241,6 +252,9 @@ def test_checkpointed_gradients_are_the_same_and_texts_can_stop_an_answer(tokeni
         theirs(ids, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in theirs.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
+    if theirs.config.model_type == "nanochat_modern":  # transformers' own class warns and drops it
+        with pytest.raises(ValueError, match="takes no cache"):
+            theirs(ids, past_key_values=DynamicCache())
     theirs.eval()
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     free = theirs.generate(ids, do_sample=False, max_new_tokens=16)[0]

@@ -57,6 +57,21 @@ def test_a_run_that_ends_with_the_base_model_lacks_no_chat_stages(report):
     assert "section: Tokenizer evaluation, Midtraining\n" in report.generate().read_text(encoding="utf-8")
 
 
+def test_an_interrupted_run_lacks_what_its_plan_names(report, base_dir):
+    for section in ("Tokenizer training", "Tokenizer evaluation", "Base model training"):
+        report.log(section, [])
+    seconds = {"tok_train": 1, "tok_eval": 1, "base_train": 9, "base_loss": None, "chat_sft": None, "answer": 1}
+    (base_dir / "pipeline").mkdir()
+    (base_dir / "pipeline" / "plan.json").write_text(json.dumps({"folder": str(base_dir), "seconds": seconds}))
+    path = report.generate()
+    assert "section: Base model loss, SFT\n" in path.read_text(encoding="utf-8")
+    assert "Not in this report:</strong> Base model loss, SFT." in path.with_suffix(".html").read_text(encoding="utf-8")
+    for broken in ("{torn", '{"seconds": 3}'):
+        (base_dir / "pipeline" / "plan.json").write_text(broken)
+        assert "Stages without a section" in (text := report.generate().read_text(encoding="utf-8"))
+        assert "SFT" not in text
+
+
 def test_summary_puts_metrics_under_their_stage(report):
     report.log("Base model loss", [], metrics={"train bpb": 1.2, "val bpb": 1.25})
     report.log("Base model evaluation", [], metrics={"CORE": 0.1234})

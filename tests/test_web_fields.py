@@ -11,6 +11,7 @@ from nanochat.generate.sampling import Sampling
 from nanochat.serve.answer_form import AnswerForm
 from nanochat.serve.batch_engine import BatchEngine
 from nanochat.serve.guard import Access
+from nanochat.serve.tools import read_tools
 
 QUESTION, ANSWER, SYSTEM = (
     {"role": role, "content": content}
@@ -438,6 +439,24 @@ def test_a_function_without_arguments_is_called_without_any(client, parameters):
     tools = [{"type": "function", "function": {"name": "ping", "parameters": parameters}}]
     choice = fine(chat(client, tools=tools, tool_choice="required", max_tokens=20))["choices"][0]
     assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"required": ["city"]},
+        {"patternProperties": {"^c": {"type": "string"}}},
+        {"anyOf": [{"properties": {"city": {"type": "string"}}, "required": ["city"]}]},
+        {"additionalProperties": {"type": "string"}},
+    ],
+)
+def test_arguments_that_are_described_elsewhere_than_in_properties_stay_allowed(more):
+    schema = {"type": "object", "properties": {}, **more}
+    tools = [{"type": "function", "function": {"name": "ping", "parameters": schema}}]
+    assert read_tools(tools, "required").parameters == {"ping": schema}
+    bare = {"type": "object", "properties": {}, "required": [], "title": "Ping", "description": "?"}
+    tools[0]["function"]["parameters"] = bare
+    assert read_tools(tools, "required").parameters == {"ping": {"additionalProperties": False, **bare}}
 
 
 def test_defaults_are_the_servers(model, tiny_tokenizer, prompts):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,6 +12,7 @@ import pytest
 from web_server import ScriptedEngine, reverse_proxy, serve, tiny_app, tiny_chat_model
 
 from nanochat.data.chat_loader import load_conversations
+from nanochat.messages import normalise
 from nanochat.serve.app import UI_FOLDER
 from nanochat.serve.guard import Access
 
@@ -682,6 +684,77 @@ def test_chats_travel_as_files(page, engine, tmp_path):
     assert messages(page)[0] == "And 3 + 4?"
     assert page.text_content(".chip") == "3+4 = 7"
     assert "It is 7." in page.inner_text(".message.assistant")
+
+
+READ = """
+import { readFileSync } from "node:fs";
+const { readChats } = await import(process.argv[1]);
+process.stdout.write(JSON.stringify(readChats(readFileSync(0, "utf8"), () => ({ messages: [] }))));
+"""
+
+
+def read_chats(*chats):
+    """What the page makes of a file with these lists of messages."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    module = (UI_FOLDER / "transfer.js").as_uri()
+    run = ["node", "--input-type=module", "-e", READ, module]
+    given = "\n".join(json.dumps({"messages": messages}) for messages in chats)
+    done = subprocess.run(run, input=given, capture_output=True, text=True, timeout=60, check=True)
+    return json.loads(done.stdout)
+
+
+def joined(content):
+    """A message's parts without empty ones, neighbouring texts as one."""
+    found = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if found and found[-1]["type"] == part["type"] == "text":
+            found[-1] = {"type": "text", "text": found[-1]["text"] + part["text"]}
+        elif part["text"]:
+            found.append(part)
+    return found
+
+
+def test_chats_of_other_programs_are_read_as_training_reads_them():
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}
+    look = {"name": "look", "arguments": {"at": ["Ω", 1], "deep": {"x": None}}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"id": i, "function": look} for i in (0, 1)]}
+    bare = {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "look"}}]}
+    results = [{"role": "tool", "tool_call_id": i, "content": text} for i, text in ((1, "b"), (0, None))]
+    old = {"role": "assistant", "content": None, "function_call": {"name": "python", "arguments": '{"code": "1+1"}'}}
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    chats = [
+        [user, answer, answer, user],
+        [user, calls, *results, answer, answer],
+        [user, bare, answer],
+        [user, old, {"role": "function", "name": "python", "content": "2"}, answer],
+        [user, refusal],
+    ]
+    found = read_chats(*chats)
+    assert found["unreadable"] == 0
+    for chat, messages in zip(found["chats"], chats, strict=True):
+        expected = [(m["role"], joined(m["content"])) for m in normalise(messages)[0]]
+        assert [(m["role"], joined(m["parts"])) for m in chat["messages"]] == expected
+
+
+def test_messages_in_parts_are_read_and_those_without_content_are_counted():
+    def said(role, *parts):
+        return {"role": role, "parts": list(parts)}
+
+    text, step = {"type": "text", "text": "Hi"}, {"type": "step-start"}
+    found = read_chats([said("user", text), said("assistant", step, text)])
+    assert [joined(m["parts"]) for m in found["chats"][0]["messages"]] == [[text], [text]]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "function": {"name": "look"}}]}
+    user, result = {"role": "user", "content": "Hi"}, {"role": "tool", "tool_call_id": "a", "content": "2"}
+    unreadable = [
+        [user, {"role": "assistant", "content": None}],
+        [user, {"role": "assistant", "tool_calls": []}],
+        [{"role": "user"}, {"role": "assistant", "content": "Yes."}],
+        [said("user", text), said("assistant", step)],
+        [said("user", text), said("assistant", {"type": "tool-look", "input": {}}, text)],
+        [user, call, user, {"role": "assistant", "content": "Yes."}, result],  # too late: nothing waits for it
+    ]
+    assert read_chats(*unreadable) == {"chats": [], "unreadable": len(unreadable)}
 
 
 def test_no_room_for_more_chats_is_said(page):

@@ -122,7 +122,7 @@ class Report:
         if not (self.folder / f"{HEADER}.json").is_file():
             write_record(self.folder / f"{HEADER}.json", {**self.run().header, "environment": environment()})
         run = self.run()
-        text = render_report(run.header, run.sections, cost_line(run, price))
+        text = render_report(run.header, run.sections, cost_line(run, price), run.planned)
         path = self.folder / "report.md"
         write_text(path, text)
         if copy_to is not None and copy_to.resolve() != path.resolve():

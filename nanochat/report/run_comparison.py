@@ -95,7 +95,7 @@ def render_comparison(a: Run, b: Run, names: Sequence[str]) -> str:
     """The page with both runs; `names` are those of A and B."""
     return template("compare.html").render(
         names=names,
-        missing={name: missing_sections(run.sections) for name, run in zip(names, (a, b), strict=True)},
+        missing={name: missing_sections(run.sections, run.planned) for name, run in zip(names, (a, b), strict=True)},
         scores=score_table(a, b),
         settings=difference_table(a, b),
         curves=curves(a, b),

@@ -20,7 +20,7 @@ from nanochat.env import print0
 from nanochat.files import place_of, read_json, unseal
 from nanochat.progress import format_seconds
 from nanochat.report.metrics_log import is_as_saved, read_metrics
-from nanochat.stages import TRAINED
+from nanochat.stages import PLAN_FILE, TRAINED
 
 METRICS_FILE, META_FILE = "metrics.jsonl", "meta.json"
 ANSWERS_PER_TASK, MAX_ANSWERS = 2, 24
@@ -92,6 +92,8 @@ class Run:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """How long each stage of the pipeline took, by its name."""
     answers: Sequence[Answer] = ()
+    planned: Sequence[str] = ()
+    """The stages that the pipeline was to run, by name; none where the stages were started by hand."""
 
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of the report; empty if there is none."""
@@ -144,7 +146,9 @@ def read_run(folder: Path, header: Mapping[str, Any], sections: Sequence[Mapping
         mark = read_json(path)
         if mark.get("state") == "done" and is_number(mark.get("seconds")):
             seconds[path.stem] = float(mark["seconds"])
-    return Run(folder, header, sections, stages, seconds, read_answers(folder / "chat_eval"))
+    plan = read_json(folder / "pipeline" / PLAN_FILE).get("seconds")
+    planned = tuple(plan) if isinstance(plan, Mapping) else ()
+    return Run(folder, header, sections, stages, seconds, read_answers(folder / "chat_eval"), planned)
 
 
 def _read_stage(source: str, title: str, section: Mapping[str, Any], folder: Path) -> StageRun | None:

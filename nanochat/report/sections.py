@@ -35,12 +35,15 @@ def render_section(record: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def missing_sections(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The sections that have not been logged of what a run has been through up to the newest model it has made.
+def missing_sections(records: Sequence[Mapping[str, Any]], planned: Sequence[str] = ()) -> list[str]:
+    """The sections that have not been logged: of the planned stages, or of those up to the newest model.
 
-    Later models are not missed, since a run may end with the base model, nor a stage that is started by hand.
+    Without a plan later models are not missed, since a run may end with the base model, nor a stage that is optional.
     """
     there = {record["section"] for record in records}
+    if planned:
+        sections = [stage.section for stage in STAGES.values() if stage.name in planned]
+        return [section for section in sections if section and section not in there]
     stages = [stage for stage in STAGES.values() if stage.section]
     models = list(dict.fromkeys(stage.source for stage in stages))  # in their order, first "" for the tokenizer
     newest = max((models.index(stage.source) for stage in stages if stage.section in there), default=0)
@@ -48,11 +51,13 @@ def missing_sections(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [stage.section for stage in wanted if stage.section not in there]
 
 
-def render_report(header: Mapping[str, Any], records: Sequence[Mapping[str, Any]], cost: str) -> str:
-    """The whole report as markdown."""
+def render_report(
+    header: Mapping[str, Any], records: Sequence[Mapping[str, Any]], cost: str, planned: Sequence[str] = ()
+) -> str:
+    """The whole report as markdown; `planned`: the names of the stages that were to run, where that is known."""
     started = datetime.fromisoformat(header["time"])
     finished = max((datetime.fromisoformat(record["time"]) for record in records), default=started)
-    missing = missing_sections(records)
+    missing = missing_sections(records, planned)
     lines = ["# nanochat training report", ""]
     lines += [f"- {key}: {format_value(value)}" for key, value in header.get("environment", {}).items()]
     lines += [

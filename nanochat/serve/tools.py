@@ -21,6 +21,11 @@ from nanochat.serve.other_fields import unsupported
 
 # Where the expression goes among the parameters of a client's calculator, if there are several texts.
 EXPRESSION_NAMES = ("expression", "expr", "code", "input", "query", "formula", "__arg1")
+# What a schema of a function without arguments may hold: none of it describes an argument.
+NO_ARGUMENTS = {
+    *("type", "properties", "required", "additionalProperties", "title", "description"),
+    *("$schema", "$id", "$comment", "default", "examples"),
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ def read_tools(tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] 
         schema = function.get("parameters") or {"type": "object", "properties": {}}
         if not isinstance(schema, dict):
             raise RequestError(400, f"the parameters of {name} must be a JSON schema", param=f"tools[{i}].parameters")
-        if schema.get("properties") == {}:  # a function without arguments is called without any
+        bare = not schema.get("required") and schema.keys() <= NO_ARGUMENTS
+        if bare and schema.get("properties") == {}:  # a function without arguments is called without any
             schema = {"additionalProperties": False, **schema}
         parameters[name] = schema
     if choice in (None, "auto", ""):

@@ -234,9 +234,11 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"attention_mask must be (batch, tokens), got {tuple(attention_mask.shape)}")
         use_cache = c.use_cache if use_cache is None else use_cache
         checkpointed = any(block.gradient_checkpointing for block in self.transformer["h"])
+        cache = past_key_values if cache is None else cache
         if self.training and checkpointed and torch.is_grad_enabled():
             use_cache = False  # what a layer computes twice must not be cached twice
-        cache = past_key_values if cache is None else cache
+            if cache is not None:
+                raise ValueError("training with activation checkpointing takes no cache: pass none, or turn it off")
         if use_cache and cache is None:
             cache = DynamicCache()
         past = int(cache.get_seq_length()) if cache is not None else 0
