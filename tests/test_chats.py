@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.data import chat_store, chats, json_stream
-from nanochat.data.chat_exports import OTHER_ANSWER
+from nanochat.data import chat_people, chat_store, chats, json_stream
+from nanochat.data.chat_exports import FILE_LEFT_OUT, OTHER_ANSWER, TO_TOOL
 from nanochat.data.chat_templates import BEFORE_TURNS, THOUGHT_LEFT_OUT
 from nanochat.data.chats import ChatSource, load_chats, look_at_chats, show_learned
 from nanochat.data.inventory import Inventory, UnusableInputError
-from nanochat.data.text_walk import ReadOptions
+from nanochat.data.text_walk import CONVERT, ReadOptions
 from nanochat.pipeline.profiles import Settings, choose_profile
 from nanochat.pipeline.run import Config as PipelineConfig
 from nanochat.pipeline.run import main as run_pipeline
@@ -563,7 +564,7 @@ def test_jan_s_threads_and_mattermosts_posts(tmp_path: Path) -> None:
 
 
 def test_questions_without_answers_ties_and_tags_are_told(tmp_path: Path) -> None:
-    turns = {"question_id": 81, "turns": ["Write a post.", "Shorten it."]}
+    turns = {"question_id": 81, "category": "writing", "turns": ["Write a post.", "Shorten it."]}
     with pytest.raises(UnusableInputError, match="questions one after the other, without answers"):
         look(dump(tmp_path / "a.jsonl", turns, turns))
     tie = {"conversation_a": asked("q", "a"), "conversation_b": asked("q", "b"), "winner": "tie"}
@@ -716,12 +717,13 @@ def test_telegram_and_its_kin(tmp_path: Path) -> None:
 
 
 def chats_hours(date: str) -> float:
-    from nanochat.data.chat_logs import read_entry
+    from nanochat.data.chat_logs import read_entries
 
-    found = read_entry({"date": date, "type": "message", "from": "x", "text": ""})
+    found = read_entries({"date": date, "type": "message", "from": "x", "text": ""})
     assert found is not None
-    assert found[1].hours is not None
-    return found[1].hours
+    (entry,) = found[1]
+    assert entry.hours is not None
+    return entry.hours
 
 
 def test_in_a_group_the_names_stand_before_what_others_say(tmp_path: Path) -> None:
@@ -1384,3 +1386,158 @@ def test_a_written_text_is_looked_at_like_a_record(tmp_path: Path) -> None:
     assert inventory.left_out[chats.NO_PICTURES].count == 1
     assert "1 × an answer with <think> in it, learned as it is" in inventory.notes
     assert f"1 × {BEFORE_TURNS}" in inventory.notes
+
+
+# --- what looks like something else -----------------------------------------------------------------------------------
+
+
+ANSWERED = {"instruction": "Hi", "output": "Hello!"}
+NOT_OF_A_LOG: dict[str, tuple[dict[str, Any], str]] = {
+    "a list as the type": ({"type": ["math"], **ANSWERED}, HI),
+    "a user's line": ({"type": "user", "user": "Hi", "bot": "Hello!"}, HI),
+    "who made a conversation": ({"creator": {"name": "x"}, "created_date": "2024-01-01", "messages": PAIR}, HI),
+    "a definition": ({"question": "Hi", "answer": "Hello!", "definition": "It is Hello"}, HI),
+    "the definition of a task": ({"definition": ["Be brief"], "input": "Hi", "output": ["Hello!"]}, SYS + HI),
+    "a row of a task": ({"definition": "Be brief", "inputs": "Hi", "targets": "Hello!"}, SYS + HI),
+    "a whole task": (
+        {
+            "Definition": ["Be brief"],
+            "Categories": ["x"],
+            "Instances": [{"id": "1", "input": "Hi", "output": ["Hello!"]}],
+        },
+        SYS + HI,
+    ),
+    "who takes part": ({"speakers": ["Ann", "Bob"], "dialogue": ["Hi", "Hello!", "2+2?", "4"]}, TWO),
+    "no speakers": ({"speakers": [], "dialogue": ["Hi", "Hello!"]}, HI),
+    "turns with a number": ({"question_id": 1, "turns": ["Hi", "Hello!"]}, HI),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OF_A_LOG)
+def test_a_key_of_another_form_does_not_take_a_record_away(name: str, tmp_path: Path) -> None:
+    record, expected = NOT_OF_A_LOG[name]
+    assert look(dump(tmp_path / "a.jsonl", *[record] * 3))[0] == [expected] * 3
+
+
+def test_odd_messages_in_a_list_and_in_depth_end_with_a_sentence(tmp_path: Path) -> None:
+    odd = [{**PAIR[0], "type": ["x"]}, PAIR[1]]
+    (tmp_path / "a.json").write_text(json.dumps(odd))
+    assert look(tmp_path / "a.json")[0] == [HI]
+    (tmp_path / "b.json").write_text(
+        json.dumps([{**PAIR[0], "ts": 1, "type": "message", "user_profile": "x"}, PAIR[1]])
+    )
+    assert look(tmp_path / "b.json")[0] == [HI]
+    for depth in (400, 440, 480, 5000):  # how deep Python goes differs by version
+        (tmp_path / "c.json").write_text('{"chats": [' * depth + json.dumps({"messages": PAIR}) + "]}" * depth)
+        inventory = look_at_chats(ChatSource(str(tmp_path / "c.json")))
+        assert inventory.num_read or "RecursionError" in inventory.stop or "nested too deeply" in inventory.stop
+
+
+def test_a_channel_of_people_and_mattermosts_threads(tmp_path: Path) -> None:
+    rows = [
+        {"type": "channel", "channel": "general", "sender": who, "text": text, "date": f"2024-01-01T10:0{i}:00"}
+        for i, (who, text) in enumerate((("Ann", "Hi"), ("Bob", "Hello!")))
+    ]
+    assert look(dump(tmp_path / "a.jsonl", *rows), me="Bob")[0] == [HI]
+    reply = {"user": "Bob", "message": "Hello!", "create_at": 2}
+    post = {"user": "ann", "message": "Hi", "create_at": 1, "replies": [reply]}
+    head = {"type": "version", "version": 1, "info": {"generator": "mattermost"}}
+    channel = {"type": "post", "post": {"team": "t", "channel": "c", **post}}
+    direct = {"type": "direct_post", "direct_post": {"channel_members": ["ann", "Bob"], **post}}
+    assert look(dump(tmp_path / "b.jsonl", head, channel, direct), me="Bob")[0] == [HI, HI]
+
+
+def test_edits_replies_and_servers_of_matrix(tmp_path: Path) -> None:
+    def said(i: int, who: str, text: str, **more: Any) -> dict[str, Any]:
+        content = {"msgtype": "m.text", "body": text, **more}
+        row = {"type": "m.room.message", "sender": who, "content": content}
+        return {**row, "event_id": f"${i}", "origin_server_ts": i}
+
+    edit = {"m.relates_to": {"rel_type": "m.replace", "event_id": "$2"}}
+    new = {"m.new_content": {"msgtype": "m.text", "body": "Hello!"}}
+    reply = {"m.relates_to": {"m.in_reply_to": {"event_id": "$1"}}}
+    rows = [
+        said(1, "@ann:a", "Hi"),
+        said(2, "@bob:a", "Helo"),
+        said(3, "@bob:a", "* Hello!", **edit, **new),
+        said(4, "@ann:a", "> <@bob:a> Hello!\n> you\n\n2+2?", **reply),
+        said(5, "@bob:a", "4"),
+    ]
+    (tmp_path / "a.json").write_text(json.dumps({"messages": rows}))
+    assert look(tmp_path / "a.json", me="bob")[0] == [TWO]
+    two = [said(1, "@bob:b", "Hi"), said(2, "@bob:a", "Hello!")]
+    assert look(dump(tmp_path / "b.jsonl", *two), me="bob:a")[0] == [HI]
+
+
+def test_the_branch_that_was_kept_and_what_stands_beside_it(tmp_path: Path) -> None:
+    def notes(record: Any) -> str:
+        (tmp_path / "a.json").write_text(json.dumps(record))
+        texts, inventory = look(tmp_path / "a.json")
+        assert texts == [HI]
+        return "\n".join(inventory.notes)
+
+    thought, other, file, tool = (f"1 × {what}" for what in (THOUGHT_LEFT_OUT, OTHER_ANSWER, FILE_LEFT_OUT, TO_TOOL))
+    answers = [{"value": "Hel"}, {"kind": "thinking", "value": "secret"}, {"value": "lo!"}, {"kind": "textEditGroup"}]
+    asked = {"message": "Hi", "response": [*answers, {"kind": "toolInvocationSerialized"}]}
+    found = notes({"responderUsername": "GitHub Copilot", "requests": [asked]})
+    assert all(what in found for what in (thought, file, tool))
+    linked = {"kind": "inlineReference", "inlineReference": {"path": "/src/a.py", "scheme": "file"}}
+    path = dump(tmp_path / "b.json", {"responderUsername": "x", "requests": [{**asked, "response": [linked]}]})
+    assert look(path)[0] == ["user: Hi\nassistant: «`a.py`»"]
+    rows = (("1", "human", "Hi", None), ("2", "ASSISTANT", "Old", "1"), ("3", "ASSISTANT", "Hello!", "1"))
+    said = [{"_id": i, "sender": who, "message": text, "parent_response_id": up} for i, who, text, up in rows]
+    assert other in notes({"conversation": {"id": "x"}, "responses": [{"response": one} for one in said]})
+    seek = json.loads(json.dumps(PROGRAMS["deepseek"]))
+    old = {"fragments": [{"type": "RESPONSE", "content": "Old"}]}
+    seek["mapping"] = {"old": {"parent": "1", "children": [], "message": old}, **seek["mapping"]}
+    seek["mapping"]["1"]["message"]["files"] = [{"name": "a.pdf"}]
+    found = notes(seek)
+    assert other in found
+    assert file in found
+    ids = {"messageId": "2", "parentMessageId": "1", "isCreatedByUser": False, "sender": "GPT-4", "createdAt": ANN_HI}
+    parts = [{"type": "think", "think": "secret"}, {"type": "text", "text": "Hello!"}]
+    first = {**ids, "messageId": "1", "parentMessageId": "0", "isCreatedByUser": True, "sender": "User", "text": "Hi"}
+    for answer in ({**ids, "content": parts}, {**ids, "text": "", "content": parts}):
+        assert thought in notes({"messages": [first, answer]})
+
+
+@pytest.mark.parametrize(
+    ("lines", "answer"),
+    [
+        (["[2024-01-01 10:00:00] <Ann> Hi", "[2024-01-01 10:01:00] <Bob> Hello!"], "Hello!"),
+        (
+            ["10:01:05\t From  Ann : Hi", "10:01:15\t From Bob to Everyone:", "\tx:", "\t    12:30 y", "\t---", "\tz"],
+            "x:\n    12:30 y\n---\nz",
+        ),
+        (["10:00 <Ann> Hi", "10:01 <Bob> Hello!", "12:30 is when we meet", "10:02 -!- Cy [c@h] has joined"], None),
+        (["10:00 <Ann> Hi", "10:01 <Bob> Hello!", "--- Day changed Tue Jan 02 2024", "20:00 <Bob> Yo"], "Hello!"),
+    ],
+)
+def test_lines_of_a_message_and_days_of_a_log_with_clocks(lines: list[str], answer: str | None, tmp_path: Path) -> None:
+    (tmp_path / "chat.txt").write_text("\n".join(lines) + "\n")
+    expected = answer or "Hello!\n12:30 is when we meet"
+    assert look(tmp_path / "chat.txt", me="Bob")[0] == [f"user: Hi\nassistant: «{expected}»"]
+
+
+def test_a_line_that_is_almost_one_of_zoom_costs_no_time() -> None:
+    begun = time.process_time()
+    for filler in ("a to ", " "):
+        assert chat_people.read_log("10:00 From " + filler * 20_000) is None
+    assert time.process_time() - begun < 2
+
+
+def test_files_that_stand_in_the_way_of_chats_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    (folder / "a.md").write_text("User: Hi\nBot: Hello!\n")
+    (folder / "a.txt").symlink_to("a.md")
+    (folder / "b.jsonl.part").write_text("{")
+    texts, inventory = look(folder)
+    assert texts == [HI]
+    assert inventory.left_out[CONVERT[".part"]].examples == ["b.jsonl.part"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("c.jsonl", "c.jsonl~"):
+            archive.writestr(name, json.dumps({"messages": PAIR}))
+    texts, inventory = look(tmp_path / "a.zip")
+    assert texts == [HI]
+    assert inventory.left_out["an editor's copy of a file"].examples == ["c.jsonl~"]

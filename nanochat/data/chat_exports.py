@@ -51,13 +51,16 @@ def unwrapped(record: Any, notes: Counter[str]) -> Iterator[Any]:
                 yield {"question": pattern, "answer": responses[i % len(responses)] if responses else ""}
     elif isinstance(inner := record.get("histories"), dict) and isinstance(inner.get("histories"), list):
         yield from inner["histories"]  # Character.AI
-    elif isinstance(record.get("instances"), list):  # Self-Instruct: inputs and outputs of one instruction
-        yield from ({**record, "instances": None, **one} for one in filter(_is_object, record["instances"]))
+    elif key := next((key for key in ("instances", "Instances") if isinstance(record.get(key), list)), None):
+        # Self-Instruct, Super-NaturalInstructions: inputs and outputs of one instruction.
+        yield from ({**record, key: None, **one} for one in filter(_is_object, record[key]))
     elif isinstance(record.get("conversation"), dict) and isinstance(record.get("responses"), list):  # Grok
         said = [r["response"] for r in filter(_is_object, record["responses"]) if isinstance(r.get("response"), dict)]
-        yield {"messages": [{"role": str(m.get("sender")), "content": m.get("message")} for m in said]}
+        yield {"messages": _of_grok(said, notes)}
     elif isinstance(record.get("requests"), list) and "responderUsername" in record:
-        yield {"messages": [message for r in filter(_is_object, record["requests"]) for message in _of_editor(r)]}
+        yield {
+            "messages": [message for r in filter(_is_object, record["requests"]) for message in _of_editor(r, notes)]
+        }
     elif isinstance(record.get("conversation_a"), list) and isinstance(record.get("conversation_b"), list):
         sides = {"model_a": "ab", "model_b": "ba"}.get(str(record.get("winner")))
         if sides is None:
@@ -95,11 +98,39 @@ def _of_api(request: dict[str, Any], response: dict[str, Any], notes: Counter[st
     return {"messages": [*asked, answer]}
 
 
-def _of_editor(request: dict[str, Any]) -> list[Message]:
+def _of_editor(request: dict[str, Any], notes: Counter[str]) -> list[Message]:
     """A question to Copilot in an editor, and its answer, whose pieces that are no text are left out."""
-    asked, parts = request.get("message") or {}, request.get("response") or []
-    texts = [part["value"] for part in filter(_is_object, parts) if isinstance(part.get("value"), str)]
-    return [{"role": "user", "content": asked.get("text")}, {"role": "assistant", "content": "".join(texts)}]
+    asked, texts = request.get("message") or {}, list[str]()
+    for part in filter(_is_object, request.get("response") or []):
+        kind, value = str(part.get("kind")), part.get("value")
+        if kind == "inlineReference":  # a file or a name in the code, shown as a link
+            at = part.get("inlineReference")
+            known: dict[str, Any] = at if isinstance(at, dict) else {}
+            inner = known.get("uri")
+            uri = inner if isinstance(inner, dict) else known
+            name = part.get("name") or known.get("name") or str(uri.get("path") or "").rpartition("/")[2]
+            texts.append(f"`{name}`" if name else "")
+        elif kind == "thinking":
+            notes[THOUGHT_LEFT_OUT] += 1
+        elif isinstance(value, str):
+            texts.append(value)
+        elif kind not in ("undoStop", "codeblockUri"):  # these only say where something is
+            notes[TO_TOOL if "tool" in kind.lower() else FILE_LEFT_OUT] += 1
+    question = asked if isinstance(asked, str) else asked.get("text")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": "".join(texts)}]
+
+
+def _of_grok(said: list[dict[str, Any]], notes: Counter[str]) -> list[Message]:
+    """The branch of Grok's messages that ends with the last; one that names none before it follows the one above."""
+    values: list[dict[str, Any]] = []
+    names = [str(value.get("_id") or i) for i, value in enumerate(said)]
+    for i, value in enumerate(said):
+        by_user = ROLE_OF.get(str(value.get("sender")).lower(), "user") == "user"
+        before = str(value.get("parent_response_id"))
+        before = before if before in names[:i] else names[i - 1] if i else ""
+        node = {"messageId": names[i], "parentMessageId": before, "text": value.get("message")}
+        values.append({**node, "isCreatedByUser": by_user})
+    return _read_replies(values, notes) if values else []
 
 
 def _of_activity(record: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +231,7 @@ def read_mes(record: dict[str, Any], notes: Counter[str]) -> Message | None:
 
 
 def _is_librechat(value: Any) -> bool:
-    return isinstance(value, dict) and {"isCreatedByUser", "messageId", "parentMessageId", "text"} <= value.keys()
+    return isinstance(value, dict) and {"isCreatedByUser", "messageId", "parentMessageId"} <= value.keys()
 
 
 def _read_replies(values: list[dict[str, Any]], notes: Counter[str]) -> list[Message]:
@@ -211,7 +242,21 @@ def _read_replies(values: list[dict[str, Any]], notes: Counter[str]) -> list[Mes
         name = branch[-1]["parentMessageId"]
     notes[OTHER_ANSWER] += sum(not node["isCreatedByUser"] for node in nodes.values())
     roles = {True: "user", False: "assistant"}
-    return [{"role": roles[bool(v["isCreatedByUser"])], "content": str(v["text"] or "")} for v in branch[::-1]]
+    return [{"role": roles[bool(v["isCreatedByUser"])], "content": _reply_text(v, notes)} for v in branch[::-1]]
+
+
+def _reply_text(value: dict[str, Any], notes: Counter[str]) -> str:
+    """What a message of LibreChat says: its text, or the pieces of its content that are text."""
+    if value.get("text"):
+        return str(value["text"])
+    texts = list[str]()
+    for part in filter(_is_object, value.get("content") or []):
+        kind, text = str(part.get("type")), part.get("text")
+        if kind == "text":
+            texts.append(str(text.get("value") if isinstance(text, dict) else text or ""))
+        else:
+            notes[THOUGHT_LEFT_OUT if kind == "think" else TO_TOOL if "tool" in kind else FILE_LEFT_OUT] += 1
+    return "".join(texts)
 
 
 def _read_webui(pairs: list[Any]) -> list[Message]:
@@ -253,6 +298,7 @@ def _read_chatgpt(record: dict[str, Any], notes: Counter[str]) -> list[Message]:
         node = mapping[node].get("parent")
         if isinstance(message.get("fragments"), list):  # DeepSeek
             messages += _fragments(message["fragments"], notes)[::-1]
+            notes[FILE_LEFT_OUT] += len(message.get("files") or [])
             continue
         role = (message.get("author") or {}).get("role")
         content = message.get("content") or {}
@@ -274,8 +320,11 @@ def _read_chatgpt(record: dict[str, Any], notes: Counter[str]) -> list[Message]:
             messages.append({"role": role, "content": text})
     others = [n.get("message") or {} for name, n in mapping.items() if name not in seen]
     notes[OTHER_ANSWER] += sum(
-        (m.get("author") or {}).get("role") == "assistant"
-        and (m.get("content") or {}).get("content_type") in ("text", "multimodal_text")
+        any(_is_object(part) and part.get("type") == "RESPONSE" for part in m.get("fragments") or [])
+        or (
+            (m.get("author") or {}).get("role") == "assistant"
+            and (m.get("content") or {}).get("content_type") in ("text", "multimodal_text")
+        )
         for m in others
     )
     return messages[::-1]

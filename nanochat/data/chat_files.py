@@ -20,13 +20,13 @@ import yaml
 
 from nanochat.data.charset import Repairs, Utf8Stream
 from nanochat.data.chat_forms import ANSWER_KEYS, ASKED_KEYS, is_message
-from nanochat.data.chat_logs import read_entry
+from nanochat.data.chat_logs import read_entries
 from nanochat.data.corpus import open_parquet
 from nanochat.data.inventory import Inventory, NotReadError
 from nanochat.data.json_stream import Broken, Placed, json_records
 from nanochat.data.packed import damage_named, is_archive, is_hidden, members, unpacked, what_it_is
 from nanochat.data.tables import LONGEST_FIELD, SAMPLE_LINES, detect_dialect
-from nanochat.data.text_walk import CODE, NO_TEXT, UNFINISHED, files_below
+from nanochat.data.text_walk import CODE, CONVERT, NO_TEXT, UNFINISHED, files_below
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,6 +43,7 @@ NO_CHATS = (NO_TEXT | CODE | UNFINISHED | {*PAGES, ".md"}) - {".yaml", ".yml", "
 AS_PAGE = " that can be read (export the chat as JSON or text)"
 # A conversation is an object or an array of messages; "[05.01.24, 21:03:11] Ann: hi" is a line of a chat's export.
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{|\[\s*(?:[\[{"\]]|\Z))')
+MALFORMED = (AttributeError, TypeError, KeyError, IndexError, RecursionError)  # a record that breaks its form's rules
 HUB = "hf:"  # hf:owner/name, hf:owner/name@split, hf:owner/name:config@split
 BATCH = 256  # rows of parquet or Arrow in memory
 
@@ -65,24 +66,32 @@ def open_contents(path: Path, inventory: Inventory) -> Iterator[Content]:
         for file in sorted(path.glob("data-*.arrow")):
             yield from _open_file(file, file.name, inventory)
     elif path.is_dir():
-        files = {file.shown: file.path for file in files_below(path, inventory)}
+        files = {file.shown: file.path for file in files_below(path, inventory, unread=_is_no_chat)}
         for name in _learned(list(files), inventory, "file"):
             yield from _open_file(Path(files[name]), name, inventory)
     else:
         yield from _open_file(path, str(path), inventory)
 
 
+def _is_no_chat(name: str) -> bool:
+    """True of a file that can't be a conversation, by its name; chat.md is an export of Signal."""
+    file = PurePosixPath(name.lower())
+    return file.suffix in NO_CHATS and file.name != "chat.md"
+
+
 def _learned(names: list[str], inventory: Inventory, kind: str) -> list[str]:
     """Without what is hidden, can't be a conversation, or is kept for measuring."""
     wanted = []
     for name in names:
-        parts = PurePosixPath(name).parts
         if is_hidden(name):
             inventory.leave_out("hidden", kind, name, matters=False)
-        elif PurePosixPath(name).suffix.lower() in NO_CHATS and parts[-1].lower() != "chat.md":  # an export of Signal
+        elif name.endswith("~"):
+            inventory.leave_out("an editor's copy of a file", kind, name, matters=False)
+        elif _is_no_chat(name):
             suffix = PurePosixPath(name).suffix.lower()
             reason = f"no conversations{AS_PAGE if suffix in PAGES else ''}"
-            inventory.leave_out(reason, suffix, name, matters=False)
+            unfinished = suffix in UNFINISHED
+            inventory.leave_out(CONVERT[suffix] if unfinished else reason, suffix, name, matters=unfinished)
         else:
             wanted.append(name)
     kept = [name for name in wanted if KEPT_BACK.fullmatch(PurePosixPath(name).name)]
@@ -176,11 +185,19 @@ def _text_records(
         yield from _table_rows(text, note, by_number)
     elif PARSED.intersection(suffixes):
         parsed = io.StringIO(json.dumps(_parsed(text, suffixes), default=str))
-        yield from json_records(parsed, lambda value: is_message(value) and read_entry(value) is None)
+        yield from json_records(parsed, _is_turn)
     elif is_json or ".json" in suffixes or ".jsonl" in suffixes:
-        yield from json_records(text, lambda value: is_message(value) and read_entry(value) is None)
+        yield from json_records(text, _is_turn)
     else:
         yield "the text", {"text": text.read(), "name": name}
+
+
+def _is_turn(value: Any) -> bool:
+    """True of a message of a conversation with a model: an array of them is one record. Those of people are many."""
+    try:
+        return is_message(value) and read_entries(value) is None
+    except MALFORMED:
+        return True  # whoever reads the array says what is wrong, and where
 
 
 def _parsed(text: TextIO, suffixes: list[str]) -> Any:

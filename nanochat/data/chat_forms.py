@@ -26,13 +26,7 @@ LIST_KEYS = (
     *("data", "items", "history", "thread"),
 )
 SYSTEM_KEYS = (
-    "system",
-    "system_prompt",
-    "system_message",
-    "system_instruction",
-    "systemInstruction",
-    "systemPrompt",
-    "definition",
+    *("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "systemPrompt"),
 )
 # Questions and answers go by these names; a record with one of each is a conversation of two turns.
 ASKED_KEYS = (
@@ -123,6 +117,11 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None, notes: Counte
     if not isinstance(record, dict):
         raise NotAConversation(f"expected an object or a list of messages, found {record!r:.60}")
     record = {key: value for key, value in record.items() if value is not None and isinstance(key, str)}
+    for key in ("definition", "Definition"):  # of Super-NaturalInstructions; that of a word is another thing
+        texts = record.get(key)
+        is_task = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+        if "system" not in record and (is_task or {key, "inputs", "targets"} <= record.keys()):
+            record["system"] = record.pop(key)
     for mark in MARKS:
         if mark in record and is_off(record[mark]):
             raise Marked(f"marked as not to be learned ({mark}: {record[mark]})")
@@ -177,11 +176,13 @@ def _read_dict(
     for key in LIST_KEYS:
         value = _decoded(record.get(key))
         if isinstance(value, list) and value and not (key == "history" and _first(record, ANSWER_KEYS)):
-            if key == "turns" and "question_id" in record and all(isinstance(turn, str) for turn in value):
+            is_asked = {"question_id", "category"} <= record.keys() and all(isinstance(turn, str) for turn in value)
+            if key == "turns" and is_asked:
                 raise NotAConversation("questions one after the other, without answers")  # MT-bench
             used |= {key, *SYSTEM_KEYS}
             form, messages = _read_list(value, notes)
-            if form == "list of turns" and isinstance(speakers := record.get("speakers"), list):
+            speakers = record.get("speakers")
+            if form == "list of turns" and isinstance(speakers, list) and len(speakers) == len(messages):
                 used.add("speakers")
                 _take_turns(messages, speakers)
             return _list_form(key, form), [*_system(record, messages), *messages]
@@ -219,8 +220,8 @@ def _read_list(values: list[Any], notes: Counter[str]) -> tuple[str, list[Messag
 
 def _take_turns(messages: list[Message], speakers: list[Any]) -> None:
     """Give what two people say to user and assistant; the first who speaks is the user."""
-    if len(speakers) != len(messages) or len(set(map(str, speakers))) > 2:
-        raise NotAConversation("not two speakers, one for each turn")
+    if len(set(map(str, speakers))) > 2:
+        raise NotAConversation("more than two speakers")
     for message, who in zip(messages, speakers, strict=True):
         message["role"] = "user" if who == speakers[0] else "assistant"
 

@@ -46,6 +46,10 @@ class LogEntry(NamedTuple):
     """Since some fixed time; None where it is not known."""
     chat: str = ""
     """Which of several chats in one file it is of."""
+    ident: str = ""
+    """Its own name, where the export has one."""
+    edits: str = ""
+    """The `ident` of the entry in whose place this one was written later."""
 
 
 # Lines of Signal's export that hold no message.
@@ -53,7 +57,7 @@ _SIGNAL_LINES = frozenset(("chat", "stickerPack", "adHocCall", "notificationProf
 
 
 # Lines of Mattermost's export that hold no post.
-_MATTERMOST_LINES = frozenset(("version", "team", "channel", "user", "emoji", "role", "scheme", "direct_channel"))
+_MATTERMOST_LINES = frozenset(("team", "channel", "user", "bot", "emoji", "role", "scheme", "direct_channel"))
 
 
 class UnknownPersonError(ValueError):
@@ -68,7 +72,12 @@ def conversations_of_log(entries: Iterable[LogEntry], me: str | None, notes: Cou
     Raises:
         UnknownPersonError: `me` is not set or nobody there; names the people.
     """
-    said = [entry for entry in entries if entry.text.strip() or _skip(notes)]
+    entries = list(entries)
+    idents = {entry.ident for entry in entries} - {""}
+    edits = sorted((entry for entry in entries if entry.edits in idents), key=lambda entry: entry.hours or 0.0)
+    edited = {entry.edits: entry.text for entry in edits}  # of several the last
+    kept = [e._replace(text=edited.get(e.ident, e.text)) for e in entries if e.edits not in idents]
+    said = [entry for entry in kept if entry.text.strip() or _skip(notes)]
     people = Counter(entry.who for entry in said)
     mine = {name for name in people if me is not None and name.strip().casefold() == me.strip().casefold()}
     if not mine:
@@ -122,10 +131,32 @@ def _skip(notes: Counter[str]) -> bool:
 # --- records that are one message of a chat ---------------------------------------------------------------------------
 
 
-def read_entry(record: Any) -> tuple[str, LogEntry] | None:
-    """(name of the program, entry) of a record of an export, None if it is none."""
+def read_entries(record: Any) -> tuple[str, list[LogEntry]] | None:
+    """(name of the program, entries) of a record of an export, None if it is none; several are a post and replies."""
     if not isinstance(record, dict):
         return None
+    if isinstance(kind := record.get("type"), str):
+        if kind in ("post", "direct_post") and isinstance(record.get(kind), dict):
+            return "mattermost", _mattermost_posts(record[kind])
+        is_line = kind in _MATTERMOST_LINES and isinstance(record.get(kind), dict) and len(record) == 2
+        is_head = isinstance(record.get("version"), int) and record.keys() <= {"type", "version", "info"}
+        if is_line or (is_head and kind == "version"):
+            return "mattermost", [LogEntry("", "", 0.0)]
+    found = _read_entry(record)
+    return found and (found[0], [found[1]])
+
+
+def _mattermost_posts(post: dict[str, Any]) -> list[LogEntry]:
+    """A post of Mattermost's export and what was replied to it."""
+    members = post.get("channel_members")
+    chat = ", ".join(map(str, members)) if isinstance(members, list) else f"{post.get('team')}/{post.get('channel')}"
+    return [
+        LogEntry(_name(one.get("user")), str(one.get("message") or ""), _number(one.get("create_at"), 3.6e6), chat)
+        for one in (post, *(post.get("replies") or []))
+    ]
+
+
+def _read_entry(record: dict[str, Any]) -> tuple[str, LogEntry] | None:
     if "date" in record and "type" in record and ("from" in record or "actor" in record) and "text" in record:
         text = record["text"] if record["type"] == "message" and not record.get("forwarded_from") else ""
         return "telegram", LogEntry(_name(record.get("from")), _plain(text), _iso_hours(record["date"]))
@@ -158,19 +189,19 @@ def read_entry(record: Any) -> tuple[str, LogEntry] | None:
         return "skype or teams", LogEntry(_name(name), text, _iso_hours(record["originalarrivaltime"]))
     if str(record.get("type", "")).startswith("m.") and "sender" in record and isinstance(record.get("content"), dict):
         said = record["content"] if record["type"] == "m.room.message" else {}
+        relation = said.get("m.relates_to") or {}
+        edits = str(relation.get("event_id") or "") if relation.get("rel_type") == "m.replace" else ""
+        said = (said.get("m.new_content") or said) if edits else said
         text = str(said.get("body") or "") if said.get("msgtype") in ("m.text", "m.emote", "m.notice") else ""
-        name = str(record["sender"]).removeprefix("@").partition(":")[0]
-        return "matrix", LogEntry(name, text, _number(record.get("origin_server_ts"), 3.6e6))
-    if isinstance(record.get("creator"), dict) and "created_date" in record:
+        if "m.in_reply_to" in relation:  # what it replies to stands before it, for programs that know no replies
+            text = re.sub(r"\A> (?:\* )?<[^\n]*\n(?:>[^\n]*\n)*\n?", "", text)
+        hours, ident = _number(record.get("origin_server_ts"), 3.6e6), str(record.get("event_id") or "")
+        return "matrix", LogEntry(str(record["sender"]).removeprefix("@"), text, hours, ident=ident, edits=edits)
+    is_google = isinstance(record.get("creator"), dict) and "created_date" in record
+    if is_google and ("text" in record or "message_id" in record) and _NO_LOG.isdisjoint(record):
         return "google chat", LogEntry(
             _name(record["creator"].get("name")), str(record.get("text") or ""), _written_hours(record["created_date"])
         )
-    if isinstance(post := record.get("post"), dict) and record.get("type") == "post":
-        channel = f"{post.get('team')}/{post.get('channel')}"
-        hours = _number(post.get("create_at"), 3.6e6)
-        return "mattermost", LogEntry(_name(post.get("user")), str(post.get("message") or ""), hours, channel)
-    if record.get("type") in _MATTERMOST_LINES and record["type"] in record:
-        return "mattermost", LogEntry("", "", 0.0)
     return _read_any(record)
 
 
@@ -193,7 +224,7 @@ WHERE = (
 _NO_LOG = frozenset(
     (
         *("role", "question", "answer", "prompt", "response", "instruction", "input", "output", "title", "assistant"),
-        *("bot", "completion", "chosen", "messages", "conversations"),
+        *("bot", "completion", "chosen", "messages", "conversations", "isCreatedByUser"),
     )
 )
 
@@ -274,6 +305,14 @@ def slack_people(path: Path) -> dict[str, str]:
         return {p["id"]: (p.get("profile") or {}).get("real_name") or p.get("real_name") or p["name"] for p in people}
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError, zipfile.BadZipFile):
         return {}
+
+
+def local_names(entries: Iterable[LogEntry]) -> list[LogEntry]:
+    """Matrix's people without their server, where no other server has one of that name."""
+    entries = list(entries)
+    times = Counter(who.partition(":")[0] for who in {entry.who for entry in entries})
+    names = {entry.who: entry.who.partition(":")[0] for entry in entries}
+    return [e._replace(who=names[e.who]) if times[names[e.who]] == 1 else e for e in entries]
 
 
 def named(entry: LogEntry, people: Mapping[str, str]) -> LogEntry:

@@ -235,16 +235,22 @@ def _read_imessage(lines: Sequence[str]) -> Iterator[LogEntry]:
 
 # --- a clock before every entry, perhaps no day: IRC's logs, and the chat beside a meeting of Zoom --------------------
 
-_CLOCKED = re.compile(r"(?:---|\[?(?:\d{4}-\d\d-\d\d[ T])?\d{1,2}:\d\d\b)")
+# Who came and went.
+_IRC_NEWS = re.compile(r"---|\[?(?:\d{4}-\d\d-\d\d[ T])?\d{1,2}:\d\d(?::\d\d)?\]?\s+[*<=-]")
 _IRC = re.compile(
     rf"\[?(?P<day>\d{{4}}-\d\d-\d\d)?[ T]?{_CLOCK}\]?(?:\s+<[ @+%~&]?|\t[@+%~&]?)"
     r"(?P<who>[\w\[\]\\^{}|`][^<>\s]{0,40})(?:>\s|\t)(?P<text>.*)"
 )
-_ZOOM = re.compile(rf"(?P<day>\d{{4}}-\d\d-\d\d)?\s?{_CLOCK}\s+From\s+(?P<who>.+?)(?:\s+to\s+.+?)?\s*:\s*(?P<text>.*)")
+_ZOOM = re.compile(  # lengths are limited: a line that is none must not take seconds
+    rf"(?P<day>\d{{4}}-\d\d-\d\d)?\s?{_CLOCK}\s+From\s{{1,4}}(?P<who>.{{1,80}}?)(?:\s+to\s+.{{1,80}}?)?"
+    r"\s{0,4}:\s*(?P<text>.*)"
+)
 
 
-def _read_clocked(entry: re.Pattern[str]) -> Callable[[Sequence[str]], Iterator[LogEntry]]:
-    """How to read such a log; an earlier clock than the one before is of the next day."""
+def _read_clocked(
+    entry: re.Pattern[str], news: re.Pattern[str] | None = None
+) -> Callable[[Sequence[str]], Iterator[LogEntry]]:
+    """How to read such a log, with its own `news`; an earlier clock than the one before is of the next day."""
 
     def read(lines: Sequence[str]) -> Iterator[LogEntry]:
         found: list[tuple[str, list[str], float]] = []
@@ -260,12 +266,13 @@ def _read_clocked(entry: re.Pattern[str]) -> Callable[[Sequence[str]], Iterator[
                     midnight += 24
                 hours = midnight + hour + minute / 60
                 found.append((match["who"].strip(), [match["text"]], hours))
-            elif _CLOCKED.match(line):
-                found.append(("", [], hours))  # who came and went
+            elif news is not None and news.match(line):
+                midnight += 24 * line.startswith("--- Day changed")
+                found.append(("", [], hours))
             elif found:
-                found[-1][1].append(line.strip())
+                found[-1][1].append(line.removeprefix("\t").rstrip())
         for who, texts, when in found:
-            yield LogEntry(who, "\n".join(texts).strip() if who else "", when)
+            yield LogEntry(who, "\n".join(texts).strip("\n").rstrip() if who else "", when)
 
     return read
 
@@ -274,8 +281,8 @@ _FORMS: tuple[tuple[str, Callable[[str], bool], Callable[[Sequence[str]], Iterat
     ("line", lambda line: _LINE_ENTRY.match(line) is not None, _read_daily(_LINE_ENTRY)),
     ("kakaotalk", lambda line: _KAKAO_ENTRY.match(line) is not None, _read_daily(_KAKAO_ENTRY)),
     ("imessage", lambda line: _IMESSAGE.fullmatch(line) is not None, _read_imessage),
+    ("irc", lambda line: _IRC.match(line) is not None, _read_clocked(_IRC, _IRC_NEWS)),
+    ("zoom", lambda line: _ZOOM.match(line) is not None, _read_clocked(_ZOOM)),
     ("discord or teams", lambda line: _NAMED.fullmatch(_plain(line)) is not None, _read_named),
     ("whatsapp", _is_timed, _read_timed),
-    ("irc", lambda line: _IRC.match(line) is not None, _read_clocked(_IRC)),
-    ("zoom", lambda line: _ZOOM.match(line) is not None, _read_clocked(_ZOOM)),
 )

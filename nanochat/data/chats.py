@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 
 from nanochat.data.charset import Repairs
 from nanochat.data.chat_exports import read_mes, unwrapped
-from nanochat.data.chat_files import HUB, Content, file_records, hub_records, open_contents
+from nanochat.data.chat_files import HUB, MALFORMED, Content, file_records, hub_records, open_contents
 from nanochat.data.chat_forms import (
     THINKING,
     UNUSED_KEY,
@@ -36,8 +36,9 @@ from nanochat.data.chat_logs import (
     grow_trees,
     is_tree,
     is_tree_row,
+    local_names,
     named,
-    read_entry,
+    read_entries,
     read_row,
     slack_people,
     threads,
@@ -60,7 +61,6 @@ NOBODY_ELSE = "in which nobody else writes"
 NO_PICTURES = "about an image or sound, which the model can't see or hear"
 WITHOUT_ID = "a row that does not say of which conversation: such rows are one, up to the next system message"
 UNREADABLE = "a message in a chat of people that can't be read, left out"
-MALFORMED = (AttributeError, TypeError, KeyError, IndexError)
 MOST_KEYS = 5  # that are not used are listed one by one
 UNUSABLE = "can't be used"
 BYTES_PER_TOKEN = 4.0  # about, of English with a vocabulary of some ten thousand
@@ -248,9 +248,9 @@ class _Reader:
                     self.notes[WITHOUT_ID] += not row[0]
                 elif signal.takes(record):
                     program, entries = "signal", signal.entries
-                elif (found := read_entry(record)) is not None:
+                elif (found := read_entries(record)) is not None:
                     program = found[0]
-                    entries.append(named(found[1], self.people) if program == "slack" else found[1])
+                    entries += [named(e, self.people) for e in found[1]] if program == "slack" else found[1]
                 elif is_tree_row(record):
                     tree_rows.append(record)
                 elif isinstance(record, dict) and (line := read_mes(record, self.notes)) is not None:
@@ -279,10 +279,10 @@ class _Reader:
             yield from self._of_tree(record["prompt"], where)
             return
         inner = record.get("messages", record.get("MessageList")) if isinstance(record, dict) else None
-        if isinstance(inner, list) and any(read_entry(value) for value in inner[:5]):
-            found = [entry for entry in map(read_entry, inner) if entry is not None]
+        if isinstance(inner, list) and any(map(read_entries, inner[:5])):
+            found = [entries for entries in map(read_entries, inner) if entries is not None]
             self.notes[UNREADABLE] += len(inner) - len(found)
-            yield from self._of_log(found[0][0], [entry for _, entry in found], where)
+            yield from self._of_log(found[0][0], [entry for _, some in found for entry in some], where)
             return
         inner = record.get("chats") if isinstance(record, dict) else None
         if isinstance(inner, dict) and isinstance(inner.get("list"), list):  # all chats of Telegram
@@ -322,6 +322,7 @@ class _Reader:
                 yield from self._finish(found[0], messages, place)
 
     def _of_log(self, program: str, entries: Sequence[LogEntry], where: str) -> Iterator[Conversation]:
+        entries = local_names(entries) if program == "matrix" else entries
         untimed = sum(entry.hours is None for entry in entries)
         if untimed:
             self.notes[NO_TIME] += untimed

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,12 +151,15 @@ def find_texts(path: Path, options: ReadOptions, inventory: Inventory) -> list[T
     return [file for file in files if file is not None]
 
 
-def files_below(path: Path, inventory: Inventory, chat_data: str | None = None) -> Iterator[FoundFile]:
+def files_below(
+    path: Path, inventory: Inventory, chat_data: str | None = None, unread: Callable[[str], bool] = lambda _: False
+) -> Iterator[FoundFile]:
     """The files below a folder in the order of their paths, each once, through linked folders too.
 
-    The inventory gets what is no file, hidden, of a tool, the run's own, or `chat_data`.
+    The inventory gets what is no file, hidden, of a tool, the run's own, or `chat_data`. A link to a file whose name
+    is `unread` counts as the file: under its own name nobody reads it.
     """
-    walk = _Walk(path, chat_data, inventory)
+    walk = _Walk(path, chat_data, inventory, unread)
     yield from walk.folder(str(path), "")
 
 
@@ -173,8 +176,8 @@ class FoundFile:
 class _Walk:
     """Goes through folders; every folder and file once, however many links lead to it."""
 
-    def __init__(self, root: Path, chat_data: str | None, inventory: Inventory) -> None:
-        self.root, self.inventory = root, inventory
+    def __init__(self, root: Path, chat_data: str | None, inventory: Inventory, unread: Callable[[str], bool]) -> None:
+        self.root, self.inventory, self.unread = root, inventory, unread
         self.seen: set[tuple[int, int]] = set()
         self.own = _own_folders(root.resolve())
         self.chats = Path(chat_data).expanduser().resolve() if chat_data else None
@@ -222,7 +225,8 @@ class _Walk:
     def _seen_file(self, entry: os.DirEntry[str]) -> bool:
         """True if a link leads to a file inside the root, which is met without it."""
         real, root = Path(entry.path).resolve(), self.root.resolve()
-        return root in real.parents and not any(part.startswith(".") for part in real.relative_to(root).parts)
+        inside = root in real.parents and not self.unread(real.name)
+        return inside and not any(part.startswith(".") for part in real.relative_to(root).parts)
 
 
 def _own_folders(root: Path) -> set[Path]:
