@@ -228,8 +228,20 @@ def test_fingerprint_sees_new_changed_and_renamed_files(tmp_path):
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
     prints.add(fingerprint(tmp_path))
     (tmp_path / "notes.lock").write_text("not a text")
+    (tmp_path / "~$b.csv").write_text("what Office has open")
     assert fingerprint(tmp_path) in prints
     assert len(prints) == 4
+
+
+def test_fingerprint_sees_what_a_linked_folder_holds(tmp_path):
+    for name in ("chats", "real"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "chats" / "l").symlink_to(tmp_path / "real")
+    prints = set()
+    for text in ("one", "two"):
+        (tmp_path / "real" / "a.json").write_text(text)
+        prints.add(fingerprint(tmp_path / "chats"))
+    assert len(prints) == 2
 
 
 # --- running them ----------------------------------------------------------------------------------------------------

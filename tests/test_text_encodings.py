@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.data import charset
+from nanochat.data.charset import WIDE
 from nanochat.data.charset_guess import detect
 from nanochat.data.inventory import Inventory
 from nanochat.data.text_files import TextReader, file_of
@@ -163,6 +165,42 @@ def test_characters_in_halves_are_joined(tmp_path: Path) -> None:
     inventory = look_at_texts(tmp_path)
     assert "read as CESU-8 (guessed; ENCODING= says otherwise): a.txt, b.txt" in inventory.notes
     assert "3 characters were no valid UTF-8" in (inventory.stop or str(inventory.warnings))
+
+
+def test_tables_and_scripts_whose_bytes_look_alike(tmp_path: Path) -> None:
+    table = "name\tage\tx\ty\nann\tb\tc\td\nbob\te\tf\tg\nsue\t\t\t\tk\n"
+    right = [
+        *((table + "\x1a", "ascii"), ("abc\tdef\tghi\n" * 20 + "\x1a", "ascii"), ("1\t0\t2\t" * 40 + "\x1a", "ascii")),
+        *(("der\tin\tx\n" * 10, encoding) for encoding in ("utf-16-be", "utf-16-le", "utf-32-le")),
+        *(("नदी के किनारे एक गाँव था। " * 9, encoding) for encoding in ("utf-16-be", "utf-16-le", "utf-32-be")),
+        *(
+            (hindi, encoding)
+            for hindi in ("नदी a village, किनारे in the morning. " * 9, "फल + फल " * 9)
+            for encoding in WIDE
+        ),
+        *(("เมื่อวานเช้าเราไปบ้านเก่า ยายรออยู่ " * 9, encoding) for encoding in WIDE),
+        *(("ВЧЕРА МЫ ПОЕХАЛИ. " * 9, encoding) for encoding in WIDE),
+    ]
+    for text, encoding in right:
+        (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+        assert "".join(read(tmp_path / "a.txt")[0]) == text, (encoding, text[:20])
+
+
+def test_russian_in_capitals_is_not_hebrew() -> None:
+    capitals = "ПРИВЕТ, КАК ДЕЛА? МОСКВА, ДОМ НА ГОРЕ."
+    assert detect(capitals.encode("cp866")) == "cp866"
+    assert detect("הנמל היה שקט בבוקר, והסירות עמדו.".encode("cp862")) == "cp862"
+
+
+@pytest.mark.parametrize("shift", range(6))
+def test_characters_in_halves_are_joined_wherever_a_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: int
+) -> None:
+    monkeypatch.setattr(charset, "WINDOW_BYTES", 64)
+    monkeypatch.setattr(charset, "BLOCK_BYTES", 32)
+    halves = b"\xed\xa0\xbd\xed\xb8\x80"
+    (tmp_path / "a.txt").write_bytes(b"z" * shift + b"\xc3\xa9t\xc3\xa9 ab".join([halves] * 40) + halves[:4])
+    assert read(tmp_path / "a.txt")[0] == ["z" * shift + "été ab".join("😀" * 40) + "\ufffd" * 4]
 
 
 def test_encoding_forces_and_a_wrong_name_is_refused(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from nanochat.data.text_files import TextReader, file_of
 from nanochat.data.text_import import import_path, inventory_of
 from nanochat.data.text_look import look_at_texts
 from nanochat.data.text_walk import ReadOptions
+from nanochat.pipeline import stages
 from nanochat.pipeline.inputs import language_advice, look_at_inputs
 from nanochat.pipeline.profiles import Settings, choose_profile
-from nanochat.pipeline.stages import QUESTION, Stage, ask_instead, fingerprint, texts_fingerprint
+from nanochat.pipeline.stages import QUESTION, Stage, ask_instead, chats_identity, fingerprint, texts_fingerprint
 from scripts import data_check
 
 SENTENCE = "The cat sat on the mat and looked at the rain for a long while. "
@@ -514,12 +515,15 @@ def test_a_changed_folder_replaces_its_import(tmp_path: Path, base_dir: Path) ->
     assert second.exists()
 
 
-def test_a_changed_input_changes_its_stage(tmp_path: Path) -> None:
+def test_a_changed_input_changes_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chats = tmp_path / "chats.json"
     chats.write_text("[1]")
     before = fingerprint(chats)
     chats.write_text("[2]")
     assert fingerprint(chats) != before
+    current = chats_identity(str(chats))
+    monkeypatch.setattr(stages, "CHATS_VERSION", 0)  # the readers are other ones
+    assert chats_identity(str(chats)) != current
     own = tmp_path / "own"
     (own / "sub").mkdir(parents=True)
     prints = set()
@@ -733,7 +737,19 @@ def test_what_surrounds_pages_of_wikis_and_project_gutenberg(tmp_path: Path) -> 
         "<div id=catlinks>Cats</div>"
         f"<section class='pg-boilerplate pgfooter'>Licence</section><p><span class=pagenum>[Pg 1]</span>Call me.</p>"
     )
+    page = (tmp_path / "a.html").read_text()
+    for inside in ("main", "article"):  # a wiki of today has its text in these
+        (tmp_path / "b.html").write_text(f"{page.replace('<body>', f'<body><{inside}>')}</{inside}>")
+        assert read(tmp_path / "b.html") == read(tmp_path / "a.html")
     assert read(tmp_path / "a.html") == [f"Old\n\n{words.strip()} End, x2.\n\nCall me."]
+
+
+def test_a_chapter_with_the_number_of_its_entry_is_no_table_of_contents(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        f"<body><div class=toc>1 One</div><div id=toc_container>2</div><section id=toc0><p>{SENTENCE}</p></section>"
+        f"<div id=toc-1>{SENTENCE}</div>"
+    )
+    assert read(tmp_path / "a.html") == [f"{SENTENCE.strip()}\n\n{SENTENCE.strip()}"]
 
 
 @pytest.mark.parametrize("around", ["license.lcpl", "sinf.xml", "rights.xml", ""])
@@ -750,6 +766,20 @@ def test_books_whose_text_is_encrypted_are_named(tmp_path: Path, around: str) ->
                 file.writestr(f"META-INF/{around}", "<x/>")
         left_out = look_at_texts(tmp_path / "a.epub").left_out
         assert ("protected by DRM" in left_out) == bool(around or encrypted == "a.xhtml")
+
+
+@pytest.mark.parametrize("listed", ["", "<encryption>", "<encryption><EncryptedKey>"])
+def test_a_book_is_read_though_its_list_of_what_is_encrypted_is_damaged(tmp_path: Path, listed: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.epub", "w") as file:
+        file.writestr("META-INF/container.xml", '<c xmlns="urn:c"><rootfile full-path="c.opf"/></c>')
+        items = '<item id="a" href="a.xhtml" media-type="text/html"/>'
+        file.writestr("c.opf", f'<p xmlns="urn:p">{items}<itemref idref="a"/></p>')
+        file.writestr("a.xhtml", f"<p>{SENTENCE}</p>")
+        file.writestr("META-INF/encryption.xml", listed)
+    protected = "EncryptedKey" in listed
+    assert ("protected by DRM" in look_at_texts(tmp_path / "a.epub").left_out) == protected
+    if not protected:
+        assert read(tmp_path / "a.epub") == [SENTENCE.strip()]
 
 
 def test_settings_before_markdown_are_left_out_and_said(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ UNKNOWN = "encoding not recognised (ENCODING=cp1251, or its right name, says whi
 BINARY = "no text (binary content)"
 # A character beyond U+FFFF as Java and old databases write it in UTF-8 (CESU-8): the two halves that UTF-16 has.
 _HALVES = re.compile(b"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")
+_CUT_HALVES = re.compile(b"\xed(?:[\xa0-\xaf](?:[\x80-\xbf](?:\xed[\xb0-\xbf]?)?)?)?\\Z")
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16: its mark begins like this one
@@ -147,12 +148,14 @@ class Utf8Stream(io.RawIOBase):
             self._use(MARKS[mark], guessed=False)
         elif b"\x1b$" in self._held:
             guess = _escaped(self._held)
-        elif self._held.isascii() and (b"~{" in self._held or b"+" in self._held):
-            guess = _in_ascii(self._held)
-        elif control_share(self._held) > CONTROL_SHARE:
-            guess = wide_encoding(self._held)
-            if guess is None and control_share(self._held) > BINARY_SHARE:
+        else:
+            share = control_share(self._held)
+            guess = wide_encoding(self._held) if share > CONTROL_SHARE else None
+            if guess is None and share > BINARY_SHARE:
                 raise NotReadError(BINARY)
+            # Only then: the bytes of UTF-16 may be ASCII too, with "+" among them.
+            if guess is None and self._held.isascii() and (b"~{" in self._held or b"+" in self._held):
+                guess = _in_ascii(self._held)
         if guess is not None:
             self._use(guess, guessed=True)
         self._out = self._decoded(self._held)
@@ -169,6 +172,9 @@ class Utf8Stream(io.RawIOBase):
         """`data` as UTF-8; what may be the beginning of a character is held back."""
         self._held = b""
         if self._decoder is not None:
+            # The decoder itself would take the first half of such a pair for damage. No other encoding minds the delay.
+            if not self.ended and (cut := _CUT_HALVES.search(data[-5:])):
+                data, self._held = data[: -len(cut[0])], cut[0]
             return self._clean(self._decoder.decode(data, self.ended))
         if data.isascii():
             return self._clean_bytes(data)
@@ -232,9 +238,8 @@ def wide_encoding(data: bytes) -> str | None:
     best, best_score = None, 0.9
     letters = data.replace(b"\0", b"")
     # Two letters of ASCII make one of UTF-16 that looks Chinese.
-    # But Devanagari's have a tab in each, and a letter of ASCII.
-    beyond, tabs = len(letters.translate(None, bytes(range(9, 127)))), letters.count(9)
-    looks_ascii = beyond < 0.05 * len(letters) and tabs < 0.2 * len(letters)
+    beyond = len(letters.translate(None, bytes(range(9, 127))))
+    looks_ascii = beyond < 0.05 * len(letters) and not any(map(_are_upper, (data[::2], data[1::2])))
     for name in WIDE:
         width = 4 if "32" in name else 2
         part = data[: len(data) // width * width]
@@ -245,6 +250,16 @@ def wide_encoding(data: bytes) -> str | None:
         if score > best_score:
             best, best_score = name, score
     return best
+
+
+def _are_upper(half: bytes) -> bool:
+    """True if every other byte is the upper one of a script whose lower ones look like ASCII.
+
+    Those of Devanagari are tabs, of Thai 14, and NUL where a space is. A table in ASCII has no NULs; one in UTF-16 has
+    its tabs among the letters.
+    """
+    small, script = (len(half) - len(half.translate(None, bytes(range(first, 32)))) for first in (0, 9))
+    return 0 in half and small > 0.9 * len(half) and script > 0.05 * len(half)
 
 
 def _is_usual(letter: str) -> bool:

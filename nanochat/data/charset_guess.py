@@ -98,7 +98,12 @@ def detect(data: bytes) -> str | None:
         return east
     best = from_bytes(data, cp_isolation=list(GUESSES)).best()
     name = None if best is None or best.encoding == "utf_8" else LARGER.get(best.encoding, best.encoding)
-    if name == "cp866" and max(data) <= LAST_OF_CP862:  # in capitals only, and without Э, Ю and Я: it is Hebrew of DOS
+    # In capitals only, without Э, Ю and Я, and with more Д and Й than И and О: it is Hebrew of DOS (he, yod; tet, mem).
+    if (
+        name == "cp866"
+        and max(data) <= LAST_OF_CP862
+        and data.count(0x84) + data.count(0x89) > data.count(0x88) + data.count(0x8E)
+    ):
         return "cp862"
     if name is None or name in LATIN or name in ("cp437", "cp1258"):
         return _latin(data) or name

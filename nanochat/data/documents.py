@@ -52,7 +52,7 @@ def read_epub(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
     """
     with _zipped(data) as book:
         names = set(book.namelist())
-        if "META-INF/encryption.xml" in names and _protects_text(_xml(book, "META-INF/encryption.xml")):
+        if "META-INF/encryption.xml" in names and _protects_text(_part(book, "META-INF/encryption.xml")):
             raise NotReadError("protected by DRM")
         if not names.isdisjoint(("META-INF/rights.xml", "META-INF/license.lcpl", "META-INF/sinf.xml")):
             raise NotReadError("protected by DRM")
@@ -78,8 +78,12 @@ def read_epub(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
             raise NotReadError("a book without text (its pages may be images)")
 
 
-def _protects_text(encryption: ElementTree.Element) -> bool:
-    """True if more than the fonts of a book are encrypted, by its list of what is."""
+def _protects_text(listed: bytes) -> bool:
+    """True if more than the fonts of a book are encrypted, by its list of what is, or by the names in a damaged one."""
+    try:
+        encryption = ElementTree.fromstring(listed)
+    except ElementTree.ParseError:
+        return re.search(rb"EncryptedKey|\.(?:x?html?|opf)[\"']", listed) is not None
     if any(e.tag.endswith("}EncryptedKey") for e in encryption.iter()):
         return True
     places = [e.get("URI", "") for e in encryption.iter() if e.tag.endswith("}CipherReference")]

@@ -89,7 +89,7 @@ def read_json_file(
     """The documents of a .json file: an array or an object with texts in it, or JSON lines under another name.
 
     Raises:
-        ValueError: it is not JSON; names the place.
+        ValueError: it is not JSON, or half of its records have no text; names the place.
         NotReadError: it holds no text, or conversations.
     """
     values = _values(file, lines)
@@ -149,9 +149,10 @@ def _texts_of(
             yield text
         else:
             lacks, first = lacks + 1, (first if lacks else (place, _expected(name, record)))
-            if strict and lacks >= TRIED and 2 * lacks >= number:
+            if (strict or name is not None) and lacks >= TRIED and 2 * lacks >= number:
                 break
-    if strict and lacks and 2 * lacks >= number:
+    # A .json file without any text, such as a list of numbers, stops nothing.
+    if lacks and 2 * lacks >= number and (strict or name is not None or lacks < number):
         others = f"; {lacks:,} of {number:,} records have none" if lacks > 1 else ""
         raise ValueError(f"{file}, {first[0]}: {first[1]}{others}")
     if lacks:

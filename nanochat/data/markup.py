@@ -38,12 +38,15 @@ AROUND_ROLES = frozenset(
 _AROUND_NAME = re.compile(
     r"(?:(?:site|main|top|page|global|primary|secondary|left|right|bottom|mobile|wp)[-_]?)*"
     r"(?:nav|navbar|navigation|menu|menubar|sidebar|breadcrumbs?|footer|masthead|topbar|toolbar|share|sharing|social|"
-    r"newsletter|advert|advertisement|ads|popup|modal|skip-?link|related-?posts|toc)"
+    r"newsletter|advert|advertisement|ads|popup|modal|skip-?link|related-?posts|toc(?!.*\d))"  # toc1 is a chapter
     r"(?:[-_]?(?:bar|menu|container|wrapper|wrap|inner|list|box|area|links|left|right|main|top|bottom|\d))*"
     r"|(?:.*[-_])?cookies?(?:[-_]?(?:banner|bar|consent|notice|popup|overlay|law|info|message|dialog|policy))+.*"
-    r"|(?:onetrust|didomi|usercentrics|qc-cmp|cky|cmplz|gdpr|consent)(?:[-_].*)?"
-    # What a wiki's page is not printed with; the licence and the page numbers of Project Gutenberg.
-    r"|noprint|printfooter|catlinks|sitenotice|mw-(?:editsection|navigation|jump-link)|pg-boilerplate|pagenum",
+    r"|(?:onetrust|didomi|usercentrics|qc-cmp|cky|cmplz|gdpr|consent)(?:[-_].*)?",
+    re.IGNORECASE,
+)
+# What a wiki's page is not printed with; the licence and the page numbers of Project Gutenberg: within the text too.
+_UNPRINTED_NAME = re.compile(
+    r"noprint|printfooter|catlinks|sitenotice|mw-(?:editsection|navigation|jump-link)|pg-boilerplate|pagenum",
     re.IGNORECASE,
 )
 PARAGRAPHS = re.compile(r"article|div|h[1-6]|p|section")
@@ -147,11 +150,15 @@ class _Page(HTMLParser):
         """True of the attributes of a container that is not shown, or is around the text."""
         if "hidden" in attrs or re.search(r"display\s*:\s*none", attrs.get("style") or "", re.IGNORECASE):
             return True
-        if AROUND_TEXT.isdisjoint(self.hidden) or self._inside:
+        if AROUND_TEXT.isdisjoint(self.hidden):
             return False
         words = f"{attrs.get('class') or ''} {attrs.get('id') or ''}".split()
         if tag == "sup":
             return "reference" in words  # [1] of a wiki, whose footnotes are a list at the end
+        if self.by_name and any(map(_UNPRINTED_NAME.fullmatch, words)):
+            return True
+        if self._inside:
+            return False
         return attrs.get("role") in AROUND_ROLES or (self.by_name and any(map(_AROUND_NAME.fullmatch, words)))
 
     def _ends_line(self, tag: str) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint.format import DAMAGED, META_FILE, read_meta, saved_steps, step_folder, weights_hash
-from nanochat.data.chat_files import HUB
+from nanochat.data.chat_files import CHATS_VERSION, HUB
 from nanochat.data.chats import ChatSource, is_own_chats
 from nanochat.data.inventory import Inventory
 from nanochat.data.shards import MANIFEST, load_manifest
-from nanochat.data.text_walk import NO_TEXT, TOOL_FOLDERS, ReadOptions, find_texts, fingerprint_of
+from nanochat.data.text_walk import NO_TEXT, ReadOptions, files_below, find_texts, fingerprint_of
 from nanochat.data.worlds import shipped_topics
 from nanochat.env import is_system_error
 from nanochat.files import sha256_file
@@ -121,15 +121,14 @@ def _content_hash(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Changes when a file, or one in a folder, changes (small files by content, large ones by size and time)."""
+    """Changes when a file, or one in a folder, changes (small files by content, large ones by size and time).
+
+    Folders are gone through as they are read: linked ones too, without hidden files.
+    """
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        name = file.relative_to(path)
-        if (
-            file.is_file()
-            and file.suffix.lower() not in NO_TEXT
-            and not any(part.startswith(".") or part in TOOL_FOLDERS for part in name.parts)
-        ):
+    found = [(f.shown, Path(f.path)) for f in files_below(path, Inventory(""))] if path.is_dir() else [(".", path)]
+    for name, file in found:
+        if file.is_file() and file.suffix.lower() not in NO_TEXT:
             stat = file.stat()
             large = stat.st_size > SMALL_FILE_BYTES
             content = f"{stat.st_size} {stat.st_mtime_ns}".encode() if large else file.read_bytes()
@@ -144,9 +143,9 @@ def texts_fingerprint(path: Path) -> str:
 
 
 def chats_identity(chat_data: str) -> tuple[str, ...]:
-    """What the user's conversations depend on: the files, and what was said about them."""
+    """What the user's conversations depend on: the files, what was said about them, and how they are read."""
     files = chat_data if chat_data.startswith(HUB) else fingerprint(Path(chat_data))
-    return (files, json.dumps(ChatSource.from_env(chat_data).key()))
+    return (files, json.dumps(ChatSource.from_env(chat_data).key()), f"version {CHATS_VERSION}")
 
 
 def world_identity(world: str) -> tuple[str, ...]:
