@@ -276,12 +276,17 @@ def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, Any]:
     run_module("scripts.base_train", flags, base_dir, base_dir / "base_train.log")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [r for r in records if "loss" in r][-1]
-    values = [(r["val_bpb"], r["step"]) for r in records if "val_bpb" in r]
+    evaluated = [r for r in records if "val_bpb" in r]
+    values = [(r["val_bpb"], r["step"]) for r in evaluated]
+    # of the weights of a step alone, where the mean of the latest ones was looked at too
+    own = [r.get("own_val_bpb", r["val_bpb"]) for r in evaluated]
     best, at = min(values)
     epochs = last["tokens"] * bytes_per_token / corpus_bytes(cfg)
     return {
         "val_bpb": values[-1][0],
         "best_bpb": best,
+        "own_bpb": own[-1],
+        "best_own_bpb": min(own),
         "epochs": epochs,
         "best_epoch": epochs * at / last["step"],
         "train_loss": last["loss"],
