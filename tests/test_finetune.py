@@ -114,6 +114,13 @@ def test_epochs_give_the_number_of_steps(saved_mid, capsys):
     assert "dropped" in out
 
 
+def test_no_more_epochs_than_asked_however_long_the_run(saved_mid):
+    two = sft(num_iterations=None, num_epochs=2.0).meta["step"]
+    assert sft(num_iterations=1000, max_epochs=2.0).meta["step"] == two
+    assert sft(num_iterations=None, hours=10.0, max_epochs=2.0).meta["step"] == two
+    assert sft(num_iterations=2, max_epochs=100.0).meta["step"] == 2
+
+
 def test_every_conversation_is_packed_or_dropped_and_both_are_counted(saved_mid):
     stats = sft(num_iterations=None, num_epochs=3.0).meta["loader"]["stats"]
     epochs = (stats["conversations"] + stats["dropped"]) / len(DATA.train)

@@ -168,7 +168,7 @@ def test_without_texts_it_goes_straight_to_the_answers(model, tmp_path):
     (tmp_path / "chats.jsonl").write_text("{}")
     _, _, stages = going_on("tiny", "d1", chat_data=str(tmp_path / "chats.jsonl"))
     assert list(stages) == ["report_reset", "base_import", "chat_sft", "chat_eval_sft", "report", "answer"]
-    assert {"--source=base", "--model_tag=d1-own"} <= set(stages["chat_sft"].flags)
+    assert {"--source=base", "--model_tag=d1-own", "--max_epochs=20"} <= set(stages["chat_sft"].flags)
     assert "--model_tag=d1-own" in stages["base_import"].flags
     changed = read_start_model("d1")._replace(fingerprint="other")
     settings = Settings(base="d1", chat_data=str(tmp_path / "chats.jsonl"))

@@ -98,6 +98,7 @@ MISTAKES = [
     ("sft", "--lora_rank=2 --last_layers=1"),
     ("sft", "--last_layers=9"),
     ("sft", "--num_epochs=0"),
+    ("sft", "--max_epochs=0"),
     ("sft", "--supervise=user"),
     ("sft", "--resume=maybe"),
     ("rl", "--task=chess"),

@@ -118,6 +118,8 @@ class StageConfig(RunConfig):
     """Optimizer steps; default: as many as num_epochs need."""
     num_epochs: float = 1.0
     """Passes over the data."""
+    max_epochs: float | None = None
+    """No more passes than these, however many steps or hours are given; default: no limit."""
     lora_rank: int | None = None
     """Train thin matrices of this rank beside those of the blocks (LoRA), and merge them when saving."""
     lora_lr: float = 0.001
@@ -143,6 +145,8 @@ class StageConfig(RunConfig):
         super().__post_init__()
         if self.num_epochs <= 0:
             raise ValueError(f"--num_epochs must be positive, got {self.num_epochs}")
+        if self.max_epochs is not None and self.max_epochs <= 0:
+            raise ValueError(f"--max_epochs must be positive, got {self.max_epochs}")
         if self.lora_rank is not None and self.last_layers is not None:
             raise ValueError("--lora_rank and --last_layers are two ways of training a part: give one of them")
 
@@ -279,12 +283,22 @@ def describe_horizon(schedule: Schedule) -> str:
 # --- where a stage starts, and what it trains -------------------------------------------------------------------------
 
 
-def make_schedule(cfg: StageConfig, steps_per_epoch: float, preset: Preset) -> Schedule:
-    """Steps for the asked epochs, or the asked time; momentum and decay take the course of the base's `preset`."""
+def make_schedule(
+    cfg: StageConfig, steps_per_epoch: float, preset: Preset, steps_in_time: float | None = None
+) -> Schedule:
+    """Steps for the asked epochs, or the asked time; momentum and decay take the course of the base's `preset`.
+
+    `steps_in_time` is an estimate of the steps of the asked hours, by which it is known whether `max_epochs` ends them.
+    """
     iterations = positive(cfg.num_iterations)
     seconds = cfg.hours * 3600 if cfg.hours and iterations is None else None
     if iterations is None and seconds is None:
         iterations = max(1, round(cfg.num_epochs * steps_per_epoch))
+    asked = steps_in_time if iterations is None else iterations
+    most = max(1, round(cfg.max_epochs * steps_per_epoch)) if cfg.max_epochs else None
+    if most is not None and asked is not None and asked > most:
+        print0(f"the run has {most:,} steps, no more: the data is read {cfg.max_epochs:g} times (--max_epochs)")
+        iterations, seconds = most, None
     return Schedule(
         num_iterations=iterations,
         seconds=seconds,
