@@ -70,8 +70,9 @@ def ours(config: dict[str, Any], state: dict[str, torch.Tensor], settings: dict[
 
             return run
 
-        decoding.Decoder.step = timed(decoding.Decoder.step)
-        decoding.Decoder.ahead = timed(decoding.Decoder.ahead)
+        for name in ("step", "ahead"):
+            if hasattr(decoding.Decoder, name):
+                setattr(decoding.Decoder, name, timed(getattr(decoding.Decoder, name)))
     model = GPT(GPTConfig(**config))
     model.load_state_dict(state)
     device = torch.device(settings["device"])

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, Literal, cast, get_args
 
@@ -208,12 +208,15 @@ class FastDecoder:
         ids: list[int],
         cache: KVCache,
         settings: Sequence[Sampling],
-        uniforms: Sequence[Sequence[float]],
+        draw: Callable[[], Sequence[Sequence[float]]],
         stops: Iterable[int],
     ) -> list[list[int]] | None:
-        """Several steps in one call, see `decoding.Decoder.ahead`; None where the step is not in Rust."""
+        """Several steps in one call, see `decoding.Decoder.ahead`; None where the step is not in Rust.
+
+        `draw` makes the random numbers, which need not be made there.
+        """
         native = self._native_for(len(ids), cache)
-        return None if native is None else native.ahead(ids, cache, settings, uniforms, stops)
+        return None if native is None else native.ahead(ids, cache, settings, draw(), stops)
 
     def _native_for(self, rows: int, cache: KVCache) -> NativeStep | None:
         """The step in Rust, where it takes so many rows."""

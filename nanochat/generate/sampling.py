@@ -122,7 +122,7 @@ def raw_sampling(settings: Sampling) -> decoding.Sampling:
     """How the compiled crate chooses a token by these settings."""
     temperature = 0.0 if settings.greedy else settings.temperature
     top_p = 1.0 if settings.top_p is None else settings.top_p
-    return decoding.Sampling(temperature, top_p, settings.min_p, settings.top_k or 0)
+    return decoding.Sampling(temperature, top_p, settings.min_p, min(settings.top_k or 0, 1 << 31))
 
 
 def sample(logits: Tensor, settings: Sampling, uniform: Tensor | None = None) -> Tensor:

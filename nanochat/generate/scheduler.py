@@ -145,7 +145,9 @@ class Scheduler:
         new: dict[int, NewTokens] = {}
         if logits:
             together = logits[0] if len(logits) == 1 else torch.cat(logits)  # (B, V)
+            began = time.perf_counter()
             tokens = self._choose(rows, together)
+            self._step_seconds += time.perf_counter() - began  # a call of several steps chooses too
             described = self._describe(rows, together, tokens)
             for row, token in zip(rows, tokens, strict=True):
                 new[id(row)] = self._accept(row, token, described.get(id(row)))
@@ -309,7 +311,10 @@ class Scheduler:
         rows = self._rows_of(0, count)
         self._select(0, count)
         last = [row.context[-1] for row in rows]
-        draws = list(zip(*(row.draws(steps) for row in rows), strict=True))  # steps times one for each row
+
+        def draws() -> list[tuple[float, ...]]:  # steps times one for each row
+            return list(zip(*(row.draws(steps) for row in rows), strict=True))
+
         stops = self.tools.watched.union(*(row.stop_tokens for row in rows))
         start = time.perf_counter()
         found: list[list[int]] | None = None

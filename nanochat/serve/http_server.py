@@ -139,6 +139,7 @@ class LimitedConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by asyncio."""
+        self._paused_since: float | None = None
         super().connection_made(cast(asyncio.Transport, TogetherTransport(transport, self.loop)))
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -146,7 +147,6 @@ class LimitedConnection(H11Protocol):
             # acknowledgement of the first. (asyncio does it only for sockets that name their protocol.)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._since, self._received, self._seen = time.monotonic(), 0, self._state()
-        self._paused_since: float | None = None
         self._make_room(cast(ServerConfig, self.config).max_connections)
 
     def data_received(self, data: bytes) -> None:

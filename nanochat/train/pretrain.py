@@ -386,7 +386,8 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
     if cfg.dropout:
         add_dropout(model, cfg.dropout)
     model.to(compute.device).train()
-    groups = parameter_groups(model, **plan.rates.rates(), lr_frac=cfg.lr_scale or 1.0, preset=PRESETS[cfg.recipe])
+    scale = 1.0 if cfg.lr_scale is None else cfg.lr_scale
+    groups = parameter_groups(model, **plan.rates.rates(), lr_frac=scale, preset=PRESETS[cfg.recipe])
     loader = PretrainLoader(
         corpus,
         tokenizer,

@@ -227,6 +227,9 @@ unsafe fn exp(x: __m512) -> __m512 {
 #[repr(align(64))]
 struct Line(#[allow(dead_code)] [u8; LINE]);
 
+/// More than this is given back after a call: a thread lives as long as the process.
+const MOST_KEPT: usize = 32 << 20;
+
 thread_local! {
     /// A thread's memory for one head, kept from call to call.
     static KEPT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
@@ -259,7 +262,9 @@ impl Drop for Room {
     fn drop(&mut self) {
         // SAFETY: as above. Other users of tiles find none in use.
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
-        KEPT.with(|kept| kept.set(std::mem::take(&mut self.lines)));
+        if self.lines.len() * LINE <= MOST_KEPT {
+            KEPT.with(|kept| kept.set(std::mem::take(&mut self.lines)));
+        }
     }
 }
 

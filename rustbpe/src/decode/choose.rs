@@ -66,6 +66,9 @@ pub fn choose(logits: &[f32], how: &Sampling, uniform: f32, room: &mut Room) -> 
         p.extend(logits.iter().map(|&x| weight(x)));
     }
     let sum: f64 = p.iter().map(|&p| f64::from(p)).sum();
+    if !sum.is_finite() {
+        return NOT_FINITE; // a finite logit over a small temperature need not be finite
+    }
     p.iter_mut().for_each(|p| *p /= sum as f32);
     if how.min_p > 0.0 {
         let least = how.min_p * largest(p);
