@@ -46,7 +46,8 @@ def missing_sections(records: Sequence[Mapping[str, Any]], planned: Sequence[str
         return [section for section in sections if section and section not in there]
     stages = [stage for stage in STAGES.values() if stage.section]
     models = list(dict.fromkeys(stage.source for stage in stages))  # in their order, first "" for the tokenizer
-    newest = max((models.index(stage.source) for stage in stages if stage.section in there), default=0)
+    # A base model at the least: a run without one has no result.
+    newest = max((models.index(stage.source) for stage in stages if stage.section in there), default=0) or 1
     wanted = [s for s in stages if not s.optional and models.index(s.source) <= newest]
     return [stage.section for stage in wanted if stage.section not in there]
 
