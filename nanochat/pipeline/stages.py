@@ -293,7 +293,7 @@ class _Maker:
     def chat_stages(self) -> list[Stage]:
         """Mid-training, SFT, and an evaluation after each."""
         profile, chats = self.profile, self.profile.chat_data
-        data = (f"--chat_data={chats}",) if chats else ()
+        data: tuple[str, ...] = (f"--chat_data={chats}",) if chats else ()
         if profile.base and is_own_chats(chats):
             data += (f"--max_epochs={GOING_ON_EPOCHS}",)
         if chats == "none":
