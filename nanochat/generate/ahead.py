@@ -22,3 +22,8 @@ def steps_ahead(rows: Sequence[RowState], positions: int, step_seconds: float) -
         return 0
     room = min((min(row.limit - row.count, positions + 1 - len(row.context)) for row in rows), default=0)
     return min(room, MOST_AHEAD, int(AHEAD_SECONDS / step_seconds))
+
+
+def draws(rows: Sequence[RowState], steps: int) -> list[tuple[float, ...]]:
+    """Random numbers in [0, 1): of each step one for each sequence."""
+    return list(zip(*(row.draws(steps) for row in rows), strict=True))

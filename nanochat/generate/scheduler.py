@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.generate.ahead import steps_ahead
+from nanochat.generate.ahead import draws, steps_ahead
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.logprobs import TokenLogprob, describe_tokens
 from nanochat.generate.sampling import NOT_FINITE, sample
@@ -311,15 +311,11 @@ class Scheduler:
         rows = self._rows_of(0, count)
         self._select(0, count)
         last = [row.context[-1] for row in rows]
-
-        def draws() -> list[tuple[float, ...]]:  # steps times one for each row
-            return list(zip(*(row.draws(steps) for row in rows), strict=True))
-
         stops = self.tools.watched.union(*(row.stop_tokens for row in rows))
         start = time.perf_counter()
         found: list[list[int]] | None = None
         with contextlib.suppress(Exception):  # single steps find out whose fault it is
-            found = self._several_steps(last, self.cache, [row.sampling for row in rows], draws, stops)
+            found = self._several_steps(last, self.cache, [r.sampling for r in rows], lambda: draws(rows, steps), stops)
         if found is None:
             return None
         self._step_seconds = (time.perf_counter() - start) / len(found)

@@ -386,8 +386,8 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
     if cfg.dropout:
         add_dropout(model, cfg.dropout)
     model.to(compute.device).train()
-    scale = 1.0 if cfg.lr_scale is None else cfg.lr_scale
-    groups = parameter_groups(model, **plan.rates.rates(), lr_frac=scale, preset=PRESETS[cfg.recipe])
+    scale, preset = 1.0 if cfg.lr_scale is None else cfg.lr_scale, PRESETS[cfg.recipe]
+    groups = parameter_groups(model, **plan.rates.rates(), lr_frac=scale, preset=preset)
     loader = PretrainLoader(
         corpus,
         tokenizer,
@@ -433,7 +433,6 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         sample=lambda: print_samples(model, tokenizer, compute, corpus),
     )
     train(trainer, checkpoint)
-
     state = trainer.state
     facts = {
         "parameters": plan.num_params,
