@@ -27,7 +27,7 @@ from nanochat.data.text_walk import CONVERT, ReadOptions
 from nanochat.pipeline.profiles import Settings, choose_profile
 from nanochat.pipeline.run import Config as PipelineConfig
 from nanochat.pipeline.run import main as run_pipeline
-from nanochat.pipeline.stages import make_stages
+from nanochat.pipeline.stages import fingerprint, make_stages
 from scripts import data_check
 
 U, A = "user", "assistant"
@@ -1399,6 +1399,8 @@ NOT_OF_A_LOG: dict[str, tuple[dict[str, Any], str]] = {
     "a definition": ({"question": "Hi", "answer": "Hello!", "definition": "It is Hello"}, HI),
     "the definition of a task": ({"definition": ["Be brief"], "input": "Hi", "output": ["Hello!"]}, SYS + HI),
     "a row of a task": ({"definition": "Be brief", "inputs": "Hi", "targets": "Hello!"}, SYS + HI),
+    "another row of a task": ({"definition": "Be brief", "input": "Hi", "output": "Hello!"}, SYS + HI),
+    "a system prompt": ({"system_prompt": "Be brief", "definition": ["a word"], **ANSWERED}, SYS + HI),
     "a whole task": (
         {
             "Definition": ["Be brief"],
@@ -1440,7 +1442,7 @@ def test_a_channel_of_people_and_mattermosts_threads(tmp_path: Path) -> None:
     ]
     assert look(dump(tmp_path / "a.jsonl", *rows), me="Bob")[0] == [HI]
     reply = {"user": "Bob", "message": "Hello!", "create_at": 2}
-    post = {"user": "ann", "message": "Hi", "create_at": 1, "replies": [reply]}
+    post = {"user": "ann", "message": "Hi", "create_at": 1, "replies": [reply, "x"]}
     head = {"type": "version", "version": 1, "info": {"generator": "mattermost"}}
     channel = {"type": "post", "post": {"team": "t", "channel": "c", **post}}
     direct = {"type": "direct_post", "direct_post": {"channel_members": ["ann", "Bob"], **post}}
@@ -1465,6 +1467,8 @@ def test_edits_replies_and_servers_of_matrix(tmp_path: Path) -> None:
     ]
     (tmp_path / "a.json").write_text(json.dumps({"messages": rows}))
     assert look(tmp_path / "a.json", me="bob")[0] == [TWO]
+    odd = [said(1, "@ann:a", "Hi", **{"m.relates_to": "$0"}), said(2, "@bob:a", "Hello!")]
+    assert look(dump(tmp_path / "c.jsonl", *odd), me="bob")[0] == [HI]
     two = [said(1, "@bob:b", "Hi"), said(2, "@bob:a", "Hello!")]
     assert look(dump(tmp_path / "b.jsonl", *two), me="bob:a")[0] == [HI]
 
@@ -1499,6 +1503,11 @@ def test_the_branch_that_was_kept_and_what_stands_beside_it(tmp_path: Path) -> N
     first = {**ids, "messageId": "1", "parentMessageId": "0", "isCreatedByUser": True, "sender": "User", "text": "Hi"}
     for answer in ({**ids, "content": parts}, {**ids, "text": "", "content": parts}):
         assert thought in notes({"messages": [first, answer]})
+    notes({"messages": [first, {**ids, "content": "Hello!"}]})
+    rows = (("1", "system", "Be brief", None), ("2", "human", "Hi", "1"), ("3", "grok-3", "Hello!", "2"))
+    said = [{"_id": i, "sender": who, "message": text, "parent_response_id": up} for i, who, text, up in rows]
+    path = dump(tmp_path / "c.json", {"conversation": {"id": "x"}, "responses": [{"response": one} for one in said]})
+    assert look(path)[0] == [SYS + HI]
 
 
 @pytest.mark.parametrize(
@@ -1509,6 +1518,8 @@ def test_the_branch_that_was_kept_and_what_stands_beside_it(tmp_path: Path) -> N
             ["10:01:05\t From  Ann : Hi", "10:01:15\t From Bob to Everyone:", "\tx:", "\t    12:30 y", "\t---", "\tz"],
             "x:\n    12:30 y\n---\nz",
         ),
+        (["[10:00] <Ann> Hi", "[10:01] <Bob> Hello!", "[10:02] carl (~c@host) joined #chan."], "Hello!"),
+        (["10:00:00 From Ann to All: Hi", f"10:01:00 From Bob to {'Ann Smith (Company), ' * 9}Eva: Hello!"], "Hello!"),
         (["10:00 <Ann> Hi", "10:01 <Bob> Hello!", "12:30 is when we meet", "10:02 -!- Cy [c@h] has joined"], None),
         (["10:00 <Ann> Hi", "10:01 <Bob> Hello!", "--- Day changed Tue Jan 02 2024", "20:00 <Bob> Yo"], "Hello!"),
     ],
@@ -1532,6 +1543,9 @@ def test_files_that_stand_in_the_way_of_chats_are_told(tmp_path: Path) -> None:
     (folder / "a.md").write_text("User: Hi\nBot: Hello!\n")
     (folder / "a.txt").symlink_to("a.md")
     (folder / "b.jsonl.part").write_text("{")
+    before = fingerprint(folder)
+    (folder / "a.md").write_text("User: Hi\nBot: Hello!\n\n")
+    assert fingerprint(folder) != before
     texts, inventory = look(folder)
     assert texts == [HI]
     assert inventory.left_out[CONVERT[".part"]].examples == ["b.jsonl.part"]

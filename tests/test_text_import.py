@@ -230,8 +230,11 @@ def test_records_without_text_are_counted_and_only_many_stop(
     with pytest.raises(ValueError, match=r"c\.jsonl, line 5: expected .* with meta .*; 4 of 8 records have none"):
         documents_of(tmp_path / "c.jsonl")
     (tmp_path / "e.json").write_text(json.dumps([*map(json.loads, rows[:7]), {"body": "b"}]))
-    with pytest.raises(ValueError, match=r"e\.json, item 5: expected .* with meta .*; 4 of 8 records have none"):
-        documents_of(tmp_path / "e.json")
+    assert len(documents_of(tmp_path / "e.json")) == 4  # it may be no text at all: a few of them stop no folder
+    with monkeypatch.context() as patch:
+        patch.setattr(json_text, "TRIED", 4)
+        with pytest.raises(ValueError, match=r"e\.json, item 5: expected .* with meta .*; 4 of 8 records have none"):
+            documents_of(tmp_path / "e.json")
     (tmp_path / "e.json").write_text("[1, 2, 3]")
     assert documents_of(tmp_path / "e.json") == []
     monkeypatch.setattr(json_text, "TRIED", 3)

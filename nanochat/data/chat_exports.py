@@ -125,11 +125,12 @@ def _of_grok(said: list[dict[str, Any]], notes: Counter[str]) -> list[Message]:
     values: list[dict[str, Any]] = []
     names = [str(value.get("_id") or i) for i, value in enumerate(said)]
     for i, value in enumerate(said):
-        by_user = ROLE_OF.get(str(value.get("sender")).lower(), "user") == "user"
+        role = str(value.get("sender")).lower()
+        role = "assistant" if role.startswith("grok") else role
         before = str(value.get("parent_response_id"))
         before = before if before in names[:i] else names[i - 1] if i else ""
         node = {"messageId": names[i], "parentMessageId": before, "text": value.get("message")}
-        values.append({**node, "isCreatedByUser": by_user})
+        values.append({**node, "isCreatedByUser": ROLE_OF.get(role) == "user", "role": role})
     return _read_replies(values, notes) if values else []
 
 
@@ -241,14 +242,19 @@ def _read_replies(values: list[dict[str, Any]], notes: Counter[str]) -> list[Mes
         branch.append(nodes.pop(name))
         name = branch[-1]["parentMessageId"]
     notes[OTHER_ANSWER] += sum(not node["isCreatedByUser"] for node in nodes.values())
-    roles = {True: "user", False: "assistant"}
-    return [{"role": roles[bool(v["isCreatedByUser"])], "content": _reply_text(v, notes)} for v in branch[::-1]]
+
+    def role(value: dict[str, Any]) -> str:
+        return str(value.get("role") or ("user" if value["isCreatedByUser"] else "assistant"))
+
+    return [{"role": role(value), "content": _reply_text(value, notes)} for value in branch[::-1]]
 
 
 def _reply_text(value: dict[str, Any], notes: Counter[str]) -> str:
     """What a message of LibreChat says: its text, or the pieces of its content that are text."""
     if value.get("text"):
         return str(value["text"])
+    if isinstance(value.get("content"), str):
+        return str(value["content"])
     texts = list[str]()
     for part in filter(_is_object, value.get("content") or []):
         kind, text = str(part.get("type")), part.get("text")

@@ -67,14 +67,14 @@ def open_contents(path: Path, inventory: Inventory) -> Iterator[Content]:
         for file in sorted(path.glob("data-*.arrow")):
             yield from _open_file(file, file.name, inventory)
     elif path.is_dir():
-        files = {file.shown: file.path for file in files_below(path, inventory, unread=_is_no_chat)}
+        files = {file.shown: file.path for file in files_below(path, inventory, unread=is_no_chat)}
         for name in _learned(list(files), inventory, "file"):
             yield from _open_file(Path(files[name]), name, inventory)
     else:
         yield from _open_file(path, str(path), inventory)
 
 
-def _is_no_chat(name: str) -> bool:
+def is_no_chat(name: str) -> bool:
     """True of a file that can't be a conversation, by its name; chat.md is an export of Signal."""
     file = PurePosixPath(name.lower())
     return file.suffix in NO_CHATS and file.name != "chat.md"
@@ -88,7 +88,7 @@ def _learned(names: list[str], inventory: Inventory, kind: str) -> list[str]:
             inventory.leave_out("hidden", kind, name, matters=False)
         elif name.endswith("~"):
             inventory.leave_out("an editor's copy of a file", kind, name, matters=False)
-        elif _is_no_chat(name):
+        elif is_no_chat(name):
             suffix = PurePosixPath(name).suffix.lower()
             reason = f"no conversations{AS_PAGE if suffix in PAGES else ''}"
             unfinished = suffix in UNFINISHED

@@ -120,7 +120,8 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None, notes: Counte
     for key in ("definition", "Definition"):  # of Super-NaturalInstructions; that of a word is another thing
         texts = record.get(key)
         is_task = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-        if "system" not in record and (is_task or {key, "inputs", "targets"} <= record.keys()):
+        of_task = is_task or any({key, *pair} <= record.keys() for pair in (("inputs", "targets"), ("input", "output")))
+        if of_task and columns is None and not _first(record, SYSTEM_KEYS):
             record["system"] = record.pop(key)
     for mark in MARKS:
         if mark in record and is_off(record[mark]):

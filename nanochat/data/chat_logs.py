@@ -152,7 +152,7 @@ def _mattermost_posts(post: dict[str, Any]) -> list[LogEntry]:
     chat = ", ".join(map(str, members)) if isinstance(members, list) else f"{post.get('team')}/{post.get('channel')}"
     return [
         LogEntry(_name(one.get("user")), str(one.get("message") or ""), _number(one.get("create_at"), 3.6e6), chat)
-        for one in (post, *(post.get("replies") or []))
+        for one in (post, *(reply for reply in post.get("replies") or [] if isinstance(reply, dict)))
     ]
 
 
@@ -189,9 +189,9 @@ def _read_entry(record: dict[str, Any]) -> tuple[str, LogEntry] | None:
         return "skype or teams", LogEntry(_name(name), text, _iso_hours(record["originalarrivaltime"]))
     if str(record.get("type", "")).startswith("m.") and "sender" in record and isinstance(record.get("content"), dict):
         said = record["content"] if record["type"] == "m.room.message" else {}
-        relation = said.get("m.relates_to") or {}
+        relation = r if isinstance(r := said.get("m.relates_to"), dict) else {}
         edits = str(relation.get("event_id") or "") if relation.get("rel_type") == "m.replace" else ""
-        said = (said.get("m.new_content") or said) if edits else said
+        said = new if edits and isinstance(new := said.get("m.new_content"), dict) else said
         text = str(said.get("body") or "") if said.get("msgtype") in ("m.text", "m.emote", "m.notice") else ""
         if "m.in_reply_to" in relation:  # what it replies to stands before it, for programs that know no replies
             text = re.sub(r"\A> (?:\* )?<[^\n]*\n(?:>[^\n]*\n)*\n?", "", text)

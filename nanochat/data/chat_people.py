@@ -236,13 +236,16 @@ def _read_imessage(lines: Sequence[str]) -> Iterator[LogEntry]:
 # --- a clock before every entry, perhaps no day: IRC's logs, and the chat beside a meeting of Zoom --------------------
 
 # Who came and went.
-_IRC_NEWS = re.compile(r"---|\[?(?:\d{4}-\d\d-\d\d[ T])?\d{1,2}:\d\d(?::\d\d)?\]?\s+[*<=-]")
+_IRC_NEWS = re.compile(  # a bare clock may also begin a line of somebody's text
+    r"---|\[(?:\d{4}-\d\d-\d\d[ T])?\d{1,2}:\d\d(?::\d\d)?\]|\d{4}-\d\d-\d\d[ T]\d{1,2}:\d\d"
+    r"|\d{1,2}:\d\d(?::\d\d)?\s+[*<=-]"
+)
 _IRC = re.compile(
     rf"\[?(?P<day>\d{{4}}-\d\d-\d\d)?[ T]?{_CLOCK}\]?(?:\s+<[ @+%~&]?|\t[@+%~&]?)"
     r"(?P<who>[\w\[\]\\^{}|`][^<>\s]{0,40})(?:>\s|\t)(?P<text>.*)"
 )
 _ZOOM = re.compile(  # lengths are limited: a line that is none must not take seconds
-    rf"(?P<day>\d{{4}}-\d\d-\d\d)?\s?{_CLOCK}\s+From\s{{1,4}}(?P<who>.{{1,80}}?)(?:\s+to\s+.{{1,80}}?)?"
+    rf"(?P<day>\d{{4}}-\d\d-\d\d)?\s?{_CLOCK}\s+From\s{{1,4}}(?P<who>.{{1,80}}?)(?:\s+to\s+[^:]{{1,1000}})?"
     r"\s{0,4}:\s*(?P<text>.*)"
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint.format import DAMAGED, META_FILE, read_meta, saved_steps, step_folder, weights_hash
-from nanochat.data.chat_files import CHATS_VERSION, HUB
+from nanochat.data.chat_files import CHATS_VERSION, HUB, is_no_chat
 from nanochat.data.chats import ChatSource, is_own_chats
 from nanochat.data.inventory import Inventory
 from nanochat.data.shards import MANIFEST, load_manifest
@@ -129,7 +129,8 @@ def fingerprint(path: Path) -> str:
     Folders are gone through as they are read: linked ones too, without hidden files.
     """
     digest = hashlib.sha256()
-    found = [(f.shown, Path(f.path)) for f in files_below(path, Inventory(""))] if path.is_dir() else [(".", path)]
+    below = files_below(path, Inventory(""), unread=is_no_chat) if path.is_dir() else ()
+    found = [(f.shown, Path(f.path)) for f in below] if path.is_dir() else [(".", path)]
     for name, file in found:
         if file.is_file() and file.suffix.lower() not in NO_TEXT:
             stat = file.stat()
