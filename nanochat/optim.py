@@ -310,6 +310,10 @@ class MuonAdamW(torch.optim.Optimizer):
                     finish()
         if waiting is not None:
             waiting()
+        # A fused kernel, torch's or the crate's, leaves no trace of what it wrote. Whoever keeps the weights in another
+        # form (`FastDecoder`) asks for these counts.
+        for p in (p for bucket in self.buckets for p in bucket.params):
+            torch.autograd.graph.increment_version(p)
         self._clear()
 
     def _check_reduced(self) -> None:

@@ -9,12 +9,14 @@ from reference_generation import make_model, naive_greedy
 import rustbpe
 from nanochat.engine import Engine
 from nanochat.generate import ahead as ahead_module
+from nanochat.generate import fast_decode
 from nanochat.generate.fast_decode import FastDecoder, make_decoder
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.native_step import NativeStep, supports
 from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
+from nanochat.optim import MuonAdamW
 from nanochat.precision import Precision
-from nanochat.recipe import PRESETS
+from nanochat.recipe import PRESETS, parameter_groups
 from rustbpe import decoding
 
 pytestmark = pytest.mark.skipif(decoding.library() is None, reason="rustbpe was not compiled here")
@@ -276,3 +278,30 @@ def test_the_memory_of_a_decoder_ends_with_it():
 
     before = run(3)
     assert run(30) - before < 30 << 10  # KiB; one has 10 MiB
+
+
+@pytest.mark.parametrize("in_rust", [True, False])
+def test_a_training_step_is_seen(tiny_tokenizer, monkeypatch, in_rust):
+    """The engine of a reinforcement learning run answers with the weights of now, whatever kernels move them."""
+    if not in_rust:
+        monkeypatch.setattr(fast_decode, "supports", lambda model, dtype: False)
+    model = make_model(tiny_tokenizer)
+    prompts = [tiny_tokenizer.encode(text) for text in ("The sky is", "One and")]
+    sampling = {"max_tokens": 12, "temperature": 0.0}
+    engine = Engine(model, tiny_tokenizer)
+    before = engine.generate_prompts(prompts, **sampling)
+    optimizer = MuonAdamW(
+        parameter_groups(model, matrix_lr=0.3, embedding_lr=0.3, unembedding_lr=0.1, weight_decay=0.0)
+    )
+    x = torch.tensor(prompts[0])[None]
+    for kinds in (("muon",), ("adamw",)):  # each alone: neither may hide that the other leaves no trace
+        model(x[:, :-1], x[:, 1:]).backward()
+        for group in optimizer.param_groups:
+            if group["kind"] not in kinds:
+                for p in group["params"]:
+                    p.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+        after = engine.generate_prompts(prompts, **sampling)
+        assert after == Engine(model, tiny_tokenizer).generate_prompts(prompts, **sampling)
+    assert after != before

@@ -91,7 +91,7 @@ def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "au
         raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
     if weights == "model":
         return None
-    # A LoRA's matrices cannot be kept in another form: a fused AdamW step leaves no trace that `refresh` sees.
+    # A LoRA's matrices stand beside the model's, which the decoder would keep alone.
     unknown = unknown_parts(model)
     new = ", ".join(name for name in unknown if ".lora_" not in name)
     dtype = model.lm_head.weight.dtype if precision is None else precision.dtype
