@@ -505,30 +505,27 @@ def test_save_takes_a_folder_and_says_what_it_replaces(conversation, tmp_path):
     assert "in place of" in said[-1]
 
 
+def pipe(monkeypatch, data):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)), encoding="utf-8"))
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_a_byte_order_mark_is_no_part_of_a_question(conversation, monkeypatch, encoding):
-    stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO("naïve?\n/undo\n".encode(encoding))), "utf-8")
-    monkeypatch.setattr(sys, "stdin", stdin)
+    pipe(monkeypatch, "naïve?\n/undo\n".encode(encoding))
     asked = []
     monkeypatch.setattr(chat_cli, "reply", lambda conversation, question, terminal: asked.append(question))
     chat_cli.converse(conversation, lambda: chat_cli.from_pipe(input), terminal=False)
     assert asked == ["naïve?"]
-    monkeypatch.setattr(
-        sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO("Zoë?\n".encode(encoding))), "utf-8")
-    )
+    pipe(monkeypatch, "Zoë?\n".encode(encoding))
     list(conversation.ask("first"))
     chat_cli.answer_once(conversation, "-", lambda: chat_cli.from_pipe(sys.stdin.read))
     assert conversation.messages[-2]["content"].strip() == "Zoë?"
 
 
 def test_what_is_no_text_is_named(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"caf\xe9\n")), "utf-8"))
+    pipe(monkeypatch, b"caf\xe9\n")
     with pytest.raises(ValueError, match=r"not UTF-8 text.*iconv"):
         chat_cli.from_pipe(sys.stdin.read)
-
-
-def pipe(monkeypatch, data):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data)), encoding="utf-8"))
 
 
 @pytest.mark.parametrize("text", ["Hello?\n", "Привет"])  # the second has no NUL

@@ -268,6 +268,14 @@ def conversations(rng, count):
     return made
 
 
+def render(template, every):
+    """Node's end of rendering these lists of messages with llama.cpp's kind of template: what it wrote and said."""
+    jinja = (node_folder() / "node_modules/@huggingface/jinja/dist/index.js").as_uri()
+    run = ["node", "--input-type=module", "-e", RENDER, jinja]
+    given = json.dumps({"template": template, "every": every})
+    return subprocess.run(run, input=given, capture_output=True, text=True, check=False)
+
+
 class TestLlamaCpp:
     """The same in llama.cpp: the npm package node-llama-cpp."""
 
@@ -279,10 +287,7 @@ class TestLlamaCpp:
     def test_conversations(self, llama, folder, model, tokenizer):
         every = conversations(random.Random(2), 200)
         path = written(folder, model, tokenizer)
-        given = json.dumps({"template": llama("template", path), "every": every})
-        jinja = (node_folder() / "node_modules/@huggingface/jinja/dist/index.js").as_uri()
-        run = ["node", "--input-type=module", "-e", RENDER, jinja]
-        rendered = json.loads(subprocess.run(run, input=given, capture_output=True, text=True, check=True).stdout)
+        rendered = json.loads(render(llama("template", path), every).stdout)
         # A special token that is written in a text is one to llama.cpp, and characters to us: not compared.
         plain = [i for i, messages in enumerate(every) if "<|" not in json.dumps(messages)]
         found = llama("tokenize", path, texts=[rendered[i] for i in plain], special=True)
@@ -293,18 +298,11 @@ class TestLlamaCpp:
 
     def test_histories_with_tools(self, llama, tokenizer):
         user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
-
-        def render(every):
-            jinja = (node_folder() / "node_modules/@huggingface/jinja/dist/index.js").as_uri()
-            given = json.dumps({"template": PLAIN_TEMPLATE, "every": every})
-            run = ["node", "--input-type=module", "-e", RENDER, jinja]
-            return subprocess.run(run, input=given, capture_output=True, text=True, check=False)
-
         every = [history for history in odd_histories(user, answer) if history[-1]["role"] == "user"]
         ours = [tokenizer.render_for_completion({"messages": normalise(history)[0]}) for history in every]
-        assert json.loads(render(every).stdout) == [tokenizer.decode(ids) for ids in ours]
+        assert json.loads(render(PLAIN_TEMPLATE, every).stdout) == [tokenizer.decode(ids) for ids in ours]
         for wrong in odd_histories(user, answer)[:3]:  # one result more than there are calls
-            assert "after its call" in render([[*wrong[:4], wrong[3], answer]]).stderr
+            assert "after its call" in render(PLAIN_TEMPLATE, [[*wrong[:4], wrong[3], answer]]).stderr
 
     def test_logits_and_greedy_tokens(self, llama, folder, model, tokenizer):
         rng = random.Random(3)

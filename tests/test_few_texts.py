@@ -120,7 +120,7 @@ def test_with_a_mean_of_the_weights_the_model_is_the_best_mean(train, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             train("killed", "--mean_weights=True")
     resumed, later = train("killed", "--mean_weights=True")
-    assert sorted(later)[-2:] == [9, 12]  # and 6, where the kill came before that checkpoint was whole
+    assert sorted(later) in ([9, 12], [6, 9, 12])  # 6 again, where the kill came before that checkpoint was whole
     assert same(whole.model, resumed.model)
     assert log_of(whole)[-1]["mean_val_bpb"] == log_of(resumed)[-1]["mean_val_bpb"]
 

@@ -21,7 +21,7 @@ from nanochat.generate.sampling import Sampling
 from nanochat.serve.batch_engine import BatchEngine, GenerationRequest
 
 jsonschema = pytest.importorskip("jsonschema")
-SCHEMAS = int(os.environ.get("NANOCHAT_SCHEMAS", "100"))  # 2000 take about ten minutes
+SCHEMAS = int(os.environ.get("NANOCHAT_SCHEMAS", "100"))  # 2000 take 3 min 21 s of CPU time
 
 
 @pytest.fixture(scope="module")

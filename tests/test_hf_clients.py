@@ -242,16 +242,25 @@ def test_checkpointed_gradients_are_the_same_and_texts_can_stop_an_answer(tokeni
     export(tokenizer, tmp_path / "m", name)
     theirs = load_theirs(tmp_path / "m").train()
     ids = torch.arange(20)[None]
-    gradients = []
+    gradients, kept = [], []
+
+    def keep(tensor):
+        kept[-1] += 1
+        return tensor
+
     for checkpointed in (False, True):
         if checkpointed:
             # Its name until transformers 5.24 is the second.
             enable = getattr(theirs, "activation_checkpointing_enable", None) or theirs.gradient_checkpointing_enable
             enable()
         theirs.zero_grad()
-        theirs(ids, labels=ids).loss.backward()
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = theirs(ids, labels=ids).loss
+        loss.backward()
         gradients.append([p.grad.clone() for p in theirs.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
+    assert kept[1] < kept[0]
     if theirs.config.model_type == "nanochat_modern":  # transformers' own class warns and drops it
         with pytest.raises(ValueError, match="takes no cache"):
             theirs(ids, past_key_values=DynamicCache())

@@ -63,9 +63,12 @@ def test_the_crate_chooses_as_torch_does(knobs, monkeypatch):
     logits = 3 * torch.randn(2000, 300, generator=torch.Generator().manual_seed(0))
     logits[5, 7], logits[6, 8], logits[7, ::2], logits[8] = float("nan"), float("inf"), -float("inf"), -float("inf")
     logits[9, 4] = 3e38  # finite, but not over a small temperature
+    choose, calls = decoding.choose, []
+    monkeypatch.setattr(decoding, "choose", lambda *args: calls.append(choose(*args)))
     ours = sample(logits, Sampling(**knobs), uniform(2000))
     monkeypatch.setattr(decoding, "library", lambda: None)
     theirs = sample(logits, Sampling(**knobs), uniform(2000))
+    assert len(calls) == 1  # the first is the crate's, the second is not
     assert ours[[5, 6, 8]].tolist() == [NOT_FINITE] * 3
     assert ours[9] == theirs[9]
     # A random number may lie between two sums that are rounded differently.
