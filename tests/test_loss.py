@@ -119,3 +119,26 @@ def test_memory_is_flat_in_the_vocabulary(vocab):
     with LargestTensor() as largest:
         linear_cross_entropy(x, weight, torch.randint(0, vocab, (1024,)), vocab, CAP, chunk_bytes=chunk).backward()
     assert largest.size == chunk
+
+
+class LogitRows(TorchDispatchMode):
+    """How many tokens get logits of a vocabulary of 512."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm_.default and args[2].shape == (8, 512):
+            self.count += len(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("supervised", [0, 1, 400, 1024])
+def test_on_a_cpu_only_tokens_with_a_target_get_logits(supervised):
+    x, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
+    targets = torch.full((1024,), -1)
+    targets[torch.randperm(1024, generator=torch.Generator().manual_seed(0))[:supervised]] = 7
+    with LogitRows() as rows:
+        value = linear_cross_entropy(x, weight, targets, 512, CAP, "sum")
+    value.backward()
+    assert rows.count == (supervised or 1024)
+    assert torch.equal(x.grad.abs().sum(1) > 0, targets >= 0)

@@ -129,7 +129,10 @@ class _SummedLoss(torch.autograd.Function):
         kernels: Any,
     ) -> Tensor:
         # x (N, C) in the compute dtype; master (V, C) float32, so that dW is summed and returned in float32.
-        weight = master.to(x.dtype)
+        weight, num_tokens = master.to(x.dtype), x.size(0)
+        rows = _rows_with_targets(targets)
+        if rows is not None:
+            x, targets = x.index_select(0, rows), targets[rows]
         if not need_grad:
             return _losses(x, weight, targets, vocab_size, cap, chunk_bytes).sum()
         high = torch.promote_types(x.dtype, torch.float32)
@@ -148,6 +151,8 @@ class _SummedLoss(torch.autograd.Function):
                 dw.addmm_(dz.t(), x[chunk])
             else:
                 dw += dz.t() @ x[chunk]
+        if rows is not None:
+            dx = dx.new_zeros(num_tokens, dx.size(1)).index_copy_(0, rows, dx)
         ctx.save_for_backward(dx, dw)
         return total
 
@@ -157,6 +162,15 @@ class _SummedLoss(torch.autograd.Function):
         # Only these two wait for the backward pass, N·C and V·C numbers, in place of N·V logits.
         dx, dw = ctx.saved_tensors
         return dx.to(grads[0].dtype) * grads[0], dw * grads[0], None, None, None, None, None, None
+
+
+def _rows_with_targets(targets: Tensor) -> Tensor | None:
+    """Which of the tokens have a target, where some do and some don't: in a chat half need no logits."""
+    # A card would have to be waited for to know how many they are.
+    if targets.device.type != "cpu":
+        return None
+    rows = (targets >= 0).nonzero()[:, 0]
+    return rows if 0 < len(rows) < len(targets) else None
 
 
 def _losses_each(
