@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.data import chat_people, chat_store, chats, json_stream
+from nanochat.data import chat_files, chat_people, chat_store, chats, json_stream
 from nanochat.data.chat_exports import FILE_LEFT_OUT, OTHER_ANSWER, TO_TOOL
+from nanochat.data.chat_forms import PREFERENCE
 from nanochat.data.chat_templates import BEFORE_TURNS, THOUGHT_LEFT_OUT
 from nanochat.data.chats import ChatSource, load_chats, look_at_chats, show_learned
 from nanochat.data.inventory import Inventory, UnusableInputError
@@ -1555,3 +1556,50 @@ def test_files_that_stand_in_the_way_of_chats_are_told(tmp_path: Path) -> None:
     texts, inventory = look(tmp_path / "a.zip")
     assert texts == [HI]
     assert inventory.left_out["an editor's copy of a file"].examples == ["c.jsonl~"]
+
+
+def test_a_first_column_without_a_name_is_an_index(tmp_path: Path) -> None:
+    told = ["a.csv: the first column has no name: taken for an index, not learned"]
+    same = ["user: q\nassistant: «a»", "user: r\nassistant: «b»"]
+    for mark in ",;\t":
+        rows = (["", "question", "answer", ""], ["0", "q", "a", ""], ["1", "r", "b", ""])  # as pandas' to_csv writes it
+        (tmp_path / "a.csv").write_text("".join(f"{mark.join(row)}\n" for row in rows))
+        texts, inventory = look(tmp_path / "a.csv")
+        assert (texts, inventory.notes) == (same, [f"{tmp_path}/{told[0]}"])
+    rows = ('"","role","content"', '"1","user","Hi"', '"2","assistant","Hello!"')  # R's write.csv
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    assert look(tmp_path / "a.csv")[0] == [HI]
+
+
+def test_names_in_capitals_and_empty_ones(tmp_path: Path) -> None:
+    records = [{"Question": "", "question": "q", "Answer": "a"}, {"": 0, "Prompt": "r", "chosen": "b", "rejected": "c"}]
+    texts, inventory = look(dump(tmp_path / "b.jsonl", *records))
+    assert texts == ["user: q\nassistant: «a»", "user: r\nassistant: «b»"]
+    assert inventory.notes == [f"1 × {PREFERENCE}", "1 × the key '', which is not used"]
+
+
+def test_an_attempt_that_fails_leaves_no_notes(tmp_path: Path) -> None:
+    odd = [{"question": "q", "answer": ["a", "b"]}, {"other": 1}]
+    robot = {"messages": [{"role": "robot", "content": "Hi", "mood": 1}], "weather": "fine"}
+    good = [{"messages": PAIR}] * 4
+    texts, inventory = look(dump(tmp_path / "a.jsonl", {"data": odd}, odd, robot, *good))
+    assert (texts, inventory.notes) == ([HI] * 4, [])
+    assert inventory.left_out[chats.UNUSABLE].count == 3
+
+
+def test_folders_of_tools_in_archives_and_links_to_what_is_kept_apart(tmp_path: Path) -> None:
+    dump(tmp_path / "val.jsonl", {"messages": PAIR})
+    (tmp_path / "a.jsonl").symlink_to("val.jsonl")
+    texts, inventory = look(tmp_path)
+    assert texts == [HI]
+    assert inventory.left_out[chat_files.KEPT_BACK_REASON].examples == ["val.jsonl"]
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for name in ("c.jsonl", "node_modules/d.jsonl", "__pycache__/e.jsonl", "#f.jsonl#", ".g.jsonl"):
+            archive.write(tmp_path / "val.jsonl", name)
+    texts, inventory = look(tmp_path / "b.zip")
+    assert texts == [HI]
+    assert {reason: entry.count for reason, entry in inventory.left_out.items()} == {
+        "of a tool, no texts": 2,
+        "an editor's copy of a file": 1,
+        "hidden": 1,
+    }

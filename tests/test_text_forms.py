@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import email.message
+import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 import zipfile
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.config import run_script
-from nanochat.data import documents, text_walk
+from nanochat.data import documents, text_files, text_walk
 from nanochat.data.corpus import open_corpus
 from nanochat.data.inventory import Inventory, UnusableInputError
 from nanochat.data.script import own_prompts
@@ -132,6 +134,38 @@ def test_links_hidden_and_own_folders(tmp_path: Path, base_dir: Path, monkeypatc
     assert not inventory.stop
 
 
+def test_a_link_to_what_nobody_reads_is_read(tmp_path: Path) -> None:
+    targets = ("node_modules/a.txt", "b.bak", "c.txt~", ".d.txt", "e.py", "f.7z", "README", "g.txt", "h.1")
+    (tmp_path / "node_modules").mkdir()
+    for i, name in enumerate(targets):
+        (tmp_path / name).write_text(f"text of {name}")
+        (tmp_path / f"link{i}.txt").symlink_to(name)
+    inventory = look_at_texts(tmp_path, ReadOptions(source_code=False))
+    links = inventory.left_out["a link to what is read already"]
+    assert links.examples == ["link6.txt", "link7.txt", "link8.txt"]
+    assert (links.count, inventory.facts["documents"]) == (3, 9)
+    assert "exact duplicates left out" not in inventory.facts
+    inventory = look_at_texts(tmp_path, ReadOptions(source_code=True))
+    assert (inventory.left_out["a link to what is read already"].count, inventory.facts["documents"]) == (4, 9)
+
+
+def test_what_several_links_lead_to_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own"
+    (own / "chats").mkdir(parents=True)
+    (own / "chats" / "a.txt").write_text("a chat")
+    (tmp_path / "far.txt").write_text("outside")
+    (own / "near.bak").write_text("inside")
+    for name, target in (("a.bak", "../far.txt"), ("b.txt", "../far.txt"), ("c.txt", "../far.txt")):
+        (own / name).symlink_to(target)
+    for name, target in (("d.txt", "near.bak"), ("e.txt", "near.bak"), ("f.txt", "chats/a.txt")):
+        (own / name).symlink_to(target)
+    inventory = look_at_texts(own, ReadOptions(chat_data=str(own / "chats")))
+    assert (inventory.read, inventory.facts["documents"]) == ({"txt": 2}, 2)
+    assert "exact duplicates left out" not in inventory.facts
+    assert inventory.left_out["a link to what is read already"].examples == ["c.txt", "e.txt"]
+    assert inventory.left_out["given as CHAT_DATA"].kinds == {"folder": 1, "file": 1}
+
+
 def test_what_can_not_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("fine")
     (tmp_path / "secret").mkdir()
@@ -202,6 +236,89 @@ def test_archives_in_archives_are_read_too(tmp_path: Path) -> None:
         archive.write(tmp_path / "middle.zip", "middle.zip")
     with pytest.raises(ValueError, match=r"bad\.zip, middle\.zip can't be unpacked"):
         read_archive(tmp_path / "bad.zip")
+
+
+IN_FOLDERS = ("x/node_modules/a.txt", "x/c.doc", "x/d.XLSX", "e.foo", "venv.txt", "files.txt", "README", "LICENSE.1")
+
+
+def test_archives_are_judged_like_folders(tmp_path: Path) -> None:
+    for name in IN_FOLDERS:
+        file = tmp_path / "one" / "folder" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"text of {name}")
+    (tmp_path / "one" / "folder" / "data.bin").write_bytes(bytes(40))
+    (tmp_path / "one" / "folder" / "tar").write_bytes(bytes(40))
+    two = tmp_path / "two"
+    two.mkdir()
+    with zipfile.ZipFile(two / "a.zip", "w") as archive:
+        for file in sorted((tmp_path / "one").rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(tmp_path / "one"))
+    folder, packed = look_at_texts(tmp_path / "one"), look_at_texts(two)
+    assert packed.facts == folder.facts
+    assert packed.facts["documents"] == 4
+    assert packed.read == {"zip": 0, **{f"{kind} in zip": count for kind, count in folder.read.items()}}
+    assert packed.num_bytes == folder.num_bytes
+    line = packed.left_out_line()
+    assert line == folder.left_out_line().replace("folder/", "a.zip/folder/").replace("1 folder: of", "1 file: of")
+    for said in (
+        "1 .doc: save as .docx or .txt (a.zip/folder/x/c.doc)",
+        "1 .xlsx: save as .csv",
+        "1 .foo: unknown kind",
+    ):
+        assert said in line
+    assert not packed.stop
+    with zipfile.ZipFile(two / "a.zip", "a") as archive:
+        archive.writestr("g.ppt", "slides" * 20)
+    stop = look_at_texts(two).stop
+    assert "more is left out than read (4 files" in stop
+    with pytest.raises(UnusableInputError, match="more is left out than read"):
+        import_path(two)
+
+
+def test_an_archive_beside_files_to_convert_counts_with_its_files(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(4):
+            archive.writestr(f"{i}.txt", f"text {i} " * 200)
+        archive.writestr("x\\VENV\\b.txt", "of a tool")
+    for i in range(3):
+        (tmp_path / f"{i}.doc").write_text("old " * 100)
+    assert len(all_documents(import_path(tmp_path))) == 4
+    assert look_at_texts(tmp_path).left_out["of a tool, no texts"].examples == ["a.zip/x\\VENV\\b.txt"]
+
+
+def test_documents_in_a_tar_are_read(tmp_path: Path) -> None:
+    word = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    runs = "<w:p><w:r><w:t>From Word.</w:t></w:r></w:p>"
+    with zipfile.ZipFile(tmp_path / "a.docx", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("word/document.xml", f"<w:document {word}><w:body>{runs}</w:body></w:document>")
+    (tmp_path / "b.eml").write_text("Subject: Hi\n\nFrom a mail.\n")
+    (tmp_path / "c.mbox").write_text("From x\nSubject: One\n\nfirst\n\nFrom x\nSubject: Two\n\nsecond\n")
+    with tarfile.open(tmp_path / "d.tar.gz", "w:gz") as tar:
+        for name in ("a.docx", "b.eml", "c.mbox"):
+            tar.add(tmp_path / name, name)
+    expected = ["From Word.", "Hi\n\nFrom a mail.\n", "One\n\nfirst\n\n", "Two\n\nsecond\n"]
+    assert read_archive(tmp_path / "d.tar.gz") == expected
+    (tmp_path / "e.docx.xz").write_bytes(lzma.compress((tmp_path / "a.docx").read_bytes()))
+    assert read(tmp_path / "e.docx.xz") == ["From Word."]
+
+
+def test_what_unpacks_to_more_than_is_held_is_left_out_and_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mail = b"Subject: Hi\n\nHello there.\n"
+    (tmp_path / "a.eml.gz").write_bytes(gzip.compress(mail))
+    (tmp_path / "b.eml.gz").write_bytes(gzip.compress(mail + b"More.\n"))
+    (tmp_path / "c.mbox.gz").write_bytes(gzip.compress(b"From x\n" + mail + b"\nFrom x\nSubject: Two\n\nLast.\n"))
+    monkeypatch.setattr(text_files, "MAX_BINARY_BYTES", len(mail))
+    inventory = look_at_texts(tmp_path)
+    assert inventory.left_out["more than 26 bytes when unpacked (unpack it)"].examples == ["b.eml.gz"]
+    assert inventory.facts["documents"] == 3  # a mailbox is read however long it is
+    word = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    with zipfile.ZipFile(tmp_path / "d.docx", "w") as file:
+        file.writestr("word/document.xml", f"<w:document {word}><w:body/></w:document>" + " " * 1000)
+    monkeypatch.setattr(documents, "MAX_PART_BYTES", 1000)
+    assert "1 file: more than 1.0 kB in one part (save as .txt) (d.docx)" in look_at_texts(tmp_path).left_out_line()
 
 
 def read_archive(file: Path) -> list[str]:

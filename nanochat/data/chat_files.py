@@ -24,9 +24,9 @@ from nanochat.data.chat_logs import read_entries
 from nanochat.data.corpus import open_parquet
 from nanochat.data.inventory import Inventory, NotReadError
 from nanochat.data.json_stream import Broken, Placed, json_records
-from nanochat.data.packed import damage_named, is_archive, is_hidden, members, unpacked, what_it_is
+from nanochat.data.packed import damage_named, is_archive, members, unpacked, what_it_is
 from nanochat.data.tables import LONGEST_FIELD, SAMPLE_LINES, detect_dialect
-from nanochat.data.text_walk import CODE, CONVERT, NO_TEXT, UNFINISHED, files_below
+from nanochat.data.text_walk import CODE, CONVERT, NO_TEXT, UNFINISHED, files_below, left_out_below
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,7 +45,7 @@ AS_PAGE = " that can be read (export the chat as JSON or text)"
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{|\[\s*(?:[\[{"\]]|\Z))')
 MALFORMED = (AttributeError, TypeError, KeyError, IndexError, RecursionError)  # a record that breaks its form's rules
 HUB = "hf:"  # hf:owner/name, hf:owner/name@split, hf:owner/name:config@split
-CHATS_VERSION = 2  # raise it when the same files would give other conversations: what was learned of them is outdated
+CHATS_VERSION = 3  # raise it when the same files would give other conversations: what was learned of them is outdated
 BATCH = 256  # rows of parquet or Arrow in memory
 
 Content = tuple[str, IO[bytes], Path | None]  # (name for people, bytes, where it lies if it is a plain file)
@@ -67,14 +67,19 @@ def open_contents(path: Path, inventory: Inventory) -> Iterator[Content]:
         for file in sorted(path.glob("data-*.arrow")):
             yield from _open_file(file, file.name, inventory)
     elif path.is_dir():
-        files = {file.shown: file.path for file in files_below(path, inventory, unread=is_no_chat)}
+        files = {file.shown: file.path for file in files_below(path, inventory, unread=is_unread)}
         for name in _learned(list(files), inventory, "file"):
             yield from _open_file(Path(files[name]), name, inventory)
     else:
         yield from _open_file(path, str(path), inventory)
 
 
-def is_no_chat(name: str) -> bool:
+def is_unread(path: str) -> bool:
+    """True of a file in a folder from which nothing may be learned, by its name: no conversation, or kept apart."""
+    return _is_no_chat(path) or KEPT_BACK.fullmatch(PurePosixPath(path).name) is not None
+
+
+def _is_no_chat(name: str) -> bool:
     """True of a file that can't be a conversation, by its name; chat.md is an export of Signal."""
     file = PurePosixPath(name.lower())
     return file.suffix in NO_CHATS and file.name != "chat.md"
@@ -84,11 +89,9 @@ def _learned(names: list[str], inventory: Inventory, kind: str) -> list[str]:
     """Without what is hidden, can't be a conversation, or is kept for measuring."""
     wanted = []
     for name in names:
-        if is_hidden(name):
-            inventory.leave_out("hidden", kind, name, matters=False)
-        elif name.endswith("~"):
-            inventory.leave_out("an editor's copy of a file", kind, name, matters=False)
-        elif is_no_chat(name):
+        if reason := left_out_below(name):
+            inventory.leave_out(reason, kind, name, matters=False)
+        elif _is_no_chat(name):
             suffix = PurePosixPath(name).suffix.lower()
             reason = f"no conversations{AS_PAGE if suffix in PAGES else ''}"
             unfinished = suffix in UNFINISHED
@@ -183,7 +186,7 @@ def _text_records(
     )
     text = io.TextIOWrapper(utf8, "utf-8-sig", errors="replace", newline="" if is_table else None)
     if is_table:
-        yield from _table_rows(text, note, by_number)
+        yield from _table_rows(text, lambda what: note(f"{name}: {what}"), by_number)
     elif PARSED.intersection(suffixes):
         parsed = io.StringIO(json.dumps(_parsed(text, suffixes), default=str))
         yield from json_records(parsed, _is_turn)
@@ -255,10 +258,14 @@ def _table_rows(text: io.TextIOWrapper, note: Callable[[str], None], by_number: 
     header = [str(i) for i in range(1, len(first) + 1)] if by_number else [name.strip() for name in first]
     if by_number:
         yield f"line {skipped + 1}", dict(zip(header, first, strict=True))
+    is_index = header[:1] == [""]  # as pandas and R write one
+    if is_index:
+        note("the first column has no name: taken for an index, not learned")
     try:
         for row in rows:
             if len(row) == len(header):
-                yield f"line {skipped + rows.line_num}", dict(zip(header, row, strict=True))
+                fields = zip(header[is_index:], row[is_index:], strict=True)
+                yield f"line {skipped + rows.line_num}", dict(fields)
             elif row:
                 where = f"line {skipped + rows.line_num}"
                 yield where, Broken(f"{len(row)} fields, but the first line has {len(header)}")
@@ -274,7 +281,7 @@ def _parquet_rows(source: Any) -> Iterator[Placed]:
 
 def _arrow_rows(stream: io.BufferedReader, is_file: bool) -> Iterator[Placed]:
     if is_file:
-        reader = pa.ipc.open_file(stream)
+        reader = pa.ipc.open_file(stream if stream.seekable() else io.BytesIO(stream.read()))
         yield from _number(reader.get_batch(i) for i in range(reader.num_record_batches))
     else:
         yield from _number(pa.ipc.open_stream(stream))

@@ -25,9 +25,7 @@ LIST_KEYS = (
     *("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "turns", "chat", "contents"),
     *("data", "items", "history", "thread"),
 )
-SYSTEM_KEYS = (
-    *("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "systemPrompt"),
-)
+SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "systemPrompt")
 # Questions and answers go by these names; a record with one of each is a conversation of two turns.
 ASKED_KEYS = (
     *("instruction", "prompt", "question", "query", "input", "inputs", "problem", "user", "human", "q", "ask", "asked"),
@@ -99,21 +97,21 @@ def is_message(value: Any) -> bool:
     )
 
 
-def read_chat_record(record: Any, columns: tuple[str, str] | None, notes: Counter[str]) -> tuple[str, list[Message]]:
-    """(name of its form, messages) of a record; the messages are still to be normalised.
+def read_chat_record(record: Any, columns: tuple[str, str] | None) -> tuple[str, list[Message], Counter[str]]:
+    """(name of its form, messages, counts of what was left out or guessed) of a record; messages as they are there.
 
     Args:
         record: a value of JSON, or a row of a table as a dict.
         columns: the names of question and answer, where the user has said them.
-        notes: counts what was left out or guessed.
 
     Raises:
         NotAConversation: its form is not known; names its keys.
         Marked: it must not be learned.
         AboutImages: it names files of images or sounds, and its text refers to them.
     """
+    used, notes = set[str](), Counter[str]()
     if isinstance(record, list):
-        return _read_list(record, notes)
+        return *_read_list(record, notes), notes
     if not isinstance(record, dict):
         raise NotAConversation(f"expected an object or a list of messages, found {record!r:.60}")
     record = {key: value for key, value in record.items() if value is not None and isinstance(key, str)}
@@ -126,14 +124,13 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None, notes: Counte
     for mark in MARKS:
         if mark in record and is_off(record[mark]):
             raise Marked(f"marked as not to be learned ({mark}: {record[mark]})")
-    used: set[str] = set()
     try:
         form, messages = _read_dict(record, columns, notes, used)
     except NotAConversation as error:
         lowered = _lowered(record)
         if columns is not None or lowered == record:
             raise
-        record = lowered
+        record, used, notes = lowered, set(), Counter()  # what was noted on the way to the error is void
         try:
             form, messages = _read_dict(record, columns, notes, used)
         except NotAConversation:
@@ -143,7 +140,7 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None, notes: Counte
     for key in record:
         if key not in used and key not in MARKS and record[key] not in ("", [], {}) and not HARMLESS.fullmatch(key):
             notes[f"{UNUSED_KEY}{key!r}, which is not used"] += 1
-    return form, messages
+    return form, messages, notes
 
 
 def is_about_images(messages: list[Message], marks: re.Pattern[str] = _SEEN) -> bool:
@@ -305,7 +302,7 @@ def _read_pair(record: dict[str, Any], notes: Counter[str], used: set[str]) -> t
     """(form, messages) of a record with a question and its answer."""
     keys: dict[str, str] = {}
     for key in record:  # of "Question" and "question" the first that is not empty
-        if record.get(keys.get(key.strip().lower(), "")) in _EMPTY:
+        if record.get(keys.setdefault(key.strip().lower(), key)) in _EMPTY:
             keys[key.strip().lower()] = key
     low = {key: record[name] for key, name in keys.items()}
     answer = _first(low, ANSWER_KEYS)

@@ -168,13 +168,8 @@ def _read_entry(record: dict[str, Any]) -> tuple[str, LogEntry] | None:
     if "sender_name" in record and "timestamp_ms" in record:
         text = "" if record.get("is_unsent") else _mended(str(record.get("content") or ""))
         name = _mended(_name(record["sender_name"]))
-        by_program = _OF_MESSENGER.fullmatch(text)
-        if by_program and by_program["who"] in (
-            None,
-            "You",
-            name,
-            name.partition(" ")[0],
-        ):  # "I sent a photo." is a person's
+        by_program = _OF_MESSENGER.fullmatch(text)  # "I sent a photo." is a person's
+        if by_program and by_program["who"] in (None, "You", name, name.partition(" ")[0]):
             text = ""
         return "messenger", LogEntry(name, text, _number(record["timestamp_ms"], 3.6e6))
     if "ts" in record and record.get("type") == "message":

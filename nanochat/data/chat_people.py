@@ -14,7 +14,8 @@ from datetime import datetime, timezone
 
 from nanochat.data.chat_logs import LogEntry
 
-LOOKED_AT = 40  # lines, not blank, that tell what a text is
+HEAD_LINES = 40  # not blank, that tell what a text is
+DATE_CHARS = 40  # of a line, among which its date and time are
 _INVISIBLE = dict.fromkeys(map(ord, "\u200e\u200f\u202a\u202c\ufeff"))
 _DATE = r"(?P<date>\d{1,4}(?:[./-]\s?|年|년\s?)\d{1,2}(?:[./-]\s?|月|월\s?)\d{1,4}[.日일]?)"
 _CLOCK = r"(?P<time>\d{1,2}[:.]\d{2}(?:[:.]\d{2})?)"
@@ -76,7 +77,7 @@ Log = tuple[str, list[LogEntry]]
 def read_log(text: str) -> Log | None:
     """(name of the program, entries) of a chat that was exported as text; None if the text is none."""
     lines = text.translate(_INVISIBLE).replace("\u202f", " ").replace("\xa0", " ").splitlines()
-    head = [line for line in lines if line.strip()][:LOOKED_AT]
+    head = [line for line in lines if line.strip()][:HEAD_LINES]
     for name, is_line, read in _FORMS:
         count = sum(is_line(line) for line in head)
         if count and (count >= max(2, len(head) // 4) or count == len(head)):
@@ -96,8 +97,8 @@ def _plain(line: str) -> str:
     clean = line.rstrip("\r\n").translate(_INVISIBLE).replace("\u202f", " ").replace("\xa0", " ")
     if clean[:2].isascii():
         return clean
-    head = "".join(str(unicodedata.digit(c)) if c.isdecimal() else c for c in clean[:LOOKED_AT])
-    return head + clean[LOOKED_AT:]
+    head = "".join(str(unicodedata.digit(c)) if c.isdecimal() else c for c in clean[:DATE_CHARS])
+    return head + clean[DATE_CHARS:]
 
 
 def _read_timed(lines: Iterable[str]) -> Iterator[LogEntry]:

@@ -49,7 +49,7 @@ from nanochat.data.chat_templates import questions_apart, read_template, texts_o
 from nanochat.data.inventory import Inventory, NotReadError, UnusableInputError, shortened
 from nanochat.data.json_stream import Broken, Placed
 from nanochat.data.mojibake import mended
-from nanochat.data.text_look import escape_warnings
+from nanochat.data.text_look import SAMPLE_CHARS, SAMPLE_TEXTS, escape_warnings
 from nanochat.messages import Conversation, Message, normalise
 
 EMPTY_ANSWER = "an empty answer, which is not learned"
@@ -59,14 +59,16 @@ PERHAPS_TWICE = "a letter that looks encoded twice (as CafÃ© for Café), among
 MARKED = "marked as not to be learned"
 NOBODY_ELSE = "in which nobody else writes"
 NO_PICTURES = "about an image or sound, which the model can't see or hear"
-WITHOUT_ID = "a row that does not say of which conversation: such rows are one, up to the next system message"
+WITHOUT_ID = (
+    "a message in a row that names no conversation: such rows are joined into one, until a system message begins the "
+    "next (a column conversation_id keeps them apart)"
+)
 UNREADABLE = "a message in a chat of people that can't be read, left out"
 MOST_KEYS = 5  # that are not used are listed one by one
 UNUSABLE = "can't be used"
 BYTES_PER_TOKEN = 4.0  # about, of English with a vocabulary of some ten thousand
 TRIED = 1000  # records; if most of so many are unusable, the others are not even read
 SAMPLES = 20
-LOOKED_AT = 300  # conversations
 HOW = (
     'give each as {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, or say '
     "which two fields are question and answer with CHAT_COLUMNS=question,answer (CHAT_COLUMNS=1,2 in a table without a "
@@ -178,8 +180,8 @@ class _Reader:
         """Of the file that is read: where, and why."""
         self.first_reason = ""
         self.repairs = Repairs()
-        self.looked_at: list[str] = []
-        """What is said in the first conversations."""
+        self.beginnings: list[str] = []
+        """How the first conversations begin."""
         self.name = ""  # of the file that is read
         self.people: dict[str, str] = {}
         """Names by id, where an export has them in a file of their own."""
@@ -290,7 +292,7 @@ class _Reader:
                 yield from self._of_record(where, chat)
             return
         try:
-            form, messages = read_chat_record(record, self.source.columns, self.notes)
+            form, messages, notes = read_chat_record(record, self.source.columns)
         except Marked as error:
             self.inventory.leave_out(MARKED, "conversation", f"{where}: {error}", matters=False)
         except AboutImages:
@@ -305,7 +307,7 @@ class _Reader:
             elif not isinstance(record, list) or record or not self.name:  # an empty file among others says nothing
                 self._reject(where, str(error))
         else:
-            yield from self._finish(form, messages, where)
+            yield from self._finish(form, messages, where, notes)
 
     def _of_text(self, text: str, where: str) -> Iterator[Conversation]:
         if (log := read_log(text)) is not None:
@@ -343,8 +345,10 @@ class _Reader:
 
     # --- from messages to one shape ----------------------------------------------------------------------------------
 
-    def _finish(self, form: str, messages: list[Message], where: str) -> Iterator[Conversation]:
-        """The conversation of these messages, if there is something to learn in it."""
+    def _finish(
+        self, form: str, messages: list[Message], where: str, found: Mapping[str, int] | None = None
+    ) -> Iterator[Conversation]:
+        """The conversation of these messages, if there is something to learn in it; then `found` is noted too."""
         if any(m.get("role") == "user" and m.get("content") in (None, []) for m in messages):
             self._reject(where, "a message of the user without text")
             return
@@ -356,7 +360,8 @@ class _Reader:
         if is_about_images(turns):
             self.inventory.leave_out(NO_PICTURES, "conversation", where, matters=False)
             return
-        self.notes.update(notes)
+        for counts in (found or {}, notes):
+            self.notes.update(counts)
         self.notes[THINKING] += sum("</think>" in str(turn["content"]) for turn in turns)
         for turn in turns:
             if isinstance(turn["content"], str) and not turn["content"].isascii():
@@ -375,8 +380,9 @@ class _Reader:
             self.inventory.leave_out(MARKED if marked else NO_ANSWER, "conversation", where, matters=False)
             return
         self.inventory.count(form)
-        if len(self.looked_at) < LOOKED_AT:
-            self.looked_at.append("\n".join(turn["content"] for turn in turns if isinstance(turn["content"], str)))
+        if len(self.beginnings) < SAMPLE_TEXTS:
+            said = "\n".join(turn["content"] for turn in turns if isinstance(turn["content"], str))
+            self.beginnings.append(said[:SAMPLE_CHARS])
         self.turns += len(turns)
         self.learned += len(learned)
         self.characters += sum(_length(turn["content"]) for turn in turns)
@@ -415,7 +421,7 @@ class _Reader:
             inventory.notes.append(f"{len(keys)} keys are not used: {names}")
             self.notes -= Counter({key: self.notes[key] for key in keys})
         inventory.notes += [f"{count:,} × {note}" for note, count in self.notes.most_common() if count]
-        inventory.warnings += escape_warnings(self.looked_at, "conversations")
+        inventory.warnings += escape_warnings(self.beginnings, "conversations")
         if self.repairs.characters:
             inventory.warnings.append(f"{self.repairs.characters:,} characters were no text and are replaced by U+FFFD")
         if good == 0 or self.unusable >= good:

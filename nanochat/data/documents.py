@@ -18,7 +18,7 @@ from typing import IO, TextIO
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
-from nanochat.data.inventory import NotReadError
+from nanochat.data.inventory import NotReadError, format_bytes
 from nanochat.data.markup import visible_text
 
 try:
@@ -203,11 +203,14 @@ def _zipped(data: IO[bytes]) -> zipfile.ZipFile:
 def _part(file: zipfile.ZipFile, name: str) -> bytes:
     try:
         with file.open(name) as part:
-            return part.read(MAX_PART_BYTES)
+            content = part.read(MAX_PART_BYTES + 1)
     except (KeyError, zipfile.BadZipFile):
         raise NotReadError("damaged (get it again)") from None
     except RuntimeError:
         raise NotReadError("protected by a password") from None
+    if len(content) > MAX_PART_BYTES:
+        raise NotReadError(f"more than {format_bytes(MAX_PART_BYTES)} in one part (save as .txt)")
+    return content
 
 
 def _xml(file: zipfile.ZipFile, name: str) -> ElementTree.Element:
@@ -237,7 +240,7 @@ def read_rtf(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
         raise NotReadError(f"needs striprtf ({DOCUMENTS_EXTRA})")
     content = data.read(MAX_PART_BYTES + 1)
     if len(content) > MAX_PART_BYTES:
-        raise NotReadError(f"RTF of more than {MAX_PART_BYTES // 1_000_000} MB (save as .docx or .txt)")
+        raise NotReadError(f"RTF of more than {format_bytes(MAX_PART_BYTES)} (save as .docx or .txt)")
     try:
         yield striprtf.rtf_to_text(content.decode("latin-1"), errors="surrogateescape")
     except Exception as error:  # whatever a file that is not by the rules makes a parser do

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 NUM_EXAMPLES = 3
-SAMPLE_CHARS = 300
+SHOWN_CHARS = 300
 
 
 class UnusableInputError(ValueError):
@@ -117,7 +117,7 @@ class Inventory:
         lines += [f"  {note}" for note in self.notes]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         for text in self.samples[:samples]:
-            lines.append("  sample: " + "\n    ".join(text[:SAMPLE_CHARS].strip().splitlines() or [""]))
+            lines.append("  sample: " + "\n    ".join(text[:SHOWN_CHARS].strip().splitlines() or [""]))
         return lines
 
     def record(self) -> dict[str, Any]:

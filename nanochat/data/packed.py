@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import lzma
 import shutil
 import sys
@@ -70,13 +71,21 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVES)
 
 
-def is_hidden(name: str) -> bool:
-    """True if a path leads through a hidden file or folder, or one of Office's locks or a Mac's.
+class Unseekable(io.RawIOBase):
+    """A stream that is only read forwards, as one for io.BufferedReader."""
 
-    Archives may name their files "./a.txt" or "../a.txt"; these are not hidden.
-    """
-    parts = name.replace("\\", "/").split("/")
-    return any((p.startswith(".") and p.strip(".")) or p.startswith("~$") or p.lower() == "__macosx" for p in parts)
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream = stream
+
+    def readable(self) -> bool:
+        """It can be read."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill `buffer` as far as one read of the stream goes; returns the number of bytes, 0 at the end."""
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def unpacked(raw: IO[bytes], suffix: str) -> IO[bytes]:
@@ -148,4 +157,5 @@ def _flat_members(name: str, raw: IO[bytes]) -> Iterator[tuple[str, int, IO[byte
         for member in tar:
             extracted = tar.extractfile(member) if member.isfile() else None
             if extracted is not None:
-                yield member.name, member.size, extracted
+                # Its own stream says that it can go back, and fails where it does.
+                yield member.name, member.size, io.BufferedReader(Unseekable(extracted))

@@ -21,7 +21,7 @@ from nanochat.data.json_text import TEXT_NAMES, choose_name
 
 LONGEST_FIELD = 256_000_000  # characters
 SAMPLE_LINES = 500  # the dialect is chosen by these
-SAMPLE_CHARS = 2_000_000
+MOST_SAMPLE_CHARS = 2_000_000
 DELIMITERS = ",;\t|"
 ONE_COLUMN = "\x1f"  # no text has this character: all of a line is one field
 INNER_LINES = 3  # so many lines in one field, all with the right number of delimiters, are rows that it swallowed
@@ -121,7 +121,7 @@ def _head(lines: TextIO) -> tuple[list[str], bool]:
     """The first lines, enough to choose the dialect by, and whether they are all."""
     head: list[str] = []
     num_chars = 0
-    while len(head) < SAMPLE_LINES and num_chars < SAMPLE_CHARS:
+    while len(head) < SAMPLE_LINES and num_chars < MOST_SAMPLE_CHARS:
         line = lines.readline(LONGEST_FIELD)
         if not line:
             return head, True

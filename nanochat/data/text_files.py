@@ -16,14 +16,14 @@ or like it, the only one, or by far the longest.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from nanochat.data.charset import REPAIR, Repairs, Utf8Stream, known_encoding
 from nanochat.data.documents import (
@@ -37,17 +37,27 @@ from nanochat.data.documents import (
     read_rtf,
     read_subtitles,
 )
-from nanochat.data.inventory import Inventory, NotReadError
+from nanochat.data.inventory import Inventory, NotReadError, format_bytes
 from nanochat.data.json_text import TEXT_NAMES, is_chat, read_json_file, read_json_lines
 from nanochat.data.markup import declared_charset, page_text
 from nanochat.data.mojibake import MANY_SIGNS, mended
-from nanochat.data.packed import compression_of, damage_named, is_archive, is_hidden, members, unpacked, what_it_is
+from nanochat.data.packed import Unseekable, compression_of, damage_named, is_archive, members, unpacked, what_it_is
 from nanochat.data.split import AfterSettings, split_long, split_text
 from nanochat.data.tables import read_arrow, read_csv, read_parquet
-from nanochat.data.text_walk import CODE_REASON, ReadOptions, TextFile, is_code, kind_of
+from nanochat.data.text_walk import (
+    SNIFF_BYTES,
+    FoundFile,
+    ReadOptions,
+    TextFile,
+    kind_of,
+    kind_to_read,
+    label_of,
+    left_out_below,
+)
+from nanochat.env import printable
 
 BUFFER_BYTES = 1 << 18
-MAX_BINARY_BYTES = 1_000_000_000  # of a book or PDF in an archive: it is held in memory
+MAX_BINARY_BYTES = 1_000_000_000  # of a packed book or PDF, which is held in memory
 BINARY_FORMS = {
     "epub": read_epub,
     "docx": read_docx,
@@ -142,36 +152,38 @@ class TextReader:
 
     def _archive(self, file: TextFile) -> Iterator[tuple[int, str]]:
         done = 0
-        for name, size, content in members(file.path):
-            shown, kind = f"{file.name}/{name}", kind_of(name)
-            if is_hidden(name):
-                self.inventory.leave_out("hidden", "file", shown, matters=False)
-            elif kind in ("archive", "parquet", "arrow"):
-                self.inventory.leave_out("in an archive (unpack it)", "file", shown, size)
-            elif is_code(name) and not self.options.source_code:
-                matters = self.options.source_code is None
-                self.inventory.leave_out(CODE_REASON, os.path.splitext(name)[1], shown, size, matters=matters)
-            elif kind is None and not is_code(name):
-                suffix = os.path.splitext(name)[1].lower()
-                self.inventory.leave_out(
-                    "in an archive, no text by its name", suffix or "file", shown, size, matters=False
-                )
-            else:
-                try:
-                    with damage_named(f"{file.path}, {name}"):
-                        for document in self._documents(
-                            kind or "txt", Path(shown), shown, unpacked(content, compression_of(name))
-                        ):
-                            yield done, document
-                    self.note(f"in archives: {kind or 'code'}", shown)
-                except NotReadError as error:
-                    self.inventory.leave_out(str(error), "file", shown, size)
+        for path, size, content in members(file.path):
+            with damage_named(f"{file.path}, {path}"):
+                for document in self._member(file, path, size, content):
+                    yield done, document
             done = min(file.size, done + size)
+        self.inventory.count(file.label, -1, -file.size)  # its files count, each by itself
+
+    def _member(self, file: TextFile, path: str, size: int, content: IO[bytes]) -> Iterator[str]:
+        """The documents of a file in an archive, by the rules for files in folders."""
+        name = path.replace("\\", "/").rpartition("/")[2]
+        shown = printable(f"{file.name}/{path}").replace("\n", "\\n")
+        head = functools.partial(cast("io.BufferedReader", content).peek, SNIFF_BYTES)
+        if reason := left_out_below(path):
+            self.inventory.leave_out(reason, "file", shown, matters=False)
+        elif kind_of(name) in ("archive", "parquet", "arrow"):
+            self.inventory.leave_out("in an archive (unpack it)", "file", shown, size)
+        elif kind := kind_to_read(FoundFile(path, name, shown), size, head, self.options, self.inventory):
+            try:
+                yield from self._documents(kind, Path(shown), shown, unpacked(content, compression_of(name)))
+            except NotReadError as error:
+                self.inventory.leave_out(str(error), "file", shown, size)
+            else:
+                self.inventory.count(f"{label_of(name).lstrip('.') or 'no suffix'} in {file.label}", 1, size)
 
     def _documents(self, kind: str, path: Path, name: str, stream: IO[bytes]) -> Iterator[str]:
         """The documents of a stream of bytes; `path` is for messages, `name` for the inventory."""
+        stream = (
+            stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(Unseekable(stream), BUFFER_BYTES)
+        )
         if kind in BINARY_FORMS:
-            data = stream if stream.seekable() else io.BytesIO(stream.read(MAX_BINARY_BYTES))
+            # A mailbox is read forwards; what reads the others goes back and forth, which takes long in what is packed.
+            data = stream if kind == "mbox" or stream.seekable() else _in_memory(stream)
             found = Counter[str]()
             for text in BINARY_FORMS[kind](data, found):
                 yield from split_text(io.StringIO(self.repairs.surrogates(text))) if text.strip() else ("",)
@@ -179,8 +191,7 @@ class TextReader:
                 if count:
                     self.note(what, f"{name} ({count:,})")
             return
-        stream = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(_Peekable(stream), BUFFER_BYTES)
-        head = stream.peek(4096)[:4096]
+        head = stream.peek(SNIFF_BYTES)[:SNIFF_BYTES]
         if other := what_it_is(head):
             raise NotReadError(f"{other} by its content (rename it, or unpack it)")
         if kind in ("txt", "md") and (kind_inside := kind_of_content(head)):
@@ -257,19 +268,11 @@ class TextReader:
         return text
 
 
-class _Peekable(io.RawIOBase):
-    """A stream that only reads, as one for io.BufferedReader."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self.stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+def _in_memory(stream: IO[bytes]) -> IO[bytes]:
+    data = stream.read(MAX_BINARY_BYTES + 1)
+    if len(data) > MAX_BINARY_BYTES:
+        raise NotReadError(f"more than {format_bytes(MAX_BINARY_BYTES)} when unpacked (unpack it)")
+    return io.BytesIO(data)
 
 
 def file_of(path: Path) -> TextFile:

@@ -14,7 +14,7 @@ from nanochat.data.text_walk import ReadOptions, find_texts
 
 MAX_BROKEN = 0.01  # of the characters may be replaced or NUL
 BYTES_PER_TOKEN = 4.0  # about, of a tokenizer that is trained on the text
-SAMPLE_TEXTS, SAMPLE_CHARS = 300, 1000  # looked at for the language
+SAMPLE_TEXTS, SAMPLE_CHARS = 300, 1000  # looked at for the language and for escapes
 NUM_SHOWN = 20  # samples that an inventory keeps
 
 
@@ -125,9 +125,10 @@ def look_at_texts(path: Path, options: ReadOptions | None = None) -> Inventory:
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     options = options or ReadOptions.from_env()
     inventory, tally, seen = Inventory(f"texts in {path}"), Tally(), set[bytes]()
-    reader, firsts = TextReader(options, inventory), dict[str, str]()
+    reader, firsts, met = TextReader(options, inventory), dict[str, str](), set[str]()
     for file in find_texts(path, options, inventory):
-        new_kind = not inventory.read.get(file.label)
+        new_kind = file.label not in met
+        met.add(file.label)
         inventory.count(file.label, 1, file.size)
         before = reader.repairs.characters + reader.repairs.nul
         try:

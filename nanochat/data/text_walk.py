@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -67,6 +68,7 @@ CODE_REASON = "source code (SOURCE_CODE=1 learns it too, SOURCE_CODE=0 says to l
 TOOL_FOLDERS = frozenset({"node_modules", "__pycache__", "__macosx", "site-packages", "venv", "$recycle.bin"})
 OWN_FOLDERS = frozenset({"base_data", "tokenizer", "pipeline", "report", "token_cache", "eval_bundle"})
 LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+READ_ALREADY = "a link to what is read already"
 SNIFF_BYTES = 4096
 SMALL_FILE_BYTES = 1_000_000  # is known by its content; a larger one by size and time
 
@@ -137,6 +139,21 @@ def is_code(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in CODE or os.path.basename(name).lower() in CODE_NAMES
 
 
+def left_out_by_name(name: str, is_dir: bool) -> str:
+    """Why nobody means a file or folder of this name who gives what it lies in; empty if somebody may."""
+    if name.startswith((".", "~$")) or name.lower() in ("thumbs.db", "desktop.ini"):
+        return "hidden"
+    if is_dir:
+        return "of a tool, no texts" if name.lower() in TOOL_FOLDERS else ""
+    return "an editor's copy of a file" if name.endswith("~") or name[:1] == name[-1:] == "#" else ""
+
+
+def left_out_below(path: str) -> str:
+    """The same of a file in an archive, by its path there ("./a.txt" is not hidden)."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part.strip(".")]
+    return next(filter(None, (left_out_by_name(part, is_dir=i < len(parts)) for i, part in enumerate(parts, 1))), "")
+
+
 def find_texts(path: Path, options: ReadOptions, inventory: Inventory) -> list[TextFile]:
     """The files below `path` (or it itself) that are texts, by name; the inventory gets the others.
 
@@ -147,7 +164,11 @@ def find_texts(path: Path, options: ReadOptions, inventory: Inventory) -> list[T
         entry = FoundFile(str(path), path.name, printable(path.name).replace("\n", "\\n"))
         found = _classify(entry, options, inventory, given=True)
         return [found] if found else []
-    files = (_classify(entry, options, inventory) for entry in files_below(path, inventory, options.chat_data))
+
+    def unread(path: str) -> bool:
+        return _classify(FoundFile(path, os.path.basename(path), ""), options, Inventory("")) is None
+
+    files = (_classify(entry, options, inventory) for entry in files_below(path, inventory, options.chat_data, unread))
     return [file for file in files if file is not None]
 
 
@@ -156,8 +177,8 @@ def files_below(
 ) -> Iterator[FoundFile]:
     """The files below a folder in the order of their paths, each once, through linked folders too.
 
-    The inventory gets what is no file, hidden, of a tool, the run's own, or `chat_data`. A link to a file whose name
-    is `unread` counts as the file: under its own name nobody reads it.
+    The inventory gets what is no file, hidden, of a tool, the run's own, or `chat_data`. A link to a file that nobody
+    reads under its own name, for one of these reasons or because its path is `unread`, counts as the file.
     """
     walk = _Walk(path, chat_data, inventory, unread)
     yield from walk.folder(str(path), "")
@@ -177,21 +198,24 @@ class _Walk:
     """Goes through folders; every folder and file once, however many links lead to it."""
 
     def __init__(self, root: Path, chat_data: str | None, inventory: Inventory, unread: Callable[[str], bool]) -> None:
-        self.root, self.inventory, self.unread = root, inventory, unread
+        self.root, self.inventory, self.unread = root.resolve(), inventory, unread
         self.seen: set[tuple[int, int]] = set()
-        self.own = _own_folders(root.resolve())
-        self.chats = Path(chat_data).expanduser().resolve() if chat_data else None
+        self.linked: set[Path] = set()
+        self.apart = dict.fromkeys(_own_folders(self.root), "the run's own")
+        if chat_data:
+            self.apart.setdefault(Path(chat_data).expanduser().resolve(), "given as CHAT_DATA")
 
     def folder(self, path: str, shown: str) -> Iterator[FoundFile]:
         """The files below a folder."""
         try:
             stat = os.stat(path)
             if (stat.st_dev, stat.st_ino) in self.seen:
-                self.inventory.leave_out("a link to what is read already", "folder", shown.rstrip("/"), matters=False)
+                self.inventory.leave_out(READ_ALREADY, "folder", shown.rstrip("/"), matters=False)
                 return
             self.seen.add((stat.st_dev, stat.st_ino))
             with os.scandir(path) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
+            here = Path(path).resolve()
         except OSError as error:
             self.inventory.leave_out((error.strerror or str(error)).lower(), "folder", shown.rstrip("/"))
             return
@@ -205,28 +229,35 @@ class _Walk:
             if not is_dir and not is_file:
                 reason = "a link to nothing" if entry.is_symlink() else "no ordinary file"
                 self.inventory.leave_out(reason, "link" if entry.is_symlink() else "file", below, matters=False)
-            elif name.startswith((".", "~$")) or name.lower() in ("thumbs.db", "desktop.ini"):
-                self.inventory.leave_out("hidden", "folder" if is_dir else "file", below, matters=False)
-            elif is_file and (name.endswith("~") or (name[0] == name[-1] == "#")):
-                self.inventory.leave_out("an editor's copy of a file", "file", below, matters=False)
-            elif is_dir and name.lower() in TOOL_FOLDERS:
-                self.inventory.leave_out("of a tool, no texts", "folder", below, matters=False)
-            elif is_dir and Path(entry.path).resolve() in self.own:
-                self.inventory.leave_out("the run's own", "folder", below, matters=False)
-            elif self.chats is not None and Path(entry.path).resolve() == self.chats:
-                self.inventory.leave_out("given as CHAT_DATA", "folder" if is_dir else "file", below, matters=False)
+                continue
+            where = Path(entry.path).resolve() if entry.is_symlink() else here / name
+            reason = left_out_by_name(name, is_dir) or self.apart.get(where, "")
+            if not reason and is_file and entry.is_symlink():
+                reason = self._of_link(entry.path, where)
+            if reason:
+                self.inventory.leave_out(reason, "folder" if is_dir else "file", below, matters=False)
             elif is_dir:
                 yield from self.folder(entry.path, f"{below}/")
-            elif entry.is_symlink() and self._seen_file(entry):
-                self.inventory.leave_out("a link to what is read already", "file", below, matters=False)
             else:
                 yield FoundFile(entry.path, name, below)
 
-    def _seen_file(self, entry: os.DirEntry[str]) -> bool:
-        """True if a link leads to a file inside the root, which is met without it."""
-        real, root = Path(entry.path).resolve(), self.root.resolve()
-        inside = root in real.parents and not self.unread(real.name)
-        return inside and not any(part.startswith(".") for part in real.relative_to(root).parts)
+    def _of_link(self, path: str, where: Path) -> str:
+        """Why a link to the file at `where` is not read; empty if it is."""
+        if self.unread(path):
+            return ""  # whoever reads the files says why
+        if self.root in where.parents:
+            folders = [*itertools.takewhile(lambda folder: folder != self.root, where.parents)]
+            if reason := next((self.apart[folder] for folder in folders if folder in self.apart), ""):
+                return reason
+            named = left_out_by_name(where.name, False) or any(
+                left_out_by_name(folder.name, True) for folder in folders
+            )
+            if not named and not self.unread(str(where)):
+                return READ_ALREADY
+        if where in self.linked:
+            return READ_ALREADY
+        self.linked.add(where)
+        return ""
 
 
 def _own_folders(root: Path) -> set[Path]:
@@ -242,21 +273,53 @@ def _classify(entry: FoundFile, options: ReadOptions, inventory: Inventory, give
     except OSError as error:
         inventory.leave_out((error.strerror or str(error)).lower(), "file", entry.shown)
         return None
-    packed = compression_of(entry.name)
-    suffix = os.path.splitext(entry.name[: len(entry.name) - len(packed)])[1].lower()
-    shown, size = entry.shown, stat.st_size
-    label = f"{suffix}{packed}" if suffix else entry.name
-
-    def leave_out(reason: str, matters: bool = True) -> TextFile | None:
-        inventory.leave_out(reason, label if suffix else "file", shown, size, matters=matters)
+    if stat.st_size and not os.access(entry.path, os.R_OK):
+        inventory.leave_out("permission denied", label_of(entry.name) or "file", entry.shown, stat.st_size)
         return None
+    kind = kind_to_read(entry, stat.st_size, lambda: _head(entry.path, SNIFF_BYTES), options, inventory, given)
+    label = label_of(entry.name).lstrip(".") or "no suffix"
+    return TextFile(Path(entry.path), kind, stat.st_size, stat.st_mtime_ns, entry.shown, label) if kind else None
+
+
+def label_of(name: str) -> str:
+    """What a name ends in, in lower case, as people call a file: ".txt", ".jsonl.gz"; empty if in nothing."""
+    if is_archive(name):
+        found = re.search(r"(\.tar)?\.[a-z0-9]+$", name.lower())
+        return found[0] if found else ""
+    packed = compression_of(name)
+    suffix = os.path.splitext(name[: len(name) - len(packed)])[1].lower()
+    return f"{suffix}{packed}" if suffix else ""
+
+
+def kind_to_read(
+    file: FoundFile,
+    size: int,
+    head: Callable[[], bytes],
+    options: ReadOptions,
+    inventory: Inventory,
+    given: bool = False,
+) -> str:
+    """The kind of a file in a folder or an archive, or empty, and then the inventory says why it is not read.
+
+    Args:
+        file: its name decides; nothing is opened.
+        size: in bytes.
+        head: gives its first bytes.
+        options: what the user said.
+        inventory: gets what is not read.
+        given: by name: then it is tried whatever its name says.
+    """
+    name, packed = file.name, compression_of(file.name)
+    suffix = os.path.splitext(name[: len(name) - len(packed)])[1].lower()
+
+    def leave_out(reason: str, matters: bool = True) -> str:
+        inventory.leave_out(reason, label_of(name) or "file", file.shown, size, matters=matters)
+        return ""
 
     if size == 0:
         return leave_out("empty", matters=False)
-    if not os.access(entry.path, os.R_OK):
-        return leave_out("permission denied")
-    kind = kind_of(entry.name)
-    if is_code(entry.name):
+    kind = kind_of(name)
+    if is_code(name):
         if not options.source_code and not given:
             return leave_out(CODE_REASON, options.source_code is None)
         kind = "txt"
@@ -266,27 +329,19 @@ def _classify(entry: FoundFile, options: ReadOptions, inventory: Inventory, give
         if suffix in NO_TEXT:
             return leave_out("no text", matters=False)
         if suffix and suffix[1:].isalpha():
-            head = _head(entry.path, SNIFF_BYTES)
             if packed:
                 return leave_out("packed, and its name does not say it is text (unpack it)")
-            texty = not _is_binary(head)
+            texty = not _is_binary(head())
             return leave_out("unknown kind (rename to .txt to have it learned)" if texty else "no text", matters=texty)
-        if not packed and _is_binary(_head(entry.path, SNIFF_BYTES)):
+        first = head()  # of a name such as README, wiki_00 or message.1
+        if not packed and _is_binary(first):
             return leave_out("no text", matters=False)
-        head = _head(entry.path, SNIFF_BYTES)  # of a name such as README, wiki_00 or message.1
-        kind = "mbox" if head.startswith(b"From ") and b"\nSubject:" in head else "txt"
-    if size < 1024 and _head(entry.path, len(LFS_HEAD)) == LFS_HEAD:
+        kind = "mbox" if first.startswith(b"From ") and b"\nSubject:" in first else "txt"
+    if size < 1024 and head().startswith(LFS_HEAD):
         return leave_out("pointers of git-lfs, not the files (run `git lfs pull`)")
     if kind is not None and (library := missing_library(kind)):
         return leave_out(f"needs {library} ({DOCUMENTS_EXTRA})")
-    kind = kind or "txt"
-    label = (label if suffix else "no suffix").lstrip(".") if kind != "archive" else _archive_suffix(entry.name)
-    return TextFile(Path(entry.path), kind, size, stat.st_mtime_ns, shown, label)
-
-
-def _archive_suffix(name: str) -> str:
-    found = re.search(r"(\.tar)?\.[a-z0-9]+$", name.lower())
-    return found[0].lstrip(".") if found else name
+    return kind or "txt"
 
 
 def _head(path: str, size: int) -> bytes:
