@@ -28,17 +28,10 @@ from nanochat.hardware import measure_matmul, synchronize, wheel_runs
 from nanochat.ops.cpu import watch_cores
 from nanochat.ops.fp16_gemm import Mode
 from nanochat.precision import DTYPE_NAMES, DTYPES, Precision, candidate_dtypes, dtype_cost
-from nanochat.progress import PROGRESS_FILE
+from nanochat.progress import print_banner  # noqa: F401
 
 with contextlib.suppress(ModuleNotFoundError):  # of httpx, say: dev/gpu_check.py needs only torch and numpy
     from nanochat.data.download import download_file_with_lock  # noqa: F401
-
-
-def print_banner() -> None:
-    """Print the project's name, once, at the start of a run: a stage of the pipeline leaves that to it."""
-    if PROGRESS_FILE in os.environ:
-        return
-    print0("nanochat: a small assistant, trained from nothing on the card you have\n")
 
 
 class DummyWandb:

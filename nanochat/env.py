@@ -9,6 +9,7 @@ import contextlib
 import errno
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -147,6 +148,20 @@ def _cpu_quota(folder: Path) -> float:
             quota, period = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
             return float(quota) / float(period) if float(quota) > 0 else math.inf  # v1: −1 is no limit
     return math.inf
+
+
+def cpuinfo(*keys: str) -> str:
+    """The value of the first of these keys in /proc/cpuinfo; "" where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(keys):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def cpu_name() -> str:
+    """The processor's name, as the operating system gives it."""
+    return cpuinfo("model name") or platform.processor() or "unknown"
 
 
 def printable(text: str) -> str:

@@ -7,10 +7,8 @@ are in nanochat/cards.py.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gc
-import platform
 import re
 import shutil
 import subprocess
@@ -23,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from nanochat.cards import find_card
-from nanochat.env import get_base_dir, usable_cores
+from nanochat.env import cpu_name, cpuinfo, get_base_dir, usable_cores
 
 T = TypeVar("T")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve")
@@ -39,7 +37,7 @@ def inspect_machine(folder: str | Path | None = None) -> dict[str, Any]:
     import psutil  # lazy: dev/gpu_check.py needs only torch and numpy
 
     memory = psutil.virtual_memory()
-    flags = _cpuinfo("flags", "Features").split()
+    flags = cpuinfo("flags", "Features").split()
     return {
         "cards": _cards(),
         "wheel": {"version": torch.__version__, "cuda": torch.version.cuda, "arches": torch.cuda.get_arch_list()},
@@ -129,20 +127,6 @@ def describe_cards() -> list[str]:
         memory = f"{show(used, 1024, 1)} of {show(total, 1024, 1)} GiB"  # nvidia-smi counts in MiB
         said.append(f"{name}: {show(heat)} °C, {memory}, {show(power)} of {show(limit)} W, {show(load)} % busy")
     return said
-
-
-def _cpuinfo(*keys: str) -> str:
-    """The value of the first of these keys in /proc/cpuinfo; "" where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(keys):
-                return line.partition(":")[2].strip()
-    return ""
-
-
-def cpu_name() -> str:
-    """The processor's name, as the operating system gives it."""
-    return _cpuinfo("model name") or platform.processor() or "unknown"
 
 
 # --- speeds -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ needed. Left out: ZeRO-3 (parameters stay whole), and matrices split over ranks.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -239,7 +240,8 @@ class MuonAdamW(torch.optim.Optimizer):
             newton_schulz_coefficients(group["coefficients"], 1)
             if wrong := [f"{n} {tuple(p.shape)}" for n, p in zip(names, params, strict=True) if p.dim() != 2]:
                 raise ValueError(f"Muon takes matrices only; put these into an adamw group: {', '.join(wrong)}")
-        super().add_param_group(group)
+        # Without the mark for torch's compiler, whose import takes a second.
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, group)
         self._add_buckets(group, len(self.names))
         self.names.extend(names)
 
@@ -327,7 +329,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, the averaged ones too: also the way to skip a step."""
-        super().zero_grad(set_to_none)
+        inspect.unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)  # as in add_param_group
         self._clear()  # the averaged parts live apart from p.grad
 
     @torch.no_grad()

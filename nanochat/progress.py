@@ -13,10 +13,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.env import get_dist_info
+from nanochat.env import get_dist_info, print0
 
 PROGRESS_FILE = "NANOCHAT_PROGRESS_FILE"
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_FILES = 10.0, 2.0
+
+
+def print_banner() -> None:
+    """Print the project's name, once, at the start of a run: a stage of the pipeline leaves that to it."""
+    if PROGRESS_FILE in os.environ:
+        return
+    print0("nanochat: a small assistant, trained from nothing on the card you have\n")
 
 
 def format_seconds(seconds: float) -> str:

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from nanochat.env import get_base_dir
 from nanochat.files import write_bytes, write_text
 from nanochat.messages import PARTS, Conversation, check_messages
 
 if TYPE_CHECKING:
+    import torch
+
     import rustbpe
 
 TOKENIZER_FOLDER = "tokenizer"  # under the base dir
@@ -237,6 +238,8 @@ class RustBPETokenizer:
 
     def save_lengths(self, path: Path) -> None:
         """Write `token_lengths()` as a tensor, unless it is there; the same bytes for the same tokenizer."""
+        import torch  # lazy: seconds to load, and text becomes ids without it
+
         buffer = io.BytesIO()  # given a file, torch would write its (temporary) name into it
         torch.save(torch.from_numpy(self.token_lengths()), buffer)
         if not path.is_file() or path.read_bytes() != buffer.getvalue():
@@ -425,6 +428,8 @@ def get_token_bytes(device: torch.device | str = "cpu", tokenizer: RustBPETokeni
 
     Of `tokenizer`, else of the base folder's.
     """
+    import torch  # lazy: as above
+
     # The file is for other programs: what follows from tokenizer.json is never read from anywhere else. One that is
     # missing, damaged or of another tokenizer is made again.
     current = get_tokenizer()

@@ -16,29 +16,23 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Annotated, Any
 
 from nanochat.checkpoint.format import step_folder, weights_hash
-from nanochat.checkpoint_manager import find_tag, load_model
-from nanochat.common import Compute, get_base_dir, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script, short
-from nanochat.core_eval import (
-    Bundle,
-    CoreResult,
-    TextEncoder,
-    evaluate_core,
-    get_bundle_folder,
-    load_bundle,
-)
+from nanochat.data.core_bundle import Bundle, get_bundle_folder, load_bundle
+from nanochat.env import get_base_dir, print0
 from nanochat.files import ResumeLog, seal, write_jsonl, write_text
-from nanochat.interop.hf_model import load_hf_model
-from nanochat.progress import format_seconds
+from nanochat.progress import format_seconds, print_banner
 from nanochat.report import get_report
 from nanochat.report.text import slugify
-from nanochat.scoring import LanguageModel, TaskScore
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanochat.common import Compute
+    from nanochat.core_eval import CoreResult, TextEncoder
+    from nanochat.scoring import LanguageModel, TaskScore
 
 SECTION = "Base model evaluation"
 
@@ -107,12 +101,18 @@ def main(cfg: Config) -> None:
         return
     if bundle.missing:
         print0(f"not evaluated, so CORE is partial: {', '.join(bundle.missing)}")
+    from nanochat.common import setup_compute  # lazy: torch, which is not needed to say that CORE is skipped
+
     with setup_compute(cfg.runtime) as compute:
         evaluate(cfg, folder, bundle, compute)
 
 
 def evaluate(cfg: Config, folder: Path, bundle: Bundle, compute: Compute) -> None:
     """Evaluate the model on the bundle; write what came out."""
+    import torch.distributed as dist  # lazy: as in main
+
+    from nanochat.core_eval import evaluate_core  # lazy: as in main
+
     start = time.monotonic()
     subject = load_subject(cfg, compute.device)
     part = f"_{slugify(cfg.tasks)}" if cfg.tasks else ""  # beside the file of all tasks
@@ -172,6 +172,9 @@ class Subject:
 
 def load_subject(cfg: Config, device: torch.device) -> Subject:
     """Our checkpoint, or the Hugging Face model that was asked for."""
+    from nanochat.checkpoint_manager import find_tag, load_model  # lazy: as in main
+    from nanochat.interop.hf_model import load_hf_model
+
     if cfg.hf_path is not None:
         hf_model, hf_tokenizer = load_hf_model(cfg.hf_path, device)
         files = sorted(Path(cfg.hf_path).glob("*")) if Path(cfg.hf_path).is_dir() else []

@@ -13,9 +13,9 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import get_base_dir, print0
 from nanochat.config import Runtime, run_script
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
+from nanochat.env import get_base_dir, print0
 from nanochat.report import get_report
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 

@@ -28,6 +28,7 @@ from nanochat.core_eval import (
     pick_fewshot,
     render_prompts,
 )
+from nanochat.data import core_bundle
 from nanochat.files import ResumeLog
 from nanochat.interop.hf_model import HuggingFaceModel, HuggingFaceTokenizer
 from nanochat.scoring import (
@@ -467,7 +468,7 @@ def test_only_leaves_the_others_missing(bundle_folder):
 
 def test_downloaded_zip_is_unpacked_whole_and_a_damaged_one_removed(bundle_folder, base_dir, monkeypatch):
     archive = base_dir / "eval_bundle.zip"
-    monkeypatch.setattr(core_eval, "download_file_with_lock", lambda url, name: archive)
+    monkeypatch.setattr(core_bundle, "download_file_with_lock", lambda url, name: archive)
     archive.write_bytes(b"not a zip")
     with pytest.raises(FileNotFoundError, match="removed, run again"):
         get_bundle_folder()
@@ -496,7 +497,7 @@ def test_no_network_says_how_to_go_on(base_dir, monkeypatch):
     def fail(url, name):
         raise RuntimeError("could not download")
 
-    monkeypatch.setattr(core_eval, "download_file_with_lock", fail)
+    monkeypatch.setattr(core_bundle, "download_file_with_lock", fail)
     with pytest.raises(FileNotFoundError, match=r"is unavailable.*--eval_bundle PATH"):
         get_bundle_folder()
 

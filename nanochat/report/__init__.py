@@ -10,21 +10,21 @@ Logging a section again replaces it. Missing stages are named, never an error.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import runpy
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
-from nanochat.common import autodetect_device_type, autodetect_dtype
-from nanochat.env import get_base_dir, get_dist_info, git_state, print0
+from nanochat.env import cpu_name, get_base_dir, get_dist_info, git_state, print0
 from nanochat.files import read_json, write_record, write_text
-from nanochat.hardware import cpu_name
 from nanochat.report.run_data import Run, cost_line, read_run
 from nanochat.report.sections import SECTIONS, render_report, render_section
 from nanochat.report.text import slugify, to_plain
@@ -141,15 +141,15 @@ def get_report() -> Report:
 
 def environment() -> dict[str, str]:
     """Code, machine and software, for the top of the report."""
-    device_type, memory = autodetect_device_type(), psutil.virtual_memory().total / 2**30
+    (gpu, version, dtype), memory = _torch_facts(), psutil.virtual_memory().total / 2**30
     return {
         "Commit": git_state(),
         "Machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {memory:.1f} GiB of memory",
         "CPU": cpu_name(),
-        "GPU": _gpu_names() if device_type == "cuda" else "none" if device_type == "cpu" else device_type,
+        "GPU": gpu,
         "Python": platform.python_version(),
-        "torch": torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", CPU build"),
-        "dtype chosen by auto": str(autodetect_dtype(device_type)).removeprefix("torch."),
+        "torch": version,
+        "dtype chosen by auto": dtype,
     }
 
 
@@ -157,6 +157,22 @@ def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _gpu_names() -> str:
-    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return "; ".join(f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {card.major}.{card.minor}" for card in cards)
+def _torch_facts() -> tuple[str, str, str]:
+    """Cards, version of torch, dtype."""
+    spec = importlib.util.find_spec("torch")
+    build = runpy.run_path(str(Path(str(spec and spec.origin)).with_name("version.py")))
+    if sys.platform != "darwin" and not any(build.get(kind) for kind in ("cuda", "hip")):
+        # Such a build finds no card. The dtype is what `precision.candidate_dtypes` says of a CPU.
+        return "none", f"{build['__version__']}, CPU build", "float32"
+    import torch  # lazy: two seconds, which a machine without a card can do without
+
+    from nanochat.common import autodetect_device_type, autodetect_dtype  # lazy: as torch
+
+    kind = autodetect_device_type()
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count() if kind == "cuda" else 0)]
+    names = [f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {card.major}.{card.minor}" for card in cards]
+    return (
+        "; ".join(names) if kind == "cuda" else "none" if kind == "cpu" else kind,
+        torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", CPU build"),
+        str(autodetect_dtype(kind)).removeprefix("torch."),
+    )

@@ -1,0 +1,69 @@
+"""What a start costs: stages that compute nothing with tensors load no torch, and training loads no compiler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from nanochat.common import autodetect_dtype
+from nanochat.report import environment
+
+
+def loaded(code: str) -> set[str]:
+    """The modules that a new process has loaded after `code`."""
+    code += "\nimport sys\nprint('\\nloaded', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_stages_without_tensors_load_no_torch(base_dir, tiny_tokenizer):
+    tiny_tokenizer.save(base_dir / "tokenizer")
+    modules = loaded(
+        "from nanochat.config import run_script\n"
+        "from nanochat.report import __main__ as report\n"
+        "from scripts import base_eval, tok_eval\n"
+        "import nanochat.dataset, tasks.demo.__main__\n"
+        "run_script(tok_eval.main, tok_eval.Config, ['--no-compare'])\n"
+        f"run_script(base_eval.main, base_eval.Config, ['--skip_if_missing', '--eval_bundle={base_dir}/none'])\n"
+        "if not report.Report.__module__.startswith('nanochat'): raise SystemExit(3)\n"
+        "sections = report.Report(report.get_base_dir() / 'report').sections()\n"
+        "assert [s['section'] for s in sections] == ['Tokenizer evaluation', 'Base model evaluation'], sections\n"
+        + ("run_script(report.main, report.Config, ['reset'])\n" if torch.version.cuda is None else "")
+        + "import os; os.chdir(report.get_base_dir())\n"
+        "run_script(report.main, report.Config, ['generate'])"
+    )
+    assert (base_dir / "report" / "report.html").is_file()
+    assert "nanochat.tokenizer" in modules
+    assert "torch" not in modules
+
+
+def test_the_report_names_torch_and_its_dtype_as_torch_does():
+    facts = environment()
+    assert facts["torch"].startswith(torch.__version__)
+    if torch.version.cuda is None and not torch.backends.mps.is_available():
+        assert facts["GPU"] == "none"
+        assert facts["torch"] == f"{torch.__version__}, CPU build"
+        assert facts["dtype chosen by auto"] == str(autodetect_dtype("cpu")).removeprefix("torch.")
+
+
+def test_training_loads_no_compiler():
+    modules = loaded(
+        "import torch\n"
+        "from nanochat.gpt import GPT, GPTConfig\n"
+        "from nanochat.optim import MuonAdamW\n"
+        "from nanochat.recipe import parameter_groups\n"
+        "model = GPT(GPTConfig(sequence_len=8, vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=32))\n"
+        "model.init_weights()\n"
+        "rates = dict(embedding_lr=0.1, unembedding_lr=0.1, matrix_lr=0.1, weight_decay=0.1)\n"
+        "optimizer = MuonAdamW(parameter_groups(model, **rates))\n"
+        "x = torch.arange(8)[None]\n"
+        "model(x, x).backward()\n"
+        "optimizer.reduce_gradients(); optimizer.step(1.0); optimizer.zero_grad()\n"
+        "assert all(p.grad is None for p in model.parameters())\n"
+        "optimizer.state_dict()"
+    )
+    assert "torch" in modules
+    assert "torch._dynamo" not in modules
