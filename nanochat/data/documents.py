@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import email
 import email.policy
+import functools
 import html
+import importlib.util
 import json
 import logging
 import posixpath
@@ -21,10 +23,6 @@ from xml.etree import ElementTree
 from nanochat.data.inventory import NotReadError, format_bytes
 from nanochat.data.markup import visible_text
 
-try:
-    import pypdf
-except ImportError:
-    pypdf = None  # type: ignore[assignment]
 try:
     from striprtf import striprtf
 except ImportError:
@@ -223,11 +221,11 @@ def _xml(file: zipfile.ZipFile, name: str) -> ElementTree.Element:
 # --- PDF --------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def missing_library(kind: str) -> str:
     """The library that a kind of file needs and that is not installed; empty if there is none."""
-    return {"pdf": "" if pypdf is not None else "pypdf", "rtf": "" if striprtf is not None else "striprtf"}.get(
-        kind, ""
-    )
+    name = {"pdf": "pypdf", "rtf": "striprtf"}.get(kind, "")
+    return name if name and importlib.util.find_spec(name) is None else ""
 
 
 def read_rtf(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
@@ -255,8 +253,10 @@ def read_pdf(data: IO[bytes], found: Counter[str]) -> Iterator[str]:
     Raises:
         NotReadError: it has none (a scan), is protected or damaged.
     """
-    if pypdf is None:
-        raise NotReadError(f"needs pypdf ({DOCUMENTS_EXTRA})")
+    try:
+        import pypdf  # lazy: an optional package, of which most corpora need nothing
+    except ImportError:
+        raise NotReadError(f"needs pypdf ({DOCUMENTS_EXTRA})") from None
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of every page that is not quite by the rules
     try:
         reader = pypdf.PdfReader(data)

@@ -104,7 +104,10 @@ class Plotter:
 
     def _finish(self, figure: Any, title: str) -> str:
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True)
+        for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+            patch.set(facecolor="none", edgecolor="none")
+        # Not figure.savefig, which draws a first time to place everything: print_svg does that too.
+        figure.canvas.print_svg(out)
         return embed(out.getvalue(), f"p{next(self._numbers)}", title)
 
 
