@@ -61,8 +61,9 @@ def look(path: str, options: ReadOptions) -> Inventory:
     if chats is not None and (path.startswith(HUB) or (chats.num_read and not chats.stop and not others)):
         return chats
     texts = look_at_texts(folder, options)
-    # Conversations that can't be used: what is wrong with them helps, not that they are no texts.
-    return chats if chats is not None and not texts.num_read and CHATS in texts.left_out else texts
+    # Where a run would stop for the texts, what is in the conversations, or wrong with them, helps more.
+    helps = chats is not None and texts.stop and (CHATS in texts.left_out or (chats.num_read and folder.is_file()))
+    return chats if chats is not None and helps else texts
 
 
 def main(cfg: Config) -> None:

@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -24,6 +25,7 @@ from nanochat.data.chat_forms import PREFERENCE
 from nanochat.data.chat_templates import BEFORE_TURNS, THOUGHT_LEFT_OUT
 from nanochat.data.chats import ChatSource, load_chats, look_at_chats, show_learned
 from nanochat.data.inventory import Inventory, UnusableInputError
+from nanochat.data.packed import LINK_INSIDE
 from nanochat.data.text_walk import CONVERT, ReadOptions
 from nanochat.pipeline.profiles import Settings, choose_profile
 from nanochat.pipeline.run import Config as PipelineConfig
@@ -862,7 +864,7 @@ def test_well_formed_lines_come_as_they_are(tmp_path: Path) -> None:
     path.write_text(json.dumps(odd) + "\n" + json.dumps({"messages": PAIR, "x": 1}) + "\n")
     loaded, inventory = load_chats(ChatSource(str(path)))
     assert list(loaded) == [{"messages": odd}, {"messages": PAIR}]
-    assert not [note for note in inventory.notes if "key" not in note]
+    assert [note for note in inventory.notes if "key" not in note] == [f"1 × {chats.NO_QUESTION}"]
 
 
 # --- in the pipeline --------------------------------------------------------------------------------------------------
@@ -1569,6 +1571,36 @@ def test_a_first_column_without_a_name_is_an_index(tmp_path: Path) -> None:
     rows = ('"","role","content"', '"1","user","Hi"', '"2","assistant","Hello!"')  # R's write.csv
     (tmp_path / "a.csv").write_text("\n".join(rows))
     assert look(tmp_path / "a.csv")[0] == [HI]
+
+
+def test_tables_that_pandas_wrote_as_json(tmp_path: Path) -> None:
+    split = {"columns": ["answer", "question"], "index": [0, 1], "data": [["a", "q"], ["b", "r"]]}
+    columns = {"question": {"0": "q", "1": "r"}, "answer": {"0": "a", "1": "b"}}
+    index = {"0": {"question": "q", "answer": "a"}, "1": {"question": "r", "answer": "b"}}
+    for table in (split, columns, index):
+        (tmp_path / "a.json").write_text(json.dumps(table))
+        texts, inventory = look(tmp_path / "a.json")
+        assert (texts, inventory.notes) == (["user: q\nassistant: «a»", "user: r\nassistant: «b»"], [])
+
+
+def test_conversations_by_their_names_and_links_in_archives(tmp_path: Path) -> None:
+    for named in ({"one": PAIR, "two": PAIR}, {"one": {"messages": PAIR}, "two": {"messages": PAIR, "id": 2}}):
+        (tmp_path / "a.json").write_text(json.dumps(named))
+        assert look(tmp_path / "a.json")[0] == [HI, HI]
+    link = tarfile.TarInfo("b.json")
+    link.type, link.linkname = tarfile.LNKTYPE, "a.json"
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "a.json", "a.json")
+        tar.addfile(link)
+    texts, inventory = look(tmp_path / "a.tar")
+    assert texts == [HI, HI]
+    assert inventory.left_out[LINK_INSIDE].examples == ["b.json"]
+
+
+def test_empty_questions_are_counted(tmp_path: Path) -> None:
+    texts, inventory = look(dump(tmp_path / "a.jsonl", {"question": " ", "answer": "a"}, {"messages": PAIR}))
+    assert texts == ["user: \nassistant: «a»", HI]
+    assert inventory.notes == [f"1 × {chats.NO_QUESTION}"]
 
 
 def test_names_in_capitals_and_empty_ones(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import stat
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -20,7 +21,8 @@ import pytest
 from nanochat.config import run_script
 from nanochat.data import documents, text_files, text_walk
 from nanochat.data.corpus import open_corpus
-from nanochat.data.inventory import Inventory, UnusableInputError
+from nanochat.data.inventory import Inventory, UnusableInputError, check_inventories
+from nanochat.data.packed import LINK_INSIDE
 from nanochat.data.script import own_prompts
 from nanochat.data.text_files import TextReader, file_of
 from nanochat.data.text_import import import_path, inventory_of
@@ -287,6 +289,24 @@ def test_an_archive_beside_files_to_convert_counts_with_its_files(tmp_path: Path
     assert look_at_texts(tmp_path).left_out["of a tool, no texts"].examples == ["a.zip/x\\VENV\\b.txt"]
 
 
+def test_links_in_archives_are_told_and_their_targets_no_texts(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("x/link.txt")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16  # as `zip -y` writes it: its content is the path
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(link, "../a.txt")
+        archive.writestr("a.txt", "a text")
+    for kind, name in ((tarfile.SYMTYPE, "b.tar"), (tarfile.LNKTYPE, "c.tar")):
+        entry = tarfile.TarInfo("y/link.txt")
+        entry.type, entry.linkname = kind, "a.txt"
+        with tarfile.open(tmp_path / name, "w") as tar:
+            tar.add(__file__, "y/a.txt")
+            tar.addfile(entry)
+    inventory = look_at_texts(tmp_path)
+    assert inventory.read | {"zip": 0, "tar": 0} == {"zip": 0, "tar": 0, "txt in zip": 1, "txt in tar": 2}
+    assert inventory.left_out[LINK_INSIDE].kinds == {"file": 3}
+    assert "../a.txt" not in inventory.samples
+
+
 def test_documents_in_a_tar_are_read(tmp_path: Path) -> None:
     word = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
     runs = "<w:p><w:r><w:t>From Word.</w:t></w:r></w:p>"
@@ -324,6 +344,33 @@ def test_what_unpacks_to_more_than_is_held_is_left_out_and_not_cut(
 def read_archive(file: Path) -> list[str]:
     """What is read of an archive."""
     return [text for _, text in TextReader(ReadOptions(), Inventory("test")).read(file_of(file))]
+
+
+def test_what_holds_no_text_is_told_as_it_is(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [["one"], ["two"]]}), tmp_path / "a.parquet")
+    assert "a.parquet has no column of text, only others (text): save" in look_at_texts(tmp_path).stop
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(UnusableInputError, match="there is no text in it"):
+        check_inventories([look_at_texts(tmp_path)])
+    for name, table in (("columns", {"text": {"0": "one", "1": "two"}}), ("index", {"0": {"text": "one"}})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+    (tmp_path / "split.json").write_text(json.dumps({"columns": ["id", "text"], "data": [[1, "one"], [2, "three"]]}))
+    assert [read(tmp_path / f"{name}.json") for name in ("columns", "index", "split")] == [
+        ["one", "two"],
+        ["one"],
+        ["one", "three"],
+    ]
+    (tmp_path / "a.log").write_text("\x1b[31mERROR\x1b[0m no such ship\n" * 20)
+    assert "full of colours of a terminal" in "".join(look_at_texts(tmp_path).warnings)
+
+
+def test_an_export_of_chats_is_not_refused_as_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = {"chat_messages": [{"sender": "human", "text": "Hi"}, {"sender": "assistant", "text": "Hello!"}]}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, content in (("conversations", [chat, chat]), ("users", [{"uuid": "1"}]), ("projects", [])):
+            archive.writestr(f"{name}.json", json.dumps(content))
+    run_script(data_check.main, data_check.Config, [str(tmp_path / "a.zip")])
+    assert "2 conversations (2 claude export)" in capsys.readouterr().out
 
 
 # --- books and other documents ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanochat.data.chat_templates import ROLE_OF, THOUGHT_LEFT_OUT
+from nanochat.data.json_stream import rows_of_table
 from nanochat.data.markup import visible_text
 from nanochat.messages import BETWEEN, Message
 
@@ -37,6 +38,8 @@ def unwrapped(record: Any, notes: Counter[str]) -> Iterator[Any]:
     """The records inside one that wraps them; itself if it wraps none. `notes` counts what was left out."""
     if not isinstance(record, dict):
         yield record
+    elif rows := rows_of_table(record):
+        yield from rows
     elif isinstance(record.get("paragraphs"), list):  # SQuAD
         for paragraph in filter(_is_object, record["paragraphs"]):
             for question in filter(_is_object, paragraph.get("qas") or []):
@@ -75,13 +78,21 @@ def unwrapped(record: Any, notes: Counter[str]) -> Iterator[Any]:
         yield _of_activity(record)
     else:
         wrapper = next((name for name in WRAPPERS if isinstance(record.get(name), dict)), None)
-        if wrapper is None or "messages" in record:
+        if record and all(map(_is_talk, record.values())):  # conversations by their names
+            yield from record.values()
+        elif wrapper is None or "messages" in record:
             yield record
         else:
             inside = record[wrapper]
             taken = {wrapper} | {name for name, value in inside.items() if value not in (None, "", [], {})}
             # Of two of one name the inner one, unless it is empty.
             yield {**inside, **{name: value for name, value in record.items() if name not in taken}}
+
+
+def _is_talk(value: Any) -> bool:
+    inner = value.get("messages", value.get("conversations")) if isinstance(value, dict) else value
+    roles = {"role", "from"}
+    return isinstance(inner, list) and bool(inner) and all(_is_object(m) and not roles.isdisjoint(m) for m in inner)
 
 
 def _is_object(value: Any) -> bool:
@@ -149,6 +160,8 @@ def read_export(record: dict[str, Any], notes: Counter[str], used: set[str]) -> 
         notes: counts what was left out.
         used: the keys that were understood.
     """
+    if rows_of_table(record):
+        return "table", []
     if isinstance(record.get("mapping"), dict):
         used |= {"mapping", "current_node"}
         return "chatgpt export", _read_chatgpt(record, notes)

@@ -24,7 +24,7 @@ from nanochat.data.chat_logs import read_entries
 from nanochat.data.corpus import open_parquet
 from nanochat.data.inventory import Inventory, NotReadError
 from nanochat.data.json_stream import Broken, Placed, json_records
-from nanochat.data.packed import damage_named, is_archive, members, unpacked, what_it_is
+from nanochat.data.packed import LINK_INSIDE, damage_named, is_archive, members, unpacked, what_it_is
 from nanochat.data.tables import LONGEST_FIELD, SAMPLE_LINES, detect_dialect
 from nanochat.data.text_walk import CODE, CONVERT, NO_TEXT, UNFINISHED, files_below, left_out_below
 
@@ -114,9 +114,12 @@ def _open_file(path: Path, shown: str, inventory: Inventory) -> Iterator[Content
         if not is_archive(path.name):
             yield shown, file, path
             return
-    wanted = set(_learned([name for name, _, _ in members(path)], inventory, "file"))
+    found = [(name, content is None) for name, _, content in members(path)]
+    for name in (name for name, is_link in found if is_link):
+        inventory.leave_out(LINK_INSIDE, "file", name, matters=False)
+    wanted = set(_learned([name for name, is_link in found if not is_link], inventory, "file"))
     for name, _, content in members(path):
-        if name in wanted:
+        if content is not None and name in wanted:
             yield f"{shown}/{name}", content, None
 
 

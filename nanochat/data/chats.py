@@ -53,6 +53,7 @@ from nanochat.data.text_look import SAMPLE_CHARS, SAMPLE_TEXTS, escape_warnings
 from nanochat.messages import Conversation, Message, normalise
 
 EMPTY_ANSWER = "an empty answer, which is not learned"
+NO_QUESTION = "an empty message of the user: the answer to it is learned"
 NO_ANSWER = "without an answer to learn"
 ENCODED_TWICE = "a letter that was encoded twice, mended"
 PERHAPS_TWICE = "a letter that looks encoded twice (as CafÃ© for Café), among others that do not: left as it is"
@@ -74,8 +75,6 @@ HOW = (
     "which two fields are question and answer with CHAT_COLUMNS=question,answer (CHAT_COLUMNS=1,2 in a table without a "
     "header)"
 )
-
-
 WORDS = ("demo", "nanochat", "none")  # what CHAT_DATA may be beside a source
 
 
@@ -360,9 +359,9 @@ class _Reader:
         if is_about_images(turns):
             self.inventory.leave_out(NO_PICTURES, "conversation", where, matters=False)
             return
-        for counts in (found or {}, notes):
-            self.notes.update(counts)
+        self.notes.update(Counter(found) + Counter(notes))
         self.notes[THINKING] += sum("</think>" in str(turn["content"]) for turn in turns)
+        self.notes[NO_QUESTION] += sum(turn["role"] == "user" and not str(turn["content"]).strip() for turn in turns)
         for turn in turns:
             if isinstance(turn["content"], str) and not turn["content"].isascii():
                 turn["content"], count, left = mended(turn["content"])

@@ -140,10 +140,8 @@ def check_inventories(inventories: Iterable[Inventory]) -> None:
     inventories = list(inventories)
     for inventory in inventories:
         if not inventory.stop and inventory.facts.get("documents", 2) < 2:
-            inventory.stop = (
-                f"{inventory.name}: a single short document is too little, at least two are needed (one to validate "
-                "with)"
-            )
+            little = "a single short document is too little, at least two are needed (one to validate with)"
+            inventory.stop = f"{inventory.name}: {little if inventory.facts['documents'] else 'there is no text in it'}"
     stops = [inventory.stop for inventory in inventories if inventory.stop]
     if stops:
         raise UnusableInputError("; ".join(stops))

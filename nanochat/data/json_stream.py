@@ -212,7 +212,7 @@ class _Values:
                 self.at += 1
                 if self.peek() in "{[" and not is_part(self.value(keep=True)):
                     found = True
-                    yield from self.elements()
+                    yield from _with_names(whole.get("columns"), self.elements())
                 else:
                     whole[key] = list(self.elements())
             else:
@@ -222,6 +222,34 @@ class _Values:
         self.at += 1
         if not found:
             yield whole
+
+
+def _with_names(columns: Any, rows: Iterator[Any]) -> Iterator[Any]:
+    """The rows of a table whose columns' names stand before it, with them; others as they are."""
+    for row in rows:
+        is_row = isinstance(columns, list) and isinstance(row, list) and len(row) == len(columns)
+        yield dict(zip(map(str, columns), row, strict=True)) if is_row else row
+
+
+def rows_of_table(record: Any) -> list[dict[str, Any]]:
+    """The rows of a table that is one object, as pandas' to_json writes it; empty if it is none.
+
+    By columns ({"text": {"0": "a", "1": "b"}}), by index ({"0": {"text": "a"}, "1": {"text": "b"}}), or split
+    ({"columns": ["text"], "data": [["a"], ["b"]]}).
+    """
+    if not isinstance(record, dict) or not record:
+        return []
+    if isinstance(record.get("columns"), list) and isinstance(record.get("data"), list):
+        rows = list(_with_names(record["columns"], iter(record["data"])))
+        return rows if all(isinstance(row, dict) for row in rows) else []
+    values = list(record.values())
+    if not all(isinstance(value, dict) and value for value in values):
+        return []
+    if all(key.isdecimal() for key in record):
+        return values
+    if all(key.isdecimal() for key in values[0]) and all(value.keys() == values[0].keys() for value in values):
+        return [{name: column[number] for name, column in record.items()} for number in values[0]]
+    return []
 
 
 def _parse(line: str) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import lzma
 import shutil
+import stat
 import sys
 import tarfile
 import tempfile
@@ -27,6 +28,7 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", *(f".tar{suffix}" for suffi
 _ALIASES = {".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz"}
 # `zstd --long=31` makes a window of 2 GiB, 2^31 bytes: what unpacks it must be told that it may be so large.
 WINDOW_LOG_MAX = 31
+LINK_INSIDE = "a link in an archive, not followed (the file that it names is read where it lies in it)"
 MOST_NESTED = 4  # archives in archives
 IN_MEMORY_BYTES = 64_000_000  # of an archive in an archive; a larger one is copied into a file
 DAMAGED = (
@@ -122,18 +124,18 @@ def damage_named(path: str | Path) -> Iterator[None]:
         raise PackedFileError(f"{path} is protected by a password: unpack it yourself") from error
 
 
-def members(path: str | Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+def members(path: str | Path) -> Iterator[tuple[str, int, IO[bytes] | None]]:
     """(name, bytes, content) of each file of an archive, in its order, and of the archives in it ("inner.zip/a.txt").
 
-    Read a content before you take the next one. Archives more than MOST_NESTED deep are given as files.
+    Read a content before you take the next one; a link has none. Archives more than MOST_NESTED deep count as files.
     """
     with damage_named(path), open(path, "rb") as raw:
         yield from _members(str(path), raw, MOST_NESTED)
 
 
-def _members(name: str, raw: IO[bytes], deeper: int) -> Iterator[tuple[str, int, IO[bytes]]]:
+def _members(name: str, raw: IO[bytes], deeper: int) -> Iterator[tuple[str, int, IO[bytes] | None]]:
     for inner, size, content in _flat_members(name, raw):
-        if not is_archive(inner) or not deeper:
+        if content is None or not is_archive(inner) or not deeper:
             yield inner, size, content
             continue
         with tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES) as copy, damage_named(f"{name}, {inner}"):
@@ -143,12 +145,14 @@ def _members(name: str, raw: IO[bytes], deeper: int) -> Iterator[tuple[str, int,
                 yield f"{inner}/{below}", bytes_below, content_below
 
 
-def _flat_members(name: str, raw: IO[bytes]) -> Iterator[tuple[str, int, IO[bytes]]]:
+def _flat_members(name: str, raw: IO[bytes]) -> Iterator[tuple[str, int, IO[bytes] | None]]:
     lower = name.lower()
     if lower.endswith(".zip"):
         with zipfile.ZipFile(raw) as archive:
             for info in archive.infolist():
-                if not info.is_dir():
+                if stat.S_ISLNK(info.external_attr >> 16):
+                    yield info.filename, info.file_size, None
+                elif not info.is_dir():
                     with archive.open(info) as content:
                         yield info.filename, info.file_size, content
         return
@@ -156,6 +160,8 @@ def _flat_members(name: str, raw: IO[bytes]) -> Iterator[tuple[str, int, IO[byte
     with tarfile.open(fileobj=unpacked(raw, suffix), mode="r|") as tar:
         for member in tar:
             extracted = tar.extractfile(member) if member.isfile() else None
-            if extracted is not None:
+            if member.issym() or member.islnk():
+                yield member.name, 0, None
+            elif extracted is not None:
                 # Its own stream says that it can go back, and fails where it does.
                 yield member.name, member.size, io.BufferedReader(Unseekable(extracted))

@@ -276,6 +276,8 @@ def choose_column(
         return name
     if wanted is not None:
         raise ValueError(f"{file} has no column of text {wanted!r} (it has: {', '.join(names)})")
+    if not texts:
+        raise ValueError(f"{file} has no column of text, only others ({', '.join(names)}): save the texts as strings")
     raise ValueError(
         f"{file} has no column 'text' (it has: {', '.join(names)}): say which one with TEXT_COLUMN or --text_column"
     )

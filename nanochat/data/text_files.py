@@ -41,7 +41,16 @@ from nanochat.data.inventory import Inventory, NotReadError, format_bytes
 from nanochat.data.json_text import TEXT_NAMES, is_chat, read_json_file, read_json_lines
 from nanochat.data.markup import declared_charset, page_text
 from nanochat.data.mojibake import MANY_SIGNS, mended
-from nanochat.data.packed import Unseekable, compression_of, damage_named, is_archive, members, unpacked, what_it_is
+from nanochat.data.packed import (
+    LINK_INSIDE,
+    Unseekable,
+    compression_of,
+    damage_named,
+    is_archive,
+    members,
+    unpacked,
+    what_it_is,
+)
 from nanochat.data.split import AfterSettings, split_long, split_text
 from nanochat.data.tables import read_arrow, read_csv, read_parquet
 from nanochat.data.text_walk import (
@@ -159,10 +168,13 @@ class TextReader:
             done = min(file.size, done + size)
         self.inventory.count(file.label, -1, -file.size)  # its files count, each by itself
 
-    def _member(self, file: TextFile, path: str, size: int, content: IO[bytes]) -> Iterator[str]:
+    def _member(self, file: TextFile, path: str, size: int, content: IO[bytes] | None) -> Iterator[str]:
         """The documents of a file in an archive, by the rules for files in folders."""
         name = path.replace("\\", "/").rpartition("/")[2]
         shown = printable(f"{file.name}/{path}").replace("\n", "\\n")
+        if content is None:
+            self.inventory.leave_out(LINK_INSIDE, "file", shown, matters=False)
+            return
         head = functools.partial(cast("io.BufferedReader", content).peek, SNIFF_BYTES)
         if reason := left_out_below(path):
             self.inventory.leave_out(reason, "file", shown, matters=False)

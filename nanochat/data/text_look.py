@@ -25,6 +25,7 @@ ESCAPES = {
     "quoted-printable (=C3=BC)": re.compile(r"(?:=[0-9A-F]{2}){2}"),
     "JSON's escapes (\\u00fc)": re.compile(r"\\u[0-9a-fA-F]{4}"),
     "percent signs for letters (%C3%BC)": re.compile(r"(?:%[0-9A-F]{2}){2}"),
+    "colours of a terminal (\\x1b[31m)": re.compile(r"\x1b\[[0-9;]*m"),
 }
 
 
