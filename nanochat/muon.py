@@ -222,10 +222,12 @@ class MuonStack:
             grads, momentum = self.own_grads(), self.state["momentum_buffer"]
             self.looked_ahead = native.muon_look_ahead(kernels, grads, momentum, multiplier, *settings)
         if self.update is None:
-            tall = rows > cols
-            x = self.looked_ahead.mT if tall else self.looked_ahead
-            x = newton_schulz(x, group["coefficients"], group["ns_steps"])
-            self.update = (x.mT if tall else x).contiguous()
+            how, tall = (group["coefficients"], group["ns_steps"]), rows > cols
+            x = native.muon_products(kernels, self.looked_ahead, newton_schulz_coefficients(*how))
+            if x is None:
+                x = newton_schulz(self.looked_ahead.mT if tall else self.looked_ahead, *how)
+                x = (x.mT if tall else x).contiguous()
+            self.update = x
         rate = group["lr"] * max(1.0, rows / cols) ** 0.5
         moment, decay = self.state.get("second_moment"), rate * group["weight_decay"]
         beta2, cautious = group["beta2"] or 0.0, group["cautious"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import rustbpe
 
-VERSION = 4  # of the functions below, those of src/between/abi.rs
+VERSION = 5  # of the functions below, those of src/between/abi.rs
 
 _int, _size, _pointer, _float = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_float
 
@@ -50,10 +50,12 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "softmax_back": (_int, _pointer, _pointer, _size, _size, _float),
     "muon_look_ahead": (_int, *(_pointer,) * 3, _size, _size, _size, _float, _float, _size, _float),
     "muon_apply": (_int, *(_pointer,) * 3, *(_size,) * 4, _float, _float, _float, _size),
+    "muon_orthogonalize": (_pointer, _pointer, _size, _size, _size, _pointer, _size),
     "attend": _attention,
     "attend_back": _attention,
     "loss": (_int, *(_pointer,) * 3, _size, _size, _size, _float),
 }
+_BY_TILES = "attend", "attend_back", "muon_orthogonalize"
 
 
 class Kernels:
@@ -71,11 +73,11 @@ class Kernels:
             parallel = ctypes.cast(openmp.GOMP_parallel, _pointer)
         except (OSError, TypeError, AttributeError):  # as where torch has another OpenMP than GNU's
             parallel = _pointer()
-        available = getattr(library, "rustbpe_attention_available", None)
-        self.can_attend = available is not None and bool(available())
-        """True if the processor has what `attend` and `attend_back` need."""
+        available = getattr(library, "rustbpe_tiles_available", None)
+        self.has_tiles = available is not None and bool(available())
+        """True if the processor has what the functions of `_BY_TILES` need."""
         for name, arguments in _FUNCTIONS.items():
-            if arguments is _attention and not self.can_attend:
+            if name in _BY_TILES and not self.has_tiles:
                 continue
             function = getattr(library, f"rustbpe_{name}")
             function.argtypes, function.restype = (_pointer, _size, *arguments), _int

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ CODES = {DTYPES["float32"]: 0, DTYPES["bfloat16"]: 1}
 # Up to here the sum of a softcapped row's exponentials fits into float32, whatever the logits, for 2^18 tokens.
 LARGEST_CAP = 38.0
 LARGEST_HEAD = 512
-TILES = 32  # what divides tokens and channels of a head that attention's kernel takes
+TILES = 32  # what divides tokens and channels of a head, or both sides of a matrix, in the kernels by tiles
 _allowed = True
 
 
@@ -68,6 +69,10 @@ def kernels_for(*tensors: Tensor, gradients: bool = True) -> Any:
         if not x.is_contiguous() or x.numel() == 0:
             return None
     return _library()
+
+
+def _fits_tiles(kernels: Any, *sizes: int) -> bool:
+    return kernels is not None and kernels.has_tiles and all(size % TILES == 0 for size in sizes)
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -257,10 +262,6 @@ def fits_attention(kernels: Any, q: Tensor, k: Tensor, v: Tensor) -> bool:
     return plain and k.shape == v.shape == (B, T, K, D) and H % K == 0 and _fits_tiles(kernels, T, D)
 
 
-def _fits_tiles(kernels: Any, tokens: int, size: int) -> bool:
-    return kernels is not None and kernels.can_attend and tokens % TILES == 0 and size % TILES == 0
-
-
 def causal_attention(kernels: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(scale · q·kᵀ)·v of each query with the keys up to its own: (B, T, H, D)."""
     y: Tensor = _CausalAttention.apply(q, k, v, scale, kernels)
@@ -384,6 +385,24 @@ def muon_look_ahead(
     tensors = _addresses(grads), momentum.data_ptr(), y.data_ptr()
     numbers = multiplier, beta, int(equalize), safety
     kernels.muon_look_ahead(torch.get_num_threads(), CODES[dtype], *tensors, *momentum.shape, *numbers)
+    return y
+
+
+def muon_products(kernels: Any, x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor | None:
+    """`muon.newton_schulz` of x (N, R, C), also of tall matrices; None where torch should multiply.
+
+    Args:
+        kernels: from `kernels_for`, for x.
+        x: contiguous, singular values at most 1.
+        coefficients: (a, b, c) of each iteration.
+    """
+    (N, R, C), count = x.shape, len(coefficients)
+    # A matrix is the work of one thread; torch can share it among many.
+    if x.dtype != DTYPES["bfloat16"] or not _fits_tiles(kernels, R, C) or torch.get_num_threads() > 2 * N:
+        return None
+    numbers = (ctypes.c_float * (3 * count))(*itertools.chain(*coefficients))
+    y = torch.empty_like(x)
+    kernels.muon_orthogonalize(torch.get_num_threads(), x.data_ptr(), y.data_ptr(), N, R, C, numbers, count)
     return y
 
 

@@ -14,7 +14,7 @@ use super::team::{Parallel, Team};
 use crate::abi::guarded;
 
 /// Counts the functions and their arguments: `between.py` refuses a library with another number.
-const VERSION: c_int = 4;
+const VERSION: c_int = 5;
 
 type Out = *mut c_void;
 type In = *const c_void;
@@ -341,20 +341,51 @@ pub unsafe extern "C" fn rustbpe_muon_apply(
     })
 }
 
-/// Attention by AMX; without these functions, or without tiles, there is none.
+/// Attention and Muon's products by AMX; without these functions, or without tiles, there are none.
 #[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
-mod attention {
+mod by_tiles {
     use super::*;
     use crate::between::attend::{Attend, AttendBack, Shape, View};
+    use crate::between::newton::Orthogonalize;
     use crate::decode::Level;
 
     #[no_mangle]
-    pub extern "C" fn rustbpe_attention_available() -> c_int {
+    pub extern "C" fn rustbpe_tiles_available() -> c_int {
         c_int::from(available())
     }
 
     fn available() -> bool {
         Level::available().contains(&Level::Amx)
+    }
+
+    fn in_tiles(sizes: &[usize]) -> Result<(), String> {
+        match available() && sizes.iter().all(|&size| size > 0 && size % 32 == 0) {
+            true => Ok(()),
+            false => Err(format!("there are no tiles for sizes of {sizes:?}")),
+        }
+    }
+
+    /// # Safety
+    /// The tensors of `Orthogonalize` are there, for so many matrices.
+    #[no_mangle]
+    pub unsafe extern "C" fn rustbpe_muon_orthogonalize(
+        parallel: Option<Parallel>,
+        threads: usize,
+        x: In,
+        y: Out,
+        matrices: usize,
+        rows: usize,
+        columns: usize,
+        coefficients: *const [f32; 3],
+        iterations: usize,
+    ) -> c_int {
+        let team = Team { parallel, threads };
+        guarded(|| {
+            in_tiles(&[rows, columns])?;
+            let (x, y) = (x as *const Bf16, y as *mut Bf16);
+            let kernel = Orthogonalize { x, y, rows, columns, coefficients, iterations };
+            unsafe { team.run(&kernel, matrices, rows * columns) }
+        })
     }
 
     /// # Safety
@@ -400,9 +431,9 @@ mod attention {
     /// `shape` is valid.
     unsafe fn known(shape: *const Shape) -> Result<Shape, String> {
         let shape = unsafe { *shape };
-        let whole = shape.tokens % 32 == 0 && shape.size % 32 == 0 && shape.tokens > 0 && shape.size > 0;
-        if !whole || shape.kv_heads == 0 || shape.heads % shape.kv_heads != 0 || !available() {
-            return Err("there are no tiles for attention of this shape".into());
+        in_tiles(&[shape.tokens, shape.size])?;
+        if shape.kv_heads == 0 || shape.heads % shape.kv_heads != 0 {
+            return Err("the heads of keys do not divide those of queries".into());
         }
         Ok(shape)
     }

@@ -1,30 +1,22 @@
-//! Causal attention of a training step in bfloat16, forward and backward, by AMX (see `decode::amx` for its tiles).
+//! Causal attention of a training step in bfloat16, forward and backward, by AMX (see `tiles`).
 //!
-//! One head at a time: what belongs to it stays in a core's second cache, and neither scores nor probabilities are
-//! written to memory. The backward pass makes the probabilities once more, from the logarithm of their sum, as
+//! One head at a time: what belongs to it stays in a core's second-level cache, and neither scores nor probabilities
+//! are written to memory. The backward pass makes the probabilities once more, from the logarithm of their sum, as
 //! FlashAttention does (arXiv 2205.14135). Queries, keys, values and all gradients are read and written where the
 //! products before and after have them, in any order of sequences, heads and tokens.
 //!
 //! Shapes: T tokens and D channels of a head, both multiples of 32.
 
-use std::arch::asm;
 use std::arch::x86_64::*;
-use std::cell::Cell;
 use std::ops::Range;
-use std::slice::{from_raw_parts, from_raw_parts_mut};
+use std::slice::from_raw_parts_mut;
 
 use super::numbers::{sum2, Bf16, Number};
 use super::team::Kernel;
-use crate::decode::amx::Shapes;
+use super::tiles::*;
 
-/// Rows and columns of a product: two tiles each way. And the keys of a block in the backward pass.
-const STEP: usize = 32;
+/// The keys of a block in the backward pass.
 const KEYS: usize = 64;
-/// Elements of a tile of bfloat16, and rows of any.
-const TILE: usize = 512;
-const ROWS: usize = 16;
-/// Bytes of a line. Rows of scores are a line longer than they need: no 16 of them share a set of the cache.
-const LINE: usize = 64;
 
 /// A tensor (B, H, T, D) whose D lie side by side; steps are in elements.
 #[derive(Clone, Copy)]
@@ -47,163 +39,10 @@ pub struct Shape {
     pub scale: f32,
 }
 
-/// The rows of one head.
-#[derive(Clone, Copy)]
-struct Head {
-    at: *mut Bf16,
-    token: usize,
-    size: usize,
-}
-
 impl View {
-    unsafe fn of(&self, sequence: usize, head: usize, size: usize) -> Head {
+    unsafe fn of(&self, sequence: usize, head: usize, size: usize) -> Matrix {
         // SAFETY: as the caller promises.
-        Head { at: unsafe { self.at.add(sequence * self.sequence + head * self.head) }, token: self.token, size }
-    }
-}
-
-impl Head {
-    #[inline(always)]
-    unsafe fn row(&self, token: usize) -> &[Bf16] {
-        unsafe { from_raw_parts(self.at.add(token * self.token), self.size) }
-    }
-    #[inline(always)]
-    unsafe fn write(&self, token: usize, from: *const f32) {
-        for n in (0..self.size).step_by(ROWS) {
-            unsafe { narrow(_mm512_loadu_ps(from.add(n)), self.at.add(token * self.token + n)) };
-        }
-    }
-}
-
-/// Where 32 rows of a product begin, and the bytes from one to the next.
-type Rows<X> = (*mut X, usize);
-
-/// C (32, 32) = A (32, 32 · steps) · B, or C + A · B. `b` are the tiles of two times 16 columns, those of one column
-/// one after another.
-#[inline(always)]
-unsafe fn multiply(a: Rows<Bf16>, b: [*const Bf16; 2], steps: usize, c: Rows<f32>, add: bool) {
-    // SAFETY: the tiles have their shapes (`run`), and the memory is there, as the caller promises.
-    unsafe {
-        asm!(
-            "test {add}, {add}",
-            "jnz 3f",
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-            "jmp 4f",
-            "3:",
-            "tileloadd tmm0, [{c0} + {cs}*1]", "tileloadd tmm1, [{c0} + {cs}*1 + 64]",
-            "tileloadd tmm2, [{c1} + {cs}*1]", "tileloadd tmm3, [{c1} + {cs}*1 + 64]",
-            "4:",
-            "tileloadd tmm4, [{a0} + {rs}*1]", "tileloadd tmm6, [{b0} + {line}*1]",
-            "tileloadd tmm5, [{a1} + {rs}*1]", "tileloadd tmm7, [{b1} + {line}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a0}, 64", "add {a1}, 64", "add {b0}, 1024", "add {b1}, 1024",
-            "dec {steps}",
-            "jnz 4b",
-            "tilestored [{c0} + {cs}*1], tmm0", "tilestored [{c0} + {cs}*1 + 64], tmm1",
-            "tilestored [{c1} + {cs}*1], tmm2", "tilestored [{c1} + {cs}*1 + 64], tmm3",
-            add = in(reg) add as usize,
-            a0 = inout(reg) a.0 => _, a1 = inout(reg) (a.0 as *mut u8).add(ROWS * a.1) => _, rs = in(reg) a.1,
-            b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _, line = in(reg) LINE,
-            steps = inout(reg) steps => _,
-            c0 = in(reg) c.0, c1 = in(reg) (c.0 as *mut u8).add(ROWS * c.1), cs = in(reg) c.1,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack)
-        );
-    }
-}
-
-/// The tiles of two neighbouring blocks of 16 columns, from block `n` on, each with `all` tiles; from tile `first` on.
-#[inline(always)]
-unsafe fn pair(tiles: *const Bf16, n: usize, all: usize, first: usize) -> [*const Bf16; 2] {
-    unsafe { [tiles.add((n * all + first) * TILE), tiles.add(((n + 1) * all + first) * TILE)] }
-}
-
-/// Tiles for products with the transpose of x (T, D): its rows become columns.
-#[inline(always)]
-unsafe fn pack_rows(x: Head, tokens: usize, out: *mut Bf16) {
-    let d = x.size;
-    for block in 0..tokens / ROWS {
-        for n in (0..d).step_by(STEP) {
-            unsafe {
-                // Two channels side by side are one number of 32 bits.
-                let mut lines = [_mm512_setzero_si512(); ROWS];
-                for (i, line) in lines.iter_mut().enumerate() {
-                    *line = load(x.at.add((block * ROWS + i) * x.token + n));
-                }
-                transpose(&mut lines);
-                for (i, line) in lines.iter().enumerate() {
-                    store(*line, out.add(block * ROWS * d + n * ROWS + i * STEP));
-                }
-            }
-        }
-    }
-}
-
-/// Tiles for products with the rows of x (K, N): two neighbouring ones are mixed, element by element.
-#[inline(always)]
-unsafe fn pack_pairs(x: Head, rows: usize, out: *mut Bf16) {
-    for k in (0..rows).step_by(2) {
-        for n in (0..x.size).step_by(ROWS) {
-            let tile = n / ROWS * (rows / STEP) + k / STEP;
-            unsafe {
-                let row = x.at.add(k * x.token + n);
-                let (one, two) = (widened(row), widened(row.add(x.token)));
-                let mixed = _mm512_or_si512(one, _mm512_slli_epi32(two, 16));
-                store(mixed, out.add(tile * TILE + k % STEP * ROWS));
-            }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn load<X>(from: *const X) -> __m512i {
-    unsafe { _mm512_loadu_si512(from as *const __m512i) }
-}
-
-#[inline(always)]
-unsafe fn store<X>(x: __m512i, to: *mut X) {
-    unsafe { _mm512_storeu_si512(to as *mut __m512i, x) }
-}
-
-/// 16 numbers of 16 bits in 32 each.
-#[inline(always)]
-unsafe fn widened(from: *const Bf16) -> __m512i {
-    unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(from as *const __m256i)) }
-}
-
-/// 16 numbers rounded to bfloat16.
-#[inline(always)]
-unsafe fn narrow(x: __m512, to: *mut Bf16) {
-    unsafe { _mm256_storeu_si256(to as *mut __m256i, std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x))) }
-}
-
-/// Rows of 16 numbers of 32 bits become columns: in pairs, in fours, then whole lanes.
-#[inline(always)]
-unsafe fn transpose(rows: &mut [__m512i; ROWS]) {
-    unsafe {
-        let mut t = *rows;
-        for i in (0..ROWS).step_by(2) {
-            t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-            t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-        }
-        let mut r = t;
-        for i in (0..ROWS).step_by(4) {
-            for j in 0..2 {
-                r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-                r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-            }
-        }
-        for j in 0..4 {
-            let (a, b, c, d) = (r[j], r[4 + j], r[8 + j], r[12 + j]);
-            let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
-            let (even2, odd2) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
-            rows[j] = _mm512_shuffle_i32x4::<0x88>(even, even2);
-            rows[4 + j] = _mm512_shuffle_i32x4::<0x88>(odd, odd2);
-            rows[8 + j] = _mm512_shuffle_i32x4::<0xdd>(even, even2);
-            rows[12 + j] = _mm512_shuffle_i32x4::<0xdd>(odd, odd2);
-        }
+        Matrix { at: unsafe { self.at.add(sequence * self.sequence + head * self.head) }, step: self.token, size }
     }
 }
 
@@ -220,51 +59,6 @@ unsafe fn exp(x: __m512) -> __m512 {
             p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(term));
         }
         _mm512_scalef_ps(p, n)
-    }
-}
-
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line(#[allow(dead_code)] [u8; LINE]);
-
-/// More than this is given back after a call: a thread lives as long as the process.
-const MOST_KEPT: usize = 32 << 20;
-
-thread_local! {
-    /// A thread's memory for one head, kept from call to call.
-    static KEPT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
-}
-
-/// Memory for one head, in parts, and tiles that have shapes.
-struct Room {
-    lines: Vec<Line>,
-    used: usize,
-}
-
-impl Room {
-    fn new(bytes: usize) -> Room {
-        let mut lines = KEPT.with(Cell::take);
-        lines.resize((bytes / LINE + 32).max(lines.len()), Line([0; LINE]));
-        // SAFETY: `available` has said that there are tiles.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &Shapes::new(ROWS), options(nostack, readonly)) };
-        Room { lines, used: 0 }
-    }
-
-    fn take<X>(&mut self, count: usize) -> *mut X {
-        let first = self.used;
-        self.used += (count * std::mem::size_of::<X>() + LINE - 1) / LINE;
-        assert!(self.used <= self.lines.len());
-        unsafe { self.lines.as_mut_ptr().add(first) as *mut X }
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        // SAFETY: as above. Other users of tiles find none in use.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
-        if self.lines.len() * LINE <= MOST_KEPT {
-            KEPT.with(|kept| kept.set(std::mem::take(&mut self.lines)));
-        }
     }
 }
 
@@ -295,58 +89,56 @@ impl Attend {
         let Shape { heads: all, kv_heads, tokens: t, size: d, scale } = self.shape;
         let (wide, slim) = (4 * t + LINE, 2 * t + LINE); // bytes of a row
         let mut room = Room::new(4 * t * d + STEP * (wide + slim + 4 * d));
-        {
-            let (keys, values) = (room.take::<Bf16>(t * d), room.take::<Bf16>(t * d));
-            let (scores, p) = (room.take::<f32>(STEP * wide / 4), room.take::<Bf16>(STEP * slim / 2));
-            let mixed = room.take::<f32>(STEP * d);
-            for job in heads {
-                // SAFETY (of all blocks here): the head exists and is this thread's.
-                let (b, group, repeats) = (job / kv_heads, job % kv_heads, all / kv_heads);
-                unsafe {
-                    pack_rows(self.k.of(b, group, d), t, keys);
-                    pack_pairs(self.v.of(b, group, d), t, values);
-                }
-                for head in group * repeats..(group + 1) * repeats {
-                    let (q, y) = unsafe { (self.q.of(b, head, d), self.y.of(b, head, d)) };
-                    let sums = unsafe { from_raw_parts_mut(self.sums.add((b * all + head) * t), t) };
-                    for first in (0..t).step_by(STEP) {
-                        let end = first + STEP;
-                        unsafe {
-                            let rows = (q.at.add(first * q.token), 2 * q.token);
-                            for key in (0..end).step_by(STEP) {
-                                let tiles = pair(keys, key / ROWS, d / STEP, 0);
-                                multiply(rows, tiles, d / STEP, (scores.add(key), wide), false);
+        let (keys, values) = (room.take::<Bf16>(t * d), room.take::<Bf16>(t * d));
+        let (scores, p) = (room.take::<f32>(STEP * wide / 4), room.take::<Bf16>(STEP * slim / 2));
+        let mixed = room.take::<f32>(STEP * d);
+        for job in heads {
+            // SAFETY (of all blocks here): the head exists and is this thread's.
+            let (b, group, repeats) = (job / kv_heads, job % kv_heads, all / kv_heads);
+            unsafe {
+                pack_rows(self.k.of(b, group, d), t, keys);
+                pack_pairs(self.v.of(b, group, d), t, values);
+            }
+            for head in group * repeats..(group + 1) * repeats {
+                let (q, y) = unsafe { (self.q.of(b, head, d), self.y.of(b, head, d)) };
+                let sums = unsafe { from_raw_parts_mut(self.sums.add((b * all + head) * t), t) };
+                for first in (0..t).step_by(STEP) {
+                    let end = first + STEP;
+                    unsafe {
+                        let rows = (q.at.add(first * q.step), 2 * q.step);
+                        for key in (0..end).step_by(STEP) {
+                            let tiles = pair(keys, key / ROWS, d / STEP, 0);
+                            multiply(rows, tiles, d / STEP, (scores.add(key), wide), false);
+                        }
+                        for i in 0..STEP {
+                            // To the end of the block: whole vectors, of which the last counts nothing.
+                            let (s, p) = (scores.add(i * wide / 4), p.add(i * slim / 2));
+                            from_raw_parts_mut(s, end)[first + i + 1..].fill(f32::NEG_INFINITY);
+                            let mut most = _mm512_loadu_ps(s);
+                            for n in (ROWS..end).step_by(ROWS) {
+                                most = _mm512_max_ps(most, _mm512_loadu_ps(s.add(n)));
                             }
-                            for i in 0..STEP {
-                                // To the end of the block: whole vectors, of which the last counts nothing.
-                                let (s, p) = (scores.add(i * wide / 4), p.add(i * slim / 2));
-                                from_raw_parts_mut(s, end)[first + i + 1..].fill(f32::NEG_INFINITY);
-                                let mut most = _mm512_loadu_ps(s);
-                                for n in (ROWS..end).step_by(ROWS) {
-                                    most = _mm512_max_ps(most, _mm512_loadu_ps(s.add(n)));
-                                }
-                                let most = _mm512_reduce_max_ps(most) * scale;
-                                let (factor, less) = (_mm512_set1_ps(scale), _mm512_set1_ps(most));
-                                let mut total = _mm512_setzero_ps();
-                                for n in (0..end).step_by(ROWS) {
-                                    let e = exp(_mm512_fmsub_ps(_mm512_loadu_ps(s.add(n)), factor, less));
-                                    _mm512_storeu_ps(s.add(n), e);
-                                    total = _mm512_add_ps(total, e);
-                                }
-                                let total = _mm512_reduce_add_ps(total);
-                                sums[first + i] = most + total.ln();
-                                let share = _mm512_set1_ps(1.0 / total);
-                                for n in (0..end).step_by(ROWS) {
-                                    narrow(_mm512_mul_ps(_mm512_loadu_ps(s.add(n)), share), p.add(n));
-                                }
+                            let most = _mm512_reduce_max_ps(most) * scale;
+                            let (factor, less) = (_mm512_set1_ps(scale), _mm512_set1_ps(most));
+                            let mut total = _mm512_setzero_ps();
+                            for n in (0..end).step_by(ROWS) {
+                                let e = exp(_mm512_fmsub_ps(_mm512_loadu_ps(s.add(n)), factor, less));
+                                _mm512_storeu_ps(s.add(n), e);
+                                total = _mm512_add_ps(total, e);
                             }
-                            for n in (0..d).step_by(STEP) {
-                                let tiles = pair(values, n / ROWS, t / STEP, 0);
-                                multiply((p, slim), tiles, end / STEP, (mixed.add(n), 4 * d), false);
+                            let total = _mm512_reduce_add_ps(total);
+                            sums[first + i] = most + total.ln();
+                            let share = _mm512_set1_ps(1.0 / total);
+                            for n in (0..end).step_by(ROWS) {
+                                narrow(_mm512_mul_ps(_mm512_loadu_ps(s.add(n)), share), p.add(n));
                             }
-                            for i in 0..STEP {
-                                y.write(first + i, mixed.add(i * d));
-                            }
+                        }
+                        for n in (0..d).step_by(STEP) {
+                            let tiles = pair(values, n / ROWS, t / STEP, 0);
+                            multiply((p, slim), tiles, end / STEP, (mixed.add(n), 4 * d), false);
+                        }
+                        for i in 0..STEP {
+                            y.write(first + i, mixed.add(i * d));
                         }
                     }
                 }
@@ -396,123 +188,107 @@ impl AttendBack {
         let repeats = all / kv_heads;
         let (wide, slim) = (4 * t + LINE, 2 * t + LINE); // bytes of a row
         let bytes = repeats * (d * (8 * t + wide) + 4 * t) + d * slim + KEYS * (2 * wide + 3 * slim + 8 * d);
-        let mut room = Room::new(bytes + 9 * repeats * LINE);
-        {
-            let own: Vec<Queries> = (0..repeats)
-                .map(|_| Queries {
-                    columns: [room.take(t * d), room.take(t * d)],
-                    rows: [room.take(t * d), room.take(t * d)],
-                    dq: room.take(d * wide / 4),
-                    along: room.take(t),
-                })
-                .collect();
-            let across = room.take::<Bf16>(d * slim / 2); // k, (D, T)
-            let (s, dp) = (room.take::<f32>(KEYS * wide / 4), room.take::<f32>(KEYS * wide / 4));
-            let (p, ds) = (room.take::<Bf16>(KEYS * slim / 2), room.take::<Bf16>(KEYS * slim / 2));
-            let mixed = room.take::<Bf16>(KEYS * t);
-            let (dk, dv) = (room.take::<f32>(KEYS * d), room.take::<f32>(KEYS * d));
-            for job in heads {
-                let (b, group) = (job / kv_heads, job % kv_heads);
-                // SAFETY (of all blocks here): the head exists and is this thread's.
-                let (k, v) = unsafe { (self.k.of(b, group, d), self.v.of(b, group, d)) };
+        let mut room = Room::new(bytes + 6 * repeats * LINE); // a line for each part of a head of queries
+        let own: Vec<Queries> = (0..repeats)
+            .map(|_| Queries {
+                columns: [room.take(t * d), room.take(t * d)],
+                rows: [room.take(t * d), room.take(t * d)],
+                dq: room.take(d * wide / 4),
+                along: room.take(t),
+            })
+            .collect();
+        let across = room.take::<Bf16>(d * slim / 2); // k, (D, T)
+        let (s, dp) = (room.take::<f32>(KEYS * wide / 4), room.take::<f32>(KEYS * wide / 4));
+        let (p, ds) = (room.take::<Bf16>(KEYS * slim / 2), room.take::<Bf16>(KEYS * slim / 2));
+        let mixed = room.take::<Bf16>(KEYS * t);
+        let (dk, dv) = (room.take::<f32>(KEYS * d), room.take::<f32>(KEYS * d));
+        for job in heads {
+            let (b, group) = (job / kv_heads, job % kv_heads);
+            // SAFETY (of all blocks here): the head exists and is this thread's.
+            let (k, v) = unsafe { (self.k.of(b, group, d), self.v.of(b, group, d)) };
+            for (r, own) in own.iter().enumerate() {
+                let head = group * repeats + r;
+                unsafe {
+                    let (q, y, dy) = (self.q.of(b, head, d), self.y.of(b, head, d), self.dy.of(b, head, d));
+                    for (i, x) in [q, dy].into_iter().enumerate() {
+                        pack_rows(x, t, own.columns[i]);
+                        pack_pairs(x, t, own.rows[i]);
+                    }
+                    for i in 0..t {
+                        *own.along.add(i) = sum2(y.row(i), dy.row(i), |y: Bf16, g: Bf16| y.wide() * g.wide());
+                    }
+                    from_raw_parts_mut(own.dq, d * wide / 4).fill(0.0);
+                }
+            }
+            unsafe { turn(k, t, Matrix { at: across, step: slim / 2, size: t }) };
+            for first in (0..t).step_by(KEYS) {
+                // The keys of this block, and the queries that see one of them: both begin at `first`.
+                let (keys, queries) = (KEYS.min(t - first), t - first);
                 for (r, own) in own.iter().enumerate() {
-                    let head = group * repeats + r;
                     unsafe {
-                        let (q, y, dy) = (self.q.of(b, head, d), self.y.of(b, head, d), self.dy.of(b, head, d));
-                        for (i, x) in [q, dy].into_iter().enumerate() {
-                            pack_rows(x, t, own.columns[i]);
-                            pack_pairs(x, t, own.rows[i]);
+                        // Scores and their gradients, (keys, queries).
+                        for i in (0..keys).step_by(STEP) {
+                            for n in (0..queries).step_by(STEP) {
+                                for (x, tiles, out) in [(k, own.columns[0], s), (v, own.columns[1], dp)] {
+                                    let rows = (x.at.add((first + i) * x.step), 2 * x.step);
+                                    let tiles = pair(tiles, (first + n) / ROWS, d / STEP, 0);
+                                    let out = (out.add(i * wide / 4 + n), wide);
+                                    multiply(rows, tiles, d / STEP, out, false);
+                                }
+                            }
                         }
-                        for i in 0..t {
-                            *own.along.add(i) = sum2(y.row(i), dy.row(i), |y: Bf16, g: Bf16| y.wide() * g.wide());
+                        let sums = self.sums.add((b * all + group * repeats + r) * t + first);
+                        let along = own.along.add(first);
+                        let factor = _mm512_set1_ps(scale);
+                        for i in 0..keys {
+                            let (p, ds) = (p.add(i * slim / 2), ds.add(i * slim / 2));
+                            let (s, dp) = (s.add(i * wide / 4), dp.add(i * wide / 4));
+                            from_raw_parts_mut(s, i).fill(f32::NEG_INFINITY); // queries before this key
+                            for n in (0..queries).step_by(ROWS) {
+                                let less = _mm512_loadu_ps(sums.add(n));
+                                let share = exp(_mm512_fmsub_ps(_mm512_loadu_ps(s.add(n)), factor, less));
+                                narrow(share, p.add(n));
+                                let g = _mm512_sub_ps(_mm512_loadu_ps(dp.add(n)), _mm512_loadu_ps(along.add(n)));
+                                narrow(_mm512_mul_ps(_mm512_mul_ps(share, factor), g), ds.add(n));
+                            }
                         }
-                        from_raw_parts_mut(own.dq, d * wide / 4).fill(0.0);
+                        pack_pairs(Matrix { at: ds, step: slim / 2, size: queries }, keys, mixed);
+                        for n in (0..d).step_by(STEP) {
+                            for i in (0..keys).step_by(STEP) {
+                                for (x, tiles, out) in [(p, own.rows[1], dv), (ds, own.rows[0], dk)] {
+                                    let rows = (x.add(i * slim / 2), slim);
+                                    let tiles = pair(tiles, n / ROWS, t / STEP, first / STEP);
+                                    multiply(rows, tiles, queries / STEP, (out.add(i * d + n), 4 * d), r > 0);
+                                }
+                            }
+                            for i in (0..queries).step_by(STEP) {
+                                let rows = (across.add(n * slim / 2 + first), slim);
+                                let tiles = pair(mixed, i / ROWS, keys / STEP, 0);
+                                let out = (own.dq.add(n * wide / 4 + first + i), wide);
+                                multiply(rows, tiles, keys / STEP, out, true);
+                            }
+                        }
                     }
                 }
+                for i in 0..keys {
+                    unsafe {
+                        self.dk.of(b, group, d).write(first + i, dk.add(i * d));
+                        self.dv.of(b, group, d).write(first + i, dv.add(i * d));
+                    }
+                }
+            }
+            for (r, own) in own.iter().enumerate() {
+                let dq = unsafe { self.dq.of(b, group * repeats + r, d) };
                 for i in (0..t).step_by(ROWS) {
                     for n in (0..d).step_by(ROWS) {
                         unsafe {
                             let mut lines = [_mm512_setzero_si512(); ROWS];
                             for (j, line) in lines.iter_mut().enumerate() {
-                                *line = widened(k.at.add((i + j) * k.token + n));
+                                *line = load(own.dq.add((n + j) * wide / 4 + i));
                             }
                             transpose(&mut lines);
                             for (j, line) in lines.iter().enumerate() {
-                                let to = across.add((n + j) * slim / 2 + i);
-                                _mm256_storeu_si256(to as *mut __m256i, _mm512_cvtepi32_epi16(*line));
-                            }
-                        }
-                    }
-                }
-                for first in (0..t).step_by(KEYS) {
-                    // The keys of this block, and the queries that see one of them: both begin at `first`.
-                    let (keys, queries) = (KEYS.min(t - first), t - first);
-                    for (r, own) in own.iter().enumerate() {
-                        unsafe {
-                            // Scores and their gradients, (keys, queries).
-                            for i in (0..keys).step_by(STEP) {
-                                for n in (0..queries).step_by(STEP) {
-                                    for (x, tiles, out) in [(k, own.columns[0], s), (v, own.columns[1], dp)] {
-                                        let rows = (x.at.add((first + i) * x.token), 2 * x.token);
-                                        let tiles = pair(tiles, (first + n) / ROWS, d / STEP, 0);
-                                        let out = (out.add(i * wide / 4 + n), wide);
-                                        multiply(rows, tiles, d / STEP, out, false);
-                                    }
-                                }
-                            }
-                            let sums = self.sums.add((b * all + group * repeats + r) * t + first);
-                            let along = own.along.add(first);
-                            let factor = _mm512_set1_ps(scale);
-                            for i in 0..keys {
-                                let (p, ds) = (p.add(i * slim / 2), ds.add(i * slim / 2));
-                                let (s, dp) = (s.add(i * wide / 4), dp.add(i * wide / 4));
-                                from_raw_parts_mut(s, i).fill(f32::NEG_INFINITY); // queries before this key
-                                for n in (0..queries).step_by(ROWS) {
-                                    let less = _mm512_loadu_ps(sums.add(n));
-                                    let share = exp(_mm512_fmsub_ps(_mm512_loadu_ps(s.add(n)), factor, less));
-                                    narrow(share, p.add(n));
-                                    let g = _mm512_sub_ps(_mm512_loadu_ps(dp.add(n)), _mm512_loadu_ps(along.add(n)));
-                                    narrow(_mm512_mul_ps(_mm512_mul_ps(share, factor), g), ds.add(n));
-                                }
-                            }
-                            pack_pairs(Head { at: ds, token: slim / 2, size: queries }, keys, mixed);
-                            for n in (0..d).step_by(STEP) {
-                                for i in (0..keys).step_by(STEP) {
-                                    for (x, tiles, out) in [(p, own.rows[1], dv), (ds, own.rows[0], dk)] {
-                                        let rows = (x.add(i * slim / 2), slim);
-                                        let tiles = pair(tiles, n / ROWS, t / STEP, first / STEP);
-                                        multiply(rows, tiles, queries / STEP, (out.add(i * d + n), 4 * d), r > 0);
-                                    }
-                                }
-                                for i in (0..queries).step_by(STEP) {
-                                    let rows = (across.add(n * slim / 2 + first), slim);
-                                    let tiles = pair(mixed, i / ROWS, keys / STEP, 0);
-                                    let out = (own.dq.add(n * wide / 4 + first + i), wide);
-                                    multiply(rows, tiles, keys / STEP, out, true);
-                                }
-                            }
-                        }
-                    }
-                    for i in 0..keys {
-                        unsafe {
-                            self.dk.of(b, group, d).write(first + i, dk.add(i * d));
-                            self.dv.of(b, group, d).write(first + i, dv.add(i * d));
-                        }
-                    }
-                }
-                for (r, own) in own.iter().enumerate() {
-                    let dq = unsafe { self.dq.of(b, group * repeats + r, d) };
-                    for i in (0..t).step_by(ROWS) {
-                        for n in (0..d).step_by(ROWS) {
-                            unsafe {
-                                let mut lines = [_mm512_setzero_si512(); ROWS];
-                                for (j, line) in lines.iter_mut().enumerate() {
-                                    *line = load(own.dq.add((n + j) * wide / 4 + i));
-                                }
-                                transpose(&mut lines);
-                                for (j, line) in lines.iter().enumerate() {
-                                    narrow(_mm512_castsi512_ps(*line), dq.at.add((i + j) * dq.token + n));
-                                }
+                                narrow(_mm512_castsi512_ps(*line), dq.at.add((i + j) * dq.step + n));
                             }
                         }
                     }

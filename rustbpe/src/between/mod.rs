@@ -18,7 +18,13 @@ pub mod abi;
 mod attend;
 mod heads;
 mod muon;
+#[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
+#[allow(clippy::incompatible_msrv)]
+mod newton;
 pub(crate) mod numbers;
 mod rows;
 mod softmax;
 pub mod team;
+#[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
+#[allow(clippy::incompatible_msrv)]
+mod tiles;
