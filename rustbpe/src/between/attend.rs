@@ -50,15 +50,18 @@ impl View {
 #[inline(always)]
 unsafe fn exp(x: __m512) -> __m512 {
     unsafe {
-        // 2^t = 2^n · e^r, with n the nearest integer. Far below, 2^-150 is 0. Of a NaN `max` gives the second.
-        let t = _mm512_max_ps(_mm512_set1_ps(-150.0), _mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)));
+        // 2^t = 2^n · e^r, with n the nearest integer. Below 2^-100 it is 0, so that nothing becomes a number with fewer
+        // digits: a processor takes a hundred cycles for one. A NaN stays one: `max` gives the second.
+        let (least, t) = (_mm512_set1_ps(-100.0), _mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)));
+        let more = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(t, least);
+        let t = _mm512_max_ps(least, t);
         let n = _mm512_roundscale_ps::<0x08>(t);
         let r = _mm512_mul_ps(_mm512_sub_ps(t, n), _mm512_set1_ps(std::f32::consts::LN_2));
         let mut p = _mm512_set1_ps(1.0 / 720.0);
         for term in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
             p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(term));
         }
-        _mm512_scalef_ps(p, n)
+        _mm512_maskz_scalef_ps(more, p, n)
     }
 }
 
