@@ -18,6 +18,7 @@ import tyro
 
 from nanochat.config import run_script
 from nanochat.data.chat_files import HUB
+from nanochat.data.chat_forms import STRINGS
 from nanochat.data.chats import ChatSource, look_at_chats
 from nanochat.data.copies import copies_lines, find_copies, forget
 from nanochat.data.inventory import Inventory, UnusableInputError, check_inventories
@@ -58,12 +59,14 @@ def look(path: str, options: ReadOptions) -> Inventory:
     others = (
         0 if chats is None else sum(entry.kinds.get("file", 0) for entry in chats.left_out.values() if entry.matters)
     )
-    if chats is not None and (path.startswith(HUB) or (chats.num_read and not chats.stop and not others)):
+    good = chats is not None and chats.num_read and not chats.stop and not others
+    if chats is not None and (path.startswith(HUB) or (good and set(chats.read) != {STRINGS})):
         return chats
     texts = look_at_texts(folder, options)
     # Where a run would stop for the texts, what is in the conversations, or wrong with them, helps more.
-    helps = chats is not None and texts.stop and (CHATS in texts.left_out or (chats.num_read and folder.is_file()))
-    return chats if chats is not None and helps else texts
+    if chats is not None and texts.stop and (good or CHATS in texts.left_out or (chats.num_read and folder.is_file())):
+        return chats
+    return texts
 
 
 def main(cfg: Config) -> None:

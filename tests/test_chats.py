@@ -1597,6 +1597,17 @@ def test_conversations_by_their_names_and_links_in_archives(tmp_path: Path) -> N
     assert inventory.left_out[LINK_INSIDE].examples == ["b.json"]
 
 
+def test_several_documents_of_yaml_and_utterances(tmp_path: Path) -> None:
+    said = "messages:\n- {role: user, content: Hi}\n- {role: assistant, content: Hello!}\n"
+    (tmp_path / "a.yaml").write_text(f"{said}---\n{said}")
+    assert look(tmp_path / "a.yaml")[0] == [HI, HI]
+    turns = [
+        {"index": i, "speaker": who, "text": text}
+        for i, (who, text) in enumerate((("USER", "Hi"), ("ASSISTANT", "Hello!")))
+    ]
+    assert look(dump(tmp_path / "b.jsonl", *[{"dialog_acts": "x", "utterances": turns}] * 2))[0] == [HI, HI]
+
+
 def test_empty_questions_are_counted(tmp_path: Path) -> None:
     texts, inventory = look(dump(tmp_path / "a.jsonl", {"question": " ", "answer": "a"}, {"messages": PAIR}))
     assert texts == ["user: \nassistant: «a»", HI]

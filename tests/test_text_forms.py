@@ -364,6 +364,19 @@ def test_what_holds_no_text_is_told_as_it_is(tmp_path: Path) -> None:
     assert "full of colours of a terminal" in "".join(look_at_texts(tmp_path).warnings)
 
 
+def test_an_index_of_pandas_strings_and_one_long_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f'{i},"{SENTENCE}, {i}"\n' for i in range(4))
+    (tmp_path / "a.csv").write_text(f",0\n{rows}")
+    assert read(tmp_path / "a.csv") == [f"{SENTENCE}, {i}" for i in range(4)]
+    (tmp_path / "b.json").write_text(json.dumps([SENTENCE, f"{SENTENCE} Two."]))
+    (tmp_path / "c.json").write_text(json.dumps({"text": f"{SENTENCE} " * 400}))
+    (tmp_path / "d.txt").write_text(f"{SENTENCE}It rained until the evening, and nobody went out.")
+    for name in ("b.json", "c.json", "d.txt"):  # data_check says what a run does
+        run_script(data_check.main, data_check.Config, [str(tmp_path / name)])
+        assert len(all_documents(import_path(tmp_path / name))) == 2
+        assert "documents: " in capsys.readouterr().out
+
+
 def test_an_export_of_chats_is_not_refused_as_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat = {"chat_messages": [{"sender": "human", "text": "Hi"}, {"sender": "assistant", "text": "Hello!"}]}
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -702,7 +715,7 @@ def test_a_changed_input_changes_its_stage(tmp_path: Path, monkeypatch: pytest.M
 def test_data_check_prints_what_a_run_would_and_stops_like_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.txt").write_text("Привет, мир! Это текст на русском языке. " * 5, encoding="cp1251")
+    (tmp_path / "a.txt").write_text("Привет, мир! Это текст на русском языке. " * 2, encoding="cp1251")
     with pytest.raises(SystemExit) as stop:
         run_script(data_check.main, data_check.Config, [str(tmp_path)])
     assert stop.value.code == 2

@@ -216,7 +216,8 @@ def _parsed(text: TextIO, suffixes: list[str]) -> Any:
                 first: [(tag, pattern) for tag, pattern in found if tag.endswith((":null", ":merge"))]
                 for first, found in loader.yaml_implicit_resolvers.items()
             }  # "no", 12:30 and 01234 stay as they are written
-            return yaml.load(text, type("AsWritten", (loader,), {"yaml_implicit_resolvers": rules}))
+            values = list(yaml.load_all(text, type("AsWritten", (loader,), {"yaml_implicit_resolvers": rules})))
+            return values if len(values) > 1 else next(iter(values), None)  # "---" stands between several
         if sys.version_info >= (3, 11):
             return tomllib.loads(text.read())
         raise NotReadError("TOML (save it as JSON or YAML; Python 3.11 reads TOML)")

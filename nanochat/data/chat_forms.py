@@ -23,7 +23,7 @@ ROLE_KEYS = ("role", "from", "author", "speaker", "sender", "user", "name")
 TEXT_KEYS = ("content", "value", "text", "parts", "message", "utterance", "content_text")
 LIST_KEYS = (
     *("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "turns", "chat", "contents"),
-    *("data", "items", "history", "thread"),
+    *("data", "items", "history", "thread", "utterances"),
 )
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "systemPrompt")
 # Questions and answers go by these names; a record with one of each is a conversation of two turns.
@@ -68,6 +68,7 @@ BY_NUMBER = "an answer that is the number of an option, counted from 0"
 _LETTERS = string.ascii_uppercase
 SEVERAL = "several answers, of which the first is learned"
 FRACTION = "a weight other than 0 and 1, taken for 1"
+STRINGS = "array of strings"  # turns, or the texts of somebody who means no conversation
 PREFERENCE = "preference data, of which the good side is learned"
 
 
@@ -111,7 +112,8 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None) -> tuple[str,
     """
     used, notes = set[str](), Counter[str]()
     if isinstance(record, list):
-        return *_read_list(record, notes), notes
+        form, messages = _read_list(record, notes)
+        return STRINGS if form == "list of turns" else form, messages, notes
     if not isinstance(record, dict):
         raise NotAConversation(f"expected an object or a list of messages, found {record!r:.60}")
     record = {key: value for key, value in record.items() if value is not None and isinstance(key, str)}
@@ -167,7 +169,7 @@ def _read_dict(
         used.add("segments")
         return "segments", _read_segments(record["segments"], notes)
     good, bad = _first(record, GOOD_KEYS), _first(record, BAD_KEYS)
-    if good is not None and (bad is not None or _first(record, LIST_KEYS) is not None or _asked(record)):
+    if good is not None and (bad is not None or _first(record, LIST_KEYS) is not None or _first(record, ASKED_KEYS)):
         notes[PREFERENCE] += 1
         used |= {good, *BAD_KEYS}
         return "preference", _read_preference(record, good, notes, used)
@@ -293,11 +295,6 @@ def _read_segments(segments: list[dict[str, Any]], notes: Counter[str]) -> list[
 # --- questions with answers -------------------------------------------------------------------------------------------
 
 
-def _asked(record: dict[str, Any]) -> str | None:
-    """The key of the question."""
-    return _first(record, ASKED_KEYS)
-
-
 def _read_pair(record: dict[str, Any], notes: Counter[str], used: set[str]) -> tuple[str, list[Message]]:
     """(form, messages) of a record with a question and its answer."""
     keys: dict[str, str] = {}
@@ -394,7 +391,7 @@ def _read_preference(record: dict[str, Any], good: str, notes: Counter[str], use
     listed: str | None = next(
         (key for key in LIST_KEYS if isinstance(_decoded(record.get(key)), list) and record[key]), None
     )
-    asked = listed or _asked(record)
+    asked = listed or _first(record, ASKED_KEYS)
     if asked is not None:
         used |= {asked, *SYSTEM_KEYS}
     before: Any = record.get(asked) if asked else None

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from nanochat.data.split import MIN_SPLIT_CHARS
+
 NUM_EXAMPLES = 3
 SHOWN_CHARS = 300
 
@@ -139,9 +141,10 @@ def check_inventories(inventories: Iterable[Inventory]) -> None:
     """
     inventories = list(inventories)
     for inventory in inventories:
-        if not inventory.stop and inventory.facts.get("documents", 2) < 2:
+        facts = inventory.facts
+        if not inventory.stop and facts.get("documents", 2) < 2 and facts.get("characters", 0) < MIN_SPLIT_CHARS:
             little = "a single short document is too little, at least two are needed (one to validate with)"
-            inventory.stop = f"{inventory.name}: {little if inventory.facts['documents'] else 'there is no text in it'}"
+            inventory.stop = f"{inventory.name}: {little if facts['documents'] else 'there is no text in it'}"
     stops = [inventory.stop for inventory in inventories if inventory.stop]
     if stops:
         raise UnusableInputError("; ".join(stops))

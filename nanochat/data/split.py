@@ -10,6 +10,7 @@ DOCUMENT_CHARS = 8_000  # a document of a long text, about
 LIMIT_CHARS = 10_000  # where no blank line comes, it is cut before here: a tokenizer reads that much of a document
 SECTION_CHARS = 2_000  # of Markdown before a heading may begin a new document; of a chat before a new day may
 LONGEST_CHARS = 64_000  # code blocks, and rows of tables, are left whole up to here
+MIN_SPLIT_CHARS = 100  # of a single document, so that a part of it can validate
 END_OF_TEXT = "<|endoftext|>"
 _HEADING = re.compile(r"#{1,2} \S")
 # How a line of an exported chat begins: "05/03/2025, 10:48 - ", "[5.3.25, 10:48:01] ", "2025-03-05 10:48 ".

@@ -238,7 +238,9 @@ def _choose(file: Path | str, rows: Sequence[list[str]], wanted: str | None) -> 
     numeric = {
         i for i in means if rest and all(_NUMBER.fullmatch(row[i]) or not row[i] for row in rest if len(row) == width)
     }
-    header = first if wanted in first or all(map(_is_name, first)) else []
+    # A line that names nothing above numbers is what pandas writes, whatever the other columns are called.
+    is_index = not first[0] and bool(rest) and all(_NUMBER.fullmatch(row[0]) for row in rest)
+    header = first if wanted in first or is_index or all(map(_is_name, first)) else []
     if wanted is not None and wanted not in header:
         if wanted.isdecimal() and 1 <= int(wanted) <= width:
             return header, int(wanted) - 1

@@ -26,7 +26,7 @@ from filelock import FileLock
 from nanochat.data.inventory import Inventory, check_inventories, shortened
 from nanochat.data.packed import compression_of
 from nanochat.data.shards import MANIFEST, ShardWriter, load_manifest, name_shards
-from nanochat.data.split import best_cut
+from nanochat.data.split import MIN_SPLIT_CHARS, best_cut
 from nanochat.data.text_files import TextReader, file_of
 from nanochat.data.text_look import Tally, stop_if_too_little
 from nanochat.data.text_walk import ReadOptions, TextFile, find_texts, fingerprint_of
@@ -42,7 +42,6 @@ BUCKET_BYTES = 32_000_000  # of text, about
 PENDING_BYTES = 64_000_000  # held in memory before buckets are written
 UNPACKED_TIMES = 4  # how many times as large a compressed file is taken to be unpacked
 SAMPLES = 3
-MIN_SPLIT_CHARS = 100  # of a single document, so that a part of it can validate
 PACKED_KINDS = ("parquet", "arrow", "archive", "epub", "docx", "odt")
 BUCKET_SCHEMA = pa.schema([("hash", pa.binary(16)), ("text", pa.string())])
 
