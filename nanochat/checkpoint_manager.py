@@ -22,6 +22,7 @@ from nanochat.checkpoint.format import (
     DAMAGED,
     META_FILE,
     MODEL_FILE,
+    check_tag,
     checkpoint_folder,
     optimizer_file,
     read_meta,
@@ -145,12 +146,14 @@ def find_tag(source: str, model_tag: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: there is none; says which command makes one.
+        ValueError: `model_tag` is no name that a folder can have.
     """
     return choose_tag(source, model_tag)[0]
 
 
 def choose_tag(source: str, model_tag: str | None = None) -> tuple[Path, str]:
     """Return `find_tag`'s folder, and why it was chosen."""
+    check_tag(model_tag)
     root = checkpoint_folder(source, "x").parent
     command = f"python -m scripts.{TRAINED[source].name}"
     if model_tag is not None:
@@ -183,6 +186,7 @@ def tokenizer_of(checkpoint: Checkpoint, folder: Path | None = None) -> RustBPET
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: a tokenizer file is damaged.
         RuntimeError: another is there, with which the checkpoint's token ids would mean other text.
     """
     folder = folder or get_base_dir() / TOKENIZER_FOLDER

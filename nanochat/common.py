@@ -217,8 +217,9 @@ def compute_init(device_type: str) -> tuple[bool, int, int, int, torch.device]:
         check_wheel()
         torch.cuda.set_device(device)
     if ddp and not dist.is_initialized():
-        # The default arguments of its functions are the group at its import. Imported later, as by torch's optimizers,
-        # they keep the group's threads alive until the interpreter ends, and these can abort it then.
+        # Its functions take the process group of the moment it is imported as a default argument. Imported after the
+        # group is made, as torch's optimizers do, they would keep the group's threads alive to the end of the
+        # interpreter, where these can abort it.
         importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return ddp, rank, local_rank, world_size, device

@@ -20,7 +20,7 @@ from nanochat.common import Compute
 from nanochat.data.corpus import Corpus
 from nanochat.dataloader import PretrainLoader
 from nanochat.gpt import GPT
-from nanochat.tokenizer import RustBPETokenizer, get_token_bytes
+from nanochat.tokenizer import RustBPETokenizer
 
 
 @torch.no_grad()
@@ -105,4 +105,5 @@ def corpus_bpb(
         max_rows=max_rows,
         skip_bad_shards=skip_bad_shards,
     )
-    return evaluate_bpb(model, loader, None, get_token_bytes(compute.device, tokenizer), compute.precision.autocast())
+    token_bytes = torch.from_numpy(tokenizer.token_lengths()).to(compute.device)
+    return evaluate_bpb(model, loader, None, token_bytes, compute.precision.autocast())

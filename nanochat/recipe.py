@@ -172,7 +172,7 @@ def recipe_of(meta: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The length of a run and the course of its learning rate. Either `num_iterations` or `seconds` is set."""
+    """The length of a run and the course of its learning rate. The first of both limits ends it."""
 
     num_iterations: int | None = None
     seconds: float | None = None
@@ -185,8 +185,8 @@ class Schedule:
     decay_to_zero: bool = False
 
     def __post_init__(self) -> None:
-        if (self.num_iterations is None) == (self.seconds is None):
-            raise ValueError("a schedule needs either a number of iterations or a time")
+        if self.num_iterations is None and self.seconds is None:
+            raise ValueError("a schedule needs a number of iterations or a time")
         if self.num_iterations is not None and self.num_iterations < 1:
             raise ValueError(f"training needs at least 1 iteration, got {self.num_iterations}")
         if self.seconds is not None and self.seconds <= 0:
@@ -203,17 +203,13 @@ class Schedule:
 
     def progress(self, step: int, elapsed_seconds: float) -> float:
         """Share of the run that lies behind before `step`: 0 at the first one, 1 after the last one."""
-        if self.num_iterations is not None:
-            return min(1.0, step / self.num_iterations)
-        assert self.seconds is not None
-        return min(1.0, elapsed_seconds / self.seconds)
+        of_steps = step / self.num_iterations if self.num_iterations is not None else 0.0
+        of_time = elapsed_seconds / self.seconds if self.seconds is not None else 0.0
+        return min(1.0, max(of_steps, of_time))  # of both limits, the one that is nearer ends the run
 
     def finished(self, step: int, elapsed_seconds: float) -> bool:
         """True if the run is over before `step`."""
-        if self.num_iterations is not None:
-            return step >= self.num_iterations
-        assert self.seconds is not None
-        return elapsed_seconds >= self.seconds
+        return self.progress(step, elapsed_seconds) >= 1.0
 
     def lr_multiplier(self, progress: float, step: int | None = None) -> float:
         """Linear warmup (by `step` where it is counted in steps), constant, linear warmdown; never negative."""

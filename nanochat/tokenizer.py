@@ -423,16 +423,13 @@ def get_tokenizer() -> RustBPETokenizer:
     return RustBPETokenizer.from_directory(get_base_dir() / TOKENIZER_FOLDER)
 
 
-def get_token_bytes(device: torch.device | str = "cpu", tokenizer: RustBPETokenizer | None = None) -> torch.Tensor:
-    """Raw bytes of each token, int32 (vocab,), 0 for special tokens: what turns nats per token into bits per byte.
-
-    Of `tokenizer`, else of the base folder's.
-    """
+def get_token_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
+    """Raw bytes of each token of the base folder's tokenizer, int32 (vocab,), 0 for special tokens."""
     import torch  # lazy: as above
 
     # The file is for other programs: what follows from tokenizer.json is never read from anywhere else. One that is
     # missing, damaged or of another tokenizer is made again.
-    current = get_tokenizer()
+    tokenizer = get_tokenizer()
     with contextlib.suppress(OSError):
-        current.save_lengths(get_base_dir() / TOKENIZER_FOLDER / LENGTHS_FILE)
-    return torch.from_numpy((tokenizer or current).token_lengths()).to(device)
+        tokenizer.save_lengths(get_base_dir() / TOKENIZER_FOLDER / LENGTHS_FILE)
+    return torch.from_numpy(tokenizer.token_lengths()).to(device)

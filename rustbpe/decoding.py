@@ -103,14 +103,14 @@ def library() -> Any:
     return lib
 
 
-def choose(logits: int, shape: tuple[int, int], sampling: Sampling, uniforms: int | None, chosen: int) -> None:
+def choose(logits: int, shape: tuple[int, int], sampling: Sampling, uniforms: int, chosen: int) -> None:
     """Choose a token from each row of logits; −1 where they are not numbers.
 
     Args:
         logits: address of float32 numbers of this shape.
         shape: rows and vocabulary.
         sampling: how.
-        uniforms: address of a float32 random number in [0, 1) per row.
+        uniforms: address of a float32 random number in [0, 1) per row; not read for the likeliest.
         chosen: address of an int64 per row, for the tokens.
     """
     rustbpe._check(library().rustbpe_choose(logits, *shape, ctypes.byref(sampling), uniforms, chosen))

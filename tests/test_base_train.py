@@ -244,6 +244,7 @@ def test_going_on_from_a_model_keeps_its_shape_and_what_it_knows(base_dir, text,
         ("--model_tag=d1", "choose another name"),
         ("--init_from=d7", "no base checkpoint with tag 'd7'"),
         ("--init_from=/no/where", "there is no such folder"),
+        ("--init_from=.nowhere", "there is no such folder"),
     ],
 )
 def test_what_contradicts_the_model_to_go_on_from_is_refused_by_name(flag, complaint, base_dir, tiny_tokenizer):

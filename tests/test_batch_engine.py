@@ -4,6 +4,7 @@ import contextlib
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from reference_generation import ToolModel, make_model, naive_greedy
 
 from nanochat.engine import Engine
+from nanochat.generate import ahead
 from nanochat.generate.sampling import Sampling
 from nanochat.generate.scheduler import Scheduler
 from nanochat.generate.sequence import RowState
@@ -211,6 +213,28 @@ def test_the_queue_is_bounded(tool_model, tiny_tokenizer):
         with pytest.raises(QueueFull, match="waiting already") as error:
             engine.submit(endless)
         assert 1 <= error.value.retry_after_seconds <= 60
+
+
+def test_what_a_tool_puts_in_is_no_step(tool_model, tiny_tokenizer, naive, monkeypatch):
+    monkeypatch.setattr(ahead, "AHEAD_SECONDS", 0.0)  # a token per step
+    rounds = []
+    monkeypatch.setattr(BatchEngine, "_measure", lambda self, seconds, *made: rounds.append(made))
+    prompt = next(p for p in PROMPTS if 0 in naive(p, 60)[1])
+    with BatchEngine(tool_model, tiny_tokenizer) as engine:
+        collect(engine.submit(ask_for(tokens=prompt, max_tokens=60, temperature=0.0)))
+    assert max(tokens for tokens, _, _ in rounds) > 1
+    assert {steps for _, steps, _ in rounds} == {1}
+    assert {answers for *_, answers in rounds} <= {0, 1}
+
+
+def test_a_full_queue_asks_to_wait_by_the_speed_with_all_places_taken(tool_model, tiny_tokenizer):
+    """Neither a round of few answers counts, nor is one with a tool's long result a fuller one."""
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=4, max_queue=3) as engine:
+        engine._running = [SimpleNamespace(row=SimpleNamespace(limit=120, count=20))]
+        for seconds, tokens, steps, answers in [(0.1, 1, 1, 1), (0.8, 8, 2, 4), (0.4, 4, 1, 4), (0.2, 30, 1, 2)]:
+            engine._measure(seconds, tokens, steps, answers)
+        wait, engine._running = engine._retry_after(), []
+    assert wait == 40  # 100 tokens left, 0.4 s a step
 
 
 def test_the_error_of_one_request_is_its_own(tool_model, tiny_tokenizer, naive, monkeypatch):

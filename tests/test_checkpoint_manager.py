@@ -55,6 +55,9 @@ def test_no_checkpoint_names_the_command(base_dir):
         cm.find_tag("sft")
     with pytest.raises(FileNotFoundError, match="tag 'nope'"):
         cm.find_tag("base", "nope")
+    for tag in ("../base_checkpoints", ".hidden", ""):
+        with pytest.raises(ValueError, match="give a short folder name"):
+            cm.load_model("base", torch.device("cpu"), model_tag=tag)
     with pytest.raises(ValueError, match="base, mid, sft, rl"):
         cm.find_tag("other")
 

@@ -8,7 +8,7 @@ from test_out_of_memory import make
 
 from nanochat.precision import StepResult
 from nanochat.recipe import Schedule
-from nanochat.train.clock import Clock
+from nanochat.train.clock import REHEARSE_AFTER, Clock
 from nanochat.train.resume import find_resume
 from nanochat.train.tracking import METRICS_FILE
 
@@ -23,10 +23,10 @@ class World:
         return self.time
 
 
-def timed(folder, seconds, speed, evaluation=2.0, sampling=0.5, n=0):
+def timed(folder, seconds, speed, evaluation=2.0, sampling=0.5, n=0, steps=None):
     """A trainer in a world where a step takes `speed(step)` seconds."""
     world = World()
-    trainer = make(folder, n=n, schedule=Schedule(seconds=seconds))
+    trainer = make(folder, n=n, schedule=Schedule(num_iterations=steps, seconds=seconds))
     trainer.clock = Clock(now=world, seconds=seconds)
     trainer._attempt = lambda batches: (StepResult(False, 1.0), 1.0)  # what is learned doesn't matter here
     real = trainer.train_step
@@ -114,6 +114,36 @@ def test_a_time_that_is_over_already_still_ends_with_a_model(base_dir):
     trainer.run()
     assert trainer.complete
     assert records(base_dir / "t")[-1]["lr_multiplier"] == 0.0
+
+
+@pytest.mark.parametrize(("steps", "speed", "end"), [(20, 1.0, 20), (200, 1.0, None), (20, 10.0, None)])
+def test_of_steps_and_time_the_first_ends_the_run(base_dir, monkeypatch, steps, speed, end):
+    shown = []
+    monkeypatch.setattr(
+        "nanochat.progress.Bar.set", lambda self, done, note="": shown.append((done / self.total, note))
+    )
+    trainer = timed(base_dir / "t", 100.0, lambda step: speed, steps=steps)
+    trainer.run()
+    assert trainer.complete
+    made = records(base_dir / "t")
+    assert [round(share, 6) for share, _ in shown] == [record["progress"] for record in made]
+    assert made[0]["progress"] == pytest.approx(max(1 / steps, made[0]["clock"] / 100), abs=1e-6)
+    if end is None:  # the time
+        assert len(made) < steps
+        assert trainer.clock.elapsed() == pytest.approx(100.0, abs=6.0)
+        assert made[-1]["lr_multiplier"] == 0.0
+    else:
+        assert len(made) == end
+        assert trainer.clock.elapsed() < 50
+        assert made[-1]["progress"] == 1.0
+        assert "left 1m" not in shown[-1][1]  # of the steps, not of the time
+
+
+def test_a_run_of_so_few_steps_does_not_rehearse_its_end(base_dir):
+    trainer, evaluations = timed(base_dir / "t", 100.0, SPEEDS["steady"], steps=REHEARSE_AFTER), []
+    trainer.evaluate = lambda: evaluations.append(trainer.state.step) or 1.0
+    trainer.run()
+    assert evaluations == [REHEARSE_AFTER]
 
 
 def test_a_run_that_others_slow_down_says_so(tmp_path, monkeypatch):

@@ -114,10 +114,14 @@ def test_epochs_give_the_number_of_steps(saved_mid, capsys):
     assert "dropped" in out
 
 
-def test_no_more_epochs_than_asked_however_long_the_run(saved_mid):
+def test_no_more_epochs_than_asked_however_long_the_run(saved_mid, capsys):
     two = sft(num_iterations=None, num_epochs=2.0).meta["step"]
     assert sft(num_iterations=1000, max_epochs=2.0).meta["step"] == two
+    capsys.readouterr()
     assert sft(num_iterations=None, hours=10.0, max_epochs=2.0).meta["step"] == two
+    out = capsys.readouterr().out
+    assert f"the run has at most {two} steps: they read the data 2 times (--max_epochs)" in out
+    assert f"sft: {two} steps or 10h00m of training" in out
     assert sft(num_iterations=2, max_epochs=100.0).meta["step"] == 2
 
 

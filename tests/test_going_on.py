@@ -76,7 +76,7 @@ def test_what_else_lies_in_a_model_folder_is_not_opened(model, tiny_tokenizer, b
     for tag in ("../x", ".x", "", "x" * 300):
         with pytest.raises(SystemExit):
             run_script(import_hf.main, import_hf.Config, [f"--path={folder}", f"--model_tag={tag}"])
-        assert "give the name of a folder" in capsys.readouterr().err
+        assert "give a short folder name" in capsys.readouterr().err
 
 
 def test_what_is_no_model_is_refused_in_one_sentence(model, base_dir, tmp_path, monkeypatch):

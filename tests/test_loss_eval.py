@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from nanochat.loss_eval import evaluate_bpb
+from nanochat import loss_eval
+from nanochat.loss_eval import corpus_bpb, evaluate_bpb
 
 
 def batches(model, rows: int, batch_size: int, length: int = 16) -> list[tuple[Tensor, Tensor]]:
@@ -94,3 +96,19 @@ def test_training_mode_and_autocast(tiny_model, token_bytes):
     assert entered == [False]
     assert tiny_model.training
     assert all(p.grad is None for p in tiny_model.parameters())
+
+
+def test_a_corpus_is_measured_with_the_tokenizer_at_hand(
+    tiny_model, tiny_tokenizer, token_bytes, base_dir, monkeypatch
+):
+    """What lies in the base folder, a wrong `token_bytes.pt` or another tokenizer, changes no figure."""
+    data = batches(tiny_model, 4, 2)
+    monkeypatch.setattr(loss_eval, "PretrainLoader", lambda *args, **kwargs: iter(data))
+    folder = base_dir / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    torch.save(token_bytes + 1, folder / "token_bytes.pt")
+    (folder / "tokenizer.json").write_text("{}")
+    precision = SimpleNamespace(autocast=contextlib.nullcontext)
+    compute = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=1, precision=precision)
+    found = corpus_bpb(tiny_model, None, tiny_tokenizer, compute, split="val", rows=2, max_rows=4)
+    assert found == evaluate_bpb(tiny_model, data, None, token_bytes)

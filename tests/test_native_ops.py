@@ -237,6 +237,20 @@ def test_query_key_and_value_are_one_product(mode, monkeypatch):
     assert found[2:] == [None] * 2
 
 
+@BY_TILES
+def test_the_backward_pass_takes_the_tables_that_autograd_has_kept():
+    def gradient(overwrite):
+        x, w = draw(1, 64, 64, dtype=BFLOAT16), [draw(n, 64, seed=n + 1, size=0.1) for n in (64, 32, 32)]
+        cos, sin = (draw(1, 64, 1, 32, seed=seed).detach() for seed in (5, 6))
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+            y = native.attention_by_tiles(between.kernels(), x, w, cos, sin, 1e-6, 0.1)
+        if overwrite:
+            cos.zero_(), sin.zero_()
+        return torch.autograd.grad(y, [x, *w], draw(*y.shape, dtype=BFLOAT16, seed=9).detach())
+
+    assert all(map(torch.equal, gradient(overwrite=True), gradient(overwrite=False)))
+
+
 def test_the_bits_do_not_depend_on_the_number_of_threads():
     x, g = draw(900, 256), draw(900, 256, seed=1).detach()
     results, before = [], torch.get_num_threads()

@@ -181,6 +181,25 @@ def test_several_tokens_in_one_call_are_those_of_single_steps(tiny_tokenizer, mo
     assert max(map(len, calls)) > 10
 
 
+def test_a_call_for_several_tokens_that_fails_is_told_and_not_repeated(tiny_tokenizer, monkeypatch, caplog):
+    def answers():
+        return Engine(model, tiny_tokenizer).generate_prompts([[65], [1, 2, 3]], 20, temperature=0.0, keep_end=True)[0]
+
+    def fail(*args):
+        calls.append(args)
+        raise RuntimeError("out of order")
+
+    model, calls = make_model(tiny_tokenizer, n_head=4, n_kv_head=2), []
+    monkeypatch.setattr(ahead_module, "AHEAD_SECONDS", 60.0)
+    expected = answers()
+    monkeypatch.setattr(FastDecoder, "ahead", fail)
+    assert answers() == expected
+    assert len(calls) == 1
+    assert [r.getMessage() for r in caplog.records] == [
+        "decoding step by step from now on, which is slower: out of order"
+    ]
+
+
 def test_what_is_not_a_number_stays_so():
     """The scheduler ends such an answer with an error; as a number it would be a wrong token."""
     for weights in ("float32", "bfloat16", "int8"):

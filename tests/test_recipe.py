@@ -53,8 +53,17 @@ def test_a_timed_schedule_follows_the_clock():
     assert schedule.finished(0, 100.0)
 
 
-@pytest.mark.parametrize("values", [{}, {"num_iterations": 5, "seconds": 3.0}, {"num_iterations": 0}, {"seconds": 0.0}])
-def test_a_schedule_needs_one_horizon(values):
+def test_of_two_limits_the_first_ends_the_run():
+    schedule = Schedule(num_iterations=10, seconds=100.0, warmdown_ratio=0.5)
+    assert schedule.progress(2, 40.0) == 0.4
+    assert schedule.progress(6, 40.0) == 0.6
+    assert schedule.lr_multiplier(schedule.progress(1, 75.0)) == pytest.approx(0.5)
+    ended = {(9, 99.0): False, (10, 1.0): True, (1, 100.0): True}
+    assert {at: schedule.finished(*at) for at in ended} == ended
+
+
+@pytest.mark.parametrize("values", [{}, {"num_iterations": 0}, {"seconds": 0.0}, {"num_iterations": 5, "seconds": 0.0}])
+def test_a_schedule_needs_a_horizon(values):
     with pytest.raises(ValueError, match=r"iteration|time"):
         Schedule(**values)
 

@@ -97,6 +97,16 @@ def make_loader(model, tokenizer, state=None, micro_batches=1, task=TASKS.train,
     return RolloutLoader(model, tokenizer, task, compute, cfg, micro_batches=micro_batches, state=state)
 
 
+# --- the length -------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_epochs_than_asked_however_long_the_run(saved_sft, capsys):
+    tasks = TASKS._replace(train=SayVowels(2))
+    reinforce(config(num_iterations=None, hours=10.0, max_epochs=2.0, **SMALL), lambda meta: tasks)
+    assert load_checkpoint(checkpoint_folder("rl", "d2")).meta["step"] == 4  # a problem per step, two problems
+    assert "4 steps or 10h00m of training" in capsys.readouterr().out
+
+
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 

@@ -316,7 +316,6 @@ def test_a_tokenizer_that_models_need_is_kept_when_another_is_trained(
     )
     assert load_model("base", torch.device("cpu"))[1].hash == first.hash  # it answers as before
     assert f"takes the tokenizer that it was trained with, {kept}" in capsys.readouterr().out
-    assert len(get_token_bytes(tokenizer=first)) == 300
     kept.write_text(kept.read_text().replace('"hash"', '"hush"'))
     with pytest.raises(ValueError, match=f"{kept} is damaged"):
         load_model("base", torch.device("cpu"))

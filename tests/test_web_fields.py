@@ -455,8 +455,9 @@ def test_arguments_that_are_described_elsewhere_than_in_properties_stay_allowed(
     tools = [{"type": "function", "function": {"name": "ping", "parameters": schema}}]
     assert read_tools(tools, "required").parameters == {"ping": schema}
     bare = {"type": "object", "properties": {}, "required": [], "title": "Ping", "description": "?"}
-    tools[0]["function"]["parameters"] = bare
-    assert read_tools(tools, "required").parameters == {"ping": {"additionalProperties": False, **bare}}
+    for remark in ({}, {"deprecated": True}, {"$defs": {}}, {"$id": "ping"}):  # none describes an argument
+        tools[0]["function"]["parameters"] = bare | remark
+        assert read_tools(tools, "required").parameters == {"ping": {"additionalProperties": False, **bare, **remark}}
 
 
 def test_defaults_are_the_servers(model, tiny_tokenizer, prompts):

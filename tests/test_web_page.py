@@ -369,9 +369,8 @@ def test_the_welcome_says_what_the_model_knows(browser, site, engine):
     page.route("**/stats", lambda route: route.fulfill(json=stats))
     page.goto(str(site[0].base_url))
     page.wait_for_selector("#dot.ready")
-    assert "good at arithmetic (99 %). It is often wrong in spelling unseen (0 %)." in page.inner_text(
-        "#knows"
-    ).replace("\u00a0", " ")  # no number is torn from its sign
+    # no-break spaces: no number is torn from its sign
+    assert "good at arithmetic (99\u00a0%). It often fails at spelling unseen (0\u00a0%)." in page.inner_text("#knows")
     about = page.get_attribute("#open-model", "title")
     assert "d4 sft: a model of 4 layers, finetuned to answer. 12K: it has 12,345 parameters" in about
     with page.expect_request("**/chat/completions") as sent:

@@ -32,7 +32,9 @@ _SUM = re.compile(r"([0-9a-f]{64})  ([\w.]+)\n")
 def check_tag(tag: str | None) -> None:
     """Raise ValueError where a --model_tag is no name that a folder can have."""
     if tag is not None and (Path(tag).name != tag or tag[:1] in ("", ".") or "\0" in tag or len(tag.encode()) > 200):
-        raise ValueError(f"--model_tag={tag[:100]}: give the name of a folder, short, without a path, not hidden")
+        raise ValueError(
+            f"--model_tag={tag[:100]}: give a short folder name, without a path and without a dot in front"
+        )
 
 
 def checkpoint_folder(source: str, tag: str) -> Path:

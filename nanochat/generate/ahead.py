@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nanochat.generate.sequence import RowState
 
-# One call takes so long at most: nobody who arrives or reads along notices. And the most tokens.
+# The longest that one call may take, so that nobody who arrives or reads along notices; and the most tokens in one.
 AHEAD_SECONDS, MOST_AHEAD = 0.01, 32
 
 

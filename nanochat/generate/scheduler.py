@@ -310,12 +310,13 @@ class Scheduler:
         count = self._gather([slot.row is not None for slot in self._slots])
         rows = self._rows_of(0, count)
         self._select(0, count)
-        last = [row.context[-1] for row in rows]
-        stops = self.tools.watched.union(*(row.stop_tokens for row in rows))
-        start = time.perf_counter()
-        found: list[list[int]] | None = None
-        with contextlib.suppress(Exception):  # single steps find out whose fault it is
+        last, stops = [row.context[-1] for row in rows], self.tools.watched.union(*(row.stop_tokens for row in rows))
+        start, found = time.perf_counter(), None
+        try:
             found = self._several_steps(last, self.cache, [r.sampling for r in rows], lambda: draws(rows, steps), stops)
+        except Exception as error:  # single steps find out whose fault it is
+            logging.getLogger(__name__).warning("decoding step by step from now on, which is slower: %s", error)
+            self._several_steps = None
         if found is None:
             return None
         self._step_seconds = (time.perf_counter() - start) / len(found)

@@ -113,7 +113,7 @@ def _of_hf(folder: Path, name: str) -> StartModel:
     files = weight_files(folder)
     _refuse_too_large(folder, sum(file.stat().st_size for file in files))
     state, config, tokenizer = read_hf_folder(folder)
-    # Of what is read, and nothing else that lies in the folder: it may be changed, have no end, or be no file.
+    # Only of the files that are read: anything else in the folder may change, be endless, or be no regular file.
     others = ("config.json", OWN_FILE, "tokenizer.json", "tokenizer_config.json", REMAINDER_FILE)
     known = [path for name in others if (path := folder / name).is_file()]
     fingerprint = " ".join(sha256_file(file) for file in [*known, *files])

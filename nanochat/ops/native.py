@@ -158,7 +158,7 @@ def squared_relu(kernels: Any, x: Tensor) -> Tensor:
 
 
 def _heads_shape(kernels: Any, sizes: tuple[int, int, int], cos: Tensor, sin: Tensor, x_heads: int = 0) -> Any:
-    """Of heads with `sizes` (T, H, D) and their tables, whose addresses it holds: these must outlive it.
+    """Of heads with `sizes` (T, H, D); it holds the addresses of cos and sin, which must outlive it.
 
     In x a token has `x_heads` of them, by default H.
     """
@@ -285,8 +285,8 @@ class _AttentionBlock(torch.autograd.Function):
         code, tensors = CODES[x.dtype], (t.data_ptr() for t in (heads, turned, lengths))
         kernels.rotary_norm(torch.get_num_threads(), code, code, *tensors, ctypes.byref(shape), B, eps)
         y, sums = x.new_empty(B, T, H, D), x.new_empty(B, H, T, dtype=DTYPES["float32"])
-        ctx.shapes = shape, kernels.AttentionShape(H, K, T, D, scale)
-        _attend(kernels.attend, kernels, ctx.shapes[1], sums, *_parts(turned, heads, H), y)
+        ctx.shape = kernels.AttentionShape(H, K, T, D, scale)
+        _attend(kernels.attend, kernels, ctx.shape, sums, *_parts(turned, heads, H), y)
         ctx.save_for_backward(x, weight, heads, turned, lengths, y, sums, cos, sin)
         ctx.kernels, ctx.dtypes, ctx.rows = kernels, [part.dtype for part in w], [part.size(0) for part in w]
         return y.view(B, T, H * D)
@@ -294,14 +294,15 @@ class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, heads, turned, lengths, y, sums, *_ = ctx.saved_tensors
-        kernels, H = ctx.kernels, y.size(2)
+        x, weight, heads, turned, lengths, y, sums, cos, sin = ctx.saved_tensors
+        (B, T, H, D), kernels = y.shape, ctx.kernels
         dheads, dturned = torch.empty_like(heads), torch.empty_like(turned)
         dy = grads[0].contiguous().view(y.shape)
         given = *_parts(turned, heads, H), y, dy
-        _attend(kernels.attend_back, kernels, ctx.shapes[1], sums, *given, *_parts(dturned, dheads, H))
+        _attend(kernels.attend_back, kernels, ctx.shape, sums, *given, *_parts(dturned, dheads, H))
+        shape = _heads_shape(kernels, (T, turned.size(1), D), cos, sin, heads.size(2))
         tensors, code = (t.data_ptr() for t in (turned, dturned, lengths, dheads)), CODES[x.dtype]
-        kernels.rotary_norm_back(torch.get_num_threads(), code, code, *tensors, ctypes.byref(ctx.shapes[0]), x.size(0))
+        kernels.rotary_norm_back(torch.get_num_threads(), code, code, *tensors, ctypes.byref(shape), B)
         flat = dheads.view(-1, weight.size(0))  # (N, (H + 2K)·D)
         dx = (flat @ weight).view(x.shape)
         dw = (flat.t() @ x.flatten(0, 1)).split(ctx.rows)

@@ -36,9 +36,10 @@ def render_section(record: Mapping[str, Any]) -> str:
 
 
 def missing_sections(records: Sequence[Mapping[str, Any]], planned: Sequence[str] = ()) -> list[str]:
-    """The sections that have not been logged: of the planned stages, or of those up to the newest model.
+    """The sections that have not been logged: of the planned stages; without a plan, of those up to the newest model.
 
-    Without a plan later models are not missed, since a run may end with the base model, nor a stage that is optional.
+    Without a plan the models after the newest are not missed, since a run may end with the base model, and optional
+    stages never are.
     """
     there = {record["section"] for record in records}
     if planned:
@@ -46,8 +47,7 @@ def missing_sections(records: Sequence[Mapping[str, Any]], planned: Sequence[str
         return [section for section in sections if section and section not in there]
     stages = [stage for stage in STAGES.values() if stage.section]
     models = list(dict.fromkeys(stage.source for stage in stages))  # in their order, first "" for the tokenizer
-    # A base model at the least: a run without one has no result.
-    newest = max((models.index(stage.source) for stage in stages if stage.section in there), default=0) or 1
+    newest = max([1, *(models.index(stage.source) for stage in stages if stage.section in there)])  # 1: the base model
     wanted = [s for s in stages if not s.optional and models.index(s.source) <= newest]
     return [stage.section for stage in wanted if stage.section not in there]
 

@@ -224,7 +224,8 @@ class BatchEngine:
         self._counts = dict.fromkeys(
             ("submitted", "finished", "cancelled", "failed", "generated_tokens", "prompt_tokens", "cached_tokens"), 0
         )
-        self._rate: deque[tuple[float, float, int, int]] = deque()  # (when, seconds, tokens, steps) of the last rounds
+        # (when, seconds, tokens, steps, answers that got some) of the last rounds
+        self._rate: deque[tuple[float, float, int, int, int]] = deque()
         # OpenMP's idle threads belong to the thread that started them; from here on the model runs in another.
         release_workers()
         self._thread = threading.Thread(target=self._work, name="batch-engine", daemon=True)
@@ -363,8 +364,9 @@ class BatchEngine:
             for row, _ in step:
                 row.finish_reason, row.error = "error", error
                 self._scheduler.remove(row)
-        made = [len(new) for _, new in step]
-        self._measure(time.perf_counter() - start, sum(made), max(made, default=1) or 1)
+        # A forced token (mask 0) comes along with a chosen one, without a step of its own.
+        chosen = [sum(mask for _, mask in new) for _, new in step]
+        self._measure(time.perf_counter() - start, sum(len(new) for _, new in step), max([1, *chosen]), len(step))
         for row, new in step:
             job = jobs[id(row)]
             try:
@@ -388,25 +390,24 @@ class BatchEngine:
 
     # --- estimates ----------------------------------------------------------------------------------------------------
 
-    def _measure(self, seconds: float, tokens: int, steps: int) -> None:
+    def _measure(self, seconds: float, tokens: int, steps: int, answers: int) -> None:
         now = time.perf_counter()
         with self._lock:
             self._counts["generated_tokens"] += tokens
-            self._rate.append((now, seconds, tokens, steps))
+            self._rate.append((now, seconds, tokens, steps, answers))
             while self._rate[0][0] < now - RATE_WINDOW_SECONDS:
                 self._rate.popleft()
 
     def _speed(self) -> float | None:
         """Tokens per second over the last rounds."""
-        seconds = sum(s for _, s, _, _ in self._rate)
-        return sum(n for _, _, n, _ in self._rate) / seconds if seconds > 0 else None
+        seconds = sum(s for _, s, *_ in self._rate)
+        return sum(n for _, _, n, *_ in self._rate) / seconds if seconds > 0 else None
 
     def _retry_after(self) -> int:
         """Seconds until a place in the queue should be free: when the first running answer ends at the latest."""
         # A step takes longer the more places are taken, but not in proportion: only the fullest ones say how long now.
-        steps = [(seconds / steps, tokens / steps) for _, seconds, tokens, steps in self._rate]
-        most = max((tokens for _, tokens in steps), default=0)
-        full = [seconds for seconds, tokens in steps if tokens >= 0.75 * most]
+        most = max((answers for *_, answers in self._rate), default=0)
+        full = [seconds / steps for _, seconds, _, steps, answers in self._rate if answers >= 0.75 * most]
         if not most or not self._running:
             return 1
         left = min(job.row.limit - job.row.count for job in self._running)

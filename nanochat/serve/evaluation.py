@@ -10,7 +10,8 @@ from nanochat.files import read_jsonl
 
 SUGGESTIONS, LONGEST_QUESTION = 4, 60
 GOOD_ENOUGH = 0.5  # of a task, for a question of it to be suggested
-FOLLOWING = 0.4  # a task with more of such questions asks within conversations: none of its questions stands alone
+# where more of a task's questions follow on from others, it asks within conversations: none stands alone
+FOLLOWING = 0.4
 # The demo's tasks, as what a model can do.
 PLAIN_NAMES = {
     "arithmetic": "sums",

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanochat.generate.grammar.schema import REMARKS
 from nanochat.messages import CALCULATOR_NAMES
 from nanochat.serve.answer_events import Event
 from nanochat.serve.errors import RequestError
@@ -22,10 +23,7 @@ from nanochat.serve.other_fields import unsupported
 # Where the expression goes among the parameters of a client's calculator, if there are several texts.
 EXPRESSION_NAMES = ("expression", "expr", "code", "input", "query", "formula", "__arg1")
 # What a schema of a function without arguments may hold: none of it describes an argument.
-NO_ARGUMENTS = {
-    *("type", "properties", "required", "additionalProperties", "title", "description"),
-    *("$schema", "$id", "$comment", "default", "examples"),
-}
+NO_ARGUMENTS = {"type", "properties", "required", "additionalProperties", "$id", *REMARKS}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ Without a budget (`seconds` is None) the clock only counts: steps end the run, a
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -133,9 +134,8 @@ class Clock:
 
     def left(self, steps_done: int, steps: int | None) -> float:
         """Seconds to the end of the run after `steps_done` of `steps`, as far as is known."""
-        if self.seconds is not None:
-            return self.seconds - self.ticked
-        return self.ticked / steps_done * ((steps or 0) - steps_done) + self.ending
+        of_steps = math.inf if steps is None else self.ticked / steps_done * (steps - steps_done) + self.ending
+        return min(of_steps, math.inf if self.seconds is None else self.seconds - self.ticked)
 
     def forecast(self) -> list[str]:
         """After the rehearsal: how many steps the budget has room for, and a warning if they are too long for it."""

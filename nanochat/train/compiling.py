@@ -46,18 +46,21 @@ def seconds_per_pass(hidden: Hidden, model: GPT, compute: Compute, idx: Tensor, 
     return best
 
 
-def should_compile(model: GPT, compute: Compute, idx: Tensor, passes_left: float | None, seconds_left: float) -> bool:
+def should_compile(
+    model: GPT, compute: Compute, idx: Tensor, passes_left: float | None, seconds_left: float | None
+) -> bool:
     """True if the rest of the run is faster with compiled layers; the same answer on all ranks.
 
     Args:
         model: in training mode, without gradients.
         compute: where it runs.
         idx: (B, T), a micro-batch of the run.
-        passes_left: micro-batches to come; None: the run follows the clock.
-        seconds_left: of the clock, if it does.
+        passes_left: micro-batches to come; None: only the clock ends the run.
+        seconds_left: of the clock; None: it does not end the run.
     """
     eager = compute.broadcast(seconds_per_pass(model.hidden, model, compute, idx))
-    left = seconds_left if passes_left is None else passes_left * eager
+    limits = seconds_left, None if passes_left is None else passes_left * eager
+    left = min(limit for limit in limits if limit is not None)
     if left < WORTH_SECONDS:
         print0(f"compile off: the {left:.0f} s of this run would not earn back the time to compile")
         return False

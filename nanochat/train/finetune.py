@@ -200,8 +200,7 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
         position = checkpoint.meta["loader"] if checkpoint else None
         loader = make_loader(cfg, compute, data.train, tokenizer, rows, sequence_len, position)
         epoch_tokens = max(1, loader.rows_per_epoch * sequence_len)
-        in_time = budget.tokens / batch.total_tokens if budget.tokens else None
-        schedule = make_schedule(cfg, epoch_tokens / batch.total_tokens, start.preset, in_time)
+        schedule = make_schedule(cfg, epoch_tokens / batch.total_tokens, start.preset)
         print0(f"{stage.name}: data {data.name}, one epoch is {loader.forecast}")
         if loader.forecast.cut_warning:
             print0(f"warning: {loader.forecast.cut_warning}")

@@ -267,7 +267,7 @@ def load_start(name: str) -> Checkpoint:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if len(folder.parts) != 1:
+        if len(folder.parts) != 1 or name.startswith("."):  # no tag
             raise FileNotFoundError(f"--init_from={name}: there is no such folder")
         folder = find_tag("base", name)
     return load_checkpoint(folder)

@@ -95,11 +95,11 @@ class RunConfig:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
             never = name == "save_every_minutes" and value == math.inf
             if isinstance(value, float) and not (math.isfinite(value) or never):
-                raise ValueError(f"--{name} must be a number, and not without end, got {value}")
+                raise ValueError(f"--{name} must be a finite number, got {value}")
             bounded = name.endswith(("_lr", "_frac")) or name in ("weight_decay", "grad_clip", "lr_scale")
             off = name == "grad_clip" and value == -1  # as in the flags that count steps
             if bounded and isinstance(value, int | float) and not (off or value >= 0):
-                raise ValueError(f"--{name} must be a number from 0 on, got {value}")
+                raise ValueError(f"--{name} must be 0 or more, got {value}")
         check_tag(self.model_tag)
         length = getattr(self, "max_seq_len", None)  # of the stages that read text
         if length is not None and length < 2:
@@ -275,30 +275,31 @@ def train(trainer: Trainer, checkpoint: Checkpoint | None, answers_before: bool 
 
 def describe_horizon(schedule: Schedule) -> str:
     """The length of a run, for people."""
-    if schedule.num_iterations is not None:
-        return f"{schedule.num_iterations:,} steps"
-    return f"{format_seconds(schedule.seconds or 0)} of training"
+    steps = [f"{schedule.num_iterations:,} steps"] if schedule.num_iterations is not None else []
+    time = [f"{format_seconds(schedule.seconds)} of training"] if schedule.seconds is not None else []
+    return " or ".join(steps + time)
 
 
 # --- where a stage starts, and what it trains -------------------------------------------------------------------------
 
 
-def make_schedule(
-    cfg: StageConfig, steps_per_epoch: float, preset: Preset, steps_in_time: float | None = None
-) -> Schedule:
-    """Steps for the asked epochs, or the asked time; momentum and decay take the course of the base's `preset`.
+def make_schedule(cfg: StageConfig, steps_per_epoch: float, preset: Preset) -> Schedule:
+    """The asked steps, epochs or time, and no more than `max_epochs`; momentum and decay are those of the `preset`.
 
-    `steps_in_time` is an estimate of the steps of the asked hours, by which it is known whether `max_epochs` ends them.
+    Args:
+        cfg: the settings.
+        steps_per_epoch: of the stage's data.
+        preset: the recipe of the base model.
     """
     iterations = positive(cfg.num_iterations)
     seconds = cfg.hours * 3600 if cfg.hours and iterations is None else None
     if iterations is None and seconds is None:
         iterations = max(1, round(cfg.num_epochs * steps_per_epoch))
-    asked = steps_in_time if iterations is None else iterations
-    most = max(1, round(cfg.max_epochs * steps_per_epoch)) if cfg.max_epochs else None
-    if most is not None and asked is not None and asked > most:
-        print0(f"the run has {most:,} steps, no more: the data is read {cfg.max_epochs:g} times (--max_epochs)")
-        iterations, seconds = most, None
+    if cfg.max_epochs is not None:
+        most = max(1, round(cfg.max_epochs * steps_per_epoch))
+        if iterations is None or iterations > most:
+            print0(f"the run has at most {most:,} steps: they read the data {cfg.max_epochs:g} times (--max_epochs)")
+            iterations = most
     return Schedule(
         num_iterations=iterations,
         seconds=seconds,

@@ -22,6 +22,7 @@ from nanochat.files import naming
 from nanochat.hardware import ThrottleWatcher
 from nanochat.precision import StepResult
 from nanochat.progress import Bar, format_seconds
+from nanochat.recipe import Schedule
 from nanochat.report.metrics_log import MetricsLog
 from nanochat.train.clock import Clock
 
@@ -79,7 +80,9 @@ class TensorBoard:
 
 
 def _without_writers(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[[threading.ExceptHookArgs], Any]:
-    """`hook` for all but what stops TensorBoard's writing thread: its next record raises the same, and is told."""
+    """`hook`, but silent where an OSError ends TensorBoard's writing thread: the next record raises it again and is
+    reported.
+    """
 
     def told(args: threading.ExceptHookArgs) -> None:
         if not (type(args.thread).__module__.startswith("tensorboard.") and isinstance(args.exc_value, OSError)):
@@ -244,15 +247,15 @@ class RunLog:
         }
 
     def write_step(
-        self, bar: Bar, state: TrainState, clock: Clock, steps: int | None, metrics: dict[str, float]
+        self, bar: Bar, state: TrainState, clock: Clock, schedule: Schedule, metrics: dict[str, float]
     ) -> None:
-        """Log a step and move the bar; `steps` are those of the run, None where it follows the clock."""
-        done = clock.ticked if steps is None else state.step
+        """Log a step and move the bar to the share of the run that lies behind."""
+        done = schedule.progress(state.step, clock.ticked)
         metrics["smooth_loss"] = state.average_loss
         note = (
             f"step {state.step} loss {state.average_loss:.4f} lr ×{metrics['lr_multiplier']:.2f} "
             f"{metrics['tokens_per_second']:,.0f} tok/s ({metrics['share_of_matmul_speed']:.0%} of matmul speed) "
-            f"left {format_seconds(clock.left(state.step, steps))}"
+            f"left {format_seconds(clock.left(state.step, schedule.num_iterations))}"
         )
         if metrics["data_wait_share"] > WORTH_SAYING:
             note += f" waiting for data {metrics['data_wait_share']:.0%}"
@@ -270,7 +273,7 @@ class RunLog:
             "step": state.step,
             "seconds": round(state.seconds, 3),
             "tokens": state.tokens,
-            "progress": round(min(done / bar.total, 1.0), 6),
+            "progress": round(done, 6),
             "clock": round(clock.ticked, 3),
         }
         self.write(record | {name: float(f"{value:.9g}") for name, value in metrics.items()})

@@ -247,9 +247,9 @@ class Trainer:
         return self.model.loss(x, batch.y, "sum")
 
     def _measure_compile(self, idx: Tensor) -> None:
-        steps = self.settings.schedule.num_iterations
+        steps, seconds = self.settings.schedule.num_iterations, self.clock.seconds
         passes = None if steps is None else (steps - self.state.step) * self.settings.grad_accum_steps
-        seconds = (self.clock.seconds or 0.0) - self.clock.ticked
+        seconds = None if seconds is None else seconds - self.clock.ticked
         self._use_compiled(should_compile(self.model, self.compute, idx, passes, seconds))
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -291,9 +291,9 @@ class Trainer:
         if self.micro is not None:
             self.micro.apply(self.model)
         clock.tick()
-        last = False
-        with progress(schedule.num_iterations or schedule.seconds or 1.0, self.label) as bar:
-            while not (last or schedule.finished(state.step, 0.0)):
+        over = schedule.finished(state.step, 0.0)
+        with progress(1.0, self.label) as bar:
+            while not over:
                 self._evaluate_on_the_way()
                 self._sample_on_the_way()
                 last = clock.is_last()  # decided before the step, which then ends the schedule
@@ -310,13 +310,14 @@ class Trainer:
                 if self.best is not None:
                     self.best.count_step(state.step)
                 metrics |= self.log.speed(state.tokens - tokens, seconds, self._data_seconds)
-                self.log.write_step(bar, state, clock, schedule.num_iterations, metrics)
+                self.log.write_step(bar, state, clock, schedule, metrics)
                 # Before the save, so that a checkpoint is kept or dropped by its own value. Who wants the run to stop
                 # does not wait for it: it is made up for when the run resumes.
-                if not (last or stop.requested or schedule.finished(state.step, 0.0)):
+                over = last or schedule.finished(state.step, 0.0)
+                if not (over or stop.requested):
                     self._evaluate_on_the_way()
                 self.saver.after_step(state.step, stop.requested)  # may stop here: after a whole step, never within one
-                if clock.wants_rehearsal():
+                if clock.wants_rehearsal() and not over:
                     self._rehearse()
 
     # --- evaluation ---------------------------------------------------------------------------------------------------

@@ -238,7 +238,9 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         if self.training and checkpointed and torch.is_grad_enabled():
             use_cache = False  # what a layer computes twice must not be cached twice
             if cache is not None:
-                raise ValueError("training with activation checkpointing takes no cache: pass none, or turn it off")
+                raise ValueError(
+                    "training with activation checkpointing takes no cache: pass none, or turn checkpointing off"
+                )
         if use_cache and cache is None:
             cache = DynamicCache()
         past = int(cache.get_seq_length()) if cache is not None else 0

@@ -240,7 +240,7 @@ export function showWelcome({ model }, ask) {
   const named = (kept) => scores.filter(([, right]) => kept(right)).map(([task, right]) => `${task} (${Math.round(100 * right)}\u00a0%)`).join(", ");
   const good = named((right) => right >= 0.8);
   const poor = named((right) => right < 0.8);
-  const said = [good && `In its evaluation it was good at ${good}.`, poor && `It is often wrong in ${poor}.`];
+  const said = [good && `In its evaluation it was good at ${good}.`, poor && `It often fails at ${poor}.`];
   if (scores.length) byId("knows").textContent = ["It was trained from scratch, and it is small.", ...said, "What it has not learned it may make up."].filter(Boolean).join(" ");
   const buttons = (model.suggestions ?? GENERAL).map((text) => textButton(text, "", () => ask(text)));
   byId("suggestions").replaceChildren(...buttons);

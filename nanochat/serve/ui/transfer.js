@@ -27,9 +27,11 @@ export function download(name, text) {
 // The parts of a message, or null where not all can be read; `bare`: whether it may have no content. The AI SDK's have
 // `parts` instead, with marks of steps and hidden thoughts, which training leaves out too.
 function toParts(message, bare) {
-  const content = message.content ?? message.parts?.filter?.((p) => !UNSAID.includes(p?.type)) ?? message.refusal;
-  if (typeof (content ?? (bare ? "" : null)) === "string") return [{ type: "text", text: content ?? "" }];
-  const plain = Array.isArray(content) ? content.map((p) => (TEXTS.includes(p?.type) ? { type: "text", text: p.text ?? p.refusal } : p)) : [null];
+  const parts = message.parts?.filter?.((p) => !UNSAID.includes(p?.type));
+  const content = message.content ?? parts ?? message.refusal ?? (bare ? "" : null);
+  if (typeof content === "string") return [{ type: "text", text: content }];
+  if (!Array.isArray(content)) return null;
+  const plain = content.map((p) => (TEXTS.includes(p?.type) ? { type: "text", text: p.text ?? p.refusal } : p));
   const known = plain.every((p) => KINDS.includes(p?.type) && typeof p.text === "string");
   return known && (plain.length || bare) ? plain.map(({ type, text }) => ({ type, text })) : null;
 }

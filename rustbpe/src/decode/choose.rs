@@ -30,7 +30,7 @@ pub struct Room {
     p: Vec<f32>,
 }
 
-/// The token of these logits; `uniform` is a random number in [0, 1), which the likeliest needs not.
+/// The token of these logits; `uniform` is a random number in [0, 1), which is not needed for the likeliest.
 pub fn choose(logits: &[f32], how: &Sampling, uniform: f32, room: &mut Room) -> i64 {
     let most = largest(logits);
     if most.is_infinite() || logits.iter().fold(false, |any, x| any | x.is_nan()) {
