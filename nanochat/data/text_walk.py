@@ -54,6 +54,8 @@ NO_TEXT = frozenset(_NO_TEXT.split())
 UNFINISHED = frozenset(
     (".part", ".crdownload", ".download", ".opdownload", ".filepart", ".partial", ".incomplete", ".aria2", ".!ut")
 )
+# What the library datasets writes beside its Arrow files, and a word in each.
+OF_A_DATASET = {"state.json": b'"_fingerprint"', "dataset_info.json": b'"citation"', "dataset_dict.json": b'"splits"'}
 CONVERT = {
     **dict.fromkeys((".doc", ".pages", ".wpd"), "save as .docx or .txt"),
     **dict.fromkeys((".xls", ".xlsx", ".ods", ".numbers"), "save as .csv"),
@@ -318,6 +320,8 @@ def kind_to_read(
 
     if size == 0:
         return leave_out("empty", matters=False)
+    if name in OF_A_DATASET and OF_A_DATASET[name] in head():
+        return leave_out("of a saved dataset, no text", matters=False)
     kind = kind_of(name)
     if is_code(name):
         if not options.source_code and not given:
