@@ -4,7 +4,7 @@ torch makes such operations one at a time, and each one reads and writes its ten
 bfloat16 costs a copy on top. Here each is one pass, forward and backward, and writes what the next product takes.
 nanochat/ops has the same in torch's operations: the reference, and what runs wherever `kernels_for` says no.
 
-Values and gradients equal the reference's within rounding, and do not depend on the number of threads.
+Values and gradients equal the reference's within rounding. A kernel's do not depend on the number of threads.
 
 Shapes: B batch, T tokens, H heads, D head size, C channels; of Muon's: N matrices, R rows, C columns.
 """
@@ -398,7 +398,7 @@ def muon_products(kernels: Any, x: Tensor, coefficients: Sequence[tuple[float, f
         coefficients: (a, b, c) of each iteration.
     """
     (N, R, C), count = x.shape, len(coefficients)
-    # A matrix is the work of one thread; torch can share it among many.
+    # A matrix is the work of one thread; torch can share it among many. Their sums may differ in the last digit.
     if x.dtype != DTYPES["bfloat16"] or not _fits_tiles(kernels, R, C) or torch.get_num_threads() > 2 * N:
         return None
     numbers = (ctypes.c_float * (3 * count))(*itertools.chain(*coefficients))

@@ -141,8 +141,9 @@ class Clock:
         """After the rehearsal: how many steps the budget has room for, and a warning if they are too long for it."""
         budget, step = self.seconds or 0.0, self.step_seconds or 0.0
         lines = [
-            f"{step:.2f} s per step: about {max(0.0, self.steps_left()):,.0f} more in {format_seconds(budget)}, with "
-            f"{format_seconds(self.ending)} for the last evaluation, samples and checkpoint"
+            f"{step:.2f} s per step: time for about {max(0.0, self.steps_left()):,.0f} more in "
+            f"{format_seconds(budget)}, besides {format_seconds(self.ending)} for the last evaluation, samples and "
+            "checkpoint"
         ]
         if step > COARSE * budget or self.ending > 0.5 * budget:
             lines.append("warning: the time is short for such steps or evaluations, the end may miss it")
