@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,10 @@ from nanochat.checkpoint.format import (
     DAMAGED,
     META_FILE,
     MODEL_FILE,
-    check_tag,
+    check_saved,
     checkpoint_folder,
+    choose_tag,
+    find_tag,  # noqa: F401 - a part of it for programs outside
     optimizer_file,
     read_meta,
     read_sums,
@@ -65,9 +66,7 @@ def load_checkpoint(folder: Path, step: int | None = None, with_optimizer: bool 
         RuntimeError: the asked step is damaged, or all are; names the file.
     """
     steps = saved_steps(folder)
-    if step is not None and step not in steps:
-        have = f"it has steps {', '.join(map(str, steps))}" if steps else "it has none"
-        raise FileNotFoundError(f"no checkpoint of step {step} in {folder}: {have}")
+    check_saved(folder, step)
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {folder}")
     problems = []
@@ -139,46 +138,6 @@ def save_checkpoint(
 
 
 # --- choosing a model ------------------------------------------------------------------------------------------------
-
-
-def find_tag(source: str, model_tag: str | None = None) -> Path:
-    """Return the folder of `model_tag`, else of the deepest model, else of the one saved last.
-
-    Raises:
-        FileNotFoundError: there is none; says which command makes one.
-        ValueError: `model_tag` is no name that a folder can have.
-    """
-    return choose_tag(source, model_tag)[0]
-
-
-def choose_tag(source: str, model_tag: str | None = None) -> tuple[Path, str]:
-    """Return `find_tag`'s folder, and why it was chosen."""
-    check_tag(model_tag)
-    root = checkpoint_folder(source, "x").parent
-    command = f"python -m scripts.{TRAINED[source].name}"
-    if model_tag is not None:
-        if not saved_steps(root / model_tag):
-            raise FileNotFoundError(
-                f"no {source} checkpoint with tag {model_tag!r} in {root}: train it with `{command}`"
-            )
-        return root / model_tag, "asked for"
-    # A run that a fresh start has moved aside is taken only when it is named, one that has just begun not at all.
-    found = [p for p in root.iterdir() if p.suffix != ".old" and not p.name.startswith(".")] if root.is_dir() else []
-    tags = [p for p in found if saved_steps(p)]
-    if not tags:
-        raise FileNotFoundError(
-            f"no {source} checkpoint in {root}: train one with `{command}` (or everything: `bash speedrun_p100.sh`)"
-        )
-
-    def depth(tag: Path) -> int:
-        match = re.fullmatch(r"d(\d+)", tag.name)
-        return int(match.group(1)) if match else -1
-
-    chosen = max(tags, key=lambda tag: (depth(tag), tag.stat().st_mtime))
-    names = ", ".join(sorted(tag.name for tag in tags))
-    if len(tags) == 1:
-        return chosen, "the only one"
-    return chosen, f"the deepest of {names}" if depth(chosen) >= 0 else f"saved last of {names}"
 
 
 def tokenizer_of(checkpoint: Checkpoint, folder: Path | None = None) -> RustBPETokenizer:

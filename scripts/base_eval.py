@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from nanochat.checkpoint.format import step_folder, weights_hash
+from nanochat.checkpoint.format import check_saved, find_tag, step_folder, weights_hash
 from nanochat.config import Runtime, run_script, short
 from nanochat.data.core_bundle import Bundle, get_bundle_folder, load_bundle
 from nanochat.env import get_base_dir, print0
@@ -88,8 +88,10 @@ def report_lines(result: CoreResult) -> dict[str, str]:
 
 
 def main(cfg: Config) -> None:
-    """Find the bundle, evaluate, write CSV and report."""
+    """Find model and bundle, evaluate, write CSV and report."""
     print_banner()
+    if cfg.hf_path is None:  # first: nothing is downloaded for a model that is not there
+        check_saved(find_tag("base", cfg.model_tag), cfg.step)
     try:
         folder = get_bundle_folder(cfg.eval_bundle)
         bundle = load_bundle(folder, cfg.tasks.split("|") if cfg.tasks else None)
@@ -172,7 +174,7 @@ class Subject:
 
 def load_subject(cfg: Config, device: torch.device) -> Subject:
     """Our checkpoint, or the Hugging Face model that was asked for."""
-    from nanochat.checkpoint_manager import find_tag, load_model  # lazy: as in main
+    from nanochat.checkpoint_manager import load_model  # lazy: as in main
     from nanochat.interop.hf_model import load_hf_model
 
     if cfg.hf_path is not None:

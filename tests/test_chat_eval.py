@@ -425,6 +425,14 @@ def test_base_eval_without_a_bundle(trained, base_dir, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         run_script(base_eval.main, base_eval.Config, [])
     assert error.value.code == 1
+    for flag, said in (
+        ("--model_tag=typo", "no base checkpoint with tag 'typo'"),
+        ("--step=9", "no checkpoint of step 9"),
+    ):
+        with pytest.raises(SystemExit):  # the model is looked for before the bundle
+            run_script(base_eval.main, base_eval.Config, [flag, "--skip_if_missing"])
+        captured = capsys.readouterr()
+        assert said in captured.out + captured.err
 
 
 class Unsure:

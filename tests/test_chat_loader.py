@@ -441,7 +441,7 @@ def test_openai_messages_with_tools_become_parts(tmp_path: Path, capsys: pytest.
     [
         ({"role": "tool", "tool_call_id": "x", "content": "1"}, "message 1 is the result of a tool call"),
         ({"role": "assistant", "tool_calls": [{"id": "1"}]}, 'message 1: a tool call must have a "function"'),
-        ({"role": "user", "content": [{"type": "image_url"}]}, "message 1: only text"),
+        ({"role": "user", "content": [{"type": "chart"}]}, "message 1: only text"),
     ],
 )
 def test_bad_openai_messages_name_the_line(tmp_path: Path, message: dict[str, Any], complaint: str) -> None:

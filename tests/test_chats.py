@@ -793,7 +793,8 @@ def test_everything_left_out_is_counted_under_its_own_reason(tmp_path: Path) -> 
     assert {reason: entry.count for reason, entry in inventory.left_out.items()} == {
         chats.MARKED: 3,
         chats.NO_ANSWER: 2,
-        chats.UNUSABLE: 2,
+        chats.NO_PICTURES: 1,
+        chats.UNUSABLE: 1,
     }
     said = "\n".join(inventory.lines())
     assert "1 × the key 'tools', which is not used" in said
@@ -1577,10 +1578,28 @@ def test_tables_that_pandas_wrote_as_json(tmp_path: Path) -> None:
     split = {"columns": ["answer", "question"], "index": [0, 1], "data": [["a", "q"], ["b", "r"]]}
     columns = {"question": {"0": "q", "1": "r"}, "answer": {"0": "a", "1": "b"}}
     index = {"0": {"question": "q", "answer": "a"}, "1": {"question": "r", "answer": "b"}}
-    for table in (split, columns, index):
+    late = {"data": split["data"], "meta": [{"name": "answer"}, {"name": "question"}]}
+    rows = [["answer", "question"], ["a", "q"], ["b", "r"]]
+    for table in (split, columns, index, late, rows, {"headers": rows[0], "rows": rows[1:]}):
         (tmp_path / "a.json").write_text(json.dumps(table))
         texts, inventory = look(tmp_path / "a.json")
         assert (texts, inventory.notes) == (["user: q\nassistant: «a»", "user: r\nassistant: «b»"], [])
+
+
+def test_tables_of_messages_and_rows_of_another_length(tmp_path: Path) -> None:
+    turns = {"role": {"0": U, "1": A}, "content": {"0": "Hi", "1": "Hello!"}}
+    (tmp_path / "a.json").write_text(json.dumps(turns))
+    texts, inventory = look(tmp_path / "a.json")
+    assert (texts, inventory.read) == ([HI], {"rows of messages": 1})
+    columns = {"columns": ["answer", "question"]}
+    data = {"data": [["a", "q"], ["b", "r"], ["c", "s", "t"]]}
+    for table in (json.dumps({**columns, **data}), json.dumps({**data, **columns}), json.dumps([{**data, **columns}])):
+        (tmp_path / "a.json").write_text(table)
+        texts, inventory = look(tmp_path / "a.json")
+        assert texts == ["user: q\nassistant: «a»", "user: r\nassistant: «b»"]
+        assert "3 values, but the table has 2 columns" in inventory.left_out[chats.UNUSABLE].examples[0]
+    about = {"question": "q", "answer": "a", "header": ["x", "y"], "rows": [["1", "2"]]}
+    assert look(dump(tmp_path / "a.jsonl", about, about))[0] == ["user: q\nassistant: «a»"] * 2
 
 
 def test_conversations_by_their_names_and_links_in_archives(tmp_path: Path) -> None:
@@ -1601,11 +1620,42 @@ def test_several_documents_of_yaml_and_utterances(tmp_path: Path) -> None:
     said = "messages:\n- {role: user, content: Hi}\n- {role: assistant, content: Hello!}\n"
     (tmp_path / "a.yaml").write_text(f"{said}---\n{said}")
     assert look(tmp_path / "a.yaml")[0] == [HI, HI]
+    (tmp_path / "a.yaml").write_text(
+        "- {question: q, answer: a}\n- {question: r, answer: b}\n---\n- {question: s, answer: c}\n---\n"
+    )
+    texts, inventory = look(tmp_path / "a.yaml")
+    assert (len(texts), inventory.left_out) == (3, {})
     turns = [
         {"index": i, "speaker": who, "text": text}
         for i, (who, text) in enumerate((("USER", "Hi"), ("ASSISTANT", "Hello!")))
     ]
     assert look(dump(tmp_path / "b.jsonl", *[{"dialog_acts": "x", "utterances": turns}] * 2))[0] == [HI, HI]
+
+
+def test_of_two_sides_without_known_names_none_is_learned(tmp_path: Path) -> None:
+    sides = {"accepted": PAIR, "rejected": [PAIR[0], {"role": A, "content": "Go away."}]}
+    texts, inventory = look(dump(tmp_path / "a.jsonl", sides, {"messages": PAIR}, {"messages": PAIR}))
+    assert texts == [HI, HI]
+    assert inventory.left_out[chats.UNUSABLE].count == 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "x"}},
+        {"type": "input_audio", "input_audio": {}},
+        {"type": "image", "source": {"type": "base64", "data": "x"}},
+        {"inlineData": {"mimeType": "image/png", "data": "x"}},
+        {"image": "x.png"},
+        {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "image"}]},
+    ],
+)
+def test_conversations_with_parts_that_are_no_text_are_left_out(tmp_path: Path, part: dict[str, Any]) -> None:
+    text = {"type": "text", "text": "Hi", "image_url": None}
+    records = [{"messages": [{"role": U, "content": content}, PAIR[1]]} for content in ([text], [text, part])]
+    texts, inventory = look(dump(tmp_path / "a.jsonl", *records))
+    assert texts == [HI]
+    assert {reason: entry.count for reason, entry in inventory.left_out.items()} == {chats.NO_PICTURES: 1}
 
 
 def test_empty_questions_are_counted(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import sys
 
 import torch
 
+from nanochat.checkpoint.format import META_FILE, checkpoint_folder, step_folder
 from nanochat.common import autodetect_dtype
+from nanochat.files import write_json
 from nanochat.report import environment
 
 
@@ -21,6 +23,7 @@ def loaded(code: str) -> set[str]:
 
 def test_stages_without_tensors_load_no_torch(base_dir, tiny_tokenizer):
     tiny_tokenizer.save(base_dir / "tokenizer")
+    write_json(step_folder(checkpoint_folder("base", "d2"), 1) / META_FILE, {})
     modules = loaded(
         "from nanochat.config import run_script\n"
         "from nanochat.report import __main__ as report\n"
@@ -28,7 +31,6 @@ def test_stages_without_tensors_load_no_torch(base_dir, tiny_tokenizer):
         "import nanochat.dataset, tasks.demo.__main__\n"
         "run_script(tok_eval.main, tok_eval.Config, ['--no-compare'])\n"
         f"run_script(base_eval.main, base_eval.Config, ['--skip_if_missing', '--eval_bundle={base_dir}/none'])\n"
-        "if not report.Report.__module__.startswith('nanochat'): raise SystemExit(3)\n"
         "sections = report.Report(report.get_base_dir() / 'report').sections()\n"
         "assert [s['section'] for s in sections] == ['Tokenizer evaluation', 'Base model evaluation'], sections\n"
         + ("run_script(report.main, report.Config, ['reset'])\n" if torch.version.cuda is None else "")

@@ -58,12 +58,15 @@ def test_of_a_saved_dataset_only_the_rows_are_text(tmp_path: Path, base_dir: Pat
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"text": [f"{SENTENCE} {i}" for i in range(3)]})
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "many").mkdir()  # as it is written for many files: in the order of its keys
+    state = {"_data_files": [{"filename": f"data-{i:05}-of-00200.arrow"} for i in range(200)], "_fingerprint": "f"}
+    (tmp_path / "many" / "state.json").write_text(json.dumps(state, indent=2))
     (tmp_path / "state.json").write_text(json.dumps({"text": f"{SENTENCE} of a state"}))  # a name that others take too
     found = import_path(tmp_path)
     assert all_documents(found) == {text.strip() for text in [*rows["text"], f"{SENTENCE} of a state"]}
     inventory = inventory_of(found)
     assert inventory is not None
-    assert {reason: entry.count for reason, entry in inventory.left_out.items()} == {"of a saved dataset, no text": 3}
+    assert {reason: entry.count for reason, entry in inventory.left_out.items()} == {"of a saved dataset, no text": 4}
 
 
 def test_source_code_stops_and_is_learned_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,54 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(m.group(1)) for m, p in matches if m and (p / META_FILE).is_file())
 
 
+def check_saved(folder: Path, step: int | None) -> None:
+    """Raise FileNotFoundError where a --step is none of those saved in `folder`."""
+    steps = saved_steps(folder)
+    if step is not None and step not in steps:
+        have = f"it has steps {', '.join(map(str, steps))}" if steps else "it has none"
+        raise FileNotFoundError(f"no checkpoint of step {step} in {folder}: {have}")
+
+
+def find_tag(source: str, model_tag: str | None = None) -> Path:
+    """Return the folder of `model_tag`, else of the deepest model, else of the one saved last.
+
+    Raises:
+        FileNotFoundError: there is none; says which command makes one.
+        ValueError: `model_tag` is no name that a folder can have.
+    """
+    return choose_tag(source, model_tag)[0]
+
+
+def choose_tag(source: str, model_tag: str | None = None) -> tuple[Path, str]:
+    """Return `find_tag`'s folder, and why it was chosen."""
+    check_tag(model_tag)
+    root = checkpoint_folder(source, "x").parent
+    command = f"python -m scripts.{TRAINED[source].name}"
+    if model_tag is not None:
+        if not saved_steps(root / model_tag):
+            raise FileNotFoundError(
+                f"no {source} checkpoint with tag {model_tag!r} in {root}: train it with `{command}`"
+            )
+        return root / model_tag, "asked for"
+    # A run that a fresh start has moved aside is taken only when it is named, one that has just begun not at all.
+    found = [p for p in root.iterdir() if p.suffix != ".old" and not p.name.startswith(".")] if root.is_dir() else []
+    tags = [p for p in found if saved_steps(p)]
+    if not tags:
+        raise FileNotFoundError(
+            f"no {source} checkpoint in {root}: train one with `{command}` (or everything: `bash speedrun_p100.sh`)"
+        )
+
+    def depth(tag: Path) -> int:
+        match = re.fullmatch(r"d(\d+)", tag.name)
+        return int(match.group(1)) if match else -1
+
+    chosen = max(tags, key=lambda tag: (depth(tag), tag.stat().st_mtime))
+    names = ", ".join(sorted(tag.name for tag in tags))
+    if len(tags) == 1:
+        return chosen, "the only one"
+    return chosen, f"the deepest of {names}" if depth(chosen) >= 0 else f"saved last of {names}"
+
+
 def optimizer_file(rank: int) -> str:
     """Return the name of a rank's part of the optimizer state."""
     return f"optim_rank{rank}.safetensors"

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanochat.data.chat_templates import ROLE_OF, THOUGHT_LEFT_OUT
-from nanochat.data.json_stream import rows_of_table
 from nanochat.data.markup import visible_text
 from nanochat.messages import BETWEEN, Message
 
@@ -26,6 +25,11 @@ TO_TOOL, OF_TOOL = "a message to a tool, left out", "a message of a tool or syst
 WRAPPERS = ("data", "fields", "chat", "record", "row", "example", "json", "payload", "chunkedPrompt")
 BEGIN_CHAT = "<|BEGIN-VISIBLE-CHAT|>"  # text-generation-webui's for a greeting that nobody asked for
 _THOUGHT = re.compile(r"<details type=\"reasoning\".*?</details>\s*", re.DOTALL)
+# In the name of one of two answers: the worse one must not be learned, so such a record is left to the user.
+_OF_PAIR = re.compile(
+    r"(.*_)?(rejected|bad|worse|wrong|negative|loser|losing|dispreferred)(_.*)?|(model|response|answer|output|side)_?[ab12]",
+    re.IGNORECASE,
+)
 _PROMPTED = re.compile(r"(Prompted|Asked|Gefragt|Demande|Preguntaste)\s+(?P<text>.*)", re.DOTALL)
 
 
@@ -38,8 +42,6 @@ def unwrapped(record: Any, notes: Counter[str]) -> Iterator[Any]:
     """The records inside one that wraps them; itself if it wraps none. `notes` counts what was left out."""
     if not isinstance(record, dict):
         yield record
-    elif rows := rows_of_table(record):
-        yield from rows
     elif isinstance(record.get("paragraphs"), list):  # SQuAD
         for paragraph in filter(_is_object, record["paragraphs"]):
             for question in filter(_is_object, paragraph.get("qas") or []):
@@ -78,8 +80,8 @@ def unwrapped(record: Any, notes: Counter[str]) -> Iterator[Any]:
         yield _of_activity(record)
     else:
         wrapper = next((name for name in WRAPPERS if isinstance(record.get(name), dict)), None)
-        if record and all(map(_is_talk, record.values())):  # conversations by their names
-            yield from record.values()
+        if record and all(map(_is_talk, record.values())) and not any(map(_OF_PAIR.fullmatch, record)):
+            yield from record.values()  # conversations by their names
         elif wrapper is None or "messages" in record:
             yield record
         else:
@@ -160,8 +162,6 @@ def read_export(record: dict[str, Any], notes: Counter[str], used: set[str]) -> 
         notes: counts what was left out.
         used: the keys that were understood.
     """
-    if rows_of_table(record):
-        return "table", []
     if isinstance(record.get("mapping"), dict):
         used |= {"mapping", "current_node"}
         return "chatgpt export", _read_chatgpt(record, notes)

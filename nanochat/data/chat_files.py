@@ -23,7 +23,7 @@ from nanochat.data.chat_forms import ANSWER_KEYS, ASKED_KEYS, is_message
 from nanochat.data.chat_logs import read_entries
 from nanochat.data.corpus import open_parquet
 from nanochat.data.inventory import Inventory, NotReadError
-from nanochat.data.json_stream import Broken, Placed, json_records
+from nanochat.data.json_stream import Broken, Placed, json_records, with_names
 from nanochat.data.packed import LINK_INSIDE, damage_named, is_archive, members, unpacked, what_it_is
 from nanochat.data.tables import LONGEST_FIELD, SAMPLE_LINES, detect_dialect
 from nanochat.data.text_walk import CODE, CONVERT, NO_TEXT, UNFINISHED, files_below, left_out_below
@@ -45,7 +45,7 @@ AS_PAGE = " that can be read (export the chat as JSON or text)"
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{|\[\s*(?:[\[{"\]]|\Z))')
 MALFORMED = (AttributeError, TypeError, KeyError, IndexError, RecursionError)  # a record that breaks its form's rules
 HUB = "hf:"  # hf:owner/name, hf:owner/name@split, hf:owner/name:config@split
-CHATS_VERSION = 3  # raise it when the same files would give other conversations: what was learned of them is outdated
+CHATS_VERSION = 4  # raise it when the same files would give other conversations: what was learned of them is outdated
 BATCH = 256  # rows of parquet or Arrow in memory
 
 Content = tuple[str, IO[bytes], Path | None]  # (name for people, bytes, where it lies if it is a plain file)
@@ -191,12 +191,25 @@ def _text_records(
     if is_table:
         yield from _table_rows(text, lambda what: note(f"{name}: {what}"), by_number)
     elif PARSED.intersection(suffixes):
-        parsed = io.StringIO(json.dumps(_parsed(text, suffixes), default=str))
-        yield from json_records(parsed, _is_turn)
+        values = _parsed(text, suffixes)
+        for number, value in enumerate(values, 1):
+            for place, record in _with_header(json_records(io.StringIO(json.dumps(value, default=str)), _is_turn)):
+                yield f"document {number}, {place}" if len(values) > 1 else place, record
     elif is_json or ".json" in suffixes or ".jsonl" in suffixes:
-        yield from json_records(text, _is_turn)
+        yield from _with_header(json_records(text, _is_turn))
     else:
         yield "the text", {"text": text.read(), "name": name}
+
+
+def _with_header(records: Iterator[Placed]) -> Iterator[Placed]:
+    """Rows that are arrays, with the names in the first if it names question and answer; other records as they are."""
+    names: list[str] = []
+    for number, (place, record) in enumerate(records):
+        is_row = number == 0 and isinstance(record, list) and all(isinstance(name, str) for name in record)
+        if is_row and _names_question_and_answer(record):
+            names = record
+        else:
+            yield from ((place, row) for row in with_names(names, [record]))
 
 
 def _is_turn(value: Any) -> bool:
@@ -207,8 +220,8 @@ def _is_turn(value: Any) -> bool:
         return True  # whoever reads the array says what is wrong, and where
 
 
-def _parsed(text: TextIO, suffixes: list[str]) -> Any:
-    """What a file of YAML or TOML holds."""
+def _parsed(text: TextIO, suffixes: list[str]) -> list[Any]:
+    """What a file of YAML or TOML holds; in YAML "---" may stand between several values, and after the last."""
     try:
         if ".toml" not in suffixes:
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -216,10 +229,10 @@ def _parsed(text: TextIO, suffixes: list[str]) -> Any:
                 first: [(tag, pattern) for tag, pattern in found if tag.endswith((":null", ":merge"))]
                 for first, found in loader.yaml_implicit_resolvers.items()
             }  # "no", 12:30 and 01234 stay as they are written
-            values = list(yaml.load_all(text, type("AsWritten", (loader,), {"yaml_implicit_resolvers": rules})))
-            return values if len(values) > 1 else next(iter(values), None)  # "---" stands between several
+            values = yaml.load_all(text, type("AsWritten", (loader,), {"yaml_implicit_resolvers": rules}))
+            return [value for value in values if value is not None]
         if sys.version_info >= (3, 11):
-            return tomllib.loads(text.read())
+            return [tomllib.loads(text.read())]
         raise NotReadError("TOML (save it as JSON or YAML; Python 3.11 reads TOML)")
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, NotReadError):

@@ -16,6 +16,7 @@ from collections import Counter
 from typing import Any
 
 from nanochat.data.chat_exports import is_export, read_export
+from nanochat.data.chat_media import MEDIA_KEYS, TAGS_TOO, is_about_images
 from nanochat.data.chat_templates import ROLE_OF, read_template, without_end_of_turn
 from nanochat.messages import BETWEEN, Message
 
@@ -60,10 +61,6 @@ HARMLESS = re.compile(
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 UNUSED_KEY = "the key "
 THINKING = "an answer with <think> in it, learned as it is"
-# Where LLaMA-Factory, LLaVA and others have an image, a video or a sound; some are tags of HTML where no file is named.
-_SEEN = re.compile(r"<(?:image|ImageHere)>|<\|(?:vision_start|image_pad|image|audio)\|>")
-_SEEN_TAGS = re.compile(rf"{_SEEN.pattern}|<(?:video|audio|img)>")
-_SEEN_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 BY_NUMBER = "an answer that is the number of an option, counted from 0"
 _LETTERS = string.ascii_uppercase
 SEVERAL = "several answers, of which the first is learned"
@@ -137,19 +134,12 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None) -> tuple[str,
             form, messages = _read_dict(record, columns, notes, used)
         except NotAConversation:
             raise error from None
-    if any(record.get(key) for key in _SEEN_KEYS) and is_about_images(messages, _SEEN_TAGS):
+    if any(record.get(key) for key in MEDIA_KEYS) and is_about_images(messages, TAGS_TOO):
         raise AboutImages
     for key in record:
         if key not in used and key not in MARKS and record[key] not in ("", [], {}) and not HARMLESS.fullmatch(key):
             notes[f"{UNUSED_KEY}{key!r}, which is not used"] += 1
     return form, messages, notes
-
-
-def is_about_images(messages: list[Message], marks: re.Pattern[str] = _SEEN) -> bool:
-    """True if a message of the user has one of the marks that stand for an image, a video or a sound."""
-    return any(
-        isinstance(m.get("content"), str) and marks.search(m["content"]) for m in messages if m["role"] == "user"
-    )
 
 
 def _read_dict(

@@ -23,7 +23,6 @@ from nanochat.data.chat_forms import (
     AboutImages,
     Marked,
     NotAConversation,
-    is_about_images,
     read_chat_record,
 )
 from nanochat.data.chat_logs import (
@@ -43,6 +42,7 @@ from nanochat.data.chat_logs import (
     slack_people,
     threads,
 )
+from nanochat.data.chat_media import is_about_images
 from nanochat.data.chat_people import read_log
 from nanochat.data.chat_store import Chats, digest_of
 from nanochat.data.chat_templates import questions_apart, read_template, texts_of
@@ -59,7 +59,7 @@ ENCODED_TWICE = "a letter that was encoded twice, mended"
 PERHAPS_TWICE = "a letter that looks encoded twice (as CafÃ© for Café), among others that do not: left as it is"
 MARKED = "marked as not to be learned"
 NOBODY_ELSE = "in which nobody else writes"
-NO_PICTURES = "about an image or sound, which the model can't see or hear"
+NO_PICTURES = "about an image, a sound or a file, which the model does not get"
 WITHOUT_ID = (
     "a message in a row that names no conversation: such rows are joined into one, until a system message begins the "
     "next (a column conversation_id keeps them apart)"
@@ -351,13 +351,13 @@ class _Reader:
         if any(m.get("role") == "user" and m.get("content") in (None, []) for m in messages):
             self._reject(where, "a message of the user without text")
             return
+        if is_about_images(messages):
+            self.inventory.leave_out(NO_PICTURES, "conversation", where, matters=False)
+            return
         try:
             turns, notes = normalise(messages)
         except ValueError as error:
             self._reject(where, str(error))
-            return
-        if is_about_images(turns):
-            self.inventory.leave_out(NO_PICTURES, "conversation", where, matters=False)
             return
         self.notes.update(Counter(found) + Counter(notes))
         self.notes[THINKING] += sum("</think>" in str(turn["content"]) for turn in turns)

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 BLOCK = 1 << 20
@@ -25,6 +25,9 @@ RECORD_KEYS = frozenset(
         *("dialogues", "chats", "threads", "messages", "list"),
     )
 )
+# Where tables keep the names of their columns: pandas, ClickHouse (as "meta"), spreadsheets.
+COLUMN_KEYS = ("columns", "column_names", "headers", "header", "fields", "meta")
+NAMES_OF_TABLES = ("id", "name", "title", "description")
 UNDECODED = re.compile("[\udc80-\udcff]")  # what is left of bytes that are not in the file's encoding
 COMMENT = re.compile(r"//[^\n]*(?:\n|\Z)|/\*.*?\*/", re.DOTALL)  # no JSON, but people write them between the records
 NOT_UTF8 = "not UTF-8: save the file as UTF-8"
@@ -51,7 +54,15 @@ def json_records(text: TextIO, is_part: Callable[[Any], bool], keys: frozenset[s
     Raises:
         ValueError: an array or object is malformed; names the place. (A bad line of JSON lines becomes a Broken.)
     """
-    values = _Values(text, keys)
+    for place, value in _values(_Values(text, keys), is_part):
+        rows = rows_of_table(value)
+        if not rows:
+            yield place, value
+        for number, row in enumerate(rows, 1):
+            yield f"{place}, row {number}", row
+
+
+def _values(values: _Values, is_part: Callable[[Any], bool]) -> Iterator[Placed]:
     if values.is_lines(is_part):
         yield from values.lines()
         return
@@ -202,6 +213,7 @@ class _Values:
         """The records in the next object: those in an array of it, else the object."""
         self.expect("{")
         whole: dict[str, Any] = {}
+        nameless: list[Any] = []  # rows of a table whose columns may be named behind them
         found = False
         while self.peek() != "}":
             if self.peek() != '"':
@@ -210,9 +222,12 @@ class _Values:
             self.expect(":")
             if key in self.keys and self.peek() == "[":
                 self.at += 1
-                if self.peek() in "{[" and not is_part(self.value(keep=True)):
+                if self.peek() in "{[" and not is_part(first := self.value(keep=True)):
                     found = True
-                    yield from _with_names(whole.get("columns"), self.elements())
+                    if isinstance(first, list) and not _columns_of(whole) and not all(map(_is_object, first)):
+                        nameless += self.elements()
+                    else:
+                        yield from with_names(_columns_of(whole), self.elements())
                 else:
                     whole[key] = list(self.elements())
             else:
@@ -220,30 +235,47 @@ class _Values:
             if self.peek() != "}":
                 self.expect(",")
         self.at += 1
+        yield from with_names(_columns_of(whole), nameless)
         if not found:
             yield whole
 
 
-def _with_names(columns: Any, rows: Iterator[Any]) -> Iterator[Any]:
-    """The rows of a table whose columns' names stand before it, with them; others as they are."""
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _columns_of(table: dict[str, Any]) -> list[str]:
+    """The names of the columns of a table whose rows are arrays; none if they stand nowhere."""
+    columns: list[Any] = next((table[key] for key in COLUMN_KEYS if isinstance(table.get(key), list)), [])
+    return [str(column.get("name", column) if isinstance(column, dict) else column) for column in columns]
+
+
+def with_names(names: Sequence[str], rows: Iterable[Any]) -> Iterator[Any]:
+    """The rows of a table with the names of its columns; as they are if it has none, or they are objects."""
     for row in rows:
-        is_row = isinstance(columns, list) and isinstance(row, list) and len(row) == len(columns)
-        yield dict(zip(map(str, columns), row, strict=True)) if is_row else row
+        if not names or not isinstance(row, list):
+            yield row
+        elif len(row) == len(names):
+            yield dict(zip(names, row, strict=True))
+        else:
+            yield Broken(f"{len(row)} values, but the table has {len(names)} columns")
 
 
-def rows_of_table(record: Any) -> list[dict[str, Any]]:
+def rows_of_table(record: Any) -> list[Any]:
     """The rows of a table that is one object, as pandas' to_json writes it; empty if it is none.
 
     By columns ({"text": {"0": "a", "1": "b"}}), by index ({"0": {"text": "a"}, "1": {"text": "b"}}), or split
-    ({"columns": ["text"], "data": [["a"], ["b"]]}).
+    ({"columns": ["text"], "data": [["a"], ["b"]]}). A row with too few or too many values is a Broken.
     """
     if not isinstance(record, dict) or not record:
         return []
-    if isinstance(record.get("columns"), list) and isinstance(record.get("data"), list):
-        rows = list(_with_names(record["columns"], iter(record["data"])))
-        return rows if all(isinstance(row, dict) for row in rows) else []
+    rows, columns = record.get("data", record.get("rows")), _columns_of(record)
+    # A table that a question stands beside is what the question is about.
+    alone = not any(isinstance(value, str) and key not in NAMES_OF_TABLES for key, value in record.items())
+    if columns and alone and isinstance(rows, list) and all(isinstance(row, list) for row in rows):
+        return list(with_names(columns, rows))
     values = list(record.values())
-    if not all(isinstance(value, dict) and value for value in values):
+    if not all(map(_is_object, values)):
         return []
     if all(key.isdecimal() for key in record):
         return values

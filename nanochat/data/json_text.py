@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat.data.inventory import NotReadError
-from nanochat.data.json_stream import LONGEST_VALUE, Broken, Placed, json_records, rows_of_table
+from nanochat.data.json_stream import LONGEST_VALUE, Broken, Placed, json_records
 
 SAMPLE_RECORDS = 100  # looked at before the field is chosen
 TRIED = 1000  # records without text: if half of all are such, the others are not even read
@@ -160,9 +160,7 @@ def _texts_of(
 
 
 def _wrapped(record: dict[str, Any]) -> list[Any] | None:
-    """The list of records that an object is about: a table's, or the only list of objects, if no text is beside it."""
-    if rows := rows_of_table(record):
-        return rows
+    """The list of records that an object is about: the only list of objects in it, if no text is beside it."""
     lists = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)]
     named = any(isinstance(record.get(name), str) for name in TEXT_NAMES)
     return lists[0] if len(lists) == 1 and not named and not is_chat(record) else None

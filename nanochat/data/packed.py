@@ -28,7 +28,9 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", *(f".tar{suffix}" for suffi
 _ALIASES = {".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz"}
 # `zstd --long=31` makes a window of 2 GiB, 2^31 bytes: what unpacks it must be told that it may be so large.
 WINDOW_LOG_MAX = 31
-LINK_INSIDE = "a link in an archive, not followed (the file that it names is read where it lies in it)"
+LINK_INSIDE = (
+    "a link in an archive, not followed (what it leads to is read if it lies in the archive under its own name)"
+)
 MOST_NESTED = 4  # archives in archives
 IN_MEMORY_BYTES = 64_000_000  # of an archive in an archive; a larger one is copied into a file
 DAMAGED = (

@@ -15,7 +15,7 @@ ENGLISH_WORDS = frozenset(_ENGLISH.split())
 ENGLISH_SHARE = 0.12  # of the words; English prose has about 0.3, German, French and the like below 0.05
 NAMES = {"CJK": "Chinese characters", "HIRAGANA": "Kana", "KATAKANA": "Kana", "HALFWIDTH": "Kana", "FULLWIDTH": "Latin"}
 SHOWN_SHARE = 0.01
-SAMPLE_DOCUMENTS, SAMPLE_CHARS = 50, 2000  # looked at to tell whether a corpus is English
+ENGLISH_DOCUMENTS, ENGLISH_CHARS = 50, 2000  # looked at to tell whether a corpus is English
 PROMPT_WORDS, PROMPT_CHARS = 5, 12
 MEAN_WORD = 15  # characters: where words are longer on average, no spaces stand between them
 
@@ -68,7 +68,7 @@ def own_prompts(documents: Iterable[str], count: int) -> tuple[str, ...]:
         documents: those of validation, which no model has learned.
         count: how many prompts.
     """
-    texts = [text.strip()[:SAMPLE_CHARS] for text in itertools.islice(documents, SAMPLE_DOCUMENTS) if text.strip()]
+    texts = [text.strip()[:ENGLISH_CHARS] for text in itertools.islice(documents, ENGLISH_DOCUMENTS) if text.strip()]
     if not texts or writing_of(texts).english:
         return ()
     return tuple(dict.fromkeys(map(opening, texts)))[:count]

@@ -54,8 +54,8 @@ NO_TEXT = frozenset(_NO_TEXT.split())
 UNFINISHED = frozenset(
     (".part", ".crdownload", ".download", ".opdownload", ".filepart", ".partial", ".incomplete", ".aria2", ".!ut")
 )
-# What the library datasets writes beside its Arrow files, and a word in each.
-OF_A_DATASET = {"state.json": b'"_fingerprint"', "dataset_info.json": b'"citation"', "dataset_dict.json": b'"splits"'}
+# What the library datasets writes beside its Arrow files, and a key in the beginning of each.
+OF_A_DATASET = {"state.json": b'"_data_files"', "dataset_info.json": b'"citation"', "dataset_dict.json": b'"splits"'}
 CONVERT = {
     **dict.fromkeys((".doc", ".pages", ".wpd"), "save as .docx or .txt"),
     **dict.fromkeys((".xls", ".xlsx", ".ods", ".numbers"), "save as .csv"),
