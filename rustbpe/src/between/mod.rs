@@ -5,7 +5,8 @@
 //! those of `nanochat/ops`, whose functions in torch stay the reference.
 //!
 //! Arithmetic is in float32 whatever the dtype, without fused multiplications, and every sum has a fixed order. So the
-//! result is the same, bit for bit, for every number of threads and on every processor.
+//! result is the same, bit for bit, for every number of threads and on every processor. What is done in tiles (`attend`
+//! and `newton`) is the same for every number of threads only: processors without them leave it to torch.
 //!
 //! Shapes: B sequences, T tokens, C channels, H heads, D head size, V vocabulary.
 
