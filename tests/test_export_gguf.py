@@ -302,7 +302,7 @@ class TestLlamaCpp:
         ours = [tokenizer.render_for_completion({"messages": normalise(history)[0]}) for history in every]
         assert json.loads(render(PLAIN_TEMPLATE, every).stdout) == [tokenizer.decode(ids) for ids in ours]
         for wrong in odd_histories(user, answer)[:3]:  # one result more than there are calls
-            assert "after its call" in render(PLAIN_TEMPLATE, [[*wrong[:4], wrong[3], answer]]).stderr
+            assert "must follow its call" in render(PLAIN_TEMPLATE, [[*wrong[:4], wrong[3], answer]]).stderr
 
     def test_logits_and_greedy_tokens(self, llama, folder, model, tokenizer):
         rng = random.Random(3)

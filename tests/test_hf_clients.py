@@ -110,7 +110,7 @@ def test_a_history_with_tools_is_written_as_training_writes_it(tokenizer, their_
         [*called, result(0, "a"), result(0, "again"), ANSWER],
         [*called, result(0, "a"), USER, result(1, "too late")],
     ):
-        with pytest.raises(Exception, match="after its call"):
+        with pytest.raises(Exception, match="must follow its call"):
             their_tokenizer.apply_chat_template(wrong)
         with pytest.raises(ValueError, match="result of a tool call"):
             normalise(wrong)
