@@ -136,6 +136,16 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "half the rates": "--recipe=small --lr_scale=0.5",
         "d2": "--recipe=small --depth=2 --aspect_ratio=64",
     },
+    # At equal batches in tokens; the same validation text in longer or shorter rows.
+    "context": {
+        "512": "--recipe=small",
+        "1024": "--recipe=small --max_seq_len=1024 --device_batch_size=4",
+        "2048": "--recipe=small --max_seq_len=2048 --device_batch_size=2",
+        "1024, windows": "--recipe=small --max_seq_len=1024 --device_batch_size=4 --window_pattern=SSSL",
+        "2048, windows": "--recipe=small --max_seq_len=2048 --device_batch_size=2 --window_pattern=SSSL",
+        "2048, windows, short rows": "--recipe=small --max_seq_len=2048 --device_batch_size=2 --window_pattern=SSSL "
+        "--short_rows_ratio=0.5",
+    },
     "shape": {
         "d4": "--depth=4",
         "d6": "--depth=6",
