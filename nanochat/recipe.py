@@ -172,7 +172,7 @@ def recipe_of(meta: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The length of a run and the course of its learning rate. The first of both limits ends it."""
+    """The length of a run and the course of its learning rate. Whichever limit comes first ends it."""
 
     num_iterations: int | None = None
     seconds: float | None = None
@@ -205,7 +205,7 @@ class Schedule:
         """Share of the run that lies behind before `step`: 0 at the first one, 1 after the last one."""
         of_steps = step / self.num_iterations if self.num_iterations is not None else 0.0
         of_time = elapsed_seconds / self.seconds if self.seconds is not None else 0.0
-        return min(1.0, max(of_steps, of_time))  # of both limits, the one that is nearer ends the run
+        return min(1.0, max(of_steps, of_time))  # whichever limit is nearer ends the run
 
     def finished(self, step: int, elapsed_seconds: float) -> bool:
         """True if the run is over before `step`."""

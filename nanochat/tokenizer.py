@@ -424,7 +424,10 @@ def get_tokenizer() -> RustBPETokenizer:
 
 
 def get_token_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
-    """Raw bytes of each token of the base folder's tokenizer, int32 (vocab,), 0 for special tokens."""
+    """Raw bytes of each token of the base folder's tokenizer, int32 (vocab,), 0 for special tokens.
+
+    They turn nats per token into bits per byte; nanochat's name for them, for programs outside.
+    """
     import torch  # lazy: as above
 
     # The file is for other programs: what follows from tokenizer.json is never read from anywhere else. One that is

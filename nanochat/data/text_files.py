@@ -194,7 +194,7 @@ class TextReader:
             stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(Unseekable(stream), BUFFER_BYTES)
         )
         if kind in BINARY_FORMS:
-            # A mailbox is read forwards; what reads the others goes back and forth, which takes long in what is packed.
+            # A mailbox is read forwards. The readers of the others jump back and forth, which is slow in packed data.
             data = stream if kind == "mbox" or stream.seekable() else _in_memory(stream)
             found = Counter[str]()
             for text in BINARY_FORMS[kind](data, found):

@@ -142,7 +142,7 @@ def is_code(name: str) -> bool:
 
 
 def left_out_by_name(name: str, is_dir: bool) -> str:
-    """Why nobody means a file or folder of this name who gives what it lies in; empty if somebody may."""
+    """Why a file or folder of this name is left out of what somebody gives; empty if it is not."""
     if name.startswith((".", "~$")) or name.lower() in ("thumbs.db", "desktop.ini"):
         return "hidden"
     if is_dir:
@@ -151,7 +151,7 @@ def left_out_by_name(name: str, is_dir: bool) -> str:
 
 
 def left_out_below(path: str) -> str:
-    """The same of a file in an archive, by its path there ("./a.txt" is not hidden)."""
+    """The same for a file in an archive, by its path there ("./a.txt" is not hidden)."""
     parts = [part for part in path.replace("\\", "/").split("/") if part.strip(".")]
     return next(filter(None, (left_out_by_name(part, is_dir=i < len(parts)) for i, part in enumerate(parts, 1))), "")
 

@@ -10,7 +10,7 @@ from nanochat.files import read_jsonl
 
 SUGGESTIONS, LONGEST_QUESTION = 4, 60
 GOOD_ENOUGH = 0.5  # of a task, for a question of it to be suggested
-# where more of a task's questions follow on from others, it asks within conversations: none stands alone
+# Where a larger share of a task's questions follows on from others, it asks in conversations: none stands alone.
 FOLLOWING = 0.4
 # The demo's tasks, as what a model can do.
 PLAIN_NAMES = {
