@@ -120,7 +120,7 @@ def test_with_a_mean_of_the_weights_the_model_is_the_best_mean(train, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             train("killed", "--mean_weights=True")
     resumed, later = train("killed", "--mean_weights=True")
-    assert sorted(later) in ([9, 12], [6, 9, 12])  # 6 again, where the kill came before that checkpoint was whole
+    assert sorted(later) == [9, 12]
     assert same(whole.model, resumed.model)
     assert log_of(whole)[-1]["mean_val_bpb"] == log_of(resumed)[-1]["mean_val_bpb"]
 
@@ -175,8 +175,11 @@ def test_the_mean_reaches_back_over_a_share_of_the_steps():
 
 
 def killed_at(step, original):
+    """A kill before this step; what is saved by then does not depend on how fast the disk is."""
+
     def train_step(self):
         if self.state.step == step:
+            self.saver.save(complete=False)
             raise KeyboardInterrupt
         return original(self)
 
