@@ -1580,10 +1580,14 @@ def test_tables_that_pandas_wrote_as_json(tmp_path: Path) -> None:
     index = {"0": {"question": "q", "answer": "a"}, "1": {"question": "r", "answer": "b"}}
     late = {"data": split["data"], "meta": [{"name": "answer"}, {"name": "question"}]}
     rows = [["answer", "question"], ["a", "q"], ["b", "r"]]
-    for table in (split, columns, index, late, rows, {"headers": rows[0], "rows": rows[1:]}):
+    lists = {"question": ["q", "r"], "answer": ["a", "b"]}  # as Dataset.to_dict writes it
+    deep = {"status": "ok", "result": {"page": 1, "found": list(index.values())}}
+    for table in (split, columns, index, late, rows, lists, deep, {"headers": rows[0], "rows": rows[1:]}):
         (tmp_path / "a.json").write_text(json.dumps(table))
         texts, inventory = look(tmp_path / "a.json")
         assert (texts, inventory.notes) == (["user: q\nassistant: «a»", "user: r\nassistant: «b»"], [])
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(lists)}\n" * 2)  # a conversation a line, turn by turn
+    assert look(tmp_path / "a.jsonl")[0] == ["user: q\nassistant: «a»\nuser: r\nassistant: «b»"] * 2
 
 
 def test_tables_of_messages_and_rows_of_another_length(tmp_path: Path) -> None:

@@ -392,6 +392,26 @@ def test_an_index_of_pandas_strings_and_one_long_text(tmp_path: Path, capsys: py
         assert "documents: " in capsys.readouterr().out
 
 
+def test_tables_of_lists_and_records_deep_in_a_file(tmp_path: Path) -> None:
+    texts = [f"{SENTENCE} {i}" for i in range(3)]
+    columns, records = {"id": [0, 1, 2], "text": texts}, [{"text": text} for text in texts]
+    deep = {"answer": {"count": 3, "rows": records, "links": {"next": "/2"}}}
+    titles = [{"title": "T", "paragraphs": [{"context": text, "qas": []} for text in texts]}]
+    for whole, wanted in (
+        (columns, None),
+        (columns, "text"),
+        ({"data": columns}, None),
+        (deep, None),
+        ({"a": titles}, "context"),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(whole))
+        assert read(tmp_path / "a.json", wanted) == texts
+    for other in ({"a": records, "b": records}, {"a": titles}):  # which of them is the text?
+        (tmp_path / "a.json").write_text(json.dumps(other))
+        with pytest.raises(AssertionError, match="TEXT_COLUMN names it"):
+            read(tmp_path / "a.json")
+
+
 def test_an_export_of_chats_is_not_refused_as_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat = {"chat_messages": [{"sender": "human", "text": "Hi"}, {"sender": "assistant", "text": "Hello!"}]}
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:

@@ -23,7 +23,8 @@ from nanochat.data.chat_forms import ANSWER_KEYS, ASKED_KEYS, is_message
 from nanochat.data.chat_logs import read_entries
 from nanochat.data.corpus import open_parquet
 from nanochat.data.inventory import Inventory, NotReadError
-from nanochat.data.json_stream import Broken, Placed, json_records, with_names
+from nanochat.data.json_stream import Broken, Placed, json_records, rows_of_lists, with_names
+from nanochat.data.json_text import is_chat, records_within
 from nanochat.data.packed import LINK_INSIDE, damage_named, is_archive, members, unpacked, what_it_is
 from nanochat.data.tables import LONGEST_FIELD, SAMPLE_LINES, detect_dialect
 from nanochat.data.text_walk import CODE, CONVERT, NO_TEXT, UNFINISHED, files_below, left_out_below
@@ -45,7 +46,7 @@ AS_PAGE = " that can be read (export the chat as JSON or text)"
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{|\[\s*(?:[\[{"\]]|\Z))')
 MALFORMED = (AttributeError, TypeError, KeyError, IndexError, RecursionError)  # a record that breaks its form's rules
 HUB = "hf:"  # hf:owner/name, hf:owner/name@split, hf:owner/name:config@split
-CHATS_VERSION = 4  # raise it when the same files would give other conversations: what was learned of them is outdated
+CHATS_VERSION = 5  # raise it when the same files would give other conversations: what was learned of them is outdated
 BATCH = 256  # rows of parquet or Arrow in memory
 
 Content = tuple[str, IO[bytes], Path | None]  # (name for people, bytes, where it lies if it is a plain file)
@@ -202,9 +203,17 @@ def _text_records(
 
 
 def _with_header(records: Iterator[Placed]) -> Iterator[Placed]:
-    """Rows that are arrays, with the names in the first if it names question and answer; other records as they are."""
+    """Rows that are arrays, with the names in the first if it names question and answer; other records as they are.
+
+    A file that is one object gives the rows of its lists, or the conversations somewhere in it.
+    """
     names: list[str] = []
-    for number, (place, record) in enumerate(records):
+    start = list(itertools.islice(records, 2))
+    if len(start) == 1 and isinstance(whole := start[0][1], dict) and "intents" not in whole:
+        rows = rows_of_lists(whole) if _names_question_and_answer(list(whole)) else records_within(whole, None)
+        if rows and all(is_chat(row) and not is_message(row) for row in rows):
+            start = [(f"row {i}", row) for i, row in enumerate(rows, 1)]
+    for number, (place, record) in enumerate(itertools.chain(start, records)):
         is_row = number == 0 and isinstance(record, list) and all(isinstance(name, str) for name in record)
         if is_row and _names_question_and_answer(record):
             names = record

@@ -319,6 +319,9 @@ def _pair(question: Any, answer: Any, notes: Counter[str]) -> list[Message]:
     question, answer = _decoded(question), _decoded(answer)
     if isinstance(question, int | float):
         question = str(question)
+    lists = isinstance(question, list) and isinstance(answer, list) and len(question) == len(answer) > 1
+    if lists and all(isinstance(said, str) for said in (*question, *answer)):  # turn by turn, in two lists
+        return [m for pair in zip(question, answer, strict=True) for m in _history_pair(list(pair))]
     before = _read_list(question, notes)[1] if isinstance(question, list) else [{"role": "user", "content": question}]
     if isinstance(answer, list) and answer and isinstance(answer[0], dict):
         return [*before, *_read_list(answer, notes)[1]]

@@ -284,6 +284,16 @@ def rows_of_table(record: Any) -> list[Any]:
     return []
 
 
+def rows_of_lists(record: dict[str, Any]) -> list[Any]:
+    """The rows of a table that is an object of lists ({"text": ["a", "b"], "label": [0, 1]}); empty if it is none."""
+    columns = list(record.values())
+    plain = all(isinstance(c, list) and not any(isinstance(v, (dict, list)) for v in c) for c in columns)
+    # One list alone may be the paragraphs of one text, or the turns of a conversation.
+    if len(columns) < 2 or not plain or len({len(c) for c in columns}) > 1:
+        return []
+    return [dict(zip(record, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def _parse(line: str) -> Any:
     if UNDECODED.search(line):
         return Broken(NOT_UTF8)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat.data.inventory import NotReadError
-from nanochat.data.json_stream import LONGEST_VALUE, Broken, Placed, json_records
+from nanochat.data.json_stream import LONGEST_VALUE, Broken, Placed, json_records, rows_of_lists, rows_of_table
 
 SAMPLE_RECORDS = 100  # looked at before the field is chosen
 TRIED = 1000  # records without text: if half of all are such, the others are not even read
@@ -94,7 +94,7 @@ def read_json_file(
     """
     values = _values(file, lines)
     first = list(itertools.islice(values, 2))
-    if len(first) == 1 and isinstance(first[0][1], dict) and (inner := _wrapped(first[0][1])):
+    if len(first) == 1 and isinstance(first[0][1], dict) and (inner := records_within(first[0][1], wanted)):
         return _texts_of(
             file, ((f"item {i}", record) for i, record in enumerate(inner, 1)), wanted, found, lacking, strict=False
         )
@@ -141,6 +141,9 @@ def _texts_of(
     lacks, number, first = 0, 0, ("", "")  # records without text, all, and the first of them
     for number, (place, record) in enumerate(itertools.chain(head, records), 1):
         text = record.get(name, MISSING) if isinstance(record, dict) and name is not None else record
+        if text is MISSING and name is not None and name == wanted and (deep := list(_within(record, name))):
+            yield from deep
+            continue
         if isinstance(text, list) and text and all(isinstance(part, str) for part in text):
             text = "\n\n".join(text)  # paragraphs
         if text is None:
@@ -159,11 +162,30 @@ def _texts_of(
         lacking(f"records without text{f' in {name!r}' if name else ''}, left out", lacks, first[0])
 
 
-def _wrapped(record: dict[str, Any]) -> list[Any] | None:
-    """The list of records that an object is about: the only list of objects in it, if no text is beside it."""
-    lists = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)]
-    named = any(isinstance(record.get(name), str) for name in TEXT_NAMES)
-    return lists[0] if len(lists) == 1 and not named and not is_chat(record) else None
+def records_within(record: dict[str, Any], wanted: str | None) -> list[Any]:
+    """The records that an object is about: the only list of objects or table in it, however deep, if no text is beside.
+
+    Empty if there is none, or more than one.
+    """
+    if is_chat(record) or any(isinstance(record.get(name), str) for name in (*TEXT_NAMES, wanted) if name):
+        return []
+    if rows := rows_of_lists(record):
+        return rows
+    if wanted in record:
+        return []
+    objects = [v for v in record.values() if isinstance(v, dict) and v]
+    tables = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)]
+    tables += [rows for v in objects if (rows := rows_of_table(v) or records_within(v, wanted))]
+    return tables[0] if len(tables) == 1 else []
+
+
+def _within(value: Any, name: str) -> Iterator[str]:
+    """Every text in a field of that name, at any depth of a record."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if key == name and isinstance(inner, str):
+            yield inner
+        elif isinstance(inner, (dict, list)):
+            yield from _within(inner, name)
 
 
 def is_chat(record: dict[str, Any]) -> bool:
@@ -186,7 +208,7 @@ def _choose_field(file: Path | str, records: list[dict[str, Any]], wanted: str |
         # A word beside data, such as "type" or "status", is no text only because it is the only one.
         whole = sum(len(json.dumps(record, ensure_ascii=False, default=str)) for record in records)
         name = name if lengths[name] >= LEAST_SHARE * whole else None
-    if name is None and any(wanted in record for record in records):
+    if name is None and wanted is not None and any(wanted in r or any(_within(r, wanted)) for r in records):
         return wanted
     if name is None and not strict:
         raise NotReadError("no field that is surely the text (TEXT_COLUMN names it)")
