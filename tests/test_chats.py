@@ -1590,6 +1590,14 @@ def test_tables_that_pandas_wrote_as_json(tmp_path: Path) -> None:
     assert look(tmp_path / "a.jsonl")[0] == ["user: q\nassistant: «a»\nuser: r\nassistant: «b»"] * 2
 
 
+def test_a_split_for_judging_is_named(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "answer": "a"} for i in range(9)]
+    (tmp_path / "a.json").write_text(json.dumps({"test": rows[:3], "train": rows}))
+    texts, inventory = look(tmp_path / "a.json")
+    assert len(texts) == 9
+    assert "3 records under 'test', which is not read" in inventory.left_out[chats.UNUSABLE].examples[0]
+
+
 def test_tables_of_messages_and_rows_of_another_length(tmp_path: Path) -> None:
     turns = {"role": {"0": U, "1": A}, "content": {"0": "Hi", "1": "Hello!"}}
     (tmp_path / "a.json").write_text(json.dumps(turns))

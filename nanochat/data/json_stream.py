@@ -25,6 +25,7 @@ RECORD_KEYS = frozenset(
         *("dialogues", "chats", "threads", "messages", "list"),
     )
 )
+SPLITS = frozenset(("test", "validation", "valid", "val", "dev", "eval"))  # beside records: kept for judging
 # Where tables keep the names of their columns: pandas, ClickHouse (as "meta"), spreadsheets.
 COLUMN_KEYS = ("columns", "column_names", "headers", "header", "fields", "meta")
 NAMES_OF_TABLES = ("id", "name", "title", "description")
@@ -238,6 +239,10 @@ class _Values:
         yield from with_names(_columns_of(whole), nameless)
         if not found:
             yield whole
+            return
+        for key in SPLITS & whole.keys():
+            if isinstance(whole[key], list):
+                yield Broken(f"{len(whole[key]):,} records under {key!r}, which is not read")
 
 
 def _is_object(value: Any) -> bool:
