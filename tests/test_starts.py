@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,8 @@ from nanochat.checkpoint.format import META_FILE, checkpoint_folder, step_folder
 from nanochat.common import autodetect_dtype
 from nanochat.files import write_json
 from nanochat.report import environment
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def loaded(code: str) -> set[str]:
@@ -69,3 +72,11 @@ def test_training_loads_no_compiler():
     )
     assert "torch" in modules
     assert "torch._dynamo" not in modules
+
+
+def test_a_python_without_the_packages_says_what_to_do():
+    # -S: without site-packages, as the system's own Python has them
+    command = [sys.executable, "-S", "-m", "scripts.chat_cli", "-p", "Why?"]
+    done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "source .venv/bin/activate" in done.stderr

@@ -492,6 +492,12 @@ def test_notebooks_subtitles_and_mails(tmp_path: Path) -> None:
     time = "00:00:01,000 --> 00:00:02,000"
     (tmp_path / "b.srt").write_text(f"1\n{time}\n{{\\an8}}<font color=red>5 < 6</font> and 7 > 3<00:01.5>\n")
     assert read(tmp_path / "b.srt") == ["5 < 6 and 7 > 3\n"]
+    (tmp_path / "c.sbv").write_text("0:00:01.000,0:00:03.000\nHello\n\n0:00:04.000,0:00:05.000\nthere\n")
+    ass = "[Events]\nFormat: Layer, Start, Text\n" + "Dialogue: 0,0:00:01.00,0:00:02.00,A,,0,0,0,,{\\i1}Hello\\Nthere\n"
+    (tmp_path / "d.ass").write_text(f"[Script Info]\nTitle: T\n\n{ass}")
+    (tmp_path / "e.lrc").write_text("[ar:Somebody]\n[00:01.00][00:09.00]Hello\n[00:02]there\n")
+    for name in ("c.sbv", "d.ass", "e.lrc"):
+        assert read(tmp_path / name) == ["Hello\nthere\n"]
     (tmp_path / "a.vtt").write_text(
         "WEBVTT\n\nNOTE x\n\n00:01.000 --> 00:02.000 align:start\nHi\n\n00:02.000 --> 00:03.000\nHi\n"
     )

@@ -308,17 +308,28 @@ def read_notebook(lines: TextIO) -> Iterator[str]:
     yield "\n\n".join(texts) + "\n"
 
 
-_TIMES = re.compile(r"\s*(\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}\s*-->.*")
+_TIMES = re.compile(r"\s*(\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}\s*(-->.*|,\s*(\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}\s*)")
+_SECTION = re.compile(
+    r"\ufeff?\[(Script Info|V4\+? Styles|Events|Fonts|Graphics|Aegisub .*)\]\s*", re.IGNORECASE
+)  # of .ass
+_LYRICS = re.compile(r"\ufeff?\s*(\[\d+:\d{2}([.:]\d+)?\]|\[[a-z#]{2,6}:[^\]]*\])+")  # .lrc: times, and who sings what
 # Tags and times within a line; "5 < 6 and 7 > 3" has none.
 _MARKS = re.compile(r"</?[A-Za-z][^<>]{0,80}>|<\d[\d:.]*>|\{\\[^{}]{0,80}\}")
 
 
 def read_subtitles(lines: TextIO) -> Iterator[str]:
-    """What is said in a .srt or .vtt file, line by line: no numbers, times and marks, no line twice in a row."""
+    """What is said in a .srt, .vtt, .sbv, .ass or .lrc file, line by line: no numbers, times and marks.
+
+    A line that repeats the one before is left out.
+    """
     said: list[str] = []
     blocks = re.split(r"\n[ \t]*\n", lines.read())
     for block in blocks:
         rows = block.splitlines()
+        if rows and _SECTION.fullmatch(rows[0]):
+            spoken = (row.split(",", 9)[-1] for row in rows if row.startswith("Dialogue:"))
+            rows = [part for text in spoken for part in re.split(r"\\[Nn]", text)]
+        rows = [_LYRICS.sub("", row) for row in rows]
         at = next((i for i, row in enumerate(rows) if _TIMES.fullmatch(row)), None)
         if at is None:
             if rows and rows[0].lstrip("\ufeff").split(" ")[0] in ("WEBVTT", "NOTE", "STYLE", "REGION"):

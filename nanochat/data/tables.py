@@ -321,7 +321,10 @@ def read_arrow(
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         except pa.ArrowInvalid:  # the streaming form, which `datasets` writes
             source.seek(0)
-            reader = batches = pa.ipc.open_stream(source)
+            try:
+                reader = batches = pa.ipc.open_stream(source)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(f"{file} is damaged or cut off ({error}): get it again") from None
         schema = reader.schema
         texts = [name for name in schema.names if is_text(schema.field(name).type)]
         name = choose_column(file, schema.names, texts, wanted, {})

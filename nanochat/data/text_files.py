@@ -5,7 +5,7 @@
   ends a document.
 - md: the same, but a heading of the first or second level begins a new document when the one before is long enough,
   and code blocks are not cut. Notebooks (ipynb) are read as this.
-- html: the visible text. epub, docx, odt, pdf, rtf, eml, subtitles (srt, vtt): their text.
+- html: the visible text. epub, docx, odt, pdf, rtf, eml, subtitles and lyrics (srt, vtt, sbv, ass, lrc): their text.
 - jsonl: a line is one document, {"text": "..."} or a JSON string; json: a list of these, or one.
 - csv, tsv, parquet, arrow: a row is one document.
 

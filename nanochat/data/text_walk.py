@@ -23,7 +23,7 @@ KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
     **dict.fromkeys((".csv", ".psv"), "csv"),
     **dict.fromkeys((".tsv", ".tab"), "tsv"),
-    **dict.fromkeys((".srt", ".vtt"), "subtitles"),
+    **dict.fromkeys((".srt", ".vtt", ".sbv", ".ass", ".ssa", ".lrc"), "subtitles"),
     **dict.fromkeys((".arrow", ".feather"), "arrow"),
     **{
         suffix: suffix[1:]
