@@ -84,6 +84,7 @@ def run_pipeline(cfg: Config) -> None:
     """The child: the stages up to SFT, without the evaluations."""
     from nanochat.pipeline.profiles import TINY, Settings
     from nanochat.pipeline.run import Pipeline, only_one
+    from nanochat.pipeline.stage_server import StageServer
     from nanochat.pipeline.stages import make_stages
 
     save = f"--save_every={SAVE_EVERY}"
@@ -109,9 +110,10 @@ def run_pipeline(cfg: Config) -> None:
         for s in make_stages(profile, Settings(), base_dir)
         if s.name in names
     ]
-    pipeline = Pipeline(stages, base_dir, profile)
-    with only_one(pipeline.folder):
-        pipeline.run(os.environ)
+    with StageServer() as server:
+        pipeline = Pipeline(stages, base_dir, profile, server=server)
+        with only_one(pipeline.folder):
+            pipeline.run(os.environ)
 
 
 # --- watching a run --------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from typing import Any
 EXIT_STOPPED = 75
 # torchrun passes a Ctrl-C on to its workers, which have had it from the terminal already: one request, not two.
 SAME_REQUEST_SECONDS = 1.0
+ASKING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+"""The signals that ask to stop, of this system."""
 
 
 class Stopped(SystemExit):
@@ -33,9 +35,7 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Within `with`, the signals that ask to stop go to `handler`; only in the main thread, as Python requires."""
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if number := getattr(signal, name, None):
-                before[number] = signal.signal(number, handler)
+        before = {number: signal.signal(number, handler) for number in ASKING}
     try:
         yield
     finally:

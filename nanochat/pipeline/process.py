@@ -7,7 +7,6 @@ left on the screen: the last state of every line, without colours.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from types import FrameType, TracebackType
 from typing import BinaryIO
 
 from nanochat.files import naming
+from nanochat.pipeline.stage_server import StageCopy, StageServer, end_with_parent
 from nanochat.signals import Stopped, handled
 
 READ_BYTES = 1 << 16
@@ -77,27 +77,23 @@ class _PassOn:
     """Passes signals that ask to stop on to `process`, which decides when it ends."""
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | StageCopy | None = None
         self.asked = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         # Ctrl-C reaches every process of the terminal by itself.
         if self.process is not None and number != signal.SIGINT:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGTERM)
+            self.process.terminate()
 
 
-def _end_with_parent() -> None:
-    """In a new process: get SIGTERM when the one that started it is gone, even by SIGKILL (Linux only)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def run_logged(command: Sequence[str], log_path: Path, env: Mapping[str, str]) -> int:
+def run_logged(
+    command: Sequence[str], log_path: Path, env: Mapping[str, str], server: StageServer | None = None
+) -> int:
     """Run `command`, show its output, append it to `log_path`; returns its exit code (−n when killed by signal n).
 
-    SIGTERM, SIGUSR1 and Ctrl-C reach the command too; its last words are read until it has ended.
+    A `server` starts it, where it can. SIGTERM, SIGUSR1 and Ctrl-C reach the command too; its last words are read until
+    it has ended.
 
     Raises:
         Stopped: one of these signals came.
@@ -106,13 +102,14 @@ def run_logged(command: Sequence[str], log_path: Path, env: Mapping[str, str]) -
     signals = _PassOn()
     with LineLog(log_path) as log, handled(signals.handle):
         log.feed(f"$ {' '.join(command)}   ({time.strftime('%Y-%m-%d %H:%M:%S')})\n".encode())
-        process = subprocess.Popen(
+        copy = server.start(command, env, writer) if server is not None else None
+        process = copy or subprocess.Popen(
             list(command),
             stdin=subprocess.DEVNULL,
             stdout=writer,
             stderr=writer,
             env=dict(env),
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
         signals.process = process
         if signals.asked:  # it came before there was anybody to pass it on to
@@ -128,7 +125,7 @@ def run_logged(command: Sequence[str], log_path: Path, env: Mapping[str, str]) -
             code = process.wait()
         finally:
             os.close(reader)
-            if process.poll() is None:
+            if process.returncode is None:
                 process.terminate()
                 process.wait()
     if signals.asked:

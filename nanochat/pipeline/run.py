@@ -48,6 +48,7 @@ from nanochat.pipeline.inputs import (
 from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards, unused_cards
 from nanochat.pipeline.process import run_logged
 from nanochat.pipeline.profiles import PROFILES, Profile, Settings
+from nanochat.pipeline.stage_server import StageServer
 from nanochat.pipeline.stages import Stage, ask_instead, expected_seconds, make_stages
 from nanochat.progress import PROGRESS_FILE, format_seconds
 from nanochat.signals import EXIT_STOPPED, Stopped
@@ -62,10 +63,16 @@ class Pipeline:
     """Runs stages in order, skips the finished ones, and keeps marks and logs in `folder`."""
 
     def __init__(
-        self, stages: Sequence[Stage], base_dir: Path, profile: Profile, inventories: Sequence[Inventory] = ()
+        self,
+        stages: Sequence[Stage],
+        base_dir: Path,
+        profile: Profile,
+        inventories: Sequence[Inventory] = (),
+        server: StageServer | None = None,
     ) -> None:
         self.stages, self.base_dir, self.profile = list(stages), base_dir, profile
         self.inventories = list(inventories)
+        self.server = server
         self.folder = base_dir / "pipeline"
 
     def mark_path(self, stage: Stage) -> Path:
@@ -145,7 +152,8 @@ class Pipeline:
         try:
             progress = self.progress_path(stage)
             progress.unlink(missing_ok=True)  # of a run that was killed
-            code = run_logged(stage.command(resume), self.log_path(stage), {**env, PROGRESS_FILE: str(progress)})
+            told, server = {**env, PROGRESS_FILE: str(progress)}, self.server if stage.nproc == 1 else None
+            code = run_logged(stage.command(resume), self.log_path(stage), told, server)
             if code in STOPPED_CODES:
                 raise Stopped
         except Stopped:
@@ -227,6 +235,15 @@ def _pretended_cards(settings: Settings) -> list[DeviceInfo]:
 def main(cfg: Config) -> None:
     """Choose the profile, run the stages."""
     start = time.monotonic()
+    # The server is a copy of this process from before it has done anything.
+    with contextlib.nullcontext() if cfg.dry_run else StageServer() as server:
+        made = _run(cfg, server)
+    if made is not None:  # and the server has ended, with what it knows of the stages' memory
+        print("\n".join(closing_lines(*made, time.monotonic() - start)), flush=True)
+
+
+def _run(cfg: Config, server: StageServer | None) -> tuple[Profile, Path] | None:
+    """The profile and the folder of a finished run; nothing after a dry one."""
     try:
         settings = Settings.from_env(os.environ)
         devices = list_devices()
@@ -258,7 +275,7 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         for stage in stages:
             print(f"{stage.name}: {stage.about}\n    {' '.join(['python', *stage.command()[1:]])}")
-        return
+        return None
     if settings.wandb_run != "dummy":
         require_wandb_login()  # not after the hours of data and tokenizer
     print_banner()
@@ -273,7 +290,8 @@ def main(cfg: Config) -> None:
             print("\n".join(language_advice(profile)), flush=True)
         if question := question or world_question:
             stages = [ask_instead(stage, question) for stage in stages]
-        pipeline = Pipeline(stages, base_dir, profile, inventories)
+        # A stage that computes on cards starts as a new process.
+        pipeline = Pipeline(stages, base_dir, profile, inventories, None if devices else server)
         told = {**machine_env(profile, devices, chosen), "NANOCHAT_WORLD_DIR": profile.world}
         pipeline.run({**profile.env, **os.environ, **told, "NANOCHAT_BASE_DIR": str(base_dir)})
-    print("\n".join(closing_lines(profile, base_dir, time.monotonic() - start)), flush=True)
+    return profile, base_dir
