@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.ops import pointwise
 from nanochat.ops.attention import Piece, attend, attention_block, plan_attention, plan_ragged, segment_starts
 from nanochat.ops.induction import start_induction
-from nanochat.ops.linear import Linear, training_product_dtype
+from nanochat.ops.linear import Linear, embedding, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
 from nanochat.precision import NARROW_RANGE, autocast_dtype
 
@@ -326,7 +326,7 @@ class GPT(nn.Module):
         # wte and lm_head have up to 63 rows more than there are tokens: they are never looked up and never predicted.
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "wte": embedding(config.padded_vocab_size, config.n_embd),
                 "h": nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
             }
         )
@@ -340,14 +340,14 @@ class GPT(nn.Module):
         if config.value_embeddings:
             gated = [i for i in range(config.n_layer) if config.has_value_embedding(i)]
             kv_dim = config.n_kv_head * config.head_dim
-            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.padded_vocab_size, kv_dim) for i in gated})
+            self.value_embeds = nn.ModuleDict({str(i): embedding(config.padded_vocab_size, kv_dim) for i in gated})
         if config.smear:
             self.smear_gate = Linear(SMEAR_GATE_CHANNELS, 1)
             self.smear_lambda = nn.Parameter(torch.zeros(1))  # the largest share
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))  # the share that is subtracted
         if config.bigram_buckets:
-            self.bigram = nn.Embedding(config.bigram_buckets, config.n_embd)
+            self.bigram = embedding(config.bigram_buckets, config.n_embd)
         # How to compute, not what: none of this changes the function beyond rounding.
         self.activation_checkpointing = False
         self.loss_chunk_bytes: int | None = None  # None: by the device, see nanochat/ops/loss.py

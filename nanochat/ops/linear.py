@@ -101,3 +101,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) -> (…, out)."""
         return linear(x, self.weight, self.product_dtype)
+
+
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """A table of `rows` vectors (rows, width), filled by torch, but on the meta device: it would load its compiler."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding(rows, width, _weight=weight if weight.is_meta else None)

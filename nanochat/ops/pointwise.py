@@ -117,6 +117,9 @@ def scaled_square(h: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotary_tables(n_positions: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and ±sin of position × frequency for both halves of a head, each (n_positions, head_dim), float32."""
+    table = torch.empty(n_positions, head_dim)
+    if table.is_meta:  # wanted for its shape: to compute there, torch would load its compiler
+        return table, table.clone()
     channel = torch.arange(0, head_dim, 2, dtype=torch.float32)  # (D/2,): a frequency for each pair of channels
     frequency = base ** (-channel / head_dim)  # from 1 down to almost 1/base radians per position
     angle = torch.outer(torch.arange(n_positions, dtype=torch.float32), frequency)  # (T, D/2)
