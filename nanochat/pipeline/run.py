@@ -6,7 +6,7 @@
     PROFILE=tiny python -m nanochat.pipeline
     python -m nanochat.pipeline --dry_run        print the stages and their commands
 
-Every stage is a process of its own (stage_server.py). A finished stage leaves a mark, `<base dir>/pipeline/<stage>.json`,
+Every stage is a process of its own (stage_server.py). A finished one leaves a mark, `<base dir>/pipeline/<stage>.json`,
 with hashes of its flags, of the results it was made from (the tokenizer, the model of the stage before, the data) and
 of its own result; it is skipped as long as all of these are the same. So what was changed by hand is noticed too, and
 artefacts of different tokenizers or models never meet. When a stage does run, the marks of all stages that build on it
