@@ -576,7 +576,7 @@ def test_questions_without_answers_ties_and_tags_are_told(tmp_path: Path) -> Non
     assert "1 × two answers of which neither is said to be the better, left out" in inventory.notes
     html = {"messages": asked("Hi", "<div class=prose><p>Hello <b>you</b></p><ul><li>one</li></ul></div>")}
     (warning,) = look(dump(tmp_path / "c.jsonl", html, html))[1].warnings
-    assert warning.startswith("100% of the conversations looked at are full of HTML's tags")
+    assert warning.startswith("2 of 2 conversations looked at are full of HTML's tags")
 
 
 def test_linked_folders_of_chats_are_followed_once(tmp_path: Path) -> None:
@@ -1588,6 +1588,21 @@ def test_tables_that_pandas_wrote_as_json(tmp_path: Path) -> None:
         assert (texts, inventory.notes) == (["user: q\nassistant: «a»", "user: r\nassistant: «b»"], [])
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(lists)}\n" * 2)  # a conversation a line, turn by turn
     assert look(tmp_path / "a.jsonl")[0] == ["user: q\nassistant: «a»\nuser: r\nassistant: «b»"] * 2
+
+
+def test_marks_and_keys_that_may_change_the_meaning(tmp_path: Path) -> None:
+    for mark in ("weight", "train", "trainable", "loss", "learn", "label"):
+        messages = [*asked("q", "a"), *asked("r", "b")]
+        messages[1][mark] = False
+        texts, _ = look(dump(tmp_path / "a.jsonl", {"messages": messages}))
+        assert texts == ["user: q\nassistant: [a]\nuser: r\nassistant: «b»"]
+    for key in ("quality", "split", "is_impossible", "rating", "score", "deleted"):
+        notes = look(dump(tmp_path / "a.jsonl", {"question": "q", "answer": "a", key: "low"}))[1].notes
+        assert notes == [f"1 × the key {key!r}, which is not used"]
+    columns = {"role": ["user", "assistant"], "content": ["Hi", "Hello!"]}
+    assert look(dump(tmp_path / "a.jsonl", {"messages": columns}))[0] == [HI]
+    solved = {"problem": "q", "solution": "3 + 4 = 7", "answer": "7"}  # how, and not only what comes of it
+    assert look(dump(tmp_path / "a.jsonl", solved))[0] == ["user: q\nassistant: «3 + 4 = 7»"]
 
 
 def test_a_split_for_judging_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from nanochat.data.chat_exports import is_export, read_export
 from nanochat.data.chat_media import MEDIA_KEYS, TAGS_TOO, is_about_images
 from nanochat.data.chat_templates import ROLE_OF, read_template, without_end_of_turn
+from nanochat.data.json_stream import rows_of_lists
 from nanochat.messages import BETWEEN, Message
 
 ROLE_KEYS = ("role", "from", "author", "speaker", "sender", "user", "name")
@@ -37,7 +38,7 @@ ASKED_KEYS = (
     *("คำถาม", "问题", "提问", "問題", "質問", "问", "질문", "문제"),
 )
 ANSWER_KEYS = (
-    *("output", "completion", "response", "answer", "outputs", "target", "targets", "solution", "assistant", "bot"),
+    *("output", "completion", "response", "solution", "answer", "outputs", "target", "targets", "assistant", "bot"),
     *("a", "reply", "gpt", "target_text", "output_text", "model_output", "assistant_message", "message_2", "answers"),
     *("generation", "answer_text", "back", "antwort", "antworten", "respuesta", "réponse", "reponse", "risposta"),
     *("resposta", "antwoord", "odpowiedź", "odpověď", "odpoveď", "válasz", "răspuns", "svar", "vastaus", "cevap"),
@@ -50,12 +51,12 @@ TEMPLATE_KEYS = ("text", "content", "conversation", "prompt", "input", "chosen",
 GOOD_KEYS = ("chosen", "preferred_output", "chosen_response", "response_j")
 BAD_KEYS = ("rejected", "non_preferred_output", "response_k")
 # Marks that say what must not be learned: such a value of one is "no".
-MARKS = ("weight", "train", "training", "loss_weight", "label", "kto_tag")
+MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "learn", "label", "kto_tag")
 # Keys that say nothing about the meaning of a conversation.
 HARMLESS = re.compile(
     r".*(id|ids|idx|index|hash|url|link|source|dataset|model|date|time|timestamp|lang|language|created.*|updated.*|tokens?"
-    r"|count|num.*|score.*|rating|quality|category|topic|task|type|subset|split|license|name|title|metadata|meta|tags?"
-    r"|is_.*|toxic|redacted|hashed_ip|country|state|turn(_?(id|identifier|index|number|count))?|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|rank|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|deleted|review.*|synthetic)",
+    r"|count|num.*|category|topic|task|type|subset|license|name|title|metadata|meta|tags?"
+    r"|redacted|hashed_ip|country|state|turn(_?(id|identifier|index|number|count))?|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|review.*|synthetic)",
     re.IGNORECASE,
 )
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -165,6 +166,8 @@ def _read_dict(
         return "preference", _read_preference(record, good, notes, used)
     for key in LIST_KEYS:
         value = _decoded(record.get(key))
+        if isinstance(value, dict):  # {"role": ["user", ...], "content": ["Hi", ...]}
+            value = rows_of_lists(value)
         if isinstance(value, list) and value and not (key == "history" and _first(record, ANSWER_KEYS)):
             is_asked = {"question_id", "category"} <= record.keys() and all(isinstance(turn, str) for turn in value)
             if key == "turns" and is_asked:

@@ -92,7 +92,7 @@ def escape_warnings(texts: Sequence[str], noun: str) -> list[str]:
     for what, pattern in ESCAPES.items():
         if odd := sum(len(pattern.findall(text)) > len(text) / ESCAPE_EVERY for text in texts):
             warnings.append(
-                f"{odd / len(texts):.0%} of the {noun} looked at are full of {what}, which are learned as they "
+                f"{odd:,} of {len(texts):,} {noun} looked at are full of {what}, which are learned as they "
                 "stand: convert the files if you did not mean this"
             )
     return warnings
