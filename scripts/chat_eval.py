@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,7 +85,8 @@ def choose_tasks(
         names = list(dict.fromkeys(name.strip() for name in task_name.split("|")))
         if "" in names:
             raise ValueError(f'--task_name (-a) is {task_name!r}, with a blank name: give tasks as "GSM8K|ARC-Easy"')
-        named = [get_task(name, allow_weak_isolation=allow_weak_isolation) for name in names]
+        once = cache(demo_tasks)
+        named = [get_task(name, allow_weak_isolation=allow_weak_isolation, demo_tasks=once) for name in names]
         return {task.name: task for task in named}, {}
     if meta.get("chat_data") == "demo" or meta.get("config", {}).get("dataset") == "demo":
         return demo_tasks(), {}

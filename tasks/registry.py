@@ -32,8 +32,10 @@ def demo_tasks() -> dict[str, Task]:
     return demo_eval_tasks()
 
 
-def get_task(name: str, *, allow_weak_isolation: bool = False) -> Task:
-    """The evaluation task called `name` (any case): a classic one, else one of the demo world.
+def get_task(
+    name: str, *, allow_weak_isolation: bool = False, demo_tasks: Callable[[], Mapping[str, Task]] = demo_tasks
+) -> Task:
+    """The evaluation task called `name` (any case): a classic one, else one of `demo_tasks`, all made for one of them.
 
     Raises:
         ValueError: there is no such task; lists all of them.

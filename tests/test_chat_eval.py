@@ -30,6 +30,7 @@ from nanochat.scoring import TaskScore, mean_centered, pass_at_k
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval, base_loss, chat_eval
 from tasks.common import Task, render_mc
+from tasks.registry import demo_tasks
 
 
 class Letters(Task):
@@ -506,3 +507,11 @@ def test_blank_task_names_are_refused_and_repeated_ones_asked_once():
         chat_eval.choose_tasks("DemoWordSums|", {})
     tasks, _ = chat_eval.choose_tasks("DemoWordSums| demowordsums |DemoWordSums", {})
     assert list(tasks) == ["DemoWordSums"]
+
+
+def test_several_tasks_of_the_demo_are_made_together(monkeypatch):
+    made = []
+    monkeypatch.setattr(chat_eval, "demo_tasks", lambda: made.append(1) or demo_tasks())
+    tasks, missing = chat_eval.choose_tasks("DemoFacts|demochat|DemoWordSums|DemoIdentity", {})
+    assert (list(tasks), missing, made) == (["DemoFacts", "DemoChat", "DemoWordSums", "DemoIdentity"], {}, [1])
+    assert len(tasks["DemoFacts"]) == 300

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.checkpoint.format import checkpoint_folder, saved_steps, step_folder, weights_hash
+from nanochat.pipeline.stage_server import StageServer
 from nanochat.signals import EXIT_STOPPED
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies are made on Linux only")
@@ -115,6 +116,24 @@ def test_on_a_terminal_a_copy_gets_one_too(tmp_path):
     assert process.wait(timeout=300) == 0
     os.close(reader)
     assert "stage __main__ ['ends'] '' [False, True, True]" in logged(tmp_path, "ends", "copy")
+
+
+def test_other_systems_and_a_full_table_of_processes_start_new_ones(tmp_path, monkeypatch):
+    def refuse() -> int:
+        raise BlockingIOError
+
+    command = [sys.executable, "-m", "stage", "ends"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "darwin")
+        with StageServer() as server:
+            assert server.start(command, os.environ, 1) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fork", refuse)
+        with StageServer() as server:
+            assert server.start(command, os.environ, 1) is None
+    with StageServer() as server:
+        assert server.start(["sh", "-c", "true"], os.environ, 1) is None
+        assert server.start(command, {**os.environ, "NANOCHAT_LONG": "x" * (1 << 20)}, 1) is None
 
 
 def wait_for(path: Path) -> str:

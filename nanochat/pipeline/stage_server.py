@@ -60,17 +60,19 @@ class StageServer:
     def __init__(self) -> None:
         self._env = dict(os.environ)
         self._pid = 0
-        self._here, there = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        if sys.platform == "linux":
-            print(end="", flush=True)
-            with warnings.catch_warnings():
-                # Python warns of other threads. Here NumPy and Arrow have some, which they end or renew at a fork.
-                warnings.simplefilter("ignore", DeprecationWarning)
+        self._here: socket.socket | None = None
+        if sys.platform != "linux":
+            return
+        print(end="", flush=True)
+        with contextlib.suppress(OSError), warnings.catch_warnings():
+            # Python warns of other threads. Here NumPy and Arrow have some, which they end or renew at a fork.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._here, there = socket.socketpair(type=socket.SOCK_SEQPACKET)
+            with there:
                 self._pid = os.fork()
-            if self._pid == 0:
-                self._here.close()
-                _serve(there)
-        there.close()
+                if self._pid == 0:
+                    self._here.close()
+                    _serve(there)
 
     def start(self, command: Sequence[str], env: Mapping[str, str], output: int) -> StageCopy | None:
         """Start `python -m MODULE FLAGS` with its output in a file descriptor; None where only a new process will do.
@@ -79,7 +81,7 @@ class StageServer:
         """
         changed = {name: value for name, value in env.items() if self._env.get(name) != value}
         known = self._env.keys() <= env.keys() and all(name.startswith("NANOCHAT_") for name in changed)
-        if not (self._pid and known and list(command[:2]) == [sys.executable, "-m"]):
+        if self._here is None or not (known and list(command[:2]) == [sys.executable, "-m"]):
             return None
         with contextlib.suppress(OSError):  # the request is too long, or the server gone: it could not fork
             socket.send_fds(self._here, [json.dumps([command[2:], changed]).encode()], [output])
@@ -91,7 +93,8 @@ class StageServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._here.close()
+        if self._here is not None:
+            self._here.close()
         if self._pid:
             os.waitpid(self._pid, 0)
 
