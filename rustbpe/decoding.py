@@ -13,8 +13,8 @@ from typing import Any
 
 import rustbpe
 
-VERSION = 2  # of the layouts below, that of src/decode/abi.rs
-FORMATS = ("float32", "bfloat16", "int8")
+VERSION = 3  # of the layouts below, that of src/decode/abi.rs
+FORMATS = ("float32", "bfloat16", "int8", "int4")
 LEVELS = ("best", "portable", "avx2", "avx512", "amx")
 
 _size, _pointer = ctypes.c_size_t, ctypes.c_void_p

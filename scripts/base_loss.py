@@ -6,17 +6,21 @@ python -m scripts.base_loss
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import Compute, print0, print_banner, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.dataset import Corpus, open_corpus, prepare_corpus
+from nanochat.generate.fast_decode import Weights
+from nanochat.generate.rounding import Decoded
 from nanochat.gpt import GPT
 from nanochat.loss_eval import corpus_bpb
 from nanochat.report import get_report
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.samples import base_prompts, sample_texts
+
+DECODED_TOKENS, DECODED_ROWS = 16384, 4  # a token at a time is slow; a cache for more rows may be large
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class Config:
     """Column or field with the text; default $TEXT_COLUMN, else found by itself."""
     dataset: str | None = None
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
+    weights: Literal["auto", "int8", "int4"] = "auto"
+    """Measure also what decoding with such weights (CPU only) costs, on the first part of the validation text."""
     model_tag: Annotated[str | None, short("-g")] = None
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
@@ -61,16 +67,30 @@ def split_bpb(
     return corpus_bpb(model, corpus, tokenizer, compute, split=split, rows=cfg.device_batch_size, max_rows=rows)
 
 
+def decoded_bpb(decoded: Decoded, corpus: Corpus, tokenizer: RustBPETokenizer, compute: Compute) -> float:
+    """Bits per byte of a decoder on the first tokens of the validation text."""
+    rows = max(1, DECODED_TOKENS // decoded.config.sequence_len)
+    stand_in = cast(GPT, decoded)
+    return corpus_bpb(stand_in, corpus, tokenizer, compute, split="val", rows=DECODED_ROWS, max_rows=rows)
+
+
 def main(cfg: Config) -> None:
     """Measure both splits, print samples, report."""
     print_banner()
     with setup_compute(cfg.runtime) as compute:
         model, tokenizer, meta = load_model("base", compute.device, "eval", cfg.model_tag, cfg.step)
+        kinds: tuple[Weights, ...] = (cfg.weights, "auto") if cfg.weights != "auto" else ()
+        decoded = [Decoded(model, compute.precision, kind) for kind in kinds]  # a model that cannot is refused first
         corpus = open_corpus(prepare_corpus(cfg.dataset, cfg.data_dir, cfg.text_column))
         bpb = {}
         for split in ("train", "val"):
             bpb[f"{split} bpb"] = split_bpb(cfg, split, model, corpus, tokenizer, compute)
             print0(f"{split} bpb: {bpb[f'{split} bpb']:.4f}")
+        if cfg.weights != "auto":
+            rounded, exact = (decoded_bpb(part, corpus, tokenizer, compute) for part in decoded)
+            cost = rounded - exact
+            bpb[f"val bpb that {cfg.weights} weights cost"] = cost
+            print0(f"{cfg.weights} weights cost {cost:+.4f} bpb on the first {DECODED_TOKENS:,} tokens of val")
         if compute.rank == 0:
             samples = sample_texts(model, tokenizer, compute, base_prompts(corpus))
             for text in samples:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from nanochat.common import get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.generate.fast_decode import Weights
+from nanochat.generate.rounding import rounding_notice
 from nanochat.generate.sampling import Sampling
 from nanochat.serve.answer_events import Event
 from nanochat.serve.batch_engine import BatchEngine
@@ -61,7 +62,8 @@ class Config:
     system: str = ""
     """What the model is told first."""
     weights: Weights = "auto"
-    """What the weights are read as while generating: int8 (CPU) and bfloat16 are faster and less exact."""
+    """What the weights are read as while generating: bfloat16, int8 and int4 (both CPU) are faster and less exact, the
+    last most. What int8 or int4 costs this model is measured and said at the start."""
     model_tag: Annotated[str | None, short("-g")] = None
     """Name of the checkpoint folder; default: the deepest model."""
     step: Annotated[int | None, short("-s")] = None
@@ -273,6 +275,8 @@ def main(cfg: Config) -> None:
         compute = setup_compute(cfg.runtime)
         model, tokenizer, meta = load_chosen(cfg.source, cfg.model_tag, cfg.step, cfg.hf_path, compute.device)
         print(f"{name}, step {meta['step']}, {model.num_params() / 1e6:.1f}M parameters")
+        if notice := rounding_notice(model, tokenizer, compute.precision, cfg.weights):
+            print(notice)
     with BatchEngine(
         model, tokenizer, compute.precision, max_batch_size=1, prefill_chunk=PREFILL_CHUNK, weights=cfg.weights
     ) as engine:

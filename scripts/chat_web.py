@@ -20,6 +20,7 @@ from nanochat.common import Compute, get_base_dir, setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.generate.fast_decode import Weights
 from nanochat.generate.kv_cache import fitting_slots
+from nanochat.generate.rounding import rounding_notice
 from nanochat.generate.sampling import Sampling
 from nanochat.serve.answers import DRAIN_SECONDS
 from nanochat.serve.app import create_app
@@ -73,7 +74,8 @@ class Config:
     root_path: str | None = None
     """The path under which a proxy makes it known; default: that of --public_url."""
     weights: Weights = "auto"
-    """What the weights are read as while generating: int8 (CPU) and bfloat16 are faster and less exact."""
+    """What the weights are read as while generating: bfloat16, int8 and int4 (both CPU) are faster and less exact, the
+    last most. What int8 or int4 costs this model is measured and said at the start."""
     max_batch_size: int | None = None
     """Answers written at the same time by each card; default: 32, fewer where their contexts would take
     more than 4 GiB."""
@@ -154,6 +156,8 @@ def load_engines(cfg: Config, name: str, compute: Compute) -> tuple[list[BatchEn
                 weights=cfg.weights,
             )
         )
+    if notice := rounding_notice(model, tokenizer, compute.precision, cfg.weights):
+        print(notice)
     config = model.config
     evaluated = f"{cfg.source}_{name.removesuffix(f' {cfg.source}')}_{meta['step']:06d}"  # as scripts.chat_eval has it
     info = {

@@ -144,7 +144,7 @@ def test_models_with_other_arithmetic_run_by_themselves(tiny_tokenizer):
     with pytest.raises(ValueError, match="does not work for models with windows"):
         make_decoder(windows, None, "int8")
     with pytest.raises(ValueError, match="weights must be one of"):
-        make_decoder(other, None, "int4")
+        make_decoder(other, None, "int3")
 
 
 def test_what_it_does_not_know_is_left_to_the_model_and_said_once(tiny_tokenizer, caplog):

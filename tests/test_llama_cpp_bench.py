@@ -20,13 +20,26 @@ def test_a_small_run_compares_both_on_the_same_weights(tmp_path, monkeypatch, ca
     worker = tmp_path / "worker.py"
     worker.write_text(STAND_IN)
     monkeypatch.setattr(bench, "WORKER", worker)
-    argv = ["--depth", "1", "--vocab_size", "300", "--weights", "int8", "--requests", "1", "2", "--new_tokens", "4"]
+    argv = [
+        "--depth",
+        "1",
+        "--vocab_size",
+        "300",
+        "--weights",
+        "int8",
+        "int4",
+        "--requests",
+        "1",
+        "2",
+        "--new_tokens",
+        "4",
+    ]
     argv += ["--prompt_tokens", "5", "--repeats", "1", "--threads", "1", "--python", sys.executable]
     folder = tmp_path / "files"
     run_script(bench.main, bench.Config, [*argv, "--folder", str(folder)])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(row["requests"], row["weights"], row["llama.cpp"]) for row in report["results"]] == [
-        (1, "int8", 10.0), (2, "int8", 10.0)
+        (1, "int8", 10.0), (1, "int4", 10.0), (2, "int8", 10.0), (2, "int4", 10.0)
     ]  # fmt: skip
     for row in report["results"]:
         assert row["ratio"] == row["ours"] / 10

@@ -13,9 +13,11 @@ from nanochat.generate import fast_decode
 from nanochat.generate.fast_decode import FastDecoder, make_decoder
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.native_step import NativeStep, supports
+from nanochat.generate.rounding import Decoded, rounding_cost, rounding_notice
 from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
+from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import MuonAdamW
-from nanochat.precision import Precision
+from nanochat.precision import DTYPE_NAMES, Precision
 from nanochat.recipe import PRESETS, parameter_groups
 from rustbpe import decoding
 
@@ -35,7 +37,7 @@ SHAPES = {
 def available(level):
     model = GPT(GPTConfig(8, 8, 1, 1, 1, 8))
     try:
-        NativeStep(model, torch.float32, level=level)
+        NativeStep(model, "float32", level=level)
     except ValueError:
         return False
     return True
@@ -79,7 +81,7 @@ def next_tokens(model, batch, step):
 def test_equals_the_model(name, lengths, level):
     model = random_model(SHAPES[name])
     ours, theirs = filled(model, lengths), filled(model, lengths)
-    step = NativeStep(model, torch.float32, level=level)
+    step = NativeStep(model, "float32", level=level)
     for i in range(3):
         idx = next_tokens(model, len(lengths), i)
         with torch.inference_mode():
@@ -98,16 +100,56 @@ def test_small_weights_give_nearly_the_same(weights, tolerance, level):
     idx = next_tokens(model, 3, 0)
     with torch.inference_mode():
         expected = model(idx, kv_cache=filled(model, [5, 60, 2]))[:, -1]
-    step = NativeStep(model, torch.bfloat16, weights == "int8", level)
+    step = NativeStep(model, weights, level)
     error = (step(idx, filled(model, [5, 60, 2])) - expected).norm() / expected.norm()
-    torchs = FastDecoder(random_model({"n_embd": 128}), torch.bfloat16, weights == "int8").refresh()
+    torchs = FastDecoder(random_model({"n_embd": 128}), torch.bfloat16, "int8" if weights == "int8" else None).refresh()
     plain = torchs.model
     with torch.inference_mode():
         exact = plain(idx, kv_cache=filled(plain, [5, 60, 2]))[:, -1]
     theirs = (torchs(idx, filled(plain, [5, 60, 2])) - exact).norm() / exact.norm()
-    ours = NativeStep(plain, torch.bfloat16, weights == "int8", level)(idx, filled(plain, [5, 60, 2]))
+    ours = NativeStep(plain, weights, level)(idx, filled(plain, [5, 60, 2]))
     assert error < tolerance
     assert (ours - exact).norm() / exact.norm() < 1.1 * theirs  # as good as torch's with the same weights
+
+
+def four_bits(weight):
+    """A weight (out, in) as rustbpe/src/decode/four.rs keeps it: groups of 32 inputs, the best of five scales."""
+    out, width = weight.shape
+    groups = torch.nn.functional.pad(weight, (0, -width % 32)).view(out, -1, 32)
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    tries = []
+    for steps in (7.0, 7.5, 8.0, 8.5, 9.0):
+        scale = (-largest / steps).bfloat16().float()
+        tries.append(scale * (groups / scale).nan_to_num(0.0).round().clamp(-8, 7))
+    tries = torch.stack(tries)  # (5, out, groups, 32)
+    best = (tries - groups).square().sum(-1, keepdim=True).argmin(0, keepdim=True).expand(1, -1, -1, 32)
+    return tries.gather(0, best)[0].view(out, -1)[:, :width]
+
+
+def eight_bits(weight):
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round() * scale
+
+
+@pytest.mark.parametrize("name", ["all but factors", "odd sizes", "wide"])
+def test_four_bits_equal_the_model_with_weights_rounded_alike(name):
+    """And every processor gives the same tokens."""
+    model, rounded = random_model(SHAPES[name]), random_model(SHAPES[name])
+    with torch.no_grad():
+        for key, p in rounded.named_parameters():
+            if ".attn.c_" in key or ".mlp.c_" in key:
+                p.copy_(four_bits(p))
+        rounded.lm_head.weight.copy_(eight_bits(rounded.lm_head.weight))
+    for lengths in ([7], list(range(1, 14))):
+        idx = next_tokens(model, len(lengths), 0)
+        with torch.inference_mode():
+            expected = rounded(idx, kv_cache=filled(model, lengths))[:, -1]
+            unlike = model(idx, kv_cache=filled(model, lengths))[:, -1]
+        for level in LEVELS:
+            logits = NativeStep(model, "int4", level)(idx, filled(model, lengths))
+            assert (logits - expected).norm() < 2e-3 * expected.norm()
+            assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+            assert (logits - unlike).norm() > 2e-2 * unlike.norm()  # and rounded they are
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -118,26 +160,27 @@ def test_a_cache_in_bfloat16_is_read_and_written(dtype, level):
     ours, theirs = filled(model, [4, 9], torch.bfloat16), filled(model, [4, 9], torch.bfloat16)
     with torch.inference_mode():
         expected = model(idx, kv_cache=theirs)[:, -1]
-    torch.testing.assert_close(NativeStep(model, dtype, level=level)(idx, ours), expected, atol=0.1, rtol=0.05)
+    torch.testing.assert_close(
+        NativeStep(model, DTYPE_NAMES[dtype], level=level)(idx, ours), expected, atol=0.1, rtol=0.05
+    )
     torch.testing.assert_close(ours.k_cache, theirs.k_cache, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weights", decoding.FORMATS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_sequence_does_not_depend_on_the_others_nor_on_threads(weights, level, threads):
     model = random_model(SHAPES["all but factors"] | {"n_embd": 128, "n_head": 4})
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
     lengths = [30, 2, 200, 2, 7, 9, 11, 13, 15]
     idx = next_tokens(model, len(lengths), 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        step = NativeStep(model, dtype, weights == "int8", level)
+        step = NativeStep(model, weights, level)
     finally:
         torch.set_num_threads(before)
     together = step(idx, filled(model, lengths))
-    alone = NativeStep(model, dtype, weights == "int8", level)
+    alone = NativeStep(model, weights, level)
     for row in (0, 2, 8):
         cache = filled(model, lengths)
         cache.select(row + 1, row + 2)
@@ -202,16 +245,13 @@ def test_a_call_for_several_tokens_that_fails_is_told_and_not_repeated(tiny_toke
 
 def test_what_is_not_a_number_stays_so():
     """The scheduler ends such an answer with an error; as a number it would be a wrong token."""
-    for weights in ("float32", "bfloat16", "int8"):
+    for weights in decoding.FORMATS:
         for part in ("lm_head.weight", "transformer.h.0.mlp.c_fc.weight", "transformer.h.1.attn.c_k.weight"):
             model = random_model({})
             with torch.no_grad():
                 model.get_parameter(part).view(-1)[3] = float("nan")
-            dtype = torch.float32 if weights == "float32" else torch.bfloat16
             for level in LEVELS:
-                logits = NativeStep(model, dtype, weights == "int8", level)(
-                    next_tokens(model, 1, 0), filled(model, [4])
-                )
+                logits = NativeStep(model, weights, level)(next_tokens(model, 1, 0), filled(model, [4]))
                 assert logits.isnan().any(), (weights, part, level)
 
 
@@ -232,7 +272,7 @@ def test_changed_weights_are_taken():
 
 def test_what_does_not_fit_is_refused_before_memory_is_touched():
     model = random_model({})
-    step = NativeStep(model, torch.float32)
+    step = NativeStep(model, "float32")
     with pytest.raises(ValueError, match="outside the vocabulary of 320"):
         step(torch.tensor([[320]]), filled(model, [4]))
     with pytest.raises(ValueError, match="outside the vocabulary"):
@@ -269,9 +309,44 @@ def test_a_library_without_the_step_leaves_it_to_torch(tiny_tokenizer, monkeypat
             assert make_decoder(windows, None) is None
             with pytest.raises(ValueError, match="does not work for models with windows"):
                 make_decoder(windows, None, "int8")
+            with pytest.raises(ValueError, match=r"int4 needs a CPU.*setup_env\.sh"):
+                make_decoder(model, None, "int4")
         finally:
             monkeypatch.undo()
             decoding.library.cache_clear()
+
+
+def test_four_bits_serve_more_sequences_than_torch_would_leave(tiny_tokenizer):
+    engine = Engine(make_model(tiny_tokenizer), tiny_tokenizer, weights="int4")
+    prompts = [[65 + i] for i in range(fast_decode.NATIVE_ROWS + 5)]
+    together = engine.generate_prompts(prompts, max_tokens=6, keep_end=True)[0]
+    assert together[3] == engine.generate_prompts(prompts[3:4], max_tokens=6, keep_end=True)[0][0]
+
+
+def test_what_integers_cost_is_measured_and_said(tiny_tokenizer):
+    model, precision = make_model(tiny_tokenizer), Precision("cpu", torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():  # as unsure as a new model is, rounding would change nothing
+            p.mul_(3.0)
+    costs = {kind: rounding_cost(model, tiny_tokenizer, precision, kind) for kind in ("auto", "int8", "int4")}
+    assert costs["auto"] == 0.0
+    assert 0 < 10 * costs["int8"] < costs["int4"] < 2
+    notice = rounding_notice(model, tiny_tokenizer, precision, "int4")
+    assert notice.startswith(f"int4 weights cost {costs['int4']:.4f} bits per byte")
+    assert rounding_notice(model, tiny_tokenizer, precision, "bfloat16") == ""
+
+
+def test_a_loss_can_be_measured_through_the_decoder():
+    model, precision = random_model(SHAPES["2026"]), Precision("cpu", torch.float32)
+    x = torch.randint(0, 320, (2, 3, 17), generator=torch.Generator().manual_seed(0))
+    y = x[:, :, 1:].clone()
+    y[0, 1, 5:] = -1
+    token_bytes = torch.arange(320) % 7  # some tokens are special
+    batches = list(zip(x[:, :, :-1], y, strict=True))
+    expected = evaluate_bpb(model, batches, None, token_bytes)
+    bpb = {kind: evaluate_bpb(Decoded(model, precision, kind), batches, None, token_bytes) for kind in ("auto", "int4")}
+    assert bpb["auto"] == pytest.approx(expected, abs=1e-5)
+    assert 1e-5 < abs(bpb["int4"] - expected) < 0.1
 
 
 def test_float16_and_other_parameters_are_left_to_torch():
@@ -291,7 +366,7 @@ def test_the_memory_of_a_decoder_ends_with_it():
 
     def run(times):
         for _ in range(times):
-            NativeStep(model, torch.bfloat16)(idx, cache)
+            NativeStep(model, "bfloat16")(idx, cache)
             cache.set_lengths([4])
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

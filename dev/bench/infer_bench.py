@@ -34,6 +34,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import setup_compute
 from nanochat.config import Runtime, run_script, short
 from nanochat.files import write_json
+from nanochat.generate.fast_decode import Weights
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interop.hf_format import is_classic
 
@@ -58,7 +59,7 @@ class Config:
     """Its vocabulary."""
     sequence_len: int = 2048
     """Its context."""
-    weights: tuple[Literal["auto", "model", "bfloat16", "int8"], ...] = ("auto",)
+    weights: tuple[Weights, ...] = ("auto",)
     """Forms of the weights that this project decodes with; each is measured."""
     requests: tuple[int, ...] = (1, 8, 32)
     """Numbers of simultaneous requests."""

@@ -39,8 +39,8 @@ from nanochat.recipe import PRESETS
 from nanochat.tokenizer import RUNTIMES_PATTERN, RustBPETokenizer
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
-FILES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+FILES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5 + 2 / 32}  # 4 bits have a scale for each 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class Config:
     """Depth of the model."""
     vocab_size: int = 4096
     """Its vocabulary."""
-    weights: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("bfloat16", "int8")
-    """Kinds of weights; llama.cpp gets f32, bf16 and q8_0."""
+    weights: tuple[Literal["float32", "bfloat16", "int8", "int4"], ...] = ("bfloat16", "int8", "int4")
+    """Kinds of weights; llama.cpp gets f32, bf16, q8_0 and q4_0."""
     requests: tuple[int, ...] = (1, 8)
     """Numbers of simultaneous requests."""
     prompt_tokens: int = 32

@@ -7,7 +7,8 @@ all of them for every token), query, key and value as one matmul, queries and ke
 residuals added by the matmul, views of the cache made for all layers at once, and no module calls in a layer.
 
 `weights` may also be smaller than the run's precision: "bfloat16" halves the bytes of float32, "int8" quarters them
-(a scale per output channel; CPU only). Only decoding changes: prompts are read by the model.
+(a scale per output channel; CPU only), "int4" halves them again (a scale for each 32 weights; in Rust only, with an
+lm_head in 8 bits). Only decoding changes: prompts are read by the model.
 
 On a CPU a few sequences take their step in Rust (nanochat.generate.native_step), where the crate was compiled. What is
 below serves cards, larger batches, and machines without a Rust compiler.
@@ -36,10 +37,10 @@ from nanochat.generate.sampling import Sampling
 from nanochat.gpt import GPT, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, Block, GPTConfig, Linear, unnumbered
 from nanochat.ops.cpu import ThreadChoice
 from nanochat.ops.pointwise import scaled_square
-from nanochat.precision import DTYPES, NARROW_RANGE, Precision
+from nanochat.precision import DTYPE_NAMES, DTYPES, NARROW_RANGE, Precision
 
-Weights = Literal["auto", "model", "bfloat16", "int8"]
-"""auto: those of the run's precision. model: the model's own forward pass, not this module. bfloat16, int8: smaller."""
+Weights = Literal["auto", "model", "bfloat16", "int8", "int4"]
+"""auto: those of the run's precision. model: the model's own forward pass, not this module. The rest: smaller."""
 
 # Sequences up to which the step in Rust is taken: it multiplies few rows at a time, torch large blocks. It was faster
 # with 8; where they cross was not measured.
@@ -107,8 +108,13 @@ def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "au
     if weights == "int8" and (device != "cpu" or not hasattr(torch, "_weight_int8pack_mm")):
         raise ValueError(f"weights=int8 works on a CPU only (here: {device}): use auto or bfloat16")
     native = supports(model, dtype)
-    dtype = DTYPES["bfloat16"] if weights in ("bfloat16", "int8") else dtype
-    return FastDecoder(model, dtype, weights == "int8", native)
+    if weights == "int4" and not native:
+        raise ValueError(
+            f"weights=int4 needs a CPU, a run not in float16, and the decode step in Rust (here: {device}, "
+            f"{DTYPE_NAMES[dtype]}): run `bash setup_env.sh`, or use auto or bfloat16"
+        )
+    integers = weights if weights in ("int8", "int4") else None
+    return FastDecoder(model, dtype if weights == "auto" else DTYPES["bfloat16"], integers, native)
 
 
 @functools.cache
@@ -122,14 +128,14 @@ class FastDecoder:
     Args:
         model: whose weights to use.
         dtype: what matmuls run in.
-        int8: hold the weights in 8 bits.
-        native: take the step in Rust for up to NATIVE_ROWS sequences.
+        integers: hold the weights as these, "int8" or "int4", instead.
+        native: take the step in Rust, where torch can too for up to NATIVE_ROWS sequences.
     """
 
-    def __init__(self, model: GPT, dtype: torch.dtype, int8: bool = False, native: bool = False) -> None:
-        self.model, self.dtype, self.int8 = model, dtype, int8
-        windows = any(window is not None for window in model.config.windows)
-        self._native_rows = (1 << 30 if windows else NATIVE_ROWS) if native else 0
+    def __init__(self, model: GPT, dtype: torch.dtype, integers: str | None = None, native: bool = False) -> None:
+        self.model, self.dtype, self.integers = model, dtype, integers
+        alone = integers == "int4" or any(window is not None for window in model.config.windows)
+        self._native_rows = (1 << 30 if alone else NATIVE_ROWS) if native else 0
         self._native: NativeStep | None = None  # made when it is first needed
         self.device = model.get_device().type
         autocast = functools.partial(torch.autocast, self.device, dtype)
@@ -175,14 +181,14 @@ class FastDecoder:
 
     def _matrices(self, rows: int) -> _Matrices:
         """The weights in the form that is fastest for this many sequences."""
-        form = Int8Linear if self.int8 else best_form(rows, self.device, self.dtype)
+        form = Int8Linear if self.integers else best_form(rows, self.device, self.dtype)
         if form not in self._forms:
             self._forms[form] = self._take_weights(form)
         return self._forms[form]
 
     @torch.no_grad()
     def _take_weights(self, form: type[FixedLinear]) -> _Matrices:
-        model, dtype = self.model, torch.float32 if self.int8 else self.dtype
+        model, dtype = self.model, torch.float32 if self.integers else self.dtype
         layers = []
         for block in model.blocks:
             a, m = cast(Attention, block.attn), cast(MLP, block.mlp)
@@ -223,7 +229,7 @@ class FastDecoder:
         if rows > self._native_rows or cache.k_cache.dtype in NARROW_RANGE:
             return None
         if self._native is None or self._native.threads != torch.get_num_threads():
-            self._native = NativeStep(self.model, self.dtype, self.int8)
+            self._native = NativeStep(self.model, self.integers or DTYPE_NAMES[self.dtype])
         return self._native
 
     def _decode(self, idx: Tensor, cache: KVCache) -> Tensor:

@@ -3,8 +3,9 @@
 A small model's step takes less time than the calls of torch's operators it consists of, and a large one's is as long as
 reading its weights takes, which torch's operators don't do at the memory's speed for a few rows. So for CPUs there is
 rustbpe/src/decode, which knows the arithmetic of nanochat.gpt with all its switches. Sums are in float32, the residual
-stream too, whatever the weights are. In 8 bits weights have a scale per output channel, and activations are rounded to
-15 bits; in bfloat16 they are rounded to it where the CPU has instructions for it, else not at all.
+stream too, whatever the weights are. In 8 bits weights have a scale per output channel, in 4 bits one for each 32
+of its inputs (the head stays in 8), and activations are rounded to 15 bits; in bfloat16 they are rounded to it where
+the CPU has instructions for it, else not at all.
 
 A sequence gets the same logits, bit for bit, whichever other sequences run beside it.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.sampling import Sampling, raw_sampling
 from nanochat.gpt import BIGRAM_HASH, GPT, MLP, NORM_EPS, Attention
-from nanochat.precision import DTYPE_NAMES, NARROW_RANGE
+from nanochat.precision import NARROW_RANGE
 from rustbpe import decoding
 
 
@@ -49,12 +50,11 @@ class NativeStep:
 
     Args:
         model: whose weights to use, as they are now.
-        dtype: what the matrices are kept as.
-        int8: keep them in 8 bits.
+        kind: what the matrices are kept as, one of `decoding.FORMATS`.
         level: the instructions to use, see rustbpe/decoding.py.
     """
 
-    def __init__(self, model: GPT, dtype: torch.dtype, int8: bool = False, level: str = "best") -> None:
+    def __init__(self, model: GPT, kind: str, level: str = "best") -> None:
         c = model.config
         self.threads, self._vocab = torch.get_num_threads(), c.vocab_size
         self._kept: list[object] = []  # what the library points to
@@ -74,7 +74,7 @@ class NativeStep:
         if c.backout:
             raw.backout = model.backout_lambda.item()
         self._remembers = bool(c.smear or c.bigram_buckets)
-        self._decoder = decoding.Decoder(raw, "int8" if int8 else DTYPE_NAMES[dtype], self.threads, level)
+        self._decoder = decoding.Decoder(raw, kind, self.threads, level)
         self._cache: tuple[weakref.ref[KVCache], decoding.Cache] | None = None
 
     def _layer(self, model: GPT, i: int) -> decoding.Layer:

@@ -8,7 +8,7 @@ use super::{Ahead, Cache, Decoder, Format, LayerWeights, Level, Weights};
 use crate::abi::{borrow, free, guarded, put, view, view_mut};
 
 /// Counts the layouts below: `decoding.py` refuses a library with another number.
-const VERSION: c_int = 2;
+const VERSION: c_int = 3;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -116,7 +116,7 @@ pub extern "C" fn rustbpe_decoder_version() -> c_int {
     VERSION
 }
 
-/// Makes a decoder. `format`: 0 float32, 1 bfloat16, 2 8 bits; `level`: 0 the best, 1 portable, 2 AVX2, 3 AVX-512, 4 AMX.
+/// Makes a decoder. `format`: 0 float32, 1 bfloat16, 2 8 bits, 3 4 bits; `level`: 0 the best, 1 portable, 2 AVX2, 3 AVX-512, 4 AMX.
 ///
 /// # Safety
 /// `model` and what it points to are valid; all floats stay where they are, and do not change during a step, until the
@@ -174,6 +174,7 @@ pub unsafe extern "C" fn rustbpe_decoder_new(
                 0 => Format::F32,
                 1 => Format::Bf16,
                 2 => Format::Int8,
+                3 => Format::Int4,
                 other => return Err(format!("there is no format {other}")),
             };
             let level = match level {

@@ -15,7 +15,8 @@ use std::os::raw::c_long;
 use std::sync::OnceLock;
 
 use super::dot::{integer_factor, round, to_bf16, Out, Processor, Product};
-use super::x86::avx512::{Avx512Bf16, Avx512F32};
+use super::four::Four;
+use super::x86::avx512::{Avx512Bf16, Avx512F32, Avx512Nibbles};
 
 /// Outputs of a tile, and rows of any: the most tokens, where a token is one row.
 const ROWS: usize = 16;
@@ -33,6 +34,7 @@ impl Processor for Amx {
     type F32 = Avx512F32;
     type Bf16 = AmxBf16;
     type Int8 = AmxInt8;
+    type Int4 = Four<Avx512Nibbles>;
     type Cached = Avx512Bf16;
 }
 

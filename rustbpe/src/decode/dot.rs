@@ -8,6 +8,8 @@
 //! An output is summed in one order, whatever number of tokens there is: what a token gets does not depend on the
 //! others that are decoded with it.
 
+use super::four::{Four, PlainNibbles};
+
 /// Adding 1.5 · 2^23 leaves a float32 no digits behind the point: rounds to the nearest integer, ties to even.
 const ROUNDER: f32 = 12_582_912.0;
 const INFINITE: u32 = 0x7f80_0000;
@@ -102,6 +104,7 @@ pub trait Processor {
     type F32: Dot<Weight = f32>;
     type Bf16: Product;
     type Int8: Product;
+    type Int4: Product;
     /// For keys and values in bfloat16.
     type Cached: Dot<Weight = u16>;
 }
@@ -254,6 +257,12 @@ pub fn round(x: f32) -> u32 {
     (x + ROUNDER).to_bits()
 }
 
+/// The nearest integer to |x| < 2^22.
+#[inline(always)]
+pub fn nearest(x: f32) -> f32 {
+    (x + ROUNDER) - ROUNDER
+}
+
 /// float32 to bfloat16, the nearest, ties to even.
 #[inline(always)]
 pub fn to_bf16(x: f32) -> u16 {
@@ -317,6 +326,7 @@ impl Processor for Portable {
     type F32 = PlainF32;
     type Bf16 = PlainBf16;
     type Int8 = PlainInt8;
+    type Int4 = Four<PlainNibbles>;
     type Cached = PlainBf16;
 }
 

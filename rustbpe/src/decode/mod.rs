@@ -13,6 +13,7 @@ pub mod abi;
 pub(crate) mod amx;
 pub mod choose;
 pub mod dot;
+mod four;
 mod memory;
 mod pool;
 #[cfg(target_arch = "x86_64")]
@@ -37,21 +38,23 @@ const PHASES: usize = 5;
 const CHUNKS_PER_THREAD: usize = 4;
 const LEAST_ROWS: usize = 16;
 
-/// What a matrix is kept as: as it is, in bfloat16, or in 8 bits with a scale for each output.
+/// What a matrix is kept as: as it is, in bfloat16, in 8 bits with a scale for each output, or in 4 bits with one for each 32
+/// weights. The head is in 8 bits then: there rounding costs most.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Format {
     F32,
     Bf16,
     Int8,
+    Int4,
 }
 
 impl Format {
-    /// Bytes of a weight.
+    /// Bytes of a weight; of two in 4 bits, whose rows are no bytes one after another.
     fn bytes(self) -> usize {
         match self {
             Format::F32 => 4,
             Format::Bf16 => 2,
-            Format::Int8 => 1,
+            Format::Int8 | Format::Int4 => 1,
         }
     }
 }
@@ -76,7 +79,11 @@ impl Level {
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 levels.push(Level::Avx2);
                 #[cfg(avx512)]
-                if is_x86_feature_detected!("avx512bw")
+                // All that `chunk_avx512` enables: the compiler may use any of it.
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
                     && is_x86_feature_detected!("avx512bf16")
                 {
@@ -223,6 +230,7 @@ struct Scratch {
 /// The part of the decoder that the threads share.
 struct Step {
     format: Format,
+    head_format: Format,
     entry: unsafe fn(&Step, usize, usize, usize),
     weights: Weights,
     layers: Vec<Layer>,
@@ -515,36 +523,39 @@ impl Step {
             ]
         };
         let (c, mlp) = (weights.channels, weights.mlp);
-        let width = |floats: Floats, columns: usize| match format {
+        let head_format = if format == Format::Int4 { Format::Int8 } else { format };
+        let width = |floats: Floats, columns: usize, format: Format| match format {
             Format::F32 => 0, // read where they are
+            Format::Int4 => four::packed_len(floats.len() / columns, columns),
             #[cfg(all(target_os = "linux", target_arch = "x86_64", avx512))]
             _ if level == Level::Amx => amx::packed_len(floats.len() / columns, columns * format.bytes()),
             _ => (floats.len() * format.bytes() + 63) / 64 * 64,
         };
-        let mut bytes = width(weights.head, c);
+        let mut bytes = width(weights.head, c, head_format);
         for layer in &weights.layers {
             let [project, output, hidden, residual] = matrices(layer);
-            bytes += [project, output, hidden].concat().iter().map(|floats| width(floats, c)).sum::<usize>();
-            bytes += width(residual[0], mlp);
+            bytes += [project, output, hidden].concat().iter().map(|floats| width(floats, c, format)).sum::<usize>();
+            bytes += width(residual[0], mlp, format);
         }
         let mut store = Buffer::new(bytes);
         let mut at = 0;
-        let mut keep = |floats: &[Floats], columns: usize| -> Vec<Matrix> {
+        let mut keep = |floats: &[Floats], columns: usize, format: Format| -> Vec<Matrix> {
             let mut made = Vec::new();
             for &floats in floats {
-                let end = at + width(floats, columns);
+                let end = at + width(floats, columns, format);
                 made.push(Matrix::new(floats, columns, format, level, &mut store[at..end]));
                 at = end;
             }
             made
         };
-        let head = keep(&[weights.head], c);
+        let head = keep(&[weights.head], c, head_format);
         let mut weights = weights;
         let layers = std::mem::take(&mut weights.layers);
         let layers = layers.into_iter().map(|layer| {
             let [project, output, hidden, residual] = matrices(&layer);
-            let (project, output) = (keep(&project, c), keep(&output, c));
-            Layer { weights: layer, project, output, hidden: keep(&hidden, c), residual: keep(&residual, mlp) }
+            let mut inner = |floats: &[Floats], columns| keep(floats, columns, format);
+            let (project, output) = (inner(&project, c), inner(&output, c));
+            Layer { weights: layer, project, output, hidden: inner(&hidden, c), residual: inner(&residual, mlp) }
         });
         let layers = layers.collect();
         let cache = Cache {
@@ -560,6 +571,7 @@ impl Step {
         let call = Call { serial: 0, ids, positions, cache, first_row: 0, logits: std::ptr::null_mut() };
         Ok(Step {
             format,
+            head_format,
             entry,
             weights,
             layers,
@@ -701,10 +713,12 @@ impl Step {
                 }
                 return;
             }
-            match self.format {
+            let head = phase == self.layers.len() * PHASES;
+            match if head { self.head_format } else { self.format } {
                 Format::F32 => self.product::<P::F32>(phase, chunk, call, scratch),
                 Format::Bf16 => self.product::<P::Bf16>(phase, chunk, call, scratch),
                 Format::Int8 => self.product::<P::Int8>(phase, chunk, call, scratch),
+                Format::Int4 => self.product::<P::Int4>(phase, chunk, call, scratch),
             }
         }
     }
@@ -974,6 +988,11 @@ impl Matrix {
         let mut scales = Vec::new();
         if format == Format::F32 {
             return Matrix { weights: floats.as_ptr() as *const u8, rows, columns, scales };
+        }
+        if format == Format::Int4 {
+            four::pack(floats, columns, store);
+            return Matrix { weights: store.as_ptr(), rows, columns, scales: vec![1.0; rows] };
+            // theirs are beside them
         }
         let mut bytes = vec![0; floats.len() * format.bytes()];
         if format == Format::Bf16 {

@@ -4,17 +4,20 @@
 use std::arch::x86_64::*;
 
 use super::dot::{from_bf16, prepare_int16, Dot, Processor};
+use super::four::{Four, Nibbles};
 
 /// AVX2 and FMA.
 pub struct Avx2;
 pub struct Avx2F32;
 pub struct Avx2Bf16;
 pub struct Avx2Int8;
+pub struct Avx2Nibbles;
 
 impl Processor for Avx2 {
     type F32 = Avx2F32;
     type Bf16 = Avx2Bf16;
     type Int8 = Avx2Int8;
+    type Int4 = Four<Avx2Nibbles>;
     type Cached = Avx2Bf16;
 }
 
@@ -167,6 +170,42 @@ impl Dot for Avx2Int8 {
     }
 }
 
+/// Pairs of columns are summed in 16 bits, of which 15 · 128 · 2 · 8 takes no more.
+impl Nibbles for Avx2Nibbles {
+    type Numbers = [__m256i; 2];
+    type Sums = [__m256i; 2];
+    const TOKENS: usize = 2;
+
+    #[inline(always)]
+    fn zero() -> [__m256i; 2] {
+        unsafe { std::mem::zeroed() }
+    }
+    #[inline(always)]
+    fn prefetch(at: *const u8) {
+        prefetch(at);
+    }
+    #[inline(always)]
+    unsafe fn load(at: *const u8) -> [[__m256i; 2]; 2] {
+        unsafe {
+            let (a, b) = (_mm256_loadu_si256(at as *const __m256i), _mm256_loadu_si256(at.add(32) as *const __m256i));
+            let lower = |two| _mm256_and_si256(two, _mm256_set1_epi8(15));
+            [[lower(a), lower(b)], [lower(_mm256_srli_epi16(a, 4)), lower(_mm256_srli_epi16(b, 4))]]
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(sums: [__m256i; 2], numbers: [__m256i; 2], x: [i8; 4]) -> [__m256i; 2] {
+        unsafe {
+            let x = _mm256_set1_epi32(std::mem::transmute::<[i8; 4], i32>(x));
+            let add = |i: usize| _mm256_add_epi16(sums[i], _mm256_maddubs_epi16(numbers[i], x));
+            [add(0), add(1)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn total(sums: [__m256i; 2]) -> [i32; 16] {
+        unsafe { std::mem::transmute(sums.map(|pairs| _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))) }
+    }
+}
+
 /// Rust has these instructions since 1.89; build.rs looks which one compiles this.
 #[cfg(avx512)]
 #[allow(clippy::incompatible_msrv)]
@@ -178,11 +217,13 @@ pub mod avx512 {
     pub struct Avx512F32;
     pub struct Avx512Bf16;
     pub struct Avx512Int8;
+    pub struct Avx512Nibbles;
 
     impl Processor for Avx512 {
         type F32 = Avx512F32;
         type Bf16 = Avx512Bf16;
         type Int8 = Avx512Int8;
+        type Int4 = Four<Avx512Nibbles>;
         type Cached = Avx512Bf16;
     }
 
@@ -315,6 +356,37 @@ pub mod avx512 {
         #[inline(always)]
         fn single(weight: i8, input: i16) -> f32 {
             (i32::from(weight) * i32::from(input)) as f32
+        }
+    }
+
+    impl Nibbles for Avx512Nibbles {
+        type Numbers = __m512i;
+        type Sums = __m512i;
+        const TOKENS: usize = 8;
+
+        #[inline(always)]
+        fn zero() -> __m512i {
+            unsafe { std::mem::zeroed() }
+        }
+        #[inline(always)]
+        fn prefetch(at: *const u8) {
+            prefetch(at);
+        }
+        #[inline(always)]
+        unsafe fn load(at: *const u8) -> [__m512i; 2] {
+            unsafe {
+                let two = _mm512_loadu_si512(at as *const __m512i);
+                let lower = |two| _mm512_and_si512(two, _mm512_set1_epi8(15));
+                [lower(two), lower(_mm512_srli_epi16(two, 4))]
+            }
+        }
+        #[inline(always)]
+        unsafe fn add(sums: __m512i, numbers: __m512i, x: [i8; 4]) -> __m512i {
+            unsafe { _mm512_dpbusd_epi32(sums, numbers, _mm512_set1_epi32(std::mem::transmute::<[i8; 4], i32>(x))) }
+        }
+        #[inline(always)]
+        unsafe fn total(sums: __m512i) -> [i32; 16] {
+            unsafe { std::mem::transmute(sums) }
         }
     }
 }
