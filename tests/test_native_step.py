@@ -316,11 +316,13 @@ def test_a_library_without_the_step_leaves_it_to_torch(tiny_tokenizer, monkeypat
             decoding.library.cache_clear()
 
 
-def test_four_bits_serve_more_sequences_than_torch_would_leave(tiny_tokenizer):
-    engine = Engine(make_model(tiny_tokenizer), tiny_tokenizer, weights="int4")
-    prompts = [[65 + i] for i in range(fast_decode.NATIVE_ROWS + 5)]
+@pytest.mark.parametrize("weights", ["int4", "int8", "bfloat16"])
+def test_smaller_weights_serve_any_number_of_sequences(tiny_tokenizer, weights):
+    engine = Engine(make_model(tiny_tokenizer), tiny_tokenizer, weights=weights)
+    prompts = [[65 + i] for i in range(fast_decode.NATIVE_ROWS_NARROW + 5)]
     together = engine.generate_prompts(prompts, max_tokens=6, keep_end=True)[0]
     assert together[3] == engine.generate_prompts(prompts[3:4], max_tokens=6, keep_end=True)[0][0]
+    assert not engine._decoder._forms  # those of torch
 
 
 def test_what_integers_cost_is_measured_and_said(tiny_tokenizer):

@@ -11,7 +11,7 @@ residuals added by the matmul, views of the cache made for all layers at once, a
 lm_head in 8 bits). Only decoding changes: prompts are read by the model.
 
 On a CPU a few sequences take their step in Rust (nanochat.generate.native_step), where the crate was compiled. What is
-below serves cards, larger batches, and machines without a Rust compiler.
+below serves cards, larger batches in float32, and machines without a Rust compiler.
 
 Shapes: B sequences, C channels, H query heads, K key/value heads, D head size, V vocabulary.
 """
@@ -42,9 +42,11 @@ from nanochat.precision import DTYPE_NAMES, DTYPES, NARROW_RANGE, Precision
 Weights = Literal["auto", "model", "bfloat16", "int8", "int4"]
 """auto: those of the run's precision. model: the model's own forward pass, not this module. The rest: smaller."""
 
-# Sequences up to which the step in Rust is taken: it multiplies few rows at a time, torch large blocks. It was faster
-# with 8; where they cross was not measured.
+# Sequences up to which the step in Rust is taken in float32: it multiplies few rows at a time, torch large blocks. Of
+# narrower models it is faster for more. With smaller weights it is for every number that was measured, up to 64.
 NATIVE_ROWS = 16
+NATIVE_ROWS_NARROW = 32
+NARROW = 512  # channels
 # For each layer the maps C -> query, key and value, C -> C, C -> 4C and 4C -> C; and the lm_head.
 _Matrices = tuple[list[tuple[FixedLinear, FixedLinear, FixedLinear, FixedLinear]], FixedLinear]
 
@@ -129,13 +131,15 @@ class FastDecoder:
         model: whose weights to use.
         dtype: what matmuls run in.
         integers: hold the weights as these, "int8" or "int4", instead.
-        native: take the step in Rust, where torch can too for up to NATIVE_ROWS sequences.
+        native: take the step in Rust, where it is faster than torch's.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, integers: str | None = None, native: bool = False) -> None:
         self.model, self.dtype, self.integers = model, dtype, integers
-        alone = integers == "int4" or any(window is not None for window in model.config.windows)
-        self._native_rows = (1 << 30 if alone else NATIVE_ROWS) if native else 0
+        rows = NATIVE_ROWS if model.config.n_embd > NARROW else NATIVE_ROWS_NARROW
+        if integers or dtype.itemsize < 4 or any(window is not None for window in model.config.windows):
+            rows = 1 << 30
+        self._native_rows = rows if native else 0
         self._native: NativeStep | None = None  # made when it is first needed
         self.device = model.get_device().type
         autocast = functools.partial(torch.autocast, self.device, dtype)
