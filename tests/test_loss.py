@@ -132,13 +132,40 @@ class LogitRows(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("supervised", [0, 1, 400, 1024])
-def test_on_a_cpu_only_tokens_with_a_target_get_logits(supervised):
+@pytest.mark.parametrize(
+    ("supervised", "computed"), [(0, 1024), (1, 128), (128, 128), (400, 512), (950, 1024), (1024, 1024)]
+)
+def test_on_a_cpu_only_tokens_with_a_target_get_logits(supervised, computed):
+    """Of few sizes: for each new one oneDNN compiles its products."""
     x, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
     targets = torch.full((1024,), -1)
     targets[torch.randperm(1024, generator=torch.Generator().manual_seed(0))[:supervised]] = 7
     with LogitRows() as rows:
         value = linear_cross_entropy(x, weight, targets, 512, CAP, "sum")
     value.backward()
-    assert rows.count == (supervised or 1024)
+    assert rows.count == computed
     assert torch.equal(x.grad.abs().sum(1) > 0, targets >= 0)
+
+
+@pytest.mark.parametrize("learned", [1, 127, 128, 129, 299])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_with_a_target_are_rounded_up_without_an_effect(learned, dtype):
+    """The loss and its gradients are those of the tokens that count."""
+    torch.manual_seed(learned)
+    x, weight = torch.randn(300, 32), torch.randn(64, 32)
+    targets = torch.full((300,), -1)
+    targets[torch.randperm(300)[:learned]] = torch.randint(0, 60, (learned,))
+    found, wanted = [], []
+    for given, rows, results in (
+        (targets, torch.arange(300), found),
+        (targets[targets >= 0], (targets >= 0).nonzero()[:, 0], wanted),
+    ):
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_cross_entropy(a[rows], w, given, 60, 15.0, dtype=dtype)
+        loss.backward()
+        with torch.no_grad():
+            results += [loss, a.grad, w.grad, linear_cross_entropy(a[rows], w, given, 60, 15.0, "sum", dtype)]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert found[1][targets < 0].abs().sum() == 0

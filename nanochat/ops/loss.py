@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +30,9 @@ MOST_CHUNK_TOKENS = 8192
 # So many bytes of a chunk's logits go through everything between the matmuls at once: they stay in a CPU's caches.
 PASS_BYTES = {"cpu": 2 << 20}
 FEWEST_PASS_TOKENS = 32
+# Of tokens with a target a multiple of this is taken. For each new size oneDNN writes programs and keeps a thousand of
+# them: with any number a step took a fifth longer, and a run grew by a GB (dev/LOG.md).
+ROWS_STEP = 128
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
@@ -132,7 +136,8 @@ class _SummedLoss(torch.autograd.Function):
         weight, num_tokens = master.to(x.dtype), x.size(0)
         rows = _rows_with_targets(targets)
         if rows is not None:
-            x, targets = x.index_select(0, rows), targets[rows]
+            spare = -len(rows) % ROWS_STEP
+            x, targets = x.index_select(0, F.pad(rows, (0, spare))), F.pad(targets[rows], (0, spare), value=-1)
         if not need_grad:
             return _losses(x, weight, targets, vocab_size, cap, chunk_bytes).sum()
         high = torch.promote_types(x.dtype, torch.float32)
@@ -152,7 +157,7 @@ class _SummedLoss(torch.autograd.Function):
             else:
                 dw += dz.t() @ x[chunk]
         if rows is not None:
-            dx = dx.new_zeros(num_tokens, dx.size(1)).index_copy_(0, rows, dx)
+            dx = dx.new_zeros(num_tokens, dx.size(1)).index_copy_(0, rows, dx[: len(rows)])
         ctx.save_for_backward(dx, dw)
         return total
 
@@ -170,7 +175,7 @@ def _rows_with_targets(targets: Tensor) -> Tensor | None:
     if targets.device.type != "cpu":
         return None
     rows = (targets >= 0).nonzero()[:, 0]
-    return rows if 0 < len(rows) < len(targets) else None
+    return rows if len(rows) > 0 and len(rows) + -len(rows) % ROWS_STEP < len(targets) else None
 
 
 def _losses_each(
