@@ -124,8 +124,8 @@ def write_files(cfg: Config, folder: Path) -> dict[str, Any]:
     return found
 
 
-def start(cfg: Config, folder: Path) -> tuple[list[Contestant], int]:
-    """Start the contestants, ours and llama.cpp's in turns; return also the size of the model's matrices."""
+def start(cfg: Config, folder: Path) -> tuple[list[Contestant], int, int]:
+    """Start the contestants, ours and llama.cpp's in turns; return also the sizes of all matrices and of the head."""
     config = write_files(cfg, folder)
     contestants = []
     most = {"slots": max(cfg.requests), "threads": cfg.threads, "positions": config["sequence_len"]}
@@ -137,10 +137,11 @@ def start(cfg: Config, folder: Path) -> tuple[list[Contestant], int]:
         command = [str(cfg.python), str(WORKER), str(folder / f"{weights}.gguf"), json.dumps(most)]
         contestants.append(Contestant(f"llama.cpp {FILES[weights]}", command, ROOT))
     with torch.device("meta"):
-        return contestants, GPT(GPTConfig(**config)).num_matmul_params()
+        model = GPT(GPTConfig(**config))
+    return contestants, model.num_matmul_params(), cfg.vocab_size * model.config.n_embd
 
 
-def compare(cfg: Config, contestants: list[Contestant], parameters: int) -> list[dict[str, Any]]:
+def compare(cfg: Config, contestants: list[Contestant], parameters: int, head: int) -> list[dict[str, Any]]:
     """Measure in turns; a row for each kind of weights and number of requests."""
     rows = []
     speed, cache = memory_speed(), cache_bytes()
@@ -165,7 +166,8 @@ def compare(cfg: Config, contestants: list[Contestant], parameters: int) -> list
             pairs = zip(tokens[ours.name], tokens[theirs.name], strict=True)
             row = {"weights": weights, "requests": requests, "ours": mine, "llama.cpp": other, "ratio": mine / other}
             row["outside_share"] = statistics.median(rest) if rest else 0.0  # none: torch takes the steps
-            size = parameters * BYTES[weights]
+            head_bytes = BYTES["int8" if weights == "int4" else weights]
+            size = (parameters - head) * BYTES[weights] + head * head_bytes
             row["read"] = mine / requests * size / (1 - row["outside_share"])  # bytes a second of the step
             # Other programs, and the guests beside a virtual machine, have their part of the cache.
             cached = size <= cache / 8 or row["read"] > speed
@@ -188,9 +190,9 @@ def main(cfg: Config) -> None:
     """Measure and print; the last line is JSON."""
     torch.set_num_threads(cfg.threads)
     with tempfile.TemporaryDirectory() as name:
-        contestants, parameters = start(cfg, cfg.folder or Path(name))
+        contestants, parameters, head = start(cfg, cfg.folder or Path(name))
         try:
-            rows = compare(cfg, contestants, parameters)
+            rows = compare(cfg, contestants, parameters, head)
         finally:
             for contestant in contestants:
                 contestant.close()
