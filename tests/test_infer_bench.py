@@ -41,7 +41,7 @@ def test_transformers_continues_the_same_way(capsys):
     assert rows[1]["same_tokens"]
 
 
-@pytest.mark.parametrize("argv", [["--requests", "0"], ["--new_tokens", "1"], ["--weights", "int4"]])
+@pytest.mark.parametrize("argv", [["--requests", "0"], ["--new_tokens", "1"], ["--weights", "int3"]])
 def test_bad_flags_exit_with_2(argv):
     with pytest.raises(SystemExit) as error:
         parse_config(infer_bench.Config, argv)
