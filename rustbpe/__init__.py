@@ -124,8 +124,7 @@ def _utf8(text: str) -> bytes:
 
 def _from_strings(texts: Sequence[str]) -> _Documents:
     encoded = [_utf8(text) for text in texts]
-    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-    np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)), out=offsets[1:])
+    offsets = np.fromiter(itertools.accumulate(map(len, encoded), initial=0), np.int64, len(encoded) + 1)
     data = b"".join(encoded)
     address = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
     documents = _Documents(address, len(data), offsets.ctypes.data, 8, len(encoded), None, 0)
