@@ -1,7 +1,7 @@
 """Compare decoding with llama.cpp on the same machine, weights and prompts, in turns.
 
     python -m venv ~/llama && ~/llama/bin/pip install llama-cpp-python     (it compiles llama.cpp for this processor)
-    python -m dev.bench.llama_cpp --python ~/llama/bin/python --depth 12 --vocab_size 32768
+    python dev/bench/llama_cpp.py --python ~/llama/bin/python --depth 12 --vocab_size 32768
 
 A model of random weights that is exact as a GGUF file (recipe `portable`) is decoded greedily by this project's server
 engine, with each kind of weights, and by llama.cpp from `export_gguf`'s file of the same kind; each in a process of its
@@ -27,6 +27,8 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dev.bench.infer_bench import ROOT, Contestant, random_model, worker_command
 from dev.bench.infer_bench_worker import make_prompts
