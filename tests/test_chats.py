@@ -1602,7 +1602,25 @@ def test_marks_and_keys_that_may_change_the_meaning(tmp_path: Path) -> None:
     columns = {"role": ["user", "assistant"], "content": ["Hi", "Hello!"]}
     assert look(dump(tmp_path / "a.jsonl", {"messages": columns}))[0] == [HI]
     solved = {"problem": "q", "solution": "3 + 4 = 7", "answer": "7"}  # how, and not only what comes of it
-    assert look(dump(tmp_path / "a.jsonl", solved))[0] == ["user: q\nassistant: «3 + 4 = 7»"]
+    for more in ({}, {"answer": "3 + 4 = 7", "solution": "B"}, {"answer": "3 + 4 = 7", "solution": ""}):
+        assert look(dump(tmp_path / "a.jsonl", solved | more))[0] == ["user: q\nassistant: «3 + 4 = 7»"]
+    odd = look(dump(tmp_path / "a.jsonl", {"messages": [asked("q", "a")[0], {**asked("q", "a")[1], "loss": 0.5}]}))
+    assert odd[1].notes == ["1 × a weight other than 0 and 1, taken for 1"]
+
+
+def test_a_file_that_is_one_conversation_stays_one(tmp_path: Path) -> None:
+    turns = [{"prompt": "q", "response": "a"}, {"prompt": "r", "response": "b"}]
+    for key in ("turns", "history", "chat", "thread"):
+        for whole in ({"system": "S", key: turns}, {key: turns}):
+            (tmp_path / "a.json").write_text(json.dumps(whole))
+            texts, _ = look(tmp_path / "a.json")
+            said = "system: S\n" if "system" in whole else ""
+            assert texts == [f"{said}user: q\nassistant: «a»\nuser: r\nassistant: «b»"], whole
+    (tmp_path / "a.json").write_text(json.dumps({"data": {"question": ["q", "r"], "answer": ["a", "b"]}}))
+    assert look(tmp_path / "a.json")[0] == ["user: q\nassistant: «a»", "user: r\nassistant: «b»"]
+    (tmp_path / "a.json").write_text(json.dumps({"system": "S", "set": {"items": turns}}))
+    with pytest.raises(UnusableInputError):  # the system message is for all of them, and would be lost
+        look(tmp_path / "a.json")
 
 
 def test_a_split_for_judging_is_named(tmp_path: Path) -> None:
@@ -1610,7 +1628,7 @@ def test_a_split_for_judging_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"test": rows[:3], "train": rows}))
     texts, inventory = look(tmp_path / "a.json")
     assert len(texts) == 9
-    assert "3 records under 'test', which is not read" in inventory.left_out[chats.UNUSABLE].examples[0]
+    assert "3 records not read, under 'test'" in inventory.left_out[chats.UNUSABLE].examples[0]
 
 
 def test_tables_of_messages_and_rows_of_another_length(tmp_path: Path) -> None:

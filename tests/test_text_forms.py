@@ -406,6 +406,8 @@ def test_tables_of_lists_and_records_deep_in_a_file(tmp_path: Path) -> None:
     ):
         (tmp_path / "a.json").write_text(json.dumps(whole))
         assert read(tmp_path / "a.json", wanted) == texts
+    (tmp_path / "a.json").write_text(json.dumps({"summary": SENTENCE * 9, "set": {"items": records}}))
+    assert read(tmp_path / "a.json") == [SENTENCE * 9]
     for other in ({"a": records, "b": records}, {"a": titles}):  # which of them is the text?
         (tmp_path / "a.json").write_text(json.dumps(other))
         with pytest.raises(AssertionError, match="TEXT_COLUMN names it"):
@@ -496,7 +498,11 @@ def test_notebooks_subtitles_and_mails(tmp_path: Path) -> None:
     ass = "[Events]\nFormat: Layer, Start, Text\n" + "Dialogue: 0,0:00:01.00,0:00:02.00,A,,0,0,0,,{\\i1}Hello\\Nthere\n"
     (tmp_path / "d.ass").write_text(f"[Script Info]\nTitle: T\n\n{ass}")
     (tmp_path / "e.lrc").write_text("[ar:Somebody]\n[00:01.00][00:09.00]Hello\n[00:02]there\n")
-    for name in ("c.sbv", "d.ass", "e.lrc"):
+    (tmp_path / "f.srt").write_text(f"1\n{time}\n[man: low] Come in.\n[10:30] is the time\n")
+    assert read(tmp_path / "f.srt") == ["[man: low] Come in.\n[10:30] is the time\n"]
+    drawn = "Dialogue: 0,0:00:03.00,0:00:04.00,A,,0,0,0,,{\\p1}m 0 0 l 100 0{\\p0}\n\n"
+    (tmp_path / "g.ass").write_text(f"[Events]\n{drawn}{ass.splitlines()[-1]}\n")
+    for name in ("c.sbv", "d.ass", "e.lrc", "g.ass"):
         assert read(tmp_path / name) == ["Hello\nthere\n"]
     (tmp_path / "a.vtt").write_text(
         "WEBVTT\n\nNOTE x\n\n00:01.000 --> 00:02.000 align:start\nHi\n\n00:02.000 --> 00:03.000\nHi\n"

@@ -5,6 +5,7 @@ What a file is, is seen from its first bytes; its name is asked only where these
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -19,7 +20,14 @@ import pyarrow as pa
 import yaml
 
 from nanochat.data.charset import Repairs, Utf8Stream
-from nanochat.data.chat_forms import ANSWER_KEYS, ASKED_KEYS, is_message
+from nanochat.data.chat_forms import (
+    ANSWER_KEYS,
+    ASKED_KEYS,
+    SYSTEM_KEYS,
+    NotAConversation,
+    is_message,
+    read_chat_record,
+)
 from nanochat.data.chat_logs import read_entries
 from nanochat.data.corpus import open_parquet
 from nanochat.data.inventory import Inventory, NotReadError
@@ -210,7 +218,7 @@ def _with_header(records: Iterator[Placed]) -> Iterator[Placed]:
     names: list[str] = []
     start = list(itertools.islice(records, 2))
     if len(start) == 1 and isinstance(whole := start[0][1], dict) and "intents" not in whole:
-        rows = rows_of_lists(whole) if _names_question_and_answer(list(whole)) else records_within(whole, None)
+        rows = rows_of_lists(whole) if _names_question_and_answer(list(whole)) else _conversations_within(whole)
         if rows and all(is_chat(row) and not is_message(row) for row in rows):
             start = [(f"row {i}", row) for i, row in enumerate(rows, 1)]
     for number, (place, record) in enumerate(itertools.chain(start, records)):
@@ -219,6 +227,18 @@ def _with_header(records: Iterator[Placed]) -> Iterator[Placed]:
             names = record
         else:
             yield from ((place, row) for row in with_names(names, [record]))
+
+
+def _conversations_within(whole: dict[str, Any]) -> list[Any]:
+    """The records somewhere in an object that is itself none, and says nothing to all of them."""
+    if whole.keys() & set(SYSTEM_KEYS):
+        return []
+    with contextlib.suppress(ValueError, RecursionError):
+        try:
+            read_chat_record(whole, None)
+        except NotAConversation:
+            return records_within(whole, None)
+    return []
 
 
 def _is_turn(value: Any) -> bool:

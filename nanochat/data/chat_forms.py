@@ -38,7 +38,7 @@ ASKED_KEYS = (
     *("คำถาม", "问题", "提问", "問題", "質問", "问", "질문", "문제"),
 )
 ANSWER_KEYS = (
-    *("output", "completion", "response", "solution", "answer", "outputs", "target", "targets", "assistant", "bot"),
+    *("output", "completion", "response", "answer", "outputs", "target", "targets", "solution", "assistant", "bot"),
     *("a", "reply", "gpt", "target_text", "output_text", "model_output", "assistant_message", "message_2", "answers"),
     *("generation", "answer_text", "back", "antwort", "antworten", "respuesta", "réponse", "reponse", "risposta"),
     *("resposta", "antwoord", "odpowiedź", "odpověď", "odpoveď", "válasz", "răspuns", "svar", "vastaus", "cevap"),
@@ -52,11 +52,12 @@ GOOD_KEYS = ("chosen", "preferred_output", "chosen_response", "response_j")
 BAD_KEYS = ("rejected", "non_preferred_output", "response_k")
 # Marks that say what must not be learned: such a value of one is "no".
 MARKS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "learn", "label", "kto_tag")
+WEIGHTS = ("weight", "loss_weight", "loss", "train", "training", "trainable", "learn")  # of these 1 means as usual
 # Keys that say nothing about the meaning of a conversation.
 HARMLESS = re.compile(
-    r".*(id|ids|idx|index|hash|url|link|source|dataset|model|date|time|timestamp|lang|language|created.*|updated.*|tokens?"
+    r"(?!.*valid).*(id|ids|idx|index|hash|url|link|source|dataset|model|date|time|timestamp|lang|language|created.*|updated.*|tokens?"
     r"|count|num.*|category|topic|task|type|subset|license|name|title|metadata|meta|tags?"
-    r"|redacted|hashed_ip|country|state|turn(_?(id|identifier|index|number|count))?|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|review.*|synthetic)",
+    r"|redacted|hashed_ip|country|state|turn(_?(id|identifier|index|number|count))?|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|synthetic)",
     re.IGNORECASE,
 )
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -65,6 +66,7 @@ THINKING = "an answer with <think> in it, learned as it is"
 BY_NUMBER = "an answer that is the number of an option, counted from 0"
 _LETTERS = string.ascii_uppercase
 SEVERAL = "several answers, of which the first is learned"
+TURN_BY_TURN = "a list of questions and one of answers, taken turn by turn"
 FRACTION = "a weight other than 0 and 1, taken for 1"
 STRINGS = "array of strings"  # turns, or the texts of somebody who means no conversation
 PREFERENCE = "preference data, of which the good side is learned"
@@ -167,7 +169,8 @@ def _read_dict(
     for key in LIST_KEYS:
         value = _decoded(record.get(key))
         if isinstance(value, dict):  # {"role": ["user", ...], "content": ["Hi", ...]}
-            value = rows_of_lists(value)
+            rows = rows_of_lists(value)
+            value = rows if all(is_message(row) for row in rows) else value
         if isinstance(value, list) and value and not (key == "history" and _first(record, ANSWER_KEYS)):
             is_asked = {"question_id", "category"} <= record.keys() and all(isinstance(turn, str) for turn in value)
             if key == "turns" and is_asked:
@@ -251,7 +254,7 @@ def _message(value: dict[str, Any], notes: Counter[str]) -> Message:
     for mark in MARKS:
         if mark in value and is_off(value[mark]):
             message["weight"] = 0
-        elif mark in ("weight", "loss_weight") and mark in value and str(value[mark]) not in ("1", "1.0", "True"):
+        elif mark in WEIGHTS and mark in value and str(value[mark]).strip().lower() not in ("1", "1.0", "true", "yes"):
             notes[FRACTION] += 1
     for key in value.keys() - {role_key, text_key, *message, *MARKS}:
         if value[key] not in ("", [], {}) and not HARMLESS.fullmatch(key):
@@ -299,6 +302,8 @@ def _read_pair(record: dict[str, Any], notes: Counter[str], used: set[str]) -> t
     asked = next((key for key in ASKED_KEYS if key in low and key != answer), None)
     if asked is None or answer is None:
         raise NotAConversation(f"no known form of a conversation (its keys: {_keys(record)})")
+    if answer == "answer" and isinstance(low.get("solution"), str) and len(low["solution"]) > len(str(low[answer])):
+        answer = "solution"  # how it is found, and not only what comes of it
     context = next((key for key in CONTEXT_KEYS if key in low and key not in (asked, answer)), None)
     used |= {keys[key] for key in (asked, answer, context) if key} | {*SYSTEM_KEYS, "history"}
     question, said = low[asked], low[answer]
@@ -324,6 +329,7 @@ def _pair(question: Any, answer: Any, notes: Counter[str]) -> list[Message]:
         question = str(question)
     lists = isinstance(question, list) and isinstance(answer, list) and len(question) == len(answer) > 1
     if lists and all(isinstance(said, str) for said in (*question, *answer)):  # turn by turn, in two lists
+        notes[TURN_BY_TURN] += 1
         return [m for pair in zip(question, answer, strict=True) for m in _history_pair(list(pair))]
     before = _read_list(question, notes)[1] if isinstance(question, list) else [{"role": "user", "content": question}]
     if isinstance(answer, list) and answer and isinstance(answer[0], dict):

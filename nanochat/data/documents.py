@@ -312,9 +312,17 @@ _TIMES = re.compile(r"\s*(\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}\s*(-->.*|,\s*(\d+:)?\d{
 _SECTION = re.compile(
     r"\ufeff?\[(Script Info|V4\+? Styles|Events|Fonts|Graphics|Aegisub .*)\]\s*", re.IGNORECASE
 )  # of .ass
-_LYRICS = re.compile(r"\ufeff?\s*(\[\d+:\d{2}([.:]\d+)?\]|\[[a-z#]{2,6}:[^\]]*\])+")  # .lrc: times, and who sings what
+_LYRICS = re.compile(
+    r"\ufeff?\s*(\[\d+:\d{2}([.:]\d+)*\]|\[[a-z#]{2,6}:[^\]]*\])+", re.IGNORECASE
+)  # .lrc: times, and who sings what
 # Tags and times within a line; "5 < 6 and 7 > 3" has none.
 _MARKS = re.compile(r"</?[A-Za-z][^<>]{0,80}>|<\d[\d:.]*>|\{\\[^{}]{0,80}\}")
+
+
+def _spoken(row: str) -> str:
+    """What a line of an .ass file says; nothing where it draws or is about something else."""
+    text = row.split(",", 9)[-1] if row.startswith("Dialogue:") else ""
+    return "" if re.search(r"\{[^}]*\\p[1-9]", text) else re.sub(r"\\[Nn]", "\n", re.sub(r"\{[^}]*\}|\\h", " ", text))
 
 
 def read_subtitles(lines: TextIO) -> Iterator[str]:
@@ -323,13 +331,15 @@ def read_subtitles(lines: TextIO) -> Iterator[str]:
     A line that repeats the one before is left out.
     """
     said: list[str] = []
-    blocks = re.split(r"\n[ \t]*\n", lines.read())
+    text = lines.read()
+    rows = text.splitlines()
+    if any(map(_SECTION.fullmatch, rows)):
+        text = "\n".join(filter(None, map(_spoken, rows)))
+    elif not any(map(_TIMES.fullmatch, rows)):
+        text = "\n".join(_LYRICS.sub("", row) for row in rows)
+    blocks = re.split(r"\n[ \t]*\n", text)
     for block in blocks:
         rows = block.splitlines()
-        if rows and _SECTION.fullmatch(rows[0]):
-            spoken = (row.split(",", 9)[-1] for row in rows if row.startswith("Dialogue:"))
-            rows = [part for text in spoken for part in re.split(r"\\[Nn]", text)]
-        rows = [_LYRICS.sub("", row) for row in rows]
         at = next((i for i, row in enumerate(rows) if _TIMES.fullmatch(row)), None)
         if at is None:
             if rows and rows[0].lstrip("\ufeff").split(" ")[0] in ("WEBVTT", "NOTE", "STYLE", "REGION"):

@@ -240,9 +240,14 @@ class _Values:
         if not found:
             yield whole
             return
-        for key in SPLITS & whole.keys():
-            if isinstance(whole[key], list):
-                yield Broken(f"{len(whole[key]):,} records under {key!r}, which is not read")
+        rest = {key: len(v) for key, v in sorted(whole.items()) if key in SPLITS and _has_records(v)}
+        if rest:
+            names = ", ".join(map(repr, rest))
+            yield Broken(f"{sum(rest.values()):,} records not read, under {names}")
+
+
+def _has_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, (dict, list)) for item in value)
 
 
 def _is_object(value: Any) -> bool:

@@ -36,6 +36,7 @@ CHAT_NAMES = (
     *({"versions", "currentlySelected"}, {"patterns", "responses"}, {"author", "candidates"}),
 )
 CHATS = "conversations, not texts (give them as CHAT_DATA)"
+LONGEST_NOTE = 200  # characters beside the records of a file, such as a status or a date
 LEAST_SHARE = 0.2  # of a record must be the text, where its name does not say that it is
 CLEARLY_LONGER = 3  # times the next longest field: then it is the one with the text
 
@@ -94,7 +95,11 @@ def read_json_file(
     """
     values = _values(file, lines)
     first = list(itertools.islice(values, 2))
-    if len(first) == 1 and isinstance(first[0][1], dict) and (inner := records_within(first[0][1], wanted)):
+    try:
+        inner = records_within(first[0][1], wanted) if len(first) == 1 and isinstance(first[0][1], dict) else []
+    except RecursionError:
+        raise NotReadError("nested too deeply") from None
+    if inner:
         return _texts_of(
             file, ((f"item {i}", record) for i, record in enumerate(inner, 1)), wanted, found, lacking, strict=False
         )
@@ -167,14 +172,18 @@ def records_within(record: dict[str, Any], wanted: str | None) -> list[Any]:
 
     Empty if there is none, or more than one.
     """
-    if is_chat(record) or any(isinstance(record.get(name), str) for name in (*TEXT_NAMES, wanted) if name):
-        return []
     if rows := rows_of_lists(record):
         return rows
+    if is_chat(record) or any(isinstance(record.get(name), str) for name in (*TEXT_NAMES, wanted) if name):
+        return []
     if wanted in record:
         return []
-    objects = [v for v in record.values() if isinstance(v, dict) and v]
-    tables = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)]
+    values = record.values()
+    tables = [v for v in values if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)]
+    # What is said beside an object may be the text, and what is in the object only about it.
+    lists = [part for v in values if isinstance(v, list) for part in v if isinstance(part, str)]
+    beside = sum(len(text) for text in (*lists, *(v for v in values if isinstance(v, str))))
+    objects = [v for v in values if isinstance(v, dict) and v and beside <= LONGEST_NOTE]
     tables += [rows for v in objects if (rows := rows_of_table(v) or records_within(v, wanted))]
     return tables[0] if len(tables) == 1 else []
 

@@ -329,9 +329,12 @@ def read_arrow(
         texts = [name for name in schema.names if is_text(schema.field(name).type)]
         name = choose_column(file, schema.names, texts, wanted, {})
         found(f"column {name!r}")
-        for batch in batches:
-            for value in as_binary(batch.column(batch.schema.names.index(name))):
-                yield 0.0, decode(value or b"")
+        try:
+            for batch in batches:
+                for value in as_binary(batch.column(batch.schema.names.index(name))):
+                    yield 0.0, decode(value or b"")
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{file} is damaged or cut off ({error}): get it again") from None
 
 
 def as_binary(values: pa.Array) -> list[bytes | None]:

@@ -10,8 +10,8 @@ residuals added by the matmul, views of the cache made for all layers at once, a
 (a scale per output channel; CPU only), "int4" halves them again (a scale for each 32 weights; in Rust only, with an
 lm_head in 8 bits). Only decoding changes: prompts are read by the model.
 
-On a CPU a few sequences take their step in Rust (nanochat.generate.native_step), where the crate was compiled. What is
-below serves cards, larger batches in float32, and machines without a Rust compiler.
+On a CPU the step is taken in Rust (nanochat.generate.native_step), where the crate was compiled. What is below serves
+cards, larger batches in float32, and machines without a Rust compiler.
 
 Shapes: B sequences, C channels, H query heads, K key/value heads, D head size, V vocabulary.
 """

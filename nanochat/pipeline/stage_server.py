@@ -133,7 +133,8 @@ def _run(requests: socket.socket, output: int, argv: list[str], env: dict[str, s
     requests.close()
     for number in (1, 2):
         os.dup2(output, number)
-    os.close(output)
+    if output > 2:
+        os.close(output)
     os.environ.update(env)
     sys.argv[:] = argv
     sys.modules.pop(argv[0], None)  # runpy warns of a module that the pipeline has imported too
