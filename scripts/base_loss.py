@@ -90,7 +90,7 @@ def main(cfg: Config) -> None:
             rounded, exact = (decoded_bpb(part, corpus, tokenizer, compute) for part in decoded)
             cost = rounded - exact
             bpb[f"val bpb that {cfg.weights} weights cost"] = cost
-            print0(f"{cfg.weights} weights cost {cost:+.4f} bpb on at most {DECODED_TOKENS:,} tokens of val, the first")
+            print0(f"{cfg.weights} weights cost {cost:+.4f} bpb on the first tokens of val, {DECODED_TOKENS:,} at most")
         if compute.rank == 0:
             samples = sample_texts(model, tokenizer, compute, base_prompts(corpus))
             for text in samples:

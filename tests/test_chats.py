@@ -1628,7 +1628,10 @@ def test_a_split_for_judging_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"test": rows[:3], "train": rows}))
     texts, inventory = look(tmp_path / "a.json")
     assert len(texts) == 9
-    assert "3 records not read, under 'test'" in inventory.left_out[chats.UNUSABLE].examples[0]
+    assert inventory.notes == [f"{tmp_path / 'a.json'}: 3 records under 'test', not read"]
+    assert not inventory.left_out
+    (tmp_path / "a.json").write_text(json.dumps({"data": rows[:1], "test": rows[:1], "dev": [], "eval": [0.1]}))
+    assert len(look(tmp_path / "a.json")[0]) == 1  # no reason to stop
 
 
 def test_tables_of_messages_and_rows_of_another_length(tmp_path: Path) -> None:

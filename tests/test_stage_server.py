@@ -63,6 +63,7 @@ atexit.register(print, "last words")
     "raises": lambda: 1 / 0,
     "killed": lambda: os.kill(os.getpid(), 9),
     "stopped": lambda: os.kill(os.getpid(), 15),
+    "interrupted": lambda: os.kill(os.getpid(), 2),
     "waits": wait,
 }[sys.argv[1]]()
 """
@@ -81,6 +82,7 @@ def logged(folder: Path, kind: str, way: str) -> list[str]:
 
 def test_a_copy_ends_as_a_new_process_does_and_says_the_same(tmp_path):
     expected = {"ends": 0, "three": 3, "words": 1, "raises": 1, "killed": -9, "stopped": -15}
+    expected["interrupted"] = -2
     shown, _ = start(tmp_path, *expected, told={"NANOCHAT_TOLD": "yes"}).communicate(timeout=300)
     assert json.loads(shown.splitlines()[-1]) == {
         f"{k} {way}": c for k, c in expected.items() for way in ("copy", "new")
@@ -93,8 +95,9 @@ def test_a_copy_ends_as_a_new_process_does_and_says_the_same(tmp_path):
             assert "last words" in copy
             # Of outputs that no terminal shows, one is written line by line and the other at the end.
             assert sorted(copy) == sorted(line.replace("process", "copy") for line in new)
-        if kind == "raises":
-            assert {"last words", "to err", "ZeroDivisionError: division by zero"} <= set(copy) & set(new)
+        error = {"raises": "ZeroDivisionError: division by zero", "interrupted": "KeyboardInterrupt"}.get(kind)
+        if error:
+            assert {"last words", "to err", error} <= set(copy) & set(new)
     assert all(line in shown for line in logged(tmp_path, "ends", "copy"))
 
 

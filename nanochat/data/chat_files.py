@@ -202,12 +202,21 @@ def _text_records(
     elif PARSED.intersection(suffixes):
         values = _parsed(text, suffixes)
         for number, value in enumerate(values, 1):
-            for place, record in _with_header(json_records(io.StringIO(json.dumps(value, default=str)), _is_turn)):
+            for place, record in _json_rows(io.StringIO(json.dumps(value, default=str)), name, note):
                 yield f"document {number}, {place}" if len(values) > 1 else place, record
     elif is_json or ".json" in suffixes or ".jsonl" in suffixes:
-        yield from _with_header(json_records(text, _is_turn))
+        yield from _json_rows(text, name, note)
     else:
         yield "the text", {"text": text.read(), "name": name}
+
+
+def _json_rows(text: TextIO, name: str, note: Callable[[str], None]) -> Iterator[Placed]:
+    """The records of a JSON file; what of it is not meant to be learned is noted."""
+    for place, record in _with_header(json_records(text, _is_turn)):
+        if isinstance(record, Broken) and not record.matters:
+            note(f"{name}: {record.reason}, not read")
+        else:
+            yield place, record
 
 
 def _with_header(records: Iterator[Placed]) -> Iterator[Placed]:

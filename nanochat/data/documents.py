@@ -309,12 +309,9 @@ def read_notebook(lines: TextIO) -> Iterator[str]:
 
 
 _TIMES = re.compile(r"\s*(\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}\s*(-->.*|,\s*(\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}\s*)")
-_SECTION = re.compile(
-    r"\ufeff?\[(Script Info|V4\+? Styles|Events|Fonts|Graphics|Aegisub .*)\]\s*", re.IGNORECASE
-)  # of .ass
-_LYRICS = re.compile(
-    r"\ufeff?\s*(\[\d+:\d{2}([.:]\d+)*\]|\[[a-z#]{2,6}:[^\]]*\])+", re.IGNORECASE
-)  # .lrc: times, and who sings what
+# A heading of an .ass file; what stands before a line of an .lrc file, times or who sings what.
+_SECTION = re.compile(r"\ufeff?\[(Script Info|V4\+? Styles|Events|Fonts|Graphics|Aegisub .*)\]\s*", re.IGNORECASE)
+_LYRICS = re.compile(r"\ufeff?\s*(\[\d+:\d{2}([.:]\d+)*\]|\[[a-z#]{2,6}:[^\]]*\])+", re.IGNORECASE)
 # Tags and times within a line; "5 < 6 and 7 > 3" has none.
 _MARKS = re.compile(r"</?[A-Za-z][^<>]{0,80}>|<\d[\d:.]*>|\{\\[^{}]{0,80}\}")
 

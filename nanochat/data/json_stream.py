@@ -35,9 +35,10 @@ NOT_UTF8 = "not UTF-8: save the file as UTF-8"
 
 
 class Broken(NamedTuple):
-    """Stands for a record that can't be read."""
+    """Stands for a record that can't be read, or for some that are not to be, which does not matter."""
 
     reason: str
+    matters: bool = True
 
 
 Placed = tuple[str, Any]  # (place in the file such as "line 3", record or Broken)
@@ -243,7 +244,7 @@ class _Values:
         rest = {key: len(v) for key, v in sorted(whole.items()) if key in SPLITS and _has_records(v)}
         if rest:
             names = ", ".join(map(repr, rest))
-            yield Broken(f"{sum(rest.values()):,} records not read, under {names}")
+            yield Broken(f"{sum(rest.values()):,} records under {names}", matters=False)
 
 
 def _has_records(value: Any) -> bool:

@@ -141,6 +141,12 @@ def _run(requests: socket.socket, output: int, argv: list[str], env: dict[str, s
     _show(argv)
     try:
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # Python ends by the signal itself, after all that is to be done
+        traceback.print_exc()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     finally:
         atexit._run_exitfuncs()
 

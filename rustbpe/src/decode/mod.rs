@@ -990,9 +990,8 @@ impl Matrix {
             return Matrix { weights: floats.as_ptr() as *const u8, rows, columns, scales };
         }
         if format == Format::Int4 {
-            four::pack(floats, columns, store);
+            four::pack(floats, columns, store); // their scales are beside them
             return Matrix { weights: store.as_ptr(), rows, columns, scales: vec![1.0; rows] };
-            // theirs are beside them
         }
         let mut bytes = vec![0; floats.len() * format.bytes()];
         if format == Format::Bf16 {
