@@ -146,6 +146,16 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "2048, windows, short rows": "--recipe=small --max_seq_len=2048 --device_batch_size=2 --window_pattern=SSSL "
         "--short_rows_ratio=0.5",
     },
+    # Small models, for which two heads of 128 are coarse.
+    "small_shape": {
+        "4 × 256": "--recipe=small",
+        "4 × 256, heads of 64": "--recipe=small --head_size=64",
+        "3 × 256": "--recipe=small --depth=3 --aspect_ratio=85",
+        "4 × 192": "--recipe=small --aspect_ratio=48 --head_size=64",
+        "4 × 128": "--recipe=small --aspect_ratio=32 --head_size=64",
+        "6 × 192": "--recipe=small --depth=6 --aspect_ratio=32 --head_size=64",
+        "6 × 128": "--recipe=small --depth=6 --aspect_ratio=21 --head_size=64",
+    },
     "shape": {
         "d4": "--depth=4",
         "d6": "--depth=6",

@@ -81,8 +81,9 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
     if {"--help_all", "--help-all"} & set(args):
         args = ["--help"]
     elif {"-h", "--help"} & set(args):
-        hidden = [name for name in flag_names(config) if name not in FIRST_FLAGS]
-        if len(flag_names(config)) > MANY_FLAGS and hidden:
+        flags = _flags(config)
+        hidden = [flag for flag in flags if not _shown_first(flag)]
+        if len(flags) > MANY_FLAGS and hidden:
             config, args = _first_flags(config), ["--help"]
             about = f"{about}\n\n{len(hidden)} more flags: {command_name()} --help_all"
     said = io.StringIO()
@@ -113,15 +114,25 @@ def parse_config(config: type[T], argv: Sequence[str] | None = None) -> T:
 
 
 def flag_names(config: type[Any]) -> list[str]:
-    """The names of a config's flags, those of nested configs included."""
-    hints, names = get_type_hints(config), []
+    """Names of all flags of a config, nested ones included."""
+    return [field.name for field in _flags(config)]
+
+
+def _flags(config: type[Any]) -> list[dataclasses.Field[Any]]:
+    found: list[dataclasses.Field[Any]] = []
+    hints = get_type_hints(config)
     for field in dataclasses.fields(config):
-        names += flag_names(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else [field.name]
-    return names
+        found += _flags(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else [field]
+    return found
+
+
+def _shown_first(flag: dataclasses.Field[Any]) -> bool:
+    needed = flag.default is dataclasses.MISSING and flag.default_factory is dataclasses.MISSING
+    return needed or flag.name in FIRST_FLAGS
 
 
 def _first_flags(config: type[T]) -> type[T]:
-    """`config` whose help shows only FIRST_FLAGS: a subclass that redeclares the other fields as suppressed."""
+    """`config` whose help shows FIRST_FLAGS and what must be given: a subclass with the other fields suppressed."""
     import tyro  # lazy: dev/gpu_check.py needs only torch and numpy
 
     hints = get_type_hints(config, include_extras=True)
@@ -132,7 +143,7 @@ def _first_flags(config: type[T]) -> type[T]:
         if dataclasses.is_dataclass(hint):
             annotations[name] = nested = _first_flags(hint)  # type: ignore[arg-type]
             body[name] = dataclasses.field(default_factory=nested)
-        elif name not in FIRST_FLAGS:
+        elif not _shown_first(field):
             annotations[name] = Annotated[hint, tyro.conf.Suppress]
             body[name] = dataclasses.field(default=field.default, default_factory=field.default_factory)
     kind = type(config.__name__, (config,), {"__module__": config.__module__, "__doc__": config.__doc__, **body})

@@ -115,17 +115,23 @@ class GPTConfig:
 
     @classmethod
     def from_depth(
-        cls, depth: int, vocab_size: int, sequence_len: int = 2048, aspect_ratio: int = 64, **settings: Any
+        cls,
+        depth: int,
+        vocab_size: int,
+        sequence_len: int = 2048,
+        aspect_ratio: int = 64,
+        head_size: int = HEAD_SIZE,
+        **settings: Any,
     ) -> GPTConfig:
-        """The classic shape of a depth: 64 channels (or `aspect_ratio`) per layer, rounded up to whole heads of 128.
+        """The classic shape of a depth: 64 channels (or `aspect_ratio`) per layer, rounded up to whole heads.
 
         `settings` are further fields; n_kv_head must divide the number of heads.
         """
-        for name, value in (("depth", depth), ("aspect_ratio", aspect_ratio)):
+        for name, value in (("depth", depth), ("aspect_ratio", aspect_ratio), ("head_size", head_size)):
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-        n_head = max(1, math.ceil(aspect_ratio * depth / HEAD_SIZE))
-        shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * HEAD_SIZE}
+        n_head = max(1, math.ceil(aspect_ratio * depth / head_size))
+        shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * head_size}
         return cls(sequence_len=sequence_len, vocab_size=vocab_size, **shape | settings)
 
     @classmethod

@@ -1,5 +1,6 @@
 """The command line: every way to write a flag, and errors that name it."""
 
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import pytest
 
-from nanochat.config import FIRST_FLAGS, Runtime, flag_names, parse_config, run_script, short
+from nanochat.config import FIRST_FLAGS, MANY_FLAGS, Runtime, flag_names, parse_config, run_script, short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,19 @@ def test_help_shows_what_is_needed_first_and_help_all_the_rest(name, capsys):
 def test_every_first_flag_is_one_of_a_script():
     flags = {flag for name in SCRIPTS for flag in flag_names(importlib.import_module(f"scripts.{name}").Config)}
     assert flags >= FIRST_FLAGS
+
+
+def test_help_of_many_flags_shows_those_that_must_be_given(capsys):
+    flags = [(f"number_{i}", int, 0) for i in range(MANY_FLAGS)]
+    config = dataclasses.make_dataclass("Many", [("folder", str), *flags], kw_only=True, frozen=True)
+    config.__doc__ = "Many flags."
+    with pytest.raises(SystemExit) as stop:
+        parse_config(config, ["--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    assert "--folder" in text
+    assert "number_1" not in text
+    assert f"{MANY_FLAGS} more flags" in text
 
 
 def test_a_script_with_few_flags_shows_them_all(capsys):

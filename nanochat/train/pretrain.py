@@ -109,7 +109,7 @@ class Plan:
 
 def _model_config(cfg: PretrainConfig, vocab_size: int) -> GPTConfig:
     switches = PRESETS[cfg.recipe].switches | cfg.architecture.given()
-    return GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, **switches)
+    return GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_size, **switches)
 
 
 def make_plan(
@@ -286,7 +286,8 @@ def settle(cfg: PretrainConfig, start: Checkpoint | None) -> PretrainConfig:
         return replace(cfg, lr_scale=1.0 if cfg.lr_scale is None else cfg.lr_scale)
     config = GPTConfig.from_dict(start.meta["model_config"])
     default = {f.name: f.default for f in fields(PretrainConfig)}
-    fixed = {"depth": config.n_layer, "vocab_size": config.vocab_size, "aspect_ratio": default["aspect_ratio"]}
+    fixed = {"depth": config.n_layer, "vocab_size": config.vocab_size, "head_size": config.head_dim}
+    fixed["aspect_ratio"] = default["aspect_ratio"]
     given = {name: getattr(cfg, name) for name in fixed}
     wrong = [name for name in fixed if given[name] not in (default[name], fixed[name])]
     switched = replace(config, **cfg.architecture.given())

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_type_hints
 
 from nanochat.config import positive
 from nanochat.dataloader import Mode
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import HEAD_SIZE, GPTConfig
 from nanochat.recipe import DEFAULT_RECIPE
 from nanochat.train.stage import RunConfig
 
@@ -40,9 +40,11 @@ class PretrainSettings:
     init_from: str | None = None
     """Go on from this model: the tag of a base model, or the folder of a checkpoint. Its shape and context stay."""
     depth: int = 20
-    """Layers; the width follows: aspect_ratio × depth channels, rounded up to whole heads of 128."""
+    """Layers; the width follows: aspect_ratio × depth channels, rounded up to whole heads."""
     aspect_ratio: int = 64
     """Channels per layer."""
+    head_size: int = HEAD_SIZE
+    """Channels of an attention head."""
     max_seq_len: int = 2048
     """Context length in tokens."""
     vocab_size: int | None = None
