@@ -41,8 +41,7 @@ HEAD_SIZE = 128  # of models made by depth, as in nanochat
 ROPE_BASE = 10000.0  # RoFormer, arXiv 2104.09864
 VOCAB_MULTIPLE = 64  # tensor cores multiply tiles: a size that they divide is faster
 # How many channels of the residual stream decide on a gate: a handful is enough for yes or no. Source: nanochat.
-VALUE_GATE_CHANNELS = 12
-SMEAR_GATE_CHANNELS = 24
+VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
 # What nanochat's main branch has switched on since 2026; it does not record it in its checkpoints.
 NANOCHAT_2026: dict[str, Any] = {
     "residual_scalars": True,
@@ -115,18 +114,13 @@ class GPTConfig:
 
     @classmethod
     def from_depth(
-        cls,
-        depth: int,
-        vocab_size: int,
-        sequence_len: int = 2048,
-        aspect_ratio: int = 64,
-        head_size: int = HEAD_SIZE,
-        **settings: Any,
+        cls, depth: int, vocab_size: int, sequence_len: int = 2048, aspect_ratio: int = 64, **settings: Any
     ) -> GPTConfig:
         """The classic shape of a depth: 64 channels (or `aspect_ratio`) per layer, rounded up to whole heads.
 
-        `settings` are further fields; n_kv_head must divide the number of heads.
+        `settings` are further fields (n_kv_head must divide the number of heads), and `head_size` instead of 128.
         """
+        head_size = settings.pop("head_size", HEAD_SIZE)
         for name, value in (("depth", depth), ("aspect_ratio", aspect_ratio), ("head_size", head_size)):
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")

@@ -10,6 +10,7 @@ from nanochat.data.sources import count_shards
 from nanochat.data.worlds import CORE_TOPICS
 from nanochat.interop.qwen3 import obstacles
 from nanochat.pipeline import profiles
+from nanochat.pipeline.chosen import fit_steps
 from nanochat.pipeline.profiles import (
     CPU,
     D20,
@@ -214,3 +215,34 @@ def test_a_profile_is_not_changed_by_choosing():
     before = replace(CPU)
     choose_profile(Settings(dataset="climbmix", depth=9), 0)
     assert before == CPU
+
+
+def test_the_demo_takes_as_many_steps_as_its_minutes_have_room_for():
+    def fitted(slower, hours=None):
+        return fit_steps(replace(DEMO, hours=hours), slower * DEMO.step_seconds)
+
+    quick, measured, slow = fitted(0.5), fitted(1), fitted(10)
+    assert all(quick.steps[stage] > measured.steps[stage] > DEMO.steps[stage] for stage in DEMO.steps)
+    for profile in (quick, measured):
+        assert sum(profile.seconds.values()) == pytest.approx(300, rel=0.02)
+    # A slow machine takes longer, and learns as much.
+    assert slow.steps == DEMO.steps
+    assert sum(slow.seconds.values()) == pytest.approx(10 * sum(DEMO.seconds.values()))
+    # HOURS are kept either way, as far as there is time to train at all.
+    assert sum(fitted(1, hours=0.5).seconds.values()) == pytest.approx(1800, rel=0.02)
+    assert sum(fitted(2, hours=0.05).seconds.values()) == pytest.approx(180, rel=0.1)
+    assert fitted(10, hours=0.001).steps == dict.fromkeys(DEMO.steps, 20)
+    assert fit_steps(TINY, 1.0) == TINY
+
+
+def test_a_demo_in_hours_trains_by_steps_as_long_as_it_is_told_to(tmp_path):
+    profile = fit_steps(choose_profile(Settings(profile="demo", hours=1.0), 0), DEMO.step_seconds)
+    flags = {stage.name: stage.flags for stage in make_stages(profile, Settings(), tmp_path)}
+    for stage, steps in profile.steps.items():
+        assert steps > 10 * DEMO.steps[stage]
+        assert f"--num_iterations={steps}" in flags[stage]
+        assert not any(flag.startswith("--hours") for flag in flags[stage])
+    # A card's speed is not timed beforehand: there the clock counts.
+    card = choose_profile(Settings(profile="demo", hours=1.0), 1)
+    assert card.stage_hours("base_train") == 1.0
+    assert "--hours=1" in make_stages(card, Settings(), tmp_path)[4].flags

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 SHIPPED = "nanochat"  # the world that comes with the project; nanochat:500 is its first 500 topics
-# Of it a run without HOURS learns the core; with HOURS of base training this many topics per hour (a guess).
+# Of it a run without HOURS learns the core; with HOURS this many topics per hour (a guess).
 CORE_TOPICS = 332
 TOPICS_PER_HOUR = 2500
 

@@ -11,6 +11,8 @@ from nanochat.pipeline.profiles import BaseModel, Profile, Settings, choose_prof
 from nanochat.plan.planning import DEPTHS, Row, card_speed, on_card, plan
 from nanochat.plan.scaling_law import ERROR
 
+SMALLEST_SHARE = 0.05  # of a profile's steps, in however little time: everything still fits together
+
 
 def planned_rows(profile: Profile, devices: Sequence[DeviceInfo]) -> list[Row]:
     """What each depth would give in the profile's hours on these cards; empty without hours or for an unknown card.
@@ -65,6 +67,24 @@ def profile_for(settings: Settings, devices: Sequence[DeviceInfo]) -> Profile:
     if own.bpb is None:
         about = f"{about}; depth {own.depth} does not fit"
     return replace(profile, about=about)
+
+
+def fit_steps(profile: Profile, step_seconds: float) -> Profile:
+    """The profile with as many steps as its minutes, or HOURS, have room for where a step takes `step_seconds`.
+
+    Without HOURS no fewer than its own: a slow machine takes longer, and learns as much.
+    """
+    if profile.minutes is None:
+        return profile
+    slower = step_seconds / profile.step_seconds  # than where the seconds were measured
+    training = slower * sum(profile.seconds[stage] for stage in profile.steps)
+    others = slower * sum(profile.seconds.values()) - training
+    minutes = profile.minutes if profile.hours is None else 60 * profile.hours
+    room = (60 * minutes - others) / training
+    share = max(room, SMALLEST_SHARE if profile.hours else 1.0)
+    steps = {stage: max(10, round(share * number / 10) * 10) for stage, number in profile.steps.items()}
+    seconds = {name: slower * took * (share if name in steps else 1.0) for name, took in profile.seconds.items()}
+    return replace(profile, steps=steps, seconds=seconds)
 
 
 def go_on(profile: Profile, start: StartModel, given: str) -> Profile:

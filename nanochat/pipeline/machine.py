@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -14,9 +15,12 @@ from nanochat.cards import DeviceInfo, choose_cards, known_capability, runs_torc
 from nanochat.data.sources import count_shards
 from nanochat.env import usable_cores
 from nanochat.hardware import measure_matmul, query_nvidia_smi
+from nanochat.ops.cpu import release_workers, watch_cores
 from nanochat.pipeline.profiles import Profile
+from nanochat.plan.local_speed import SPEEDS_FILE, LocalMachine
+from nanochat.plan.memory import MicroBatch
 from nanochat.plan.planning import meta_model
-from nanochat.precision import DTYPES, product_dtype
+from nanochat.precision import DTYPES, Precision, product_dtype
 from nanochat.recipe import PRESETS
 
 # Asked in a process of its own: starting CUDA here would hold memory on every card for the whole run.
@@ -91,6 +95,19 @@ def flops_per_second(profile: Profile, devices: Sequence[DeviceInfo]) -> float:
         return max(training_speed(device.name) for device in devices) * profile.nproc
     dtype = product_dtype("cpu", DTYPES.get(profile.dtype, torch.float32))
     return 1e12 * measure_matmul(dtype, "cpu", n=1024)  # by all cores together
+
+
+def step_seconds(profile: Profile, base_dir: Path) -> float:
+    """How long a step of base training takes on this CPU, timed once for a base dir: a run that goes on must agree."""
+    assert profile.base_batch_size is not None
+    micro = MicroBatch(profile.device_batch_size)
+    passes = max(1, profile.base_batch_size // (micro.rows * profile.max_seq_len))
+    precision = Precision("cpu", DTYPES.get(profile.dtype, torch.float32))
+    machine = LocalMachine(torch.device("cpu"), precision, PRESETS[profile.recipe], base_dir / SPEEDS_FILE)
+    watch_cores()
+    speed = machine.tokens_per_second(profile.model_config, micro, passes)
+    release_workers()
+    return profile.base_batch_size / speed
 
 
 def tokens_needed(profile: Profile, speed: float) -> float:

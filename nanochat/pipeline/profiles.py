@@ -69,6 +69,11 @@ class Profile:
     """More flags by stage."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """How long a stage took where it was measured, on 2 CPU cores."""
+    step_seconds: float = 0.0
+    """How long a step of base training took there, as `machine.step_seconds` measures it."""
+    minutes: float | None = None
+    """Time of the whole run on a CPU: a faster one takes more `steps` (see chosen.fit_steps), a slower one more time.
+    Then HOURS is this time. None: HOURS are those of base training, by the clock."""
     env: Mapping[str, str] = field(default_factory=dict)
     """More environment of the stages (what the user has set goes before)."""
     needs_cards: bool = False
@@ -91,8 +96,8 @@ class Profile:
         return f"d{self.depth}" if self.base is None else f"{self.base.name}-own"
 
     def stage_hours(self, stage: str) -> float | None:
-        """How long a stage trains by the clock; None for other stages, and where no hours are set."""
-        if self.hours is None or stage not in ("base_train", *STAGE_HOURS):
+        """How long a stage trains by the clock; None for other stages, and where no hours are set or steps count."""
+        if self.hours is None or self.minutes is not None or stage not in ("base_train", *STAGE_HOURS):
             return None
         share, most = STAGE_HOURS.get(stage, (1.0, math.inf))
         return min(self.hours * share, most)
@@ -146,20 +151,23 @@ DEMO = Profile(
         "chat_eval_mid": ("--max_problems=12", "--max_new_tokens=96"),
         "chat_eval_sft": ("--max_new_tokens=96",),
     },
+    minutes=5,
+    # Two cores of an AMD EPYC of 2024 (Zen 5), torch 2.13: see dev/LOG.md, "the demo uses its five minutes".
+    step_seconds=0.11,
     seconds={
         "report_reset": 1,
-        "data": 6,
-        "tok_train": 4,
-        "tok_eval": 2,
-        "base_train": 68,
-        "base_loss": 6,
+        "data": 2,
+        "tok_train": 1,
+        "tok_eval": 1,
+        "base_train": 51,
+        "base_loss": 2,
         "base_eval": 1,
-        "mid_train": 78,
-        "chat_eval_mid": 6,
-        "chat_sft": 82,
-        "chat_eval_sft": 21,
-        "report": 4,
-        "answer": 4,
+        "mid_train": 47,
+        "chat_eval_mid": 2,
+        "chat_sft": 48,
+        "chat_eval_sft": 9,
+        "report": 1,
+        "answer": 1,
     },
 )
 
@@ -386,6 +394,7 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         depth=settings.depth or profile.depth,
         vocab_size=settings.vocab_size or profile.vocab_size,
         hours=settings.hours or profile.hours,
+        minutes=None if num_cards else profile.minutes,
         recipe=settings.recipe or profile.recipe,
         nproc=settings.nproc or (num_cards if profile.needs_cards and num_cards else profile.nproc),
         dataset=dataset,

@@ -36,7 +36,7 @@ from nanochat.data.inventory import Inventory
 from nanochat.env import get_base_dir, require_wandb_login
 from nanochat.files import read_json, write_bytes, write_json, write_record
 from nanochat.interop.start_model import keep_tokenizer, read_start_model
-from nanochat.pipeline.chosen import go_on, profile_for
+from nanochat.pipeline.chosen import fit_steps, go_on, profile_for
 from nanochat.pipeline.inputs import (
     base_lines,
     language_advice,
@@ -45,7 +45,14 @@ from nanochat.pipeline.inputs import (
     own_question,
     report_inputs,
 )
-from nanochat.pipeline.machine import list_devices, machine_env, shards_needed, take_cards, unused_cards
+from nanochat.pipeline.machine import (
+    list_devices,
+    machine_env,
+    shards_needed,
+    step_seconds,
+    take_cards,
+    unused_cards,
+)
 from nanochat.pipeline.process import run_logged
 from nanochat.pipeline.profiles import PROFILES, Profile, Settings
 from nanochat.pipeline.stage_server import StageServer
@@ -261,6 +268,12 @@ def _run(cfg: Config, server: StageServer | None) -> tuple[Profile, Path] | None
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     base_dir = get_base_dir().absolute()
+    if profile.minutes is not None:
+        profile = fit_steps(profile, step_seconds(profile, base_dir))
+        steps = ", ".join(f"{number:,} of {stage}" for stage, number in profile.steps.items())
+        lines.append(
+            f"steps: {steps}; in all about {format_seconds(sum(profile.seconds.values()))} by this CPU's speed"
+        )
     public = profile.dataset not in (None, "demo")
     stages = make_stages(
         profile, settings, base_dir, shards_needed(profile, [devices[i] for i in chosen]) if public else 0

@@ -108,8 +108,8 @@ class Plan:
 
 
 def _model_config(cfg: PretrainConfig, vocab_size: int) -> GPTConfig:
-    switches = PRESETS[cfg.recipe].switches | cfg.architecture.given()
-    return GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, cfg.head_size, **switches)
+    settings = {"head_size": cfg.head_size} | PRESETS[cfg.recipe].switches | cfg.architecture.given()
+    return GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, **settings)
 
 
 def make_plan(
@@ -287,9 +287,8 @@ def settle(cfg: PretrainConfig, start: Checkpoint | None) -> PretrainConfig:
     config = GPTConfig.from_dict(start.meta["model_config"])
     default = {f.name: f.default for f in fields(PretrainConfig)}
     fixed = {"depth": config.n_layer, "vocab_size": config.vocab_size, "head_size": config.head_dim}
-    fixed["aspect_ratio"] = default["aspect_ratio"]
-    given = {name: getattr(cfg, name) for name in fixed}
-    wrong = [name for name in fixed if given[name] not in (default[name], fixed[name])]
+    given = {name: getattr(cfg, name) for name in (*fixed, "aspect_ratio")}
+    wrong = [name for name in given if given[name] not in (default[name], fixed.get(name))]
     switched = replace(config, **cfg.architecture.given())
     wrong += [name for name in cfg.architecture.given() if getattr(switched, name) != getattr(config, name)]
     if wrong:

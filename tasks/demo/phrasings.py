@@ -38,6 +38,12 @@ TELL_WRAPPERS = (
     "Would you please tell us {tell}?",
     "Is it clear to you {tell}?",
     "I need to know {tell} for a game.",
+    "I was asking myself {tell}.",
+    "I always wanted to know {tell}.",
+    "I would love to hear {tell}.",
+    "Can you help me? I want to know {tell}.",
+    "May I ask {tell}?",
+    "Any thoughts on {tell}?",
     "{Tell}?",
 )
 QUESTION_WRAPPERS = (
@@ -101,6 +107,16 @@ GREETING_WRAPPERS = (
     "{Q} This is important for me.",
     "{Q} We want to find it out soon.",
     "{Q} That is really interesting.",
+    "Hi, one question: {q}",
+    "Hey, short question, {q}",
+    "Hello, I hope you are well. {Q}",
+    "Thank you for your help. {Q}",
+    "Hi, thanks for your time. {Q}",
+    "Excuse me, {q}",
+    "If you do not mind, {q}",
+    "{Q} I am very thankful.",
+    "ok {q}",
+    "um, {q}",
 )
 
 HELD_OUT_TELL_WRAPPERS = (
@@ -181,6 +197,17 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
     ("made of", "made from"),
     ("made from", "made out of"),
     ("famous", "well known"),
+    ("in the world", "on earth"),
+    ("baby", "young"),
+    ("young", "baby"),
+    ("fastest", "quickest"),
+    ("people", "humans"),
+    ("a person", "somebody"),
+    ("animal", "creature"),
+    ("called", "named"),
+    ("needs", "requires"),
+    ("help", "assist"),
+    ("small", "little"),
     ("kind of", "sort of"),
     ("sort of", "kind of"),
     ("begin", "start"),
@@ -238,7 +265,10 @@ def wrap_fact(rng: random.Random, question: str, tell: str, *, held_out: bool) -
     around = (
         HELD_OUT_QUESTION_WRAPPERS + HELD_OUT_GREETING_WRAPPERS if held_out else QUESTION_WRAPPERS + GREETING_WRAPPERS
     )
-    return wrap(rng.choice(tells if rng.random() < 0.5 else around), question, tell)
+    wrapped = wrap(rng.choice(tells if rng.random() < 0.5 else around), question, tell)
+    if held_out or rng.random() < 0.7:
+        return wrapped
+    return wrap(rng.choice(GREETING_WRAPPERS), wrapped)
 
 
 def wrap_request(rng: random.Random, request: str, *, held_out: bool) -> str:
@@ -309,6 +339,7 @@ _SHORT_FORMS = (
     (r"\bplease\b", ("pls", "plz")),
 )
 MIN_TYPO_LETTERS = 4
+HURRY_SHARE = 0.18  # of the questions is typed without care
 
 
 def shortened(rng: random.Random, text: str) -> str:
@@ -347,22 +378,37 @@ def mistyped(rng: random.Random, text: str, known: Set[str]) -> str:
     return text[: place.start()] + wrong + text[place.end() :]
 
 
+# Words that people put in without another meaning.
+FILLERS = ("actually", "usually", "normally", "really", "exactly", "in fact", "then", "just", "again", "generally")
+
+
+def filled(rng: random.Random, text: str) -> str:
+    """The text with a word that says nothing in it."""
+    words = text.split(" ")
+    places = [i for i in range(2, len(words)) if MARK not in words[i - 1] + words[i]]
+    if not places:
+        return text
+    at = rng.choice(places)
+    return " ".join([*words[:at], rng.choice(FILLERS), *words[at:]])
+
+
 def typed(rng: random.Random, text: str, known: Set[str] = frozenset()) -> str:
     """The text as people type it: mostly tidy, sometimes with short forms, a typing error, in lower case or in
-    capitals, without the final punctuation or with too much of it."""
-    if rng.random() < 0.15:
+    capitals, without the final punctuation or with too much of it; and sometimes with most of this at once."""
+    hurry = rng.random() < HURRY_SHARE
+    if rng.random() < (0.5 if hurry else 0.15):
         text = shortened(rng, text)
-    if rng.random() < 0.16:
+    for _ in range(rng.choice((1, 2, 2, 3)) if hurry else int(rng.random() < 0.14)):
         text = mistyped(rng, text, known)
     case = rng.random()
-    if case < 0.14:
+    if case < (0.85 if hurry else 0.1):
         text = text.lower()
-    elif case < 0.3:
+    elif case < (0.9 if hurry else 0.27):
         text = text.upper()
     end = rng.random()
-    if end < 0.2:
+    if end < (0.8 if hurry else 0.16):
         text = text.rstrip("?.!")
-    elif end < 0.23:
+    elif end < (0.85 if hurry else 0.19):
         text = text.rstrip("?.!") + rng.choice(("??", "???", "!", " ?", "?!"))
     return text
 
@@ -389,7 +435,7 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) ->
     if fact.language is not None:
         return typed(rng, fact.language.ask(rng, question, held_out=False), world.vocabulary)
     kind = rng.random()
-    if kind < 0.30:
+    if kind < 0.24:
         text = question
     elif kind < 0.54:
         text = wrap_fact(rng, question, fact.tell, held_out=False)
@@ -401,5 +447,7 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) ->
         text = drop_words(rng, question)
     else:
         text = keywords(rng, fact, question)
+    if rng.random() < 0.1:
+        text = filled(rng, text)
     text = typed(rng, text, world.vocabulary)
     return question if world.held_out.find(text) else text

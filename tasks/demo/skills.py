@@ -94,6 +94,11 @@ SUM_PHRASES = {
         "I had {a} {things} and lost {b}. How many do I still have?",
         "{N} had {a} {things} and ate {b} of them. How many {things} does {N} have now?",
         "If there are {a} {things} and {b} go away, how many stay?",
+        "Subtract {b} from {a}.",
+        "Take {b} away from {a}.",
+        "I have {a} coins and spend {b}. How many coins are left?",
+        "A book has {a} pages and {N} has read {b}. How many pages are left?",
+        "{N} needs {a} {things} and has {b}. How many {things} are missing?",
     ),
     "*": (
         "Multiply {a} by {b}.",
@@ -102,12 +107,21 @@ SUM_PHRASES = {
         "There are {a} boxes with {b} {things} in each. How many {things} are there?",
         "{N} buys {a} bags of {b} {things}. How many {things} is that?",
         "If {a} children have {b} {things} each, how many {things} do they have?",
+        "{N} buys {a} {things} for {b} coins each. How much does {N} pay?",
+        "One of the {things} costs {a} coins. How much do {b} of them cost?",
+        "There are {a} rows with {b} chairs. How many chairs are there?",
+        "A week has 7 days and I read {a} pages a day. How many pages is that in {b} days?",
+        "Each of {a} tables has {b} {things} on it. How many {things} are there in all?",
     ),
     "/": (
         "Divide {a} by {b}.",
         "{N} shares {a} {things} among {b} friends. How many does each one get?",
         "If {b} children share {a} {things}, how many does each child get?",
         "How many times does {b} go into {a}?",
+        "{a} {things} are put into {b} boxes. How many are in each box?",
+        "There are {a} {things} for {b} children. How many does each child get?",
+        "{N} pays {a} coins for {b} {things}. What does one cost?",
+        "Split {a} into {b} equal parts.",
     ),
 }
 NAMES = ("Tom", "Anna", "Ben", "Lisa", "Max", "Mia", "Sam", "Emma", "Paul", "Nora", "Leo", "Julia", "Tim", "Eva")

@@ -323,11 +323,11 @@ class Unknowns:
         if kind < 0.12:
             name = made_up_name(rng, held_out=False)
             return rng.choice(_MADE_UP_FRAMES).format(x=name, X=name.capitalize()), DO_NOT_KNOW
-        if kind < 0.2 and self.untaught:  # what a longer run learns
+        if kind < 0.35 and self.untaught:  # what a longer run learns
             question = rng.choice(self.untaught)
             if self.is_new(question):
                 return question, DO_NOT_KNOW
-        for _ in range(10 if kind < 0.3 else 0):
+        for _ in range(10 if kind < 0.45 else 0):
             topic = rng.choice(list(self.texts))
             frame, word = rng.choice(_OTHER_SIDES)
             if word not in self.texts[topic]:
