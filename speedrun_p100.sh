@@ -19,8 +19,8 @@ error: 1). Settings come from the environment:
                      depth that should learn most on this card in HOURS
   VOCAB_SIZE         size of the vocabulary (at least 265)
   HOURS              time for base training (with a card 8); mid-training takes another third of it (at most half an
-                     hour), SFT a sixth (at most 20 minutes). The demo on a CPU: time for everything (default: 5 minutes,
-                     or what its fewest steps take)
+                     hour), SFT a sixth (at most 20 minutes). The demo on a CPU: time for everything (default: 5
+                     minutes, or what its fewest steps take)
   RECIPE             small (default), portable (opens in llama.cpp, Ollama and others), classic or modern
   DATASET            climbmix, fineweb_edu (both downloaded) or demo
   DATA_DIR           your own text instead: a folder (or file) of nearly any form (docs/own_data.md)

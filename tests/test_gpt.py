@@ -88,6 +88,13 @@ def test_every_depth_has_a_shape(depth):
     assert config.n_embd - 64 * depth < 128
 
 
+def test_smaller_heads_make_widths_that_are_no_multiple_of_128():
+    config = GPTConfig.from_depth(4, 100, 16, aspect_ratio=48, head_size=64)
+    assert (config.n_embd, config.n_head, config.n_kv_head, config.head_dim) == (192, 3, 3, 64)
+    with pytest.raises(ValueError, match="--head_size"):
+        GPTConfig.from_depth(4, 100, 16, head_size=0)
+
+
 @pytest.mark.parametrize(
     ("depth", "vocab", "millions"), [(8, 32768, 58.7), (12, 65536, 185.6), (16, 32768, 268.4), (20, 65536, 561.0)]
 )

@@ -10,7 +10,7 @@ from nanochat.data.sources import count_shards
 from nanochat.data.worlds import CORE_TOPICS
 from nanochat.interop.qwen3 import obstacles
 from nanochat.pipeline import profiles
-from nanochat.pipeline.chosen import fit_steps
+from nanochat.pipeline.chosen import fit_steps, with_steps
 from nanochat.pipeline.profiles import (
     CPU,
     D20,
@@ -151,10 +151,10 @@ def test_the_longer_the_run_the_more_of_the_shipped_world(tmp_path):
 
     assert world(PROFILE="demo") == world(PROFILE="tiny") == "nanochat"
     assert world(PROFILE="demo", HOURS="0.05") == f"nanochat:{CORE_TOPICS}"
-    assert world(PROFILE="demo", HOURS="0.2") == "nanochat:500"
-    assert world(PROFILE="demo", HOURS="0.2", WORLD="nanochat:400") == "nanochat:400"
-    assert world(PROFILE="demo", HOURS="0.2", WORLD=f"nanochat,{tmp_path}") == f"nanochat:500,{tmp_path}"
-    assert world(PROFILE="demo", HOURS="0.2", WORLD=str(tmp_path)) == str(tmp_path)
+    assert world(PROFILE="demo", HOURS="0.25") == "nanochat:400"
+    assert world(PROFILE="demo", HOURS="0.25", WORLD="nanochat:600") == "nanochat:600"
+    assert world(PROFILE="demo", HOURS="0.25", WORLD=f"nanochat,{tmp_path}") == f"nanochat:400,{tmp_path}"
+    assert world(PROFILE="demo", HOURS="0.25", WORLD=str(tmp_path)) == str(tmp_path)
     assert world(PROFILE="cpu", HOURS="0.2", DATA_DIR=str(tmp_path)) == "nanochat"  # only its chats are of a world
     with pytest.raises(ValueError, match="learns no world here"):
         choose_profile(Settings.from_env({"PROFILE": "p100", "WORLD": str(tmp_path)}), 1)
@@ -219,9 +219,9 @@ def test_a_profile_is_not_changed_by_choosing():
 
 def test_the_demo_takes_as_many_steps_as_its_minutes_have_room_for():
     def fitted(slower, hours=None):
-        return fit_steps(replace(DEMO, hours=hours), slower * DEMO.step_seconds)
+        return fit_steps(replace(DEMO, hours=hours), DEMO.seconds, slower * DEMO.step_seconds)
 
-    quick, measured, slow = fitted(0.5), fitted(1), fitted(10)
+    quick, measured, slow = fitted(0.8), fitted(1), fitted(10)
     assert all(quick.steps[stage] > measured.steps[stage] > DEMO.steps[stage] for stage in DEMO.steps)
     for profile in (quick, measured):
         assert sum(profile.seconds.values()) == pytest.approx(300, rel=0.02)
@@ -232,11 +232,28 @@ def test_the_demo_takes_as_many_steps_as_its_minutes_have_room_for():
     assert sum(fitted(1, hours=0.5).seconds.values()) == pytest.approx(1800, rel=0.02)
     assert sum(fitted(2, hours=0.05).seconds.values()) == pytest.approx(180, rel=0.1)
     assert fitted(10, hours=0.001).steps == dict.fromkeys(DEMO.steps, 20)
-    assert fit_steps(TINY, 1.0) == TINY
+    # What is not run gets no time of it.
+    base = fit_steps(replace(DEMO, hours=0.5), ["report_reset", "data", "base_train", "report"], DEMO.step_seconds)
+    assert list(base.steps) == ["base_train"]
+    assert base.steps["base_train"] > 2 * fitted(1, hours=0.5).steps["base_train"]
+    assert sum(base.seconds.values()) == pytest.approx(1800, rel=0.02)
+    # A machine ten times as fast is done sooner.
+    assert fitted(0.1).steps == {stage: 3 * steps for stage, steps in DEMO.steps.items()}
+
+
+def test_a_run_that_goes_on_has_the_steps_that_it_began_with(tmp_path):
+    path = tmp_path / "pipeline" / "steps.json"
+    path.parent.mkdir()
+    first = with_steps(DEMO, DEMO.seconds, path, lambda: DEMO.step_seconds)
+    assert first.steps != DEMO.steps
+    again = with_steps(DEMO, DEMO.seconds, path, lambda: pytest.fail("was timed before"))
+    assert (again.steps, again.seconds) == (first.steps, first.seconds)
+    other = with_steps(replace(DEMO, hours=0.5), DEMO.seconds, path, lambda: DEMO.step_seconds)
+    assert other.steps["chat_sft"] > first.steps["chat_sft"]
 
 
 def test_a_demo_in_hours_trains_by_steps_as_long_as_it_is_told_to(tmp_path):
-    profile = fit_steps(choose_profile(Settings(profile="demo", hours=1.0), 0), DEMO.step_seconds)
+    profile = fit_steps(choose_profile(Settings(profile="demo", hours=1.0), 0), DEMO.seconds, DEMO.step_seconds)
     flags = {stage.name: stage.flags for stage in make_stages(profile, Settings(), tmp_path)}
     for stage, steps in profile.steps.items():
         assert steps > 10 * DEMO.steps[stage]

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from nanochat import common
 from nanochat.cards import DeviceInfo
 from nanochat.pipeline import verify
 from nanochat.pipeline.chosen import profile_for
-from nanochat.pipeline.profiles import DEMO, P100, Settings
+from nanochat.pipeline.profiles import DEMO, P100, TINY, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ["awk", "bash", "cat", "cut", "dirname", "du", "grep", "iconv", "id", "sed", "tail", "timeout", "tr"]
@@ -471,7 +471,9 @@ def test_the_plan_is_what_physics_allows():
     tokens = 1e6 * int(text.split("at most ")[1].split(" million")[0].replace(",", ""))
     assert 150e6 < tokens < 300e6
     assert 50 < float(text.split("at least ")[1].split(" h")[0]) < 70  # 1.62e9 tokens × 1.04e9 FLOPs / 8e12
-    assert "as measured" in verify.check_plan(DEMO, 1e11).text
+    assert "as measured" in verify.check_plan(TINY, 1e11).text
+    assert "about 5m00s, or what its fewest steps take" in verify.check_plan(DEMO, 1e11).text
+    assert verify.check_plan(replace(DEMO, hours=0.5), 1e11).text.endswith("about 30m00s")
 
 
 def test_the_disk_must_hold_what_the_plan_makes(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 SHIPPED = "nanochat"  # the world that comes with the project; nanochat:500 is its first 500 topics
 # Of it a run without HOURS learns the core; with HOURS this many topics per hour (a guess).
 CORE_TOPICS = 332
-TOPICS_PER_HOUR = 2500
+TOPICS_PER_HOUR = 1600
 
 
 def world_names(spec: str) -> list[str]:
@@ -49,6 +49,6 @@ def shipped_topics(name: str) -> int | None:
 
 
 def world_by_hours(spec: str, hours: float | None) -> str:
-    """The worlds with as many of the shipped topics as can be learned in these hours of base training."""
+    """The worlds with as many of the shipped topics as can be learned in these hours."""
     topics = f"{SHIPPED}:{max(CORE_TOPICS, round(TOPICS_PER_HOUR * hours))}" if hours else SHIPPED
     return ",".join(topics if shipped_topics(name) == 0 else name for name in spec.split(","))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from nanochat.cards import DeviceInfo, find_card, training_speed
+from nanochat.files import read_json, write_json
 from nanochat.interop.start_model import StartModel
 from nanochat.pipeline.profiles import BaseModel, Profile, Settings, choose_profile, fit_batches
 from nanochat.plan.planning import DEPTHS, Row, card_speed, on_card, plan
 from nanochat.plan.scaling_law import ERROR
 
-SMALLEST_SHARE = 0.05  # of a profile's steps, in however little time: everything still fits together
+# Of a profile's steps: in however little time, everything still fits together; and without HOURS a fast machine is done
+# sooner, since what more would give was not tried.
+SMALLEST_SHARE, MOST_SHARE = 0.05, 3.0
 
 
 def planned_rows(profile: Profile, devices: Sequence[DeviceInfo]) -> list[Row]:
@@ -69,22 +73,35 @@ def profile_for(settings: Settings, devices: Sequence[DeviceInfo]) -> Profile:
     return replace(profile, about=about)
 
 
-def fit_steps(profile: Profile, step_seconds: float) -> Profile:
+def fit_steps(profile: Profile, stages: Collection[str], step_seconds: float) -> Profile:
     """The profile with as many steps as its minutes, or HOURS, have room for where a step takes `step_seconds`.
 
-    Without HOURS no fewer than its own: a slow machine takes longer, and learns as much.
+    Without HOURS no fewer than its own: a slow machine takes longer, and learns as much. `stages` are those of the run.
     """
-    if profile.minutes is None:
-        return profile
+    assert profile.minutes is not None
     slower = step_seconds / profile.step_seconds  # than where the seconds were measured
-    training = slower * sum(profile.seconds[stage] for stage in profile.steps)
-    others = slower * sum(profile.seconds.values()) - training
+    steps = {stage: number for stage, number in profile.steps.items() if stage in stages}
+    training = slower * sum(profile.seconds[stage] for stage in steps)
+    # Of the others much is Python and the start of programs, which a fast CPU does no faster.
+    others = {stage: max(1.0, slower) * took for stage, took in profile.seconds.items() if stage in stages}
+    others = {stage: took for stage, took in others.items() if stage not in steps}
     minutes = profile.minutes if profile.hours is None else 60 * profile.hours
-    room = (60 * minutes - others) / training
-    share = max(room, SMALLEST_SHARE if profile.hours else 1.0)
-    steps = {stage: max(10, round(share * number / 10) * 10) for stage, number in profile.steps.items()}
-    seconds = {name: slower * took * (share if name in steps else 1.0) for name, took in profile.seconds.items()}
+    room = (60 * minutes - sum(others.values())) / training
+    share = min(max(room, 1.0), MOST_SHARE) if profile.hours is None else max(room, SMALLEST_SHARE)
+    seconds = others | {stage: slower * share * profile.seconds[stage] for stage in steps}
+    steps = {stage: max(10, round(share * number / 10) * 10) for stage, number in steps.items()}
     return replace(profile, steps=steps, seconds=seconds)
+
+
+def with_steps(profile: Profile, stages: Collection[str], path: Path, step_seconds: Callable[[], float]) -> Profile:
+    """`fit_steps` once for a base dir, kept in `path`: the same command must find the same steps, to go on."""
+    asked = [*sorted(stages), repr(replace(profile, world="", about=""))]
+    known = read_json(path)
+    if known.get("asked") != asked:
+        fitted = fit_steps(profile, stages, step_seconds())
+        known = {"asked": asked, "steps": dict(fitted.steps), "seconds": dict(fitted.seconds)}
+        write_json(path, known)
+    return replace(profile, steps=known["steps"], seconds=known["seconds"])
 
 
 def go_on(profile: Profile, start: StartModel, given: str) -> Profile:
@@ -103,5 +120,6 @@ def go_on(profile: Profile, start: StartModel, given: str) -> Profile:
         max_seq_len=config.sequence_len,
         device_batch_size=max(1, profile.device_batch_size * profile.max_seq_len // config.sequence_len),
         recipe=profile.recipe if start.recipe == "classic" else start.recipe,
+        minutes=None,  # how long a step of this model takes is not known
     )
     return fit_batches(profile)

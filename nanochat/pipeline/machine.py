@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from nanochat.env import usable_cores
 from nanochat.hardware import measure_matmul, query_nvidia_smi
 from nanochat.ops.cpu import release_workers, watch_cores
 from nanochat.pipeline.profiles import Profile
-from nanochat.plan.local_speed import SPEEDS_FILE, LocalMachine
+from nanochat.plan.local_speed import LocalMachine
 from nanochat.plan.memory import MicroBatch
 from nanochat.plan.planning import meta_model
 from nanochat.precision import DTYPES, Precision, product_dtype
@@ -97,13 +96,13 @@ def flops_per_second(profile: Profile, devices: Sequence[DeviceInfo]) -> float:
     return 1e12 * measure_matmul(dtype, "cpu", n=1024)  # by all cores together
 
 
-def step_seconds(profile: Profile, base_dir: Path) -> float:
-    """How long a step of base training takes on this CPU, timed once for a base dir: a run that goes on must agree."""
+def step_seconds(profile: Profile) -> float:
+    """How long a step of base training takes on this CPU now, timed."""
     assert profile.base_batch_size is not None
     micro = MicroBatch(profile.device_batch_size)
     passes = max(1, profile.base_batch_size // (micro.rows * profile.max_seq_len))
     precision = Precision("cpu", DTYPES.get(profile.dtype, torch.float32))
-    machine = LocalMachine(torch.device("cpu"), precision, PRESETS[profile.recipe], base_dir / SPEEDS_FILE)
+    machine = LocalMachine(torch.device("cpu"), precision, PRESETS[profile.recipe])
     watch_cores()
     speed = machine.tokens_per_second(profile.model_config, micro, passes)
     release_workers()
@@ -112,7 +111,8 @@ def step_seconds(profile: Profile, base_dir: Path) -> float:
 
 def tokens_needed(profile: Profile, speed: float) -> float:
     """Tokens that base training will read, at most: by its hours and this speed, its steps, or its recipe's horizon."""
-    if profile.hours is None and "base_train" in profile.steps and profile.base_batch_size is not None:
+    by_steps = profile.hours is None or profile.minutes is not None
+    if by_steps and "base_train" in profile.steps and profile.base_batch_size is not None:
         return profile.steps["base_train"] * profile.base_batch_size
     preset = PRESETS[profile.recipe]
     model = meta_model(profile.model_config)

@@ -60,9 +60,9 @@ class Profile:
     world: str = SHIPPED
     """What is learned where `dataset` or `chat_data` is "demo": worlds with commas between (see data/worlds.py)."""
     hours: float | None = None
-    """Time of base training; mid-training and SFT come on top (`stage_hours`)."""
+    """Time of base training, mid-training and SFT come on top (`stage_hours`); with `minutes`, of everything."""
     steps: Mapping[str, int] = field(default_factory=dict)
-    """Optimizer steps by stage, where no hours are set; a stage without them takes its script's default horizon."""
+    """Optimizer steps by stage, where the clock does not count; a stage without them takes its script's default."""
     recipe: str = DEFAULT_RECIPE
     """Of base training: model, optimizer and schedule."""
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

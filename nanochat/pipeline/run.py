@@ -24,19 +24,20 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from nanochat.cards import DeviceInfo, describe_choice
-from nanochat.common import print_banner
+from nanochat.common import autodetect_device_type, print_banner
 from nanochat.data.inventory import Inventory
 from nanochat.env import get_base_dir, require_wandb_login
 from nanochat.files import read_json, write_bytes, write_json, write_record
 from nanochat.interop.start_model import keep_tokenizer, read_start_model
-from nanochat.pipeline.chosen import fit_steps, go_on, profile_for
+from nanochat.pipeline.chosen import go_on, profile_for, with_steps
 from nanochat.pipeline.inputs import (
     base_lines,
     language_advice,
@@ -63,6 +64,7 @@ from nanochat.stages import PLAN_FILE
 
 # A stage that was asked to stop: after saving, or (−n and 128 + n: by signal n) before there was anything to save.
 STOPPED_CODES = {EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT, 128 + signal.SIGTERM}
+STEPS_FILE = "steps.json"  # of a run whose steps follow from the machine's speed
 LOCK_SECONDS = 0.5  # the monitor looks at the lock, for an instant
 
 
@@ -268,16 +270,15 @@ def _run(cfg: Config, server: StageServer | None) -> tuple[Profile, Path] | None
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     base_dir = get_base_dir().absolute()
-    if profile.minutes is not None:
-        profile = fit_steps(profile, step_seconds(profile, base_dir))
-        steps = ", ".join(f"{number:,} of {stage}" for stage, number in profile.steps.items())
-        lines.append(
-            f"steps: {steps}; in all about {format_seconds(sum(profile.seconds.values()))} by this CPU's speed"
-        )
+    if autodetect_device_type() != "cpu":
+        profile = replace(profile, minutes=None)  # the time of a step is measured on a CPU only
     public = profile.dataset not in (None, "demo")
-    stages = make_stages(
-        profile, settings, base_dir, shards_needed(profile, [devices[i] for i in chosen]) if public else 0
-    )
+
+    def stages_of(profile: Profile) -> list[Stage]:
+        shards = shards_needed(profile, [devices[i] for i in chosen]) if public else 0
+        return make_stages(profile, settings, base_dir, shards)
+
+    stages = stages_of(profile)
     where = f"; {unused}" if unused else ""
     print(f"profile {profile.name}: {profile.about}{where}; everything goes into {base_dir}", flush=True)
     print("".join(f"{line}\n" for line in lines), end="", flush=True)
@@ -286,6 +287,8 @@ def _run(cfg: Config, server: StageServer | None) -> tuple[Profile, Path] | None
     if len(devices) > 1:
         print(f"cards: {describe_choice(devices, chosen)}", flush=True)
     if cfg.dry_run:
+        if profile.minutes is not None:
+            print("steps: more where this CPU is fast enough for them", flush=True)
         for stage in stages:
             print(f"{stage.name}: {stage.about}\n    {' '.join(['python', *stage.command()[1:]])}")
         return None
@@ -299,6 +302,13 @@ def _run(cfg: Config, server: StageServer | None) -> tuple[Profile, Path] | None
         except (ValueError, FileNotFoundError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        if profile.minutes is not None:
+            kept = base_dir / "pipeline" / STEPS_FILE
+            profile = with_steps(profile, [stage.name for stage in stages], kept, partial(step_seconds, profile))
+            steps = ", ".join(f"{number:,} of {stage}" for stage, number in profile.steps.items())
+            seconds = format_seconds(sum(profile.seconds.values()))
+            print(f"steps: {steps}; in all about {seconds} by this CPU's speed", flush=True)
+            stages = stages_of(profile)
         if question := own_question(settings):
             print("\n".join(language_advice(profile)), flush=True)
         if question := question or world_question:

@@ -144,6 +144,10 @@ def check_speed(compute: Compute) -> tuple[float, Check]:
 
 def check_plan(profile: Profile, speed: float) -> Check:
     """The hours that a run will take, and how much text it can read in them at the very most."""
+    if profile.minutes is not None:
+        time = format_seconds(60 * (profile.minutes if profile.hours is None else 60 * profile.hours))
+        fewest = ", or what its fewest steps take" if profile.hours is None else ""
+        return Check("ok", "plan", f"profile {profile.name}: {profile.about}; about {time}{fewest}")
     if profile.hours is None:
         known = sum(profile.seconds.values())
         time = f"about {format_seconds(known)} (as measured on 2 CPU cores)" if known else "by tokens, not by the clock"

@@ -108,9 +108,7 @@ GREETING_WRAPPERS = (
     "{Q} We want to find it out soon.",
     "{Q} That is really interesting.",
     "Hi, one question: {q}",
-    "Hey, short question, {q}",
     "Hello, I hope you are well. {Q}",
-    "Thank you for your help. {Q}",
     "Hi, thanks for your time. {Q}",
     "Excuse me, {q}",
     "If you do not mind, {q}",
@@ -157,7 +155,8 @@ _OPENERS = frozenset(
     words_of(
         "what which who whose whom when where why how is are was were do does did can could may must should will would "
         "has have in on at by for from of to into out with without under over after before between across since if "
-        "name give spell count add multiply subtract calculate compute write say tell describe the a an many your work"
+        "name give spell count add multiply subtract calculate compute write say tell describe the a an many your work "
+        "my please explain let any here now answer okay so hi hey hello excuse sorry"
     )
 )
 FUNCTION_WORDS = frozenset(
@@ -198,16 +197,10 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
     ("made from", "made out of"),
     ("famous", "well known"),
     ("in the world", "on earth"),
-    ("baby", "young"),
     ("young", "baby"),
     ("fastest", "quickest"),
     ("people", "humans"),
-    ("a person", "somebody"),
-    ("animal", "creature"),
-    ("called", "named"),
     ("needs", "requires"),
-    ("help", "assist"),
-    ("small", "little"),
     ("kind of", "sort of"),
     ("sort of", "kind of"),
     ("begin", "start"),
@@ -379,17 +372,16 @@ def mistyped(rng: random.Random, text: str, known: Set[str]) -> str:
 
 
 # Words that people put in without another meaning.
-FILLERS = ("actually", "usually", "normally", "really", "exactly", "in fact", "then", "just", "again", "generally")
+FILLERS = ("actually", "usually", "normally", "really", "exactly")
 
 
 def filled(rng: random.Random, text: str) -> str:
-    """The text with a word that says nothing in it."""
-    words = text.split(" ")
-    places = [i for i in range(2, len(words)) if MARK not in words[i - 1] + words[i]]
-    if not places:
-        return text
-    at = rng.choice(places)
-    return " ".join([*words[:at], rng.choice(FILLERS), *words[at:]])
+    """The text with a word that says nothing: behind "is" or "are" as its second word, else at its end."""
+    filler, words = rng.choice(FILLERS), text.split(" ")
+    if len(words) > 3 and words[1] in ("is", "are") and rng.random() < 0.6:
+        return " ".join([*words[:2], filler, *words[2:]])
+    body = text.rstrip("?.!")
+    return f"{body}, {rng.choice(('actually', 'in fact', 'then'))}{text[len(body) :]}"
 
 
 def typed(rng: random.Random, text: str, known: Set[str] = frozenset()) -> str:
@@ -447,6 +439,8 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) ->
         text = drop_words(rng, question)
     else:
         text = keywords(rng, fact, question)
+    if world.held_out.find(text):
+        text = question
     if rng.random() < 0.1:
         text = filled(rng, text)
     text = typed(rng, text, world.vocabulary)

@@ -109,8 +109,8 @@ SUM_PHRASES = {
         "If {a} children have {b} {things} each, how many {things} do they have?",
         "{N} buys {a} {things} for {b} coins each. How much does {N} pay?",
         "One of the {things} costs {a} coins. How much do {b} of them cost?",
-        "There are {a} rows with {b} chairs. How many chairs are there?",
-        "A week has 7 days and I read {a} pages a day. How many pages is that in {b} days?",
+        "There are {a} rows with {b} chairs in each. How many chairs are there?",
+        "{N} reads {a} pages a day. How many pages is that in {b} days?",
         "Each of {a} tables has {b} {things} on it. How many {things} are there in all?",
     ),
     "/": (
@@ -126,7 +126,7 @@ SUM_PHRASES = {
 }
 NAMES = ("Tom", "Anna", "Ben", "Lisa", "Max", "Mia", "Sam", "Emma", "Paul", "Nora", "Leo", "Julia", "Tim", "Eva")
 THINGS = (
-    "apples", "books", "pens", "balls", "eggs", "cards", "stones", "cakes", "coins", "cars", "toys", "fish", "birds",
+    "apples", "books", "pens", "balls", "eggs", "cards", "stones", "cakes", "lamps", "cars", "toys", "fish", "birds",
     "flowers", "dolls", "stars", "hats", "marbles", "pictures", "stamps", "sweets", "oranges",
 )  # fmt: skip
 REMAINDERS = (
@@ -393,6 +393,19 @@ def random_sum(rng: random.Random, *, held_out: bool) -> Sum:
             return Sum(a, op, b, then)
 
 
+def makes_a_story(problem: Sum) -> bool:
+    """True if things can be counted as the sum does: whole ones, more than one, and nothing negative or in parts."""
+    a, op, b = problem.a, problem.op, problem.b
+    if not (isinstance(a, int) and isinstance(b, int) and a > 1 and b > 1):
+        return False
+    return a >= b if op == "-" else a % b == 0 if op == "/" else True
+
+
+def tells_a_story(phrase: str) -> bool:
+    """True if a wording of SUM_PHRASES speaks of things, and not of numbers alone."""
+    return "{things}" in phrase or "{N}" in phrase or "coins" in phrase or "chairs" in phrase
+
+
 def number_word(number: int) -> str:
     """A whole number below 100 in words: 42 -> "forty-two"."""
     if number < len(ONES):
@@ -415,8 +428,8 @@ def ask_sum(rng: random.Random, problem: Sum, *, held_out: bool) -> str:
             return rng.choice(requests).format(e=rng.choice(OF_ONE[op, int(b)]).format(a=a))
         if op == "*" and a == b:
             return rng.choice(requests).format(e=rng.choice(SQUARED).format(a=a))
-        name, things = rng.choice(NAMES), rng.choice(THINGS)
-        return rng.choice(SUM_PHRASES[op]).format(a=a, b=b, N=name, things=things)
+        phrases = [phrase for phrase in SUM_PHRASES[op] if makes_a_story(problem) or not tells_a_story(phrase)]
+        return rng.choice(phrases).format(a=a, b=b, N=rng.choice(NAMES), things=rng.choice(THINGS))
     in_words = rng.random() < 0.3
     space = "" if not in_words and rng.random() < 0.3 else " "
     numbers = [a, b, *([problem.then[1]] if problem.then else [])]

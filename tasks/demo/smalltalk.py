@@ -63,7 +63,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str, Keys], ...] = (
     (("Can I ask you something?", "May I ask a question?", "Are you there?", "Is anybody there?", "I have a question.",
       "Can we talk?", "Let us talk.", "test", "Are you listening?", "Help!", "I need help.", "Talk to me."),
      ASK_ME, (("ask",),)),
-    (("I am bored.",  "I have nothing to do.", "What else do you know?", "bored", "What should we talk about?",
+    (("I am bored.", "I have nothing to do.", "What else do you know?", "bored", "What should we talk about?",
       "Tell me something.", "Say something.", "Surprise me.",
       "What can I ask?", "I do not know what to ask.", "Give me an idea."), BORED, (("animals",),)),
 )  # fmt: skip

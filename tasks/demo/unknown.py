@@ -327,11 +327,12 @@ class Unknowns:
             question = rng.choice(self.untaught)
             if self.is_new(question):
                 return question, DO_NOT_KNOW
-        for _ in range(10 if kind < 0.45 else 0):
+        for _ in range(10 if kind > 0.9 else 0):
             topic = rng.choice(list(self.texts))
             frame, word = rng.choice(_OTHER_SIDES)
-            if word not in self.texts[topic]:
-                return frame.format(x=topic), DO_NOT_KNOW
+            question = frame.format(x=topic)
+            if word not in self.texts[topic] and self.is_new(question):
+                return question, DO_NOT_KNOW
         while True:
             chosen, fillers = rng.choice(self.kinds)
             question = rng.choice(chosen.frames).format(x=rng.choice(fillers or [made_up_name(rng, held_out=False)]))
