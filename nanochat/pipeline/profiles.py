@@ -153,7 +153,7 @@ DEMO = Profile(
     },
     minutes=5,
     # Two cores of an AMD EPYC of 2024 (Zen 5), torch 2.13: see dev/LOG.md, "the demo uses its five minutes".
-    step_seconds=0.11,
+    step_seconds=0.13,
     seconds={
         "report_reset": 1,
         "data": 2,
