@@ -238,6 +238,7 @@ def test_going_on_from_a_model_keeps_its_shape_and_what_it_knows(base_dir, text,
     [
         ("--depth=3", "--depth contradicts --init_from=d1, whose model has 1 layers"),
         ("--aspect_ratio=32", "--aspect_ratio contradicts"),
+        ("--head_size=64", "--head_size contradicts"),
         ("--vocab_size=999", "--vocab_size contradicts"),
         ("--smear=False", "--smear contradicts"),
         ("--max_seq_len=64", "has a context of 32"),
