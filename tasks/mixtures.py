@@ -39,8 +39,9 @@ TOKENS_EACH = {"smoltalk": 800, "mmlu": 180, "gsm8k": 220, "spelling": 40, "spel
 # Below this depth a model learns nothing from multiple choice and word problems: they are left out.
 SMALL_DEPTH = 8
 SMALL_TASKS = ("smoltalk", "spelling")
-# The demo's mixtures are made for about this many facts.
-DEMO_FACTS = 1400
+# The demo's mixtures are made for about this many facts, and have about so many tokens. A run that reads more gets more
+# of them, drawn anew; each takes seconds to make, so after some it reads them again.
+DEMO_FACTS, DEMO_TOKENS, MOST_DEMO_DRAWS = 1400, 650_000, 6
 
 
 def conversations(stage: str, chat_data: str | None, budget: DataBudget) -> Conversations:
@@ -54,7 +55,7 @@ def conversations(stage: str, chat_data: str | None, budget: DataBudget) -> Conv
     """
     chat_data = chat_data or budget.chat_data or "nanochat"
     if chat_data == "demo":
-        return _demo(stage)
+        return _demo(stage, budget.tokens)
     if chat_data != "nanochat":
         return _own(chat_data, budget.fits)
     return _nanochat_mid(budget) if stage == "mid" else _nanochat_sft(budget)
@@ -101,11 +102,12 @@ def _hold_out(
     return [] if chosen is None else [chosen]
 
 
-def _demo(stage: str) -> Conversations:
+def _demo(stage: str, tokens: int | None) -> Conversations:
     world = load_world()
     draw, seed = (demo_mid_mixture, 1) if stage == "mid" else (demo_sft_mixture, 2)
     # A larger world gets as many conversations about each fact: more draws, with other seeds.
-    draws = [draw(world=world, seed=seed + 2 * i) for i in range(-(-len(world.facts) // DEMO_FACTS))]
+    number = max(-(-len(world.facts) // DEMO_FACTS), min(MOST_DEMO_DRAWS, round((tokens or 0) / DEMO_TOKENS)))
+    draws = [draw(world=world, seed=seed + 2 * i) for i in range(number)]
     train = TaskMixture([task for mixture in draws for task in mixture.tasks])
     # Validation uses phrasings that are never trained on. Only its loss is reported; nothing is chosen by it.
     return Conversations(train, TaskMixture(list(demo_eval_tasks().values())), "demo")

@@ -15,6 +15,8 @@ from nanochat.config import run_script
 from nanochat.data.worlds import CORE_TOPICS
 from nanochat.generate.calculator import use_calculator
 from nanochat.tokenizer import PATTERNS
+from nanochat.train.finetune import DataBudget
+from tasks import mixtures
 from tasks.demo import chat, corpus, followups, phrasings, skills, tool_tasks, unknown
 from tasks.demo.__main__ import Config, main
 from tasks.demo.tables import clause
@@ -907,3 +909,16 @@ def test_command_line_writes_the_corpus_once(small_world, tmp_path, capsys):
     assert "written to" in capsys.readouterr().out
     run_script(main, Config, arguments)
     assert "up to date" in capsys.readouterr().out
+
+
+def test_a_run_that_reads_more_gets_other_conversations_not_the_same_ones_again(world, monkeypatch):
+    monkeypatch.setattr(mixtures, "load_world", lambda: world)
+    sizes = {}
+    for tokens in (None, 10_000, 1_300_000, 10**9):
+        train = mixtures.conversations("mid", "demo", DataBudget(tokens, 4)).train
+        sizes[tokens] = len(train)
+    assert sizes[None] == sizes[10_000] < sizes[1_300_000] == 2 * sizes[None]
+    assert sizes[10**9] == mixtures.MOST_DEMO_DRAWS * sizes[None]
+    train = mixtures.conversations("mid", "demo", DataBudget(1_300_000, 4)).train
+    facts = [task for task in train.tasks if type(task) is chat.DemoFacts]
+    assert [user_texts(facts[0][i]) for i in range(50)] != [user_texts(facts[1][i]) for i in range(50)]
