@@ -263,3 +263,19 @@ def test_a_demo_in_hours_trains_by_steps_as_long_as_it_is_told_to(tmp_path):
     card = choose_profile(Settings(profile="demo", hours=1.0), 1)
     assert card.stage_hours("base_train") == 1.0
     assert "--hours=1" in make_stages(card, Settings(), tmp_path)[4].flags
+
+
+def test_a_cpu_trains_a_narrow_model_where_text_does_not_end_and_time_does(tmp_path):
+    def made(dataset="climbmix", **more):
+        settings = Settings(dataset=dataset, data_dir=None if dataset else tmp_path, **more)
+        profile = choose_profile(settings, 0)
+        base = next(stage for stage in make_stages(profile, settings, tmp_path, 1) if stage.trains)
+        return profile.model_config, base.flags
+
+    config, flags = made()
+    assert (config.n_embd, config.window_pattern, config.bigram_buckets) == (128, "SSSL", 65536)
+    assert {"--aspect_ratio=32", "--window_pattern=SSSL", "--bigram_buckets=65536", "--max_seq_len=1024"} <= set(flags)
+    # Own text, more hours, a depth that is asked for, and other programs, which know no pairs of tokens.
+    for config, flags in (made(dataset=None), made(hours=8.0), made(depth=4), made(recipe="portable")):
+        assert config.n_embd == 256
+        assert not any(flag.startswith(("--window_pattern", "--bigram", "--aspect")) for flag in flags)

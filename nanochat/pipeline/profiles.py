@@ -65,6 +65,10 @@ class Profile:
     """Optimizer steps by stage, where the clock does not count; a stage without them takes its script's default."""
     recipe: str = DEFAULT_RECIPE
     """Of base training: model, optimizer and schedule."""
+    aspect_ratio: int = 64
+    """Channels per layer."""
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    """More of the model's switches than its recipe's."""
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """More flags by stage."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -88,7 +92,8 @@ class Profile:
     @property
     def model_config(self) -> GPTConfig:
         """The shape of its model, with the switches of its recipe."""
-        return GPTConfig.from_depth(self.depth, self.vocab_size, self.max_seq_len, **PRESETS[self.recipe].switches)
+        switches = {**PRESETS[self.recipe].switches, **self.switches}
+        return GPTConfig.from_depth(self.depth, self.vocab_size, self.max_seq_len, self.aspect_ratio, **switches)
 
     @property
     def tag(self) -> str:
@@ -280,6 +285,10 @@ D20 = Profile(
     needs_cards=True,
 )
 
+# What learns most from text without end in so few hours of a CPU; from a few megabytes, read many times, the wider
+# model does (dev/LOG.md, "narrower").
+NARROW_HOURS, WINDOWS_AND_PAIRS = 2.0, {"window_pattern": "SSSL", "bigram_buckets": 65536}
+NARROW = {"aspect_ratio": 32, "max_seq_len": 1024, "device_batch_size": 4, "switches": WINDOWS_AND_PAIRS}
 PROFILES = {profile.name: profile for profile in (DEMO, TINY, CPU, P100, D20)}
 # Rows per forward pass that are meant to fit into a P100's 16 GB at 2048 tokens, up to this depth.
 P100_DEVICE_BATCH = ((8, 16), (12, 8), (16, 4), (20, 2))
@@ -389,6 +398,8 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         profile = replace(profile, device_batch_size=fitting[0] if fitting else 1)
     dataset = None if settings.data_dir else settings.dataset or (None if settings.base else profile.dataset)
     chat_data = settings.chat_data or ("demo" if dataset == "demo" else profile.chat_data)
+    if profile.name == "cpu" and dataset in SOURCES and not settings.depth and not settings.recipe:
+        profile = replace(profile, **(NARROW if (settings.hours or 0.0) <= NARROW_HOURS else {}))  # type: ignore[arg-type]
     profile = replace(
         profile,
         depth=settings.depth or profile.depth,

@@ -266,7 +266,9 @@ class _Maker:
         profile, base = self.profile, self.profile.base
         if not self.has_texts:
             return []
-        shape = (f"--depth={profile.depth}", f"--max_seq_len={profile.max_seq_len}")
+        shape = [f"--depth={profile.depth}", f"--max_seq_len={profile.max_seq_len}"]
+        shape += [] if profile.aspect_ratio == 64 else [f"--aspect_ratio={profile.aspect_ratio}"]
+        shape += [f"--{name}={value}" for name, value in profile.switches.items()]
         # A bundle that is named is never downloaded: the demo stays offline by naming the default place.
         bundle = (f"--eval_bundle={base_dir / 'eval_bundle'}",) if profile.dataset == "demo" else ()
         train = self.training(
