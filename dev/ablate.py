@@ -146,24 +146,16 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "2048, windows, short rows": "--recipe=small --max_seq_len=2048 --device_batch_size=2 --window_pattern=SSSL "
         "--short_rows_ratio=0.5",
     },
-    # Small models, for which two heads of 128 are coarse.
     "small_shape": {
         "4 × 256": "--recipe=small",
         "4 × 256, heads of 64": "--recipe=small --head_size=64",
         "3 × 256": "--recipe=small --depth=3 --aspect_ratio=85",
         "4 × 192": "--recipe=small --aspect_ratio=48 --head_size=64",
-        "4 × 192, heads of 96": "--recipe=small --aspect_ratio=48 --head_size=96",
-        "4 × 192, windows": "--recipe=small --aspect_ratio=48 --head_size=64 --window_pattern=SSSL",
-        "4 × 192, 1,024, windows": "--recipe=small --aspect_ratio=48 --head_size=64 --max_seq_len=1024 "
-        "--device_batch_size=4 --window_pattern=SSSL",
-        "4 × 192, 2,048, windows": "--recipe=small --aspect_ratio=48 --head_size=64 --max_seq_len=2048 "
-        "--device_batch_size=2 --window_pattern=SSSL",
-        "4 × 128": "--recipe=small --aspect_ratio=32 --head_size=64",
-        "4 × 128, one head": "--recipe=small --aspect_ratio=32",
-        "6 × 192": "--recipe=small --depth=6 --aspect_ratio=32 --head_size=64",
-        "6 × 128": "--recipe=small --depth=6 --aspect_ratio=21 --head_size=64",
-        "3 × 192": "--recipe=small --depth=3 --head_size=96",
-        "5 × 192": "--recipe=small --depth=5 --aspect_ratio=38 --head_size=96",
+        "4 × 128": "--recipe=small --aspect_ratio=32",
+        "4 × 128, windows": "--recipe=small --aspect_ratio=32 --window_pattern=SSSL",
+        "4 × 128, pairs": "--recipe=small --aspect_ratio=32 --bigram_buckets=65536",
+        "4 × 128, 1,024, windows, pairs": "--recipe=small --aspect_ratio=32 --max_seq_len=1024 --device_batch_size=4 "
+        "--window_pattern=SSSL --bigram_buckets=65536",
     },
     "shape": {
         "d4": "--depth=4",

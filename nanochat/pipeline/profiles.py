@@ -74,7 +74,7 @@ class Profile:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """How long a stage took where it was measured, on 2 CPU cores."""
     step_seconds: float = 0.0
-    """How long a step of base training took there, as `machine.step_seconds` measures it."""
+    """How long a step of base training took there."""
     minutes: float | None = None
     """Time of the whole run on a CPU: a faster one takes more `steps` (see chosen.fit_steps), a slower one more time.
     Then HOURS is this time. None: HOURS are those of base training, by the clock."""
@@ -157,7 +157,7 @@ DEMO = Profile(
         "chat_eval_sft": ("--max_new_tokens=96",),
     },
     minutes=5,
-    # Two cores of an AMD EPYC of 2024 (Zen 5), torch 2.13: see dev/LOG.md, "the demo uses its five minutes".
+    # Two cores of an AMD EPYC (Zen 5), torch 2.13 (dev/LOG.md): 0.12 in this run, 0.155 timed at another moment.
     step_seconds=0.13,
     seconds={
         "report_reset": 1,
@@ -288,7 +288,7 @@ D20 = Profile(
 # What learns most from text without end in so few hours of a CPU; from a few megabytes, read many times, the wider
 # model does (dev/LOG.md, "narrower").
 NARROW_HOURS, WINDOWS_AND_PAIRS = 2.0, {"window_pattern": "SSSL", "bigram_buckets": 65536}
-NARROW = {"aspect_ratio": 32, "max_seq_len": 1024, "device_batch_size": 4, "switches": WINDOWS_AND_PAIRS}
+NARROW: dict[str, Any] = {"aspect_ratio": 32, "max_seq_len": 1024, "device_batch_size": 4}
 PROFILES = {profile.name: profile for profile in (DEMO, TINY, CPU, P100, D20)}
 # Rows per forward pass that are meant to fit into a P100's 16 GB at 2048 tokens, up to this depth.
 P100_DEVICE_BATCH = ((8, 16), (12, 8), (16, 4), (20, 2))
@@ -398,8 +398,10 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         profile = replace(profile, device_batch_size=fitting[0] if fitting else 1)
     dataset = None if settings.data_dir else settings.dataset or (None if settings.base else profile.dataset)
     chat_data = settings.chat_data or ("demo" if dataset == "demo" else profile.chat_data)
-    if profile.name == "cpu" and dataset in SOURCES and not settings.depth and not settings.recipe:
-        profile = replace(profile, **(NARROW if (settings.hours or 0.0) <= NARROW_HOURS else {}))  # type: ignore[arg-type]
+    plain = not settings.depth and not settings.recipe and (settings.hours or 0.0) <= NARROW_HOURS
+    if profile.name == "cpu" and dataset in SOURCES and plain:
+        about = "a public corpus on this CPU, with a narrow model for little time (DEPTH=4: the usual width)"
+        profile = replace(profile, about=about, switches=WINDOWS_AND_PAIRS, **NARROW)
     profile = replace(
         profile,
         depth=settings.depth or profile.depth,

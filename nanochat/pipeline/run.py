@@ -288,7 +288,7 @@ def _run(cfg: Config, server: StageServer | None) -> tuple[Profile, Path] | None
         print(f"cards: {describe_choice(devices, chosen)}", flush=True)
     if cfg.dry_run:
         if profile.minutes is not None:
-            print("steps: more where this CPU is fast enough for them", flush=True)
+            print("steps: a run takes more, or with HOURS more or fewer, by the speed of this CPU", flush=True)
         for stage in stages:
             print(f"{stage.name}: {stage.about}\n    {' '.join(['python', *stage.command()[1:]])}")
         return None
