@@ -16,7 +16,7 @@ from nanochat.generate.calculator import use_calculator
 from tasks.common import Conversation, Task, TaskMixture
 from tasks.demo import skills, unknown
 from tasks.demo.followups import WHY_FORMS, FollowUp, FollowUps
-from tasks.demo.phrasings import ask_about, ask_fact, badly_typed, typed, wrap_fact
+from tasks.demo.phrasings import READING, ask_about, ask_fact, badly_typed, typed, wrap_fact
 from tasks.demo.smalltalk import SMALL_TALK, SMALL_TALK_TEST
 from tasks.demo.task import Content, DemoTask, Split, conversation, final_text
 from tasks.demo.tool_tasks import DemoArithmetic, DemoCounting, DemoRepeat, DemoSpelling
@@ -59,10 +59,8 @@ class DemoFacts(DemoTask):
             fact = self.facts[position]
             topic = self.first_facts.get(fact.text)
             if topic and rng.random() < 0.12:
-                question = ask_about(rng, topic, self.world)
-            else:
-                question = ask_fact(rng, fact, self.seed + round_number + position, self.world)
-            return conversation((question, fact.text))
+                return conversation((ask_about(rng, topic, self.world), fact.text))
+            return conversation(ask_fact(rng, fact, self.seed + round_number + position, self.world))
         number, group = index // len(self.groups), self.groups[index % len(self.groups)]
         fact = self.facts[number % len(self.facts)]
         question = fact.held_out
@@ -120,7 +118,10 @@ class DemoUnknown(DemoTask):
             if rng.random() < 0.12 and self.world.in_english:
                 return conversation((typed(rng, rng.choice(unknown.FOREIGN)), unknown.ENGLISH_ONLY))
             question, answer = self.unknowns.draw(rng)
-            return conversation((self.as_typed(rng, question), answer))
+            text, unclear = self.as_typed_and_told(rng, question)
+            if unclear and question.endswith("?"):
+                answer = READING.format(q=question, answer=answer)
+            return conversation((text, answer))
         number, place = divmod(index, 5)
         foreign = number % 2 == 0 and self.world.in_english
         group = ("outside", "outside", "known", "known", "language" if foreign else "made up")[place]
@@ -225,7 +226,7 @@ class DemoChat(DemoTask):
         return conversation((asked, skills.sum_answer(first)), (question.format(o=words, n=number), second))
 
     def _ask(self, rng: random.Random, fact: Fact) -> tuple[str, Content]:
-        return ask_fact(rng, fact, rng.randrange(len(fact.asks)), self.world), fact.text
+        return ask_fact(rng, fact, rng.randrange(len(fact.asks)), self.world)
 
     def evaluate(self, problem: Conversation, completion: str) -> int:
         """1 if the last answer has the key words of its fact."""

@@ -89,7 +89,7 @@ def talk(task: DemoTask, examples: int) -> Document:
 
 def _question(rng: random.Random, world: World, fact: Fact) -> str:
     """A question and its answer, each at the start of a line, so that they become the same tokens as in a chat."""
-    return f"{ask_fact(rng, fact, rng.randrange(3), world)}\n{fact.text}"
+    return "\n".join(ask_fact(rng, fact, rng.randrange(len(fact.asks)), world))
 
 
 # How many of 100 documents are of each kind.

@@ -387,22 +387,34 @@ def filled(rng: random.Random, text: str) -> str:
 def typed(rng: random.Random, text: str, known: Set[str] = frozenset()) -> str:
     """The text as people type it: mostly tidy, sometimes with short forms, a typing error, in lower case or in
     capitals, without the final punctuation or with too much of it; and sometimes with most of this at once."""
+    return typed_and_told(rng, text, known)[0]
+
+
+def typed_and_told(rng: random.Random, text: str, known: Set[str]) -> tuple[str, bool]:
+    """(the text as `typed` gives it, True if it has typing errors or capitals only)."""
     hurry = rng.random() < HURRY_SHARE
     if rng.random() < (0.5 if hurry else 0.15):
         text = shortened(rng, text)
+    right = text
     for _ in range(rng.choice((1, 2, 2, 3)) if hurry else int(rng.random() < 0.14)):
         text = mistyped(rng, text, known)
+    unclear = text != right
     case = rng.random()
     if case < (0.85 if hurry else 0.1):
         text = text.lower()
     elif case < (0.9 if hurry else 0.27):
-        text = text.upper()
+        text, unclear = text.upper(), True
     end = rng.random()
     if end < (0.8 if hurry else 0.16):
         text = text.rstrip("?.!")
     elif end < (0.85 if hurry else 0.19):
         text = text.rstrip("?.!") + rng.choice(("??", "???", "!", " ?", "?!"))
-    return text
+    return text, unclear
+
+
+# A question in capitals or with typing errors is put right first: the words of the answer are then found by the clean
+# question, as those of every other one, and people see how they were understood.
+READING = "You mean: {q} {answer}"
 
 
 def badly_typed(rng: random.Random, text: str, known: Set[str]) -> str:
@@ -418,14 +430,14 @@ def ask_about(rng: random.Random, topic: str, world: World) -> str:
     return typed(rng, rng.choice(allowed), world.vocabulary)
 
 
-def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) -> str:
-    """A training question for `fact` of `world`; `round_number` cycles through its questions.
+def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) -> tuple[str, str]:
+    """(a training question for `fact` of `world`, the answer); `round_number` cycles through its questions.
 
     If rewording by rule gives a held-out question, the plain question is asked instead.
     """
     question = fact.asks[round_number % len(fact.asks)]
     if fact.language is not None:
-        return typed(rng, fact.language.ask(rng, question, held_out=False), world.vocabulary)
+        return typed(rng, fact.language.ask(rng, question, held_out=False), world.vocabulary), fact.text
     kind = rng.random()
     if kind < 0.24:
         text = question
@@ -443,5 +455,7 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) ->
         text = question
     if rng.random() < 0.1:
         text = filled(rng, text)
-    text = typed(rng, text, world.vocabulary)
-    return question if world.held_out.find(text) else text
+    text, unclear = typed_and_told(rng, text, world.vocabulary)
+    if world.held_out.find(text):
+        return question, fact.text
+    return text, READING.format(q=question, answer=fact.text) if unclear else fact.text

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-FIELDS = ("fact", "also", "ask", "tell", "key")
+FIELDS = ("fact", "also", "ask", "more", "tell", "key")
 NEEDED = ("fact", "ask", "key")
 MIN_ASKS = 2
 MAX_FACT_CHARS = 240
@@ -244,7 +244,8 @@ def _finish_fact(
     asks = tuple(ask.strip() for ask in fields["ask"].split("|"))
     keys = tuple(tuple(word.strip() for word in group.split("/") if word.strip()) for group in fields["key"].split(","))
     held = held_out_index(fields["fact"], len(asks))
-    trained = asks[:held] + asks[held + 1 :]
+    more = tuple(ask.strip() for ask in fields["more"].split("|")) if "more" in fields else ()
+    trained = asks[:held] + asks[held + 1 :] + more
     also, tell = fields.get("also") or fields["fact"], fields.get("tell") or clause(asks[0])
     fact = Fact(topic, fields["fact"], also, trained, asks[held], tell, keys, draft.place, language)
     problems += (f"{draft.place}: {problem}" for problem in _fact_problems(fact, 4 if identity else MIN_ASKS))
