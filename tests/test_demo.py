@@ -297,7 +297,7 @@ def test_a_world_in_another_language_is_asked_in_it(tmp_path):
     world = load_world(write_world(tmp_path / "w", himmel=GERMAN, language=LANGUAGE))
     (fact,) = world.facts
     rng = random.Random(0)
-    asked = {phrasings.ask_fact(rng, fact, i, world).lower().rstrip("?.") for i in range(200)}
+    asked = {phrasings.ask_fact(rng, fact, i, world)[0].lower().rstrip("?.") for i in range(200)}
     forms = {text.replace("{Q}", ask) for text in ("{Q}", "Hallo! {Q}", "{Q} Danke.") for ask in fact.asks}
     assert {form.lower().rstrip("?.") for form in forms} <= asked
     tested = {c["messages"][0]["content"] for c in chat.DemoFacts(20, "test", world, kind="wrapper")}
@@ -530,7 +530,7 @@ def test_wrap_fits_the_question_into_the_sentence():
 def test_training_phrasings_are_many(world):
     fact = world.facts[0]
     rng = random.Random(0)
-    asked = {phrasings.ask_fact(rng, fact, i, world) for i in range(300)}
+    asked = {phrasings.ask_fact(rng, fact, i, world)[0] for i in range(300)}
     assert len(asked) > 60
     assert set(fact.asks) <= asked
     wrappers = phrasings.TELL_WRAPPERS + phrasings.QUESTION_WRAPPERS + phrasings.GREETING_WRAPPERS
@@ -545,7 +545,7 @@ def test_rewording_by_rule_never_asks_a_held_out_question(small_world):
     trained = dataclasses.replace(fact, asks=fact.asks[:2])
     for i in range(2000):
         world = SimpleNamespace(held_out=held_out, vocabulary=frozenset())
-        assert held_out.find(phrasings.ask_fact(rng, trained, i, world)) is None
+        assert held_out.find(phrasings.ask_fact(rng, trained, i, world)[0]) is None
 
 
 def test_held_out_search_ignores_case_and_marks_but_not_words():
@@ -570,6 +570,26 @@ def test_a_typing_error_changes_no_number_and_makes_no_other_known_word(world):
             assert not set(other) & world.vocabulary, (question, text)
             changed += bool(other)
     assert changed > 500
+
+
+def test_a_question_with_errors_or_in_capitals_is_put_right_before_the_answer(world):
+    shares = Counter()
+    for task in (chat.DemoFacts(600, "train", world, 1), chat.DemoUnknown(600, "train", world, 1)):
+        for conversation in task:
+            question, answer = (message["content"] for message in conversation["messages"])
+            is_right = answer.startswith("You mean: ")
+            if question.isupper() and question.rstrip("?!. ").count(" ") > 1 and "?" in question:
+                shares[f"{type(task).__name__} in capitals", is_right] += 1
+            if is_right:
+                meant, rest = answer.removeprefix("You mean: ").split("? ", 1)
+                assert rest and world.held_out.find(meant) is None
+                assert final_text(answer) == rest  # judged is the answer, not what was meant
+            known = {*world.vocabulary, *words_of(answer)}
+            if set(words_of(question)) <= known and not question.isupper():
+                shares["tidy", is_right] += 1
+    assert shares["DemoFacts in capitals", True] > 10 * shares["DemoFacts in capitals", False] > 0
+    assert shares["DemoUnknown in capitals", True] > 10
+    assert shares["tidy", False] > 500 > 50 * shares["tidy", True]
 
 
 def test_typing_keeps_what_the_calculator_needs(world):

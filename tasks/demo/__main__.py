@@ -43,7 +43,7 @@ def show(world: World, number: int) -> None:
     """Print `number` facts, spread over the world, with all that is made of them."""
     for fact in world.facts[:: max(1, len(world.facts) // number)][:number] if number > 0 else ():
         print(f"\n[{fact.topic}] {fact.place}\n{fact.text}")
-        print("\n".join([*(f"    trained:   {ask}" for ask in fact.asks), f"    evaluated: {fact.held_out}"]))
+        print("\n".join([*(f"    trained:   {ask}" for ask in fact.trained), f"    evaluated: {fact.held_out}"]))
         print(f"    trained:   Can you tell me {fact.tell}?" if fact.language is None else "")
         print(f"    right with {' and '.join(' or '.join(map(repr, group)) for group in fact.keys)}")
 
@@ -56,8 +56,8 @@ def check(spec: str, number: int = 0) -> None:
     """
     world, problems = read_world(spec)
     facts = (*world.facts, *world.identity)
-    vocabulary = {word for fact in facts for text in (fact.text, fact.also, *fact.asks) for word in words_of(text)}
-    questions = sum(len(fact.asks) + 1 for fact in facts)
+    vocabulary = {word for fact in facts for text in (fact.text, fact.also, *fact.trained) for word in words_of(text)}
+    questions = sum(len(fact.trained) + 1 for fact in facts)
     print(f"world {spec}: {counts(world)}, {questions:,} questions,")
     print(f"{len(world.identity)} facts about the assistant, {len(vocabulary):,} different words in all,")
     print(f"{len(world.words)} words to spell and {len(world.unseen_words)} unseen ones")

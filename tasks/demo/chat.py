@@ -16,7 +16,7 @@ from nanochat.generate.calculator import use_calculator
 from tasks.common import Conversation, Task, TaskMixture
 from tasks.demo import skills, unknown
 from tasks.demo.followups import WHY_FORMS, FollowUp, FollowUps
-from tasks.demo.phrasings import READING, ask_about, ask_fact, badly_typed, typed, wrap_fact
+from tasks.demo.phrasings import ask_about, ask_fact, badly_typed, put_right, typed, wrap_fact
 from tasks.demo.smalltalk import SMALL_TALK, SMALL_TALK_TEST
 from tasks.demo.task import Content, DemoTask, Split, conversation, final_text
 from tasks.demo.tool_tasks import DemoArithmetic, DemoCounting, DemoRepeat, DemoSpelling
@@ -118,9 +118,9 @@ class DemoUnknown(DemoTask):
             if rng.random() < 0.12 and self.world.in_english:
                 return conversation((typed(rng, rng.choice(unknown.FOREIGN)), unknown.ENGLISH_ONLY))
             question, answer = self.unknowns.draw(rng)
-            text, unclear = self.as_typed_and_told(rng, question)
+            text, unclear = self.as_hand_typed(rng, question)
             if unclear and question.endswith("?"):
-                answer = READING.format(q=question, answer=answer)
+                answer = put_right(question, answer)
             return conversation((text, answer))
         number, place = divmod(index, 5)
         foreign = number % 2 == 0 and self.world.in_english

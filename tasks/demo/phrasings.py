@@ -332,6 +332,7 @@ _SHORT_FORMS = (
     (r"\bplease\b", ("pls", "plz")),
 )
 MIN_TYPO_LETTERS = 4
+MORE_SHARE = 0.35  # of the questions about a fact comes from its `more:`
 HURRY_SHARE = 0.18  # of the questions is typed without care
 
 
@@ -387,10 +388,10 @@ def filled(rng: random.Random, text: str) -> str:
 def typed(rng: random.Random, text: str, known: Set[str] = frozenset()) -> str:
     """The text as people type it: mostly tidy, sometimes with short forms, a typing error, in lower case or in
     capitals, without the final punctuation or with too much of it; and sometimes with most of this at once."""
-    return typed_and_told(rng, text, known)[0]
+    return hand_typed(rng, text, known)[0]
 
 
-def typed_and_told(rng: random.Random, text: str, known: Set[str]) -> tuple[str, bool]:
+def hand_typed(rng: random.Random, text: str, known: Set[str]) -> tuple[str, bool]:
     """(the text as `typed` gives it, True if it has typing errors or capitals only)."""
     hurry = rng.random() < HURRY_SHARE
     if rng.random() < (0.5 if hurry else 0.15):
@@ -412,9 +413,11 @@ def typed_and_told(rng: random.Random, text: str, known: Set[str]) -> tuple[str,
     return text, unclear
 
 
-# A question in capitals or with typing errors is put right first: the words of the answer are then found by the clean
-# question, as those of every other one, and people see how they were understood.
-READING = "You mean: {q} {answer}"
+def put_right(question: str, answer: str) -> str:
+    """The answer to a question that came in capitals or with typing errors: first, what was meant."""
+    # Two small steps instead of a large one. The answer is then looked up by the clean question, as in every other
+    # example, and people see how they were understood.
+    return f"You mean: {question} {answer}"
 
 
 def badly_typed(rng: random.Random, text: str, known: Set[str]) -> str:
@@ -436,26 +439,30 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) ->
     If rewording by rule gives a held-out question, the plain question is asked instead.
     """
     question = fact.asks[round_number % len(fact.asks)]
+    if fact.more and rng.random() < MORE_SHARE:
+        question = rng.choice(fact.more)
     if fact.language is not None:
         return typed(rng, fact.language.ask(rng, question, held_out=False), world.vocabulary), fact.text
+    meant = question
     kind = rng.random()
     if kind < 0.24:
         text = question
     elif kind < 0.54:
         text = wrap_fact(rng, question, fact.tell, held_out=False)
+        meant = question if question[1:] in text else fact.asks[0]  # of which `tell` is the clause
     elif kind < 0.72:
-        text = reword(rng, question, fact.tell)
+        text = meant = reword(rng, question, fact.tell)
     elif kind < 0.82:
-        text = gap(rng, fact)
+        text = meant = gap(rng, fact)
     elif kind < 0.88:
         text = drop_words(rng, question)
     else:
         text = keywords(rng, fact, question)
     if world.held_out.find(text):
-        text = question
+        text = meant = question
     if rng.random() < 0.1:
         text = filled(rng, text)
-    text, unclear = typed_and_told(rng, text, world.vocabulary)
+    text, unclear = hand_typed(rng, text, world.vocabulary)
     if world.held_out.find(text):
         return question, fact.text
-    return text, READING.format(q=question, answer=fact.text) if unclear else fact.text
+    return text, put_right(meant, fact.text) if unclear and meant.endswith("?") else fact.text

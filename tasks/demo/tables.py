@@ -58,7 +58,7 @@ class Fact:
     text: str
     also: str
     asks: tuple[str, ...]
-    """Questions that training may use."""
+    """Questions of training."""
     held_out: str
     """The question that training never uses."""
     tell: str
@@ -68,6 +68,13 @@ class Fact:
     """`file:line` of the fact, for error messages."""
     language: Language | None = None
     """How a question is wrapped in a language of its own; None: in English, by rule."""
+    more: tuple[str, ...] = ()
+    """More questions of training, asked less often."""
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """All questions that training may use."""
+        return self.asks + self.more
 
 
 @dataclass(frozen=True)
@@ -245,18 +252,18 @@ def _finish_fact(
     keys = tuple(tuple(word.strip() for word in group.split("/") if word.strip()) for group in fields["key"].split(","))
     held = held_out_index(fields["fact"], len(asks))
     more = tuple(ask.strip() for ask in fields["more"].split("|")) if "more" in fields else ()
-    trained = asks[:held] + asks[held + 1 :] + more
+    trained = asks[:held] + asks[held + 1 :]
     also, tell = fields.get("also") or fields["fact"], fields.get("tell") or clause(asks[0])
-    fact = Fact(topic, fields["fact"], also, trained, asks[held], tell, keys, draft.place, language)
+    fact = Fact(topic, fields["fact"], also, trained, asks[held], tell, keys, draft.place, language, more)
     problems += (f"{draft.place}: {problem}" for problem in _fact_problems(fact, 4 if identity else MIN_ASKS))
     return fact
 
 
 def _fact_problems(fact: Fact, min_asks: int) -> Iterator[str]:
     """The problems of one fact, as `what: remedy`."""
-    asks = (*fact.asks, fact.held_out)
-    if len(asks) < min_asks:
-        yield f"{len(asks)} question{'s' * (len(asks) > 1)}: write {min_asks} or more, with | between them"
+    asks = (*fact.trained, fact.held_out)
+    if (given := len(asks) - len(fact.more)) < min_asks:
+        yield f"{given} question{'s' * (given > 1)}: write {min_asks} or more, with | between them"
     if not all(map(words_of, asks)):
         yield "an empty question: remove the extra |"
         return

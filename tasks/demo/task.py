@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks.common import Conversation, Task
-from tasks.demo.phrasings import drop_words, typed_and_told, wrap_request
+from tasks.demo.phrasings import drop_words, hand_typed, wrap_request
 from tasks.demo.world import World, load_world
 
 Split = Literal["train", "test"]
@@ -73,13 +73,13 @@ class DemoTask(Task):
 
     def as_typed(self, rng: random.Random, request: str, wrapped: float = 0.25) -> str:
         """A training request: plain, wrapped (in this share) or without its function words, typed as people do."""
-        return self.as_typed_and_told(rng, request, wrapped)[0]
+        return self.as_hand_typed(rng, request, wrapped)[0]
 
-    def as_typed_and_told(self, rng: random.Random, request: str, wrapped: float = 0.25) -> tuple[str, bool]:
+    def as_hand_typed(self, rng: random.Random, request: str, wrapped: float = 0.25) -> tuple[str, bool]:
         """(as `as_typed`, True if it has typing errors or capitals only)."""
         kind = rng.random()
         if kind < wrapped:
             request = wrap_request(rng, request, held_out=False)
         elif kind < wrapped + 0.1:
             request = drop_words(rng, request)
-        return typed_and_told(rng, request, self.world.vocabulary)
+        return hand_typed(rng, request, self.world.vocabulary)

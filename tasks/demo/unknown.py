@@ -306,10 +306,10 @@ class Unknowns:
             (kind, [filler for filler in kind.fillers if not filler or not is_known(world, filler)]) for kind in TRAINED
         ]
         facts = (*world.facts, *world.identity)
-        self.asked = {" ".join(words_of(ask)) for fact in facts for ask in (*fact.asks, fact.held_out)}
+        self.asked = {" ".join(words_of(ask)) for fact in facts for ask in (*fact.trained, fact.held_out)}
         self.untaught = [ask for topic in world.untaught for fact in topic.facts for ask in fact.asks]
         self.texts = {
-            topic.name: " ".join(f"{f.text} {f.also} {' '.join(f.asks)}".lower() for f in topic.facts)
+            topic.name: " ".join(f"{f.text} {f.also} {' '.join(f.trained)}".lower() for f in topic.facts)
             for topic in world.topics
         }
 

@@ -54,7 +54,7 @@ class World:
     def text(self) -> str:
         """All its words in lower case, with single spaces between and around them, to look for phrases in."""
         facts = (*self.facts, *self.identity)
-        texts = (" ".join((f.topic, f.text, f.also, *f.asks, f.held_out, f.tell)) for f in facts)
+        texts = (" ".join((f.topic, f.text, f.also, *f.trained, f.held_out, f.tell)) for f in facts)
         return f" {' '.join(words_of(' '.join(texts)))} "
 
     @functools.cached_property
@@ -251,13 +251,13 @@ def _clashes(world: World) -> list[str]:
     seen: dict[str, str] = {}
     everything = (*world.facts, *world.identity)
     for fact in everything:
-        for ask in (*fact.asks, fact.held_out):
+        for ask in (*fact.trained, fact.held_out):
             question = " ".join(words_of(ask))
             if question in seen:
                 problems.append(f"{fact.place}: {ask!r} is also asked at {seen[question]}: reword one of them")
             seen.setdefault(question, fact.place)
     for fact in everything:
-        for text in (fact.text, fact.also, fact.tell, *fact.asks):
+        for text in (fact.text, fact.also, fact.tell, *fact.trained):
             found = world.held_out.find(text)
             if found and found != " ".join(words_of(text)):  # the same question twice is reported above
                 where = f"the held-out question {found!r} of {seen[found]}"
