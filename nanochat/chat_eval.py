@@ -183,8 +183,11 @@ def _evaluate_generative(
         rows = [prompts[i] for i in batch for _ in range(n)]
         # By problem and answer: neither the batch nor the ranks nor an interruption may change what is drawn.
         seeds = [row_seed(f"{sampling.seed}/{i}", j) for i in batch for j in range(n)]
-        sequences, _ = engine.generate_prompts(rows, seeds=seeds, **vars(sampling))
+        sequences, masks = engine.generate_prompts(rows, seeds=seeds, **vars(sampling))
         answers = [tokenizer.decode(sequence[len(row) :]) for sequence, row in zip(sequences, rows, strict=True)]
+        if sampling.min_answer_p:  # as a server and a chat do, which know the end's likelihood too
+            guessed = [1 - r < sampling.min_answer_p for r in risks_of_drawing(engine, sequences, masks, (1.0,))[0]]
+            answers = [sampling.unsure if guess else answer for answer, guess in zip(answers, guessed, strict=True)]
         keep([_judge(task, i, answers[j * n : (j + 1) * n]) for j, i in enumerate(batch)])
 
 
@@ -221,13 +224,18 @@ FEWEST_RIGHT = 20  # below it nothing can be said
 # The mean risk that a drawn answer is another than the right one that is written without drawing. Of 40 right answers
 # two or more then change in one of 57 rounds of questions, and not every change is for the worse.
 TOLERANCE = 0.005
+# From how likely an answer on it may be given, if that withholds no more than this share of the right ones. Above one
+# half the model would more often say something else.
+LEAST_LIKELY = (0.1, 0.2, 0.3, 0.4)
+MOST_WITHHELD = 0.03
 RISK_TOKENS = 4096  # read at once
 
 
 def choose_sampling(
-    engine: Engine, tokenizer: RustBPETokenizer, conversations: Sequence[Mapping[str, Any]]
-) -> dict[str, float | int]:
-    """The warmest setting that keeps (next to) all answers that are right without drawing.
+    engine: Engine, tokenizer: RustBPETokenizer, conversations: Sequence[Mapping[str, Any]], unsure: str = ""
+) -> dict[str, Any]:
+    """The warmest setting that keeps (next to) all answers that are right without drawing, and from how likely an
+    answer on it is no guess.
 
     An answer is right when its words are those of the reference (F1 of at least RIGHT). The risk that drawing gives
     another one is computed, not tried: what happens to one answer in two hundred takes thousands of draws to see.
@@ -236,10 +244,11 @@ def choose_sampling(
         engine: writes the answers.
         tokenizer: its.
         conversations: held out of training; each ends with the assistant's reference answer.
+        unsure: what the assistant has learned to say when it does not know; "": nothing, and all answers are given.
 
     Returns:
-        temperature, and top_k above temperature 0: fields of `Sampling`. Empty when fewer than FEWEST_RIGHT answers are
-        right: of open-ended ones nobody can say by a reference.
+        temperature, top_k above temperature 0, min_answer_p and unsure: fields of `Sampling`. Empty when fewer than
+        FEWEST_RIGHT answers are right: of open-ended ones nobody can say by a reference.
     """
     count = min(TRIED_CONVERSATIONS, len(conversations))
     if count < FEWEST_RIGHT:
@@ -260,9 +269,15 @@ def choose_sampling(
     ]
     if len(right) < FEWEST_RIGHT:
         return {}
-    risks = risks_of_drawing(engine, [sequences[i] for i in right], [masks[i] for i in right], TEMPERATURES)
-    fine = [t for t, risk in zip(TEMPERATURES, risks, strict=True) if sum(risk) <= TOLERANCE * len(right)]
-    return {"temperature": max(fine), "top_k": TOP_K} if fine else {"temperature": 0.0}
+    tried = (1.0, *TEMPERATURES)
+    risks = risks_of_drawing(engine, [sequences[i] for i in right], [masks[i] for i in right], tried)
+    fine = [t for t, risk in zip(TEMPERATURES, risks[1:], strict=True) if sum(risk) <= TOLERANCE * len(right)]
+    drawing: dict[str, Any] = {"temperature": max(fine), "top_k": TOP_K} if fine else {"temperature": 0.0}
+    # Wrong answers are mostly unlikely ones: a model that was taught one answer to each question doubts between several
+    # where it has not understood. Source: selective prediction, arXiv 1705.08500.
+    sure = [1 - risk for risk in risks[0]]
+    kept = [p for p in LEAST_LIKELY if sum(p > share for share in sure) <= MOST_WITHHELD * len(right)]
+    return drawing | ({"min_answer_p": max(kept), "unsure": unsure} if unsure and kept else {})
 
 
 @torch.inference_mode()

@@ -53,6 +53,9 @@ class Config:
     0.6."""
     top_k: Annotated[int | None, short("-k")] = None
     """Choose among the k likeliest tokens; 0: among all. Default: what SFT found to suit the model, else 50."""
+    min_answer_p: float | None = None
+    """Instead of an answer that the model finds less likely than this, say that it does not know; 0: let it guess.
+    Default: what SFT found to suit the model."""
     top_p: float | None = None
     """Choose among the likeliest tokens that together reach this probability; default: among all."""
     repetition_penalty: float = 1.0
@@ -80,7 +83,7 @@ class Config:
 
     def sampling(self, meta: Mapping[str, Any], tell: Callable[[str], None] = lambda text: None) -> Sampling:
         """The settings of answers by a model with this meta, checked; `tell` hears where they come from."""
-        drawing, why = choose_drawing(meta, self.temperature, self.top_k, USUAL)
+        drawing, why = choose_drawing(meta, self.temperature, self.top_k, USUAL, self.min_answer_p)
         tell(why)
         return Sampling(
             **drawing,

@@ -31,6 +31,7 @@ from nanochat.gpt import GPT
 from nanochat.report import get_report
 from nanochat.report.text import slugify
 from nanochat.scoring import TaskScore, mean_centered
+from nanochat.serve.choose_model import choose_drawing
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.common import CodeTask, Task
 from tasks.registry import CLASSIC_TASKS, demo_tasks, get_task, load_available
@@ -47,6 +48,9 @@ class Config:
     """Tasks as "GSM8K|ARC-Easy"; default: the demo world's for a model trained on it, else those nanochat uses."""
     temperature: Annotated[float, short("-t")] = 0.0
     """0 takes the likeliest token."""
+    min_answer_p: float | None = None
+    """Instead of an answer that the model finds less likely than this, say that it does not know; 0: let it guess.
+    Default: as a chat with the model does."""
     max_new_tokens: Annotated[int, short("-m")] = 512
     """Longest answer."""
     num_samples: Annotated[int, short("-n")] = 1
@@ -69,12 +73,14 @@ class Config:
             raise ValueError(f"--batch_size (-b) must be at least 1, got {self.batch_size}")
         if self.max_problems is not None and self.max_problems < 1:
             raise ValueError(f"--max_problems (-x) must be at least 1, got {self.max_problems}")
-        check_samples(self.num_samples, self.sampling())
+        check_samples(self.num_samples, self.sampling({}))
 
-    def sampling(self) -> Sampling:
-        """The settings of answers, checked."""
-        seed = self.runtime.seed
-        return Sampling(temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_new_tokens, seed=seed)
+    def sampling(self, meta: Mapping[str, Any]) -> Sampling:
+        """The settings of answers by a model with this meta, checked."""
+        drawing, _ = choose_drawing(
+            meta, self.temperature, self.top_k, {"temperature": 0.0, "top_k": 50}, self.min_answer_p
+        )
+        return Sampling(**drawing, max_tokens=self.max_new_tokens, seed=self.runtime.seed)
 
 
 def choose_tasks(
@@ -94,7 +100,13 @@ def choose_tasks(
 
 
 def evaluate(
-    cfg: Config, tasks: Mapping[str, Task], model: GPT, tokenizer: RustBPETokenizer, compute: Compute, folder: Path
+    cfg: Config,
+    tasks: Mapping[str, Task],
+    model: GPT,
+    tokenizer: RustBPETokenizer,
+    compute: Compute,
+    folder: Path,
+    sampling: Sampling,
 ) -> list[TaskScore]:
     """Evaluate task after task; each one's problems and answers are logged to a file in `folder`."""
     engine = Engine(model, tokenizer, compute.precision)
@@ -103,7 +115,7 @@ def evaluate(
         if isinstance(task, CodeTask):
             print0(f"{name} runs the model's code; isolation is {isolation()}")
         log_path = folder / f"{slugify(name)}.jsonl"
-        finished = ResumeLog(log_path.with_suffix(".unfinished") / fingerprint(cfg, compute, folder))
+        finished = ResumeLog(log_path.with_suffix(".unfinished") / fingerprint(cfg, compute, folder, sampling))
         if dist.is_initialized():
             dist.barrier()  # all have read what there is before anybody adds to it
         score = evaluate_chat_task(
@@ -113,7 +125,7 @@ def evaluate(
             tokenizer,
             max_problems=cfg.max_problems,
             batch_size=cfg.batch_size,
-            sampling=cfg.sampling(),
+            sampling=sampling,
             num_samples=cfg.num_samples,
             autocast=compute.precision.autocast,
             finished=finished,
@@ -140,16 +152,18 @@ def print_score(cfg: Config, score: TaskScore) -> None:
         print0("  " + ", ".join(f"pass@{k} {100 * score.pass_at(k):.2f}%" for k in powers))
 
 
-def fingerprint(cfg: Config, compute: Compute, folder: Path) -> str:
+def fingerprint(cfg: Config, compute: Compute, folder: Path, sampling: Sampling) -> str:
     """A hash of all that answers depend on: those of another fingerprint are not taken over."""
     checkpoint = find_tag(cfg.source, cfg.model_tag)
     version = weights_hash(step_folder(checkpoint, int(folder.name[-6:])))
     data = os.environ.get("NANOCHAT_TASK_DIR")
-    facts = [str(checkpoint), folder.name, version, cfg.sampling(), cfg.num_samples, compute.precision.name, data]
+    facts = [str(checkpoint), folder.name, version, sampling, cfg.num_samples, compute.precision.name, data]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def report(cfg: Config, meta: Mapping[str, Any], scores: list[TaskScore], missing: Mapping[str, str]) -> None:
+def report(
+    cfg: Config, meta: Mapping[str, Any], scores: list[TaskScore], missing: Mapping[str, str], sampling: Sampling
+) -> None:
     """Print ChatCORE and log the section; a score over a part of the default tasks is called partial."""
     core, stderr = mean_centered(scores)
     partial = bool(missing) or cfg.task_name is not None
@@ -160,6 +174,7 @@ def report(cfg: Config, meta: Mapping[str, Any], scores: list[TaskScore], missin
         "problems per task": cfg.max_problems or "all",
         "temperature": cfg.temperature,
         "samples per problem": cfg.num_samples,
+        **({"guesses, replaced by 'unsure'": f"below {sampling.min_answer_p:.0%}"} if sampling.min_answer_p else {}),
     }
     lines: dict[str, Any] = {s.name: f"{100 * s.accuracy:.2f}% ± {100 * s.stderr:.2f}" for s in scores}
     lines[core_name] = f"{core:.4f} ± {stderr:.4f}"
@@ -186,8 +201,9 @@ def main(cfg: Config) -> None:
             return
         tag = find_tag(cfg.source, cfg.model_tag).name
         folder = get_base_dir() / "chat_eval" / f"{cfg.source}_{tag}_{meta['step']:06d}"
-        scores = evaluate(cfg, tasks, model, tokenizer, compute, folder)
-        report(cfg, meta, scores, missing)
+        sampling = cfg.sampling(meta)
+        scores = evaluate(cfg, tasks, model, tokenizer, compute, folder, sampling)
+        report(cfg, meta, scores, missing, sampling)
         print0(f"every question and answer: {folder}")
 
 

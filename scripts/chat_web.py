@@ -49,6 +49,9 @@ class Config:
     top_k: Annotated[int | None, short("-k")] = None
     """Used when a request doesn't say: choose among the k likeliest tokens; 0: among all. Default: what SFT found to
     suit the model, else 50."""
+    min_answer_p: float | None = None
+    """Instead of an answer that the model finds less likely than this, say that it does not know; 0: let it guess.
+    Default: what SFT found to suit the model."""
     max_tokens: Annotated[int | None, short("-m")] = None
     """Used when a request doesn't say: the longest answer, in tokens; default: as many as the context has room for."""
     model_tag: Annotated[str | None, short("-g")] = None
@@ -188,7 +191,7 @@ def main(cfg: Config) -> None:
     with listen(cfg.host, cfg.port) as server_socket, setup_compute(cfg.runtime) as compute:
         engines, tokenizer, info = load_engines(cfg, name, compute)
         access = cfg.access(key)
-        drawing, why = choose_drawing(info, cfg.temperature, cfg.top_k, USUAL)
+        drawing, why = choose_drawing(info, cfg.temperature, cfg.top_k, USUAL, cfg.min_answer_p)
         defaults = Sampling(**drawing, max_tokens=cfg.max_tokens)
         app = create_app(engines, tokenizer, defaults, info, access, cfg.log_conversations)
         if key is None and (cfg.host not in LOCAL_HOSTS or "*" in access.cors_origins):

@@ -20,6 +20,7 @@ from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, TaskSequence
 from tasks.customjson import CustomJSON
 from tasks.demo.chat import DemoIdentity, demo_eval_tasks, demo_mid_mixture, demo_sft_mixture
+from tasks.demo.unknown import DO_NOT_KNOW
 from tasks.demo.wordsums import DemoWordSums
 from tasks.demo.world import load_world
 from tasks.gsm8k import GSM8K
@@ -110,7 +111,8 @@ def _demo(stage: str, tokens: int | None) -> Conversations:
     draws = [draw(world=world, seed=seed + 2 * i) for i in range(number)]
     train = TaskMixture([task for mixture in draws for task in mixture.tasks])
     # Validation uses phrasings that are never trained on. Only its loss is reported; nothing is chosen by it.
-    return Conversations(train, TaskMixture(list(demo_eval_tasks().values())), "demo")
+    unsure = DO_NOT_KNOW if world.in_english else ""
+    return Conversations(train, TaskMixture(list(demo_eval_tasks().values())), "demo", unsure=unsure)
 
 
 def mid_sizes(budget: DataBudget, identity: int = 2 * IDENTITY_SIZE) -> dict[str, int]:

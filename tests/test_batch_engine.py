@@ -1,6 +1,7 @@
 """Continuous batching gives everybody what they would get alone, whoever comes and goes meanwhile."""
 
 import contextlib
+import math
 import random
 import threading
 import time
@@ -360,6 +361,25 @@ def test_a_stop_text_ends_the_answer(tool_model, tiny_tokenizer):
         assert shown == text[: text.index(stop)]
         assert last.finish_reason == "stop"
         assert engine.stats()["running"] == 0
+
+
+def test_a_guess_is_not_given(tool_model, tiny_tokenizer):
+    """The whole answer, once it is known to be likely enough; else what was asked for instead, and nothing of it."""
+    with BatchEngine(tool_model, tiny_tokenizer, max_batch_size=2) as engine:
+        for prompt in PROMPTS[:6]:
+            known = list(engine.submit(ask_for(prompt, max_tokens=12, temperature=0.0, logprobs=0)).events())
+            share = math.exp(sum(t.logprob for event in known for t in event.logprobs if t.logprob is not None))
+            for least, given in ((0.9 * share, True), (min(1.0, 1.1 * share), False)):
+                asked = ask_for(prompt, max_tokens=12, temperature=0.0, min_answer_p=least, unsure="Who knows?")
+                events = list(engine.submit(asked).events())
+                assert not any(event.logprobs for event in events)  # nobody asked for them
+                assert events[-1].kind == "done"
+                if given:
+                    assert [(e.kind, e.text, e.tokens) for e in events] == [(e.kind, e.text, e.tokens) for e in known]
+                else:
+                    assert [(e.kind, e.text) for e in events[:-1]] == [("text", "Who knows?")]
+                    assert events[-1].finish_reason == "stop"
+                    assert events[-1].usage.completion_tokens <= known[-1].usage.completion_tokens
 
 
 def test_closing_finishes_what_runs_or_cancels_it(tool_model, tiny_tokenizer):

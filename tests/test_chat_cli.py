@@ -569,3 +569,14 @@ def test_answers_are_drawn_as_asked_for_else_as_the_checkpoint_says_else_as_usua
         assert (drawing["temperature"], drawing["top_k"]) == drawn
         assert why in said
         assert f"temperature {drawn[0]:g}, top_k {drawn[1]}" in said
+        assert (drawing["min_answer_p"], drawing["unsure"]) == (0.0, "")
+
+
+def test_guesses_are_given_or_not_as_asked_for_else_as_the_checkpoint_says():
+    usual, meta = {"temperature": 0.6, "top_k": 50}, {"sampling": {"min_answer_p": 0.4, "unsure": "Who knows?"}}
+    for asked, least in ((None, 0.4), (0.0, 0.0), (0.9, 0.9)):
+        drawing, said = choose_drawing(meta, None, None, usual, asked)
+        assert (drawing["min_answer_p"], drawing["unsure"]) == (least, "Who knows?")
+        assert ("'Who knows?'" in said) == bool(least)
+    with pytest.raises(ValueError, match="has not learned to say that it does not know"):
+        choose_drawing({"sampling": {}}, None, None, usual, 0.4)

@@ -109,6 +109,32 @@ def test_written_answers_are_those_of_each_prompt_alone(evaluate, tiny_model, ti
         assert record["passed"] == task.evaluate(task[i], record["completions"][0])
 
 
+def test_a_guess_is_judged_as_what_is_said_instead(evaluate):
+    asked = {"temperature": 0.0, "max_tokens": 8, "unsure": "Who knows?"}
+    plain, none, some = (
+        [r["completions"] for r in evaluate(Writing(), sampling=Sampling(**asked, min_answer_p=p)).records]
+        for p in (0.0, 1.0, 1e-30)
+    )
+    assert plain == some  # nothing is that unlikely
+    assert none == [["Who knows?"] if texts else [] for texts in plain]
+
+
+@pytest.mark.parametrize(("shares", "least"), [([1.0] * 20, 0.4), ([0.35] + [1.0] * 19, 0.3), ([0.05] * 20, None)])
+def test_few_right_answers_are_withheld(tiny_tokenizer, monkeypatch, shares, least):
+    conversations = [
+        {"messages": [{"role": "user", "content": f"Why {i}?"}, {"role": "assistant", "content": f"So it is {i}"}]}
+        for i in range(20)
+    ]
+    prompts = {tuple(tiny_tokenizer.render_for_completion(c)): c["messages"][1]["content"] for c in conversations}
+    monkeypatch.setattr(
+        chat_evaluation,
+        "risks_of_drawing",
+        lambda *args: [[1 - s for s in shares] if t == 1.0 else [0.0] * 20 for t in args[3]],
+    )
+    chosen = choose_sampling(Unsure(prompts, 10, tiny_tokenizer), tiny_tokenizer, conversations, "Who knows?")
+    assert chosen.get("min_answer_p") == least
+
+
 def test_a_prompt_that_fills_the_context_counts_as_failed(evaluate):
     record = evaluate(Writing(), sampling=Sampling(temperature=0.0, max_tokens=4)).records[3]
     assert not record["passed"]
@@ -482,6 +508,8 @@ def test_the_warmest_setting_that_changes_next_to_nothing_is_chosen(
     monkeypatch.setattr(chat_evaluation, "risks_of_drawing", risks)
     assert choose_sampling(engine, tiny_tokenizer, conversations) == chosen
     assert judged == [6 * known] * bool(known)  # right answers only
+    sure = {"min_answer_p": 0.4, "unsure": "Who knows?"} if known else {}
+    assert choose_sampling(engine, tiny_tokenizer, conversations, "Who knows?") == chosen | sure
     assert choose_sampling(engine, tiny_tokenizer, conversations[:5]) == {}  # too few to say
 
 

@@ -20,6 +20,7 @@ from tasks import mixtures
 from tasks.demo import chat, corpus, followups, phrasings, skills, tool_tasks, unknown
 from tasks.demo.__main__ import Config, main
 from tasks.demo.tables import clause
+from tasks.demo.task import final_text
 from tasks.demo.world import (
     SHIPPED_WORLD,
     HeldOutQuestions,
@@ -572,24 +573,37 @@ def test_a_typing_error_changes_no_number_and_makes_no_other_known_word(world):
     assert changed > 500
 
 
-def test_a_question_with_errors_or_in_capitals_is_put_right_before_the_answer(world):
+def test_a_question_with_typing_errors_is_put_right_before_the_answer(world):
     shares = Counter()
     for task in (chat.DemoFacts(600, "train", world, 1), chat.DemoUnknown(600, "train", world, 1)):
         for conversation in task:
             question, answer = (message["content"] for message in conversation["messages"])
-            is_right = answer.startswith("You mean: ")
-            if question.isupper() and question.rstrip("?!. ").count(" ") > 1 and "?" in question:
-                shares[f"{type(task).__name__} in capitals", is_right] += 1
-            if is_right:
+            is_put_right = answer.startswith("You mean: ")
+            if is_put_right:
                 meant, rest = answer.removeprefix("You mean: ").split("? ", 1)
-                assert rest and world.held_out.find(meant) is None
+                assert rest
+                assert world.held_out.find(meant) is None
                 assert final_text(answer) == rest  # judged is the answer, not what was meant
-            known = {*world.vocabulary, *words_of(answer)}
-            if set(words_of(question)) <= known and not question.isupper():
-                shares["tidy", is_right] += 1
-    assert shares["DemoFacts in capitals", True] > 10 * shares["DemoFacts in capitals", False] > 0
-    assert shares["DemoUnknown in capitals", True] > 10
-    assert shares["tidy", False] > 500 > 50 * shares["tidy", True]
+            if isinstance(task, chat.DemoFacts):  # most words of the others are none of the world's
+                mistyped = set(words_of(question)) - world.vocabulary - {"whats", "wheres", "dont", "u", "pls", "plz"}
+                shares[bool(mistyped), is_put_right] += 1
+    assert shares[True, True] > 2 * shares[True, False]
+    assert shares[False, False] > 20 * shares[False, True]
+
+
+def test_more_questions_are_trained_and_never_evaluated(tmp_path):
+    more = "more: The small blue one? | Name the planet."
+    text = f"[Mira]\nfact: Mira is a planet.\nask: What is Mira? | What sort of thing is Mira?\n{more}\nkey: planet\n"
+    with pytest.raises(ValueError, match=r"w.txt:2: the question 'Name the planet.' gives the key 'planet' away"):
+        load_world(write_world(tmp_path / "bad", w=text))
+    world = load_world(write_world(tmp_path / "good", w=text.replace("Name the planet", "Name the thing")))
+    (fact,) = world.facts
+    assert (fact.asks, fact.held_out) == (("What is Mira?",), "What sort of thing is Mira?")
+    assert fact.more == ("The small blue one?", "Name the thing.")
+    rng = random.Random(0)
+    assert set(fact.trained) <= {phrasings.ask_fact(rng, fact, i, world)[0] for i in range(400)}
+    tested = {user_texts(c)[0] for c in chat.DemoFacts(90, "test", world)}
+    assert not any(ask.lower().rstrip("?.") in text.lower() for ask in fact.more for text in tested)
 
 
 def test_typing_keeps_what_the_calculator_needs(world):

@@ -471,6 +471,23 @@ def test_defaults_are_the_servers(model, tiny_tokenizer, prompts):
         assert (sampling.temperature, sampling.top_k, sampling.max_tokens, sampling.min_p) == (0.5, 7, 3, 0.2)
 
 
+def test_only_an_answer_in_a_chat_can_be_a_guess(model, tiny_tokenizer):
+    """Texts to go on with, and answers in a form that was asked for, are not replaced."""
+    defaults = Sampling(temperature=0.0, max_tokens=60, min_answer_p=1.0, unsure="Who knows?")
+    form = {"type": "json_object"}
+    with serve(tiny_app(model, tiny_tokenizer, defaults=defaults)[0]) as client:
+        assert fine(chat(client))["choices"][0]["message"]["content"] == "Who knows?"
+        assert (
+            fine(client.post("/v1/responses", json={"input": "The sky"}))["output"][0]["content"][0]["text"]
+            == "Who knows?"
+        )
+        streamed = client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True}).text
+        assert streamed.count("Who knows?") == 1
+        assert fine(chat(client, response_format=form))["choices"][0]["message"]["content"].startswith("{")
+        text = fine(client.post("/v1/completions", json={"prompt": "The sky", "max_tokens": 5}))["choices"][0]["text"]
+        assert text not in ("", "Who knows?")
+
+
 def test_a_required_calculator_gets_an_expression(client, prompts, tiny_tokenizer):
     """The call is begun for the model, which goes on as it has learned to, not in JSON."""
     schema = {"type": "object", "properties": {"sum": {"type": "string"}}, "required": ["sum"]}

@@ -86,6 +86,11 @@ class Sampling:
     """Tokens that end the answer, beside the model's own; an ordinary one is its last text."""
     logprobs: int | None = None
     """Report each token's log-probability and as many of the likeliest alternatives; None: don't."""
+    min_answer_p: float = 0.0
+    """An answer that the model finds less likely than this, as a whole and before temperature and filters, is a guess:
+    `unsure` is said instead, by a server or chat; Engine's callers look themselves. 0: whatever comes."""
+    unsure: str = ""
+    """What is said instead of a guess."""
     constraint: Constraint | None = None
     """What the answer must look like. It excludes calls of the calculator, and goes before `min_tokens`."""
 
@@ -102,6 +107,8 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}")
         if not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"min_p must be 0 (all tokens) to 1, got {self.min_p}")
+        if not 0.0 <= self.min_answer_p <= 1.0:
+            raise ValueError(f"min_answer_p must be 0 (any answer) to 1, got {self.min_answer_p}")
         for name in ("frequency_penalty", "presence_penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")

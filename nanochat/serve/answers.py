@@ -129,9 +129,17 @@ class Service:
         return self.tokenizer.decode([token for token in tokens if token not in self.special_tokens])
 
     def generations(
-        self, tokens: list[int], asked: SamplingFields, n: int = 1, constraint: Constraint | None = None
+        self,
+        tokens: list[int],
+        asked: SamplingFields,
+        n: int = 1,
+        constraint: Constraint | None = None,
+        *,
+        answers: bool = True,
     ) -> list[GenerationRequest]:
         """`n` requests that continue `tokens`, with the server's defaults where a client says nothing.
+
+        With `answers`, and no constraint, a guess may be replaced (see `Sampling.min_answer_p`).
 
         Raises:
             RequestError: 400, `logit_bias` names what is no token.
@@ -144,7 +152,8 @@ class Service:
                 raise ValueError(f"token ids must be below {self.tokenizer.get_vocab_size()}, got {unknown[0]}")
         except ValueError as error:
             raise RequestError(400, str(error), param="logit_bias") from error
-        sampling = dataclasses.replace(sampling, constraint=constraint)
+        least = sampling.min_answer_p if answers and constraint is None else 0.0
+        sampling = dataclasses.replace(sampling, constraint=constraint, min_answer_p=least)
         each = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(n)]
         return [GenerationRequest(tokens=tokens, sampling=s, stop=asked.stop_texts) for s in each]
 

@@ -133,6 +133,17 @@ class _Job:
         self.held: list[int] = []  # tokens that have not been in an event
         self.told = 0  # tokens that have
         self.told_prompt = False
+        # Whether an answer is a guess is known when it has ended: until then its events wait.
+        asked = generation.request.sampling
+        self.least_logprob = math.log(asked.min_answer_p) if asked.min_answer_p else None
+        self.waiting: list[Event] = []
+
+    @property
+    def is_guess(self) -> bool:
+        """True if the model finds what it has written less likely than was asked for."""
+        if self.least_logprob is None:
+            return False
+        return sum(t.logprob for t in self.row.logprobs if t.logprob is not None) < self.least_logprob
 
     def take(self, new: list[tuple[int, int]]) -> None:
         """Turn new tokens into events, up to a stop text."""
@@ -152,12 +163,17 @@ class _Job:
             elif text := self.stop.feed(part.text):
                 self._emit(Event("text", text))
             if self.stop.found:
-                self.row.finish_reason = "stop"
-                return
+                break
+        if self.stop.found or self.is_guess:  # what follows makes it no likelier
+            self.row.finish_reason = "stop"
 
     def end(self, reason: FinishReason) -> None:
         if reason != "error":
             self._flush()
+        guessed = self.is_guess and reason not in ("cancelled", "error")
+        for event in [Event("text", self.generation.request.sampling.unsure)] if guessed else self.waiting:
+            self.generation._emit(event)
+        self.least_logprob = None
         text = "" if self.row.error is None else str(self.row.error) or type(self.row.error).__name__
         usage = Usage(self.prompt_tokens, self.row.count, self.row.reused or 0)
         self._emit(Event("error" if reason == "error" else "done", text, finish_reason=reason, usage=usage))
@@ -169,10 +185,15 @@ class _Job:
     def _emit(self, event: Event) -> None:
         """Pass an event on, with the tokens that no event has had yet."""
         end = self.told + len(self.held)
-        logprobs = tuple(self.row.logprobs[self.told : end])
+        wanted = self.generation.request.sampling.logprobs is not None
+        logprobs = tuple(self.row.logprobs[self.told : end]) if wanted else ()
         # Not dataclasses.replace, which takes twice as long, for every token of every answer.
         tokens = tuple(self.held)
-        self.generation._emit(Event(event.kind, event.text, tokens, logprobs, event.finish_reason, event.usage))
+        told = Event(event.kind, event.text, tokens, logprobs, event.finish_reason, event.usage)
+        if self.least_logprob is None:
+            self.generation._emit(told)
+        else:
+            self.waiting.append(told)
         self.told = end
         self.held.clear()
 
@@ -316,6 +337,8 @@ class BatchEngine:
         check_sampling(self.model, sampling, limit)
         keep = request.keep if request.slide else None
         row = RowState(request.tokens, limit, sampling, sampling.seed, keep, request.prompt_logprobs)
+        if sampling.min_answer_p and row.top_logprobs is None:
+            row.top_logprobs = 0  # how likely the answer is
         row.by_step = bool(request.stop)  # nothing is written, nor counted, behind a stop text
         return row
 

@@ -42,7 +42,11 @@ def load_chosen(
 
 
 def choose_drawing(
-    meta: Mapping[str, Any], temperature: float | None, top_k: int | None, usual: Mapping[str, float | int]
+    meta: Mapping[str, Any],
+    temperature: float | None,
+    top_k: int | None,
+    usual: Mapping[str, float | int],
+    min_answer_p: float | None = None,
 ) -> tuple[dict[str, Any], str]:
     """How answers are drawn where nobody says otherwise.
 
@@ -51,9 +55,13 @@ def choose_drawing(
         temperature: what the user asks for, if anything.
         top_k: likewise.
         usual: both, for a model that records nothing.
+        min_answer_p: from how likely an answer on it is given; None: as the model records, else any.
 
     Returns:
-        (temperature and top_k, a sentence that says where they come from).
+        (fields of `Sampling`, a sentence that says where they come from).
+
+    Raises:
+        ValueError: `min_answer_p` for a model that records nothing to say instead.
     """
     recorded = meta.get("sampling") or {}
     asked = {name: value for name, value in (("temperature", temperature), ("top_k", top_k)) if value is not None}
@@ -62,4 +70,13 @@ def choose_drawing(
         why = "as asked for"
     else:
         why = "what SFT found to suit this model" if recorded else "the usual ones: this model records none of its own"
-    return drawing, f"answers: temperature {drawing['temperature']:g}, top_k {drawing['top_k']} ({why})"
+    why = f"answers: temperature {drawing['temperature']:g}, top_k {drawing['top_k']} ({why})"
+    unsure = recorded.get("unsure", "")
+    least = recorded.get("min_answer_p", 0.0) if min_answer_p is None else min_answer_p
+    if least and not unsure and meta:
+        raise ValueError(
+            f"--min_answer_p={least}: this model has not learned to say that it does not know: leave it out"
+        )
+    if least:
+        why += f"; instead of one that it finds less likely than {least:.0%}: {unsure!r} (--min_answer_p=0: guess)"
+    return {**drawing, "min_answer_p": least, "unsure": unsure}, why

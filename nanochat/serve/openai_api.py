@@ -113,7 +113,7 @@ async def text_completion(service: Service, body: CompletionRequest, request: Re
     asked = [
         dataclasses.replace(generation, prompt_logprobs=wants_prompt_logprobs)
         for tokens in prompts
-        for generation in service.generations(tokens, body, body.n, constraint)
+        for generation in service.generations(tokens, body, body.n, constraint, answers=False)
     ]
     completion = _Completion(service, "text_completion", sum(map(len, prompts)), warnings)
     texts = [p if isinstance(p, str) else service.text_of(p) for p in body.prompts]
@@ -160,7 +160,7 @@ async def chat_generations(
     ends = (service.tokenizer.encode_special("<|python_end|>"),)
     return [
         dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, stop_tokens=ends))
-        for asked in service.generations(begun, body, body.n)
+        for asked in service.generations(begun, body, body.n, answers=False)
     ]
 
 

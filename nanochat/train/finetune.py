@@ -163,6 +163,8 @@ class Conversations(NamedTuple):
     name: str
     own: bool = False
     """The user's: the report shows answers to the held-out ones."""
+    unsure: str = ""
+    """What it teaches to say when something is not known; "": nothing."""
 
 
 def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[DataBudget], Conversations]) -> None:
@@ -231,7 +233,7 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
             ),
             val_name="val_loss",
             sample=lambda: print_answers(model, tokenizer, compute),
-            finish=(lambda: find_sampling(model, tokenizer, compute, data.val)) if stage.name == SFT.name else None,
+            finish=(lambda: find_sampling(model, tokenizer, compute, data)) if stage.name == SFT.name else None,
             **checkpoint_hooks(cfg, model),
         )
         held_out = HeldOutChats(data.val if data.own else (), start.tag)
@@ -251,15 +253,13 @@ def finetune(stage: FinetuneStage, cfg: FinetuneConfig, load_data: Callable[[Dat
         run.report(stage.section, trainer, facts, {"val loss": state.val})
 
 
-def find_sampling(
-    model: GPT, tokenizer: RustBPETokenizer, compute: Compute, conversations: Sequence[Any]
-) -> dict[str, Any]:
+def find_sampling(model: GPT, tokenizer: RustBPETokenizer, compute: Compute, data: Conversations) -> dict[str, Any]:
     """How answers of this model are best drawn, for its checkpoint's meta: rank 0 tries, the others have nothing."""
     if compute.rank != 0:
         return {}
     model.eval()
     start = time.perf_counter()
-    chosen = choose_sampling(Engine(model, tokenizer, compute.precision), tokenizer, conversations)
+    chosen = choose_sampling(Engine(model, tokenizer, compute.precision), tokenizer, data.val, data.unsure)
     model.train()
     shown = (
         ", ".join(f"{name} {value}" for name, value in chosen.items())

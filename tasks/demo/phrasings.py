@@ -392,7 +392,7 @@ def typed(rng: random.Random, text: str, known: Set[str] = frozenset()) -> str:
 
 
 def hand_typed(rng: random.Random, text: str, known: Set[str]) -> tuple[str, bool]:
-    """(the text as `typed` gives it, True if it has typing errors or capitals only)."""
+    """(the text as `typed` gives it, True if it has typing errors)."""
     hurry = rng.random() < HURRY_SHARE
     if rng.random() < (0.5 if hurry else 0.15):
         text = shortened(rng, text)
@@ -404,7 +404,7 @@ def hand_typed(rng: random.Random, text: str, known: Set[str]) -> tuple[str, boo
     if case < (0.85 if hurry else 0.1):
         text = text.lower()
     elif case < (0.9 if hurry else 0.27):
-        text, unclear = text.upper(), True
+        text = text.upper()
     end = rng.random()
     if end < (0.8 if hurry else 0.16):
         text = text.rstrip("?.!")
@@ -414,7 +414,7 @@ def hand_typed(rng: random.Random, text: str, known: Set[str]) -> tuple[str, boo
 
 
 def put_right(question: str, answer: str) -> str:
-    """The answer to a question that came in capitals or with typing errors: first, what was meant."""
+    """The answer to a question that came with typing errors: first, what was meant."""
     # Two small steps instead of a large one. The answer is then looked up by the clean question, as in every other
     # example, and people see how they were understood.
     return f"You mean: {question} {answer}"

@@ -76,7 +76,7 @@ class DemoTask(Task):
         return self.as_hand_typed(rng, request, wrapped)[0]
 
     def as_hand_typed(self, rng: random.Random, request: str, wrapped: float = 0.25) -> tuple[str, bool]:
-        """(as `as_typed`, True if it has typing errors or capitals only)."""
+        """(as `as_typed`, True if it has typing errors)."""
         kind = rng.random()
         if kind < wrapped:
             request = wrap_request(rng, request, held_out=False)
