@@ -6,19 +6,22 @@ the problems and exchange their records at the end, so the result does not depen
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from nanochat.engine import Engine, row_seed
 from nanochat.env import get_dist_info
 from nanochat.files import ResumeLog
+from nanochat.generate.logprobs import answer_logprob
 from nanochat.generate.sampling import Sampling
 from nanochat.progress import progress
 from nanochat.scoring import LanguageModel, Record, TaskScore, batches_by_length, next_token_logits, pad_rows
@@ -186,8 +189,9 @@ def _evaluate_generative(
         sequences, masks = engine.generate_prompts(rows, seeds=seeds, **vars(sampling))
         answers = [tokenizer.decode(sequence[len(row) :]) for sequence, row in zip(sequences, rows, strict=True)]
         if sampling.min_answer_p:  # as a server and a chat do, which know the end's likelihood too
-            guessed = [1 - r < sampling.min_answer_p for r in risks_of_drawing(engine, sequences, masks, (1.0,))[0]]
-            answers = [sampling.unsure if guess else answer for answer, guess in zip(answers, guessed, strict=True)]
+            shares = answer_shares(engine, tokenizer, sequences, masks)
+            least = sampling.min_answer_p
+            answers = [a if share >= least else sampling.unsure for a, share in zip(answers, shares, strict=True)]
         keep([_judge(task, i, answers[j * n : (j + 1) * n]) for j, i in enumerate(batch)])
 
 
@@ -269,18 +273,17 @@ def choose_sampling(
     ]
     if len(right) < FEWEST_RIGHT:
         return {}
-    tried = (1.0, *TEMPERATURES)
-    risks = risks_of_drawing(engine, [sequences[i] for i in right], [masks[i] for i in right], tried)
-    fine = [t for t, risk in zip(TEMPERATURES, risks[1:], strict=True) if sum(risk) <= TOLERANCE * len(right)]
+    fitting = [sequences[i] for i in right], [masks[i] for i in right]
+    risks = risks_of_drawing(engine, *fitting, TEMPERATURES)
+    fine = [t for t, risk in zip(TEMPERATURES, risks, strict=True) if sum(risk) <= TOLERANCE * len(right)]
     drawing: dict[str, Any] = {"temperature": max(fine), "top_k": TOP_K} if fine else {"temperature": 0.0}
     # Wrong answers are mostly unlikely ones: a model that was taught one answer to each question doubts between several
     # where it has not understood. Source: selective prediction, arXiv 1705.08500.
-    sure = [1 - risk for risk in risks[0]]
-    kept = [p for p in LEAST_LIKELY if sum(p > share for share in sure) <= MOST_WITHHELD * len(right)]
+    shares = answer_shares(engine, tokenizer, *fitting) if unsure else []
+    kept = [p for p in LEAST_LIKELY if sum(share < p for share in shares) <= MOST_WITHHELD * len(right)]
     return drawing | ({"min_answer_p": max(kept), "unsure": unsure} if unsure and kept else {})
 
 
-@torch.inference_mode()
 def risks_of_drawing(
     engine: Engine, sequences: Sequence[list[int]], masks: Sequence[list[int]], temperatures: Sequence[float]
 ) -> list[list[float]]:
@@ -297,20 +300,38 @@ def risks_of_drawing(
     Returns:
         For each temperature the risk of each sequence.
     """
+    kept = [[1.0] * len(sequences) for _ in temperatures]  # the share that stays
+    for b, logits, ids in _chosen_logits(engine, sequences, masks):
+        for n, temperature in enumerate(temperatures):
+            kept[n][b] = (-F.cross_entropy(logits / temperature, ids, reduction="sum")).double().exp().item()
+    return [[1 - share for share in row] for row in kept]
+
+
+def answer_shares(
+    engine: Engine, tokenizer: RustBPETokenizer, sequences: Sequence[list[int]], masks: Sequence[list[int]]
+) -> list[float]:
+    """How likely the model finds what each answer claims (see `answer_logprob`); arguments as of `risks_of_drawing`."""
+    shares = [1.0] * len(sequences)
+    for b, logits, ids in _chosen_logits(engine, sequences, masks):
+        logprobs = (-F.cross_entropy(logits, ids, reduction="none")).tolist()
+        texts = [tokenizer.decode_bytes([token]) for token in ids.tolist()]
+        shares[b] = math.exp(answer_logprob(zip(texts, logprobs, strict=True)))
+    return shares
+
+
+@torch.inference_mode()
+def _chosen_logits(
+    engine: Engine, sequences: Sequence[list[int]], masks: Sequence[list[int]]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(number of the sequence, logits (n, V), ids (n,)) at the n tokens that the model chose, where there are any."""
     model, device = engine.model, engine.model.get_device()
-    kept = torch.zeros(len(temperatures), len(sequences), dtype=torch.float64)  # log of the share that stays
     with engine.precision.autocast() if engine.precision else nullcontext():
         for batch in batches_by_length([len(sequence) for sequence in sequences], RISK_TOKENS):
             hidden = model.hidden(pad_rows([sequences[b] for b in batch], device))  # (B, T, C)
             for row, b in zip(hidden, batch, strict=True):
-                chosen = [t for t, mask in enumerate(masks[b]) if mask]
-                if not chosen:
-                    continue
-                logits = model.logits_at(row[[t - 1 for t in chosen]])  # (tokens, V)
-                ids = torch.tensor([sequences[b][t] for t in chosen], device=device)
-                for n, temperature in enumerate(temperatures):
-                    kept[n, b] = -F.cross_entropy(logits / temperature, ids, reduction="sum").double()
-    return (1 - kept.exp()).tolist()
+                if chosen := [t for t, mask in enumerate(masks[b]) if mask]:
+                    logits = model.logits_at(row[[t - 1 for t in chosen]])  # (n, V)
+                    yield b, logits, torch.tensor([sequences[b][t] for t in chosen], device=device)
 
 
 def _words(text: str) -> Counter[str]:

@@ -126,11 +126,8 @@ def test_few_right_answers_are_withheld(tiny_tokenizer, monkeypatch, shares, lea
         for i in range(20)
     ]
     prompts = {tuple(tiny_tokenizer.render_for_completion(c)): c["messages"][1]["content"] for c in conversations}
-    monkeypatch.setattr(
-        chat_evaluation,
-        "risks_of_drawing",
-        lambda *args: [[1 - s for s in shares] if t == 1.0 else [0.0] * 20 for t in args[3]],
-    )
+    monkeypatch.setattr(chat_evaluation, "risks_of_drawing", lambda *args: [[0.0] * 20 for _ in args[3]])
+    monkeypatch.setattr(chat_evaluation, "answer_shares", lambda *args: shares)
     chosen = choose_sampling(Unsure(prompts, 10, tiny_tokenizer), tiny_tokenizer, conversations, "Who knows?")
     assert chosen.get("min_answer_p") == least
 
@@ -506,6 +503,7 @@ def test_the_warmest_setting_that_changes_next_to_nothing_is_chosen(
         return [[most * (1.1 if t > warmest else 0.9)] + [0.0] * (len(answers) - 1) for t in temperatures]
 
     monkeypatch.setattr(chat_evaluation, "risks_of_drawing", risks)
+    monkeypatch.setattr(chat_evaluation, "answer_shares", lambda *args: [1.0] * len(args[2]))
     assert choose_sampling(engine, tiny_tokenizer, conversations) == chosen
     assert judged == [6 * known] * bool(known)  # right answers only
     sure = {"min_answer_p": 0.4, "unsure": "Who knows?"} if known else {}

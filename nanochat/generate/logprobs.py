@@ -8,7 +8,7 @@ Shapes: N positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,6 +25,20 @@ class TokenLogprob:
     """None: the model did not choose it. It begins the prompt, or it is a part of the calculator's answer."""
     top: tuple[TokenLogprob, ...] = ()
     """The likeliest tokens at its place, the likeliest first; the token itself may be among them."""
+
+
+def answer_logprob(pieces: Iterable[tuple[bytes, float | None]]) -> float:
+    """The log-probability of what an answer claims, from the bytes and log-probability of each of its tokens.
+
+    What it asks it does not claim: an answer may begin with how it has understood a question ("You mean: ...?"), which
+    can be said in many ways, none of them likely. So only what follows its last question counts.
+    """
+    total = 0.0
+    for text, logprob in pieces:
+        total += logprob or 0.0  # None: the model did not choose it
+        if text.rstrip().endswith(b"?"):
+            total = 0.0
+    return total
 
 
 def describe_tokens(

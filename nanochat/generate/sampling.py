@@ -87,8 +87,8 @@ class Sampling:
     logprobs: int | None = None
     """Report each token's log-probability and as many of the likeliest alternatives; None: don't."""
     min_answer_p: float = 0.0
-    """An answer that the model finds less likely than this, as a whole and before temperature and filters, is a guess:
-    `unsure` is said instead, by a server or chat; Engine's callers look themselves. 0: whatever comes."""
+    """An answer that the model finds less likely than this (see `logprobs.answer_logprob`) is a guess: a server or a
+    chat says `unsure` instead, and callers of Engine look themselves. 0: any answer is given."""
     unsure: str = ""
     """What is said instead of a guess."""
     constraint: Constraint | None = None

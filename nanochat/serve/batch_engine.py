@@ -24,6 +24,7 @@ from typing import Any
 
 from nanochat.engine import check_prompt, check_sampling
 from nanochat.generate.fast_decode import Weights, make_decoder
+from nanochat.generate.logprobs import answer_logprob
 from nanochat.generate.sampling import Sampling
 from nanochat.generate.scheduler import Scheduler
 from nanochat.generate.sequence import FinishReason, RowState
@@ -143,7 +144,7 @@ class _Job:
         """True if the model finds what it has written less likely than was asked for."""
         if self.least_logprob is None:
             return False
-        return sum(t.logprob for t in self.row.logprobs if t.logprob is not None) < self.least_logprob
+        return answer_logprob((t.bytes, t.logprob) for t in self.row.logprobs) < self.least_logprob
 
     def take(self, new: list[tuple[int, int]]) -> None:
         """Turn new tokens into events, up to a stop text."""
@@ -163,9 +164,8 @@ class _Job:
             elif text := self.stop.feed(part.text):
                 self._emit(Event("text", text))
             if self.stop.found:
-                break
-        if self.stop.found or self.is_guess:  # what follows makes it no likelier
-            self.row.finish_reason = "stop"
+                self.row.finish_reason = "stop"
+                return
 
     def end(self, reason: FinishReason) -> None:
         if reason != "error":

@@ -443,7 +443,7 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) ->
         question = rng.choice(fact.more)
     if fact.language is not None:
         return typed(rng, fact.language.ask(rng, question, held_out=False), world.vocabulary), fact.text
-    meant = question
+    meant = question  # "": nothing that could be said in one way only
     kind = rng.random()
     if kind < 0.24:
         text = question
@@ -455,9 +455,9 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) ->
     elif kind < 0.82:
         text = meant = gap(rng, fact)
     elif kind < 0.88:
-        text = drop_words(rng, question)
+        text, meant = drop_words(rng, question), ""
     else:
-        text = keywords(rng, fact, question)
+        text, meant = keywords(rng, fact, question), ""
     if world.held_out.find(text):
         text = meant = question
     if rng.random() < 0.1:
