@@ -29,8 +29,8 @@ from tasks.demo.world import Fact, World, load_world, world_files, world_spec
 
 Split = Literal["train", "val"]
 
-DEFAULT_CHARS = 4_000_000
-CHARS_PER_FACT = 3000  # a world that is larger than the core gets more text
+DEFAULT_CHARS = 8_000_000
+CHARS_PER_FACT = 6000  # a world that is larger than the core gets more text
 SEED = 1
 VAL_SHARE = 0.04
 TRAIN_SHARDS = 2
