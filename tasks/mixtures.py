@@ -42,7 +42,7 @@ SMALL_DEPTH = 8
 SMALL_TASKS = ("smoltalk", "spelling")
 # The demo's mixtures are made for about this many facts, and have about so many tokens. A run that reads more gets more
 # of them, drawn anew; each takes seconds to make, so after some it reads them again.
-DEMO_FACTS, DEMO_TOKENS, MOST_DEMO_DRAWS = 1400, 650_000, 6
+DEMO_FACTS, DEMO_TOKENS, MOST_DEMO_DRAWS = 1400, 650_000, 12
 
 
 def conversations(stage: str, chat_data: str | None, budget: DataBudget) -> Conversations:

@@ -574,21 +574,19 @@ def test_a_typing_error_changes_no_number_and_makes_no_other_known_word(world):
 
 
 def test_a_question_with_typing_errors_is_put_right_before_the_answer(world):
-    shares = Counter()
     for task in (chat.DemoFacts(600, "train", world, 1), chat.DemoUnknown(600, "train", world, 1)):
+        put_right = 0
         for conversation in task:
             question, answer = (message["content"] for message in conversation["messages"])
-            is_put_right = answer.startswith("You mean: ")
-            if is_put_right:
-                meant, rest = answer.removeprefix("You mean: ").split("? ", 1)
-                assert rest
-                assert world.held_out.find(meant) is None
-                assert final_text(answer) == rest  # judged is the answer, not what was meant
-            if isinstance(task, chat.DemoFacts):  # most words of the others are none of the world's
-                mistyped = set(words_of(question)) - world.vocabulary - {"whats", "wheres", "dont", "u", "pls", "plz"}
-                shares[bool(mistyped), is_put_right] += 1
-    assert shares[True, True] > 2 * shares[True, False]
-    assert shares[False, False] > 20 * shares[False, True]
+            if not answer.startswith("You mean: "):
+                assert final_text(answer) == answer
+                continue
+            put_right += 1
+            meant, rest = answer.removeprefix("You mean: ").split("? ", 1)
+            assert rest == final_text(answer)  # judged is the answer, not what was meant
+            assert world.held_out.find(meant) is None
+            assert set(words_of(question)) - world.vocabulary - {*words_of(meant)}, question
+        assert 0.07 < put_right / 600 < 0.25
 
 
 def test_more_questions_are_trained_and_never_evaluated(tmp_path):
@@ -856,7 +854,7 @@ def test_tasks_are_deterministic_and_lazy(world):
 
 def test_every_fact_is_asked_equally_often(world):
     size = 3 * len(world.facts)
-    answers = [c["messages"][1]["content"] for c in chat.DemoFacts(size, "train", world)]
+    answers = [final_text(c["messages"][1]["content"]) for c in chat.DemoFacts(size, "train", world)]
     texts = [fact.text for fact in world.facts]
     assert sorted(answers) == sorted(texts * 3)
 

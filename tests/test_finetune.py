@@ -376,11 +376,11 @@ def test_sft_records_how_its_answers_are_best_drawn(saved_mid, monkeypatch, caps
     seen = []
     monkeypatch.setattr(
         "nanochat.train.finetune.choose_sampling",
-        lambda engine, tokenizer, conversations: seen.append(conversations) or {"temperature": 0.3, "top_k": 50},
+        lambda engine, tokenizer, *data: seen.append(data) or {"temperature": 0.3, "top_k": 50},
     )
     before = sft(num_iterations=2).model
     assert load_checkpoint(checkpoint_folder("sft", "d2")).meta["sampling"] == {"temperature": 0.3, "top_k": 50}
-    assert seen == [DATA.val]
+    assert seen == [(DATA.val, "")]  # which teaches nothing to say instead of a guess
     assert "temperature 0.3, top_k 50" in capsys.readouterr().out
     monkeypatch.setattr("nanochat.train.finetune.choose_sampling", lambda *args: {})
     again = sft(num_iterations=2, resume="never")
