@@ -231,7 +231,7 @@ TOLERANCE = 0.005
 # From how likely an answer on it may be given, if that withholds no more than this share of the right ones. Above one
 # half the model would more often say something else.
 LEAST_LIKELY = (0.1, 0.2, 0.3, 0.4)
-MOST_WITHHELD = 0.03
+MOST_WITHHELD = 0.04
 RISK_TOKENS = 4096  # read at once
 
 

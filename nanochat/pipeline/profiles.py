@@ -132,7 +132,7 @@ DEMO = Profile(
     chat_data="demo",
     bfloat16_on_cpu=True,
     recipe="portable",  # what people show around should open anywhere
-    steps={"base_train": 690, "mid_train": 580, "chat_sft": 540},
+    steps={"base_train": 530, "mid_train": 450, "chat_sft": 420},
     flags={
         "tok_eval": ("--no-compare",),
         "base_train": (
@@ -158,16 +158,16 @@ DEMO = Profile(
         "chat_eval_sft": ("--max_new_tokens=96",),
     },
     minutes=5,
-    step_seconds=0.075,  # two cores of an AMD EPYC (Zen 5), torch 2.13 (dev/LOG.md)
+    step_seconds=0.115,  # two cores of an AMD EPYC (Zen 5), torch 2.13 (dev/LOG.md)
     seconds={
         "report_reset": 1,
-        "data": 2,
+        "data": 4,
         "tok_train": 1,
         "tok_eval": 1,
-        "base_train": 51,
+        "base_train": 56,
         "base_loss": 2,
         "base_eval": 1,
-        "mid_train": 47,
+        "mid_train": 49,
         "chat_eval_mid": 2,
         "chat_sft": 48,
         "chat_eval_sft": 9,
