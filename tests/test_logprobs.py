@@ -44,11 +44,11 @@ def check(known, expected, tokenizer, top):
             assert t.logprob == pytest.approx(row[t.token].item(), abs=1e-5)
 
 
-def test_what_an_answer_asks_it_does_not_claim():
+def test_what_an_answer_asks_counts_less_than_what_it_claims():
     pieces = [(b"You", -3.0), (b" mean", -2.0), (b"?", -1.0), (b" It", -0.1), (b" is", None), (b" so", -0.2)]
-    assert answer_logprob(pieces) == pytest.approx(-0.3)
+    assert answer_logprob(pieces) == pytest.approx(-6 / 4 - 0.3)
     assert answer_logprob(pieces[:2]) == -5.0
-    assert answer_logprob([(b"So?", -1.0)]) == 0.0
+    assert answer_logprob([(b"So?", -1.0), (b"?", -1.0)]) == -0.5
 
 
 def test_answers_in_any_company_have_the_reference_s(model, tiny_tokenizer):

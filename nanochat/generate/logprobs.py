@@ -27,18 +27,22 @@ class TokenLogprob:
     """The likeliest tokens at its place, the likeliest first; the token itself may be among them."""
 
 
-def answer_logprob(pieces: Iterable[tuple[bytes, float | None]]) -> float:
-    """The log-probability of what an answer claims, from the bytes and log-probability of each of its tokens.
+# Of a demo's questions put right, the right ones had log-probabilities down to -4, garbled ones -5 to -20 (dev/LOG.md).
+ASKED_COUNTS = 0.25
 
-    What it asks it does not claim: an answer may begin with how it has understood a question ("You mean: ...?"), which
-    can be said in many ways, none of them likely. So only what follows its last question counts.
+
+def answer_logprob(pieces: Iterable[tuple[bytes, float | None]]) -> float:
+    """How sure a model is of an answer, as a log-probability, from the bytes and log-probability of each of its tokens.
+
+    An answer may begin with how it has understood a question ("You mean: ...?"). That can be said in many ways, none of
+    them likely, so everything up to the last question mark counts by ASKED_COUNTS only.
     """
-    total = 0.0
+    asked = claimed = 0.0
     for text, logprob in pieces:
-        total += logprob or 0.0  # None: the model did not choose it
+        claimed += logprob or 0.0  # None: the model did not choose it
         if text.rstrip().endswith(b"?"):
-            total = 0.0
-    return total
+            asked, claimed = asked + claimed, 0.0
+    return ASKED_COUNTS * asked + claimed
 
 
 def describe_tokens(
