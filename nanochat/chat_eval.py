@@ -177,6 +177,7 @@ def _evaluate_generative(
     """Let the model write n answers to each problem, `per_batch` problems at a time, and have the task judge them."""
     prompts = {i: tokenizer.render_for_completion(task[i]) for i in indices}
     by_length = sorted(indices, key=lambda i: (len(prompts[i]), i))
+    ends = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
     # A prompt that fills the context leaves no room for an answer: the problem counts as failed.
     fitting = [i for i in by_length if len(prompts[i]) < engine.context_length]
     for i in by_length[len(fitting) :]:
@@ -186,13 +187,19 @@ def _evaluate_generative(
         rows = [prompts[i] for i in batch for _ in range(n)]
         # By problem and answer: neither the batch nor the ranks nor an interruption may change what is drawn.
         seeds = [row_seed(f"{sampling.seed}/{i}", j) for i in batch for j in range(n)]
-        sequences, masks = engine.generate_prompts(rows, seeds=seeds, **vars(sampling))
-        answers = [tokenizer.decode(sequence[len(row) :]) for sequence, row in zip(sequences, rows, strict=True)]
-        if sampling.min_answer_p:  # as a server and a chat do, which know the end's likelihood too
+        sequences, masks = engine.generate_prompts(rows, seeds=seeds, keep_end=True, **vars(sampling))
+        answers = [
+            tokenizer.decode([token for token in sequence[len(row) :] if token not in ends])
+            for sequence, row in zip(sequences, rows, strict=True)
+        ]
+        guesses = [""] * len(answers)
+        if sampling.min_answer_p:  # as a server and a chat do
             shares = answer_shares(engine, tokenizer, sequences, masks)
-            least = sampling.min_answer_p
-            answers = [a if share >= least else sampling.unsure for a, share in zip(answers, shares, strict=True)]
-        keep([_judge(task, i, answers[j * n : (j + 1) * n]) for j, i in enumerate(batch)])
+            guesses = [a if p < sampling.min_answer_p else "" for a, p in zip(answers, shares, strict=True)]
+            answers = [sampling.unsure if guess else a for a, guess in zip(answers, guesses, strict=True)]
+        for j, i in enumerate(batch):
+            withheld = [guess for guess in guesses[j * n : (j + 1) * n] if guess]
+            keep([_judge(task, i, answers[j * n : (j + 1) * n]) | ({"withheld": withheld} if withheld else {})])
 
 
 def _judge(task: EvalTask, index: int, completions: list[str]) -> Record:
@@ -228,8 +235,8 @@ FEWEST_RIGHT = 20  # below it nothing can be said
 # The mean risk that a drawn answer is another than the right one that is written without drawing. Of 40 right answers
 # two or more then change in one of 57 rounds of questions, and not every change is for the worse.
 TOLERANCE = 0.005
-# From how likely an answer on it may be given, if that withholds no more than this share of the right ones. Above one
-# half the model would more often say something else.
+# How likely an answer must be to be given: the most of these that withholds no more than this share of the right ones.
+# From one half on the model would more often say something else.
 LEAST_LIKELY = (0.1, 0.2, 0.3, 0.4)
 MOST_WITHHELD = 0.04
 RISK_TOKENS = 4096  # read at once
@@ -238,8 +245,8 @@ RISK_TOKENS = 4096  # read at once
 def choose_sampling(
     engine: Engine, tokenizer: RustBPETokenizer, conversations: Sequence[Mapping[str, Any]], unsure: str = ""
 ) -> dict[str, Any]:
-    """The warmest setting that keeps (next to) all answers that are right without drawing, and from how likely an
-    answer on it is no guess.
+    """The warmest setting that keeps (next to) all answers that are right without drawing, and how likely an answer is
+    that is no guess.
 
     An answer is right when its words are those of the reference (F1 of at least RIGHT). The risk that drawing gives
     another one is computed, not tried: what happens to one answer in two hundred takes thousands of draws to see.
@@ -263,13 +270,13 @@ def choose_sampling(
         prompt = [*(token for ids, _ in asked for token in ids), answer[0][0]]  # up to assistant_start
         if asked and len(prompt) + 8 <= engine.context_length:
             prompts.append(prompt)
-            references.append(_words(tokenizer.decode(answer[0][:TRIED_TOKENS])))
+            references.append(_claimed(tokenizer.decode(answer[0][:TRIED_TOKENS])))
 
     sequences, masks = engine.generate_prompts(prompts, TRIED_TOKENS, keep_end=True)
     right = [
         i
         for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True))
-        if _f1(_words(tokenizer.decode(sequence[len(prompt) :])), references[i]) >= RIGHT
+        if _f1(_claimed(tokenizer.decode(sequence[len(prompt) :])), references[i]) >= RIGHT
     ]
     if len(right) < FEWEST_RIGHT:
         return {}
@@ -281,7 +288,7 @@ def choose_sampling(
     # where it has not understood. Source: selective prediction, arXiv 1705.08500.
     shares = answer_shares(engine, tokenizer, *fitting) if unsure else []
     kept = [p for p in LEAST_LIKELY if sum(share < p for share in shares) <= MOST_WITHHELD * len(right)]
-    return drawing | ({"min_answer_p": max(kept), "unsure": unsure} if unsure and kept else {})
+    return drawing | ({"min_answer_p": max(kept, default=0.0), "unsure": unsure} if unsure else {})
 
 
 def risks_of_drawing(
@@ -334,8 +341,10 @@ def _chosen_logits(
                     yield b, logits, torch.tensor([sequences[b][t] for t in chosen], device=device)
 
 
-def _words(text: str) -> Counter[str]:
-    return Counter(re.findall(r"\w+", re.sub(r"<\|\w+\|>", " ", text).lower()))
+def _claimed(text: str) -> Counter[str]:
+    """The words behind the last question mark, as `answer_logprob` has it; all words if there are none."""
+    words = [re.findall(r"\w+", part) for part in re.sub(r"<\|\w+\|>", " ", text).lower().split("?")]
+    return Counter(words[-1] or [word for part in words for word in part])
 
 
 def _f1(answer: Counter[str], reference: Counter[str]) -> float:

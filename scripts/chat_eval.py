@@ -174,7 +174,7 @@ def report(
         "problems per task": cfg.max_problems or "all",
         "temperature": cfg.temperature,
         "samples per problem": cfg.num_samples,
-        **({"guesses, replaced by 'unsure'": f"below {sampling.min_answer_p:.0%}"} if sampling.min_answer_p else {}),
+        **({f"below {sampling.min_answer_p:.0%} likely": repr(sampling.unsure)} if sampling.min_answer_p else {}),
     }
     lines: dict[str, Any] = {s.name: f"{100 * s.accuracy:.2f}% ± {100 * s.stderr:.2f}" for s in scores}
     lines[core_name] = f"{core:.4f} ± {stderr:.4f}"
@@ -202,6 +202,8 @@ def main(cfg: Config) -> None:
         tag = find_tag(cfg.source, cfg.model_tag).name
         folder = get_base_dir() / "chat_eval" / f"{cfg.source}_{tag}_{meta['step']:06d}"
         sampling = cfg.sampling(meta)
+        if sampling.min_answer_p:
+            print0(f"said instead of an answer less likely than {sampling.min_answer_p:.0%}: {sampling.unsure}")
         scores = evaluate(cfg, tasks, model, tokenizer, compute, folder, sampling)
         report(cfg, meta, scores, missing, sampling)
         print0(f"every question and answer: {folder}")

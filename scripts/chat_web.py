@@ -88,7 +88,7 @@ class Config:
     """Append what is asked and answered to this file; default: conversations are not kept."""
 
     def __post_init__(self) -> None:
-        ranges = {"temperature": (0, 2), "top_k": (0, 200), "port": (0, 65535)}
+        ranges = {"temperature": (0, 2), "top_k": (0, 200), "min_answer_p": (0, 1), "port": (0, 65535)}
         for name, (least, most) in ranges.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:

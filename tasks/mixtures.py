@@ -110,7 +110,7 @@ def _demo(stage: str, tokens: int | None) -> Conversations:
     number = max(-(-len(world.facts) // DEMO_FACTS), min(MOST_DEMO_DRAWS, round((tokens or 0) / DEMO_TOKENS)))
     draws = [draw(world=world, seed=seed + 2 * i) for i in range(number)]
     train = TaskMixture([task for mixture in draws for task in mixture.tasks])
-    # Validation uses phrasings that are never trained on. Only its loss is reported; nothing is chosen by it.
+    # Validation uses phrasings that are never trained on. By it SFT chooses how answers are drawn and withheld.
     unsure = DO_NOT_KNOW if world.in_english else ""
     return Conversations(train, TaskMixture(list(demo_eval_tasks().values())), "demo", unsure=unsure)
 

@@ -379,7 +379,8 @@ def test_a_guess_is_not_given(tool_model, tiny_tokenizer):
                     assert [(e.kind, e.text, e.tokens) for e in events] == [(e.kind, e.text, e.tokens) for e in known]
                 else:
                     assert [(e.kind, e.text) for e in events[:-1]] == [("text", "Who knows?")]
-                    assert events[-1].finish_reason == known[-1].finish_reason
+                    assert events[-1].finish_reason == "stop"
+                    assert not events[-1].tokens
                     # It was written all the same, and its tokens count.
                     assert events[-1].usage.completion_tokens == known[-1].usage.completion_tokens
 

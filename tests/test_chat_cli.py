@@ -578,5 +578,5 @@ def test_guesses_are_given_or_not_as_asked_for_else_as_the_checkpoint_says():
         drawing, said = choose_drawing(meta, None, None, usual, asked)
         assert (drawing["min_answer_p"], drawing["unsure"]) == (least, "Who knows?")
         assert ("'Who knows?'" in said) == bool(least)
-    with pytest.raises(ValueError, match="has not learned to say that it does not know"):
+    with pytest.raises(ValueError, match="does not record what to say instead"):
         choose_drawing({"sampling": {}}, None, None, usual, 0.4)

@@ -17,16 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import chat_eval as chat_evaluation
-from nanochat.chat_eval import choose_sampling, evaluate_chat_task, risks_of_drawing
+from nanochat.chat_eval import answer_shares, choose_sampling, evaluate_chat_task, risks_of_drawing
 from nanochat.checkpoint_manager import checkpoint_folder, save_checkpoint
 from nanochat.common import compute_cleanup
 from nanochat.config import run_script
 from nanochat.core_eval import CoreTask, evaluate_task
 from nanochat.engine import Engine
 from nanochat.files import ResumeLog, read_jsonl
+from nanochat.generate.logprobs import answer_logprob
 from nanochat.generate.sampling import Sampling
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.scoring import TaskScore, mean_centered, pass_at_k
+from nanochat.serve.batch_engine import BatchEngine, GenerationRequest
 from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval, base_loss, chat_eval
 from tasks.common import Task, render_mc
@@ -119,7 +121,7 @@ def test_a_guess_is_judged_as_what_is_said_instead(evaluate):
     assert none == [["Who knows?"] if texts else [] for texts in plain]
 
 
-@pytest.mark.parametrize(("shares", "least"), [([1.0] * 20, 0.4), ([0.35] + [1.0] * 19, 0.3), ([0.05] * 20, None)])
+@pytest.mark.parametrize(("shares", "least"), [([1.0] * 20, 0.4), ([0.35] + [1.0] * 19, 0.3), ([0.05] * 20, 0.0)])
 def test_few_right_answers_are_withheld(tiny_tokenizer, monkeypatch, shares, least):
     conversations = [
         {"messages": [{"role": "user", "content": f"Why {i}?"}, {"role": "assistant", "content": f"So it is {i}"}]}
@@ -129,7 +131,7 @@ def test_few_right_answers_are_withheld(tiny_tokenizer, monkeypatch, shares, lea
     monkeypatch.setattr(chat_evaluation, "risks_of_drawing", lambda *args: [[0.0] * 20 for _ in args[3]])
     monkeypatch.setattr(chat_evaluation, "answer_shares", lambda *args: shares)
     chosen = choose_sampling(Unsure(prompts, 10, tiny_tokenizer), tiny_tokenizer, conversations, "Who knows?")
-    assert chosen.get("min_answer_p") == least
+    assert chosen["min_answer_p"] == least
 
 
 def test_a_prompt_that_fills_the_context_counts_as_failed(evaluate):
@@ -526,6 +528,20 @@ def test_the_risk_of_drawing_is_how_often_draws_differ(tiny_model, tiny_tokenize
             assert differing == pytest.approx(risk, abs=0.12), (temperature, risk)
     assert max(risks[0]) < 0.01 < min(risks[1])
     assert 0.2 < max(risks[1]) < 0.99
+
+
+def test_the_share_of_an_answer_is_what_a_server_finds(tiny_model, tiny_tokenizer):
+    prompts = [
+        [tiny_tokenizer.get_bos_token_id(), *tiny_tokenizer.encode(text)] for text in ("one", "two two", "a b c?")
+    ]
+    sequences, masks = Engine(tiny_model, tiny_tokenizer).generate_prompts(prompts, 12, keep_end=True)
+    shares = answer_shares(Engine(tiny_model, tiny_tokenizer), tiny_tokenizer, sequences, masks)
+    with BatchEngine(tiny_model, tiny_tokenizer, max_batch_size=1) as engine:
+        for prompt, share in zip(prompts, shares, strict=True):
+            asked = Sampling(temperature=0.0, max_tokens=12, logprobs=0)
+            known = engine.submit(GenerationRequest(tokens=prompt, sampling=asked)).events()
+            logprob = answer_logprob((t.bytes, t.logprob) for event in known for t in event.logprobs)
+            assert logprob == pytest.approx(math.log(share), abs=1e-3)
 
 
 def test_blank_task_names_are_refused_and_repeated_ones_asked_once():

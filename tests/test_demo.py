@@ -943,6 +943,14 @@ def test_command_line_writes_the_corpus_once(small_world, tmp_path, capsys):
     assert "up to date" in capsys.readouterr().out
 
 
+def test_a_world_in_english_teaches_what_to_say_instead_of_a_guess(tmp_path, monkeypatch):
+    budget = DataBudget(None, 4)
+    assert mixtures.conversations("sft", "demo", budget).unsure == unknown.DO_NOT_KNOW
+    german = load_world(write_world(tmp_path / "w", himmel=GERMAN, language=LANGUAGE))
+    monkeypatch.setattr(mixtures, "load_world", lambda: german)
+    assert mixtures.conversations("sft", "demo", budget).unsure == ""
+
+
 def test_a_run_that_reads_more_gets_other_conversations_not_the_same_ones_again(world, monkeypatch):
     monkeypatch.setattr(mixtures, "load_world", lambda: world)
     sizes = {}

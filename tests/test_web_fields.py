@@ -484,6 +484,12 @@ def test_only_an_answer_in_a_chat_can_be_a_guess(model, tiny_tokenizer):
         streamed = client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True}).text
         assert streamed.count("Who knows?") == 1
         assert fine(chat(client, response_format=form))["choices"][0]["message"]["content"].startswith("{")
+        begun = [*HELLO, {"role": "assistant", "content": "It is"}]
+        assert "Who knows?" not in fine(chat(client, begun))["choices"][0]["message"]["content"]
+        tools = [{"type": "function", "function": {"name": "ping"}}]
+        assert fine(chat(client, tools=tools))["choices"][0]["message"]["content"] != "Who knows?"
+        answer = fine(chat(client, min_answer_p=0.0, unsure="Buy!"))  # no fields of a request
+        assert answer["choices"][0]["message"]["content"] == "Who knows?"
         text = fine(client.post("/v1/completions", json={"prompt": "The sky", "max_tokens": 5}))["choices"][0]["text"]
         assert text not in ("", "Who knows?")
 

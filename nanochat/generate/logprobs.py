@@ -27,7 +27,8 @@ class TokenLogprob:
     """The likeliest tokens at its place, the likeliest first; the token itself may be among them."""
 
 
-# Of a demo's questions put right, the right ones had log-probabilities down to -4, garbled ones -5 to -20 (dev/LOG.md).
+# Of a demo's questions put right, nearly all right ones had log-probabilities above -4, garbled ones -5 to -20
+# (dev/LOG.md).
 ASKED_COUNTS = 0.25
 
 

@@ -116,6 +116,8 @@ def go_on(profile: Profile, start: StartModel, given: str) -> Profile:
         profile,
         base=BaseModel(given, name, start.fingerprint),
         depth=config.n_layer,
+        aspect_ratio=64,
+        switches={},
         vocab_size=config.vocab_size,
         max_seq_len=config.sequence_len,
         device_batch_size=max(1, profile.device_batch_size * profile.max_seq_len // config.sequence_len),

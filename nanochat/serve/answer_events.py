@@ -37,7 +37,7 @@ class Event:
     text: str = ""
     """Whole characters only, never a special token."""
     tokens: tuple[int, ...] = ()
-    """The new tokens since the last event, special and forced ones included."""
+    """The new tokens since the last event, special and forced ones included, but not those of a withheld guess."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of each of `tokens`, where `Sampling.logprobs` asks for them."""
     finish_reason: FinishReason | None = None

@@ -139,7 +139,8 @@ class Service:
     ) -> list[GenerationRequest]:
         """`n` requests that continue `tokens`, with the server's defaults where a client says nothing.
 
-        With `answers`, and no constraint, a guess may be replaced (see `Sampling.min_answer_p`).
+        With `answers`, a guess may be replaced (see `Sampling.min_answer_p`): of an answer from its beginning on, in a
+        form of its own.
 
         Raises:
             RequestError: 400, `logit_bias` names what is no token.
@@ -152,7 +153,8 @@ class Service:
                 raise ValueError(f"token ids must be below {self.tokenizer.get_vocab_size()}, got {unknown[0]}")
         except ValueError as error:
             raise RequestError(400, str(error), param="logit_bias") from error
-        least = sampling.min_answer_p if answers and constraint is None else 0.0
+        begins = tokens[-1:] == [self.tokenizer.encode_special("<|assistant_start|>")]
+        least = sampling.min_answer_p if answers and begins and constraint is None else 0.0
         sampling = dataclasses.replace(sampling, constraint=constraint, min_answer_p=least)
         each = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(n)]
         return [GenerationRequest(tokens=tokens, sampling=s, stop=asked.stop_texts) for s in each]

@@ -170,8 +170,11 @@ class _Job:
     def end(self, reason: FinishReason) -> None:
         if reason != "error":
             self._flush()
-        guessed = self.is_guess and reason not in ("cancelled", "error")
-        for event in [Event("text", self.generation.request.sampling.unsure)] if guessed else self.waiting:
+            if self.is_guess:
+                self.waiting = [Event("text", self.generation.request.sampling.unsure)]
+                self.held.clear()
+                reason = "stop" if reason == "length" else reason  # nothing is missing
+        for event in self.waiting:
             self.generation._emit(event)
         self.least_logprob = None
         text = "" if self.row.error is None else str(self.row.error) or type(self.row.error).__name__
@@ -337,6 +340,8 @@ class BatchEngine:
         check_sampling(self.model, sampling, limit)
         keep = request.keep if request.slide else None
         row = RowState(request.tokens, limit, sampling, sampling.seed, keep, request.prompt_logprobs)
+        if sampling.min_answer_p and not sampling.unsure:
+            raise ValueError("min_answer_p needs `unsure`, what is said instead of a guess")
         if sampling.min_answer_p and row.top_logprobs is None:
             row.top_logprobs = 0  # how likely the answer is
         row.by_step = bool(request.stop)  # nothing is written, nor counted, behind a stop text

@@ -80,7 +80,11 @@ class Conversation:
         )  # bos, user_start, the system message
         request = GenerationRequest(
             tokens=prompt,
-            sampling=replace(settings, seed=settings.seed + self._asked),  # asking again gives another answer
+            sampling=replace(
+                settings,
+                seed=settings.seed + self._asked,  # asking again gives another answer
+                min_answer_p=0.0 if self.plain else settings.min_answer_p,  # a text goes on, it answers nothing
+            ),
             slide=True,
             keep=min(kept, context // 2),
         )

@@ -61,7 +61,7 @@ def choose_drawing(
         (fields of `Sampling`, a sentence that says where they come from).
 
     Raises:
-        ValueError: `min_answer_p` for a model that records nothing to say instead.
+        ValueError: `min_answer_p` is above 0, and the model records nothing to say instead.
     """
     recorded = meta.get("sampling") or {}
     asked = {name: value for name, value in (("temperature", temperature), ("top_k", top_k)) if value is not None}
@@ -74,9 +74,7 @@ def choose_drawing(
     unsure = recorded.get("unsure", "")
     least = recorded.get("min_answer_p", 0.0) if min_answer_p is None else min_answer_p
     if least and not unsure and meta:
-        raise ValueError(
-            f"--min_answer_p={least}: this model has not learned to say that it does not know: leave it out"
-        )
+        raise ValueError(f"--min_answer_p={least}: this checkpoint does not record what to say instead: leave it out")
     if least:
         why += f"; instead of one that it finds less likely than {least:.0%}: {unsure!r} (--min_answer_p=0: guess)"
     return {**drawing, "min_answer_p": least, "unsure": unsure}, why

@@ -154,7 +154,8 @@ async def chat_generations(
     if tools.schema is not None:
         form = AnswerForm("json", tools.schema, "tools")
     if tools.expression_of is None:
-        return service.generations(tokens, body, body.n, await compiled_form(service, form, request))
+        constraint = await compiled_form(service, form, request)
+        return service.generations(tokens, body, body.n, constraint, answers=not tools.parameters)
     # The call is begun, and the model goes on with it: what it writes up to the end of the call is the expression.
     begun = [*tokens, service.tokenizer.encode_special("<|python_start|>")]
     ends = (service.tokenizer.encode_special("<|python_end|>"),)

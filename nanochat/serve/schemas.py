@@ -97,7 +97,8 @@ class SamplingFields(BaseModel):
         """The defaults, overridden by what this request says."""
         said: dict[str, Any] = {}
         for field in dataclasses.fields(Sampling):
-            value = getattr(self, field.name, None)
+            # Declared ones only: of a request's other fields nobody has checked the type.
+            value = getattr(self, field.name) if field.name in type(self).model_fields else None
             if value is not None and field.name not in ("logit_bias", "logprobs"):
                 said[field.name] = value
         if self.repetition_penalty is None and self.repeat_penalty is not None:

@@ -147,7 +147,9 @@ def page_facts(
         },
         "special": {token: tokenizer.encode_special(token) for token in sorted(tokenizer.get_special_tokens())},
         # As chat_web: what SFT found to suit the model goes before the usual settings.
-        "defaults": DEFAULTS | (meta.get("sampling") or {}) | {"max_tokens": min(MAX_TOKENS, config.sequence_len)},
+        "defaults": DEFAULTS
+        | {name: value for name, value in (meta.get("sampling") or {}).items() if name in DEFAULTS}
+        | {"max_tokens": min(MAX_TOKENS, config.sequence_len)},
         "limits": {**LIMITS, "max_tokens": config.sequence_len},
     }
 

@@ -265,7 +265,7 @@ def find_sampling(model: GPT, tokenizer: RustBPETokenizer, compute: Compute, dat
         ", ".join(f"{name} {value}" for name, value in chosen.items())
         or "not found, too few answers agree with the held-out ones"
     )
-    print0(f"sft: sampling that costs no right answers: {shown} ({time.perf_counter() - start:.0f} s)")
+    print0(f"sft: sampling that costs next to no right answers: {shown} ({time.perf_counter() - start:.0f} s)")
     return {"sampling": chosen} if chosen else {}
 
 

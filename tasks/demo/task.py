@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks.common import Conversation, Task
-from tasks.demo.phrasings import drop_words, hand_typed, wrap_request
+from tasks.demo.phrasings import drop_words, hand_typed, typed, wrap_request
 from tasks.demo.world import World, load_world
 
 Split = Literal["train", "test"]
@@ -76,10 +76,10 @@ class DemoTask(Task):
         return self.as_hand_typed(rng, request, wrapped)[0]
 
     def as_hand_typed(self, rng: random.Random, request: str, wrapped: float = 0.25) -> tuple[str, bool]:
-        """(as `as_typed`, True if it has typing errors)."""
+        """(as `as_typed`, True if it has typing errors and all its words)."""
         kind = rng.random()
         if kind < wrapped:
             request = wrap_request(rng, request, held_out=False)
         elif kind < wrapped + 0.1:
-            request = drop_words(rng, request)
+            return typed(rng, drop_words(rng, request), self.world.vocabulary), False
         return hand_typed(rng, request, self.world.vocabulary)
