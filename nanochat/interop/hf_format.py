@@ -317,7 +317,7 @@ def recorded_facts(folder: Path) -> dict[str, Any]:
         if own.get(name) and not isinstance(own[name], kind):
             raise ValueError(f"{folder / OWN_FILE}: {name} is {own[name]!r}")
     for name, value in (own.get("sampling") or {}).items():
-        if not isinstance(value, str if name == "unsure" else (int, float)):
+        if not isinstance(value, str if name == "unsure" else (int, float, type(None))):
             raise ValueError(f"{folder / OWN_FILE}: {name} of sampling is {value!r}")
     return {name: own[name] for name in ("recipe", "sampling") if own.get(name)}
 

@@ -72,7 +72,7 @@ def choose_drawing(
         why = "what SFT found to suit this model" if recorded else "the usual ones: this model records none of its own"
     why = f"answers: temperature {drawing['temperature']:g}, top_k {drawing['top_k']} ({why})"
     unsure = recorded.get("unsure", "")
-    least = recorded.get("min_answer_p", 0.0) if min_answer_p is None else min_answer_p
+    least = recorded.get("min_answer_p") or 0.0 if min_answer_p is None else min_answer_p
     if least and not unsure and meta:
         raise ValueError(f"--min_answer_p={least}: this checkpoint does not record what to say instead: leave it out")
     if least:

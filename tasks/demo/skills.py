@@ -307,7 +307,7 @@ REPEAT_REQUESTS = (
     "Repeat: {w}",
     'Please repeat "{w}".',
     "Write: {w}",
-    'Can you say "{w}"?',
+    'Could you say "{w}"?',
     "Copy these words: {w}",
     "Tell me these words again: {w}",
 )
