@@ -238,7 +238,7 @@ TOLERANCE = 0.005
 # How likely an answer must be to be given: the most of these that withholds no more than this share of the right ones.
 # From one half on the model would more often say something else.
 LEAST_LIKELY = (0.1, 0.2, 0.3, 0.4)
-MOST_WITHHELD = 0.04
+MOST_WITHHELD = 0.07
 RISK_TOKENS = 4096  # read at once
 
 
