@@ -55,7 +55,7 @@ def choose_drawing(
         temperature: what the user asks for, if anything.
         top_k: likewise.
         usual: both, for a model that records nothing.
-        min_answer_p: from how likely an answer on it is given; None: as the model records, else any.
+        min_answer_p: how likely an answer must be to be given; None: as the model records, else any is.
 
     Returns:
         (fields of `Sampling`, a sentence that says where they come from).
