@@ -120,6 +120,6 @@ def _change(settings: Sampling, name: str, value: str) -> Sampling:
 
 
 def _show_settings(settings: Sampling) -> str:
-    # Those that a command changes, and the seed; what only programs set is None, 0 or empty here.
+    # Those that a command changes, and the seed. What is said instead of a guess, the start has told.
     shown = {name: value for name, value in vars(settings).items() if f"/{name}" in NAMES or name == "seed"}
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)

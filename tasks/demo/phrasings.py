@@ -413,11 +413,14 @@ def hand_typed(rng: random.Random, text: str, known: Set[str]) -> tuple[str, boo
     return text, unclear
 
 
+MEANT = "You mean: "
+
+
 def put_right(question: str, answer: str) -> str:
     """The answer to a question that came with typing errors: first, what was meant."""
     # Two small steps instead of a large one. The answer is then looked up by the clean question, as in every other
     # example, and people see how they were understood.
-    return f"You mean: {question} {answer}"
+    return f"{MEANT}{question} {answer}"
 
 
 def badly_typed(rng: random.Random, text: str, known: Set[str]) -> str:

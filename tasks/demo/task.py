@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks.common import Conversation, Task
-from tasks.demo.phrasings import drop_words, hand_typed, typed, wrap_request
+from tasks.demo.phrasings import MEANT, drop_words, hand_typed, typed, wrap_request
 from tasks.demo.world import World, load_world
 
 Split = Literal["train", "test"]
@@ -26,7 +26,7 @@ def conversation(*turns: tuple[str, Content], **extra: Any) -> Conversation:
 def final_text(completion: str) -> str:
     """The assistant's text after its last tool result, without special tokens."""
     text = completion.split("<|output_end|>")[-1]
-    text = re.sub(r"^\s*You mean: [^?]*\?", "", text)  # how it was understood is no answer yet
+    text = re.sub(rf"^\s*{MEANT}[^?]*\?", "", text)  # how it was understood is no answer yet
     return re.sub(r"<\|[a-z_]+\|>", " ", text.split("<|assistant_end|>")[0]).strip()
 
 
