@@ -218,12 +218,18 @@ class DemoChat(DemoTask):
         result = first.results[-1]
         sign = rng.choice("+-*/")
         number = rng.choice([n for n in range(2, 13) if "." in result or not skills.is_held_out_pair(int(result), n)])
-        words = rng.choice((*skills.OPERATOR_WORDS[sign], *skills.SYMBOLS[sign]))
-        question = rng.choice(("And {o} {n}?", "and {o} {n}", "{o} {n}", "Now {o} {n}.", "That {o} {n}?"))
+        if rng.random() < 0.5:
+            question = rng.choice(skills.SUM_FOLLOWUPS[sign]).format(n=number)
+        else:
+            words = rng.choice((*skills.OPERATOR_WORDS[sign], *skills.SYMBOLS[sign]))
+            question = rng.choice(
+                ("And {o} {n}?", "and {o} {n}", "{o} {n}", "Now {o} {n}.", "That {o} {n}?", "What is that {o} {n}?")
+            ).format(o=words, n=number)
+        question = typed(rng, question)
         call = f"{result}{sign}{number}"
         second = skills.worked([call], f"The answer is {use_calculator(call)}.")
         asked = self.as_typed(rng, skills.ask_sum(rng, first, held_out=False))
-        return conversation((asked, skills.sum_answer(first)), (question.format(o=words, n=number), second))
+        return conversation((asked, skills.sum_answer(first)), (question, second))
 
     def _ask(self, rng: random.Random, fact: Fact) -> tuple[str, Content]:
         return ask_fact(rng, fact, rng.randrange(len(fact.asks)), self.world)
@@ -238,11 +244,11 @@ def demo_mid_mixture(
     facts: int = 8200,
     identity: int = 1200,
     arithmetic: int = 2200,
-    repeat: int = 1400,
+    repeat: int = 1600,
     spelling: int = 1600,
     counting: int = 1000,
     small_talk: int = 500,
-    unknown: int = 2300,
+    unknown: int = 1900,
     chat: int = 1000,
     seed: int = 1,
     world: World | str | Path | None = None,
@@ -269,11 +275,11 @@ def demo_sft_mixture(
     facts: int = 7000,
     identity: int = 1000,
     arithmetic: int = 1700,
-    repeat: int = 800,
+    repeat: int = 1000,
     spelling: int = 1200,
     counting: int = 900,
     small_talk: int = 400,
-    unknown: int = 2300,
+    unknown: int = 1900,
     chat: int = 900,
     seed: int = 2,
     world: World | str | Path | None = None,

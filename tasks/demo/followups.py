@@ -18,6 +18,7 @@ from tasks.demo.phrasings import FUNCTION_WORDS
 from tasks.demo.world import Fact, Topic, World, words_of
 
 WHY_FORMS = ("Why?", "Why is that?", "why", "But why?", "And why?", "Why is it so?", "Why so?", "What is the reason?")
+WHY_NOT_FORMS = ("Why not?", "why not", "And why not?", "Why can it not?")
 HELD_OUT_WHY_FORMS = ("Can you say why?", "Why is that so?")
 OTHER_FORMS = (
     "And {of}?", "And {of}?", "and {of}?", "What about {x}?", "And what about {x}?", "And {x}?", "and {x}?", "{of}?",
@@ -130,6 +131,8 @@ class FollowUps:
         self.others = list(self._others(facts))
         reasons = [pair for topic in topics for pair in _reasons(topic)]
         self.whys = [(a, b) for a, b in reasons if is_held_out(a, b) == held_out or len(reasons) < 20]
+        # A fact that says why it is so answers "why?" once more; of what cannot be, people ask "why not?".
+        self.whys += [(fact, fact) for fact in facts if " because " in fact.text]
         self.mores = [
             pair for t in topics if len(t.facts) > 1 for pair in zip(t.facts, (*t.facts[1:], t.facts[0]), strict=True)
         ]
@@ -137,7 +140,9 @@ class FollowUps:
         self.unexplained = [
             fact
             for fact in facts
-            if fact.text not in explained and not any(ask.startswith(("Why", "How come")) for ask in fact.asks)
+            if fact.text not in explained
+            and " because " not in fact.text
+            and not any(ask.startswith(("Why", "How come")) for ask in fact.asks)
         ]
 
     def _pronouns(self, topic: Topic) -> Iterator[FollowUp]:
@@ -169,7 +174,10 @@ class FollowUps:
             return FollowUp(question[:1].upper() + question[1:], follow.fact, follow.before, "other")
         if kind < 0.55 and self.whys:
             before, reason = rng.choice(self.whys)
-            return FollowUp(rng.choice(HELD_OUT_WHY_FORMS if self.held_out else WHY_FORMS), reason, before, "why")
+            forms = HELD_OUT_WHY_FORMS if self.held_out else WHY_FORMS
+            if not self.held_out and re.search(r"\bnot\b|\bcannot\b|\bno\b", before.text) and rng.random() < 0.5:
+                forms = WHY_NOT_FORMS
+            return FollowUp(rng.choice(forms), reason, before, "why")
         if kind < 0.65 and self.mores:
             before, more = rng.choice(self.mores)
             return FollowUp(rng.choice(HELD_OUT_MORE_FORMS if self.held_out else MORE_FORMS), more, before, "more")

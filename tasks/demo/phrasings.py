@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Set
 
-from tasks.demo.skills import MARK
+from tasks.demo.typos import mistyped
 from tasks.demo.world import Fact, World, words_of
 
 TELL_WRAPPERS = (
@@ -44,6 +44,26 @@ TELL_WRAPPERS = (
     "Can you help me? I want to know {tell}.",
     "May I ask {tell}?",
     "Any thoughts on {tell}?",
+    "Do you happen to know {tell}?",
+    "Could you please explain {tell}?",
+    "Could you remind me {tell}?",
+    "Are you able to tell me {tell}?",
+    "I forgot {tell}.",
+    "I can never remember {tell}.",
+    "I'd like to know {tell}.",
+    "I'd be happy to know {tell}.",
+    "It would be nice to know {tell}.",
+    "Would it be possible to tell me {tell}?",
+    "Would you be so kind and tell me {tell}?",
+    "May I ask you {tell}?",
+    "My daughter wants to know {tell}.",
+    "My grandfather asked {tell}.",
+    "We would like to find out {tell}.",
+    "Please let me know {tell}.",
+    "Do me a favor and say {tell}.",
+    "Have you learned {tell}?",
+    "I am trying to find out {tell}.",
+    "What I want to know is {tell}.",
     "{Tell}?",
 )
 QUESTION_WRAPPERS = (
@@ -137,6 +157,20 @@ HELD_OUT_GREETING_WRAPPERS = (
     "{Q} A short answer is fine.",
 )
 
+# Two halves that go around anything, each with any other.
+BEFORE = (
+    "", "", "", "Hi!", "Hello there.", "Hey,", "Good evening!", "Excuse me,", "Sorry,", "Sorry to bother you,",
+    "Please,", "Sorry, maybe this is silly:", "Please help me.", "I hope you can help.", "Thank you for helping.",
+    "Okay, next:", "You know a lot!", "One more thing:", "If it is no trouble,", "When you have time:", "Hi nanochat!",
+    "Hello, I am new.", "Nice to meet you!", "I have a small question.", "Something else:",
+    "There is a thing I do not know:", "Well,",
+)  # fmt: skip
+AFTER = (
+    "", "", "", "Thanks!", "Thank you!", "please", "Please.", "Thanks in advance!", "I have a test soon.",
+    "I forgot it.", "I always forget.", "My son asks.", "It is for a quiz.", "Just wondering.", "We play a game.",
+    "thx", "My friends want to know.", "I need it for school.", "Do you know?", "I bet you know it.",
+)  # fmt: skip
+
 # Requests to say anything about {x}, a topic.
 TOPIC_REQUESTS = (
     "Tell me about {x}.",
@@ -185,39 +219,76 @@ _REWORDINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"In which (.+)\?", ("In what {0}?",)),
     (r"In what (.+)\?", ("In which {0}?",)),
     (r"What (color|country|animal|season|part|bird|fruit|city|sport|food|tool) (.+)\?", ("Which {0} {1}?",)),
+    (r"Who invented (.+)\?", ("Who was the inventor of {0}?", "Who came up with {0}?", "Inventor of {0}?")),
+    (r"Who discovered (.+)\?", ("Who was the discoverer of {0}?", "Who found {0} first?", "Who first saw {0}?")),
+    (r"Who wrote (.+)\?", ("Who is the author of {0}?", "Who was the writer of {0}?", "{0} was written by whom?")),
+    (r"Who painted (.+)\?", ("Who was the painter of {0}?", "Which painter made {0}?", "Who is the artist of {0}?")),
+    (r"Which (\w+) is the (\w+est)(| [^?]*)\?", ("What is the {1} {0}{2}?", "The {1} {0}{2}?", "Name the {1} {0}{2}.")),
+    (r"What is the (\w+est) (\w+)(| [^?]*)\?", ("Which {1} is the {0}{2}?", "Which is the {0} {1}{2}?", "{0} {1}{2}")),
+    (r"What do (.+) eat\?", ("What is the food of {0}?", "What do {0} feed on?", "What do {0} live on?")),
+    (r"Why (do|does|is|are) (.+)\?", ("For what reason {0} {1}?", "Why {0} {1}, I wonder?")),
+    (r"How many (.+) (?:does|do) (.+) have\?", ("How many {0} has {1} got?", "{1} has how many {0}?")),
+    (r"What happens (to|when|if) (.+)\?", ("What becomes of things {0} {1}?", "What goes on {0} {1}?")),
+    (
+        r"What is the name (?:of|for) (.+)\?",
+        ("What is {0} called?", "How do you call {0}?", "What's the word for {0}?"),
+    ),
 )
 # Words that can replace each other in a question.
-_SYNONYMS: tuple[tuple[str, str], ...] = (
+_SYNONYMS: tuple[tuple[str, ...], ...] = (
+    ("biggest", "largest", "greatest", "hugest"),
+    ("big", "large", "huge"),
+    ("smallest", "tiniest", "littlest"),
+    ("small", "little", "tiny"),
+    ("fastest", "quickest", "speediest"),
+    ("fast", "quick", "quickly"),
+    ("tallest", "highest"),
+    ("nearest", "closest"),
+    ("near", "close to", "next to"),
     ("a group of", "many"),
-    ("biggest", "largest"),
-    ("largest", "biggest"),
-    ("big", "large"),
-    ("large", "big"),
-    ("made of", "made from"),
-    ("made from", "made out of"),
-    ("famous", "well known"),
-    ("in the world", "on earth"),
+    ("made of", "made from", "made out of", "built from"),
+    ("famous", "well known", "best known"),
+    ("in the world", "on earth", "on our planet", "there is", "anywhere"),
     ("young", "baby"),
-    ("fastest", "quickest"),
-    ("people", "humans"),
+    ("people", "humans", "persons", "men and women"),
+    ("person", "human", "human being", "man or woman"),
+    ("children", "kids", "boys and girls"),
+    ("child", "kid"),
+    ("an adult", "a grown person", "a grown up"),
     ("needs", "requires"),
-    ("kind of", "sort of"),
-    ("sort of", "kind of"),
+    ("need", "require", "have to have"),
+    ("kind of", "sort of", "type of"),
     ("begin", "start"),
-    ("start", "begin"),
-    ("build", "make"),
-    ("travel", "move"),
-    ("protect", "keep safe"),
+    ("begins", "starts"),
+    ("end", "finish", "stop"),
+    ("build", "make", "construct"),
+    ("built", "made", "put up"),
+    ("travel", "move", "go"),
+    ("protect", "keep safe", "guard"),
     ("keep", "hold"),
-    ("tool", "thing"),
-    ("do people", "do we"),
-    ("do we", "do you"),
-    ("gets", "becomes"),
-    ("long ago", "in old times"),
+    ("tool", "thing", "device"),
+    ("do people", "do we", "do you", "does one"),
+    ("gets", "becomes", "turns"),
+    ("long ago", "in old times", "in the past"),
     ("color", "colour"),
-    ("colour", "color"),
     ("colors", "colours"),
-    ("colours", "colors"),
+    ("called", "named"),
+    ("use", "take"),
+    ("get", "receive"),
+    ("look like", "resemble"),
+    ("shows", "tells us"),
+    ("helps", "is good for"),
+    ("often", "many times"),
+    ("usually", "normally", "mostly"),
+    ("part", "piece", "bit"),
+    ("stuff", "material"),
+    ("ill", "sick"),
+    ("street", "road"),
+    ("sea", "ocean"),
+    ("forest", "woods"),
+    ("happy", "glad"),
+    ("night", "dark"),
+    ("live", "stay", "have their home"),
 )
 # The same question from the embedded clause.
 _CLAUSES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -259,14 +330,37 @@ def wrap_fact(rng: random.Random, question: str, tell: str, *, held_out: bool) -
         HELD_OUT_QUESTION_WRAPPERS + HELD_OUT_GREETING_WRAPPERS if held_out else QUESTION_WRAPPERS + GREETING_WRAPPERS
     )
     wrapped = wrap(rng.choice(tells if rng.random() < 0.5 else around), question, tell)
-    if held_out or rng.random() < 0.7:
-        return wrapped
-    return wrap(rng.choice(GREETING_WRAPPERS), wrapped)
+    return wrapped if held_out or rng.random() < 0.6 else wrap_request(rng, wrapped, held_out=False)
 
 
 def wrap_request(rng: random.Random, request: str, *, held_out: bool) -> str:
     """A request or a question in a random wrapper that fits both."""
-    return wrap(rng.choice(HELD_OUT_GREETING_WRAPPERS if held_out else GREETING_WRAPPERS), request)
+    if held_out or rng.random() < 0.4:
+        return wrap(rng.choice(HELD_OUT_GREETING_WRAPPERS if held_out else GREETING_WRAPPERS), request)
+    before, after = rng.choice(BEFORE), rng.choice(AFTER)
+    if before and before[-1] in ",:":
+        request = lower_first(request)
+    return " ".join(part for part in (before, request, after) if part)
+
+
+# (pattern of a question, the same inside a sentence).
+_EMBEDDED = (
+    (r"((?:How|Why|Where|When|What|Which)\b(?: \w+){0,2}?) do (.+)\?", "{0} {1}"),
+    (r"(What) (is|are) ([^?,]+) called\?", "{0} {2} {1} called"),
+    (r"(What|Where|Who) (is|are) ((?:(?:the|a|an) )?\w+(?: of (?:the )?\w+)?)\?", "{0} {2} {1}"),
+)
+
+
+def embedded(question: str) -> str | None:
+    """A question as people put it into a sentence, "how seals keep warm" for "How do seals keep warm?"; None if only
+    some know how: "which planet is the nearest", and "which country is Paris in", stay as they are, as many say them.
+    """
+    for pattern, template in _EMBEDDED:
+        if match := re.fullmatch(pattern, question):
+            return lower_first(template.format(*match.groups()))
+    if re.match(r"(?:Which|Who|What|How many|How much)\b", question):
+        return lower_first(question.rstrip("?"))
+    return None
 
 
 def reword(rng: random.Random, question: str, tell: str) -> str:
@@ -275,16 +369,25 @@ def reword(rng: random.Random, question: str, tell: str) -> str:
     for pattern, templates in _REWORDINGS:
         if match := re.fullmatch(pattern, question):
             candidates += [template.format(*match.groups()) for template in templates]
-    for opening, templates in _CLAUSES:
-        if tell.startswith(opening):
-            candidates += [template.format(tell.removeprefix(opening)) for template in templates]
-            break
-    text = rng.choice(candidates) if candidates else question
-    synonyms = [pair for pair in _SYNONYMS if re.search(rf"\b{pair[0]}\b", text)]
-    if synonyms and (text == question or rng.random() < 0.5):
-        old, new = rng.choice(synonyms)
-        text = re.sub(rf"\b{old}\b", new, text, count=1)
-    return text
+    if not candidates or rng.random() < 0.2:
+        clauses = [(opening, templates) for opening, templates in _CLAUSES if tell.startswith(opening)][:1]
+        candidates = [t.format(tell.removeprefix(opening)) for opening, templates in clauses for t in templates]
+    text = rng.choice(candidates) if candidates and rng.random() < 0.8 else question
+    return with_synonym(rng, text) if text == question or rng.random() < 0.5 else text
+
+
+_GROUP_OF = {word: group for group in _SYNONYMS for word in group}
+_HAS_SYNONYM = re.compile(rf"\b(?:{'|'.join(sorted(_GROUP_OF, key=len, reverse=True))})\b")
+
+
+def with_synonym(rng: random.Random, text: str) -> str:
+    """The text with another word for one of its own, if it has one of those above."""
+    found = list(_HAS_SYNONYM.finditer(text))
+    if not found:
+        return text
+    place = rng.choice(found)
+    other = rng.choice([word for word in _GROUP_OF[place.group()] if word != place.group()])
+    return text[: place.start()] + other + text[place.end() :]
 
 
 def drop_words(rng: random.Random, question: str) -> str:
@@ -331,7 +434,6 @@ _SHORT_FORMS = (
     (r"\byou\b", ("u",)),
     (r"\bplease\b", ("pls", "plz")),
 )
-MIN_TYPO_LETTERS = 4
 MORE_SHARE = 0.35  # of the questions about a fact comes from its `more:`
 HURRY_SHARE = 0.18  # of the questions is typed without care
 
@@ -343,33 +445,6 @@ def shortened(rng: random.Random, text: str) -> str:
         return text
     pattern, forms = rng.choice(found)
     return re.sub(pattern, rng.choice(forms), text, count=1)
-
-
-def mistyped(rng: random.Random, text: str, known: Set[str]) -> str:
-    """The text with a letter of one word dropped, doubled, swapped with the next, or replaced.
-
-    Numbers, words of less than MIN_TYPO_LETTERS and words beside a MARK stay as they are, and no word becomes one of
-    `known`: a question must not turn into another one.
-    """
-    places = [m for m in re.finditer(r"[A-Za-z]+", text) if len(m.group()) >= MIN_TYPO_LETTERS]
-    places = [m for m in places if MARK not in text[max(0, m.start() - 1) : m.end() + 1]]
-    if not places:
-        return text
-    place = rng.choice(places)
-    word = place.group()
-    at = rng.randrange(len(word) - 1)
-    wrong = rng.choice(
-        (
-            word[:at] + word[at + 1 :],
-            word[: at + 1] + word[at:],
-            word[:at] + word[at + 1] + word[at] + word[at + 2 :],
-            word[:at] + word[at + 1] + word[at] + word[at + 2 :],
-            word[: at + 1] + rng.choice("aeiourstnl") + word[at + 2 :],
-        )
-    )
-    if wrong.lower() in known:
-        return text
-    return text[: place.start()] + wrong + text[place.end() :]
 
 
 # Words that people put in without another meaning.
@@ -446,13 +521,16 @@ def ask_fact(rng: random.Random, fact: Fact, round_number: int, world: World) ->
         question = rng.choice(fact.more)
     if fact.language is not None:
         return typed(rng, fact.language.ask(rng, question, held_out=False), world.vocabulary), fact.text
+    other = with_synonym(rng, question) if rng.random() < 0.15 else question
+    question = question if world.held_out.find(other) else other
     meant = question  # "": nothing that could be said in one way only
     kind = rng.random()
     if kind < 0.24:
         text = question
     elif kind < 0.54:
-        text = wrap_fact(rng, question, fact.tell, held_out=False)
-        meant = question if question[1:] in text else fact.asks[0]  # of which `tell` is the clause
+        inside = embedded(question) if rng.random() < 0.6 else None
+        text = wrap_fact(rng, question, inside or fact.tell, held_out=False)
+        meant = question if inside or question[1:] in text else fact.asks[0]  # of which `tell` is the clause
     elif kind < 0.72:
         text = meant = reword(rng, question, fact.tell)
     elif kind < 0.82:

@@ -16,15 +16,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanochat.generate.calculator import use_calculator
+from tasks.demo import stories
 
 Parts = list[dict[str, str]]
-MARK = "\0"  # beside a word that must stay as it is
 Number = int | float
+MARK = "\0"  # beside a word that must stay as it is
 
 SYMBOLS = {"+": ("+",), "-": ("-",), "*": ("*", "x", "×"), "/": ("/", "÷")}
 OPERATOR_WORDS = {"+": ("plus",), "-": ("minus",), "*": ("times", "multiplied by"), "/": ("divided by",)}
 PERCENT = ("{a}% of {b}", "{a} % of {b}", "{a} percent of {b}")
-OF_ONE = {("*", 2): ("double {a}", "twice {a}"), ("/", 2): ("half of {a}", "half {a}"), ("/", 4): ("a quarter of {a}",)}
+OF_ONE: dict[tuple[str, Number], tuple[str, ...]] = {
+    ("*", 2): (
+        "double {a}",
+        "twice {a}",
+        "the double of {a}",
+        "Double {a}.",
+        "Can you double {a}?",
+        "Double the number {a}.",
+    ),
+    ("/", 2): ("half of {a}", "half {a}", "one half of {a}", "Halve {a}.", "Cut {a} in half.", "Can you halve {a}?"),
+    ("/", 4): ("a quarter of {a}", "one quarter of {a}"),
+}
 SQUARED = ("{a} squared", "the square of {a}")
 
 # {e} is the sum in symbols or words ("12 + 34", "12 plus 34").
@@ -77,58 +89,29 @@ HELD_OUT_SUM_REQUESTS = (
     "Do the sum {e} please.",
 )
 SUM_PHRASES = {
-    "+": (
-        "Add {a} and {b}.",
-        "What is the sum of {a} and {b}?",
-        "Add {a} to {b}.",
-        "{N} has {a} {things} and gets {b} more. How many {things} does {N} have now?",
-        "I have {a} {things} and buy {b} more. How many {things} do I have?",
-        "If I have {a} {things} and find {b}, how many do I have in all?",
-        "There were {a} {things}. Then came {b} more. How many are there now?",
-    ),
+    "+": ("Add {a} and {b}.", "What is the sum of {a} and {b}?", "Add {a} to {b}.", "Add {b} to {a}.", "{a} and {b}?",
+          "What do {a} and {b} add up to?"),
+    "-": ("Take {a} minus {b}.", "What is the difference of {a} and {b}?", "Start with {a} and take away {b}.",
+          "Subtract {b} from {a}.", "Take {b} away from {a}.", "What is the difference between {a} and {b}?",
+          "What remains if I take {b} from {a}?", "What is left if you take {b} from {a}?"),
+    "*": ("Multiply {a} by {b}.", "What is the product of {a} and {b}?", "Multiply {a} and {b}.", "{a} by {b}?",
+          "What do you get if you multiply {a} by {b}?"),
+    "/": ("Divide {a} by {b}.", "How many times does {b} go into {a}?", "Split {a} into {b} equal parts.",
+          "How often does {b} fit into {a}?", "What do you get if you divide {a} by {b}?", "{a} over {b}?"),
+}  # fmt: skip
+# After a sum, about its result.
+SUM_FOLLOWUPS = {
+    "+": ("Add {n}.", "Add {n} to that.", "Now add {n} to it.", "And if I add {n}?", "And {n} more?"),
     "-": (
-        "Take {a} minus {b}.",
-        "What is the difference of {a} and {b}?",
-        "Start with {a} and take away {b}.",
-        "{N} has {a} {things} and gives {b} away. How many {things} are left?",
-        "I had {a} {things} and lost {b}. How many do I still have?",
-        "{N} had {a} {things} and ate {b} of them. How many {things} does {N} have now?",
-        "If there are {a} {things} and {b} go away, how many stay?",
-        "Subtract {b} from {a}.",
-        "Take {b} away from {a}.",
-        "I have {a} coins and spend {b}. How many coins are left?",
-        "A book has {a} pages and {N} has read {b}. How many pages are left?",
-        "{N} needs {a} {things} and has {b}. How many {things} are missing?",
+        "Subtract {n}.",
+        "Take {n} away from that.",
+        "Now take away {n}.",
+        "Now subtract {n} from it.",
+        "And {n} less?",
     ),
-    "*": (
-        "Multiply {a} by {b}.",
-        "What is the product of {a} and {b}?",
-        "Multiply {a} and {b}.",
-        "There are {a} boxes with {b} {things} in each. How many {things} are there?",
-        "{N} buys {a} bags of {b} {things}. How many {things} is that?",
-        "If {a} children have {b} {things} each, how many {things} do they have?",
-        "{N} buys {a} {things} for {b} coins each. How much does {N} pay?",
-        "One of the {things} costs {a} coins. How much do {b} of them cost?",
-        "There are {a} rows with {b} chairs in each. How many chairs are there?",
-        "{N} reads {a} pages a day. How many pages is that in {b} days?",
-        "Each of {a} tables has {b} {things} on it. How many {things} are there in all?",
-    ),
-    "/": (
-        "Divide {a} by {b}.",
-        "{N} shares {a} {things} among {b} friends. How many does each one get?",
-        "If {b} children share {a} {things}, how many does each child get?",
-        "How many times does {b} go into {a}?",
-        "{a} {things} are put into {b} boxes. How many are in each box?",
-        "There are {a} {things} for {b} children. How many does each child get?",
-        "{N} pays {a} coins for {b} {things}. What does one cost?",
-        "Split {a} into {b} equal parts.",
-    ),
+    "*": ("Multiply that by {n}.", "Now multiply it by {n}.", "And {n} times that?", "And that {n} times?"),
+    "/": ("Divide that by {n}.", "Now divide it by {n}.", "And divided by {n}?", "And if {n} people share that?"),
 }
-NAMES = ("Tom", "Anna", "Ben", "Lisa", "Max", "Mia", "Sam", "Emma", "Paul", "Nora", "Leo", "Julia", "Tim", "Eva")
-THINGS = (
-    "apples", "books", "pens", "balls", "eggs", "cards", "stones", "cakes", "lamps", "cars", "toys", "fish", "birds",
-    "flowers", "dolls", "stars", "hats", "marbles", "pictures", "stamps", "sweets", "oranges",
-)  # fmt: skip
 REMAINDERS = (
     "{a} divided by {b} with remainder",
     "What is the remainder of {a} divided by {b}?",
@@ -212,6 +195,17 @@ SPELL_REQUESTS = (
     "Name all letters of {w}.",
     "List the letters in {w}.",
     "What does {w} look like letter by letter?",
+    "What letters make {w}?",
+    "What letters are in {w}?",
+    "Write down the letters of {w}.",
+    "How do I write {w} correctly?",
+    "How is {w} written?",
+    "Can you write {w} one letter at a time?",
+    "I need to write {w}. Please spell it.",
+    "how to spell {w}",
+    "how do u spell {w}",
+    "spell out {w}",
+    "the letters of the word {w}",
 )
 HELD_OUT_SPELL_REQUESTS = (
     "How would I spell {w}?",
@@ -228,6 +222,20 @@ LENGTH_REQUESTS = (
     "How long is the word {w}?",
     "Count the letters of {w}.",
     "What number of letters has the word {w}?",
+    "How many letters has {w}?",
+    "How many letters has the word {w} got?",
+    "How many letters does the word {w} have?",
+    "number of letters in {w}",
+    "how many letters in {w}",
+    "letters in {w}: how many?",
+    "What is the length of {w}?",
+    "Count the letters in the word {w}.",
+    "How many letters do I need to write {w}?",
+    "How many letters make up {w}?",
+    "The word {w} has how many letters?",
+    "Can you count the letters of the word {w}?",
+    "Tell me how many letters {w} has.",
+    "With how many letters is {w} written?",
 )
 
 # {l} is the letter, {w} the word.
@@ -318,6 +326,12 @@ SMALL_LETTER_REQUESTS = (
     "Please write this in small letters: {w}",
     "Make these letters small: {w}",
 )
+DIGIT_REQUESTS = (
+    "In digits: {w}",
+    "Write these numbers in digits: {w}",
+    "{w} in digits",
+    "{w}: which numbers are these?",
+)
 CORRECTION_REQUESTS = (
     "Correct: {w}",
     "Correct these words: {w}",
@@ -371,17 +385,19 @@ def _number(rng: random.Random, lengths: Sequence[int]) -> int:
 def random_sum(rng: random.Random, *, held_out: bool) -> Sum:
     """A sum of numbers with one to five digits, mostly two or three; `held_out` selects the pairs for evaluation."""
     while True:
-        op = rng.choice(("+", "-", "*", "/", "+", "-", "*", "/", "percent", "remainder"))
+        op = rng.choice(("+", "-", "*", "/") * 3 + ("percent", "percent", "remainder"))
         a: Number = _number(rng, (1, 1, 2, 2, 2, 3, 3, 4, 5))
         b: Number = _number(rng, (1, 1, 2, 2, 2, 3, 3, 4))
         then = None
         if op == "/":
-            b = _number(rng, (1, 1, 1, 2))
+            b = _number(rng, (1, 1, 1, 2)) if rng.random() < 0.85 else rng.choice((2, 2, 4))
             a = a if rng.random() < 0.3 else b * _number(rng, (1, 1, 2, 2, 3))  # mostly without a remainder
         elif op == "remainder":
             b = rng.randint(2, 30)
         elif op == "percent":
             a, b = rng.choice((5, 10, 15, 20, 25, 30, 50, 75, rng.randint(1, 99))), _number(rng, (2, 2, 3, 4))
+        elif op == "*" and rng.random() < 0.1:
+            b = 2
         elif rng.random() < 0.08:
             a = rng.choice((a, a + rng.randint(1, 9) / 10, a + 0.5))
             b = rng.choice((b + rng.randint(1, 9) / 10, b + 0.25))
@@ -396,22 +412,17 @@ def random_sum(rng: random.Random, *, held_out: bool) -> Sum:
 def makes_a_story(problem: Sum) -> bool:
     """True if things can be counted as the sum does: whole ones, more than one, and nothing negative or in parts."""
     a, op, b = problem.a, problem.op, problem.b
-    if not (isinstance(a, int) and isinstance(b, int) and a > 1 and b > 1):
+    if not (isinstance(a, int) and isinstance(b, int) and 1 < a < 5000 and 1 < b < 5000):
         return False
-    return a >= b if op == "-" else a % b == 0 if op == "/" else True
+    return a > b if op == "-" else a % b == 0 if op == "/" else True
 
 
-def tells_a_story(phrase: str) -> bool:
-    """True if a wording of SUM_PHRASES speaks of things, and not of numbers alone."""
-    return "{things}" in phrase or "{N}" in phrase or "coins" in phrase or "chairs" in phrase
-
-
-def number_word(number: int) -> str:
+def number_word(number: int, joint: str = "-") -> str:
     """A whole number below 100 in words: 42 -> "forty-two"."""
     if number < len(ONES):
         return ONES[number]
     tens, ones = divmod(number, 10)
-    return TENS[tens] + (f"-{ONES[ones]}" if ones else "")
+    return TENS[tens] + (f"{joint}{ONES[ones]}" if ones else "")
 
 
 def ask_sum(rng: random.Random, problem: Sum, *, held_out: bool) -> str:
@@ -423,19 +434,23 @@ def ask_sum(rng: random.Random, problem: Sum, *, held_out: bool) -> str:
         return rng.choice(requests).format(e=phrase.format(a=a, b=b)) if phrase[0] == "{" else phrase.format(a=a, b=b)
     if op == "percent":
         return rng.choice(requests).format(e=rng.choice(PERCENT).format(a=a, b=b))
-    if not held_out and not problem.then and rng.random() < 0.3:
-        if b in (2, 4) and (op, b) in OF_ONE:
-            return rng.choice(requests).format(e=rng.choice(OF_ONE[op, int(b)]).format(a=a))
+    if not held_out and not problem.then and (op, b) in OF_ONE and rng.random() < 0.6:
+        phrase = rng.choice(OF_ONE[op, int(b)]).format(a=a)
+        return phrase if phrase[0].isupper() else rng.choice(requests).format(e=phrase)
+    if not held_out and not problem.then and rng.random() < 0.4:
         if op == "*" and a == b:
             return rng.choice(requests).format(e=rng.choice(SQUARED).format(a=a))
-        phrases = [phrase for phrase in SUM_PHRASES[op] if makes_a_story(problem) or not tells_a_story(phrase)]
-        return rng.choice(phrases).format(a=a, b=b, N=rng.choice(NAMES), things=rng.choice(THINGS))
-    in_words = rng.random() < 0.3
-    space = "" if not in_words and rng.random() < 0.3 else " "
+        if makes_a_story(problem) and rng.random() < 0.7:
+            return stories.tell(rng, op, int(a), int(b))
+        return rng.choice(SUM_PHRASES[op]).format(a=a, b=b)
     numbers = [a, b, *([problem.then[1]] if problem.then else [])]
+    small = all(isinstance(number, int) and number < 100 for number in numbers)
+    in_words = rng.random() < (0.6 if small else 0.3)
+    space = "" if not in_words and rng.random() < 0.3 else " "
     shown = [str(number) for number in numbers]
-    if in_words and all(isinstance(number, int) and number < 100 for number in numbers) and rng.random() < 0.5:
-        shown = [number_word(int(number)) for number in numbers]
+    if in_words and small and rng.random() < 0.65:
+        joint = rng.choice("- ")
+        shown = [number_word(int(number), joint) for number in numbers]
     expression = shown[0]
     for sign, number in zip([op, *([problem.then[0]] if problem.then else [])], shown[1:], strict=True):
         expression += f"{space}{rng.choice((OPERATOR_WORDS if in_words else SYMBOLS)[sign])}{space}{number}"

@@ -12,8 +12,9 @@ from typing import Any
 
 from tasks.common import Conversation
 from tasks.demo import skills
-from tasks.demo.phrasings import FUNCTION_WORDS, mistyped
+from tasks.demo.phrasings import FUNCTION_WORDS
 from tasks.demo.task import DemoTask, Split, conversation, final_text, tool_calls
+from tasks.demo.typos import mistyped
 from tasks.demo.world import World, words_of
 
 
@@ -119,7 +120,7 @@ class DemoCounting(WordTask):
     def get_example(self, index: int) -> Conversation:
         rng = self.random(index)
         word = self.word(rng, index)
-        if not self.held_out and rng.random() < 0.15:
+        if not self.held_out and rng.random() < 0.22:
             question, shown = self.request(rng, word, rng.choice(skills.LENGTH_REQUESTS))
             return conversation((question, skills.length_answer(shown)))
         letter = skills.random_letter(rng, word)
@@ -134,20 +135,24 @@ class DemoCounting(WordTask):
 class DemoRepeat(WordTask):
     """Say some words again, for training only: copying is what the calls of the calculator need, and here nearly every
     token of an answer is copied. Some of the lists are in capitals, which are to become small, or mistyped, which are
-    to be corrected: nearly every token then teaches what a word looks like when people shout or hurry. Whole lists are
-    more than the smallest models can do, so this is not evaluated."""
+    to be corrected, or numbers in words: nearly every token then teaches what a word looks like when people shout or
+    hurry. Whole lists are more than the smallest models can do, so this is not evaluated."""
 
     def get_example(self, index: int) -> Conversation:
         rng = self.random(index)
         kind = rng.random()
-        if kind < 0.4:
+        if kind < 0.3:
             words = " ".join(self.word(rng, index + i) for i in range(rng.randint(2, 8)))
             return conversation((rng.choice(skills.REPEAT_REQUESTS).format(w=words), words + "."))
-        facts = rng.choices(self.world.facts or self.world.identity, k=2)
+        if kind < 0.4:
+            numbers = [rng.randrange(100) for _ in range(rng.randint(2, 8))]
+            shown = ", ".join(skills.number_word(number, rng.choice("- ")) for number in numbers)
+            return conversation((rng.choice(skills.DIGIT_REQUESTS).format(w=shown), f"{' '.join(map(str, numbers))}."))
+        facts = rng.choices(self.world.facts or self.world.identity, k=3)
         texts = " ".join(rng.choice((fact.text, *fact.asks)) for fact in facts)
         words = [word for word in words_of(texts) if word not in FUNCTION_WORDS] or list(self.world.words)
-        words = rng.sample(words, min(len(words), rng.randint(2, 8)))
-        if kind < 0.75:
+        words = rng.sample(words, min(len(words), rng.randint(3, 12)))
+        if kind < 0.7:
             request, shown = rng.choice(skills.SMALL_LETTER_REQUESTS), " ".join(words).upper()
             request = request.upper().replace("{W}", "{w}") if rng.random() < 0.5 else request
         else:
