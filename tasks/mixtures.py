@@ -42,7 +42,7 @@ SMALL_DEPTH = 8
 SMALL_TASKS = ("smoltalk", "spelling")
 # The demo's mixtures are made for about this many facts, and have about so many tokens. A run that reads more gets more
 # of them, drawn anew; each takes seconds to make, so after some it reads them again.
-DEMO_FACTS, DEMO_TOKENS, MOST_DEMO_DRAWS = 1400, 650_000, 12
+DEMO_FACTS, DEMO_TOKENS, MOST_DEMO_DRAWS = 1400, 560_000, 12
 
 
 def conversations(stage: str, chat_data: str | None, budget: DataBudget) -> Conversations:
@@ -107,7 +107,7 @@ def _demo(stage: str, tokens: int | None) -> Conversations:
     world = load_world()
     draw, seed = (demo_mid_mixture, 1) if stage == "mid" else (demo_sft_mixture, 2)
     # A larger world gets as many conversations about each fact: more draws, with other seeds.
-    number = max(-(-len(world.facts) // DEMO_FACTS), min(MOST_DEMO_DRAWS, round((tokens or 0) / DEMO_TOKENS)))
+    number = max(-(-len(world.facts) // DEMO_FACTS), min(MOST_DEMO_DRAWS, -(-(tokens or 0) // DEMO_TOKENS)))
     draws = [draw(world=world, seed=seed + 2 * i) for i in range(number)]
     train = TaskMixture([task for mixture in draws for task in mixture.tasks])
     # Validation uses phrasings that are never trained on. By it SFT chooses how answers are drawn and withheld.

@@ -125,14 +125,14 @@ DEMO = Profile(
     vocab_size=4096,
     max_seq_len=256,
     device_batch_size=16,
-    base_batch_size=4096,
-    mid_batch_size=4096,
-    sft_batch_size=4096,
+    base_batch_size=8192,
+    mid_batch_size=8192,
+    sft_batch_size=8192,
     dataset="demo",
     chat_data="demo",
     bfloat16_on_cpu=True,
     recipe="portable",  # what people show around should open anywhere
-    steps={"base_train": 530, "mid_train": 450, "chat_sft": 420},
+    steps={"base_train": 170, "mid_train": 340, "chat_sft": 320},
     flags={
         "tok_eval": ("--no-compare",),
         "base_train": (
@@ -158,18 +158,18 @@ DEMO = Profile(
         "chat_eval_sft": ("--max_new_tokens=96",),
     },
     minutes=5,
-    step_seconds=0.115,  # two cores of an AMD EPYC (Zen 5), torch 2.13 (dev/LOG.md)
+    step_seconds=0.205,  # two cores of an AMD EPYC (Zen 5), torch 2.13 (dev/LOG.md)
     seconds={
         "report_reset": 1,
         "data": 4,
         "tok_train": 1,
         "tok_eval": 1,
-        "base_train": 51,
+        "base_train": 33,
         "base_loss": 2,
         "base_eval": 1,
-        "mid_train": 51,
+        "mid_train": 62,
         "chat_eval_mid": 2,
-        "chat_sft": 47,
+        "chat_sft": 60,
         "chat_eval_sft": 11,
         "report": 1,
         "answer": 1,
