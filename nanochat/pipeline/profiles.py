@@ -141,6 +141,7 @@ DEMO = Profile(
             "--sample_every=0",
             "--warmdown_ratio=0.2",
             "--final_lr_frac=0.3",
+            "--lr_scale=1.4",  # the rates were found with half the batch
         ),
         "base_loss": ("--eval_tokens=16384",),
         "base_eval": ("--max_per_task=5",),  # of a bundle that is there: the demo downloads nothing
@@ -152,8 +153,9 @@ DEMO = Profile(
             "--final_lr_frac=0.4",
             "--supervise=assistant",
             "--isolate_conversations",
+            "--init_lr_frac=1.4",
         ),
-        "chat_sft": ("--eval_every=0", "--eval_batches=2", "--init_lr_frac=0.5"),
+        "chat_sft": ("--eval_every=0", "--eval_batches=2", "--init_lr_frac=0.7"),
         "chat_eval_mid": ("--max_problems=12", "--max_new_tokens=96"),
         "chat_eval_sft": ("--max_new_tokens=96",),
     },
