@@ -85,7 +85,6 @@ class Profile:
     """Train in bfloat16 on a CPU that multiplies it in hardware: 1.4 times as fast as float32 (see dev/LOG.md)."""
     dtype: str = "auto"
     """The precision of base training; later stages take their model's."""
-
     base: BaseModel | None = None
     """What it goes on from; then depth, vocabulary and context are those of this model."""
 
@@ -287,8 +286,7 @@ D20 = Profile(
     needs_cards=True,
 )
 
-# What learns most from text without end in so few hours of a CPU; from a few megabytes, read many times, the wider
-# model does (dev/LOG.md, "narrower").
+# Learns most from endless text in so few hours of a CPU; from little text the wider model does (dev/LOG.md).
 NARROW_HOURS, WINDOWS_AND_PAIRS = 2.0, {"window_pattern": "SSSL", "bigram_buckets": 65536}
 NARROW: dict[str, Any] = {"aspect_ratio": 32, "max_seq_len": 1024, "device_batch_size": 4}
 PROFILES = {profile.name: profile for profile in (DEMO, TINY, CPU, P100, D20)}
