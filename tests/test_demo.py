@@ -536,6 +536,8 @@ def test_wrap_fits_the_question_into_the_sentence():
         ("Which continent do giraffes come from?", "which continent giraffes come from"),
         ("What is a baby cat called?", "what a baby cat is called"),
         ("What is the capital of Kenya?", "what the capital of Kenya is"),
+        ("What should you do in an earthquake?", None),
+        ("Which hump does a camel have?", None),
         ("Which planet is the biggest?", "which planet is the biggest"),
         ("How does a seahorse swim?", None),  # "swims" would have to be known
         ("Name the pump inside your body.", None),
@@ -554,6 +556,8 @@ def test_a_synonym_replaces_one_word(world):
             places = sum(kind != "equal" for kind, *_ in blocks)
             assert places == (other != ask), (ask, other)
             changed += places
+            article = r"\ba [aeio]|\ban [^aeiou]"
+            assert not re.search(article, other) or re.search(article, ask), (ask, other)
     assert changed > 500
 
 
@@ -675,6 +679,23 @@ def test_a_story_names_both_numbers_once_in_plain_sentences():
         assert sorted(map(int, re.findall(r"\d+", text))) == sorted((a, b)), text
         assert not re.search(r"[{}\[\]|]|  |\ba (?=[aeio])|[.?] [a-z]|^[a-z]", text), text
         assert text.count("?") == 1, text
+        asked = re.search(r"[Hh]ow (?:many|much) (\w+)", text)
+        said = text[: asked.start()].lower() if asked else ""
+        if asked and asked[1] not in (
+            "is",
+            "are",
+            "do",
+            "does",
+            "did",
+            "for",
+            "each",
+            "has",
+            "come",
+            "stay",
+            "one",
+            "miles",
+        ):
+            assert asked[1].removesuffix("s") in said, text  # it asks for what it has told of
         told[op, text.replace(str(a), "a").replace(str(b), "b")] += 1
     assert len(told) > 3000  # nearly every one is another
 
@@ -687,7 +708,7 @@ def test_what_says_why_it_is_so_is_said_again_when_asked_why(world):
     }
     nots = [m for q, m in asked.items() if q.lower().startswith("why not")]
     assert nots
-    assert all(m[3]["content"] == m[1]["content"] or " not" in str(m[1]["content"]) for m in nots)
+    assert all(re.search(r"\b(?:not|cannot|no)\b", m[1]["content"].split(" because ")[0]) for m in nots)
 
 
 # --- follow-ups ------------------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ D20 = Profile(
     needs_cards=True,
 )
 
-# Learns most from endless text in so few hours of a CPU; from little text the wider model does (dev/LOG.md).
+# The shape that learns most from endless text in so few hours of a CPU; from little text a wider one does (dev/LOG.md)
 NARROW_HOURS, WINDOWS_AND_PAIRS = 2.0, {"window_pattern": "SSSL", "bigram_buckets": 65536}
 NARROW: dict[str, Any] = {"aspect_ratio": 32, "max_seq_len": 1024, "device_batch_size": 4}
 PROFILES = {profile.name: profile for profile in (DEMO, TINY, CPU, P100, D20)}

@@ -18,7 +18,7 @@ from tasks.demo.phrasings import FUNCTION_WORDS
 from tasks.demo.world import Fact, Topic, World, words_of
 
 WHY_FORMS = ("Why?", "Why is that?", "why", "But why?", "And why?", "Why is it so?", "Why so?", "What is the reason?")
-WHY_NOT_FORMS = ("Why not?", "why not", "And why not?", "Why can it not?")
+WHY_NOT_FORMS = ("Why not?", "why not", "And why not?", "But why not?")
 HELD_OUT_WHY_FORMS = ("Can you say why?", "Why is that so?")
 OTHER_FORMS = (
     "And {of}?", "And {of}?", "and {of}?", "What about {x}?", "And what about {x}?", "And {x}?", "and {x}?", "{of}?",
@@ -131,8 +131,8 @@ class FollowUps:
         self.others = list(self._others(facts))
         reasons = [pair for topic in topics for pair in _reasons(topic)]
         self.whys = [(a, b) for a, b in reasons if is_held_out(a, b) == held_out or len(reasons) < 20]
-        # A fact that says why it is so answers "why?" once more; of what cannot be, people ask "why not?".
-        self.whys += [(fact, fact) for fact in facts if " because " in fact.text]
+        if not held_out:  # a fact that says why it is so answers "why?" once more
+            self.whys += [(fact, fact) for fact in facts if " because " in fact.text]
         self.mores = [
             pair for t in topics if len(t.facts) > 1 for pair in zip(t.facts, (*t.facts[1:], t.facts[0]), strict=True)
         ]
@@ -175,7 +175,8 @@ class FollowUps:
         if kind < 0.55 and self.whys:
             before, reason = rng.choice(self.whys)
             forms = HELD_OUT_WHY_FORMS if self.held_out else WHY_FORMS
-            if not self.held_out and re.search(r"\bnot\b|\bcannot\b|\bno\b", before.text) and rng.random() < 0.5:
+            said = before.text.split(" because ")[0]  # of what cannot be, people ask "why not?"
+            if not self.held_out and re.search(r"\bnot\b|\bcannot\b|\bno\b", said) and rng.random() < 0.5:
                 forms = WHY_NOT_FORMS
             return FollowUp(rng.choice(forms), reason, before, "why")
         if kind < 0.65 and self.mores:

@@ -190,7 +190,8 @@ _OPENERS = frozenset(
         "what which who whose whom when where why how is are was were do does did can could may must should will would "
         "has have in on at by for from of to into out with without under over after before between across since if "
         "name give spell count add multiply subtract calculate compute write say tell describe the a an many your work "
-        "my please explain let any here now answer okay so hi hey hello excuse sorry"
+        "my please explain let any here now answer okay so hi hey hello excuse sorry divide take find solve use help "
+        "double halve cut split start if there each one show these"
     )
 )
 FUNCTION_WORDS = frozenset(
@@ -224,72 +225,61 @@ _REWORDINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"Who wrote (.+)\?", ("Who is the author of {0}?", "Who was the writer of {0}?", "{0} was written by whom?")),
     (r"Who painted (.+)\?", ("Who was the painter of {0}?", "Which painter made {0}?", "Who is the artist of {0}?")),
     (r"Which (\w+) is the (\w+est)(| [^?]*)\?", ("What is the {1} {0}{2}?", "The {1} {0}{2}?", "Name the {1} {0}{2}.")),
-    (r"What is the (\w+est) (\w+)(| [^?]*)\?", ("Which {1} is the {0}{2}?", "Which is the {0} {1}{2}?", "{0} {1}{2}")),
-    (r"What do (.+) eat\?", ("What is the food of {0}?", "What do {0} feed on?", "What do {0} live on?")),
+    (r"What is the (\w+est) (\w+)(| (?:in|on|of) [^?]*)\?", ("Which {1} is the {0}{2}?", "Which is the {0} {1}{2}?")),
+    (r"What do ((?!we |you |people )(?:\w+ )?\w+) eat\?", ("What is the food of {0}?", "What do {0} feed on?")),
     (r"Why (do|does|is|are) (.+)\?", ("For what reason {0} {1}?", "Why {0} {1}, I wonder?")),
-    (r"How many (.+) (?:does|do) (.+) have\?", ("How many {0} has {1} got?", "{1} has how many {0}?")),
-    (r"What happens (to|when|if) (.+)\?", ("What becomes of things {0} {1}?", "What goes on {0} {1}?")),
-    (
-        r"What is the name (?:of|for) (.+)\?",
-        ("What is {0} called?", "How do you call {0}?", "What's the word for {0}?"),
-    ),
+    (r"How many (\w+) does (.+) have\?", ("How many {0} has {1} got?",)),
+    (r"What happens (when|if) (.+)\?", ("What goes on {0} {1}?",)),
+    (r"What is the name for ((?:a|an|the) .+)\?", ("What is {0} called?", "What's the word for {0}?")),
 )
-# Words that can replace each other in a question.
-_SYNONYMS: tuple[tuple[str, ...], ...] = (
-    ("biggest", "largest", "greatest", "hugest"),
-    ("big", "large", "huge"),
-    ("smallest", "tiniest", "littlest"),
-    ("small", "little", "tiny"),
-    ("fastest", "quickest", "speediest"),
-    ("fast", "quick", "quickly"),
-    ("tallest", "highest"),
-    ("nearest", "closest"),
-    ("near", "close to", "next to"),
-    ("a group of", "many"),
-    ("made of", "made from", "made out of", "built from"),
-    ("famous", "well known", "best known"),
-    ("in the world", "on earth", "on our planet", "there is", "anywhere"),
-    ("young", "baby"),
-    ("people", "humans", "persons", "men and women"),
-    ("person", "human", "human being", "man or woman"),
-    ("children", "kids", "boys and girls"),
-    ("child", "kid"),
-    ("an adult", "a grown person", "a grown up"),
-    ("needs", "requires"),
-    ("need", "require", "have to have"),
-    ("kind of", "sort of", "type of"),
-    ("begin", "start"),
-    ("begins", "starts"),
-    ("end", "finish", "stop"),
-    ("build", "make", "construct"),
-    ("built", "made", "put up"),
-    ("travel", "move", "go"),
-    ("protect", "keep safe", "guard"),
-    ("keep", "hold"),
-    ("tool", "thing", "device"),
-    ("do people", "do we", "do you", "does one"),
-    ("gets", "becomes", "turns"),
-    ("long ago", "in old times", "in the past"),
-    ("color", "colour"),
-    ("colors", "colours"),
-    ("called", "named"),
-    ("use", "take"),
-    ("get", "receive"),
-    ("look like", "resemble"),
-    ("shows", "tells us"),
-    ("helps", "is good for"),
-    ("often", "many times"),
-    ("usually", "normally", "mostly"),
-    ("part", "piece", "bit"),
-    ("stuff", "material"),
-    ("ill", "sick"),
-    ("street", "road"),
-    ("sea", "ocean"),
-    ("forest", "woods"),
-    ("happy", "glad"),
-    ("night", "dark"),
-    ("live", "stay", "have their home"),
-)
+# A word of a question, and others that can stand in its place in every question of the world.
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "biggest": ("largest", "greatest"),
+    "largest": ("biggest", "greatest"),
+    "big": ("large", "huge"),
+    "large": ("big", "huge"),
+    "smallest": ("tiniest", "littlest"),
+    "small": ("little", "tiny"),
+    "fastest": ("quickest",),
+    "fast": ("quick",),
+    "tallest": ("highest",),
+    "highest": ("tallest",),
+    "nearest": ("closest",),
+    "closest": ("nearest",),
+    "made of": ("made from", "made out of"),
+    "made from": ("made of", "made out of"),
+    "famous": ("well known",),
+    "in the world": ("on earth", "on our planet"),
+    "a young": ("a baby",),
+    "people": ("humans",),
+    "children": ("kids",),
+    "kids": ("children",),
+    "child": ("kid",),
+    "kid": ("child",),
+    "an adult": ("a grown up", "a grown person"),
+    "a grown person": ("an adult", "a grown up"),
+    "needs": ("requires",),
+    "kind of": ("sort of", "type of"),
+    "sort of": ("kind of", "type of"),
+    "begin": ("start",),
+    "start": ("begin",),
+    "protect": ("keep safe", "guard"),
+    "tool": ("thing", "device"),
+    "do people": ("do we", "do you"),
+    "do we": ("do you", "do people"),
+    "do you": ("do we", "do people"),
+    "long ago": ("in old times", "in the past"),
+    "color": ("colour",),
+    "colour": ("color",),
+    "colors": ("colours",),
+    "colours": ("colors",),
+    "is called": ("is named",),
+    "How often": ("How many times",),
+    "usually": ("normally", "mostly"),
+    "stuff": ("material",),
+    "forest": ("woods",),
+    "happy": ("glad",),
+}
 # The same question from the embedded clause.
 _CLAUSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("why ", ("How come {0}?", "What is the reason {0}?", "Give me the reason why {0}.")),
@@ -343,22 +333,24 @@ def wrap_request(rng: random.Random, request: str, *, held_out: bool) -> str:
     return " ".join(part for part in (before, request, after) if part)
 
 
+_VERB = "(?:do|does|did|can|could|should|would|must|may|will)"
 # (pattern of a question, the same inside a sentence).
 _EMBEDDED = (
-    (r"((?:How|Why|Where|When|What|Which)\b(?: \w+){0,2}?) do (.+)\?", "{0} {1}"),
+    (rf"((?:How|Why|Where|When|What|Which)\b(?:(?! {_VERB}\b) \w+){{0,2}}?) do (.+)\?", "{0} {1}"),
     (r"(What) (is|are) ([^?,]+) called\?", "{0} {2} {1} called"),
     (r"(What|Where|Who) (is|are) ((?:(?:the|a|an) )?\w+(?: of (?:the )?\w+)?)\?", "{0} {2} {1}"),
 )
 
 
 def embedded(question: str) -> str | None:
-    """A question as people put it into a sentence, "how seals keep warm" for "How do seals keep warm?"; None if only
-    some know how: "which planet is the nearest", and "which country is Paris in", stay as they are, as many say them.
+    """A question in a sentence, "how seals keep warm" for "How do seals keep warm?"; None where verbs would change.
+
+    "Which planet is near?" stays as it is, and so does "which country is Paris in", as many say.
     """
     for pattern, template in _EMBEDDED:
         if match := re.fullmatch(pattern, question):
             return lower_first(template.format(*match.groups()))
-    if re.match(r"(?:Which|Who|What|How many|How much)\b", question):
+    if re.match(rf"(?:Which|Who|What|How many|How much)\b(?!(?: \w+){{0,3}}? {_VERB}\b)", question):
         return lower_first(question.rstrip("?"))
     return None
 
@@ -376,8 +368,7 @@ def reword(rng: random.Random, question: str, tell: str) -> str:
     return with_synonym(rng, text) if text == question or rng.random() < 0.5 else text
 
 
-_GROUP_OF = {word: group for group in _SYNONYMS for word in group}
-_HAS_SYNONYM = re.compile(rf"\b(?:{'|'.join(sorted(_GROUP_OF, key=len, reverse=True))})\b")
+_HAS_SYNONYM = re.compile(rf"\b(?:{'|'.join(sorted(_SYNONYMS, key=len, reverse=True))})\b")
 
 
 def with_synonym(rng: random.Random, text: str) -> str:
@@ -386,8 +377,10 @@ def with_synonym(rng: random.Random, text: str) -> str:
     if not found:
         return text
     place = rng.choice(found)
-    other = rng.choice([word for word in _GROUP_OF[place.group()] if word != place.group()])
-    return text[: place.start()] + other + text[place.end() :]
+    before, other = text[: place.start()], rng.choice(_SYNONYMS[place.group()])
+    if article := re.search(r"\b([Aa])n? $", before):
+        before = before[: article.start()] + article[1] + ("n " if other[0] in "aeiou" else " ")
+    return before + other + text[place.end() :]
 
 
 def drop_words(rng: random.Random, question: str) -> str:

@@ -445,10 +445,10 @@ def ask_sum(rng: random.Random, problem: Sum, *, held_out: bool) -> str:
         return rng.choice(SUM_PHRASES[op]).format(a=a, b=b)
     numbers = [a, b, *([problem.then[1]] if problem.then else [])]
     small = all(isinstance(number, int) and number < 100 for number in numbers)
-    in_words = rng.random() < (0.6 if small else 0.3)
+    in_words = rng.random() < (0.6 if small and not held_out else 0.3)
     space = "" if not in_words and rng.random() < 0.3 else " "
     shown = [str(number) for number in numbers]
-    if in_words and small and rng.random() < 0.65:
+    if in_words and small and rng.random() < (0.5 if held_out else 0.65):
         joint = rng.choice("- ")
         shown = [number_word(int(number), joint) for number in numbers]
     expression = shown[0]

@@ -71,15 +71,17 @@ class DemoTask(Task):
         """The random generator of example `index`; text seeds give the same numbers everywhere."""
         return random.Random(f"{type(self).__name__} {self.split} {self.seed} {index}")
 
-    def as_typed(self, rng: random.Random, request: str, wrapped: float = 0.25) -> str:
-        """A training request: plain, wrapped (in this share) or without its function words, typed as people do."""
-        return self.as_hand_typed(rng, request, wrapped)[0]
+    def as_typed(self, rng: random.Random, request: str, wrapped: float = 0.25, dropped: float = 0.1) -> str:
+        """A training request: plain, wrapped or without its function words (in these shares), typed as people do."""
+        return self.as_hand_typed(rng, request, wrapped, dropped)[0]
 
-    def as_hand_typed(self, rng: random.Random, request: str, wrapped: float = 0.25) -> tuple[str, bool]:
+    def as_hand_typed(
+        self, rng: random.Random, request: str, wrapped: float = 0.25, dropped: float = 0.1
+    ) -> tuple[str, bool]:
         """(as `as_typed`, True if it has typing errors and all its words)."""
         kind = rng.random()
         if kind < wrapped:
             request = wrap_request(rng, request, held_out=False)
-        elif kind < wrapped + 0.1:
+        elif kind < wrapped + dropped:
             return typed(rng, drop_words(rng, request), self.world.vocabulary), False
         return hand_typed(rng, request, self.world.vocabulary)

@@ -43,7 +43,7 @@ class DemoArithmetic(ToolTask):
         problem = skills.random_sum(rng, held_out=self.held_out)
         question = skills.ask_sum(rng, problem, held_out=self.held_out)
         if not self.held_out:
-            question = self.as_typed(rng, question)
+            question = self.as_typed(rng, question, dropped=0)  # "by", "and" and "one" are part of the sum
         return conversation((question, skills.sum_answer(problem)), **tool_keys(problem), group=problem.op)
 
 

@@ -17,14 +17,14 @@ MISSPELLED = {
     "people": ("peple", "poeple", "peopel"), "from": ("form", "fom"), "make": ("mak", "maek"), "made": ("mad", "maed"),
     "water": ("watter", "wter", "watr"), "world": ("wrold", "wolrd", "worl"), "their": ("thier", "there"),
     "animal": ("anmal", "animl", "aminal"), "capital": ("captal", "capitol", "capitel"), "color": ("colr", "coler"),
-    "colour": ("color", "coulor"), "language": ("langauge", "languge"), "invented": ("inveted", "invnted"),
+    "language": ("langauge", "languge"), "invented": ("inveted", "invnted"),
     "first": ("frist", "firts"), "with": ("wiht", "wih"), "have": ("hav", "ahve"), "give": ("giv", "gve"),
     "live": ("liv", "lve"), "know": ("knwo", "kno"), "can": ("cna",), "you": ("yuo", "yu"), "and": ("adn",),
     "your": ("yor", "yuor"), "are": ("aer", "ar"), "this": ("tihs", "ths"), "used": ("usd", "ued"), "tell": ("tel",),
     "about": ("abuot", "abot"), "please": ("pleas", "plese"), "would": ("woud", "wuld"), "could": ("coud", "cud"),
     "large": ("larg", "lrage"), "longest": ("logest", "longst"), "highest": ("higest", "heighest"), "sun": ("sn",),
     "country": ("contry", "coutry"), "planet": ("planit", "plnet"), "things": ("thigns", "tings"), "one": ("oen",),
-    "between": ("betwen", "beetween"), "around": ("arround", "aroud"), "before": ("befor",), "where's": ("wheres",),
+    "between": ("betwen", "beetween"), "around": ("arround", "aroud"), "before": ("befor",),
     "discovered": ("discoverd", "discoverred"), "beautiful": ("beutiful",), "different": ("diffrent",),
     "temperature": ("temprature", "temperture"), "spell": ("spel",), "letters": ("leters", "lettres"), "for": ("fro",),
 }  # fmt: skip
@@ -82,7 +82,7 @@ _SLIPS: tuple[Callable[[random.Random, str], str], ...] = (
 
 def _places(text: str, least: int) -> Iterator[re.Match[str]]:
     """The words of at least so many letters that stand beside no MARK."""
-    for found in re.finditer(r"[A-Za-z]+", text):
+    for found in re.finditer(r"[^\W\d_]+", text):
         if len(found.group()) >= least and MARK not in text[max(0, found.start() - 1) : found.end() + 1]:
             yield found
 
