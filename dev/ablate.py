@@ -153,6 +153,8 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "4 × 192": "--recipe=small --aspect_ratio=48 --head_size=64",
         "4 × 128": "--recipe=small --aspect_ratio=32",
         "4 × 128, windows": "--recipe=small --aspect_ratio=32 --window_pattern=SSSL",
+        "4 × 128, 1,024, windows": "--recipe=small --aspect_ratio=32 --max_seq_len=1024 --device_batch_size=4 "
+        "--window_pattern=SSSL",
         "4 × 128, pairs": "--recipe=small --aspect_ratio=32 --bigram_buckets=65536",
         "4 × 128, 1,024, windows, pairs": "--recipe=small --aspect_ratio=32 --max_seq_len=1024 --device_batch_size=4 "
         "--window_pattern=SSSL --bigram_buckets=65536",
