@@ -19,8 +19,8 @@ from nanochat.generate.calculator import use_calculator
 from tasks.demo import stories
 
 Parts = list[dict[str, str]]
-Number = int | float
 MARK = "\0"  # beside a word that must stay as it is
+Number = int | float
 
 SYMBOLS = {"+": ("+",), "-": ("-",), "*": ("*", "x", "×"), "/": ("/", "÷")}
 OPERATOR_WORDS = {"+": ("plus",), "-": ("minus",), "*": ("times", "multiplied by"), "/": ("divided by",)}
@@ -410,7 +410,7 @@ def random_sum(rng: random.Random, *, held_out: bool) -> Sum:
 
 
 def makes_a_story(problem: Sum) -> bool:
-    """True if things can be counted as the sum does: whole ones, more than one, and nothing negative or in parts."""
+    """True if things can be counted as the sum does: whole, some, not too many, nothing negative or in parts."""
     a, op, b = problem.a, problem.op, problem.b
     if not (isinstance(a, int) and isinstance(b, int) and 1 < a < 5000 and 1 < b < 5000):
         return False
@@ -418,7 +418,7 @@ def makes_a_story(problem: Sum) -> bool:
 
 
 def number_word(number: int, joint: str = "-") -> str:
-    """A whole number below 100 in words: 42 -> "forty-two"."""
+    """A whole number below 100 in words: 42 -> "forty-two", or "forty two" with a space for its `joint`."""
     if number < len(ONES):
         return ONES[number]
     tens, ones = divmod(number, 10)

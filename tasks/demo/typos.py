@@ -38,7 +38,7 @@ MIN_LETTERS = 4  # of a word in which a letter is changed; in shorter ones two a
 
 
 def _swapped(rng: random.Random, word: str) -> str:
-    at = rng.randrange(0 if rng.random() < 0.15 else 1, len(word) - 1) if len(word) > 2 else 0
+    at = rng.randrange(0 if rng.random() < 0.15 else 1, len(word) - 1)  # people rarely miss a word's first letter
     return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
 
 
