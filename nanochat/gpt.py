@@ -30,13 +30,12 @@ from nanochat.ops.attention import Piece, attend, attention_block, plan_attentio
 from nanochat.ops.induction import start_induction
 from nanochat.ops.linear import Linear, embedding, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
+from nanochat.ops.recall import LONGEST, Recall
 from nanochat.precision import NARROW_RANGE, autocast_dtype
 
 LOGIT_SOFTCAP = 15.0  # nanochat's: logits lie between −15 and 15, 15·tanh(x/15)
 # One fixed epsilon for every dtype, so that a model gives the same results in each of them.
 NORM_EPS = 1e-6
-# Multipliers of the hash of a pair of tokens: two large primes.
-BIGRAM_HASH = (1000003, 998244353)
 HEAD_SIZE = 128  # of models made by depth, as in nanochat
 ROPE_BASE = 10000.0  # RoFormer, arXiv 2104.09864
 VOCAB_MULTIPLE = 64  # tensor cores multiply tiles: a size that they divide is faster
@@ -82,7 +81,8 @@ class GPTConfig:
     key_offset: bool = flag(False, "Take half of each key's channels from the token before.")
     init: Literal["classic", "modern", "induction"] = flag("classic", "How weights begin, see `GPT.init_weights`.")
     window_pattern: str = flag("L", "Repeated over the layers: L sees the whole context, S a quarter; the last is L.")
-    bigram_buckets: int = flag(0, "Size of an embedding of hashed pairs of tokens, added to the token's; 0: none.")
+    reach: int = flag(0, "Tokens before its own that a layer of L sees; S sees a quarter of it. 0: the whole context.")
+    recall: int = flag(0, "Tokens of the training text in which the model looks up its last tokens; 0: none.")
     logit_softcap: float | None = flag(LOGIT_SOFTCAP, "Bound of the logits, by a tanh; 0: none.")
 
     def __post_init__(self) -> None:
@@ -105,8 +105,9 @@ class GPTConfig:
         for name in ("qk_scale", "rope_base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.bigram_buckets < 0:
-            raise ValueError(f"bigram_buckets must be 0 (off) or more, got {self.bigram_buckets}")
+        for name in ("reach", "recall"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.key_offset and self.head_dim % 4:
             raise ValueError(f"key_offset needs heads of a multiple of 4 channels, got {self.head_dim}")
         if self.smear and self.n_embd < SMEAR_GATE_CHANNELS:
@@ -172,11 +173,13 @@ class GPTConfig:
 
     @property
     def windows(self) -> list[int | None]:
-        """For each layer: how many tokens before its own a query sees (a quarter, in tiles of 128); None: all."""
-        short = math.ceil(self.sequence_len / 4 / 128) * 128  # a window that covers the context is none
+        """For each layer: how many tokens before its own a query sees (S: a quarter, in tiles of 128); None: all."""
+        reach = min(self.reach or self.sequence_len, self.sequence_len)
+        short = math.ceil(reach / 4 / 128) * 128  # a window that covers the context is none
         pattern = self.window_pattern.upper()
         letters = [pattern[i % len(pattern)] for i in range(self.n_layer - 1)] + ["L"]
-        return [short if letter == "S" and short < self.sequence_len else None for letter in letters]
+        spans = (short if letter == "S" else reach for letter in letters)
+        return [span if span < self.sequence_len else None for span in spans]
 
     def has_value_embedding(self, layer: int) -> bool:
         """True for the layers that add value embeddings: every second one, counted from the last."""
@@ -205,8 +208,8 @@ class Cache(Protocol):
     def attention_mask(self) -> Tensor | None:
         """The cached positions that each query may see, (B, 1, T, all); None: causal."""
 
-    def previous_tokens(self, idx: Tensor) -> Tensor:
-        """Remember the next tokens (B, T); return the token before each, −1 where there is none."""
+    def with_previous(self, idx: Tensor, n: int) -> Tensor:
+        """Remember the next tokens (B, T); return them behind the `n` before them, −1 where there is none: (B, n + T)."""
 
     def advance(self, n: int) -> None:
         """Called once after the last layer."""
@@ -346,8 +349,8 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.zeros(1))  # the largest share
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))  # the share that is subtracted
-        if config.bigram_buckets:
-            self.bigram = embedding(config.bigram_buckets, config.n_embd)
+        if config.recall:
+            self.recall = Recall(config.recall, config.padded_vocab_size, config.n_embd)
         # How to compute, not what: none of this changes the function beyond rounding.
         self.activation_checkpointing = False
         self.loss_chunk_bytes: int | None = None  # None: by the device, see nanochat/ops/loss.py
@@ -450,7 +453,8 @@ class GPT(nn.Module):
             "smear_gate.weight": uniform(0.0, 0.02),
             "smear_lambda": Tensor.zero_,
             "backout_lambda": lambda p: p.fill_(0.2),
-            "bigram.weight": Tensor.zero_,
+            "recall.followers.weight": uniform(-0.1 * table_bound, 0.1 * table_bound),
+            "recall.scale": lambda p: p.fill_(1.0),
         }
 
     def get_device(self) -> torch.device:
@@ -505,20 +509,20 @@ class GPT(nn.Module):
         cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
         return Context(cos, sin, pieces, first=positions == 0)
 
-    def embed(self, idx: Tensor, kv_cache: Cache | None = None, first: Tensor | None = None) -> Tensor:
-        """The normalised embedding of tokens (B, T), with what the switches take from the token before: (B, T, C)."""
-        x = self._normed_wte(idx)
-        if not (self.config.smear or self.config.bigram_buckets):
+    def embed(
+        self, idx: Tensor, kv_cache: Cache | None = None, first: Tensor | None = None, found: Tensor | None = None
+    ) -> Tensor:
+        """The normalised embedding of tokens (B, T), with what the switches take from the tokens before: (B, T, C)."""
+        plain = x = self._normed_wte(idx)
+        if not (self.config.smear or self.config.recall):
             return x
-        # The token before each, (B, T); −1 where a sequence or a segment begins.
-        before = F.pad(idx, (1, -1), value=-1) if kv_cache is None else kv_cache.previous_tokens(idx)
+        n = LONGEST - 1 if self.config.recall else 1
+        text = F.pad(idx, (n, 0), value=-1) if kv_cache is None else kv_cache.with_previous(idx, n)  # (B, n + T)
+        before = text[:, n - 1 : -1]  # the token before each, (B, T); −1 where a sequence or a segment begins
         if first is not None:  # never with a cache
             before = before.masked_fill(first, -1)
-        plain = x
-        if self.config.bigram_buckets:
-            # Pairs that share a bucket share an embedding: the hash only has to spread them.
-            bucket = (BIGRAM_HASH[0] * idx + BIGRAM_HASH[1] * (before + 1)) % self.config.bigram_buckets
-            x = x + self.bigram(bucket).to(x.dtype)
+        if self.config.recall:
+            x = x + self.recall(self.recall.look_up(text)[:, n:] if found is None else found).to(x.dtype)
         if self.config.smear:
             # The embeddings before: without a cache they are here, one to the left; with one they are looked up again.
             shifted = F.pad(plain, (0, 0, 1, -1)) if kv_cache is None else self._normed_wte(before.clamp(min=0))
@@ -532,11 +536,17 @@ class GPT(nn.Module):
         compute_dtype = autocast_dtype(x)  # what the products will be made in
         return norm(x if compute_dtype in NARROW_RANGE else x.to(compute_dtype))
 
-    def hidden(self, idx: Tensor, kv_cache: Cache | None = None, segments: Tensor | None = None) -> Tensor:
-        """The final normalised hidden states of tokens `idx` (B, T): (B, T, C). `segments`: see `forward`."""
+    def hidden(
+        self,
+        idx: Tensor,
+        kv_cache: Cache | None = None,
+        segments: Tensor | None = None,
+        found: Tensor | None = None,
+    ) -> Tensor:
+        """The final normalised hidden states of tokens `idx` (B, T): (B, T, C). The rest: see `forward`."""
         c = self.config
         context = self._context(idx, kv_cache, segments)
-        x = x0 = self.embed(idx, kv_cache, context.first)
+        x = x0 = self.embed(idx, kv_cache, context.first, found)
         middle = None
         for i, block in enumerate(self.blocks):
             if c.residual_scalars:
@@ -566,6 +576,7 @@ class GPT(nn.Module):
         kv_cache: Cache | None = None,
         loss_reduction: Literal["mean", "sum", "none"] = "mean",
         segments: Tensor | None = None,
+        found: Tensor | None = None,
     ) -> Tensor:
         """Logits of tokens `idx`, or the loss against `targets`.
 
@@ -576,6 +587,7 @@ class GPT(nn.Module):
             loss_reduction: over the targets that count; "none" gives (B, T) with 0 where ignored.
             segments: (B, T) integers, the same inside a document or conversation and different between neighbours:
                 each is computed as if it were alone. Not together with a kv_cache.
+            found: what `Recall.look_up` would find; given in training, where a text must not find itself.
 
         Returns:
             float32 logits (B, T, V), softcapped by default, or the loss in float32.
@@ -583,7 +595,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: more tokens than the context, or segments of another shape or with a kv_cache.
         """
-        x = self.hidden(idx, kv_cache, segments)
+        x = self.hidden(idx, kv_cache, segments, found)
         return self.logits_at(x) if targets is None else self.loss(x, targets, loss_reduction)
 
     def loss(self, x: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:

@@ -30,9 +30,6 @@ BATCH_EXPONENT = 0.383
 MAX_WEIGHT_DECAY = 1.0
 # At most this share of a run is warmup. A guess, for runs so short that it matters.
 MAX_WARMUP_SHARE = 0.1
-# Most pairs of tokens are rare. After many steps without one Adam's second moment is nearly zero, and a single
-# occurrence moves its row by a dozen learning rates: at the embeddings' rate that is noise (dev/LOG.md, "narrower").
-BIGRAM_RATE = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +127,6 @@ MODERN = Preset(
     adam={
         "wte": {"betas": (0.8, 0.995), "weight_decay": 0.001},
         "values": {"betas": (0.8, 0.995), "weight_decay": 0.01},
-        "bigram": {"betas": (0.8, 0.995), "weight_decay": 0.0},
         "lm_head": {"betas": (0.8, 0.96), "weight_decay": 0.01},
         "resid": {"weight_decay": 0.05},
         "x0": {"betas": (0.96, 0.95), "weight_decay": 0.0},
@@ -396,8 +392,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The optimizer's groups: Muon for the blocks' matrices, AdamW for everything else, each with its learning rate.
 
-    Rates of embeddings and lm_head are × (width/768)^-½; value embeddings have half the embedding's, those of pairs of
-    tokens BIGRAM_RATE of it.
+    Rates of embeddings and lm_head are × (width/768)^-½; value embeddings and those of what is recalled have half the
+    embedding's.
     `lr_frac` scales every learning rate: a later stage starts where the one before ended. Source: nanochat.
     """
     # AdamW moves each number by about its rate, so a wider row moves further in all. Muon needs no such factor: an
@@ -408,7 +404,6 @@ def parameter_groups(
         "lm_head": unembedding_lr * width_scale,
         "matrices": matrix_lr,
         "values": 0.5 * embedding_lr * width_scale,
-        "bigram": BIGRAM_RATE * embedding_lr * width_scale,
         "resid": 0.01 * scalar_lr,  # factors on the stream, layer upon layer: their changes multiply
         "x0": scalar_lr,
         "gates": 0.4 * scalar_lr,
@@ -438,7 +433,8 @@ def _group_of(name: str, p: Tensor) -> str:
         "transformer.wte.": "wte",
         "lm_head.": "lm_head",
         "value_embeds.": "values",
-        "bigram.": "bigram",
+        "recall.followers.": "values",
+        "recall.scale": "gates",
         "resid_lambdas": "resid",
         "resid_logs": "resid",
         "x0_lambdas": "x0",

@@ -80,7 +80,7 @@ class KVCache:
         shape = (num_layers, batch_size, seq_len + key_offset, num_heads, head_dim)  # (L, B, T, H, D)
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros_like(self.k_cache)
-        self.tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)  # for previous_tokens
+        self.tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)  # for with_previous
         self._lengths = [0] * batch_size  # Python numbers: reading them from a card would wait for it
         self.select(0, batch_size)
 
@@ -245,14 +245,14 @@ class KVCache:
         by_layer = zip(*(key.unbind() for key in new_keys), strict=True)
         return [DecodeViews(*views) for views in zip(by_layer, v[:, :, -1:].unbind(), all_k, all_v, strict=True)]
 
-    def previous_tokens(self, idx: Tensor) -> Tensor:
-        """Remember the next tokens (B, n); return the token before each, −1 where there is none: (B, n)."""
+    def with_previous(self, idx: Tensor, n: int) -> Tensor:
+        """Remember the next tokens (B, T); return them behind the `n` before them, −1 where there is none: (B, n + T)."""
         self._plan(idx.size(1))
         tokens = self.tokens[self._start : self._stop]
         rows = torch.arange(tokens.size(0), device=idx.device).unsqueeze(1)
         tokens[rows, self._positions] = idx
-        before = tokens[rows, (self._positions - 1).clamp(min=0)]
-        return before.masked_fill(self._positions == 0, -1)
+        at = self._positions[:, :1] + torch.arange(-n, idx.size(1), device=idx.device)  # (1 or B, n + T)
+        return tokens[rows, at.clamp(min=0)].masked_fill(at < 0, -1)
 
     def _plan(self, n: int) -> None:
         """Make the positions and the mask of the next `n` tokens, once for all layers."""

@@ -1,0 +1,176 @@
+"""Recall: what followed the longest earlier match of the last tokens, in a text that the model carries along.
+
+    the cat sat on the ...      <- a context; its last tokens are looked up
+    ... a dog lay on the mat    <- 2 tokens match: "mat" followed
+    ... she sat on the floor    <- 3 tokens match, the longest: "floor" followed
+
+The text is a row of tokens with its positions in the order of what stands before them, read backwards, so that the
+longest matches of a context are its neighbours in that order. What followed them is an input of the model (`GPT.embed`),
+looked up without a product: rare words and names need no weights. In training a document is never found in itself, else
+a model would learn to copy what no new text has. The idea: "exact match" inputs of modded-nanogpt, infini-gram
+(arXiv 2401.17377); the neighbours in both directions are those of a suffix array.
+
+Shapes: N tokens of text, n tokens that are looked up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.ops.linear import embedding
+from rustbpe import matches
+
+LONGEST, SHORTEST = 8, 2  # tokens of a match: more are not told apart, fewer do not count
+FOLLOWERS = 4  # tokens that followed, at most
+NEIGHBOURS = 16  # how far to look in either direction, past those that do not count
+ALIKE = 1024  # beginnings of documents that are tried, to find one in the text
+KINDS = (LONGEST - SHORTEST + 1) * FOLLOWERS  # of matches: by their length and the number of followers
+
+Ints = npt.NDArray[np.int32]
+
+
+def keys(text: Ints, at: npt.NDArray[np.int64], start: npt.NDArray[np.int64] | int = 0) -> Ints:
+    """The tokens up to positions `at` (n,), backwards, (n, LONGEST); −1 before `start`, where a text begins."""
+    back = at[:, None] - np.arange(LONGEST)
+    return np.where(back >= np.reshape(start, (-1, 1)), text[np.maximum(back, 0)], -1)
+
+
+def order_of(text: Ints) -> Ints:
+    """The positions that a token follows, 0 … N − 2, in the order of their keys; equal ones as in the text."""
+    order = np.arange(len(text) - 1)
+    for distance in reversed(range(LONGEST)):  # a stable sort by the last part of the key first
+        before = order - distance
+        part = np.where(before >= 0, text[np.maximum(before, 0)] + 1, 0)
+        # 16 bits are sorted by counting, several times as fast.
+        order = order[np.argsort(part.astype(np.uint16) if text.max() < 0xFFFF else part, kind="stable")]
+    return order.astype(np.int32)
+
+
+def _less(a: Ints, b: Ints) -> npt.NDArray[np.bool_]:
+    """Whether keys a come before keys b, (n, LONGEST) each."""
+    first = (a != b).argmax(1)[:, None]  # where they part; 0 where they do not
+    return np.take_along_axis(a, first, 1)[:, 0] < np.take_along_axis(b, first, 1)[:, 0]
+
+
+def places(text: Ints, order: Ints, wanted: Ints) -> npt.NDArray[np.int64]:
+    """How many positions of the text have smaller keys than each of `wanted` (n, LONGEST)."""
+    low, high = np.zeros(len(wanted), np.int64), np.full(len(wanted), len(order))
+    while (open_ := low < high).any():
+        middle = (low + high) // 2
+        smaller = _less(keys(text, order[np.minimum(middle, len(order) - 1)].astype(np.int64)), wanted) & open_
+        low, high = np.where(smaller, middle + 1, low), np.where(open_ & ~smaller, middle, high)
+    return low
+
+
+def find(text: Ints, order: Ints, tokens: Ints, bounds: Ints | None = None, rank: Ints | None = None) -> Ints:
+    """What followed the longest match of each of `tokens` and those before it.
+
+    Args:
+        text: (N,) tokens, at least two.
+        order: `order_of(text)`.
+        tokens: (n,); −1 where there is none.
+        bounds: document i is tokens[bounds[i]:bounds[i+1]], and no context reaches beyond its beginning; None: one.
+        rank: the inverse of `order`, in training: documents that stand in the text are not found in themselves.
+
+    Returns:
+        (n, 1 + FOLLOWERS): the kind of the match, 0 for none, and what followed it, filled up with 0. Kinds are
+        1 + (length − SHORTEST)·FOLLOWERS + (number of followers − 1).
+    """
+    ends = np.array([0, len(tokens)], np.int32) if bounds is None else bounds
+    if matches.library() is not None:
+        return matches.find(text, order, tokens, ends, rank)
+    at, lengths = np.arange(len(tokens)), np.diff(ends)
+    start = np.repeat(ends[:-1], lengths).astype(np.int64)
+    wanted = keys(tokens, at, start)  # (n, LONGEST)
+    place = np.full(len(tokens), -1)
+    own = np.zeros((len(tokens), 2), np.int64)  # of the text: what is not looked at
+    if rank is not None:
+        for a, b in zip(ends[:-1], ends[1:], strict=True):
+            if (stands := _stands_at(text, order, tokens[a:b])) is not None:
+                own[a:b] = stands, stands + b - a
+                here = stands + np.arange(b - a)
+                place[a:b] = rank[np.minimum(here, len(rank) - 1)]
+    unknown = place < 0
+    place[unknown] = places(text, order, wanted[unknown])
+    # By turns the next above and the next below: (n, 2·NEIGHBOURS) places.
+    steps = np.stack([np.arange(NEIGHBOURS), -1 - np.arange(NEIGHBOURS)], axis=1).ravel()
+    beside = place[:, None] + steps
+    found = order[np.clip(beside, 0, len(order) - 1)].astype(np.int64)
+    counts = (beside >= 0) & (beside < len(order)) & ~((found >= own[:, :1]) & (found < own[:, 1:]))
+    same = keys(text, found.ravel()).reshape(*found.shape, LONGEST) == wanted[:, None]
+    same &= wanted[:, None] >= 0
+    length = np.where(counts, np.cumprod(same, axis=2).sum(2), 0)  # (n, 2·NEIGHBOURS)
+    longest = length.max(1)
+    best = (length == longest[:, None]) & (longest >= SHORTEST)[:, None]
+    number = best.cumsum(1)
+    chosen = best & (number <= FOLLOWERS)
+    out = np.zeros((len(tokens), 1 + FOLLOWERS), np.int32)
+    row, column = np.nonzero(chosen)
+    out[row, number[row, column]] = text[found[row, column] + 1]
+    many = chosen.sum(1)
+    out[:, 0] = np.where(many > 0, (longest - SHORTEST) * FOLLOWERS + many, 0)
+    return out
+
+
+def _stands_at(text: Ints, order: Ints, document: Ints) -> int | None:
+    """Where a document, which begins with a token of that meaning, stands in the text; None if nowhere.
+
+    Nor where more than ALIKE begin like it: then it will find itself, as one of many.
+    """
+    last = min(len(document) - 1, LONGEST) - 1  # the last token of the text is not in its order
+    if last < 0:
+        return None
+    first = int(places(text, order, keys(document, np.array([last])))[0])
+    for p in order[first : first + ALIKE].astype(np.int64):
+        begin, end = p - last, p - last + len(document)
+        whole = end == len(text) or (end < len(text) and text[end] == document[0])  # not the beginning of a longer one
+        if begin >= 0 and whole and np.array_equal(text[begin:end], document):
+            return int(begin)
+    return None
+
+
+class Recall(nn.Module):
+    """The text that a model carries, and what it makes of what it finds there.
+
+    Args:
+        size: N, tokens of the text; two or more.
+        vocab_size: V, of the embedding of what followed.
+        channels: C.
+    """
+
+    text: Tensor
+    order: Tensor
+
+    def __init__(self, size: int, vocab_size: int, channels: int) -> None:
+        super().__init__()
+        self.followers = embedding(vocab_size, channels)
+        self.scale = nn.Parameter(torch.ones(KINDS, channels))
+        # In the model's checkpoints: without its text it is another model.
+        self.register_buffer("text", torch.zeros(size, dtype=torch.int32))
+        self.register_buffer("order", torch.zeros(size - 1, dtype=torch.int32))
+
+    def carry(self, text: Ints) -> None:
+        """Take a text of `size` tokens."""
+        self.text.copy_(torch.from_numpy(text))
+        self.order.copy_(torch.from_numpy(order_of(text)))
+
+    def look_up(self, idx: Tensor) -> Tensor:
+        """What followed tokens like the last ones of each row of (B, T), see `find`: (B, T, 1 + FOLLOWERS)."""
+        text, order = self.text.cpu().numpy(), self.order.cpu().numpy()
+        rows = [find(text, order, row) for row in idx.to("cpu", torch.int32).numpy()]
+        return torch.from_numpy(np.stack(rows)).to(idx.device)
+
+    def forward(self, found: Tensor) -> Tensor:
+        """The mean embedding of what followed, times a factor for each kind of match: (B, T, 1 + FOLLOWERS) -> (B, T, C)."""
+        kind, followers = found[..., 0].long(), found[..., 1:].long()  # (B, T), (B, T, FOLLOWERS)
+        many = (kind - 1).clamp(min=0) % FOLLOWERS + 1
+        share = (torch.arange(FOLLOWERS, device=kind.device) < many[..., None]) / many[..., None]
+        share = share * (kind > 0)[..., None]  # nothing where nothing was found
+        weights = share.reshape(-1, FOLLOWERS).to(self.followers.weight.dtype)
+        ids = followers.reshape(-1, FOLLOWERS)
+        mean = F.embedding_bag(ids, self.followers.weight, mode="sum", per_sample_weights=weights)
+        return mean.view(*kind.shape, -1) * F.embedding((kind - 1).clamp(min=0), self.scale)
