@@ -17,18 +17,20 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from nanochat.data.corpus import Corpus
-from nanochat.data.loader import BatchLoader
+from nanochat.data.loader import Batch, BatchLoader
 from nanochat.data.text_rows import ROWS, TextCounts
 from nanochat.data.token_cache import TokenCache
-from nanochat.data.token_stream import TextCursor, TokenStream, chunk_order
+from nanochat.data.token_stream import LookUp, TextCursor, TokenStream, chunk_order
 from nanochat.env import print0, usable_cores
-from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer import RustBPETokenizer, Tokens
 
 Mode = Literal["stream", "bestfit"]
 # Of the state. Raise it when the order of sequences changes: then a state of before would silently repeat or skip text.
@@ -41,8 +43,28 @@ def default_threads(world_size: int) -> int:
     return max(1, min(MOST_THREADS, usable_cores() // world_size))
 
 
+def first_tokens(corpus: Corpus, tokenizer: RustBPETokenizer, most: int, skip_bad_shards: bool = False) -> Tokens:
+    """The training text's first documents, as many as have at most so many tokens together; int32.
+
+    Raises:
+        ValueError: not even the first one does.
+    """
+    parts: list[Tokens] = []
+    for block in TokenStream(corpus, tokenizer, "train", default_threads(1), skip_bad_shards).blocks(TextCursor()):
+        if block.cursor.epoch > 0:  # that was all
+            break
+        room = most - sum(map(len, parts))
+        end = int(block.bounds[np.searchsorted(block.bounds, room, side="right") - 1])
+        parts.append(np.asarray(block.tokens[:end], np.int32))
+        if end < len(block.tokens):
+            break
+    if sum(map(len, parts)) < 2:
+        raise ValueError(f"--recall={most} is less than the first document of the training text has: give more tokens")
+    return np.concatenate(parts)
+
+
 class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
-    """Iterator of (x, y), both int64 (B, T) on `device`.
+    """Iterator of (x, y), both int64 (B, T) on `device`, or of a `Batch` with what is found for each token.
 
     Args:
         corpus: where the documents are.
@@ -59,6 +81,7 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
         skip_bad_shards: pass over what can't be read, with a warning, instead of stopping.
         cache: documents that have been tokenized before.
         max_rows: end after so many sequences, whatever the batch size and the number of ranks.
+        look_up: what the model would find in the text it carries, see TokenStream; batches are a `Batch` with it then.
 
     Raises:
         ValueError: the split is empty, or `state` belongs to another tokenizer or to shards that are gone.
@@ -80,6 +103,7 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
         skip_bad_shards: bool = False,
         cache: TokenCache | None = None,
         max_rows: int | None = None,
+        look_up: LookUp | None = None,
     ) -> None:
         super().__init__(batch_size, sequence_len, device, rank, world_size)
         if mode not in ROWS:
@@ -93,16 +117,21 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
         # Every rank tokenizes the whole stream and keeps its share: that costs less than telling the others, and a rank
         # needs no other to know where all of them are.
         threads = default_threads(world_size) if num_threads is None else num_threads
-        stream = TokenStream(corpus, tokenizer, split, threads, skip_bad_shards, cache, stop.is_set)
+        stream = TokenStream(corpus, tokenizer, split, threads, skip_bad_shards, cache, stop.is_set, look_up)
         self._chunks = stream.chunks  # the stream's own list: it grows while shards arrive
         self._cursor = start = TextCursor() if state is None else self._restore(state)
         # Cut before the sequences are shared out among ranks, so that `max_rows` are the same for any number of them.
         # (No `self` in here: the thread must not keep the loader alive.)
-        self._start(lambda: islice(ROWS[mode](stream, start, sequence_len), max_rows), tokenizer.get_bos_token_id())
+        rows, more = (
+            partial(ROWS[mode], stream, start, sequence_len),
+            0 if look_up is None else stream.nothing.shape[1] - 1,
+        )
+        self._start(lambda: islice(rows(), max_rows), tokenizer.get_bos_token_id(), max(0, more))
 
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def __next__(self) -> tuple[Any, ...]:
         epoch = self.epoch
-        x, y = super().__next__()  # each (B, T); y[b, t] is the token after x[b, t], or -1 behind the end of the text
+        # x and y, each (B, T); y[b, t] is the token after x[b, t], or -1 behind the end of the text
+        x, y, *found = super().__next__()
         # Those of all ranks, as each counts the whole run; padding counts too, as the model computes it all the same.
         self.tokens_seen += self.world_size * self.batch_size * self.sequence_len
         if self._split == "train" and self.epoch > epoch:  # a small corpus that is read many times should be noticed
@@ -110,7 +139,7 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
                 f"{self._corpus.name}: epoch {self.epoch} begins (counted from 0), "
                 f"its {len(self._chunks):,} row groups and their documents in a new order"
             )
-        return x, y
+        return Batch(x, y, found=torch.stack(found, dim=-1)) if found else (x, y)
 
     @property
     def epoch(self) -> int:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.ops import pointwise
-from nanochat.ops.attention import Piece, attend, attention_block, plan_attention, plan_ragged, segment_starts
+from nanochat.ops.attention import Cache, Piece, attend, attention_block, plan_attention, plan_ragged, segment_starts
 from nanochat.ops.induction import start_induction
 from nanochat.ops.linear import Linear, embedding, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
@@ -81,6 +81,7 @@ class GPTConfig:
     key_offset: bool = flag(False, "Take half of each key's channels from the token before.")
     init: Literal["classic", "modern", "induction"] = flag("classic", "How weights begin, see `GPT.init_weights`.")
     window_pattern: str = flag("L", "Repeated over the layers: L sees the whole context, S a quarter; the last is L.")
+    document_start: int = -1  # token whose document attention does not leave, where there is no cache; −1: none
     reach: int = flag(0, "Tokens before its own that a layer of L sees; S sees a quarter of it. 0: the whole context.")
     recall: int = flag(0, "Tokens of the training text in which the model looks up its last tokens; 0: none.")
     logit_softcap: float | None = flag(LOGIT_SOFTCAP, "Bound of the logits, by a tanh; 0: none.")
@@ -132,6 +133,7 @@ class GPTConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
         """The config of a checkpoint's record; ValueError names the fields that this version does not know."""
+        values = {name: value for name, value in values.items() if name != "bigram_buckets" or value}  # was a switch
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(
@@ -184,35 +186,6 @@ class GPTConfig:
     def has_value_embedding(self, layer: int) -> bool:
         """True for the layers that add value embeddings: every second one, counted from the last."""
         return self.value_embeddings and layer % 2 == (self.n_layer - 1) % 2
-
-
-class Cache(Protocol):
-    """The part of a key/value cache that the model calls; `nanochat.generate.kv_cache.KVCache` is one.
-
-    A protocol, because the model must not import what generates with it.
-    """
-
-    @property
-    def key_offset(self) -> bool:
-        """True if `update` gives keys the channels of the token before, as the model's switch of this name asks."""
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this step's (B, T, K, D) keys and values; return all so far."""
-
-    def get_pos(self) -> int:
-        """Length of the longest sequence."""
-
-    def positions(self, n_tokens: int) -> Tensor:
-        """Rotary positions of the next `n_tokens`: (1, T) or (B, T)."""
-
-    def attention_mask(self) -> Tensor | None:
-        """The cached positions that each query may see, (B, 1, T, all); None: causal."""
-
-    def with_previous(self, idx: Tensor, n: int) -> Tensor:
-        """Remember the next tokens (B, T); return them behind the `n` before them, −1 where there is none: (B, n + T)."""
-
-    def advance(self, n: int) -> None:
-        """Called once after the last layer."""
 
 
 def unnumbered(name: str) -> str:
@@ -545,6 +518,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The final normalised hidden states of tokens `idx` (B, T): (B, T, C). The rest: see `forward`."""
         c = self.config
+        if segments is None and kv_cache is None and c.document_start >= 0:
+            segments = (idx == c.document_start).cumsum(1)
         context = self._context(idx, kv_cache, segments)
         x = x0 = self.embed(idx, kv_cache, context.first, found)
         middle = None

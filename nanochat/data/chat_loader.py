@@ -92,7 +92,7 @@ class ConversationLoader(BatchLoader[PackingStats, ChatCursor]):
         packer, start = Packer(dataset, tokenizer, sequence_len + 1, supervise, seed), self._cursor
         self._packer = packer
         # Padding is bos, which begins a conversation: what stands before it says nothing about what comes.
-        self._start(lambda: packer.sequences(start), tokenizer.get_bos_token_id(), with_segments=isolate)
+        self._start(lambda: packer.sequences(start), tokenizer.get_bos_token_id(), int(isolate))
 
     @property
     def epoch(self) -> int:

@@ -32,6 +32,8 @@ class Batch(NamedTuple):
     """Of each token the number of its conversation in the sequence; None: a sequence is one text."""
     extras: dict[str, Tensor] | None = None
     """Inputs of an `objective` of its own, by name."""
+    found: Tensor | None = None
+    """(B, T, …) what the model would find in the text it carries, see nanochat/ops/recall.py; None: it looks itself."""
 
     def pieces(self, rows: int) -> Iterator[Batch]:
         """The same sequences in their order, at most `rows` at a time."""
@@ -42,13 +44,15 @@ class Batch(NamedTuple):
                 self.y[part],
                 None if self.segments is None else self.segments[part],
                 None if self.extras is None else {name: value[part] for name, value in self.extras.items()},
+                None if self.found is None else self.found[part],
             )
 
     def shorter_rows(self, split: int) -> Batch:
         """The same tokens in `split` times as many sequences: (B, T) -> (split·B, T / split)."""
         rows = split * len(self.x)
         segments = None if self.segments is None else self.segments.reshape(rows, -1)
-        return self._replace(x=self.x.reshape(rows, -1), y=self.y.reshape(rows, -1), segments=segments)
+        found = None if self.found is None else self.found.reshape(rows, -1, self.found.size(2))
+        return self._replace(x=self.x.reshape(rows, -1), y=self.y.reshape(rows, -1), segments=segments, found=found)
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------
@@ -69,6 +73,7 @@ class TrainingSequence(Generic[SomeCounts, SomeCursor]):
     """At most T+1 tokens: x is the first T of them, y the last T."""
 
     tokens: npt.NDArray[Any]
+    """(n,), or (n, 1 + F) with F more numbers for each token as it is read."""
     counts: SomeCounts
     """Added to the loader's counts."""
     after: SomeCursor
@@ -79,10 +84,16 @@ class TrainingSequence(Generic[SomeCounts, SomeCursor]):
     """Tokens of each conversation in it, for segments."""
 
     def write(self, out: npt.NDArray[np.int64]) -> None:
-        """Write x, y, and segments if there is a third row for them, into `out` (2 or 3, T), which holds padding."""
+        """Write x, y, and segments if there is a third row for them, into `out` (2 or 3, T), which holds padding.
+
+        With F more numbers for each token these come behind, out (2 + F, T).
+        """
         n, sequence_len = len(self.tokens), out.shape[1]
-        out[0, :n] = self.tokens[:sequence_len]  # x
-        out[1, : n - 1] = self.tokens[1:]  # y: at each position the token that comes next
+        tokens = self.tokens if self.tokens.ndim == 1 else self.tokens[:, 0]
+        out[0, :n] = tokens[:sequence_len]  # x
+        out[1, : n - 1] = tokens[1:]  # y: at each position the token that comes next
+        if self.tokens.ndim == 2:
+            out[2:, :n] = self.tokens[:sequence_len, 1:].T
         if self.learned is not None:
             out[1, : n - 1][~self.learned[1:]] = -1  # what is only read, such as the user's turns
         if len(out) == 3 and self.lengths is not None:
@@ -110,7 +121,7 @@ def rank_batches(
 
     Args:
         sequences: of all ranks together.
-        shape: of `HostBatch.data`: 2 (x, y) or 3 (and segments), B, T.
+        shape: of `HostBatch.data`: 2 (x, y) or 3 (and segments) or 2 + F, B, T.
         pad_id: stands in x where no token is.
         rank: which of the `world_size` ranks this is.
         world_size: how many share the sequences.
@@ -118,7 +129,7 @@ def rank_batches(
     batch_size = shape[1]
     while True:
         data = np.full(shape, -1, dtype=np.int64)  # (2 or 3, B, T); -1 in y is not supervised
-        data[0] = pad_id  # the model computes something there, and no loss looks at it
+        data[0], data[2:] = pad_id, 0  # the model computes something there, and no loss looks at it
         counts = after = None
         for i in range(batch_size * world_size):
             sequence = next(sequences, None)
@@ -168,10 +179,13 @@ class BatchLoader(Generic[SomeCounts, SomeCursor]):
         self,
         sequences: Callable[[], Iterator[TrainingSequence[SomeCounts, SomeCursor]]],
         pad_id: int,
-        with_segments: bool = False,
+        more: int = 0,
     ) -> None:
-        """Make batches of what `sequences` yields, in a thread. `sequences` must not hold the loader (see Prefetch)."""
-        shape, rank, world_size = (2 + with_segments, self.batch_size, self.sequence_len), self.rank, self.world_size
+        """Make batches of what `sequences` yields, in a thread. `sequences` must not hold the loader (see Prefetch).
+
+        `more` numbers are there for each token besides x and y, such as its segment.
+        """
+        shape, rank, world_size = (2 + more, self.batch_size, self.sequence_len), self.rank, self.world_size
         self._batches = Prefetch(lambda: rank_batches(sequences(), shape, pad_id, rank, world_size))
         self._feed = DeviceFeed(self._batches, attrgetter("data"), self.device)
 
@@ -179,7 +193,7 @@ class BatchLoader(Generic[SomeCounts, SomeCursor]):
         return self
 
     def __next__(self) -> tuple[Any, ...]:
-        batch, data = next(self._feed)  # data: (2 or 3, B, T)
+        batch, data = next(self._feed)  # data: (2 + more, B, T)
         # Not before: batches that are made but not handed out must come again after a resume.
         self._cursor = batch.after
         self.counts += batch.counts

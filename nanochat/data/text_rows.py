@@ -55,7 +55,7 @@ def skipped(block: TokenBlock, start: TextCursor) -> int:
 
 def stream_rows(stream: TokenStream, start: TextCursor, sequence_len: int) -> TextSequences:
     """The sequences of the classic stream; at the end of validation a shorter one."""
-    rest, after = np.empty(0, stream.tokenizer.dtype), start  # tokens of the blocks before that filled no sequence
+    rest, after = stream.nothing, start  # tokens of the blocks before that filled no sequence
     for block in stream.blocks(start):
         skip = skipped(block, start)
         tokens = np.concatenate([rest, block.tokens[skip:]])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from nanochat.data.corpus import BadShardError, Chunk, Corpus
 from nanochat.data.token_cache import TokenCache
@@ -77,6 +78,9 @@ def reorder(tokens: Tokens, bounds: Bounds, order: list[int]) -> tuple[Tokens, B
     return out, np.concatenate([[0], np.cumsum(np.diff(bounds)[order])])
 
 
+LookUp = Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32]], npt.NDArray[np.int32]]
+
+
 class TokenStream:
     """The blocks of the stream, from a cursor on; endless for "train", one pass for "val".
 
@@ -88,6 +92,7 @@ class TokenStream:
         skip_bad_shards: pass over the rest of a shard that can't be read, with a warning, instead of stopping.
         cache: tokens of before, used where it has them.
         stopped: asked while waiting for a shard; True ends the stream.
+        look_up: F more numbers for each token, (n, F), from a block's tokens (n,) and bounds; blocks have (n, 1 + F).
     """
 
     def __init__(
@@ -99,7 +104,11 @@ class TokenStream:
         skip_bad_shards: bool = False,
         cache: TokenCache | None = None,
         stopped: Callable[[], bool] = lambda: False,
+        look_up: LookUp | None = None,
     ) -> None:
+        self.look_up, self.nothing = look_up, np.empty(0, tokenizer.dtype)
+        if look_up is not None:
+            self.nothing = self._with_found(np.empty(0, np.int32), np.zeros(1, np.int32))
         self.corpus, self.tokenizer, self.split, self.num_threads = corpus, tokenizer, split, num_threads
         self.skip_bad_shards, self.cache, self.stopped = skip_bad_shards, cache, stopped
         self.chunks: list[Chunk] = corpus.chunks(split)  # grows while shards arrive
@@ -138,6 +147,12 @@ class TokenStream:
         for index in range(first, len(order)):
             yield index, self.chunks[order[index]]
 
+    def _with_found(self, tokens: Tokens, bounds: Bounds) -> Tokens:
+        if self.look_up is None:
+            return tokens
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        return np.column_stack([tokens, self.look_up(tokens, np.ascontiguousarray(bounds, np.int32))])
+
     def _chunk_blocks(self, chunk: Chunk, at: TextCursor, first_row: int | None) -> Iterator[TokenBlock]:
         try:
             for row, texts in chunk.read(first_row):  # some documents at a time, however large the row group
@@ -147,7 +162,7 @@ class TokenStream:
                 tokens, bounds = insert_bos(ids, offsets, self.tokenizer.get_bos_token_id())
                 if at.epoch > 0:
                     tokens, bounds = reorder(tokens, bounds, document_order(len(bounds) - 1, at.epoch, chunk, row))
-                yield TokenBlock(tokens, bounds, TextCursor(at.epoch, at.index, row))
+                yield TokenBlock(self._with_found(tokens, bounds), bounds, TextCursor(at.epoch, at.index, row))
         except BadShardError as error:
             if not self.skip_bad_shards:
                 raise

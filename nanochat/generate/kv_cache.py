@@ -246,7 +246,7 @@ class KVCache:
         return [DecodeViews(*views) for views in zip(by_layer, v[:, :, -1:].unbind(), all_k, all_v, strict=True)]
 
     def with_previous(self, idx: Tensor, n: int) -> Tensor:
-        """Remember the next tokens (B, T); return them behind the `n` before them, −1 where there is none: (B, n + T)."""
+        """Remember the next tokens (B, T); return them behind the `n` before, −1 where there is none: (B, n + T)."""
         self._plan(idx.size(1))
         tokens = self.tokens[self._start : self._stop]
         rows = torch.arange(tokens.size(0), device=idx.device).unsqueeze(1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,35 @@ QUERY_BLOCK = 256
 MAX_PROBABILITY_BYTES = 96 << 20
 # Queries of a piece there. Smaller pieces skip more of the half above the diagonal, in smaller products.
 CAUSAL_BLOCK = 128
+
+
+class Cache(Protocol):
+    """The part of a key/value cache that the model calls; `nanochat.generate.kv_cache.KVCache` is one.
+
+    A protocol, because the model must not import what generates with it.
+    """
+
+    @property
+    def key_offset(self) -> bool:
+        """True if `update` gives keys the channels of the token before, as the model's switch of this name asks."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this step's (B, T, K, D) keys and values; return all so far."""
+
+    def get_pos(self) -> int:
+        """Length of the longest sequence."""
+
+    def positions(self, n_tokens: int) -> Tensor:
+        """Rotary positions of the next `n_tokens`: (1, T) or (B, T)."""
+
+    def attention_mask(self) -> Tensor | None:
+        """The cached positions that each query may see, (B, 1, T, all); None: causal."""
+
+    def with_previous(self, idx: Tensor, n: int) -> Tensor:
+        """Remember the next tokens (B, T); return them behind the `n` before, −1 where there is none: (B, n + T)."""
+
+    def advance(self, n: int) -> None:
+        """Called once after the last layer."""
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,17 @@
     ... she sat on the floor    <- 3 tokens match, the longest: "floor" followed
 
 The text is a row of tokens with its positions in the order of what stands before them, read backwards, so that the
-longest matches of a context are its neighbours in that order. What followed them is an input of the model (`GPT.embed`),
-looked up without a product: rare words and names need no weights. In training a document is never found in itself, else
-a model would learn to copy what no new text has. The idea: "exact match" inputs of modded-nanogpt, infini-gram
-(arXiv 2401.17377); the neighbours in both directions are those of a suffix array.
+longest matches of a context are its neighbours in that order (a suffix array, as in infini-gram, arXiv 2401.17377).
+What followed them is an input of the model (`GPT.embed`) that costs no product. In training a document is never found
+in itself, else a model would learn to copy what no new text has.
 
 Shapes: N tokens of text, n tokens that are looked up.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +91,7 @@ def find(text: Ints, order: Ints, tokens: Ints, bounds: Ints | None = None, rank
     place = np.full(len(tokens), -1)
     own = np.zeros((len(tokens), 2), np.int64)  # of the text: what is not looked at
     if rank is not None:
-        for a, b in zip(ends[:-1], ends[1:], strict=True):
+        for a, b in pairwise(ends.tolist()):
             if (stands := _stands_at(text, order, tokens[a:b])) is not None:
                 own[a:b] = stands, stands + b - a
                 here = stands + np.arange(b - a)
@@ -158,6 +160,13 @@ class Recall(nn.Module):
         self.text.copy_(torch.from_numpy(text))
         self.order.copy_(torch.from_numpy(order_of(text)))
 
+    def elsewhere(self) -> Callable[[Ints, Ints], Ints]:
+        """For training: what followed each token's match in another document, from (tokens, bounds), see `find`."""
+        text, order = self.text.cpu().numpy().copy(), self.order.cpu().numpy().copy()
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order), dtype=np.int32)
+        return lambda tokens, bounds: find(text, order, tokens, bounds, rank)
+
     def look_up(self, idx: Tensor) -> Tensor:
         """What followed tokens like the last ones of each row of (B, T), see `find`: (B, T, 1 + FOLLOWERS)."""
         text, order = self.text.cpu().numpy(), self.order.cpu().numpy()
@@ -165,7 +174,7 @@ class Recall(nn.Module):
         return torch.from_numpy(np.stack(rows)).to(idx.device)
 
     def forward(self, found: Tensor) -> Tensor:
-        """The mean embedding of what followed, times a factor for each kind of match: (B, T, 1 + FOLLOWERS) -> (B, T, C)."""
+        """(B, T, 1 + FOLLOWERS) -> (B, T, C): the mean embedding of what followed, × a factor by the kind of match."""
         kind, followers = found[..., 0].long(), found[..., 1:].long()  # (B, T), (B, T, FOLLOWERS)
         many = (kind - 1).clamp(min=0) % FOLLOWERS + 1
         share = (torch.arange(FOLLOWERS, device=kind.device) < many[..., None]) / many[..., None]

@@ -32,14 +32,20 @@ class BestWeights:
 
     def __init__(self, model: nn.Module, mean: bool = False) -> None:
         self._model, self._best = model, dict[str, Tensor]()
-        self._mean = {name: value.detach().clone() for name, value in model.state_dict().items()} if mean else {}
+        self._mean = {name: value.detach().clone() for name, value in self._weights().items()} if mean else {}
         self._mean_is_better = False
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._model.named_parameters()}
+
+    def _load(self, weights: Mapping[str, Tensor]) -> None:
+        self._model.load_state_dict(weights, strict=False)  # without the text that a model may carry
 
     @torch.no_grad()
     def count_step(self, step: int) -> None:
         """Take the weights after `step`, counted from 1, into the mean."""
         if self._mean:
-            weights, share = self._model.state_dict(), MEAN_SHARE / (step + MEAN_SHARE - 1)
+            weights, share = self._weights(), MEAN_SHARE / (step + MEAN_SHARE - 1)
             torch._foreach_lerp_(list(self._mean.values()), [weights[name] for name in self._mean], share)
 
     def evaluate(self, evaluate: Callable[[], float | Values], name: str) -> float | Values:
@@ -56,22 +62,22 @@ class BestWeights:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the mean in place of its own weights."""
-        own = host_copy(self._model.state_dict())  # not on the device, where training has left no room
-        self._model.load_state_dict(self._mean)
+        own = host_copy(self._weights())  # not on the device, where training has left no room
+        self._load(self._mean)
         try:
             yield
         finally:
-            self._model.load_state_dict(own)
+            self._load(own)
 
     def take(self) -> None:
         """Remember the weights that the last evaluation has found to be the better ones."""
-        self._best = host_copy(self._mean if self._mean_is_better else self._model.state_dict())
+        self._best = host_copy(self._mean if self._mean_is_better else self._weights())
 
     def finish(self, state: TrainState, label: str, val_name: str) -> None:
         """Training has ended: put the remembered weights into the model, and their value into the state."""
         if not self._best:
             return
-        self._model.load_state_dict(self._best)
+        self._load(self._best)
         if state.best_step != state.step:
             print0(
                 f"{label}: the finished model has the weights of step {state.best_step} ({val_name} "

@@ -29,7 +29,7 @@ def explained(
     def forward() -> None:
         with compute.precision.autocast():
             for batch in batches:
-                x = model.hidden(batch.x, segments=batch.segments)
+                x = model.hidden(batch.x, segments=batch.segments, found=batch.found)
                 model.logits_at(x[:, -1])
 
     # Hidden states and the logits of one position are enough: what is not finite at the end was so in a layer.

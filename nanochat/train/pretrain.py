@@ -7,19 +7,16 @@ sequences that go through it at a time, the learning rates. All that comes after
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from nanochat.checkpoint.format import checkpoint_folder
-from nanochat.checkpoint_manager import Checkpoint, find_tag, load_checkpoint, load_weights, tokenizer_of
+from nanochat.checkpoint_manager import Checkpoint, load_weights, tokenizer_of
 from nanochat.common import Compute, print0, print_banner
 from nanochat.config import positive
 from nanochat.data.token_cache import TokenCache
-from nanochat.dataloader import PretrainLoader
+from nanochat.dataloader import PretrainLoader, first_tokens
 from nanochat.dataset import open_corpus, prepare_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import corpus_bpb
@@ -37,13 +34,13 @@ from nanochat.recipe import (
     parameter_groups,
     plan_batch,
     plan_iterations,
-    recipe_of,
     scale_hyperparameters,
 )
 from nanochat.tokenizer import PATTERNS, get_tokenizer
 from nanochat.train.best_weights import BestWeights
 from nanochat.train.clock import Clock
 from nanochat.train.few_texts import TextSize, add_dropout, kept_weights
+from nanochat.train.going_on import load_start, settle
 from nanochat.train.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
 from nanochat.train.pretrain_config import PretrainConfig
 from nanochat.train.resume import model_hash
@@ -53,8 +50,6 @@ from nanochat.train.stage import TrainingRun, start_run, train
 # What training makes of the measured matmul speed, to plan a horizon given in hours. A guess.
 SHARE_OF_MATMUL_SPEED = 0.5
 DEFAULT_ROWS = 32  # to plan with, where no device is asked what fits
-# Of the recipe's learning rates, where a run goes on from a model. Source: dev/LOG.md, "going on from a model".
-LR_SCALE_GOING_ON = 0.3
 # Of a run of a given time: at most this share for one evaluation, and what is expected to be left for steps.
 EVAL_SHARE, STEP_SHARE = 0.02, 0.9
 
@@ -107,8 +102,8 @@ class Plan:
         return lines
 
 
-def _model_config(cfg: PretrainConfig, vocab_size: int) -> GPTConfig:
-    settings = {"head_size": cfg.head_size} | PRESETS[cfg.recipe].switches | cfg.architecture.given()
+def _model_config(cfg: PretrainConfig, vocab_size: int, **of_the_text: int) -> GPTConfig:
+    settings = {"head_size": cfg.head_size} | PRESETS[cfg.recipe].switches | cfg.architecture.given() | of_the_text
     return GPTConfig.from_depth(cfg.depth, vocab_size, cfg.max_seq_len, cfg.aspect_ratio, **settings)
 
 
@@ -255,68 +250,6 @@ def resolve_plan(
     return plan
 
 
-# --- going on from a model --------------------------------------------------------------------------------------------
-
-
-def load_start(name: str) -> Checkpoint:
-    """The checkpoint that --init_from names: the tag of a base model, or a folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-        RuntimeError: it is damaged.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if len(folder.parts) != 1 or name.startswith("."):  # no tag
-            raise FileNotFoundError(f"--init_from={name}: there is no such folder")
-        folder = find_tag("base", name)
-    return load_checkpoint(folder)
-
-
-def settle(cfg: PretrainConfig, start: Checkpoint | None) -> PretrainConfig:
-    """The settings with all that follows from the model to go on from.
-
-    Its shape goes before the settings' defaults, and so does its recipe, which names the optimizer; but not classic,
-    which has one batch for every horizon.
-
-    Raises:
-        ValueError: a setting contradicts the model; names it.
-    """
-    if start is None:
-        return replace(cfg, lr_scale=1.0 if cfg.lr_scale is None else cfg.lr_scale)
-    config = GPTConfig.from_dict(start.meta["model_config"])
-    default = {f.name: f.default for f in fields(PretrainConfig)}
-    fixed = {"depth": config.n_layer, "vocab_size": config.vocab_size, "head_size": config.head_dim}
-    given = {name: getattr(cfg, name) for name in (*fixed, "aspect_ratio")}
-    wrong = [name for name in given if given[name] not in (default[name], fixed.get(name))]
-    switched = replace(config, **cfg.architecture.given())
-    wrong += [name for name in cfg.architecture.given() if getattr(switched, name) != getattr(config, name)]
-    if wrong:
-        raise ValueError(
-            f"--{wrong[0]} contradicts --init_from={cfg.init_from}, whose model has {config.n_layer} layers, "
-            f"{config.n_embd} channels, a vocabulary of {config.vocab_size} and its switches: leave it out"
-        )
-    length = config.sequence_len if cfg.max_seq_len == default["max_seq_len"] else cfg.max_seq_len
-    if length > config.sequence_len:
-        raise ValueError(
-            f"--max_seq_len={length}: the model of --init_from={cfg.init_from} has a context of {config.sequence_len}"
-        )
-    name = start.folder.parent.name
-    tag = cfg.model_tag or f"{name}-more"
-    if checkpoint_folder("base", tag).resolve() == start.folder.parent.resolve():
-        raise ValueError(f"--model_tag={tag} is the model to go on from: choose another name for the new one")
-    recipe: Any = recipe_of(start.meta)
-    return replace(
-        cfg,
-        depth=config.n_layer,
-        vocab_size=None,
-        max_seq_len=length,
-        model_tag=tag,
-        recipe=cfg.recipe if recipe == "classic" or cfg.recipe != default["recipe"] else recipe,
-        lr_scale=LR_SCALE_GOING_ON if cfg.lr_scale is None else cfg.lr_scale,
-    )
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +299,16 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         text = TextSize(**checkpoint.meta["text_size"])
     else:
         text = TextSize.of(corpus, tokenizer)
+    carried = None
+    if checkpoint is not None:
+        config = GPTConfig.from_dict(checkpoint.meta["model_config"])
+    elif config is None:
+        of_the_text = {"document_start": tokenizer.get_bos_token_id()} if cfg.separate_documents else {}
+        if most := cfg.architecture.recall:
+            carried = first_tokens(corpus, tokenizer, most, cfg.skip_bad_shards)
+            of_the_text["recall"] = len(carried)
+            print0(f"the model carries the first {len(carried):,} tokens of the training text and looks up in them")
+        config = _model_config(cfg, tokenizer.get_vocab_size(), **of_the_text)
 
     plan = resolve_plan(cfg, tokenizer.get_vocab_size(), compute, checkpoint, config, text)
     print0("\n".join(plan.lines()))
@@ -379,6 +322,8 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
     weights = checkpoint or start
     if weights is None:
         model.init_weights()
+        if carried is not None:
+            model.recall.carry(carried)
     else:
         load_weights(model, weights)
     if start is not None:
@@ -401,6 +346,7 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         mode=cfg.packing,
         skip_bad_shards=cfg.skip_bad_shards,
         cache=TokenCache(tokenizer) if cfg.token_cache else None,
+        look_up=model.recall.elsewhere() if plan.model.recall else None,
     )
 
     def evaluate() -> dict[str, float]:

@@ -24,6 +24,8 @@ def _with_flags_of_the_model(cls: type) -> type:
 class Architecture:
     """The model's switches; each is the recipe's unless it is given."""
 
+    recall: int | None
+
     def given(self) -> dict[str, Any]:
         """The settings that are not left to the recipe."""
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -57,6 +59,8 @@ class PretrainSettings:
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     packing: Mode = "stream"
     """Documents to sequences: stream (one after the other, as in classic), bestfit (each begins one, ends cropped)."""
+    separate_documents: bool = False
+    """Attention stays inside a document, where a sequence holds several."""
     skip_bad_shards: bool = False
     """Pass over shards that can't be read, with a warning, instead of stopping."""
     token_cache: bool = False

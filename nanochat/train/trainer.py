@@ -241,7 +241,7 @@ class Trainer:
     def summed_loss(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch, summed over its supervised tokens; compute it under autocast."""
         # Layers and loss apart: the layers can be compiled, the loss never makes all logits (B, T, V) at once.
-        x = self._hidden(batch.x, segments=batch.segments)  # (B, T, C)
+        x = self._hidden(batch.x, segments=batch.segments, found=batch.found)  # (B, T, C)
         if self.objective is not None:
             return self.objective(self.model, x, batch)
         return self.model.loss(x, batch.y, "sum")
