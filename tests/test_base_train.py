@@ -71,7 +71,7 @@ def test_every_switch_of_the_model_is_a_flag_with_a_help_text(capsys):
     switches = {f.name: f.metadata["help"] for f in fields(GPTConfig) if f.metadata}
     assert list(switches) == list(asdict(Architecture()))
     assert {f.name for f in fields(GPTConfig)} - set(switches) == {
-        *("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd")
+        *("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "document_start")
     }
     with pytest.raises(SystemExit):
         parse_config(Config, ["--help_all"])
@@ -112,6 +112,31 @@ def test_a_run_of_each_recipe(recipe, tiny_tokenizer, base_dir, text):
     assert meta["model_config"]["smear"] == (recipe in ("small", "modern"))
     assert meta["model_config"]["logit_softcap"] == (None if recipe == "portable" else 15.0)
     assert torch.isfinite(torch.tensor(losses)).all()
+
+
+def test_a_run_whose_model_looks_up_its_text_goes_on_where_it_was(tiny_tokenizer, base_dir, text, monkeypatch):
+    """Killed half-way it ends with the same weights as a run that was not; the text is in its checkpoint."""
+    from nanochat.train.trainer import Trainer
+
+    tiny_tokenizer.save(base_dir / "tokenizer")
+    flags = ["--depth=2", "--max_seq_len=64", "--device_batch_size=4", "--total_batch_size=256", "--num_iterations=12"]
+    flags += ["--eval_tokens=256", "--sample_every=0", f"--data_dir={text}", "--device_type=cpu", "--compile=off"]
+    flags += ["--recall=2000", "--separate_documents", "--save_every=3", "--mean_weights=True", "--eval_every=4"]
+    main(parse_config(Config, flags))
+    original = Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda self: (self.state.step == 7 and 1 / 0) or original(self))
+        with pytest.raises(ZeroDivisionError):
+            main(parse_config(Config, [*flags, "--model_tag=killed"]))
+    main(parse_config(Config, [*flags, "--model_tag=killed"]))
+    whole, killed = (load_checkpoint(base_dir / "base_checkpoints" / tag) for tag in ("d2", "killed"))
+    config = whole.meta["model_config"]
+    assert 1 < config["recall"] <= 2000
+    assert config["document_start"] == tiny_tokenizer.get_bos_token_id()
+    assert whole.model.keys() == killed.model.keys()
+    assert all(torch.equal(value, killed.model[name]) for name, value in whole.model.items())
+    assert whole.model["recall.text"].numel() == config["recall"]
+    assert sorted(whole.model["recall.order"].tolist()) == list(range(config["recall"] - 1))
 
 
 def test_without_a_softcap_float16_learns_like_float32(tiny_tokenizer, base_dir, text, capsys):

@@ -162,7 +162,7 @@ class Recall(nn.Module):
 
     def elsewhere(self) -> Callable[[Ints, Ints], Ints]:
         """For training: what followed each token's match in another document, from (tokens, bounds), see `find`."""
-        text, order = self.text.cpu().numpy().copy(), self.order.cpu().numpy().copy()
+        text, order = self.text.cpu().numpy(), self.order.cpu().numpy()
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order), dtype=np.int32)
         return lambda tokens, bounds: find(text, order, tokens, bounds, rank)
