@@ -54,6 +54,8 @@ SWITCHES = {
 }
 assert set(SWITCHES) == set(NANOCHAT_2026)
 
+NARROW = "--recipe=small --aspect_ratio=32 --window_pattern=SSSL --max_seq_len=1024 --device_batch_size=4"
+SEPARATE = "--max_seq_len=2048 --device_batch_size=2 --reach=1024 --separate_documents=True"
 # name of an experiment -> label of a setting -> flags of base_train; --vocab_size chooses the tokenizer.
 EXPERIMENTS: dict[str, dict[str, str]] = {
     "recipes": {
@@ -68,7 +70,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "all": " ".join(SWITCHES.values()),
         "key offset": "--key_offset=True",
         "windows": "--window_pattern=SSSL",
-        "bigram": "--bigram_buckets=32768",
+        "recall": "--recall=16000000",
     },
     "without": {"all": " ".join(SWITCHES.values())}
     | {f"without {name}": " ".join(v for k, v in SWITCHES.items() if k != name) for name in SWITCHES},
@@ -112,8 +114,6 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "switches 4k": "--recipe=classic --total_batch_size=4096 " + " ".join(SWITCHES.values()),
         "switches 4k × 2": "--recipe=classic --total_batch_size=4096 --lr_scale=2 " + " ".join(SWITCHES.values()),
         "switches 4k × 0.5": "--recipe=classic --total_batch_size=4096 --lr_scale=0.5 " + " ".join(SWITCHES.values()),
-        "switches 4k, bigram": "--recipe=classic --total_batch_size=4096 --bigram_buckets=32768 "
-        + " ".join(SWITCHES.values()),
         "switches 4k, warmdown 0.65": "--recipe=classic --total_batch_size=4096 --warmdown_ratio=0.65 "
         + " ".join(SWITCHES.values()),
         "switches 2k": "--recipe=classic --total_batch_size=2048 --device_batch_size=4 " + " ".join(SWITCHES.values()),
@@ -153,11 +153,12 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "4 × 192": "--recipe=small --aspect_ratio=48 --head_size=64",
         "4 × 128": "--recipe=small --aspect_ratio=32",
         "4 × 128, windows": "--recipe=small --aspect_ratio=32 --window_pattern=SSSL",
-        "4 × 128, 1,024, windows": "--recipe=small --aspect_ratio=32 --max_seq_len=1024 --device_batch_size=4 "
-        "--window_pattern=SSSL",
-        "4 × 128, pairs": "--recipe=small --aspect_ratio=32 --bigram_buckets=65536",
-        "4 × 128, 1,024, windows, pairs": "--recipe=small --aspect_ratio=32 --max_seq_len=1024 --device_batch_size=4 "
-        "--window_pattern=SSSL --bigram_buckets=65536",
+        "4 × 128, 1,024, windows": NARROW,
+        # Each adds to the one before it.
+        "4 × 128, long rows": f"{NARROW} --max_seq_len=4096 --device_batch_size=1 --reach=1024",
+        "4 × 128, separate": f"{NARROW} {SEPARATE}",
+        "4 × 128, recall": f"{NARROW} {SEPARATE} --recall=17000000",
+        "4 × 192, recall": f"{NARROW} {SEPARATE} --recall=17000000 --aspect_ratio=48 --head_size=96",
     },
     "shape": {
         "d4": "--depth=4",

@@ -121,7 +121,7 @@ def test_a_run_whose_model_looks_up_its_text_goes_on_where_it_was(tiny_tokenizer
     tiny_tokenizer.save(base_dir / "tokenizer")
     flags = ["--depth=2", "--max_seq_len=64", "--device_batch_size=4", "--total_batch_size=256", "--num_iterations=12"]
     flags += ["--eval_tokens=256", "--sample_every=0", f"--data_dir={text}", "--device_type=cpu", "--compile=off"]
-    flags += ["--recall=2000", "--separate_documents", "--save_every=3", "--mean_weights=True", "--eval_every=4"]
+    flags += ["--recall=2000", "--separate_documents=True", "--save_every=3", "--mean_weights=True", "--eval_every=4"]
     main(parse_config(Config, flags))
     original = Trainer.train_step
     with monkeypatch.context() as patch:

@@ -273,9 +273,10 @@ def test_a_cpu_trains_a_narrow_model_where_text_does_not_end_and_time_does(tmp_p
         return profile.model_config, base.flags
 
     config, flags = made()
-    assert (config.n_embd, config.window_pattern, config.bigram_buckets) == (128, "SSSL", 65536)
-    assert {"--aspect_ratio=32", "--window_pattern=SSSL", "--bigram_buckets=65536", "--max_seq_len=1024"} <= set(flags)
-    # Own text, more hours, a depth that is asked for, and other programs, which know no pairs of tokens.
+    assert (config.n_embd, config.window_pattern, config.recall) == (128, "SSSL", 16_000_000)
+    expected = {"--aspect_ratio=32", "--window_pattern=SSSL", "--recall=16000000", "--separate_documents=True"}
+    assert expected | {"--max_seq_len=2048", "--eval_every=100"} <= set(flags)
+    # Own text, more hours, a depth that is asked for, and other programs, which carry no text.
     for config, flags in (made(dataset=None), made(hours=8.0), made(depth=4), made(recipe="portable")):
         assert config.n_embd == 256
-        assert not any(flag.startswith(("--window_pattern", "--bigram", "--aspect")) for flag in flags)
+        assert not any(flag.startswith(("--window_pattern", "--recall", "--aspect", "--separate")) for flag in flags)

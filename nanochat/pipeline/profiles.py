@@ -269,7 +269,6 @@ P100 = Profile(
     needs_cards=True,
 )
 
-# nanochat's own speedrun, made for eight large cards, 20 tokens per parameter.
 D20 = Profile(
     name="d20",
     about="nanochat's d20 on 8 large CUDA cards",
@@ -287,8 +286,8 @@ D20 = Profile(
 )
 
 # The shape that learns most from endless text in so few hours of a CPU; from little text a wider one does (dev/LOG.md)
-NARROW_HOURS, WINDOWS_AND_PAIRS = 2.0, {"window_pattern": "SSSL", "bigram_buckets": 65536}
-NARROW: dict[str, Any] = {"aspect_ratio": 32, "max_seq_len": 1024, "device_batch_size": 4}
+NARROW_HOURS, _SWITCHES = 2.0, {"window_pattern": "SSSL", "reach": 1024, "recall": 16_000_000}
+NARROW: dict[str, Any] = {"aspect_ratio": 32, "max_seq_len": 2048, "device_batch_size": 2, "switches": _SWITCHES}
 PROFILES = {profile.name: profile for profile in (DEMO, TINY, CPU, P100, D20)}
 # Rows per forward pass that are meant to fit into a P100's 16 GB at 2048 tokens, up to this depth.
 P100_DEVICE_BATCH = ((8, 16), (12, 8), (16, 4), (20, 2))
@@ -401,7 +400,8 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
     plain = not settings.depth and not settings.recipe and (settings.hours or 0.0) <= NARROW_HOURS
     if profile.name == "cpu" and dataset in SOURCES and plain:
         about = "a public corpus on this CPU, with a narrow model for little time (DEPTH=4: the usual width)"
-        profile = replace(profile, about=about, switches=WINDOWS_AND_PAIRS, **NARROW)
+        flags = {**profile.flags, "base_train": (*profile.flags["base_train"], "--separate_documents=True")}
+        profile = replace(profile, about=about, flags=flags, **NARROW)
     profile = replace(
         profile,
         depth=settings.depth or profile.depth,

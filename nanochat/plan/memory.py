@@ -234,7 +234,8 @@ def estimate_training_memory(
     overhead = round(FRAGMENTATION * activations) + max(0, muon - activations - loss)
     overhead += CONTEXT_BYTES if setup.device_type == "cuda" else 0
     # With the text that the model carries: its tokens, their order, and in training their places in it.
-    return MemoryEstimate(4 * counts.total + 12 * config.recall, 4 * counts.total, optimizer, activations, loss, overhead)
+    weights = 4 * counts.total + 12 * config.recall
+    return MemoryEstimate(weights, 4 * counts.total, optimizer, activations, loss, overhead)
 
 
 def least_bytes(config: GPTConfig) -> int:

@@ -59,8 +59,8 @@ class PretrainSettings:
     """Public source (climbmix, fineweb_edu, hf:owner/name) or demo."""
     packing: Mode = "stream"
     """Documents to sequences: stream (one after the other, as in classic), bestfit (each begins one, ends cropped)."""
-    separate_documents: bool = False
-    """Attention stays inside a document, where a sequence holds several."""
+    separate_documents: bool | None = None
+    """Attention stays inside a document, where a sequence holds several; default: False."""
     skip_bad_shards: bool = False
     """Pass over shards that can't be read, with a warning, instead of stopping."""
     token_cache: bool = False
