@@ -13,7 +13,7 @@ from typing import Any
 
 import rustbpe
 
-VERSION = 3  # of the layouts below, that of src/decode/abi.rs
+VERSION = 4  # of the layouts below, that of src/decode/abi.rs
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 LEVELS = ("best", "portable", "avx2", "avx512", "amx")
 
@@ -22,6 +22,12 @@ _size, _pointer = ctypes.c_size_t, ctypes.c_void_p
 
 class Floats(ctypes.Structure):
     """Where float32 numbers lie, and how many; none by default."""
+
+    _fields_ = (("data", _pointer), ("len", _size))
+
+
+class Tokens(ctypes.Structure):
+    """Where int32 numbers lie, and how many; none by default."""
 
     _fields_ = (("data", _pointer), ("len", _size))
 
@@ -45,8 +51,9 @@ class Model(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.POINTER(Layer)),
         *((name, _size) for name in ("num_layers", "channels", "mlp", "heads", "kv_heads", "vocab", "key_offset")),
-        *((name, Floats) for name in ("embedding", "head", "bigram", "smear_gate", "cos", "sin")),
-        ("hash", ctypes.c_int64 * 2),
+        *((name, Floats) for name in ("embedding", "head", "smear_gate", "cos", "sin")),
+        *((name, Tokens) for name in ("text", "order")),
+        *((name, Floats) for name in ("followers", "follower_scale")),
         *((name, ctypes.c_float) for name in ("smear", "backout", "softcap", "eps")),
     )
 

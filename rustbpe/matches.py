@@ -9,9 +9,13 @@ import ctypes
 import functools
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 import rustbpe
 
 VERSION = 1  # of the function below, that of src/matches.rs
+WIDTH = 5  # numbers per token: `Found` of src/matches.rs
 
 
 @functools.cache
@@ -21,11 +25,29 @@ def library() -> Any:
     try:
         version = lib.rustbpe_matches_version
         version.argtypes, version.restype = (), ctypes.c_int
-        return lib if version() == VERSION else None
+        if version() != VERSION:
+            return None
     except AttributeError:
         return None
+    lib.rustbpe_matches_find.argtypes = (ctypes.c_void_p, ctypes.c_size_t) * 6
+    lib.rustbpe_matches_find.restype = ctypes.c_int
+    return lib
 
 
-def find(text: Any, order: Any, tokens: Any, bounds: Any, rank: Any = None) -> Any:
-    """See `nanochat.ops.recall.find`; arrays of int32."""
-    raise NotImplementedError
+def find(
+    text: npt.ArrayLike,
+    order: npt.ArrayLike,
+    tokens: npt.ArrayLike,
+    bounds: npt.ArrayLike,
+    rank: npt.ArrayLike | None = None,
+) -> npt.NDArray[np.int32]:
+    """See `nanochat.ops.recall.find`; arrays of int32.
+
+    Raises:
+        ValueError: arrays that don't belong together, or an order with positions that are not in the text.
+    """
+    given = [None if a is None else np.ascontiguousarray(a, np.int32) for a in (text, order, tokens, bounds, rank)]
+    out = np.empty((np.size(tokens), WIDTH), np.int32)
+    where = ((None, 0) if a is None else (a.ctypes.data, a.size) for a in (*given, out))
+    rustbpe._check(library().rustbpe_matches_find(*(x for pair in where for x in pair)))
+    return out

@@ -3,6 +3,7 @@
 With torch's operators: the step in Rust, which machines with a compiler take instead, has test_native_step.py.
 """
 
+import numpy as np
 import pytest
 import torch
 from reference_generation import ToolModel, make_model, naive_greedy
@@ -20,7 +21,7 @@ SHAPES = [
     {"n_head": 2, "n_kv_head": 2},
     {"n_head": 4, "n_kv_head": 1},
     {"n_head": 4, "n_kv_head": 2, "n_layer": 3},
-    {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026, "bigram_buckets": 64},
+    {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026, "recall": 20_000},
     {"n_head": 2, "n_kv_head": 2, "n_layer": 2, "smear": True, "backout": True},
     {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026, "key_offset": True},
 ]
@@ -29,6 +30,17 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def without_rust(monkeypatch):
     monkeypatch.setattr(fast_decode, "supports", lambda model, dtype: False)
+
+
+def carrying_model(tokenizer, shape):
+    model = make_model(tokenizer, **shape)
+    if model.config.recall:
+        text = np.random.default_rng(0).integers(0, 256, model.config.recall, dtype=np.int32)
+        text[:500] = np.arange(500) % 100  # the prompts below have long matches too
+        model.recall.carry(text)
+        with torch.no_grad():
+            model.recall.scale.fill_(20.0)  # so that what is found decides about tokens
+    return model
 
 
 def caches(model, lengths, dtype):
@@ -50,7 +62,7 @@ def caches(model, lengths, dtype):
 @pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [3, 17, 1, 30]])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15), (torch.float16, 0.03)])
 def test_equals_the_model(tiny_tokenizer, shape, lengths, dtype, tolerance):
-    model = make_model(tiny_tokenizer, **shape)
+    model = carrying_model(tiny_tokenizer, shape)
     precision = Precision("cpu", dtype)
     decoder = make_decoder(model, precision).refresh()
     with precision.autocast():
@@ -69,7 +81,7 @@ def test_equals_the_model(tiny_tokenizer, shape, lengths, dtype, tolerance):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_text_equals_naive_recomputation(tiny_tokenizer, shape):
-    model = make_model(tiny_tokenizer, **shape)
+    model = carrying_model(tiny_tokenizer, shape)
     assert make_decoder(model, None) is not None
     for prompt in ([65], [1, 2, 3, 4, 5, 6], list(range(100))):
         columns = Engine(model, tiny_tokenizer).generate(prompt, max_tokens=25, temperature=0.0)
@@ -174,5 +186,5 @@ def test_a_block_of_another_class_is_left_to_the_model(tiny_tokenizer, caplog):
 
 
 def test_every_switch_is_known(tiny_tokenizer):
-    switches = NANOCHAT_2026 | {"key_offset": True, "bigram_buckets": 64, "n_kv_head": 1, "window_pattern": "SL"}
+    switches = NANOCHAT_2026 | {"key_offset": True, "recall": 64, "n_kv_head": 1, "window_pattern": "SL", "reach": 64}
     assert unknown_parts(make_model(tiny_tokenizer, **switches)) == []

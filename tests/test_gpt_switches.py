@@ -23,8 +23,8 @@ SWITCHES = {
     "key_offset": {"key_offset": True},
     "init": {"init": "modern"},
     "window": {"window_pattern": "SSSL"},
-    "bigram": {"bigram_buckets": 500},
-    "modern": NANOCHAT_2026 | {"window_pattern": "SL", "bigram_buckets": 500, "key_offset": True},
+    "recall": {"recall": 5000},
+    "modern": NANOCHAT_2026 | {"window_pattern": "SL", "recall": 5000, "key_offset": True},
 }
 each_switch = pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
 # 600 tokens, so that a short window is 256 tokens.
@@ -41,11 +41,21 @@ def switched(switch, seed=0, **shape):
         for name, p in model.named_parameters():
             if p.count_nonzero() == 0 or "gate" in name:
                 p.normal_(0.0, 0.5)
+        if model.config.recall:
+            model.recall.scale.normal_(0.0, 2.0)
+            text = tokens(1, model.config.recall, seed=3)[0]
+            text[:200] = tokens(2, 300)[0, 50:250]  # some of the tests' own, so that long matches are found
+            model.recall.carry(text.to(torch.int32).numpy())
     return model.eval()
 
 
 def tokens(rows, n, seed=1):
     return torch.randint(0, 90, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def looked_up(model, *parts):
+    """What a loader gives a model with recall beside these texts, which stand in one row; None to others."""
+    return torch.cat([model.recall.look_up(part) for part in parts], dim=1) if model.config.recall else None
 
 
 @each_switch
@@ -104,7 +114,8 @@ def test_packed_segments_are_computed_as_if_alone(switch):
     model, x, y = switched(switch), tokens(1, 600), tokens(1, 600, seed=2)
     lengths = [310, 1, 289]
     segments = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
-    packed = model(x, y, loss_reduction="sum", segments=segments)
+    found = looked_up(model, *x.split(lengths, dim=1))
+    packed = model(x, y, loss_reduction="sum", segments=segments, found=found)
     pairs = zip(x.split(lengths, dim=1), y.split(lengths, dim=1), strict=True)
     alone = sum(model(a, b, loss_reduction="sum") for a, b in pairs)
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=0)
@@ -145,7 +156,7 @@ def test_the_layers_compile_into_one_graph(switch):
     torch._dynamo.reset()
     compiled = torch.compile(model.hidden, dynamic=False, backend="eager", fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model.hidden(x))
+        torch.testing.assert_close(compiled(x, found=looked_up(model, x)), model.hidden(x))
 
 
 @pytest.mark.parametrize(
@@ -238,9 +249,9 @@ def test_flops_count_windows_and_no_lookups():
     with torch.device("meta"):
         plain = GPT(GPTConfig.from_depth(6, 1000, 2048))
         windowed = GPT(GPTConfig.from_depth(6, 1000, 2048, window_pattern="SSSL"))
-        looked_up = GPT(GPTConfig.from_depth(6, 1000, 2048, value_embeddings=True, bigram_buckets=5000))
+        tables = GPT(GPTConfig.from_depth(6, 1000, 2048, value_embeddings=True, recall=5000))
     assert plain.estimate_flops() - windowed.estimate_flops() == 12 * 384 * 4 * (2048 - 512)
-    assert looked_up.estimate_flops() - plain.estimate_flops() == 6 * 3 * 12 * 3  # the gates
+    assert tables.estimate_flops() - plain.estimate_flops() == 6 * 3 * 12 * 3  # the gates
 
 
 @torch.no_grad()
@@ -294,7 +305,7 @@ def test_a_checkpoint_of_before_a_switch_holds_the_same_model(tmp_path):
         ({"qk_scale": 0.0}, "qk_scale"),
         ({"init": "lucky"}, "init"),
         ({"smear": True, "n_embd": 16, "n_head": 2, "n_kv_head": 2}, "smear"),
-        ({"bigram_buckets": -1}, "bigram_buckets"),
+        ({"recall": -1}, "recall"),
         ({"residual_factors": True, "residual_scalars": True}, "residual_factors"),
         ({"key_offset": True, "n_embd": 12, "n_head": 2, "n_kv_head": 2}, "key_offset"),
     ],

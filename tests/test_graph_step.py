@@ -97,7 +97,7 @@ def answers(engine, prompts, tokens=60):
 PROMPTS = [[65], list(range(1, 20)), [9, 8, 7], list(range(40, 75))]
 SWITCHES = [
     {},
-    {"n_layer": 3, **NANOCHAT_2026, "bigram_buckets": 64},
+    {"n_layer": 3, **NANOCHAT_2026},
     {"n_layer": 3, **NANOCHAT_2026, "key_offset": True},
 ]
 
@@ -175,6 +175,18 @@ def test_what_is_recorded_goes_with_the_cache_and_with_the_weights(tiny_tokenize
     recorded.clear()
     gc.collect()
     assert len(decoder.graphs._shapes) == 0
+
+
+def test_what_a_card_cannot_record_is_left_to_the_model(tiny_tokenizer, monkeypatch, caplog):
+    model = make_model(tiny_tokenizer, recall=64)
+    assert make_decoder(model, None) is not None
+    monkeypatch.setattr(model, "get_device", lambda: torch.device("cuda"))
+    for _ in range(2):
+        assert make_decoder(model, None) is None
+    (record,) = caplog.records
+    assert "slower: recall looks up its text on the CPU" in record.getMessage()
+    with pytest.raises(ValueError, match="weights=bfloat16 works on a CPU only for models with recall"):
+        make_decoder(model, None, "bfloat16")
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import types
 
+import numpy as np
 import pytest
 import torch
 from reference_generation import make_model, naive_greedy
@@ -16,6 +17,7 @@ from nanochat.generate.native_step import NativeStep, supports
 from nanochat.generate.rounding import Decoded, rounding_cost, rounding_notice
 from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.ops.recall import FOLLOWERS, KINDS
 from nanochat.optim import MuonAdamW
 from nanochat.precision import DTYPE_NAMES, Precision
 from nanochat.recipe import PRESETS, parameter_groups
@@ -27,7 +29,16 @@ SHAPES = {
     "plain": {},
     "shared keys": {"n_head": 4, "n_kv_head": 1, "residual_factors": True},
     "2026": {"n_head": 4, "n_kv_head": 2, "n_layer": 3, **NANOCHAT_2026},
-    "all but factors": {**NANOCHAT_2026, "n_layer": 4, "bigram_buckets": 50, "key_offset": True, "window_pattern": "S"},
+    # Few tokens, so that matches of several lengths and with several followers are found in a random text.
+    "recall": {"recall": 3000, "vocab_size": 20, "reach": 150},
+    "all but factors": {
+        **NANOCHAT_2026,
+        "n_layer": 4,
+        "recall": 3000,
+        "vocab_size": 20,
+        "key_offset": True,
+        "window_pattern": "S",
+    },
     # Neither channels nor outputs are multiples of what a processor takes at once.
     "odd sizes": {"n_head": 3, "n_kv_head": 3, "n_embd": 54, "vocab_size": 301, "logit_softcap": None},
     "wide": {"n_embd": 384, "n_head": 3, "n_kv_head": 1, "n_layer": 2},
@@ -55,7 +66,16 @@ def random_model(settings, seed=0):
         for p in model.parameters():
             if p.count_nonzero() < p.numel() / 2:  # what begins as zero would hide mistakes
                 p.normal_(0.0, 0.1)
+        if model.config.recall:
+            carry_any_text(model, seed)
     return model.eval()
+
+
+def carry_any_text(model, seed=0):
+    text = np.random.default_rng(seed).integers(0, model.config.vocab_size, model.config.recall, dtype=np.int32)
+    model.recall.carry(text)
+    with torch.no_grad():
+        model.recall.scale.copy_(20.0 * torch.rand(model.recall.scale.shape))
 
 
 def filled(model, lengths, dtype=torch.float32):
@@ -202,8 +222,11 @@ def test_greedy_text_is_the_references_for_every_recipe(tiny_tokenizer, recipe):
 @pytest.mark.parametrize(
     "knobs", [{"temperature": 0.0}, {"temperature": 1.5, "top_k": 200}, {"top_p": 0.9, "min_p": 0.01}], ids=str
 )
-def test_several_tokens_in_one_call_are_those_of_single_steps(tiny_tokenizer, monkeypatch, knobs):
-    model = make_model(tiny_tokenizer, n_head=4, n_kv_head=2)
+@pytest.mark.parametrize("shape", [{}, {"recall": 20_000, "key_offset": True, "smear": True}], ids=["plain", "recall"])
+def test_several_tokens_in_one_call_are_those_of_single_steps(tiny_tokenizer, monkeypatch, knobs, shape):
+    model = make_model(tiny_tokenizer, n_head=4, n_kv_head=2, **shape)
+    if model.config.recall:
+        carry_any_text(model)
     prompts, calls, ahead = [[65], list(range(60)), [1, 2, 3, 4, 5, 6]], [], FastDecoder.ahead
 
     def counted(self, *args):
@@ -268,6 +291,55 @@ def test_changed_weights_are_taken():
     after = decoder.refresh()(idx, filled(model, [4]))
     torch.testing.assert_close(after, expected, atol=2e-5, rtol=2e-5)
     assert not torch.allclose(before, after, atol=1e-2)
+
+
+def test_another_text_is_taken():
+    model = random_model(SHAPES["recall"])
+    decoder = make_decoder(model, None).refresh()
+    idx = torch.arange(8)[:, None]
+    before = decoder(idx, filled(model, [40] * 8))
+    carry_any_text(model, seed=1)
+    after = decoder.refresh()(idx, filled(model, [40] * 8))
+    with torch.inference_mode():
+        expected = model(idx, kv_cache=filled(model, [40] * 8))[:, -1]
+    torch.testing.assert_close(after, expected, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(before, after, atol=1e-2)
+
+
+def test_long_matches_are_found_step_by_step():
+    """Each row repeats a part of the text, so that the matches grow to the longest kind."""
+    model = random_model(SHAPES["recall"])
+    text, lengths = model.recall.text.long(), [1, 2, 5, 9]
+    ours, theirs = filled(model, lengths), filled(model, lengths)
+    step = NativeStep(model, "float32")
+    for i in range(12):
+        idx = torch.stack([text[100 * row + i] for row in range(4)])[:, None]
+        with torch.inference_mode():
+            expected = model(idx, kv_cache=theirs)[:, -1]
+        torch.testing.assert_close(step(idx, ours), expected, atol=2e-5, rtol=2e-5)
+    for row, n in enumerate(lengths, start=1):
+        assert model.recall.look_up(ours.tokens[row : row + 1, : n + 12])[0, -1, 0] > KINDS - FOLLOWERS
+
+
+def test_a_text_that_does_not_fit_is_refused():
+    model = random_model(SHAPES["recall"])
+    model.recall.order.fill_(2999)  # the last one is followed by nothing
+    with pytest.raises(ValueError, match="not in the text"):
+        NativeStep(model, "float32")(torch.tensor([[1]]), filled_plainly(model))
+    model.recall.carry(np.r_[1, 1, 1, np.full(2997, 1000)].astype(np.int32))
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        NativeStep(model, "float32")(torch.tensor([[1]]), filled_plainly(model))
+    model.recall.order = model.recall.order[1:]
+    with pytest.raises(ValueError, match="has no order"):
+        NativeStep(model, "float32")
+
+
+def filled_plainly(model):
+    """A cache as after tokens that are 1, without a look-up."""
+    cache = KVCache.for_model(model, 1, 320)
+    cache.tokens.fill_(1)
+    cache.set_lengths([2])
+    return cache
 
 
 def test_what_does_not_fit_is_refused_before_memory_is_touched():

@@ -37,6 +37,7 @@ from nanochat.generate.sampling import Sampling
 from nanochat.gpt import GPT, MLP, NORM_EPS, VALUE_GATE_CHANNELS, Attention, Block, GPTConfig, Linear, unnumbered
 from nanochat.ops.cpu import ThreadChoice
 from nanochat.ops.pointwise import scaled_square
+from nanochat.ops.recall import Recall
 from nanochat.precision import DTYPE_NAMES, DTYPES, NARROW_RANGE, Precision
 
 Weights = Literal["auto", "model", "bfloat16", "int8", "int4"]
@@ -58,15 +59,15 @@ KNOWN_PARAMETERS = {
     *(f"transformer.h.mlp.{name}.weight" for name in ("c_fc", "c_proj")),
     "lm_head.weight",
     *("resid_lambdas", "x0_lambdas", "resid_logs", "value_embeds.weight", "backout_lambda"),
-    *("smear_gate.weight", "smear_lambda", "bigram.weight"),  # in GPT.embed
+    *("smear_gate.weight", "smear_lambda", "recall.followers.weight", "recall.scale"),  # in GPT.embed
 }
 KNOWN_SETTINGS = {
     *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init"),
-    *("residual_scalars", "residual_factors", "value_embeddings", "smear", "backout", "bigram_buckets"),
-    *("qk_scale", "rope_base", "key_offset", "window_pattern", "logit_softcap"),
+    *("residual_scalars", "residual_factors", "value_embeddings", "smear", "backout", "recall"),
+    *("qk_scale", "rope_base", "key_offset", "window_pattern", "reach", "logit_softcap"),
 }
 # A block may have the old names and another class: its arithmetic is another.
-KNOWN_MODULES = {GPT, Block, Attention, MLP, Linear, nn.Embedding, nn.ModuleDict, nn.ModuleList}
+KNOWN_MODULES = {GPT, Block, Attention, MLP, Linear, Recall, nn.Embedding, nn.ModuleDict, nn.ModuleList}
 
 
 def unknown_parts(model: GPT) -> list[str]:
@@ -107,6 +108,12 @@ def make_decoder(model: GPT, precision: Precision | None, weights: Weights = "au
             _say_once(f"decoding by the model's own forward pass, which is slower: {new} is unknown to fast_decode.py")
         return None
     device = model.get_device().type
+    if model.config.recall and device != "cpu":
+        if weights != "auto":
+            raise ValueError(f"weights={weights} works on a CPU only for models with recall (here: {device}): use auto")
+        # The look-up is the CPU's: it waits for the tokens, and no card can record it.
+        _say_once("decoding by the model's own forward pass, which is slower: recall looks up its text on the CPU")
+        return None
     if weights == "int8" and (device != "cpu" or not hasattr(torch, "_weight_int8pack_mm")):
         raise ValueError(f"weights=int8 works on a CPU only (here: {device}): use auto or bfloat16")
     native = supports(model, dtype)
@@ -144,7 +151,7 @@ class FastDecoder:
         self.device = model.get_device().type
         autocast = functools.partial(torch.autocast, self.device, dtype)
         self._autocast: Any = autocast if dtype.itemsize < 4 else contextlib.nullcontext
-        self._seen: list[tuple[int, int]] | None = None  # of each parameter, when its weights were taken
+        self._seen: list[tuple[int, int]] | None = None  # of each parameter and buffer, when its weights were taken
         self._forms: dict[type[FixedLinear], _Matrices] = {}  # by the kind of linear map, see best_form
         self._threads: dict[int, ThreadChoice] = {}  # by the power of two of the number of sequences
         self.graphs = GraphSteps(self._decode) if self.device == "cuda" else None
@@ -153,8 +160,8 @@ class FastDecoder:
     def refresh(self) -> FastDecoder:
         """Take the model's weights as they are now, if they have changed."""
         model = self.model
-        # An optimizer step changes a tensor's version, loading other weights its address.
-        now = [(p.data_ptr(), p._version) for p in model.parameters()]
+        # An optimizer step changes a tensor's version, loading other weights its address. Recall's text is a buffer.
+        now = [(p.data_ptr(), p._version) for p in (*model.parameters(), *model.buffers())]
         if now != self._seen:
             self._forms.clear()
             self._native = None

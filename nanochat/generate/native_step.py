@@ -12,7 +12,6 @@ A sequence gets the same logits, bit for bit, whichever other sequences run besi
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import weakref
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from nanochat.generate.kv_cache import KVCache
 from nanochat.generate.sampling import Sampling, raw_sampling
-from nanochat.gpt import BIGRAM_HASH, GPT, MLP, NORM_EPS, Attention
+from nanochat.gpt import GPT, MLP, NORM_EPS, Attention
 from nanochat.precision import NARROW_RANGE
 from rustbpe import decoding
 
@@ -66,14 +65,15 @@ class NativeStep:
         raw.embedding, raw.head = self._at(model.wte.weight), self._at(model.lm_head.weight[: c.vocab_size])
         raw.cos, raw.sin = self._at(model.cos), self._at(model.sin)
         raw.key_offset, raw.softcap = c.key_offset, c.logit_softcap or 0.0
-        raw.hash = (ctypes.c_int64 * 2)(*BIGRAM_HASH)
-        if c.bigram_buckets:
-            raw.bigram = self._at(model.bigram.weight)
+        if c.recall:
+            recall = model.recall
+            raw.text, raw.order = (decoding.Tokens(*self._where(t)) for t in (recall.text, recall.order))
+            raw.followers, raw.follower_scale = self._at(recall.followers.weight), self._at(recall.scale)
         if c.smear:
             raw.smear_gate, raw.smear = self._at(model.smear_gate.weight), model.smear_lambda.item()
         if c.backout:
             raw.backout = model.backout_lambda.item()
-        self._remembers = bool(c.smear or c.bigram_buckets)
+        self._remembers = bool(c.smear or c.recall)
         self._decoder = decoding.Decoder(raw, kind, self.threads, level)
         self._cache: tuple[weakref.ref[KVCache], decoding.Cache] | None = None
 
@@ -94,9 +94,12 @@ class NativeStep:
         return layer
 
     def _at(self, tensor: Tensor) -> decoding.Floats:
-        floats = tensor.detach().contiguous()
-        self._kept.append(floats)
-        return decoding.Floats(floats.data_ptr(), floats.numel())
+        return decoding.Floats(*self._where(tensor))
+
+    def _where(self, tensor: Tensor) -> tuple[int, int]:
+        numbers = tensor.detach().contiguous()
+        self._kept.append(numbers)
+        return numbers.data_ptr(), numbers.numel()
 
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Run token ids (B, 1) on the cache's selected rows; return float32 logits (B, V)."""

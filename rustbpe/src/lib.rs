@@ -5,7 +5,8 @@
 //! text. Both read documents where they lie ([`documents`]): Arrow buffers or one joined buffer. [`abi`] is the border
 //! to Python; all `unsafe` of these is there, but for one prefetch in [`pieces`].
 //!
-//! And [`decode`]: a language model's decode step on a CPU, with vector instructions and an ABI of its own.
+//! And [`decode`]: a language model's decode step on a CPU, with vector instructions and an ABI of its own; [`matches`]:
+//! what followed the longest earlier matches of tokens in a text, for models that look it up.
 //!
 //! No result depends on the number of threads.
 
@@ -17,6 +18,7 @@ pub mod count;
 pub mod decode;
 pub mod documents;
 pub mod encode;
+pub mod matches;
 pub mod pairs;
 pub mod pieces;
 pub mod split;

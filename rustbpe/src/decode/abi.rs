@@ -4,16 +4,24 @@ use std::os::raw::c_int;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::choose::{choose, Room, Sampling};
-use super::{Ahead, Cache, Decoder, Format, LayerWeights, Level, Weights};
+use super::{Ahead, Cache, Decoder, Format, LayerWeights, Level, Recall, Weights};
 use crate::abi::{borrow, free, guarded, put, view, view_mut};
+use crate::matches::Text;
 
 /// Counts the layouts below: `decoding.py` refuses a library with another number.
-const VERSION: c_int = 3;
+const VERSION: c_int = 4;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct RawFloats {
     data: *const f32,
+    len: usize,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct RawTokens {
+    data: *const i32,
     len: usize,
 }
 
@@ -45,11 +53,14 @@ pub struct RawModel {
     key_offset: usize,
     embedding: RawFloats,
     head: RawFloats,
-    bigram: RawFloats,
     smear_gate: RawFloats,
     cos: RawFloats,
     sin: RawFloats,
-    hash: [i64; 2],
+    /// Of recall; empty where it is off.
+    text: RawTokens,
+    order: RawTokens,
+    followers: RawFloats,
+    follower_scale: RawFloats,
     smear: f32,
     backout: f32,
     softcap: f32,
@@ -119,7 +130,7 @@ pub extern "C" fn rustbpe_decoder_version() -> c_int {
 /// Makes a decoder. `format`: 0 float32, 1 bfloat16, 2 8 bits, 3 4 bits; `level`: 0 the best, 1 portable, 2 AVX2, 3 AVX-512, 4 AMX.
 ///
 /// # Safety
-/// `model` and what it points to are valid; all floats stay where they are, and do not change during a step, until the
+/// `model` and what it points to are valid; all floats and tokens stay where they are, and do not change during a step, until the
 /// decoder is freed. `out` is valid for writing a pointer.
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_decoder_new(
@@ -150,6 +161,13 @@ pub unsafe extern "C" fn rustbpe_decoder_new(
                     window: layer.window,
                 });
             }
+            let recall = match view(raw.text.data, raw.text.len)? {
+                [] => None,
+                text => {
+                    let text = Text::new(text, view(raw.order.data, raw.order.len)?)?;
+                    Some(Recall { text, followers: raw.followers.get()?, scale: raw.follower_scale.get()? })
+                }
+            };
             let weights = Weights {
                 channels: raw.channels,
                 mlp: raw.mlp,
@@ -160,8 +178,7 @@ pub unsafe extern "C" fn rustbpe_decoder_new(
                 layers,
                 embedding: raw.embedding.get()?,
                 head: raw.head.get()?,
-                bigram: raw.bigram.get()?,
-                hash: raw.hash,
+                recall,
                 smear_gate: raw.smear_gate.get()?,
                 smear: raw.smear,
                 backout: raw.backout,

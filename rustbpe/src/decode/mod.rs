@@ -27,6 +27,8 @@ use dot::{from_bf16, fused, multiply, quantize, to_bf16, Dot, Out, Portable, Pro
 use memory::Buffer;
 use pool::{Job, Pool};
 
+use crate::matches::{Text, FOLLOWERS, KINDS, LONGEST};
+
 /// Phases of a layer.
 const PROJECT: usize = 0;
 const ATTEND: usize = 1;
@@ -130,6 +132,15 @@ pub struct LayerWeights {
     pub window: usize,
 }
 
+/// The text in which a model looks up its last tokens, and what it makes of what followed there.
+pub struct Recall {
+    pub text: Text<'static>,
+    /// (vocabulary or more, C), of the tokens that followed.
+    pub followers: Floats,
+    /// (KINDS, C), a factor for each kind of match.
+    pub scale: Floats,
+}
+
 /// A model as the caller gives it. Switches that are off have empty slices or neutral numbers.
 pub struct Weights {
     pub channels: usize,
@@ -142,9 +153,7 @@ pub struct Weights {
     /// (vocabulary or more, C).
     pub embedding: Floats,
     pub head: Floats,
-    /// (buckets, C), and the multipliers of the hash.
-    pub bigram: Floats,
-    pub hash: [i64; 2],
+    pub recall: Option<Recall>,
     pub smear_gate: Floats,
     pub smear: f32,
     pub backout: f32,
@@ -172,7 +181,7 @@ pub struct Cache {
     pub bf16: bool,
     pub rows: usize,
     pub positions: usize,
-    /// (rows, token_positions) ids, for the switches that look at the token before; else null.
+    /// (rows, token_positions) ids, for the switches that look at the tokens before; else null.
     pub tokens: *mut i64,
     pub token_positions: usize,
 }
@@ -291,6 +300,35 @@ fn check(len: usize, expected: Option<usize>, what: &str) -> Result<(), String> 
     Err(format!("{what} has {len} numbers, expected {expected:?}"))
 }
 
+impl Recall {
+    /// Adds what followed the longest match of a context: its mean embedding, times the factor of the match's kind.
+    fn add(&self, context: &[i64], out: &mut [f32]) -> Result<(), String> {
+        let mut last = [0; LONGEST];
+        last.iter_mut().zip(context).for_each(|(last, &token)| *last = i32::try_from(token).unwrap_or(-1));
+        let found = self.text.find(&last[..context.len().min(LONGEST)])?;
+        if found[0] == 0 {
+            return Ok(());
+        }
+        let (c, kind) = (out.len(), found[0] as usize - 1);
+        let many = kind % FOLLOWERS + 1;
+        let share = 1.0 / many as f32;
+        let mut rows: [&[f32]; FOLLOWERS] = [&[]; FOLLOWERS];
+        for (row, &token) in rows.iter_mut().zip(&found[1..=many]) {
+            let at = token as usize; // a negative one becomes large
+            *row = at
+                .checked_mul(c)
+                .and_then(|first| self.followers.get(first..)?.get(..c))
+                .ok_or("the text has a token that is not in the vocabulary")?;
+        }
+        let scale = &self.scale[kind * c..(kind + 1) * c];
+        for i in 0..c {
+            let mean: f32 = rows[..many].iter().map(|row| share * row[i]).sum();
+            out[i] += mean * scale[i];
+        }
+        Ok(())
+    }
+}
+
 impl Weights {
     fn head_dim(&self) -> usize {
         self.channels / self.heads
@@ -328,12 +366,14 @@ impl Weights {
         check(self.head.len(), square(self.vocab, c), "head")?;
         check(self.sin.len(), Some(self.cos.len()), "sin")?;
         let rows = self.embedding.len() / c;
-        if rows < self.vocab
-            || self.cos.len() % head_dim != 0
-            || self.bigram.len() % c != 0
-            || self.smear_gate.len() > c
-        {
+        if rows < self.vocab || self.cos.len() % head_dim != 0 || self.smear_gate.len() > c {
             return Err("the embedding or a table has another size".into());
+        }
+        if let Some(recall) = &self.recall {
+            check(recall.scale.len(), square(KINDS, c), "recall's scale")?;
+            if recall.followers.len() / c < self.vocab {
+                return Err("recall's table has another size".into());
+            }
         }
         Ok(())
     }
@@ -398,7 +438,7 @@ impl Decoder {
             return Err(format!("a token is outside the vocabulary of {}", w.vocab));
         }
         let room = (w.cos.len() / w.head_dim()).min(cache.positions - usize::from(w.key_offset).min(cache.positions));
-        let remembers = !w.bigram.is_empty() || !w.smear_gate.is_empty();
+        let remembers = w.recall.is_some() || !w.smear_gate.is_empty();
         if remembers && cache.tokens.is_null() {
             return Err("this model needs the tokens before".into());
         }
@@ -422,7 +462,7 @@ impl Decoder {
             (call.cache, call.first_row, call.logits) = (cache, first_row, logits.as_mut_ptr());
             let longest = call.positions.iter().max().map_or(0, |p| p + 1);
             step.grow_scores(longest);
-            step.embed();
+            step.embed()?;
         }
         let counts = step.counts(batch);
         self.pool.run(&counts)
@@ -651,9 +691,12 @@ impl Step {
 
     /// Writes the embeddings of the call's tokens to x and x0. `GPT.embed` has the arithmetic.
     ///
+    /// # Errors
+    /// The text of a model with recall is not one of its tokens, or its order none of the text.
+    ///
     /// # Safety
     /// Between two runs.
-    unsafe fn embed(&self) {
+    unsafe fn embed(&self) -> Result<(), String> {
         let (w, c) = (&self.weights, self.weights.channels);
         // SAFETY: as the caller promises; the tokens' rows and positions are checked.
         let (call, x0, x) = unsafe {
@@ -662,13 +705,15 @@ impl Step {
         };
         let embedding = |id: usize| &w.embedding[id * c..(id + 1) * c];
         for (b, (&id, &position)) in call.ids.iter().zip(&call.positions).enumerate() {
-            let mut before = None;
+            // This token and those before it, as many as a switch looks at; none where none does.
+            let mut context: &[i64] = &[];
             if !call.cache.tokens.is_null() {
+                let first = (position + 1).saturating_sub(LONGEST);
                 let row = (call.first_row + b) * call.cache.token_positions;
                 // SAFETY: as above.
                 unsafe {
                     *call.cache.tokens.add(row + position) = id as i64;
-                    before = position.checked_sub(1).map(|p| *call.cache.tokens.add(row + p));
+                    context = std::slice::from_raw_parts(call.cache.tokens.add(row + first), position + 1 - first);
                 }
             }
             let out = &mut x0[b * c..(b + 1) * c];
@@ -676,15 +721,11 @@ impl Step {
             norm(out, w.eps);
             // From the token itself, before anything is added.
             let gate = w.smear * sigmoid(w.smear_gate.iter().zip(out.iter()).map(|(a, b)| a * b).sum());
-            if !w.bigram.is_empty() {
-                let pair =
-                    w.hash[0].wrapping_mul(id as i64).wrapping_add(w.hash[1].wrapping_mul(before.unwrap_or(-1) + 1));
-                let bucket = pair.rem_euclid((w.bigram.len() / c) as i64) as usize;
-                for (x, add) in out.iter_mut().zip(&w.bigram[bucket * c..]) {
-                    *x += add;
-                }
+            if let Some(recall) = &w.recall {
+                recall.add(context, out)?;
             }
-            if let (Some(before), false) = (before, w.smear_gate.is_empty()) {
+            let before = context.iter().rev().nth(1);
+            if let (Some(&before), false) = (before, w.smear_gate.is_empty()) {
                 let mut last = embedding((before.max(0) as usize).min(w.vocab - 1)).to_vec();
                 norm(&mut last, w.eps);
                 for (x, last) in out.iter_mut().zip(last) {
@@ -693,6 +734,7 @@ impl Step {
             }
         }
         x.copy_from_slice(x0);
+        Ok(())
     }
 
     /// One chunk of one phase.

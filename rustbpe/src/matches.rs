@@ -1,0 +1,373 @@
+//! The longest earlier matches of tokens in a text, and what followed them: `nanochat/ops/recall.py` says what it is and
+//! has the same with numpy.
+//!
+//! The text's positions are in the order of what stands before them, read backwards ([`Key`]), so that the longest
+//! matches of a context are its neighbours there. What takes time is waiting for memory, at other places for every
+//! token: so [`Text::places`] searches for several contexts at a time.
+
+use std::ops::Range;
+use std::os::raw::c_int;
+
+use crate::abi::{guarded, view, view_mut};
+
+/// Counts the functions below and their arguments: `matches.py` refuses a library with another number.
+const VERSION: c_int = 1;
+
+/// Tokens of a match: more are not told apart, fewer do not count.
+pub const LONGEST: usize = 8;
+pub const SHORTEST: usize = 2;
+/// Tokens that followed, at most.
+pub const FOLLOWERS: usize = 4;
+/// Kinds of matches: by their length and the number of followers.
+pub const KINDS: usize = (LONGEST - SHORTEST + 1) * FOLLOWERS;
+/// How far to look in either direction.
+const NEIGHBOURS: i64 = 16;
+/// Beginnings of documents that are tried, to find one in the text.
+const ALIKE: usize = 1024;
+/// Contexts that are searched for together.
+const TOGETHER: usize = 16;
+
+/// The last tokens of a context, the last one first; -1 where there is none.
+pub type Key = [i32; LONGEST];
+
+/// The kind of a match, 0 for none, and what followed it, filled up with 0.
+pub type Found = [i32; 1 + FOLLOWERS];
+
+/// The key of a context, whose last token is its last.
+pub fn key_of(context: &[i32]) -> Key {
+    let mut key = [-1; LONGEST];
+    key.iter_mut().zip(context.iter().rev()).for_each(|(key, token)| *key = *token);
+    key
+}
+
+/// A text, and the positions that a token follows in the order of their keys.
+#[derive(Clone, Copy)]
+pub struct Text<'a> {
+    tokens: &'a [i32],
+    order: &'a [i32],
+}
+
+impl<'a> Text<'a> {
+    /// # Errors
+    /// Sizes that do not belong together. What the order holds is looked at when it is used.
+    pub fn new(tokens: &'a [i32], order: &'a [i32]) -> Result<Text<'a>, String> {
+        if tokens.len() < 2 || order.len() != tokens.len() - 1 || tokens.len() > i32::MAX as usize {
+            return Err(format!("a text of {} tokens has no order of {} positions", tokens.len(), order.len()));
+        }
+        Ok(Text { tokens, order })
+    }
+
+    /// What followed the longest match of one context.
+    pub fn find(&self, context: &[i32]) -> Result<Found, String> {
+        let mut places = [0];
+        let keys = [key_of(context)];
+        self.places(&keys, &mut places)?;
+        self.beside(&keys[0], places[0], 0..0, true)
+    }
+
+    /// What followed the longest match of each of some tokens and those before it.
+    ///
+    /// Document i is `tokens[bounds[i]..bounds[i + 1]]`. With `rank`, the inverse of the order, documents that stand in
+    /// the text are not found in themselves.
+    ///
+    /// # Errors
+    /// Arrays that do not belong together, or an order that is none.
+    pub fn find_documents(
+        &self,
+        tokens: &[i32],
+        bounds: &[i32],
+        rank: Option<&[i32]>,
+        out: &mut [Found],
+    ) -> Result<(), String> {
+        if out.len() != tokens.len() || rank.map_or(false, |rank| rank.len() != self.order.len()) {
+            return Err("the rank or the result has another size".into());
+        }
+        let ends_meet = bounds.first() == Some(&0) && bounds.last().map(|&end| end as usize) == Some(tokens.len());
+        if !ends_meet || bounds.windows(2).any(|pair| pair[0] > pair[1]) {
+            return Err(format!("the bounds do not ascend from 0 to the {} tokens", tokens.len()));
+        }
+        for pair in bounds.windows(2) {
+            let document = pair[0] as usize..pair[1] as usize;
+            self.find_document(&tokens[document.clone()], rank, &mut out[document])?;
+        }
+        Ok(())
+    }
+
+    fn find_document(&self, document: &[i32], rank: Option<&[i32]>, out: &mut [Found]) -> Result<(), String> {
+        let known = match rank {
+            Some(rank) => self.stands_at(document)?.map(|begin| (begin, rank)),
+            None => None,
+        };
+        let own = known.map_or(0..0, |(begin, _)| begin..begin + document.len());
+        for (group, out) in out.chunks_mut(TOGETHER).enumerate() {
+            let first = group * TOGETHER;
+            let mut keys = [[-1; LONGEST]; TOGETHER];
+            for (i, key) in keys[..out.len()].iter_mut().enumerate() {
+                let end = first + i + 1;
+                *key = key_of(&document[end.saturating_sub(LONGEST)..end]);
+            }
+            let keys = &keys[..out.len()];
+            let mut places = [-1; TOGETHER];
+            let places = &mut places[..out.len()];
+            if let Some((begin, rank)) = known {
+                for (i, place) in places.iter_mut().enumerate() {
+                    *place = i64::from(rank[(begin + first + i).min(rank.len() - 1)]);
+                }
+            }
+            if places.iter().any(|&place| place < 0) {
+                let mut searched = [0; TOGETHER];
+                self.places(keys, &mut searched[..out.len()])?;
+                places.iter_mut().zip(searched).filter(|(place, _)| **place < 0).for_each(|(place, s)| *place = s);
+            }
+            for (i, out) in out.iter_mut().enumerate() {
+                // The text's last position has no rank: it is given that of another one.
+                let sorted = known.map_or(true, |(begin, _)| begin + first + i < self.order.len());
+                *out = self.beside(&keys[i], places[i], own.clone(), sorted)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The position at a place of the order; a token follows it.
+    #[inline(always)]
+    fn position(&self, place: usize) -> Result<usize, String> {
+        let position = self.order[place] as usize; // a negative one becomes large
+        if position < self.order.len() {
+            Ok(position)
+        } else {
+            Err("the order has a position that is not in the text".into())
+        }
+    }
+
+    /// Whether the key of a position comes before another one.
+    #[inline(always)]
+    fn is_before(&self, position: usize, key: &Key) -> bool {
+        for (distance, &wanted) in key.iter().enumerate() {
+            let token = if distance <= position { self.tokens[position - distance] } else { -1 };
+            if token != wanted {
+                return token < wanted;
+            }
+        }
+        false
+    }
+
+    /// How many positions of the text have smaller keys than each of a few.
+    fn places(&self, keys: &[Key], places: &mut [i64]) -> Result<(), String> {
+        let mut low = [0usize; TOGETHER];
+        let mut high = [self.order.len(); TOGETHER];
+        let mut positions = [0usize; TOGETHER];
+        let mut last = [0i32; TOGETHER];
+        let many = keys.len();
+        while (0..many).any(|i| low[i] < high[i]) {
+            // The loads of all first, with no branch that depends on them: so the processor waits for them together.
+            for i in 0..many {
+                positions[i] = self.order[((low[i] + high[i]) / 2).min(self.order.len() - 1)] as usize;
+            }
+            if positions[..many].iter().any(|&position| position >= self.order.len()) {
+                return Err("the order has a position that is not in the text".into());
+            }
+            for i in 0..many {
+                last[i] = self.tokens[positions[i]];
+            }
+            for (i, key) in keys.iter().enumerate() {
+                let middle = (low[i] + high[i]) / 2;
+                if low[i] >= high[i] {
+                    continue;
+                }
+                if last[i] < key[0] || (last[i] == key[0] && self.is_before(positions[i], key)) {
+                    low[i] = middle + 1;
+                } else {
+                    high[i] = middle;
+                }
+            }
+        }
+        places.iter_mut().zip(low).for_each(|(place, low)| *place = low as i64);
+        Ok(())
+    }
+
+    /// How many of a key's last tokens stand at a position.
+    #[inline(always)]
+    fn common(&self, position: usize, key: &Key) -> usize {
+        let before = &self.tokens[position.saturating_sub(LONGEST - 1)..=position];
+        before.iter().rev().zip(key).take_while(|(token, wanted)| token == wanted && **wanted >= 0).count()
+    }
+
+    /// What followed the longest matches of a key beside its place, by turns the next above and the next below, but for
+    /// positions of `own`. `sorted`: the matches become shorter from there on, in both directions.
+    #[inline(always)]
+    fn beside(&self, key: &Key, place: i64, own: Range<usize>, sorted: bool) -> Result<Found, String> {
+        let most = key.iter().take_while(|&&token| token >= 0).count();
+        let (mut longest, mut many, mut found) = (SHORTEST, 0, [0; 1 + FOLLOWERS]);
+        let mut closed = [false; 2];
+        if most < SHORTEST {
+            return Ok(found);
+        }
+        for step in 0..NEIGHBOURS {
+            for (closed, beside) in closed.iter_mut().zip([place + step, place - 1 - step]) {
+                if *closed || beside < 0 || beside >= self.order.len() as i64 {
+                    continue;
+                }
+                let position = self.position(beside as usize)?;
+                if own.contains(&position) {
+                    continue;
+                }
+                let length = self.common(position, key);
+                if length < longest {
+                    *closed = sorted;
+                    continue;
+                }
+                if length > longest {
+                    (longest, many, found) = (length, 0, [0; 1 + FOLLOWERS]);
+                }
+                if many < FOLLOWERS {
+                    many += 1;
+                    found[many] = self.tokens[position + 1];
+                }
+            }
+            if closed == [true; 2] || (many == FOLLOWERS && longest == most) {
+                break;
+            }
+        }
+        if many > 0 {
+            found[0] = ((longest - SHORTEST) * FOLLOWERS + many) as i32;
+        }
+        Ok(found)
+    }
+
+    /// Where a document, which begins with a token of that meaning, stands in the text; not where more than ALIKE begin
+    /// like it.
+    fn stands_at(&self, document: &[i32]) -> Result<Option<usize>, String> {
+        // The last token of the text is not in its order.
+        let begins = (document.len().max(1) - 1).min(LONGEST);
+        if begins == 0 {
+            return Ok(None);
+        }
+        let key = key_of(&document[..begins]);
+        let mut first = [0];
+        self.places(&[key], &mut first)?;
+        let first = first[0] as usize;
+        for place in first..(first + ALIKE).min(self.order.len()) {
+            let position = self.position(place)?;
+            let begin = match (position + 1).checked_sub(begins) {
+                Some(begin) if self.tokens[begin..=position] == document[..begins] => begin,
+                _ => break, // and so do all that come later
+            };
+            let end = begin + document.len();
+            // Not the beginning of a longer one.
+            let whole = end == self.tokens.len() || self.tokens.get(end) == Some(&document[0]);
+            if whole && self.tokens[begin..end] == *document {
+                return Ok(Some(begin));
+            }
+        }
+        Ok(None)
+    }
+}
+
+#[no_mangle]
+pub extern "C" fn rustbpe_matches_version() -> c_int {
+    VERSION
+}
+
+/// Writes what `Text::find_documents` finds, (tokens, 1 + FOLLOWERS) numbers. `rank` is null where there is none.
+///
+/// # Safety
+/// The buffers are valid for their lengths, `out` for writing; nobody writes to them meanwhile.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_matches_find(
+    text: *const i32,
+    text_len: usize,
+    order: *const i32,
+    order_len: usize,
+    tokens: *const i32,
+    num_tokens: usize,
+    bounds: *const i32,
+    num_bounds: usize,
+    rank: *const i32,
+    rank_len: usize,
+    out: *mut i32,
+    out_len: usize,
+) -> c_int {
+    guarded(|| {
+        // SAFETY: as the caller promises.
+        let (text, tokens, bounds, rank, out) = unsafe {
+            (
+                Text::new(view(text, text_len)?, view(order, order_len)?)?,
+                view(tokens, num_tokens)?,
+                view(bounds, num_bounds)?,
+                if rank.is_null() { None } else { Some(view(rank, rank_len)?) },
+                view_mut(out as *mut Found, out_len / (1 + FOLLOWERS))?,
+            )
+        };
+        text.find_documents(tokens, bounds, rank, out)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As `order_of` in nanochat/ops/recall.py.
+    fn order_of(tokens: &[i32]) -> Vec<i32> {
+        let mut order: Vec<i32> = (0..tokens.len() as i32 - 1).collect();
+        order.sort_by_key(|&position| key_of(&tokens[..=position as usize]));
+        order
+    }
+
+    fn kind(length: usize, followers: usize) -> i32 {
+        ((length - SHORTEST) * FOLLOWERS + followers) as i32
+    }
+
+    #[test]
+    fn the_longest_match_is_found_with_what_followed() {
+        let tokens = [0, 1, 2, 3, 7, 0, 4, 2, 3, 8, 0, 1, 2, 3, 9];
+        let order = order_of(&tokens);
+        let text = Text::new(&tokens, &order).unwrap();
+        let found = text.find(&[4, 2, 3]).unwrap();
+        assert_eq!(found, [kind(3, 1), 8, 0, 0, 0]);
+        let found = text.find(&[5, 0, 1, 2, 3]).unwrap();
+        assert_eq!(found[0], kind(4, 2));
+        let mut followers = found[1..3].to_vec();
+        followers.sort_unstable();
+        assert_eq!(followers, [7, 9]);
+        assert_eq!(text.find(&[3]).unwrap(), [0; 5]);
+        assert_eq!(text.find(&[]).unwrap(), [0; 5]);
+        assert_eq!(text.find(&[9, 9]).unwrap(), [0; 5]);
+        assert_eq!(text.find(&[-1, 3]).unwrap(), [0; 5]);
+    }
+
+    #[test]
+    fn a_document_is_not_found_in_itself() {
+        let tokens = [0, 1, 2, 3, 0, 5, 6, 0, 1, 2, 4];
+        let order = order_of(&tokens);
+        let mut rank = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(place, &position)| rank[position as usize] = place as i32);
+        let text = Text::new(&tokens, &order).unwrap();
+        let mut out = [[0; 5]; 4];
+        text.find_documents(&tokens[..4], &[0, 4], Some(&rank), &mut out).unwrap();
+        assert_eq!(out, [[0; 5], [kind(2, 1), 2, 0, 0, 0], [kind(3, 1), 4, 0, 0, 0], [0; 5]]);
+        text.find_documents(&tokens[..4], &[0, 4], None, &mut out).unwrap();
+        assert_eq!(out[3], [kind(4, 1), 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error() {
+        let tokens = [0, 1, 2, 1, 2];
+        assert!(Text::new(&tokens, &[0; 5]).is_err());
+        assert!(Text::new(&tokens[..1], &[]).is_err());
+        let order = order_of(&tokens);
+        let text = Text::new(&tokens, &order).unwrap();
+        let mut out = [[0; 5]; 3];
+        for bounds in [&[][..], &[0], &[0, 4], &[1, 3], &[0, 2, 1, 3], &[-1, 3], &[0, -3]] {
+            assert!(text.find_documents(&[1, 2, 1], bounds, None, &mut out).is_err());
+        }
+        assert!(text.find_documents(&[1, 2, 1], &[0, 3], Some(&[0; 3]), &mut out).is_err());
+        // Ranks outside the order have no neighbours; a negative one is searched for.
+        for rank in [i32::MAX, 4, -1, i32::MIN] {
+            text.find_documents(&[1, 2, 1], &[0, 3], Some(&[rank; 4]), &mut out).unwrap();
+        }
+        for bad in [-1, 4, i32::MAX, i32::MIN] {
+            let order = [bad; 4];
+            assert!(Text::new(&tokens, &order).unwrap().find(&[1, 2]).is_err());
+        }
+    }
+}
