@@ -307,7 +307,10 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         if most := cfg.architecture.recall:
             carried = first_tokens(corpus, tokenizer, most, cfg.skip_bad_shards)
             of_the_text["recall"] = len(carried)
-            print0(f"the model carries the first {len(carried):,} tokens of the training text and looks up in them")
+            print0(
+                f"the model carries the first {len(carried):,} tokens of the training text, to look up what followed: "
+                "who is given the model is given this text"
+            )
         config = _model_config(cfg, tokenizer.get_vocab_size(), **of_the_text)
 
     plan = resolve_plan(cfg, tokenizer.get_vocab_size(), compute, checkpoint, config, text)
