@@ -233,11 +233,12 @@ def test_several_tokens_in_one_call_are_those_of_single_steps(tiny_tokenizer, mo
         calls.append(ahead(self, *args))
         return calls[-1]
 
-    def answers(seconds):
+    def answers(seconds, weights="auto"):
         monkeypatch.setattr(ahead_module, "AHEAD_SECONDS", seconds)
         calls.clear()
         settings = {"stop_tokens": (70,), "keep_end": True, "seeds": [1, "b", 3]}
-        return Engine(model, tiny_tokenizer).generate_prompts(prompts, 50, max_batch_tokens=250, **settings, **knobs)
+        engine = Engine(model, tiny_tokenizer, weights=weights)
+        return engine.generate_prompts(prompts, 50, max_batch_tokens=250, **settings, **knobs)
 
     monkeypatch.setattr(FastDecoder, "ahead", counted)
     by_steps = answers(0.0)
@@ -245,6 +246,8 @@ def test_several_tokens_in_one_call_are_those_of_single_steps(tiny_tokenizer, mo
     assert answers(60.0) == by_steps
     assert len(calls) < sum(map(len, calls)) <= 100  # two slots, the third prompt waits for one of them
     assert max(map(len, calls)) > 10
+    if knobs == {"temperature": 0.0}:
+        assert by_steps == answers(0.0, "model")
 
 
 def test_a_call_for_several_tokens_that_fails_is_told_and_not_repeated(tiny_tokenizer, monkeypatch, caplog):
