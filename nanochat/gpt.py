@@ -495,7 +495,8 @@ class GPT(nn.Module):
         if first is not None:  # never with a cache
             before = before.masked_fill(first, -1)
         if self.config.recall:
-            x = x + self.recall(self.recall.look_up(text)[:, n:] if found is None else found).to(x.dtype)
+            found = self.recall.look_up(text, n, first) if found is None else found
+            x = x + self.recall(found).to(x.dtype)
         if self.config.smear:
             # The embeddings before: without a cache they are here, one to the left; with one they are looked up again.
             shifted = F.pad(plain, (0, 0, 1, -1)) if kv_cache is None else self._normed_wte(before.clamp(min=0))

@@ -7,6 +7,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -244,7 +245,7 @@ def test_the_error_of_one_request_is_its_own(tool_model, tiny_tokenizer, naive, 
     are clean for those who come after."""
     hidden = tool_model.hidden
 
-    def poisoned(idx, kv_cache=None, segments=None):
+    def poisoned(idx, kv_cache=None, segments=None, found=None):
         if 251 in idx:
             raise RuntimeError("card on fire")
         x = hidden(idx, kv_cache)
@@ -417,9 +418,10 @@ def test_a_listener_that_fails_harms_nobody(tool_model, tiny_tokenizer):
 
 @pytest.mark.parametrize("window", ["L", "SL"])
 def test_modern_switches_batch_like_classic_models(tiny_tokenizer, window):
-    """Smear, bigrams and offset keys look at the token before: rows must never see each other's."""
-    switches = NANOCHAT_2026 | {"bigram_buckets": 97, "window_pattern": window, "key_offset": True}
+    """Smear, recall and offset keys look at tokens before: rows must never see each other's."""
+    switches = NANOCHAT_2026 | {"recall": 500, "window_pattern": window, "key_offset": True}
     model = make_model(tiny_tokenizer, ToolModel, **switches)
+    model.recall.carry(np.random.default_rng(0).integers(60, 80, 500).astype(np.int32))
     with torch.no_grad():
         for p in model.parameters():
             if p.numel() == 1:  # a share of 0 would hide what smear does

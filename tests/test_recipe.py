@@ -167,7 +167,7 @@ def test_small_takes_the_measured_batch_and_leaves_the_rates():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("switches", [{}, MODERN.switches | {"bigram_buckets": 64}], ids=["classic", "modern"])
+@pytest.mark.parametrize("switches", [{}, MODERN.switches | {"recall": 64}], ids=["classic", "modern"])
 def test_every_parameter_is_in_one_group_and_a_step_works(name, switches):
     torch.manual_seed(0)
     model = GPT(GPTConfig.from_depth(2, 70, 16, **switches))

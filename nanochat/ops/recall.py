@@ -167,10 +167,16 @@ class Recall(nn.Module):
         rank[order] = np.arange(len(order), dtype=np.int32)
         return lambda tokens, bounds: find(text, order, tokens, bounds, rank)
 
-    def look_up(self, idx: Tensor) -> Tensor:
-        """What followed tokens like the last ones of each row of (B, T), see `find`: (B, T, 1 + FOLLOWERS)."""
+    def look_up(self, idx: Tensor, n: int = 0, first: Tensor | None = None) -> Tensor:
+        """What followed tokens like the last ones of each row, see `find`: (B, n + T) -> (B, T, 1 + FOLLOWERS).
+
+        The first `n` tokens are context only; `first` (B, T) is true where a document begins.
+        """
         text, order = self.text.cpu().numpy(), self.order.cpu().numpy()
-        rows = [find(text, order, row) for row in idx.to("cpu", torch.int32).numpy()]
+        rows = []
+        for i, row in enumerate(idx.to("cpu", torch.int32).numpy()):
+            starts = [] if first is None else (first[i].nonzero()[:, 0].cpu() + n).tolist()
+            rows.append(find(text, order, row, np.array([0, *starts, len(row)], np.int32))[n:])
         return torch.from_numpy(np.stack(rows)).to(idx.device)
 
     def forward(self, found: Tensor) -> Tensor:
