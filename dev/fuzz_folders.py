@@ -149,7 +149,7 @@ def change_tensor(rng: random.Random, path: Path) -> None:
         None,
         value[:1],
         value.flatten(),
-        value.new_full(value.shape, float("nan")),
+        value.new_full(value.shape, float("nan") if value.is_floating_point() else -1),
         value.long(),
         value.repeat(2, 1),
     ]
@@ -172,7 +172,7 @@ def originals(folder: Path) -> list[Path]:
     made = []
     for name, form, switches in (
         ("classic", "native", {}),
-        ("modern", "native", {"smear": True, "value_embeddings": True, "residual_scalars": True}),
+        ("modern", "native", {"smear": True, "value_embeddings": True, "residual_scalars": True, "recall": 40}),
         ("qwen3", "qwen3", {"logit_softcap": None, "residual_factors": True}),
     ):
         config = GPTConfig(**shape, **switches)

@@ -26,7 +26,7 @@ from nanochat.dataset import open_corpus, prepare_corpus
 from nanochat.env import get_base_dir, print0
 from nanochat.gpt import GPT
 from nanochat.interop.hf_format import EXPORT_FILES, OWN_FILE, Form, is_classic, push_folder, write_hf_folder
-from nanochat.interop.model_card import model_card
+from nanochat.interop.model_card import CARRIES, model_card
 from nanochat.interop.qwen3 import check_folds, compare_logits, obstacles
 from nanochat.precision import DTYPES
 from nanochat.recipe import recipe_of
@@ -141,6 +141,8 @@ def main(cfg: Config) -> None:
     print0(f"wrote {folder} ({kind}): AutoModelForCausalLM.from_pretrained({arguments}) loads it")
     if form == "native" and cfg.format == "auto":
         print0(f"no Qwen3 model, since it has {', '.join(obstacles(model.config))}: --recipe=portable trains one")
+    if model.config.recall:
+        print0(f"note: {CARRIES.format(model.config.recall)}")
     if form == "qwen3" and model.config.logit_softcap is not None:
         print_difference(model, tokenizer, folder, find_tag(cfg.source, cfg.model_tag).name)
     if cfg.push is not None:

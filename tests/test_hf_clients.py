@@ -7,19 +7,30 @@ import stat
 import sys
 from pathlib import Path
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
 from portable_model import odd_histories
 
 from nanochat.checkpoint_manager import load_model, save_checkpoint
 from nanochat.common import get_base_dir
-from nanochat.interop.hf_format import write_hf_folder
+from nanochat.interop.hf_format import read_hf_folder, write_hf_folder
+from nanochat.interop.hf_model import CACHE_NAMES
 from nanochat.interop.hf_tokenizer import PLAIN_TEMPLATE
 from nanochat.messages import normalise
+from nanochat.ops.recall import LONGEST, Recall, find, order_of
 from nanochat.tokenizer import RustBPETokenizer
-from tests.test_hf import MODELS, TEXT, load_theirs, random_model
+from tests.test_hf import FEW_IDS, MODELS, TEXT, load_theirs, random_model
 
-LOOK_BACK = ["small", "windows and bigrams", "modern d4 GQA"]  # their caches hold more than keys and values
+LOOK_BACK = [
+    "small",
+    "windows and recall",
+    "reach and recall",
+    "modern d4 GQA",
+]  # their caches hold more than keys and values
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +197,25 @@ def test_a_static_cache_gives_the_same_answers(tokenizer, tmp_path, name):
     assert torch.equal(static, plain)
 
 
-@torch.no_grad()
-def test_ids_beyond_16_bits_are_remembered_in_bfloat16():
+def exported_code():
+    """The module that a folder brings along."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     folder = Path(__file__).parents[1] / "nanochat" / "interop" / "hf_code"
     module = get_class_from_dynamic_module("modeling_nanochat_modern.NanoChatModernForCausalLM", folder).__module__
-    code = sys.modules[module]
+    return sys.modules[module]
+
+
+@torch.no_grad()
+def test_ids_beyond_16_bits_are_remembered_in_bfloat16():
+    code = exported_code()
     ids = torch.tensor([[0, 1, 255, 256, 65535, 65536, 999_999]])
     values = torch.cat((torch.randn(1, 7, 4), code.id_digits(ids)), -1).to(torch.bfloat16)[:, None]
     cache = type("Cache", (), {"layers": [type("Layer", (), {"values": values})]})
     for past in range(1, 8):
-        assert code.cached_id(cache, past).tolist() == [ids[0, past - 1]]
+        for n in range(1, past + 1):
+            assert torch.equal(code.cached_ids(cache, past, n), ids[:, past - n : past])
+        assert torch.equal(code.cached_ids(cache, past, 7)[:, 7 - past :], ids[:, :past])  # fewer than are asked for
 
 
 @pytest.mark.parametrize("name", ["small", "d2"])
@@ -275,6 +293,159 @@ def test_checkpointed_gradients_are_the_same_and_texts_can_stop_an_answer(tokeni
     assert len(stopped[0]) < len(free) or stop not in text[:-1]
 
 
+# --- a text that the model carries along ------------------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    seed=st.integers(0, 1 << 30),
+    size=st.integers(2, 400),
+    ids=st.integers(1, 12),
+    asked=st.integers(1, 40),
+)
+def test_an_export_finds_in_its_text_what_we_find(seed, size, ids, asked):
+    """However often something stands there: at its beginning, at its end, more often than is looked at, nowhere."""
+    rng = np.random.default_rng(seed)
+    text = rng.integers(0, ids, size).astype(np.int32)
+    tokens = rng.integers(0, ids + 1, asked).astype(np.int32)
+    config = exported_code().NanoChatModernConfig(vocab_size=20, hidden_size=8, recall=size)
+    theirs, ours = exported_code().Recall(config), Recall(size, 20, 8)
+    ours.carry(text)
+    for p in ours.parameters():
+        torch.nn.init.normal_(p)
+    theirs.load_state_dict(ours.state_dict())
+    expected = find(text, order_of(text), tokens)
+    padded = F.pad(torch.from_numpy(tokens).long(), (LONGEST - 1, 0), value=-1)[None]
+    kind, followers, _ = theirs.find(padded)
+    assert (kind[0] + 1).tolist() == expected[:, 0].tolist()
+    assert followers[0].tolist() == expected[:, 1:].tolist()
+    torch.testing.assert_close(theirs(padded), ours(torch.from_numpy(expected)[None]))
+
+
+RECALL = ["windows and recall", "reach and recall"]
+
+
+@pytest.fixture(scope="module", params=RECALL)
+def recalling(request, tokenizer, tmp_path_factory):
+    """(our model, transformers', a whole context of ids that recall something almost everywhere)."""
+    folder = tmp_path_factory.mktemp("recall") / "model"
+    model = export(tokenizer, folder, request.param)
+    ids = torch.randint(FEW_IDS, (2, model.config.sequence_len), generator=torch.Generator().manual_seed(2))
+    return model, load_theirs(folder), ids
+
+
+@torch.no_grad()
+def test_what_is_recalled_matters(recalling):
+    """Else the tests below would say nothing."""
+    _, theirs, ids = recalling
+    with_text = theirs(ids).logits
+    kept = theirs.recall.scale.clone()
+    theirs.recall.scale.zero_()
+    assert (theirs(ids).logits - with_text).abs().mean() > 0.02  # 200 times what the tests below allow
+    theirs.recall.scale.copy_(kept)
+    assert len(set(theirs.recall.find(F.pad(ids, (LONGEST - 1, 0), value=-1))[0].flatten().tolist())) > 8
+
+
+@torch.no_grad()
+def test_a_text_that_is_read_in_pieces_gives_the_logits_of_the_whole(recalling):
+    """With a dynamic and a static cache: single tokens, fewer and more than a match has, from the very first on."""
+    from transformers import StaticCache
+
+    model, theirs, ids = recalling
+    ids = ids[:, :120]
+    expected = model(ids)
+    for make in (lambda: None, lambda: StaticCache(config=theirs.config, max_cache_len=128)):
+        for steps in ([1] * 120, [3, 1, 1, 5, 20, 1, 2, 87], [119, 1]):
+            cache, at, logits = make(), 0, []
+            for n in steps:
+                out = theirs(ids[:, at : at + n], past_key_values=cache, use_cache=True)
+                cache, at = out[theirs_cache(out)], at + n
+                logits.append(out.logits)
+            torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=0)
+
+
+def theirs_cache(output):
+    return next(name for name in CACHE_NAMES if name in output)
+
+
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [5, 3, 1, 1, 30]], ids=["at once", "token by token", "in pieces"])
+@torch.no_grad()
+def test_a_padded_row_has_the_logits_that_it_has_alone(recalling, pieces):
+    model, theirs, ids = recalling
+    lengths = [40, 33, 3, 1]
+    rows = [ids[0, :length] for length in lengths]
+    # What stands in the padding would match.
+    batch = torch.stack([torch.cat((ids[1, : 40 - len(row)], row)) for row in rows])
+    mask = torch.stack([torch.arange(40) >= 40 - length for length in lengths]).long()
+    cache, at, logits = None, 0, []
+    for n in pieces:
+        out = theirs(batch[:, at : at + n], attention_mask=mask[:, : at + n], past_key_values=cache, use_cache=True)
+        cache, at = out[theirs_cache(out)], at + n
+        logits.append(out.logits)
+    together = torch.cat(logits, 1)
+    for row, own in zip(rows, together, strict=True):
+        torch.testing.assert_close(own[40 - len(row) :], model(row[None])[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_cropped_repeated_and_reordered_goes_on_as_its_rows_do(recalling):
+    model, theirs, ids = recalling
+    out = theirs(ids[:, :30], use_cache=True)
+    cache = out[theirs_cache(out)]
+    cache.crop(-5)
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([3, 0, 2, 1]))
+    rows = torch.stack([ids[1, :25], ids[0, :25], ids[1, :25], ids[0, :25]])
+    new = torch.randint(FEW_IDS, (4, 4), generator=torch.Generator().manual_seed(3))
+    expected = model(torch.cat((rows, new), 1))[:, 25:]
+    logits = torch.cat([theirs(new[:, i, None], past_key_values=cache, use_cache=True).logits for i in range(4)], 1)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_the_text_stays_whole_numbers_whatever_the_weights_are_stored_in(tokenizer, tmp_path, stored):
+    """Written, loaded in half precision, saved by transformers, and brought back."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = random_model(tokenizer, **MODELS["windows and recall"])
+    write_hf_folder(tmp_path / "m", model.state_dict(), model.config, tokenizer, "", dtype=stored)
+    for dtype in (torch.float16, torch.bfloat16):
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype, trust_remote_code=True)
+        assert theirs.recall.scale.dtype == dtype
+        theirs.save_pretrained(tmp_path / "again")
+        AutoTokenizer.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "again")
+        for folder in ("m", "again"):
+            state, config, _ = read_hf_folder(tmp_path / folder)
+            assert config.recall == 3000
+            for name in ("text", "order"):
+                assert torch.equal(state[f"recall.{name}"], getattr(model.recall, name))
+                assert torch.equal(getattr(theirs.recall, name), getattr(model.recall, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("text", lambda t: t.fill_(1 << 20), r"recall\.text holds numbers outside of 0 to"),
+        ("text", lambda t: t.fill_(-1), r"recall\.text holds numbers outside of 0 to"),
+        ("order", lambda t: t.add_(1), r"recall\.order holds numbers outside of 0 to 2998"),
+        ("order", lambda t: t.long(), r"recall\.order holds torch\.int64"),
+        ("text", lambda t: t.float(), r"recall\.text holds torch\.float32"),
+        ("text", lambda t: t[1:].clone(), r"recall\.text is \(2999,\), not \(3000,\)"),
+    ],
+)
+def test_a_damaged_text_is_refused_before_anything_is_looked_up(tokenizer, tmp_path, name, change, named):
+    from safetensors.torch import load_file, save_file
+
+    export(tokenizer, tmp_path / "m", "windows and recall")
+    path = tmp_path / "m" / "model.safetensors"
+    weights = load_file(path)
+    weights[f"recall.{name}"] = change(weights[f"recall.{name}"])
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=named):
+        read_hf_folder(tmp_path / "m")
+
+
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +474,7 @@ def test_the_format_is_qwen3_where_it_is_exact(base, tmp_path, capsys):
     base("factors, no softcap", "portable")
     base("d2", "classic")
     base("small", "small")
+    base("windows and recall", "recall")
     assert export_as("portable")[0] == "qwen3"
     assert export_as("portable", "native")[0] == "nanochat_modern"
     kind, said = export_as("classic")
@@ -312,8 +484,15 @@ def test_the_format_is_qwen3_where_it_is_exact(base, tmp_path, capsys):
     kind, said = export_as("classic", "qwen3")  # no corpus here
     assert kind == "qwen3"
     assert "the difference is not measured" in said
+    kind, said = export_as("recall")
+    assert kind == "nanochat_modern"
+    assert re.search(r"no Qwen3 model, since it has recall=3000, window_pattern=SL.*--recipe=portable", said)
+    assert "3,000 tokens of its training text" in said
+    assert "3,000 tokens of its training text" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ValueError, match=r"smear=True.*--recipe=portable"):
         export_as("small", "qwen3")
+    with pytest.raises(ValueError, match=r"recall=3000.*--recipe=portable"):
+        export_as("recall", "qwen3")
     float16 = export_hf.Config(output=str(tmp_path / "half"), model_tag="portable", dtype="float16")
     with pytest.raises(ValueError, match=r"--dtype=float16.*bfloat16"):
         export_hf.main(float16)
@@ -342,7 +521,7 @@ def test_a_softcapped_model_says_what_its_export_lacks(base, tmp_path, capsys):
     assert "tanh at 1.0" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["small", "factors, no softcap", "d2"])
+@pytest.mark.parametrize("name", ["small", "factors, no softcap", "d2", "windows and recall"])
 def test_what_transformers_saved_again_is_imported(base, tmp_path, monkeypatch, name):
     """A native or Qwen3 export, loaded and saved by transformers: no file of ours is left."""
     from transformers import AutoTokenizer

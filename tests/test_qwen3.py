@@ -20,6 +20,7 @@ MODELS = {
     "one layer": {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "qk_scale": 1.5},
     # 8 of 8 layers in windows that cover the context: these are none.
     "windows": {"n_layer": 8, "window_pattern": "SSSL"},
+    "a reach of the whole context": {"reach": 1000},
 }
 
 
@@ -159,7 +160,8 @@ def test_weights_that_were_trained_on_elsewhere_are_refused():
     [
         ({"smear": True}, "smear=True"),
         ({"key_offset": True}, "key_offset=True"),
-        ({"bigram_buckets": 100}, "bigram_buckets=100"),
+        ({"recall": 100}, "recall=100"),
+        ({"reach": 50}, "reach=50"),
         ({"residual_scalars": True}, "residual_scalars=True"),
         ({"sequence_len": 600, "window_pattern": "SL"}, "window_pattern=SL"),
         ({"logit_softcap": 15.0}, "logit_softcap=15.0"),

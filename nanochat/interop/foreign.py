@@ -22,6 +22,7 @@ from nanochat.env import is_system_error
 from nanochat.gpt import GPT, GPTConfig
 
 WEIGHTS_FILE = "model.safetensors"
+TEXT_BUFFERS = ("recall.text", "recall.order")  # whole numbers, all other weights are floating-point ones
 LONGEST_CONTEXT = 1 << 20
 MOST_JSON_BYTES = 1 << 28  # the largest tokenizers have some 30 MB
 # What reading fields of the wrong kind raises.
@@ -46,9 +47,11 @@ def check_config(config: GPTConfig, weights: Mapping[str, Tensor], where: str) -
         raise ValueError(f"{where}: its config says {config.n_layer} layers, but there are {len(weights)} weights")
     if config.sequence_len > LONGEST_CONTEXT:  # a table of rotations is as long
         raise ValueError(f"{where}: its config says a context of {config.sequence_len}, at most {LONGEST_CONTEXT} fit")
-    wrong = next((name for name, value in weights.items() if not value.is_floating_point()), None)
-    if wrong:
-        raise ValueError(f"{where}: {wrong} holds {weights[wrong].dtype}, expected floating-point numbers")
+    for name, value in weights.items():
+        if name in TEXT_BUFFERS and value.dtype != torch.int32:
+            raise ValueError(f"{where}: {name} holds {value.dtype}, expected int32")
+        if name not in TEXT_BUFFERS and not value.is_floating_point():
+            raise ValueError(f"{where}: {name} holds {value.dtype}, expected floating-point numbers")
 
 
 def check_shapes(state: Mapping[str, Tensor], config: GPTConfig, where: str) -> None:
@@ -74,6 +77,22 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
     for name, value in state.items():
         if not bool(value.isfinite().all()):
             raise ValueError(f"{where}: {name} holds values that are no finite numbers: get the file again")
+
+
+def check_text(state: Mapping[str, Tensor], config: GPTConfig, where: str) -> None:
+    """Refuse a text to recall from (see nanochat/ops/recall.py) with ids or positions outside of their tables."""
+    if not config.recall:
+        return
+    if config.recall < 2:
+        raise ValueError(f"{where}: recall of its config is {config.recall}, and a token must follow another")
+    for name, size in zip(TEXT_BUFFERS, (config.vocab_size, config.recall - 1), strict=True):
+        if not 0 <= int(state[name].min()) <= int(state[name].max()) < size:
+            raise ValueError(f"{where}: {name} holds numbers outside of 0 to {size - 1}: get the file again")
+
+
+def in_float32(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights whatever they were stored in; whole numbers as they are."""
+    return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
 
 
 def check_ids(ids: Iterable[Any], config: GPTConfig, folder: Path) -> None:

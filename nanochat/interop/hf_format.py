@@ -26,16 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochat.files import atomic_folder, write_json, write_text
-from nanochat.gpt import (
-    BIGRAM_HASH,
-    GPT,
-    LOGIT_SOFTCAP,
-    NORM_EPS,
-    ROPE_BASE,
-    SMEAR_GATE_CHANNELS,
-    VALUE_GATE_CHANNELS,
-    GPTConfig,
-)
+from nanochat.gpt import GPT, LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE, SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTConfig
 from nanochat.interop.foreign import (
     MALFORMED,
     WEIGHTS_FILE,
@@ -43,6 +34,8 @@ from nanochat.interop.foreign import (
     check_finite,
     check_ids,
     check_shapes,
+    check_text,
+    in_float32,
     one_line,
     read_json_object,
     read_remainder,
@@ -50,6 +43,7 @@ from nanochat.interop.foreign import (
 )
 from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, from_hf_json, to_hf_json
 from nanochat.interop.qwen3 import ULPS, check_folds, config_of, fold_weights, qwen3_config, remainder, unfold
+from nanochat.ops.recall import FOLLOWERS, LONGEST, NEIGHBOURS, SHORTEST
 from nanochat.tokenizer import RustBPETokenizer
 
 OWN_FILE = "nanochat.json"
@@ -101,7 +95,8 @@ def is_classic(config: GPTConfig) -> bool:
 
 def has_a_row_per_token(name: str) -> bool:
     """Return true if the rows of this parameter of ours are token ids, padded to a multiple of 64."""
-    return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
+    tables = ("transformer.wte.weight", "lm_head.weight", "recall.followers.weight")
+    return name in tables or name.startswith("value_embeds.")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -151,7 +146,9 @@ def _modern_config(config: GPTConfig) -> dict[str, Any]:
         "value_embedding_layers": [i for i in range(config.n_layer) if config.has_value_embedding(i)],
         "value_gate_channels": VALUE_GATE_CHANNELS,
         "smear_gate_channels": SMEAR_GATE_CHANNELS,
-        "bigram_hash": list(BIGRAM_HASH),
+        "recall_lengths": [SHORTEST, LONGEST],
+        "recall_followers": FOLLOWERS,
+        "recall_neighbours": NEIGHBOURS,
     }
 
 
@@ -222,8 +219,9 @@ def write_hf_folder(
         weights, settings = fold_weights(state, config), qwen3_config(config) | special_ids(tokenizer)
     else:
         weights, settings = _native_weights(state, config), hf_config(config, tokenizer)
-    # A clone each: safetensors refuses two tensors in one memory.
-    weights = {name: value.detach().to("cpu", dtype).contiguous().clone() for name, value in weights.items()}
+    # A clone each: safetensors refuses two tensors in one memory. Token ids stay whole numbers.
+    kinds = {name: dtype if value.is_floating_point() else value.dtype for name, value in weights.items()}
+    weights = {name: value.detach().to("cpu", kinds[name]).contiguous().clone() for name, value in weights.items()}
     with atomic_folder(folder, sum(value.nbytes for value in weights.values())) as tmp:
         save_file(weights, tmp / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(tmp / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")})
@@ -293,7 +291,7 @@ def _read_checked(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPETo
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} ids, the model only {config.vocab_size}"
         )
     # float32 whatever they were stored in: that is what checkpoints hold and training updates.
-    state = {own_name(name): value.float() for name, value in weights.items()}
+    state = {own_name(name): value for name, value in in_float32(weights).items()}
     for name in state:
         if has_a_row_per_token(name):
             if len(state[name]) < config.vocab_size:
@@ -303,6 +301,7 @@ def _read_checked(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPETo
             state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, missing))[: config.padded_vocab_size]
     check_shapes(state, config, str(folder))
     check_finite(state, str(folder))
+    check_text(state, config, str(folder))
     return state, config, tokenizer
 
 

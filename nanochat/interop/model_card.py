@@ -28,6 +28,9 @@ NO_SOFTCAP = (
     "; nanochat bounds its logits by a tanh at {}, Qwen3 does not: greedy answers are the same, sampled ones a little "
     "less varied"
 )
+CARRIES = (
+    "it carries {:,} tokens of its training text, in which it looks up its last tokens: whoever has it can read them"
+)
 # A base model knows no conversation.
 PROMPTS = {
     True: (
@@ -81,7 +84,7 @@ def model_card(
         parameters=f"{model.num_params():,}",
         stage=STAGES[source],
         config=model.config,
-        dtype=dtype,
+        dtype=dtype + (f"\n- {CARRIES.format(model.config.recall)}" if model.config.recall else ""),
         training="\n".join(f"- {key}: {value}" for key, value in facts.items() if value is not None),
         scores="\n".join(render_summary(records) if records else ["No report was found beside the checkpoint."]),
     )

@@ -19,7 +19,15 @@ from nanochat.checkpoint.format import checkpoint_folder, saved_steps
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.env import is_system_error
 from nanochat.gpt import GPTConfig
-from nanochat.interop.foreign import MALFORMED, check_config, check_finite, check_shapes, one_line
+from nanochat.interop.foreign import (
+    MALFORMED,
+    check_config,
+    check_finite,
+    check_shapes,
+    check_text,
+    in_float32,
+    one_line,
+)
 from nanochat.interop.hf_format import has_a_row_per_token
 from nanochat.stages import TRAINED
 from nanochat.tokenizer import RustBPETokenizer
@@ -62,8 +70,9 @@ def read_classic(folder: Path, step: int | None = None) -> tuple[dict[str, Tenso
             weights[name] = weights[name][: config.padded_vocab_size]  # the original may pad its vocabulary
     check_shapes(weights, config, str(path))
     # Only now: a tensor may claim to be larger than its file, and a copy would be.
-    weights = {name: value.float().contiguous() for name, value in weights.items()}
+    weights = {name: value.contiguous() for name, value in in_float32(weights).items()}
     check_finite(weights, str(path))
+    check_text(weights, config, str(path))
     return weights, {**meta, "step": step, "model_config": config.to_dict()}
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ GATE, SHARE = 256.0, 1 / 16  # β, and 1/√β
 # What may differ from the default: shapes, how weights begin, and what is folded into weights or has a setting.
 FOLDS = {
     *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init"),
-    *("qk_scale", "rope_base", "residual_factors", "logit_softcap", "window_pattern"),
+    *("qk_scale", "rope_base", "residual_factors", "logit_softcap", "window_pattern", "reach"),
 }
 ULPS = "ulps."  # in the remainder, before the name of a weight
 
@@ -40,7 +40,9 @@ def obstacles(config: GPTConfig) -> list[str]:
     """Return the settings that keep a model from being a Qwen3 model, as "smear=True"; empty if it is one exactly."""
     # A switch that this module does not know is an obstacle: it must never be left out silently.
     found = [f.name for f in fields(config) if f.name not in FOLDS and getattr(config, f.name) != f.default]
-    found += ["window_pattern"] if any(window is not None for window in config.windows) else []
+    # A reach of the whole context is none, and so is a window that covers it.
+    found += ["window_pattern"] if any(window is not None for window in replace(config, reach=0).windows) else []
+    found += ["reach"] if 0 < config.reach < config.sequence_len else []
     found += ["logit_softcap"] if config.logit_softcap is not None else []
     return [f"{name}={getattr(config, name)}" for name in found]
 

@@ -24,8 +24,10 @@ DEFAULTS = {
     "smear": False,
     "smear_gate_channels": 24,
     "backout": False,
-    "bigram_buckets": 0,
-    "bigram_hash": [1, 1],
+    "recall": 0,
+    "recall_lengths": [2, 8],
+    "recall_followers": 4,
+    "recall_neighbours": 16,
 }
 
 

@@ -3,10 +3,10 @@
 The classic parts: rotary positions, RMSNorm without parameters, on queries and keys too, squared ReLU, softcapped
 logits. The additions: scalars on the residual stream, gated value embeddings, smear (a share of the previous token's
 embedding), backout (the middle layer subtracted before the end), sharper attention, keys with half of their channels
-from the token before, sliding windows, hashed bigrams.
+from the token before, sliding windows, recall (what followed the last tokens elsewhere, in a text that it carries).
 
-The cache is transformers' own, dynamic or static. Smear and bigrams also need the last token that it has seen: its id
-is kept in the cache itself, in three more channels of the first layer's values, so that it follows when beam search
+The cache is transformers' own, dynamic or static. Smear and recall also need the last tokens that it has seen: the ids
+are kept in the cache itself, in three more channels of the first layer's values, so that they follow when beam search
 moves or repeats rows, and when the cache is cropped.
 
 Shapes: B batch, T tokens, S tokens with the cached ones, C width, H query heads, K key/value heads, D head size.
@@ -34,10 +34,12 @@ def id_digits(ids):
     return torch.stack([ids // ID_BASE**i % ID_BASE for i in range(ID_DIGITS)], dim=-1)
 
 
-def cached_id(cache, past):
-    """The id of the last of the `past` tokens in a cache, (B,)."""
-    digits = cache.layers[0].values[:, 0, past - 1, -ID_DIGITS:].long()  # the same in every head
-    return sum(digits[:, i] * ID_BASE**i for i in range(ID_DIGITS))
+def cached_ids(cache, past, n):
+    """The ids of the last n of the `past` tokens in a cache, (B, n); where there are fewer, anything comes first."""
+    values = cache.layers[0].values
+    at = torch.arange(past - n, past, device=values.device).clamp(min=0)
+    digits = values[:, 0, at, -ID_DIGITS:].long()  # the same in every head
+    return sum(digits[..., i] * ID_BASE**i for i in range(ID_DIGITS))
 
 
 def rotate(x, cos, sin):
@@ -135,6 +137,74 @@ class Block(GradientCheckpointingLayer):
         return x + self.mlp(self.norm(x))
 
 
+class Recall(nn.Module):
+    """What followed the longest matches of the last tokens in a text that the model carries.
+
+    The positions of the text are in the order of the tokens up to them, read backwards: `keys`. The longest matches of
+    a context are the neighbours of the place that it would have there. N: tokens of the text, L: length of a key.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.shortest, self.longest = config.recall_lengths
+        self.most, self.neighbours = config.recall_followers, config.recall_neighbours
+        kinds = (self.longest - self.shortest + 1) * self.most  # of matches: length and number of followers
+        self.followers = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.scale = nn.Parameter(torch.ones(kinds, config.hidden_size))
+        self.register_buffer("text", torch.zeros(config.recall, dtype=torch.int32))
+        self.register_buffer("order", torch.arange(config.recall - 1, dtype=torch.int32))
+
+    def keys(self, at):
+        """The tokens of the text up to positions `at`, backwards: (…,) -> (…, L); −1 before its beginning."""
+        back = at.unsqueeze(-1) - torch.arange(self.longest, device=at.device)
+        return self.text[back.clamp(min=0)].masked_fill(back < 0, -1)
+
+    def places(self, wanted):
+        """How many keys of the text are smaller than each of `wanted` (…, L)."""
+        N = len(self.order)
+        low = torch.zeros(wanted.shape[:-1], dtype=torch.long, device=wanted.device)
+        high = low + N
+        for _ in range(N.bit_length()):  # bisection
+            middle = (low + high) // 2
+            key = self.keys(self.order[middle.clamp(max=N - 1)])
+            first = (key != wanted).int().argmax(-1, keepdim=True)  # where they part; 0 where they do not
+            smaller = (key.gather(-1, first) < wanted.gather(-1, first)).squeeze(-1) & (low < high)
+            low, high = torch.where(smaller, middle + 1, low), torch.where(smaller, high, middle)
+        return low
+
+    def find(self, ids):
+        """Look up each of the last T tokens of ids (B, L − 1 + T); −1: none.
+
+        Returns the kind of its match (B, T), −1 without one, what followed it, filled up with 0, and each one's share.
+        """
+        wanted = ids.unfold(1, self.longest, 1).flip(-1).int()  # (B, T, L)
+        wanted = wanted.masked_fill((wanted < 0).cumsum(-1) > 0, -1)  # nothing counts beyond a gap
+        ahead = torch.arange(self.neighbours, device=ids.device)
+        # By turns the next above and the next below: (B, T, 2·neighbours).
+        beside = self.places(wanted).unsqueeze(-1) + torch.stack((ahead, -1 - ahead), -1).flatten()
+        there = (beside >= 0) & (beside < len(self.order))
+        found = self.order[beside.clamp(0, len(self.order) - 1)].long()
+        same = (self.keys(found) == wanted.unsqueeze(-2)) & (wanted >= 0).unsqueeze(-2)
+        length = same.int().cumprod(-1).sum(-1) * there
+        longest = length.amax(-1)  # (B, T)
+        best = (length == longest.unsqueeze(-1)) & (longest >= self.shortest).unsqueeze(-1)
+        number = best.cumsum(-1)
+        chosen = best & (number <= self.most)
+        many = chosen.sum(-1)
+        slot = torch.where(chosen, number - 1, self.most)  # the last one takes what is not chosen
+        tokens = torch.zeros(*many.shape, self.most + 1, dtype=torch.long, device=ids.device)
+        tokens = tokens.scatter(-1, slot, self.text[found + 1].long() * chosen)[..., : self.most]
+        kind = torch.where(many > 0, (longest - self.shortest) * self.most + many - 1, -1)
+        share = (torch.arange(self.most, device=ids.device) < many.unsqueeze(-1)) / many.clamp(min=1).unsqueeze(-1)
+        return kind, tokens, share
+
+    def forward(self, ids):
+        """ids (B, L − 1 + T) -> (B, T, C)."""
+        kind, tokens, share = self.find(ids)
+        mean = (share.unsqueeze(-1).to(self.scale.dtype) * self.followers(tokens)).sum(-2)
+        return mean * F.embedding(kind.clamp(min=0), self.scale)
+
+
 class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
     """The language model; parameters have nanochat's names."""
 
@@ -166,8 +236,9 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
-        if config.bigram_buckets:
-            self.bigram = nn.Embedding(config.bigram_buckets, width)
+        if config.recall:
+            self.recall = Recall(config)
+        self.looks_back = config.recall_lengths[1] - 1 if config.recall else int(config.smear)  # how many tokens
         self.post_init()
 
     def get_input_embeddings(self):
@@ -187,8 +258,11 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         """The layer that gives the logits."""
         return self.lm_head
 
-    def _embed(self, ids, before):
-        """The normalised embedding (B, T, C) of tokens, with what comes from the token before (−1: none)."""
+    def _embed(self, ids, seen):
+        """The normalised embedding (B, T, C) of tokens, with what comes from those before.
+
+        `seen` (B, looks_back + T): these tokens behind those before them, −1 where there is none.
+        """
         c, wte = self.config, self.transformer["wte"]
 
         def normed(tokens):
@@ -196,9 +270,10 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
             return F.rms_norm(x.float(), (c.hidden_size,), eps=c.rms_norm_eps).to(x.dtype)
 
         plain = x = normed(ids)
-        if c.bigram_buckets:
-            x = x + self.bigram((c.bigram_hash[0] * ids + c.bigram_hash[1] * (before + 1)) % c.bigram_buckets)
+        if c.recall:
+            x = x + self.recall(seen)
         if c.smear:
+            before = seen[:, self.looks_back - 1 : -1]
             gate = self.smear_lambda * torch.sigmoid(self.smear_gate(plain[..., : c.smear_gate_channels]))
             x = x + gate.masked_fill(before.unsqueeze(-1) < 0, 0.0) * normed(before.clamp(min=0))
         return x
@@ -251,14 +326,13 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         # What stands before each token.
-        looks_back = c.smear or c.bigram_buckets
-        before = F.pad(input_ids, (1, -1), value=-1)
-        if looks_back and past:
-            before[:, 0] = cached_id(cache, past)
         follows = F.pad(real, (1, -1), value=False)  # (B, S), whether a real token stands before
-        before = before.masked_fill(~follows[:, past:], -1)
-        digits = id_digits(input_ids) if looks_back else None
-        x = x0 = self._embed(input_ids, before)
+        n, seen, digits = self.looks_back, input_ids, None
+        if n:
+            seen = torch.cat((cached_ids(cache, past, n), seen), 1) if past else F.pad(seen, (n, 0))
+            seen = seen.masked_fill(~F.pad(real, (n, 0), value=False)[:, past:], -1)  # (B, n + T)
+            digits = id_digits(input_ids)
+        x = x0 = self._embed(input_ids, seen)
         cos, sin = self._rotary(position_ids, c.hidden_size // c.num_attention_heads)
         query = torch.arange(past, S, device=device)[:, None]
         key = torch.arange(S, device=device)[None]
