@@ -106,9 +106,10 @@ class GPTConfig:
         for name in ("qk_scale", "rope_base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("reach", "recall"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.reach < 0 or self.recall < 0 or self.recall == 1:  # one token is followed by none
+            raise ValueError(
+                f"reach and recall must be 0 or more, and recall not 1: got {self.reach} and {self.recall}"
+            )
         if self.key_offset and self.head_dim % 4:
             raise ValueError(f"key_offset needs heads of a multiple of 4 channels, got {self.head_dim}")
         if self.smear and self.n_embd < SMEAR_GATE_CHANNELS:
@@ -177,7 +178,7 @@ class GPTConfig:
     def windows(self) -> list[int | None]:
         """For each layer: how many tokens before its own a query sees (S: a quarter, in tiles of 128); None: all."""
         reach = min(self.reach or self.sequence_len, self.sequence_len)
-        short = math.ceil(reach / 4 / 128) * 128  # a window that covers the context is none
+        short = min(math.ceil(reach / 4 / 128) * 128, reach)  # a window that covers the context is none
         pattern = self.window_pattern.upper()
         letters = [pattern[i % len(pattern)] for i in range(self.n_layer - 1)] + ["L"]
         spans = (short if letter == "S" else reach for letter in letters)

@@ -305,6 +305,8 @@ def test_a_checkpoint_of_before_a_switch_holds_the_same_model(tmp_path):
         ({"init": "lucky"}, "init"),
         ({"smear": True, "n_embd": 16, "n_head": 2, "n_kv_head": 2}, "smear"),
         ({"recall": -1}, "recall"),
+        ({"recall": 1}, "recall not 1"),
+        ({"reach": -1}, "reach"),
         ({"residual_factors": True, "residual_scalars": True}, "residual_factors"),
         ({"key_offset": True, "n_embd": 12, "n_head": 2, "n_kv_head": 2}, "key_offset"),
     ],

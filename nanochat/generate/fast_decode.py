@@ -64,7 +64,7 @@ KNOWN_PARAMETERS = {
 KNOWN_SETTINGS = {
     *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init"),
     *("residual_scalars", "residual_factors", "value_embeddings", "smear", "backout", "recall"),
-    *("qk_scale", "rope_base", "key_offset", "window_pattern", "reach", "logit_softcap"),
+    *("qk_scale", "rope_base", "key_offset", "window_pattern", "reach", "document_start", "logit_softcap"),
 }
 # A block may have the old names and another class: its arithmetic is another.
 KNOWN_MODULES = {GPT, Block, Attention, MLP, Linear, Recall, nn.Embedding, nn.ModuleDict, nn.ModuleList}

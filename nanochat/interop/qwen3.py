@@ -32,6 +32,7 @@ GATE, SHARE = 256.0, 1 / 16  # β, and 1/√β
 FOLDS = {
     *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init"),
     *("qk_scale", "rope_base", "residual_factors", "logit_softcap", "window_pattern", "reach"),
+    "document_start",  # is for sequences of several documents, without a cache
 }
 ULPS = "ulps."  # in the remainder, before the name of a weight
 
