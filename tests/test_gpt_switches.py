@@ -109,6 +109,13 @@ def test_scores_of_choices_with_a_shared_start_are_those_of_each_alone(switch):
     assert [score.mean_nats for score in together] == pytest.approx([score.mean_nats for score in alone], abs=1e-5)
 
 
+def test_a_record_of_before_is_read_unless_it_has_what_is_gone():
+    record = GPTConfig.from_depth(2, 300).to_dict()
+    assert GPTConfig.from_dict(record | {"bigram_buckets": 0}) == GPTConfig.from_dict(record)
+    with pytest.raises(ValueError, match="unknown to this version: bigram_buckets"):
+        GPTConfig.from_dict(record | {"bigram_buckets": 65536})
+
+
 @each_switch
 def test_packed_segments_are_computed_as_if_alone(switch):
     model, x, y = switched(switch), tokens(1, 600), tokens(1, 600, seed=2)
