@@ -134,6 +134,8 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "decay 1, dropout 0.3": "--recipe=small --weight_decay=1 --dropout=0.3",
         "no value embeddings": "--recipe=small --value_embeddings=False",
         "half the rates": "--recipe=small --lr_scale=0.5",
+        "recall": "--recipe=small --recall=20000000",
+        "recall, apart": "--recipe=small --recall=20000000 --separate_documents=True",
         "d2": "--recipe=small --depth=2 --aspect_ratio=64",
     },
     # At equal batches in tokens; the same validation text in longer or shorter rows.
