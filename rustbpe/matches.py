@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 import rustbpe
 
-VERSION = 1  # of the function below, that of src/matches.rs
+VERSION = 2  # of the function below, that of src/matches.rs
 WIDTH = 5  # numbers per token: `Found` of src/matches.rs
 
 
@@ -29,7 +29,7 @@ def library() -> Any:
             return None
     except AttributeError:
         return None
-    lib.rustbpe_matches_find.argtypes = (ctypes.c_void_p, ctypes.c_size_t) * 6
+    lib.rustbpe_matches_find.argtypes = (ctypes.c_void_p, ctypes.c_size_t) * 7
     lib.rustbpe_matches_find.restype = ctypes.c_int
     return lib
 
@@ -40,13 +40,14 @@ def find(
     tokens: npt.ArrayLike,
     bounds: npt.ArrayLike,
     rank: npt.ArrayLike | None = None,
+    begins: npt.ArrayLike | None = None,
 ) -> npt.NDArray[np.int32]:
     """See `nanochat.ops.recall.find`; arrays of int32.
 
     Raises:
         ValueError: arrays that don't belong together, or an order with positions that are not in the text.
     """
-    given = [None if a is None else np.ascontiguousarray(a, np.int32) for a in (text, order, tokens, bounds, rank)]
+    given = [None if a is None else np.ascontiguousarray(a, np.int32) for a in (text, order, tokens, bounds, rank, begins)]
     out = np.empty((np.size(tokens), WIDTH), np.int32)
     where = ((None, 0) if a is None else (a.ctypes.data, a.size) for a in (*given, out))
     rustbpe._check(library().rustbpe_matches_find(*(x for pair in where for x in pair)))

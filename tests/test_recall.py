@@ -25,6 +25,13 @@ def text_of(documents):
     return text, order, rank
 
 
+def begins_in(text, documents):
+    """Where documents stand in a text of documents that begin with 0; −1: nowhere."""
+    starts = [*np.flatnonzero(text == 0).tolist(), len(text)]
+    stands = {text[a:b].tobytes(): a for a, b in itertools.pairwise(starts)}
+    return ints([stands.get(document.tobytes(), -1) for document in documents])
+
+
 def bounds_of(documents):
     return ints(np.cumsum([0, *map(len, documents)]))
 
@@ -61,7 +68,8 @@ def test_rust_finds_what_numpy_finds(ranked, monkeypatch):
         text, order, rank = text_of(documents)
         for looked_up in (documents, wanted_documents(rng, documents)):
             tokens, bounds = ints(np.concatenate(looked_up)), bounds_of(looked_up)
-            given = text, order, tokens, bounds, rank if ranked else None
+            known = (rank, begins_in(text, looked_up)) if ranked else ()
+            given = text, order, tokens, bounds, *known
             ours = matches.find(*given)
             with monkeypatch.context() as patch:
                 patch.setattr(matches, "library", lambda: None)
@@ -70,16 +78,16 @@ def test_rust_finds_what_numpy_finds(ranked, monkeypatch):
             np.testing.assert_array_equal(ours, expected)
 
 
-@needs_rust
-def test_rust_finds_what_numpy_finds_where_many_documents_begin_alike(monkeypatch):
-    """More than are tried, to find one in the text."""
-    rng = np.random.default_rng(0)
-    begin = [0, *rng.integers(1, 6, 10)]
-    documents = [ints([*begin, *rng.integers(1, 6, 4)]) for _ in range(recall.ALIKE + 100)]
-    text, order, rank = text_of(documents)
-    ours = matches.find(text, order, text, bounds_of(documents), rank)
-    monkeypatch.setattr(matches, "library", lambda: None)
-    np.testing.assert_array_equal(ours, find(text, order, text, bounds_of(documents), rank))
+@pytest.mark.parametrize("in_rust", [pytest.param(True, marks=needs_rust), False])
+def test_no_context_reaches_beyond_the_token_that_begins_a_document(in_rust, monkeypatch):
+    """With and without bounds the same: a row of several documents is looked up as if each were alone."""
+    if not in_rust:
+        monkeypatch.setattr(matches, "library", lambda: None)
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        documents = random_documents(rng)
+        text, order, _ = text_of(documents)
+        np.testing.assert_array_equal(find(text, order, text), find(text, order, text, bounds_of(documents)))
 
 
 def longest_matches(text, context, own):
@@ -116,7 +124,7 @@ def test_the_longest_match_is_that_of_trying_every_position(ranked, in_rust, mon
         documents = [ints(document) for document in documents]
         text, order, rank = text_of(documents)
         bounds = bounds_of(documents)
-        found = find(text, order, text, bounds, rank if ranked else None)
+        found = find(text, order, text, bounds, *((rank, bounds[:-1]) if ranked else ()))
         for begin, end in itertools.pairwise(bounds):
             for i in range(begin, end):
                 length, followed = longest_matches(text, text[begin : i + 1], (begin, end) if ranked else (0, 0))
@@ -142,12 +150,16 @@ def test_arrays_that_do_not_fit_are_refused_and_no_other_memory_is_read():
         with pytest.raises(ValueError, match="has no order"):
             matches.find(ints(short), ints(short)[1:], tokens, bounds)
     for outside in (-1, len(order), 2**31 - 1, -(2**31)):
-        for known in (None, rank):
+        for known in ((), (rank, ints([4]))):
             with pytest.raises(ValueError, match="not in the text"):
-                matches.find(text, np.full_like(order, outside), tokens, bounds, known)
-        matches.find(text, order, tokens, bounds, np.full_like(rank, outside))  # a place beside which is nothing
-    with pytest.raises(ValueError, match="another size"):
-        matches.find(text, order, tokens, bounds, rank[1:])
+                matches.find(text, np.full_like(order, outside), tokens, bounds, *known)
+        matches.find(text, order, tokens, bounds, np.full_like(rank, outside), ints([0]))  # beside it is nothing
+    for wrong in ((rank[1:], ints([0])), (rank, ints([])), (rank, ints([0, 4]))):
+        with pytest.raises(ValueError, match="another size"):
+            matches.find(text, order, tokens, bounds, *wrong)
+    for begin in (5, 2**31 - 1):
+        with pytest.raises(ValueError, match="does not end in the text"):
+            matches.find(text, order, tokens, bounds, rank, ints([begin]))
 
 
 @needs_rust
@@ -159,7 +171,8 @@ def test_whatever_arrays_hold_is_survived():
         text, tokens = (rng.integers(-2, 4, size).astype(np.int32) for size in (n, 30))
         order, rank = (rng.integers(low, high, n - 1).astype(np.int32) for _ in range(2))
         try:
-            found = matches.find(text, order, tokens, ints([0, 10, 10, 30]), rank)
+            begins = rng.integers(low, high, 3).astype(np.int32)
+            found = matches.find(text, order, tokens, ints([0, 10, 10, 30]), rank, begins)
         except ValueError:
             continue
         assert ((found[:, 0] >= 0) & (found[:, 0] <= recall.KINDS)).all()
@@ -168,8 +181,8 @@ def test_whatever_arrays_hold_is_survived():
 @needs_rust
 def test_other_arrays_are_made_contiguous_int32():
     text, order, rank = text_of([ints([0, 1, 2, 3]), ints([0, 1, 2, 4])])
-    expected = matches.find(text, order, text[:4], ints([0, 4]), rank)
+    expected = matches.find(text, order, text[:4], ints([0, 4]), rank, ints([0]))
     wide = np.stack([text, text], axis=1).astype(np.int64)
-    got = matches.find(wide[:, 0], order.astype(np.int64), wide[:4, 1], [0, 4], rank.tolist())
+    got = matches.find(wide[:, 0], order.astype(np.int64), wide[:4, 1], [0, 4], rank.tolist(), [0])
     np.testing.assert_array_equal(got, expected)
     assert matches.find(text, order, ints([]), ints([0])).shape == (0, 1 + FOLLOWERS)

@@ -29,7 +29,6 @@ from rustbpe import matches
 LONGEST, SHORTEST = 8, 2  # tokens of a match: more are not told apart, fewer do not count
 FOLLOWERS = 4  # tokens that followed, at most
 NEIGHBOURS = 16  # how far to look in either direction, past those that do not count
-ALIKE = 1024  # beginnings of documents that are tried, to find one in the text
 KINDS = (LONGEST - SHORTEST + 1) * FOLLOWERS  # of matches: by their length and the number of followers
 
 Ints = npt.NDArray[np.int32]
@@ -43,12 +42,12 @@ def keys(text: Ints, at: npt.NDArray[np.int64], start: npt.NDArray[np.int64] | i
 
 def order_of(text: Ints) -> Ints:
     """The positions that a token follows, 0 … N − 2, in the order of their keys; equal ones as in the text."""
-    order = np.arange(len(text) - 1)
+    order, few = np.arange(len(text) - 1), text.max() < 0xFFFF
     for distance in reversed(range(LONGEST)):  # a stable sort by the last part of the key first
         before = order - distance
         part = np.where(before >= 0, text[np.maximum(before, 0)] + 1, 0)
         # 16 bits are sorted by counting, several times as fast.
-        order = order[np.argsort(part.astype(np.uint16) if text.max() < 0xFFFF else part, kind="stable")]
+        order = order[np.argsort(part.astype(np.uint16) if few else part, kind="stable")]
     return order.astype(np.int32)
 
 
@@ -68,15 +67,23 @@ def places(text: Ints, order: Ints, wanted: Ints) -> npt.NDArray[np.int64]:
     return low
 
 
-def find(text: Ints, order: Ints, tokens: Ints, bounds: Ints | None = None, rank: Ints | None = None) -> Ints:
+def find(
+    text: Ints,
+    order: Ints,
+    tokens: Ints,
+    bounds: Ints | None = None,
+    rank: Ints | None = None,
+    begins: Ints | None = None,
+) -> Ints:
     """What followed the longest match of each of `tokens` and those before it.
 
     Args:
-        text: (N,) tokens, at least two.
+        text: (N,) tokens, at least two. Its first is the one that documents begin with, before which no context reaches.
         order: `order_of(text)`.
         tokens: (n,); −1 where there is none.
         bounds: document i is tokens[bounds[i]:bounds[i+1]], and no context reaches beyond its beginning; None: one.
-        rank: the inverse of `order`, in training: documents that stand in the text are not found in themselves.
+        rank: the inverse of `order`, in training.
+        begins: with `rank`: where each document stands in the text, in which it is not found then; −1: nowhere.
 
     Returns:
         (n, 1 + FOLLOWERS): the kind of the match, 0 for none, and what followed it, filled up with 0. Kinds are
@@ -84,18 +91,19 @@ def find(text: Ints, order: Ints, tokens: Ints, bounds: Ints | None = None, rank
     """
     ends = np.array([0, len(tokens)], np.int32) if bounds is None else bounds
     if matches.library() is not None:
-        return matches.find(text, order, tokens, ends, rank)
+        return matches.find(text, order, tokens, ends, rank, begins)
     at, lengths = np.arange(len(tokens)), np.diff(ends)
     start = np.repeat(ends[:-1], lengths).astype(np.int64)
     wanted = keys(tokens, at, start)  # (n, LONGEST)
+    opens = wanted == text[0]
+    wanted[opens.cumsum(1) > opens] = -1
     place = np.full(len(tokens), -1)
     own = np.zeros((len(tokens), 2), np.int64)  # of the text: what is not looked at
-    if rank is not None:
-        for a, b in pairwise(ends.tolist()):
-            if (stands := _stands_at(text, order, tokens[a:b])) is not None:
+    if rank is not None and begins is not None:
+        for (a, b), stands in zip(pairwise(ends.tolist()), begins.tolist(), strict=True):
+            if stands >= 0:
                 own[a:b] = stands, stands + b - a
-                here = stands + np.arange(b - a)
-                place[a:b] = rank[np.minimum(here, len(rank) - 1)]
+                place[a:b] = rank[np.minimum(stands + np.arange(b - a), len(rank) - 1)]
     unknown = place < 0
     place[unknown] = places(text, order, wanted[unknown])
     # By turns the next above and the next below: (n, 2·NEIGHBOURS) places.
@@ -118,23 +126,6 @@ def find(text: Ints, order: Ints, tokens: Ints, bounds: Ints | None = None, rank
     return out
 
 
-def _stands_at(text: Ints, order: Ints, document: Ints) -> int | None:
-    """Where a document, which begins with a token of that meaning, stands in the text; None if nowhere.
-
-    Nor where more than ALIKE begin like it: then it will find itself, as one of many.
-    """
-    last = min(len(document) - 1, LONGEST) - 1  # the last token of the text is not in its order
-    if last < 0:
-        return None
-    first = int(places(text, order, keys(document, np.array([last])))[0])
-    for p in order[first : first + ALIKE].astype(np.int64):
-        begin, end = p - last, p - last + len(document)
-        whole = end == len(text) or (end < len(text) and text[end] == document[0])  # not the beginning of a longer one
-        if begin >= 0 and whole and np.array_equal(text[begin:end], document):
-            return int(begin)
-    return None
-
-
 class Recall(nn.Module):
     """The text that a model carries, and what it makes of what it finds there.
 
@@ -154,25 +145,41 @@ class Recall(nn.Module):
         # In the model's checkpoints: without its text it is another model.
         self.register_buffer("text", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("order", torch.zeros(size - 1, dtype=torch.int32))
+        self._copied: tuple[list[tuple[int, int]], tuple[Ints, Ints]] | None = None
 
     def carry(self, text: Ints) -> None:
         """Take a text of `size` tokens."""
         self.text.copy_(torch.from_numpy(text))
         self.order.copy_(torch.from_numpy(order_of(text)))
 
+    def _on_host(self) -> tuple[Ints, Ints]:
+        """Text and order where `find` can read them; copied from a card once."""
+        now = [(tensor.data_ptr(), tensor._version) for tensor in (self.text, self.order)]
+        if self._copied is None or self._copied[0] != now:
+            self._copied = now, (self.text.cpu().numpy(), self.order.cpu().numpy())
+        return self._copied[1]
+
     def elsewhere(self) -> Callable[[Ints, Ints], Ints]:
         """For training: what followed each token's match in another document, from (tokens, bounds), see `find`."""
-        text, order = self.text.cpu().numpy(), self.order.cpu().numpy()
+        text, order = self._on_host()
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order), dtype=np.int32)
-        return lambda tokens, bounds: find(text, order, tokens, bounds, rank)
+        # Of equal documents the last one: the others are texts that were read elsewhere, too.
+        starts = [*np.flatnonzero(text == text[0]).tolist(), len(text)]
+        stands = {hash(text[a:b].tobytes()): a for a, b in pairwise(starts)}
+
+        def look_up(tokens: Ints, bounds: Ints) -> Ints:
+            begins = [stands.get(hash(tokens[a:b].tobytes()), -1) for a, b in pairwise(bounds.tolist())]
+            return find(text, order, tokens, bounds, rank, np.array(begins, np.int32))
+
+        return look_up
 
     def look_up(self, idx: Tensor, n: int = 0, first: Tensor | None = None) -> Tensor:
         """What followed tokens like the last ones of each row, see `find`: (B, n + T) -> (B, T, 1 + FOLLOWERS).
 
         The first `n` tokens are context only; `first` (B, T) is true where a document begins.
         """
-        text, order = self.text.cpu().numpy(), self.order.cpu().numpy()
+        text, order = self._on_host()
         rows = []
         for i, row in enumerate(idx.to("cpu", torch.int32).numpy()):
             starts = [] if first is None else (first[i].nonzero()[:, 0].cpu() + n).tolist()

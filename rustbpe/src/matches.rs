@@ -11,7 +11,7 @@ use std::os::raw::c_int;
 use crate::abi::{guarded, view, view_mut};
 
 /// Counts the functions below and their arguments: `matches.py` refuses a library with another number.
-const VERSION: c_int = 1;
+const VERSION: c_int = 2;
 
 /// Tokens of a match: more are not told apart, fewer do not count.
 pub const LONGEST: usize = 8;
@@ -22,8 +22,6 @@ pub const FOLLOWERS: usize = 4;
 pub const KINDS: usize = (LONGEST - SHORTEST + 1) * FOLLOWERS;
 /// How far to look in either direction.
 const NEIGHBOURS: i64 = 16;
-/// Beginnings of documents that are tried, to find one in the text.
-const ALIKE: usize = 1024;
 /// Contexts that are searched for together.
 const TOGETHER: usize = 16;
 
@@ -60,15 +58,15 @@ impl<'a> Text<'a> {
     /// What followed the longest match of one context.
     pub fn find(&self, context: &[i32]) -> Result<Found, String> {
         let mut places = [0];
-        let keys = [key_of(context)];
+        let keys = [self.key(context)];
         self.places(&keys, &mut places)?;
         self.beside(&keys[0], places[0], 0..0, true)
     }
 
     /// What followed the longest match of each of some tokens and those before it.
     ///
-    /// Document i is `tokens[bounds[i]..bounds[i + 1]]`. With `rank`, the inverse of the order, documents that stand in
-    /// the text are not found in themselves.
+    /// Document i is `tokens[bounds[i]..bounds[i + 1]]`. `own` is the inverse of the order, and where each document
+    /// stands in the text, in which it is not found then; negative: nowhere.
     ///
     /// # Errors
     /// Arrays that do not belong together, or an order that is none.
@@ -76,35 +74,43 @@ impl<'a> Text<'a> {
         &self,
         tokens: &[i32],
         bounds: &[i32],
-        rank: Option<&[i32]>,
+        own: Option<(&[i32], &[i32])>,
         out: &mut [Found],
     ) -> Result<(), String> {
-        if out.len() != tokens.len() || rank.map_or(false, |rank| rank.len() != self.order.len()) {
-            return Err("the rank or the result has another size".into());
+        let fits = |(rank, begins): (&[i32], &[i32])| {
+            rank.len() == self.order.len() && begins.len() + 1 == bounds.len()
+        };
+        if out.len() != tokens.len() || !own.map_or(true, fits) {
+            return Err("the rank, the beginnings or the result have another size".into());
         }
         let ends_meet = bounds.first() == Some(&0) && bounds.last().map(|&end| end as usize) == Some(tokens.len());
         if !ends_meet || bounds.windows(2).any(|pair| pair[0] > pair[1]) {
             return Err(format!("the bounds do not ascend from 0 to the {} tokens", tokens.len()));
         }
-        for pair in bounds.windows(2) {
+        for (i, pair) in bounds.windows(2).enumerate() {
             let document = pair[0] as usize..pair[1] as usize;
-            self.find_document(&tokens[document.clone()], rank, &mut out[document])?;
+            let known = own.and_then(|(rank, begins)| Some((usize::try_from(begins[i]).ok()?, rank)));
+            if known.map_or(false, |(begin, _)| begin + document.len() > self.tokens.len()) {
+                return Err("a document does not end in the text".into());
+            }
+            self.find_document(&tokens[document.clone()], known, &mut out[document])?;
         }
         Ok(())
     }
 
-    fn find_document(&self, document: &[i32], rank: Option<&[i32]>, out: &mut [Found]) -> Result<(), String> {
-        let known = match rank {
-            Some(rank) => self.stands_at(document)?.map(|begin| (begin, rank)),
-            None => None,
-        };
+    fn find_document(
+        &self,
+        document: &[i32],
+        known: Option<(usize, &[i32])>,
+        out: &mut [Found],
+    ) -> Result<(), String> {
         let own = known.map_or(0..0, |(begin, _)| begin..begin + document.len());
         for (group, out) in out.chunks_mut(TOGETHER).enumerate() {
             let first = group * TOGETHER;
             let mut keys = [[-1; LONGEST]; TOGETHER];
             for (i, key) in keys[..out.len()].iter_mut().enumerate() {
                 let end = first + i + 1;
-                *key = key_of(&document[end.saturating_sub(LONGEST)..end]);
+                *key = self.key(&document[end.saturating_sub(LONGEST)..end]);
             }
             let keys = &keys[..out.len()];
             let mut places = [-1; TOGETHER];
@@ -126,6 +132,15 @@ impl<'a> Text<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The key of a context, which begins where a document does.
+    fn key(&self, context: &[i32]) -> Key {
+        let mut key = key_of(context);
+        if let Some(opens) = key.iter().position(|&token| token == self.tokens[0]) {
+            key[opens + 1..].fill(-1);
+        }
+        key
     }
 
     /// The position at a place of the order; a token follows it.
@@ -233,34 +248,6 @@ impl<'a> Text<'a> {
         }
         Ok(found)
     }
-
-    /// Where a document, which begins with a token of that meaning, stands in the text; not where more than ALIKE begin
-    /// like it.
-    fn stands_at(&self, document: &[i32]) -> Result<Option<usize>, String> {
-        // The last token of the text is not in its order.
-        let begins = (document.len().max(1) - 1).min(LONGEST);
-        if begins == 0 {
-            return Ok(None);
-        }
-        let key = key_of(&document[..begins]);
-        let mut first = [0];
-        self.places(&[key], &mut first)?;
-        let first = first[0] as usize;
-        for place in first..(first + ALIKE).min(self.order.len()) {
-            let position = self.position(place)?;
-            let begin = match (position + 1).checked_sub(begins) {
-                Some(begin) if self.tokens[begin..=position] == document[..begins] => begin,
-                _ => break, // and so do all that come later
-            };
-            let end = begin + document.len();
-            // Not the beginning of a longer one.
-            let whole = end == self.tokens.len() || self.tokens.get(end) == Some(&document[0]);
-            if whole && self.tokens[begin..end] == *document {
-                return Ok(Some(begin));
-            }
-        }
-        Ok(None)
-    }
 }
 
 #[no_mangle]
@@ -268,7 +255,8 @@ pub extern "C" fn rustbpe_matches_version() -> c_int {
     VERSION
 }
 
-/// Writes what `Text::find_documents` finds, (tokens, 1 + FOLLOWERS) numbers. `rank` is null where there is none.
+/// Writes what `Text::find_documents` finds, (tokens, 1 + FOLLOWERS) numbers. `rank` is null where documents are found in
+/// themselves, too.
 ///
 /// # Safety
 /// The buffers are valid for their lengths, `out` for writing; nobody writes to them meanwhile.
@@ -284,21 +272,23 @@ pub unsafe extern "C" fn rustbpe_matches_find(
     num_bounds: usize,
     rank: *const i32,
     rank_len: usize,
+    begins: *const i32,
+    num_begins: usize,
     out: *mut i32,
     out_len: usize,
 ) -> c_int {
     guarded(|| {
         // SAFETY: as the caller promises.
-        let (text, tokens, bounds, rank, out) = unsafe {
+        let (text, tokens, bounds, own, out) = unsafe {
             (
                 Text::new(view(text, text_len)?, view(order, order_len)?)?,
                 view(tokens, num_tokens)?,
                 view(bounds, num_bounds)?,
-                if rank.is_null() { None } else { Some(view(rank, rank_len)?) },
+                if rank.is_null() { None } else { Some((view(rank, rank_len)?, view(begins, num_begins)?)) },
                 view_mut(out as *mut Found, out_len / (1 + FOLLOWERS))?,
             )
         };
-        text.find_documents(tokens, bounds, rank, out)
+        text.find_documents(tokens, bounds, own, out)
     })
 }
 
@@ -343,7 +333,7 @@ mod tests {
         order.iter().enumerate().for_each(|(place, &position)| rank[position as usize] = place as i32);
         let text = Text::new(&tokens, &order).unwrap();
         let mut out = [[0; 5]; 4];
-        text.find_documents(&tokens[..4], &[0, 4], Some(&rank), &mut out).unwrap();
+        text.find_documents(&tokens[..4], &[0, 4], Some((&rank, &[0])), &mut out).unwrap();
         assert_eq!(out, [[0; 5], [kind(2, 1), 2, 0, 0, 0], [kind(3, 1), 4, 0, 0, 0], [0; 5]]);
         text.find_documents(&tokens[..4], &[0, 4], None, &mut out).unwrap();
         assert_eq!(out[3], [kind(4, 1), 0, 0, 0, 0]);
@@ -360,10 +350,12 @@ mod tests {
         for bounds in [&[][..], &[0], &[0, 4], &[1, 3], &[0, 2, 1, 3], &[-1, 3], &[0, -3]] {
             assert!(text.find_documents(&[1, 2, 1], bounds, None, &mut out).is_err());
         }
-        assert!(text.find_documents(&[1, 2, 1], &[0, 3], Some(&[0; 3]), &mut out).is_err());
+        assert!(text.find_documents(&[1, 2, 1], &[0, 3], Some((&[0; 3], &[0])), &mut out).is_err());
+        assert!(text.find_documents(&[1, 2, 1], &[0, 3], Some((&[0; 4], &[])), &mut out).is_err());
+        assert!(text.find_documents(&[1, 2, 1], &[0, 3], Some((&[0; 4], &[3])), &mut out).is_err());
         // Ranks outside the order have no neighbours; a negative one is searched for.
         for rank in [i32::MAX, 4, -1, i32::MIN] {
-            text.find_documents(&[1, 2, 1], &[0, 3], Some(&[rank; 4]), &mut out).unwrap();
+            text.find_documents(&[1, 2, 1], &[0, 3], Some((&[rank; 4], &[0])), &mut out).unwrap();
         }
         for bad in [-1, 4, i32::MAX, i32::MIN] {
             let order = [bad; 4];

@@ -178,7 +178,9 @@ class Recall(nn.Module):
         Returns the kind of its match (B, T), −1 without one, what followed it, filled up with 0, and each one's share.
         """
         wanted = ids.unfold(1, self.longest, 1).flip(-1).int()  # (B, T, L)
-        wanted = wanted.masked_fill((wanted < 0).cumsum(-1) > 0, -1)  # nothing counts beyond a gap
+        opens = wanted == self.text[0]  # the token that a document begins with
+        # Nothing counts beyond a gap, nor before a document's beginning.
+        wanted = wanted.masked_fill(((wanted < 0).cumsum(-1) > 0) | (opens.cumsum(-1) > opens), -1)
         ahead = torch.arange(self.neighbours, device=ids.device)
         # By turns the next above and the next below: (B, T, 2·neighbours).
         beside = self.places(wanted).unsqueeze(-1) + torch.stack((ahead, -1 - ahead), -1).flatten()
