@@ -47,7 +47,7 @@ def first_tokens(corpus: Corpus, tokenizer: RustBPETokenizer, most: int, skip_ba
     """The training text's first documents, as many as have at most so many tokens together; int32.
 
     Raises:
-        ValueError: not even the first one does.
+        ValueError: these are fewer than two.
     """
     parts: list[Tokens] = []
     for block in TokenStream(corpus, tokenizer, "train", default_threads(1), skip_bad_shards).blocks(TextCursor()):
@@ -58,9 +58,14 @@ def first_tokens(corpus: Corpus, tokenizer: RustBPETokenizer, most: int, skip_ba
         parts.append(np.asarray(block.tokens[:end], np.int32))
         if end < len(block.tokens):
             break
-    if sum(map(len, parts)) < 2:
-        raise ValueError(f"--recall={most} is less than the first document of the training text has: give more tokens")
-    return np.concatenate(parts)
+    text = np.concatenate([np.empty(0, np.int32), *parts])
+    documents = np.count_nonzero(text == tokenizer.get_bos_token_id())
+    if documents < 2:  # none is found in itself: nothing would be learned
+        raise ValueError(
+            f"--recall={most}: the training text begins with {documents} whole documents of so many tokens together, "
+            "and each is looked up in the others: give more tokens, or leave --recall out"
+        )
+    return text
 
 
 class PretrainLoader(BatchLoader[TextCounts, TextCursor]):

@@ -137,8 +137,11 @@ class GPTConfig:
         values = {name: value for name, value in values.items() if name != "bigram_buckets" or value}  # was a switch
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
+            gone = (
+                " (an embedding of pairs of tokens, which --recall has replaced)" if "bigram_buckets" in unknown else ""
+            )
             raise ValueError(
-                f"this checkpoint's model has settings unknown to this version: {', '.join(sorted(unknown))}"
+                f"this checkpoint's model has settings unknown to this version: {', '.join(sorted(unknown))}{gone}"
             )
         return cls(**values)
 

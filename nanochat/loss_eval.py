@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nanochat.common import Compute
 from nanochat.data.corpus import Corpus
+from nanochat.data.loader import Batch
 from nanochat.dataloader import PretrainLoader
 from nanochat.gpt import GPT
 from nanochat.tokenizer import RustBPETokenizer
@@ -26,7 +27,7 @@ from nanochat.tokenizer import RustBPETokenizer
 @torch.no_grad()
 def evaluate_bpb(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor] | Batch],
     steps: int | None,
     token_bytes: Tensor,
     autocast: AbstractContextManager[object] | None = None,
@@ -34,8 +35,8 @@ def evaluate_bpb(
     """Bits per byte of `model` on the first `steps` batches (all there are if fewer), over all ranks together.
 
     Args:
-        model: called as model(x, y, loss_reduction="none") -> (B, T) nats, 0 where y is -1.
-        batches: yields x and y, both (B, T) int64. Each rank passes its own share.
+        model: called as model(x, y, loss_reduction="none") -> (B, T) nats, 0 where y is -1; with `found` if there is one.
+        batches: yields x and y, both (B, T) int64, or a `Batch`. Each rank passes its own share.
         steps: the most batches to read on each rank; None reads finite `batches` to their end.
         token_bytes: (vocab,) bytes of each token, 0 for special tokens.
         autocast: the context to run the model in.
@@ -56,8 +57,10 @@ def evaluate_bpb(
     num_bytes = torch.zeros((), dtype=torch.int64, device=device)
     with autocast if autocast is not None else nullcontext():
         # islice never asks for the batch after the last one, which a loader would prepare in vain.
-        for x, y in islice(batches, steps):
-            losses = model(x, y, loss_reduction="none")  # (B, T)
+        for batch in islice(batches, steps):
+            x, y, *_ = batch
+            found = batch.found if isinstance(batch, Batch) else None
+            losses = model(x, y, loss_reduction="none", **({} if found is None else {"found": found}))  # (B, T)
             lengths = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)  # (B, T)
             nats += torch.where(lengths > 0, losses, 0.0).to(exact).sum()
             num_bytes += lengths.sum()
@@ -104,6 +107,8 @@ def corpus_bpb(
         world_size=compute.world_size,
         max_rows=max_rows,
         skip_bad_shards=skip_bad_shards,
+        # Text that the model was trained on stands in what it carries, and must not be found in itself.
+        look_up=model.recall.elsewhere() if split == "train" and model.config.recall else None,
     )
     token_bytes = torch.from_numpy(tokenizer.token_lengths()).to(compute.device)
     return evaluate_bpb(model, loader, None, token_bytes, compute.precision.autocast())

@@ -47,7 +47,9 @@ def find(
     Raises:
         ValueError: arrays that don't belong together, or an order with positions that are not in the text.
     """
-    given = [None if a is None else np.ascontiguousarray(a, np.int32) for a in (text, order, tokens, bounds, rank, begins)]
+    given = [
+        None if a is None else np.ascontiguousarray(a, np.int32) for a in (text, order, tokens, bounds, rank, begins)
+    ]
     out = np.empty((np.size(tokens), WIDTH), np.int32)
     where = ((None, 0) if a is None else (a.ctypes.data, a.size) for a in (*given, out))
     rustbpe._check(library().rustbpe_matches_find(*(x for pair in where for x in pair)))

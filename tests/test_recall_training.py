@@ -46,8 +46,9 @@ def test_the_text_is_whole_documents_from_the_beginning(corpus: Corpus) -> None:
     two = documents[0] + documents[1]
     assert first_tokens(corpus, BYTES, len(two)).tolist() == two
     assert first_tokens(corpus, BYTES, len(two) + 5).tolist() == two
-    with pytest.raises(ValueError, match="--recall=5 is less"):
-        first_tokens(corpus, BYTES, 5)
+    for few, whole in ((5, 0), (len(documents[0]), 1)):
+        with pytest.raises(ValueError, match=f"--recall={few}: the training text begins with {whole} whole documents"):
+            first_tokens(corpus, BYTES, few)
 
 
 def test_no_document_is_found_in_itself(corpus: Corpus, recall: Recall) -> None:

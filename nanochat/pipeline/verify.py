@@ -39,7 +39,8 @@ STEPS, DEPTH, VOCAB, ROWS, T = 8, 2, 512, 4, 128
 SLOW = 0.5
 FREE = 0.85
 # Float32 weights with at most two moments; four such checkpoints (two, the best, the one being written), three models.
-BYTES_PER_PARAMETER = 4 * 12 + 3 * 4
+CHECKPOINTS, MODELS = 4, 3
+BYTES_PER_PARAMETER = CHECKPOINTS * 12 + MODELS * 4
 # Conversations, benchmarks, caches: a guess.
 OTHER_BYTES = 3e9
 
@@ -169,10 +170,12 @@ def check_plan(profile: Profile, speed: float) -> Check:
 
 def check_room(profile: Profile, devices: Sequence[DeviceInfo]) -> Check:
     """Whether the base dir's disk holds this run: its shards, its checkpoints while it trains, its three models."""
-    num_params = meta_model(profile.model_config).num_params()
+    config = profile.model_config
+    num_params = meta_model(config).num_params()
     public = profile.dataset not in (None, "demo")
     shards = shards_needed(profile, devices) if public else 0
     needed = shards * SHARD_BYTES + num_params * BYTES_PER_PARAMETER + OTHER_BYTES * public
+    needed += (CHECKPOINTS + MODELS) * 8 * config.recall  # the text that each of them carries, and its order
     base_dir = get_base_dir()
     there = sum(path.stat().st_size for path in base_dir.rglob("*") if path.is_file())
     free = shutil.disk_usage(base_dir).free

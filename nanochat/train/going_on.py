@@ -49,6 +49,8 @@ def settle(cfg: PretrainConfig, start: Checkpoint | None) -> PretrainConfig:
     wrong = [name for name in given if given[name] not in (default[name], fixed.get(name))]
     switched = replace(config, **cfg.architecture.given())
     wrong += [name for name in cfg.architecture.given() if getattr(switched, name) != getattr(config, name)]
+    if cfg.separate_documents not in (None, config.document_start >= 0):
+        wrong.append("separate_documents")
     if wrong:
         raise ValueError(
             f"--{wrong[0]} contradicts --init_from={cfg.init_from}, whose model has {config.n_layer} layers, "

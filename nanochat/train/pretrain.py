@@ -300,11 +300,12 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
     else:
         text = TextSize.of(corpus, tokenizer)
     carried = None
-    if checkpoint is not None:
-        config = GPTConfig.from_dict(checkpoint.meta["model_config"])
-    elif config is None:
+    if config is None:
+        config = _model_config(cfg, tokenizer.get_vocab_size())  # what is wrong with it is said before a text is read
         of_the_text = {"document_start": tokenizer.get_bos_token_id()} if cfg.separate_documents else {}
-        if most := cfg.architecture.recall:
+        if checkpoint is not None:
+            of_the_text = {name: checkpoint.meta["model_config"].get(name, 0) for name in ("document_start", "recall")}
+        elif most := config.recall:
             carried = first_tokens(corpus, tokenizer, most, cfg.skip_bad_shards)
             of_the_text["recall"] = len(carried)
             print0(
