@@ -11,13 +11,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from nanochat.cards import Card
 from nanochat.data.sources import SHARD_BYTES, count_shards
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.plan.measured import measured_card
-from nanochat.plan.memory import MicroBatch, StepSetup, estimate_training_memory, largest_micro_batch
+from nanochat.plan.memory import MicroBatch, StepSetup, estimate_training_memory, largest_micro_batch, meta_model
 from nanochat.plan.roofline import CardRoofline, best_dtype, tokens_per_second
 from nanochat.plan.scaling_law import predict_bpb
 from nanochat.precision import DTYPES
@@ -130,12 +128,6 @@ def measured_speed(measure: SpeedModel, budget: Budget, depths: Sequence[int]) -
 def micro_batch(config: GPTConfig, rows: int, budget: Budget) -> MicroBatch | None:
     """The largest micro-batch that divides `rows` rows and fits; None if not even one row does."""
     return largest_micro_batch(config, budget.memory_bytes, budget.sequence_len, budget.setup, rows)
-
-
-def meta_model(config: GPTConfig) -> GPT:
-    """The model without memory, for counting."""
-    with torch.device("meta"):
-        return GPT(config)
 
 
 def plan_row(depth: int, budget: Budget, speed: SpeedModel) -> Row:
