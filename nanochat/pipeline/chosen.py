@@ -76,7 +76,7 @@ def profile_for(settings: Settings, devices: Sequence[DeviceInfo]) -> Profile:
     best = best_row(rows) if settings.auto_depth or (fitting is None and settings.depth is None) else fitting
     if best is None:
         if asked:
-            raise ValueError(f"{asked}: nothing that was planned fits into {cards}: {number}")
+            raise ValueError(f"{asked}: nothing that was planned fits into {cards}: set a smaller DEPTH")
         return profile
     about = f"{_size(best)}, which by the planner learn most: {best.bpb:.3f} bits per byte, {planned}"
     if fitting is None:
