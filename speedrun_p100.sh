@@ -17,7 +17,8 @@ error: 1). Settings come from the environment:
                      demo (a small world, minutes on a CPU), cpu, p100, d20 (8 cards), tiny (a test)
   DEPTH              layers of the model; the width follows (default with a card that holds it: 12). "auto" takes the
                      depth that should learn most on this card in HOURS
-  VOCAB_SIZE         size of the vocabulary (at least 265)
+  VOCAB_SIZE         size of the vocabulary (at least 265; default with a card: 65536). "auto" takes the one that should
+                     learn most on this card in HOURS
   HOURS              time for base training (with a card 8); mid-training takes another third of it (at most half an
                      hour), SFT a sixth (at most 20 minutes). The demo on a CPU: time for everything (default: 5
                      minutes, or what its fewest steps take)

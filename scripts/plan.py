@@ -4,6 +4,7 @@ python -m scripts.plan                                this machine, 8 hours
 python -m scripts.plan --card p100 --hours 8          a card that is not here, from its data sheet
 python -m scripts.plan --card t4 --num_cards 2 --recipe modern --depth 12
 python -m scripts.plan --card "rtx 3060" --markdown   the table for documents; --json for programs
+python -m scripts.plan --card t4 --vocab_size auto    the vocabulary, too
 python -m scripts.plan --card "t4, t4 x2, p100, 3090" one line per card, at one depth and at the best
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -30,9 +31,11 @@ from nanochat.plan.planning import (
     DEPTHS,
     MEASURED_DEPTHS,
     MEASURED_DEPTHS_DEFAULT,
+    VOCAB_SIZES,
     Budget,
     Row,
     SpeedModel,
+    best_row,
     card_speed,
     measured_speed,
     on_card,
@@ -58,8 +61,8 @@ class Config:
     """Time of base training (mid-training and SFT come on top)."""
     depth: int | None = None
     """Only this depth; default: 4 to 20."""
-    vocab_size: int | None = None
-    """Default: that of the tokenizer here, for another card 65536."""
+    vocab_size: int | Literal["auto"] | None = None
+    """Default: that of the tokenizer here, for another card 65536; auto: of a --card the planner's best."""
     max_seq_len: int = 2048
     """Context length in tokens."""
     recipe: Literal["small", "portable", "classic", "modern"] = DEFAULT_RECIPE  # type: ignore[assignment]
@@ -85,11 +88,13 @@ class Config:
             raise ValueError(f"--hours must be positive, got {self.hours}")
         if self.depth is not None and self.depth < 1:
             raise ValueError(f"--depth must be at least 1, got {self.depth}")
+        if self.vocab_size == "auto" and self.card is None:
+            raise ValueError("--vocab_size=auto plans from data sheets: name a --card, or set --vocab_size to a number")
         if self.num_cards is not None and self.num_cards < 1:
             raise ValueError(f"--num_cards must be at least 1, got {self.num_cards}")
         for name in ("max_seq_len", "vocab_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
@@ -116,7 +121,7 @@ def target_card(cfg: Config) -> Target:
         card,
         hours=cfg.hours,
         recipe=cfg.recipe,
-        vocab_size=cfg.vocab_size or VOCAB_SIZE,
+        vocab_size=cfg.vocab_size if isinstance(cfg.vocab_size, int) else VOCAB_SIZE,
         sequence_len=cfg.max_seq_len,
         num_cards=cfg.num_cards or named,
         dtype=cfg.dtype,
@@ -149,7 +154,7 @@ def target_here(cfg: Config) -> Target:
     if cfg.refresh:
         path.unlink(missing_ok=True)
     vocab_size = cfg.vocab_size
-    if vocab_size is None:
+    if not isinstance(vocab_size, int):
         try:
             vocab_size = get_tokenizer().get_vocab_size()
         except FileNotFoundError:
@@ -205,11 +210,21 @@ CARD_COLUMNS = (
 COMPARED_DEPTH = 12  # of the guide's night
 
 
+def planned(cfg: Config, target: Target, depths: Iterable[int]) -> tuple[list[Row], list[Row]]:
+    """The rows of these depths with the best vocabulary, and the best row of each one that was asked for."""
+    sizes = VOCAB_SIZES if cfg.vocab_size == "auto" else (target.budget.vocab_size,)
+    rows = plan(depths, target.budget, target.speed, sizes)
+    best = best_row(rows)
+    taken = best.vocab_size if best else sizes[0]
+    each = [best_row(row for row in rows if row.vocab_size == size) for size in sizes]
+    return [row for row in rows if row.vocab_size == taken], [row for row in each if row]
+
+
 def card_cells(cfg: Config, name: str) -> list[str]:
     """One card's line of a comparison: its run at one depth, and the depth that the planner finds best."""
     target = target_card(replace(cfg, card=name))
     depth = cfg.depth or COMPARED_DEPTH
-    rows = plan(sorted({*DEPTHS, depth}), target.budget, target.speed)
+    rows, _ = planned(cfg, target, sorted({*DEPTHS, depth}))
     row = next(row for row in rows if row.depth == depth)
     best = next((row for row in rows if row.best), None)
     cards = f"{target.budget.num_cards} × " if target.budget.num_cards > 1 else ""
@@ -300,7 +315,8 @@ def main(cfg: Config) -> None:
         return
     target = target_card(cfg) if cfg.card is not None else target_here(cfg)
     budget = target.budget
-    rows = plan([cfg.depth] if cfg.depth else DEPTHS, budget, target.speed)
+    rows, of_vocabularies = planned(cfg, target, [cfg.depth] if cfg.depth else DEPTHS)
+    budget = replace(budget, vocab_size=rows[0].vocab_size)
     if cfg.json:
         result = {"target": target.name, "budget": asdict(budget), "rows": [asdict(row) for row in rows]}
         if cfg.card is None:
@@ -316,9 +332,12 @@ def main(cfg: Config) -> None:
         styles = ["bold green" if row.best else "dim" if row.micro_batch is None else "" for row in rows]
         show(title, COLUMNS, [cells(row) for row in rows], styles)
     print("\n".join(notes(cfg, target, rows)))
+    if cfg.vocab_size == "auto":
+        others = "; ".join(f"{row.vocab_size:,} d{row.depth} {row.bpb:.3f}" for row in of_vocabularies)
+        print(f"The best depth and bits per byte of each vocabulary: {others or 'none fits'}.")
 
 
-def setting(cfg: Config, vocab_size: int) -> str:
+def setting(cfg: Config, vocab_size: int | str) -> str:
     """What all rows of a table share."""
     return f"{cfg.hours:g} hours, {cfg.recipe} recipe, vocabulary {vocab_size}, context {cfg.max_seq_len}"
 

@@ -64,7 +64,7 @@ MACHINES = {
         torch="torch==2.7.1",
         says=("warn", "vram", "6144 MiB"),
         wheel=("ok", "has kernels for NVIDIA GeForce GTX 980 Ti"),
-        plans="which by the planner learns most in 8 hours on NVIDIA GeForce GTX 980 Ti",
+        plans="planned for 8 hours on NVIDIA GeForce GTX 980 Ti",
     ),
     "P100": Machine(
         cards=(P100,),

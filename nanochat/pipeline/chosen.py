@@ -1,4 +1,4 @@
-"""The profile of a run as it will be: with the planner's depth, or the shape of the model that it goes on from."""
+"""The profile of a run as it will be: with the planner's depth and vocabulary, or the shape it goes on from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nanochat.cards import DeviceInfo, find_card, training_speed
 from nanochat.files import read_json, write_json
 from nanochat.interop.start_model import StartModel
 from nanochat.pipeline.profiles import BaseModel, Profile, Settings, choose_profile, fit_batches
-from nanochat.plan.planning import DEPTHS, Row, card_speed, on_card, plan
+from nanochat.plan.planning import DEPTHS, VOCAB_SIZES, Row, best_row, card_speed, on_card, plan
 from nanochat.plan.scaling_law import ERROR
 
 # Of a profile's steps: in however little time, everything still fits together; and without HOURS a fast machine is done
@@ -18,10 +18,10 @@ from nanochat.plan.scaling_law import ERROR
 SMALLEST_SHARE, MOST_SHARE = 0.05, 3.0
 
 
-def planned_rows(profile: Profile, devices: Sequence[DeviceInfo]) -> list[Row]:
-    """What each depth would give in the profile's hours on these cards; empty without hours or for an unknown card.
+def planned_rows(profile: Profile, settings: Settings, devices: Sequence[DeviceInfo]) -> list[Row]:
+    """What each depth and vocabulary that the user left open would give in the profile's hours on these cards.
 
-    From data sheets, not measured: a run that resumes must find the same depth.
+    Empty without hours or for an unknown card. From data sheets, not measured: a run that resumes must find the same.
     """
     card = find_card(min(devices, key=lambda device: training_speed(device.name)).name) if devices else None
     if card is None or profile.hours is None:
@@ -35,42 +35,60 @@ def planned_rows(profile: Profile, devices: Sequence[DeviceInfo]) -> list[Row]:
         num_cards=profile.nproc,
         fineweb=profile.dataset == "fineweb_edu",
     )
-    return plan(sorted({*DEPTHS, profile.depth}), budget, card_speed(roofline, budget))
+    depths = {profile.depth} if settings.depth is not None else {*DEPTHS, profile.depth}
+    fixed = settings.vocab_size is not None or (settings.auto_depth and not settings.auto_vocab)
+    vocab_sizes = {profile.vocab_size} if fixed else {*VOCAB_SIZES, profile.vocab_size}
+    return plan(sorted(depths), budget, card_speed(roofline, budget), sorted(vocab_sizes))
 
 
 def profile_for(settings: Settings, devices: Sequence[DeviceInfo]) -> Profile:
-    """`choose_profile`; a card that can't hold the profile's depth, and DEPTH=auto, get the planner's best depth.
+    """`choose_profile`, with the planner's best depth and vocabulary where these are "auto".
+
+    A card that can't hold the profile's depth gets the planner's best depth without being asked.
 
     Raises:
-        ValueError: DEPTH=auto where the planner can't say.
+        ValueError: DEPTH=auto or VOCAB_SIZE=auto where the planner can't say.
     """
     profile = choose_profile(settings, len(devices))
-    if profile.name != "p100" or settings.depth is not None or settings.base:
-        if settings.auto_depth:
-            raise ValueError(f"DEPTH=auto plans for CUDA cards, not for PROFILE={profile.name}: set DEPTH to a number")
+    auto = {"DEPTH": settings.auto_depth, "VOCAB_SIZE": settings.auto_vocab}
+    asked = " ".join(f"{name}=auto" for name, is_auto in auto.items() if is_auto)
+    number = f"set {' and '.join(name for name, is_auto in auto.items() if is_auto)} to a number"
+    if profile.name != "p100" or settings.base or (settings.depth is not None and not asked):
+        if asked:
+            raise ValueError(f"{asked} plans for CUDA cards, not for PROFILE={profile.name}: {number}")
         return profile
-    rows = planned_rows(profile, devices)
-    best = next((row for row in rows if row.best), None)
+    rows = planned_rows(profile, settings, devices)
     cards = " and ".join(dict.fromkeys(device.name for device in devices))
+    if asked and not rows:
+        raise ValueError(f"{asked}: the planner has no data sheet of {cards}: {number}")
+    planned = f"planned for {profile.hours:g} hours on {cards}, ± {ERROR:.0%}"
+    own = best_row(row for row in rows if (row.depth, row.vocab_size) == (profile.depth, profile.vocab_size))
+    best = best_row(rows)
+    if own is not None and best is not None and not asked:
+        if best == own:
+            return replace(profile, about=f"{_size(own)}, the planner's best: {own.bpb:.3f} bits per byte, {planned}")
+        flags = "DEPTH=auto" if settings.vocab_size else "DEPTH=auto VOCAB_SIZE=auto"
+        instead = f"{best.bpb:.3f} instead of {own.bpb:.3f} bits per byte"
+        return replace(profile, about=f"{_size(own)}; {flags} would take {_size(best)}: {instead}, {planned}")
+    if not settings.auto_vocab:
+        rows = [row for row in rows if row.vocab_size == profile.vocab_size]
+    fitting = best_row(row for row in rows if row.depth == profile.depth)
+    best = best_row(rows) if settings.auto_depth or (fitting is None and settings.depth is None) else fitting
     if best is None:
-        if settings.auto_depth:
-            raise ValueError(f"DEPTH=auto: the planner has no data sheet of {cards}: set DEPTH to a number")
+        if asked:
+            raise ValueError(f"{asked}: nothing that was planned fits into {cards}: set a smaller DEPTH")
         return profile
-    own = next(row for row in rows if row.depth == profile.depth)
-    if own.bpb is not None and not settings.auto_depth:
-        if best.depth == own.depth:
-            about = f"depth {own.depth}, the planner's best for {profile.hours:g} hours on {cards}"
-            return replace(profile, about=about)
-        about = (
-            f"depth {own.depth}; DEPTH=auto would take {best.depth}: {best.bpb:.3f} instead of {own.bpb:.3f} bits per "
-            f"byte, planned for {profile.hours:g} hours on {cards}, ± {ERROR:.0%}"
-        )
-        return replace(profile, about=about)
-    profile = choose_profile(replace(settings, depth=best.depth), len(devices))
-    about = f"depth {best.depth}, which by the planner learns most in {profile.hours:g} hours on {cards} (or set DEPTH)"
-    if own.bpb is None:
-        about = f"{about}; depth {own.depth} does not fit"
-    return replace(profile, about=about)
+    about = f"{_size(best)}, which by the planner learn most: {best.bpb:.3f} bits per byte, {planned}"
+    if fitting is None:
+        about = f"{about}; depth {profile.depth} does not fit"
+    return replace(
+        choose_profile(replace(settings, depth=best.depth, vocab_size=best.vocab_size), len(devices)), about=about
+    )
+
+
+def _size(row: Row) -> str:
+    """As the user reads it."""
+    return f"depth {row.depth}, vocabulary {row.vocab_size:,}"
 
 
 def fit_steps(profile: Profile, stages: Collection[str], step_seconds: float) -> Profile:

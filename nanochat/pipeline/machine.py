@@ -17,8 +17,7 @@ from nanochat.hardware import measure_matmul, query_nvidia_smi
 from nanochat.ops.cpu import release_workers, watch_cores
 from nanochat.pipeline.profiles import Profile
 from nanochat.plan.local_speed import LocalMachine
-from nanochat.plan.memory import MicroBatch
-from nanochat.plan.planning import meta_model
+from nanochat.plan.memory import MicroBatch, meta_model
 from nanochat.precision import DTYPES, Precision, product_dtype
 from nanochat.recipe import PRESETS
 

@@ -302,6 +302,8 @@ class Settings:
     auto_depth: bool = False
     """Take the depth that the planner finds best for the cards and hours."""
     vocab_size: int | None = None
+    auto_vocab: bool = False
+    """The same for the vocabulary."""
     hours: float | None = None
     recipe: str | None = None
     dataset: str | None = None
@@ -320,23 +322,21 @@ class Settings:
             ValueError: a value makes no sense; names the variable.
             FileNotFoundError: DATA_DIR, CHAT_DATA or WORLD is not there.
         """
-        auto_depth = env.get("DEPTH") == "auto"
-        depth = None if auto_depth else _number(env, "DEPTH", int, 1)
-        vocab_size = _number(env, "VOCAB_SIZE", int, 265)
-        nproc, hours = _number(env, "NPROC", int, 1), _number(env, "HOURS", float, 0.0)
+        auto_depth, auto_vocab = (env.get(name) == "auto" for name in ("DEPTH", "VOCAB_SIZE"))
         settings = cls(
             profile=env.get("PROFILE") or "auto",
-            depth=depth,
+            depth=None if auto_depth else _number(env, "DEPTH", int, 1),
             auto_depth=auto_depth,
-            vocab_size=vocab_size,
-            hours=hours,
+            vocab_size=None if auto_vocab else _number(env, "VOCAB_SIZE", int, 265),
+            auto_vocab=auto_vocab,
+            hours=_number(env, "HOURS", float, 0.0),
             recipe=env.get("RECIPE") or None,
             dataset=env.get("DATASET") or None,
             data_dir=Path(env["DATA_DIR"]).expanduser().absolute() if env.get("DATA_DIR") else None,
             chat_data=env.get("CHAT_DATA") or None,
             world=",".join(world_names(env.get("WORLD") or env.get("NANOCHAT_WORLD_DIR") or "")) or None,
             base=env.get("BASE") or None,
-            nproc=nproc,
+            nproc=_number(env, "NPROC", int, 1),
             wandb_run=env.get("WANDB_RUN") or "dummy",
         )
         if settings.profile not in ("auto", *PROFILES):

@@ -28,7 +28,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.pipeline.chosen import profile_for
 from nanochat.pipeline.machine import list_devices, shards_needed, take_cards, visible_cards
 from nanochat.pipeline.profiles import Profile, Settings
-from nanochat.plan.planning import meta_model
+from nanochat.plan.memory import meta_model
 from nanochat.precision import DTYPE_NAMES
 from nanochat.progress import format_seconds
 from nanochat.recipe import CLASSIC, PRESETS, parameter_groups

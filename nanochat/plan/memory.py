@@ -131,10 +131,16 @@ class _Counts(NamedTuple):
     largest_stack: int
 
 
+@functools.lru_cache(maxsize=8)
+def meta_model(config: GPTConfig) -> GPT:
+    """The model without memory, for counting; not to be changed."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
 @functools.lru_cache(maxsize=256)
 def _counts(config: GPTConfig) -> _Counts:
-    with torch.device("meta"):  # shapes without memory
-        model = GPT(config)
+    model = meta_model(config)
     sizes: dict[torch.Size, int] = {}
     for p in model.matrices:
         sizes[p.shape] = sizes.get(p.shape, 0) + p.numel()

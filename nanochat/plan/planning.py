@@ -8,22 +8,21 @@ nanochat/plan/scaling_law.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from nanochat.cards import Card
 from nanochat.data.sources import SHARD_BYTES, count_shards
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.plan.measured import measured_card
-from nanochat.plan.memory import MicroBatch, StepSetup, estimate_training_memory, largest_micro_batch
+from nanochat.plan.memory import MicroBatch, StepSetup, estimate_training_memory, largest_micro_batch, meta_model
 from nanochat.plan.roofline import CardRoofline, best_dtype, tokens_per_second
 from nanochat.plan.scaling_law import predict_bpb
 from nanochat.precision import DTYPES
 from nanochat.recipe import PRESETS, Preset, scale_hyperparameters
 
 DEPTHS = range(4, 21)
+VOCAB_SIZES = (4096, 8192, 16384, 32768, 65536)
 # What torch sees of the memory a card is sold with; least on a T4 with ECC. Rounded down.
 CARD_MEMORY_SHARE = 0.92
 # What is left of n cards' speed when they exchange gradients. A guess: it depends on the links between them.
@@ -78,6 +77,7 @@ class Row:
     """A depth and what becomes of it. Without a micro-batch that fits, what follows from it is None."""
 
     depth: int
+    vocab_size: int
     parameters: int
     flops_per_token: int
     micro_batch: MicroBatch | None
@@ -130,18 +130,13 @@ def micro_batch(config: GPTConfig, rows: int, budget: Budget) -> MicroBatch | No
     return largest_micro_batch(config, budget.memory_bytes, budget.sequence_len, budget.setup, rows)
 
 
-def meta_model(config: GPTConfig) -> GPT:
-    """The model without memory, for counting."""
-    with torch.device("meta"):
-        return GPT(config)
-
-
 def plan_row(depth: int, budget: Budget, speed: SpeedModel) -> Row:
     """The run of one depth. A recipe that scales takes its batch from the horizon, and that from the speed."""
     preset, config = budget.preset, budget.config(depth)
     model = meta_model(config)
     row = Row(
         depth=depth,
+        vocab_size=budget.vocab_size,
         parameters=model.num_params(),
         flops_per_token=model.estimate_flops(),
         micro_batch=None,
@@ -167,7 +162,14 @@ def plan_row(depth: int, budget: Budget, speed: SpeedModel) -> Row:
         tokens=tokens,
         steps=int(tokens / batch.total_batch_size),
         tokens_per_parameter=tokens / preset.scaling_params(model),
-        bpb=predict_bpb(model.num_matmul_params(), tokens, budget.vocab_size, not preset.scales, budget.fineweb),
+        bpb=predict_bpb(
+            model.num_matmul_params() - model.lm_head.weight.numel(),
+            model.lm_head.weight.numel(),
+            tokens,
+            budget.vocab_size,
+            not preset.scales,
+            budget.fineweb,
+        ),
         chinchilla_hours=CHINCHILLA * preset.scaling_params(model) / rate / 3600,
         disk_bytes=SHARD_BYTES * (count_shards(tokens) + 1) + CHECKPOINTS * checkpoint,
     )
@@ -179,11 +181,19 @@ def _memory(config: GPTConfig, micro: MicroBatch, budget: Budget) -> tuple[int, 
     return memory.total, memory.weights + memory.optimizer * budget.num_cards
 
 
-def plan(depths: Sequence[int], budget: Budget, speed: SpeedModel) -> list[Row]:
-    """A row per depth; the one with the lowest predicted bits per byte is marked."""
-    rows = [plan_row(depth, budget, speed) for depth in depths]
-    best = min((row for row in rows if row.bpb is not None), key=lambda row: row.bpb or math.inf, default=None)
+def plan(
+    depths: Iterable[int], budget: Budget, speed: SpeedModel, vocab_sizes: Iterable[int] | None = None
+) -> list[Row]:
+    """A row per vocabulary (only the budget's, unless given) and depth; the lowest predicted loss is marked."""
+    budgets = [replace(budget, vocab_size=size) for size in vocab_sizes or [budget.vocab_size]]
+    rows = [plan_row(depth, asked, speed) for asked in budgets for depth in depths]
+    best = best_row(rows)
     return [replace(row, best=row is best) for row in rows]
+
+
+def best_row(rows: Iterable[Row]) -> Row | None:
+    """The one with the lowest predicted bits per byte; None if none fits."""
+    return min((row for row in rows if row.bpb is not None), key=lambda row: row.bpb or math.inf, default=None)
 
 
 # --- by a card's data sheet ------------------------------------------------------------------------------------------

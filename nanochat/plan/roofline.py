@@ -14,12 +14,10 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
-
 from nanochat.cards import MEASURED_MATMUL, Card
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.plan.measured import CardRecord, measured_card
-from nanochat.plan.memory import switch_cost
+from nanochat.plan.memory import meta_model, switch_cost
 from nanochat.precision import DTYPE_NAMES, DTYPES, candidate_dtypes
 from nanochat.recipe import PRESETS, Preset
 
@@ -68,8 +66,7 @@ def step_operations(
     ]
     operations = [_times(op, micro_batches) for op in operations]
     if micro_batches > 1:
-        with torch.device("meta"):
-            numel = GPT(config).num_params()
+        numel = meta_model(config).num_params()
         operations.append(Operation("accumulate", (numel,), micro_batches - 1, numel, 12.0 * numel, "float32", 10))
     return operations + _update_operations(config, preset)
 
@@ -141,8 +138,7 @@ def _outer_operations(config: GPTConfig, rows: int, T: int, dtype: str) -> list[
 
 def _update_operations(config: GPTConfig, preset: Preset) -> list[Operation]:
     """Muon on the blocks' matrices, AdamW on everything else, and the norm of the gradients."""
-    with torch.device("meta"):
-        model = GPT(config)
+    model = meta_model(config)
     matrices = Counter(tuple(p.shape) for p in model.matrices)
     operations = []
     for (rows, cols), count in matrices.items():
