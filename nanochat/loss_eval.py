@@ -35,7 +35,7 @@ def evaluate_bpb(
     """Bits per byte of `model` on the first `steps` batches (all there are if fewer), over all ranks together.
 
     Args:
-        model: called as model(x, y, loss_reduction="none") -> (B, T) nats, 0 where y is -1; with `found` if there is one.
+        model: called as model(x, y, loss_reduction="none") -> (B, T) nats, 0 where y is -1; and with a batch's `found`.
         batches: yields x and y, both (B, T) int64, or a `Batch`. Each rank passes its own share.
         steps: the most batches to read on each rank; None reads finite `batches` to their end.
         token_bytes: (vocab,) bytes of each token, 0 for special tokens.

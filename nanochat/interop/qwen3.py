@@ -53,8 +53,8 @@ def check_folds(config: GPTConfig, without_softcap: bool = False) -> None:
     reasons = [r for r in obstacles(config) if not (without_softcap and r.startswith("logit_softcap="))]
     if reasons:
         raise ValueError(
-            f"this model is no Qwen3 model: it has {', '.join(reasons)}; one trained with --recipe=portable and nothing "
-            "of that is"
+            f"this model is no Qwen3 model: it has {', '.join(reasons)}; "
+            "one trained with --recipe=portable and nothing of that is"
         )
 
 

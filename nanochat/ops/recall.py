@@ -78,7 +78,7 @@ def find(
     """What followed the longest match of each of `tokens` and those before it.
 
     Args:
-        text: (N,) tokens, at least two. Its first is the one that documents begin with, before which no context reaches.
+        text: (N,) tokens, at least two. Its first is what documents begin with: no context reaches beyond such a one.
         order: `order_of(text)`.
         tokens: (n,); −1 where there is none.
         bounds: document i is tokens[bounds[i]:bounds[i+1]], and no context reaches beyond its beginning; None: one.
@@ -174,6 +174,11 @@ class Recall(nn.Module):
 
         return look_up
 
+    def nothing(self, idx: Tensor) -> Tensor:
+        """What `look_up` returns where it finds nothing: to time a pass without it."""
+        return idx.new_zeros(*idx.shape, 1 + FOLLOWERS)
+
+    @torch.compiler.disable  # the look-up is no torch operation
     def look_up(self, idx: Tensor, n: int = 0, first: Tensor | None = None) -> Tensor:
         """What followed tokens like the last ones of each row, see `find`: (B, n + T) -> (B, T, 1 + FOLLOWERS).
 

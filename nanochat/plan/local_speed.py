@@ -43,7 +43,8 @@ def pass_seconds(model: GPT, precision: Precision, idx: Tensor) -> float:
     start = time.perf_counter()
     with precision.training():
         with precision.autocast():
-            loss = model(idx[:, :-1], idx[:, 1:].contiguous())
+            found = model.recall.nothing(idx[:, 1:]) if model.config.recall else None
+            loss = model(idx[:, :-1], idx[:, 1:].contiguous(), found=found)
         precision.backward(loss)
     synchronize(idx.device)
     return time.perf_counter() - start
