@@ -127,11 +127,9 @@ class PretrainLoader(BatchLoader[TextCounts, TextCursor]):
         self._cursor = start = TextCursor() if state is None else self._restore(state)
         # Cut before the sequences are shared out among ranks, so that `max_rows` are the same for any number of them.
         # (No `self` in here: the thread must not keep the loader alive.)
-        rows, more = (
-            partial(ROWS[mode], stream, start, sequence_len),
-            0 if look_up is None else stream.nothing.shape[1] - 1,
-        )
-        self._start(lambda: islice(rows(), max_rows), tokenizer.get_bos_token_id(), max(0, more))
+        more = 0 if look_up is None else stream.nothing.shape[1] - 1
+        rows = partial(ROWS[mode], stream, start, sequence_len)
+        self._start(lambda: islice(rows(), max_rows), tokenizer.get_bos_token_id(), more)
 
     def __next__(self) -> tuple[Any, ...]:
         epoch = self.epoch

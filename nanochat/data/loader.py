@@ -84,10 +84,7 @@ class TrainingSequence(Generic[SomeCounts, SomeCursor]):
     """Tokens of each conversation in it, for segments."""
 
     def write(self, out: npt.NDArray[np.int64]) -> None:
-        """Write x, y, and segments if there is a third row for them, into `out` (2 or 3, T), which holds padding.
-
-        With F more numbers for each token these come behind, out (2 + F, T).
-        """
+        """Write x and y into `out` (2 + more, T), which holds padding; behind them the segments, or F more numbers."""
         n, sequence_len = len(self.tokens), out.shape[1]
         tokens = self.tokens if self.tokens.ndim == 1 else self.tokens[:, 0]
         out[0, :n] = tokens[:sequence_len]  # x
@@ -121,7 +118,7 @@ def rank_batches(
 
     Args:
         sequences: of all ranks together.
-        shape: of `HostBatch.data`: 2 (x, y) or 3 (and segments) or 2 + F, B, T.
+        shape: of `HostBatch.data`: 2 (x, y) + 1 for segments or F for more numbers, B, T.
         pad_id: stands in x where no token is.
         rank: which of the `world_size` ranks this is.
         world_size: how many share the sequences.
