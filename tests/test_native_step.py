@@ -72,7 +72,8 @@ def random_model(settings, seed=0):
 
 
 def carry_any_text(model, seed=0):
-    text = np.random.default_rng(seed).integers(0, model.config.vocab_size, model.config.recall, dtype=np.int32)
+    text = np.random.default_rng(seed).integers(1, model.config.vocab_size, model.config.recall, dtype=np.int32)
+    text[0] = 0  # what documents begin with
     model.recall.carry(text)
     with torch.no_grad():
         model.recall.scale.copy_(20.0 * torch.rand(model.recall.scale.shape))
@@ -329,7 +330,7 @@ def test_a_text_that_does_not_fit_is_refused():
     model.recall.order.fill_(2999)  # the last one is followed by nothing
     with pytest.raises(ValueError, match="not in the text"):
         NativeStep(model, "float32")(torch.tensor([[1]]), filled_plainly(model))
-    model.recall.carry(np.r_[1, 1, 1, np.full(2997, 1000)].astype(np.int32))
+    model.recall.carry(np.r_[0, 1, 1, np.full(2997, 1000)].astype(np.int32))
     with pytest.raises(ValueError, match="not in the vocabulary"):
         NativeStep(model, "float32")(torch.tensor([[1]]), filled_plainly(model))
     model.recall.order = model.recall.order[1:]
