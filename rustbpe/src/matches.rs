@@ -77,9 +77,8 @@ impl<'a> Text<'a> {
         own: Option<(&[i32], &[i32])>,
         out: &mut [Found],
     ) -> Result<(), String> {
-        let fits = |(rank, begins): (&[i32], &[i32])| {
-            rank.len() == self.order.len() && begins.len() + 1 == bounds.len()
-        };
+        let fits =
+            |(rank, begins): (&[i32], &[i32])| rank.len() == self.order.len() && begins.len() + 1 == bounds.len();
         if out.len() != tokens.len() || !own.map_or(true, fits) {
             return Err("the rank, the beginnings or the result have another size".into());
         }
@@ -98,12 +97,7 @@ impl<'a> Text<'a> {
         Ok(())
     }
 
-    fn find_document(
-        &self,
-        document: &[i32],
-        known: Option<(usize, &[i32])>,
-        out: &mut [Found],
-    ) -> Result<(), String> {
+    fn find_document(&self, document: &[i32], known: Option<(usize, &[i32])>, out: &mut [Found]) -> Result<(), String> {
         let own = known.map_or(0..0, |(begin, _)| begin..begin + document.len());
         for (group, out) in out.chunks_mut(TOGETHER).enumerate() {
             let first = group * TOGETHER;
