@@ -22,7 +22,7 @@ class Script(GPT):
         self.scripts = scripts
         self.rows_run = []
 
-    def hidden(self, idx, kv_cache=None, segments=None):
+    def hidden(self, idx, kv_cache=None, segments=None, found=None):
         # Each token's key holds its id; its position and the row's first token are read back from the cache.
         ids = idx.float()[:, :, None, None].expand(-1, -1, 1, self.config.head_dim)
         positions = kv_cache.positions(idx.size(1)).expand(idx.shape)

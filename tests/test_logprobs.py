@@ -119,7 +119,7 @@ def test_prompts_that_are_judged_are_read_together(model, tiny_tokenizer, monkey
     """As a harness sends them, with an ordinary request between; and one by one again where a pass fails."""
     draw, passes, hidden = random.Random(5), [], model.hidden
 
-    def counted(idx, kv_cache=None, segments=None):
+    def counted(idx, kv_cache=None, segments=None, found=None):
         if kv_cache is not None:
             passes.append(tuple(idx.shape))
         if fails and idx.size(0) > 1 and idx.size(1) > 1:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.ops.linear import embedding
-from rustbpe import matches
 
 LONGEST, SHORTEST = 8, 2  # tokens of a match: more are not told apart, fewer do not count
 FOLLOWERS = 4  # tokens that followed, at most
@@ -32,6 +32,14 @@ NEIGHBOURS = 16  # how far to look in either direction, past those that do not c
 KINDS = (LONGEST - SHORTEST + 1) * FOLLOWERS  # of matches: by their length and the number of followers
 
 Ints = npt.NDArray[np.int32]
+
+
+def _crate() -> Any:
+    try:
+        from rustbpe import matches  # lazy: a model runs without the crate
+    except ImportError:
+        return None
+    return None if matches.library() is None else matches
 
 
 def keys(text: Ints, at: npt.NDArray[np.int64], start: npt.NDArray[np.int64] | int = 0) -> Ints:
@@ -90,8 +98,8 @@ def find(
         1 + (length − SHORTEST)·FOLLOWERS + (number of followers − 1).
     """
     ends = np.array([0, len(tokens)], np.int32) if bounds is None else bounds
-    if matches.library() is not None:
-        return matches.find(text, order, tokens, ends, rank, begins)
+    if (crate := _crate()) is not None:
+        return np.asarray(crate.find(text, order, tokens, ends, rank, begins))
     at, lengths = np.arange(len(tokens)), np.diff(ends)
     start = np.repeat(ends[:-1], lengths).astype(np.int64)
     wanted = keys(tokens, at, start)  # (n, LONGEST)
@@ -178,7 +186,6 @@ class Recall(nn.Module):
         """What `look_up` returns where it finds nothing: to time a pass without it."""
         return idx.new_zeros(*idx.shape, 1 + FOLLOWERS)
 
-    @torch.compiler.disable  # the look-up is no torch operation
     def look_up(self, idx: Tensor, n: int = 0, first: Tensor | None = None) -> Tensor:
         """What followed tokens like the last ones of each row, see `find`: (B, n + T) -> (B, T, 1 + FOLLOWERS).
 
