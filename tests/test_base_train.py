@@ -114,6 +114,26 @@ def test_a_run_of_each_recipe(recipe, tiny_tokenizer, base_dir, text):
     assert torch.isfinite(torch.tensor(losses)).all()
 
 
+def test_half_a_run_of_a_version_without_these_settings_goes_on(tiny_tokenizer, base_dir, text, monkeypatch):
+    from nanochat.train.trainer import Trainer
+
+    tiny_tokenizer.save(base_dir / "tokenizer")
+    flags = ["--depth=2", "--max_seq_len=64", "--device_batch_size=4", "--total_batch_size=256", "--num_iterations=9"]
+    flags += ["--eval_tokens=256", "--sample_every=0", f"--data_dir={text}", "--device_type=cpu", "--compile=off"]
+    original = Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda self: (self.state.step == 7 and 1 / 0) or original(self))
+        with pytest.raises(ZeroDivisionError):
+            main(parse_config(Config, [*flags, "--save_every=3"]))
+    folder = base_dir / "base_checkpoints" / "d2"
+    half = load_checkpoint(folder)
+    for name in ("document_start", "recall", "reach"):
+        del half.meta["model_config"][name]
+    save_checkpoint(folder, 6, half.model, half.optimizer, half.meta)
+    main(parse_config(Config, [*flags, "--save_every=3"]))
+    assert load_checkpoint(folder).meta["model_config"]["document_start"] == -1
+
+
 def test_a_run_whose_model_looks_up_its_text_goes_on_where_it_was(tiny_tokenizer, base_dir, text, monkeypatch):
     """Killed half-way it ends with the same weights as a run that was not; the text is in its checkpoint."""
     from nanochat.train.trainer import Trainer

@@ -304,7 +304,8 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         config = _model_config(cfg, tokenizer.get_vocab_size())  # what is wrong with it is said before a text is read
         of_the_text = {"document_start": tokenizer.get_bos_token_id()} if cfg.separate_documents else {}
         if checkpoint is not None:
-            of_the_text = {name: checkpoint.meta["model_config"].get(name, 0) for name in ("document_start", "recall")}
+            before = GPTConfig.from_dict(checkpoint.meta["model_config"])
+            of_the_text = {"document_start": before.document_start, "recall": before.recall}
         elif most := config.recall:
             carried = first_tokens(corpus, tokenizer, most, cfg.skip_bad_shards)
             of_the_text["recall"] = len(carried)
