@@ -83,7 +83,7 @@ class GPTConfig:
     window_pattern: str = flag("L", "Repeated over the layers: L sees the whole context, S a quarter; the last is L.")
     document_start: int = -1  # token whose document attention does not leave, where there is no cache; −1: none
     reach: int = flag(0, "Tokens before its own that a layer of L sees; S sees a quarter of it. 0: the whole context.")
-    recall: int = flag(0, "Tokens of the training text in which the model looks up its last tokens; 0: none.")
+    recall: int = flag(0, "Tokens of training text that the model carries, to look up its last ones in; 0: none.")
     logit_softcap: float | None = flag(LOGIT_SOFTCAP, "Bound of the logits, by a tanh; 0: none.")
 
     def __post_init__(self) -> None:
