@@ -12,7 +12,7 @@ resumes. The validation text is the same for every vocabulary: the tokenizer's b
 tokens. Times are comparable only on a machine that does nothing else; on a busy one use --flops.
 
 A setting that wins at one size may lose at the next. `--ladder` trains each at three, prints its gain over the first
-setting at every rung, and fits how its loss falls with compute.
+setting at every rung, fits how its loss falls with compute, and draws it beside the results.
 """
 
 from __future__ import annotations
@@ -34,14 +34,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dev.fit_scaling_law import power_law  # noqa: E402
+from dev.ladder import SEED_NOISE, draw  # noqa: E402
 from nanochat.config import run_script  # noqa: E402
 from nanochat.gpt import NANOCHAT_2026  # noqa: E402
 
 LADDER = (4e13, 1.6e14, 5.6e14)  # training FLOPs of the rungs; each is about four times the one before
 NEXT_RUNG = 2.2e15  # for which the ladder's fit makes a prediction
-# How far seeds scatter, as a share of the loss, where a setting has one seed only: three seeds of `small` at 5.56e14
-# FLOPs, 1.4220 ± 0.0052 (dev/LOG.md).
-SEED_NOISE = 0.0037
 
 SWITCHES = {
     "residual_scalars": "--residual_scalars=True",
@@ -161,6 +159,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "4 × 128, separate": f"{NARROW} {SEPARATE}",
         "4 × 128, recall": f"{NARROW} {SEPARATE} --recall=17000000",
         "4 × 192, recall": f"{NARROW} {SEPARATE} --recall=17000000 --aspect_ratio=48 --head_size=96",
+        "4 × 256, recall": f"{NARROW} {SEPARATE} --recall=17000000 --aspect_ratio=64",
     },
     "shape": {
         "d4": "--depth=4",
@@ -451,6 +450,12 @@ def main(cfg: Config) -> None:
             epochs[label] = runs[0]["tokens"] * bytes_per_token / text
         print("epochs: " + ", ".join(f"{label} {share:.2f}" for label, share in epochs.items()), flush=True)
     print(f"\n{ladder_table(rungs)}", flush=True)
+    ladder: dict[str, list[tuple[float, float]]] = {}
+    for flops, rows in rungs.items():
+        for label, runs in rows.items():
+            ladder.setdefault(label, []).extend((flops, run["val_bpb"]) for run in runs)
+    draw(ladder, picture := Path(cfg.results).with_suffix(".svg"))
+    print(f"drawn in {picture}", flush=True)
 
 
 if __name__ == "__main__":

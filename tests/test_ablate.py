@@ -72,8 +72,11 @@ def test_the_ladder_trains_every_setting_at_every_rung_once(tmp_path, monkeypatc
     assert "+5.0%, -1.0%, -3.0%: counts" in rows["d6"]
     assert "shrinks" in rows["d8, half as wide"]
     assert re.search(r"0\.9\d \+ 0\.\d\d·\(C/1e15\)", rows["d4"])
+    picture = (tmp_path / "ablate.svg").read_text(encoding="utf-8")
+    assert all(f">{label}</text>" in picture for label in gain)
     ablate.main(cfg)  # what is in the results file is not run again
     assert len(ran) == 18
+    assert (tmp_path / "ablate.svg").read_text(encoding="utf-8") == picture
 
 
 def test_runs_without_a_law_still_end_with_their_table():
