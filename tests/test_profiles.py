@@ -265,18 +265,19 @@ def test_a_demo_in_hours_trains_by_steps_as_long_as_it_is_told_to(tmp_path):
     assert "--hours=1" in make_stages(card, Settings(), tmp_path)[4].flags
 
 
-def test_a_cpu_trains_a_narrow_model_where_text_does_not_end_and_time_does(tmp_path):
+def test_where_text_does_not_end_a_cpu_trains_the_width_for_its_hours_and_the_model_carries_text(tmp_path):
     def made(dataset="climbmix", **more):
         settings = Settings(dataset=dataset, data_dir=None if dataset else tmp_path, **more)
         profile = choose_profile(settings, 0)
         base = next(stage for stage in make_stages(profile, settings, tmp_path, 1) if stage.trains)
         return profile.model_config, base.flags
 
-    config, flags = made()
-    assert (config.n_embd, config.window_pattern, config.recall) == (128, "SSSL", 16_000_000)
-    expected = {"--aspect_ratio=32", "--window_pattern=SSSL", "--recall=16000000", "--separate_documents=True"}
-    assert expected | {"--max_seq_len=2048", "--eval_every=100"} <= set(flags)
-    # Own text, more hours, a depth that is asked for, and other programs, which carry no text.
-    for config, flags in (made(dataset=None), made(hours=8.0), made(depth=4), made(recipe="portable")):
+    for hours, channels, heads in ((0.1, 128, 1), (None, 192, 2), (1.0, 256, 2), (24.0, 256, 2)):
+        config, flags = made(hours=hours)
+        assert (config.n_embd, config.n_head, config.window_pattern) == (channels, heads, "SSSL")
+        expected = {"--window_pattern=SSSL", "--recall=16000000", "--separate_documents=True", "--max_seq_len=2048"}
+        assert expected | {"--reach=1024", "--eval_every=100"} <= set(flags)
+    # Own text, a depth that is asked for, and other programs, which carry no text.
+    for config, flags in (made(dataset=None), made(depth=4), made(recipe="portable")):
         assert config.n_embd == 256
         assert not any(flag.startswith(("--window_pattern", "--recall", "--aspect", "--separate")) for flag in flags)

@@ -285,9 +285,9 @@ D20 = Profile(
     needs_cards=True,
 )
 
-# The shape that learns most from endless text in so few hours of a CPU; from little text a wider one does (dev/LOG.md)
-NARROW_HOURS, _SWITCHES = 2.0, {"window_pattern": "SSSL", "reach": 1024, "recall": 16_000_000}
-NARROW: dict[str, Any] = {"aspect_ratio": 32, "max_seq_len": 2048, "device_batch_size": 2, "switches": _SWITCHES}
+# Of a public corpus, which has no end, a model on a CPU carries some. From so many hours on: channels for a layer and
+# for a head. In little time a narrow model learns most; from little text a wider one does (dev/LOG.md).
+WIDTHS = ((1.0, 64, 128), (0.25, 48, 96), (0.0, 32, 128))
 PROFILES = {profile.name: profile for profile in (DEMO, TINY, CPU, P100, D20)}
 # Rows per forward pass that are meant to fit into a P100's 16 GB at 2048 tokens, up to this depth.
 P100_DEVICE_BATCH = ((8, 16), (12, 8), (16, 4), (20, 2))
@@ -372,10 +372,8 @@ def _number(env: Mapping[str, str], name: str, kind: type[Any], smallest: float)
         value = kind(text)
     except ValueError:
         raise ValueError(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
-    if kind is int and value < smallest:
-        raise ValueError(f"{name}={text}: must be at least {smallest:.0f}")
-    if kind is float and not (smallest < value < math.inf):
-        raise ValueError(f"{name}={text}: must be more than {smallest:.0f}")
+    if value < smallest if kind is int else not (smallest < value < math.inf):
+        raise ValueError(f"{name}={text}: must be {'at least' if kind is int else 'more than'} {smallest:.0f}")
     return value
 
 
@@ -397,11 +395,13 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         profile = replace(profile, device_batch_size=fitting[0] if fitting else 1)
     dataset = None if settings.data_dir else settings.dataset or (None if settings.base else profile.dataset)
     chat_data = settings.chat_data or ("demo" if dataset == "demo" else profile.chat_data)
-    plain = not settings.depth and not settings.recipe and (settings.hours or 0.0) <= NARROW_HOURS
-    if profile.name == "cpu" and dataset in SOURCES and plain:
-        about = "a public corpus on this CPU, with a narrow model for little time (DEPTH=4: the usual width)"
+    if profile.name == "cpu" and dataset in SOURCES and not settings.depth and not settings.recipe:
+        about = "a public corpus on this CPU, by a model that carries text of it (DEPTH=4: one that does not)"
+        ratio, head = next(shape for least, *shape in WIDTHS if (settings.hours or profile.hours or 0.0) >= least)
+        switches = {"head_size": head, "window_pattern": "SSSL", "reach": 1024, "recall": 16_000_000}
         flags = {**profile.flags, "base_train": (*profile.flags["base_train"], "--separate_documents=True")}
-        profile = replace(profile, about=about, flags=flags, **NARROW)
+        profile = replace(profile, about=about, aspect_ratio=ratio, switches=switches, flags=flags)
+        profile = replace(profile, max_seq_len=2048, device_batch_size=2)
     profile = replace(
         profile,
         depth=settings.depth or profile.depth,
