@@ -21,6 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from nanochat.env import get_base_dir, get_dist_info, missing_packages, print0
+
+if __name__ == "__main__" and missing_packages():  # before an import that fails without them
+    sys.exit(missing_packages())
+
 import tyro
 
 from nanochat.config import run_script, short
@@ -29,7 +34,6 @@ from nanochat.data.download import RemoteFile, download_all, probe
 from nanochat.data.shards import MANIFEST, Entry, Manifest, is_written, load_manifest, writing
 from nanochat.data.sources import SOURCES, file_request, is_remote, plan_source, source_folder, split_repo
 from nanochat.data.text_import import import_path
-from nanochat.env import get_base_dir, get_dist_info, print0
 from nanochat.files import matches
 
 __all__ = ["Corpus", "download_shards", "open_corpus", "prepare_corpus"]
@@ -294,7 +298,7 @@ class Config:
     out: str | None = None
     """Folder for the imported shards; default base_data/import-<hash> in the base folder."""
     text_column: str | None = None
-    """Column or field with the text; default "text"."""
+    """Column or field with the text; default: "text" in a download, in texts here $TEXT_COLUMN, else found."""
     revision: str | None = None
     """Commit, tag or branch of a data set on the hub; default its main branch when first asked."""
     ready: int | None = None

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import math
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,16 @@ _SYSTEM = {*_FORBIDDEN, *FULL, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.E
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # an OSError as packages written in Rust tell it
 # A write that was cut short, as NumPy, PyTorch's two writers and SQLite tell it: they don't say why.
 _CUT_SHORT = re.compile(r"\d+ requested and \d+ written|unexpected pos \d+ vs \d+|file write failed|disk is full")
+
+
+def missing_packages() -> str:
+    """Says what to do if this Python lacks the packages of nanochat, as the system's own does; "" if it has them."""
+    if importlib.util.find_spec("tyro") is not None:
+        return ""
+    return (
+        f"{sys.executable} lacks the packages of nanochat: run `source .venv/bin/activate` first "
+        "(`bash setup_env.sh` makes .venv)"
+    )
 
 
 def require_wandb_login() -> None:

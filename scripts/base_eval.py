@@ -90,8 +90,13 @@ def report_lines(result: CoreResult) -> dict[str, str]:
 def main(cfg: Config) -> None:
     """Find model and bundle, evaluate, write CSV and report."""
     print_banner()
-    if cfg.hf_path is None:  # first: nothing is downloaded for a model that is not there
+    # First: nothing is downloaded for a model that is not there.
+    if cfg.hf_path is None:
         check_saved(find_tag("base", cfg.model_tag), cfg.step)
+    else:
+        from nanochat.interop.hf_model import check_hf_model  # lazy: as below
+
+        check_hf_model(cfg.hf_path)
     try:
         folder = get_bundle_folder(cfg.eval_bundle)
         bundle = load_bundle(folder, cfg.tasks.split("|") if cfg.tasks else None)

@@ -204,6 +204,15 @@ def test_base_eval_reads_the_folder(exported, tokenizer):
         torch.testing.assert_close(theirs.logits_at(theirs.hidden(ids)), model(ids), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "./no_such_folder", "/no/such/folder"])
+def test_a_mistyped_hf_path_is_told_before_anything_is_downloaded(name, base_dir, monkeypatch):
+    from scripts import base_eval
+
+    monkeypatch.setattr(base_eval, "get_bundle_folder", lambda path: pytest.fail("the bundle was asked for"))
+    with pytest.raises(FileNotFoundError, match=f"--hf_path {name}: there is no such folder"):
+        base_eval.main(base_eval.Config(hf_path=name))
+
+
 def test_foreign_code_never_runs_by_itself(tokenizer, tmp_path):
     from nanochat.interop.hf_model import load_hf_model
 

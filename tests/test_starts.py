@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from nanochat.checkpoint.format import META_FILE, checkpoint_folder, step_folder
@@ -78,9 +79,10 @@ def test_training_loads_no_compiler():
     assert "torch._dynamo" not in modules
 
 
-def test_a_python_without_the_packages_says_what_to_do():
+@pytest.mark.parametrize("module", ["scripts.chat_cli", "nanochat.pipeline", "nanochat.dataset", "tasks.demo"])
+def test_a_python_without_the_packages_says_what_to_do(module):
     # -S: without site-packages, as the system's own Python has them
-    command = [sys.executable, "-S", "-m", "scripts.chat_cli", "-p", "Why?"]
+    command = [sys.executable, "-S", "-m", module]
     done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "source .venv/bin/activate" in done.stderr

@@ -19,6 +19,7 @@ from nanochat.tokenizer import RustBPETokenizer
 DOCUMENT_STARTS = ("<|bos|>", "<|endoftext|>")
 # What transformers calls a cache of keys and values, in arguments and results: since 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
+NO_TRANSFORMERS = "--hf_path needs the `transformers` package: pip install transformers"
 
 
 class HFPrefixCache:
@@ -119,6 +120,28 @@ class HuggingFaceTokenizer:
         return [[prepend, *row] if prepend is not None else row for row in rows]
 
 
+def check_hf_model(name: str) -> None:
+    """Ask whether a folder, or the hub, has a model of this name; of the hub only its config is downloaded.
+
+    Raises:
+        FileNotFoundError: there is none, or `transformers` is not installed.
+    """
+    if Path(name).expanduser().is_dir():
+        return
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise FileNotFoundError(NO_TRANSFORMERS) from error
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        if is_system_error(error):
+            raise
+        raise FileNotFoundError(
+            f"--hf_path {name}: there is no such folder, and no such model on the hub ({one_line(error)})"
+        ) from error
+
+
 def load_hf_model(
     name: str, device: torch.device
 ) -> tuple[HuggingFaceModel | GPT, HuggingFaceTokenizer | RustBPETokenizer]:
@@ -138,7 +161,7 @@ def load_hf_model(
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
-        raise FileNotFoundError("--hf_path needs the `transformers` package: pip install transformers") from error
+        raise FileNotFoundError(NO_TRANSFORMERS) from error
     options: dict[str, Any] = {}
     if folder.is_dir():
         name = str(folder)

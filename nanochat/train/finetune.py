@@ -51,7 +51,7 @@ class FinetuneConfig(StageConfig):
     """Settings of mid-training and SFT."""
 
     chat_data: Annotated[str | None, short("--data")] = None
-    """Conversations: a .jsonl or .parquet file, "demo", or nothing for nanochat's own mixture."""
+    """Conversations: a file or folder (docs/own_data.md), hf:owner/name or "demo"; default: nanochat's own mixture."""
     max_seq_len: int | None = None
     """Tokens per sequence; default: the model's context."""
     total_batch_size: int = 524288

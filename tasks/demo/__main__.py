@@ -6,7 +6,13 @@ python -m tasks.demo --check [--world DIR] count what a world holds, and name ev
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+
+from nanochat.env import missing_packages
+
+if missing_packages():  # before an import that fails without them
+    sys.exit(missing_packages())
 
 from nanochat.config import run_script
 from tasks.demo.corpus import write_corpus
@@ -29,7 +35,7 @@ class Config:
     out: str | None = None
     """Folder for the shards; default: base_data/demo in the base folder."""
     chars: int | None = None
-    """Number of characters of training text; default: 4 million, or more for more than 1,300 facts."""
+    """Number of characters of training text; default: 8 million, or more for more than 1,300 facts."""
 
 
 def counts(world: World) -> str:
