@@ -287,7 +287,7 @@ class Config:
     """Download shards of a corpus into <base dir>/base_data/<source>, or import texts."""
 
     num_files: Annotated[int, short("-n")] = -1
-    """Training shards to download (the validation shard comes on top); -1: all of them."""
+    """Training shards to download (the validation shard comes on top); -1: all of them, hundreds of GB."""
     num_workers: Annotated[int, short("-w")] = 4
     """Parallel downloads."""
     source: str = "climbmix"
