@@ -3,7 +3,7 @@
 #   bash verify_p100_setup.sh           ✓ good, ⚠ works, but …, ✗ will not work; → what to do
 #   bash verify_p100_setup.sh --json    the same for programs
 # Exit 0: a run will work; 1: it won't, and the ✗ lines say why; 2: an unknown option.
-# The run's own settings count: PROFILE DATA_DIR CHAT_DATA DATASET HOURS NANOCHAT_BASE_DIR HF_ENDPOINT CUDA_VISIBLE_DEVICES.
+# The settings of the run count (bash speedrun_p100.sh -h), and HF_ENDPOINT and CUDA_VISIBLE_DEVICES.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

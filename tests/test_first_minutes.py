@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat.cards import DeviceInfo
+from nanochat.cards import DeviceInfo, known_capability
 from nanochat.common import print_banner
 from nanochat.config import run_script
 from nanochat.env import require_wandb_login
 from nanochat.pipeline import run
+from nanochat.pipeline.chosen import profile_for
 from nanochat.pipeline.machine import unused_cards
-from nanochat.pipeline.profiles import P100, STAGE_HOURS
+from nanochat.pipeline.profiles import P100, STAGE_HOURS, Settings
+from nanochat.pipeline.verify import check_room
 from nanochat.progress import PROGRESS_FILE
 from nanochat.train.tracking import init_tracker
 
@@ -96,6 +99,17 @@ def test_the_notebook_as_it_comes_ends_within_its_session():
     profile = replace(P100, hours=float(settings["SETTINGS"]["HOURS"]))
     hours = sum(profile.stage_hours(stage) or 0.0 for stage in ("base_train", *STAGE_HOURS))
     assert hours < settings["SESSION_HOURS"] - 2  # set-up, evaluation and saving
+
+
+@pytest.mark.parametrize(("cards", "most_gb"), [(["Tesla T4"], 15), (["Tesla T4"] * 2, 20), (["Tesla P100"], 20)])
+def test_the_notebook_as_it_comes_fits_into_what_is_kept(cards, most_gb):
+    """Google Drive keeps 15 GB of its T4, Kaggle 20 GB."""
+    cells = json.loads((ROOT / "notebooks" / "nanochat_free_gpu.ipynb").read_text(encoding="utf-8"))["cells"]
+    settings: dict = {}
+    exec("".join(cells[1]["source"]), settings)
+    devices = [DeviceInfo(name, known_capability(name), 15360) for name in cards]
+    text = check_room(profile_for(Settings.from_env(settings["SETTINGS"]), devices), devices).text
+    assert 1 < float(re.search(r"parameters: ([\d.]+) GB", text)[1]) < most_gb
 
 
 def test_wandb_without_a_login_is_one_sentence_before_any_work(machine, monkeypatch, capsys, tmp_path):
