@@ -53,6 +53,10 @@ class Task:
         """Returns True (or 1) if `completion` (a letter or a whole answer, see eval_type) solves `problem`."""
         raise NotImplementedError(f"{self.name} is a training task: it can't be evaluated")
 
+    def reward(self, problem: Conversation, completion: str) -> float:
+        """1.0 for a right answer, else 0.0; reinforcement learning maximises it."""
+        return float(self.evaluate(problem, completion))
+
     def other_verdicts(self, problem: Conversation, completion: str) -> dict[str, bool]:
         """Whether an answer is right by rules besides `evaluate`, by name: none but where a public one differs."""
         return {}
@@ -109,11 +113,9 @@ class TaskSequence(_Joined):
 class TaskMixture(_Joined):
     """Tasks shuffled together, each weighted by its size. To give a task double weight, list it twice."""
 
-    def __init__(
-        self, tasks: Sequence[Task], *, seed: int = 42, start: int = 0, stop: int | None = None, step: int = 1
-    ) -> None:
+    def __init__(self, tasks: Sequence[Task], *, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         super().__init__(tasks, start=start, stop=stop, step=step)
-        self.order = shuffled_indices(super().num_examples(), seed)
+        self.order = shuffled_indices(super().num_examples())
 
     def get_example(self, index: int) -> Conversation:
         return super().get_example(self.order[index])

@@ -150,7 +150,3 @@ class GSM8K(Task):
         reference = strict_match(problem["messages"][-1]["content"][-1]["text"])
         rules = {"strict-match": strict_match, "flexible-extract": flexible_extract}
         return {name: reference is not None and rule(completion) == reference for name, rule in rules.items()}
-
-    def reward(self, problem: Conversation, completion: str) -> float:
-        """1.0 for a right answer, else 0.0; reinforcement learning maximises it."""
-        return float(self.evaluate(problem, completion))

@@ -40,9 +40,7 @@ def task_dir() -> Path | None:
     return Path(folder).expanduser() if folder else None
 
 
-def load_rows(
-    repo: str, subset: str | None, split: str, local_file: str, columns: Sequence[str], *, shuffle: bool = True
-) -> Rows:
+def load_rows(repo: str, subset: str | None, split: str, local_file: str, columns: Sequence[str]) -> Rows:
     """All rows of one split of data set `repo` on the hub, or of `local_file` under NANOCHAT_TASK_DIR.
 
     Raises:
@@ -56,7 +54,7 @@ def load_rows(
     missing = [column for column in columns if column not in rows[0]]
     if missing:
         raise ValueError(f"data set {repo} ({split}) lacks the columns {missing}; it has {sorted(rows[0])}")
-    return Rows(rows, shuffled_indices(len(rows)) if shuffle else range(len(rows)))
+    return Rows(rows, shuffled_indices(len(rows)))
 
 
 def _load_local(folder: Path, local_file: str, repo: str) -> Sequence[Row]:

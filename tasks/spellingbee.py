@@ -171,7 +171,3 @@ class SpellingBee(_WordTask):
     def evaluate(self, problem: Conversation, completion: str) -> bool:
         reference = extract_answer(problem["messages"][-1]["content"][-1]["text"])
         return reference is not None and extract_answer(completion) == reference
-
-    def reward(self, problem: Conversation, completion: str) -> float:
-        """1.0 for a right answer, else 0.0; reinforcement learning maximises it."""
-        return float(self.evaluate(problem, completion))

@@ -38,9 +38,8 @@ class DemoFacts(DemoTask):
         world: World | str | Path | None = None,
         seed: int = 0,
         kind: HeldOut = "all",
-        **slice_arguments: Any,
     ) -> None:
-        super().__init__(size, split, world, seed, **slice_arguments)
+        super().__init__(size, split, world, seed)
         if kind not in ("all", *FACT_GROUPS):
             raise ValueError(f"kind is all or one of {', '.join(FACT_GROUPS)}, not {kind!r}")
         self.groups = FACT_GROUPS if kind == "all" else (kind,)
@@ -72,10 +71,6 @@ class DemoFacts(DemoTask):
             question = badly_typed(rng, question, self.world.vocabulary)
         return conversation((question, fact.text), keys=fact.keys, group=group)
 
-    def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 if the answer has the key words of the fact."""
-        return int(has_keys(final_text(completion), problem["keys"]))
-
 
 class DemoIdentity(DemoFacts):
     """Questions about the assistant itself, split as in DemoFacts."""
@@ -93,10 +88,6 @@ class DemoSmallTalk(DemoTask):
         question = rng.choice(questions)
         return conversation((question if self.held_out else self.as_typed(rng, question, 0), answer), keys=keys)
 
-    def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 if the reply has the right words."""
-        return int(has_keys(final_text(completion), problem["keys"]))
-
 
 class DemoUnknown(DemoTask):
     """Questions that the world has no answer to, and other languages: an honest answer says so.
@@ -106,9 +97,9 @@ class DemoUnknown(DemoTask):
     """
 
     def __init__(
-        self, size: int, split: Split = "train", world: World | str | Path | None = None, seed: int = 0, **slice_: Any
+        self, size: int, split: Split = "train", world: World | str | Path | None = None, seed: int = 0
     ) -> None:
-        super().__init__(size, split, world, seed, **slice_)
+        super().__init__(size, split, world, seed)
         self.known = DemoFacts(size, "test", self.world, seed)
         self.unknowns = unknown.Unknowns(self.world)
 
@@ -153,14 +144,9 @@ class DemoChat(DemoTask):
     """
 
     def __init__(
-        self,
-        size: int,
-        split: Split = "train",
-        world: World | str | Path | None = None,
-        seed: int = 0,
-        **slice_arguments: Any,
+        self, size: int, split: Split = "train", world: World | str | Path | None = None, seed: int = 0
     ) -> None:
-        super().__init__(size, split, world, seed, **slice_arguments)
+        super().__init__(size, split, world, seed)
         many = 10**9
         self.others = [
             DemoIdentity(many, "train", self.world, seed),
@@ -236,10 +222,6 @@ class DemoChat(DemoTask):
     def _ask(self, rng: random.Random, fact: Fact) -> tuple[str, Content]:
         return ask_fact(rng, fact, rng.randrange(len(fact.asks)), self.world)
 
-    def evaluate(self, problem: Conversation, completion: str) -> int:
-        """1 if the last answer has the key words of its fact."""
-        return int(has_keys(final_text(completion), problem["keys"]))
-
 
 def demo_mid_mixture(
     *,
@@ -272,31 +254,18 @@ def demo_mid_mixture(
     )
 
 
-def demo_sft_mixture(
-    *,
-    facts: int = 7000,
-    identity: int = 1000,
-    arithmetic: int = 1700,
-    repeat: int = 1000,
-    spelling: int = 1200,
-    counting: int = 900,
-    small_talk: int = 400,
-    unknown: int = 1900,
-    chat: int = 900,
-    seed: int = 2,
-    world: World | str | Path | None = None,
-) -> TaskMixture:
+def demo_sft_mixture(*, seed: int = 2, world: World | str | Path | None = None) -> TaskMixture:
     """The mixture for SFT: the tasks of mid-training with other random draws."""
     return demo_mid_mixture(
-        facts=facts,
-        identity=identity,
-        arithmetic=arithmetic,
-        repeat=repeat,
-        spelling=spelling,
-        counting=counting,
-        small_talk=small_talk,
-        unknown=unknown,
-        chat=chat,
+        facts=7000,
+        identity=1000,
+        arithmetic=1700,
+        repeat=1000,
+        spelling=1200,
+        counting=900,
+        small_talk=400,
+        unknown=1900,
+        chat=900,
         seed=seed,
         world=world,
     )

@@ -58,9 +58,8 @@ class WordTask(ToolTask):
         world: World | str | Path | None = None,
         seed: int = 0,
         unseen: bool = False,
-        **slice_arguments: Any,
     ) -> None:
-        super().__init__(size, split, world, seed, **slice_arguments)
+        super().__init__(size, split, world, seed)
         if unseen and split == "train":
             raise ValueError("unseen words are for the test split: training never spells them")
         self.words = list(self.world.unseen_words if unseen else self.world.words)

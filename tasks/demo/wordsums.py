@@ -57,7 +57,3 @@ class DemoWordSums(ToolTask):
         problem = Sum(a, op, b)
         question = rng.choice(WORDINGS[op]).format(a=a, b=b)
         return conversation((question, sum_answer(problem)), **tool_keys(problem))
-
-    def reward(self, problem: Conversation, completion: str) -> float:
-        """1.0 for a right answer, else 0.0; reinforcement learning maximises it."""
-        return float(self.evaluate(problem, completion))
