@@ -123,7 +123,6 @@ class Compute:
     device: torch.device
     ddp: bool
     rank: int
-    local_rank: int
     world_size: int
     precision: Precision
     compile: bool
@@ -311,7 +310,7 @@ def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | No
     _limit_threads()
     if device_type == "cpu":
         watch_cores()
-    ddp, rank, local_rank, world_size, device = compute_init(device_type)
+    ddp, rank, _, world_size, device = compute_init(device_type)
     if runtime.device_type == "auto" and device_type == "cpu" and shutil.which("nvidia-smi"):
         print0(f"warning: this machine has NVIDIA's driver, but the run takes the CPU: {_why_no_cuda()}")
     wish = runtime.dtype if runtime.dtype != "auto" else dtype or "auto"
@@ -323,7 +322,7 @@ def setup_compute(runtime: Runtime, dtype: str | None = None, previous: str | No
     if compiles:
         torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
     measure = compiles and runtime.compile == "auto"
-    compute = Compute(device, ddp, rank, local_rank, world_size, precision, compiles, measure, runtime.fp16_gemm)
+    compute = Compute(device, ddp, rank, world_size, precision, compiles, measure, runtime.fp16_gemm)
     where = torch.cuda.get_device_name(device) if device_type == "cuda" else device_type
     ranks = f", {world_size} processes" if world_size > 1 else ""
     compiling = "if faster" if measure else "on" if compiles else "off"

@@ -172,7 +172,6 @@ def check_function(
     tests: str,
     setup: str = "",
     timeout: float = 10.0,
-    memory_limit_bytes: int | None = MEMORY_BYTES,
     *,
     allow_weak_isolation: bool = False,
 ) -> ExecutionResult:
@@ -184,17 +183,16 @@ def check_function(
         tests: trusted source; passed when it reaches its end without an error.
         setup: trusted source run before the tests, such as helper functions.
         timeout: seconds of wall-clock time for all of it.
-        memory_limit_bytes: of each process's address space; None: no limit.
         allow_weak_isolation: run it also where the kernel offers no namespaces.
 
     Raises:
-        ValueError: a limit is not positive.
+        ValueError: the timeout is not positive.
         IsolationError: isolation is weak and that is not allowed.
     """
     # Not __main__: what a solution does when it is run as a script is not what is asked for.
     worker = {"source": solution, "name": "solution", "end": "", "is_function": True, "audit": True}
     judge = {"setup": setup, "tests": tests}
-    return _judged(entry_point, worker, judge, timeout, memory_limit_bytes, allow_weak_isolation)
+    return _judged(entry_point, worker, judge, timeout, MEMORY_BYTES, allow_weak_isolation)
 
 
 def _judged(

@@ -211,23 +211,6 @@ def _call_text(name: str, arguments: Any) -> str:
     return texts[0] if len(texts) == 1 else str(arguments)
 
 
-def to_conversation(record: Any, notes: Counter[str] | None = None) -> Conversation:
-    """The conversation in a record of a file: {"messages": [...]}, or the list of messages itself.
-
-    Args:
-        record: a value of JSON; other keys than "messages" are ignored.
-        notes: counts what had to be changed (see `normalise`).
-
-    Raises:
-        ValueError: it is none; names the message and what is wrong with it.
-    """
-    messages, found = normalise(record.get("messages") if isinstance(record, dict) else record)
-    check_messages(messages)
-    if notes is not None:
-        notes.update(found)
-    return {"messages": messages}
-
-
 def check_messages(messages: Any) -> None:
     """Check that messages are well formed: an optional system message, then user and assistant in turn.
 

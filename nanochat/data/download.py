@@ -38,7 +38,6 @@ from nanochat.progress import Bar, format_seconds, progress
 
 RETRIED = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be different the next time
 LONGEST_BACKOFF, LONGEST_RETRY_AFTER = 30.0, 300.0  # seconds
-READ_BYTES = 1 << 20
 Result = TypeVar("Result")
 
 
@@ -334,7 +333,7 @@ class _Meter:
 
 
 def download_file_with_lock(
-    url: str, filename: str | Path, postprocess_fn: Callable[[Path], Any] | None = None, digest: str | None = None
+    url: str, filename: str | Path, postprocess_fn: Callable[[Path], Any] | None = None
 ) -> Path:
     """Download `url` to `<base dir>/<filename>` once, however many processes ask; the file appears whole.
 
@@ -342,7 +341,6 @@ def download_file_with_lock(
         url: where it is.
         filename: its name under the base dir (or an absolute path).
         postprocess_fn: called with the path after a fresh download (to unpack it, say), under the same lock.
-        digest: "sha256:<hex>" that the content must have.
 
     Raises:
         RuntimeError: it can't be downloaded; names the URL and where to put the file by hand.
@@ -356,7 +354,7 @@ def download_file_with_lock(
             print0(f"downloading {url}")
             start = time.monotonic()
             try:
-                Download(RemoteFile(url, path, digest=digest)).run()
+                Download(RemoteFile(url, path)).run()
             except (httpx.HTTPError, OSError, ValueError) as error:
                 if is_system_error(error):  # the network is not to blame
                     raise

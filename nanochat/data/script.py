@@ -27,8 +27,6 @@ class Writing:
     scripts: dict[str, float]
     """Shares of the letters, the largest first."""
     english: bool
-    marks: float
-    """The share of combining marks among all characters, such as the vowel signs of Hindi and Thai."""
 
     def __str__(self) -> str:
         parts = [f"{name} {share:.0%}" for name, share in self.scripts.items() if share >= SHOWN_SHARE] or [
@@ -44,21 +42,15 @@ def writing_of(texts: Sequence[str]) -> Writing:
     characters = Counter[str]()
     for text in texts:
         characters.update(text)
-    scripts, marks = Counter[str](), 0
+    scripts = Counter[str]()
     for character, count in characters.items():
-        category = unicodedata.category(character)
-        marks += count if category[0] == "M" else 0
-        if category[0] == "L":
+        if unicodedata.category(character)[0] == "L":
             name = unicodedata.name(character, "OTHER").split()[0].split("-")[0]
             scripts[NAMES.get(name, name.capitalize())] += count
     total = max(1, scripts.total())
     words = re.findall(r"[^\W\d_]+", " ".join(texts).lower())
     common = sum(word in ENGLISH_WORDS for word in words) / max(1, len(words))
-    return Writing(
-        {name: count / total for name, count in scripts.most_common()},
-        common >= ENGLISH_SHARE,
-        marks / max(1, characters.total()),
-    )
+    return Writing({name: count / total for name, count in scripts.most_common()}, common >= ENGLISH_SHARE)
 
 
 def own_prompts(documents: Iterable[str], count: int) -> tuple[str, ...]:

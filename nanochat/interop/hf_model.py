@@ -51,10 +51,10 @@ class HuggingFaceModel:
         ValueError: its logits are not its head's of its last hidden states, so that it can't be scored this way.
     """
 
-    def __init__(self, model: Any, max_seq_len: int | None = None) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model.eval()
         config = model.config.get_text_config()
-        self.max_seq_len: int = max_seq_len or getattr(config, "max_position_embeddings", None) or 2048
+        self.max_seq_len: int = getattr(config, "max_position_embeddings", None) or 2048
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.cache_name = CACHE_NAMES[0]
         idx = torch.arange(8, device=self.get_device()).unsqueeze(0)

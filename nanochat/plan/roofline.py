@@ -31,7 +31,6 @@ GEMM_SHARE, BANDWIDTH_SHARE, ATTENTION_SHARE = 0.85, 0.8, 0.5
 COMPILED_BYTES = 0.4
 # Python and driver, per kernel that is launched eagerly. A guess for an old host.
 LAUNCH_SECONDS = 10e-6
-KERNELS_PER_LAYER = 80
 
 
 @dataclass(frozen=True)
