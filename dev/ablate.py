@@ -87,7 +87,6 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "scalar_lr": {f"{lr}": f"--scalar_lr={lr}" for lr in (0.02, 0.1, 0.5)},
     "weight_decay": {f"{w}": f"--weight_decay={w}" for w in (0.0, 0.05, 0.28, 1.0)},
     "ramp": {f"{r}": f"--short_rows_ratio={r}" for r in (0.0, 0.3, 0.6)},
-    # What small runs can change most: the batch, how fast to learn, and the modern model with the classic optimizer.
     # What portable gives up, and what might win it back: only what folds into a Qwen3 model (but for the softcap).
     "portable": {
         "small": "--recipe=small",
@@ -105,6 +104,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "half the heads": "--recipe=portable --n_kv_head=1",
         "short rows": "--recipe=portable --short_rows_ratio=0.5",
     },
+    # What small runs can change most: the batch, how fast to learn, and the modern model with the classic optimizer.
     "screen": {
         "classic 16k": "--recipe=classic --total_batch_size=16384",
         "classic 8k": "--recipe=classic --total_batch_size=8192",

@@ -148,11 +148,6 @@ def seconds_of(compute: Compute, work: Callable[[], Any], times: int = 3) -> flo
     return statistics.median(taken)
 
 
-def low_dtype(compute: Compute) -> str:
-    """The precision that auto takes on a card; float32 on a CPU, where the rehearsal runs."""
-    return compute.precision.name
-
-
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +166,7 @@ def part_dtypes(arguments: argparse.Namespace, folder: Path, *more: str) -> Resu
 
 def part_compile(arguments: argparse.Namespace, folder: Path) -> Result:
     """The same with torch.compile, in the dtype of auto."""
-    dtype = low_dtype(compute_of(arguments))
+    dtype = compute_of(arguments).precision.name
     found = part_dtypes(arguments, folder, "--compile", f"--dtypes={dtype}")
     times = found["runs"][dtype]["pass_ms"]
     ratio = times["eager"] / times["compiled"] if isinstance(times["compiled"], float) else None
@@ -181,7 +176,7 @@ def part_compile(arguments: argparse.Namespace, folder: Path) -> Result:
 def part_steps(arguments: argparse.Namespace, folder: Path) -> Result:
     """Real steps against the planner: seconds and memory."""
     compute, size = compute_of(arguments), sizes(arguments)
-    dtype = low_dtype(compute)
+    dtype = compute.precision.name
     card = find_card(torch.cuda.get_device_name()) if compute.device_type == "cuda" else None
     rows = []
     for depth in size["depths"]:
