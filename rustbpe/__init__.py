@@ -103,6 +103,12 @@ _loaded = _load_library()
 _lib: Any = _loaded  # None only where no instance of the classes below is ever made
 
 
+def _library_with(part: str, version: int) -> Any:
+    """The library, if a part of it has this version; None without the compiled crate, or where it is of another."""
+    version_of = getattr(_lib, f"rustbpe_{part}_version", None)
+    return _lib if version_of is not None and version_of() == version else None
+
+
 def _check(status: int) -> None:
     """Raises what the library has just failed with, on this thread."""
     if status != 0:

@@ -93,10 +93,5 @@ class Kernels:
 @functools.cache
 def kernels() -> Any:
     """The `Kernels`; None without the compiled crate, or where it is of another version."""
-    library = rustbpe._lib
-    try:
-        version = library.rustbpe_between_version
-        version.argtypes, version.restype = (), _int
-        return Kernels(library) if version() == VERSION else None
-    except AttributeError:
-        return None
+    library = rustbpe._library_with("between", VERSION)
+    return None if library is None else Kernels(library)

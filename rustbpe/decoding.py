@@ -90,13 +90,8 @@ class Ahead(ctypes.Structure):
 @functools.cache
 def library() -> Any:
     """The library with the decoder's functions; None without the compiled crate, or where it is of another version."""
-    lib = rustbpe._lib
-    try:
-        version = lib.rustbpe_decoder_version
-        version.argtypes, version.restype = (), ctypes.c_int
-        if version() != VERSION:
-            return None
-    except AttributeError:
+    lib = rustbpe._library_with("decoder", VERSION)
+    if lib is None:
         return None
     step = (_pointer, ctypes.POINTER(Cache), _pointer, _pointer, _size, _size, _pointer, _size)
     lib.rustbpe_decoder_new.argtypes = (ctypes.POINTER(Model), _size, _size, _size, ctypes.POINTER(_pointer))

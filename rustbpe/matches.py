@@ -21,13 +21,8 @@ WIDTH = 5  # numbers per token: `Found` of src/matches.rs
 @functools.cache
 def library() -> Any:
     """The library with the function; None without the compiled crate, or where it is of another version."""
-    lib = rustbpe._lib
-    try:
-        version = lib.rustbpe_matches_version
-        version.argtypes, version.restype = (), ctypes.c_int
-        if version() != VERSION:
-            return None
-    except AttributeError:
+    lib = rustbpe._library_with("matches", VERSION)
+    if lib is None:
         return None
     lib.rustbpe_matches_find.argtypes = (ctypes.c_void_p, ctypes.c_size_t) * 7
     lib.rustbpe_matches_find.restype = ctypes.c_int

@@ -22,6 +22,7 @@ pub trait Dot {
     type Input: Copy;
     /// `STEP` weights in registers.
     type Weights: Copy;
+    /// Numbers: all bits 0 are zero.
     type Sum: Copy;
     /// Columns that are multiplied at once.
     const STEP: usize;
@@ -30,7 +31,11 @@ pub trait Dot {
 
     /// Brings activations into the form for `add`; returns a factor that belongs to the product.
     fn prepare(row: &[f32], out: &mut [Self::Input]) -> f32;
-    fn zero() -> Self::Sum;
+    #[inline(always)]
+    fn zero() -> Self::Sum {
+        // SAFETY: see `Sum`.
+        unsafe { std::mem::zeroed() }
+    }
     /// Asks for the memory at an address, if the processor can be asked.
     #[inline(always)]
     fn prefetch(_at: *const Self::Weight) {}
@@ -361,10 +366,6 @@ macro_rules! plain_float {
                 1.0
             }
             #[inline(always)]
-            fn zero() -> Self::Sum {
-                [0.0; LANES]
-            }
-            #[inline(always)]
             unsafe fn load(at: *const $weight) -> Self::Weights {
                 // SAFETY: as the caller promises; an array may lie at any multiple of its element.
                 unsafe { *(at as *const [$weight; LANES]) }.map($widen)
@@ -404,10 +405,6 @@ impl Dot for PlainInt8 {
     #[inline(always)]
     fn prepare(row: &[f32], out: &mut [i16]) -> f32 {
         prepare_int16(row, out, LANES)
-    }
-    #[inline(always)]
-    fn zero() -> Self::Sum {
-        [0; LANES]
     }
     #[inline(always)]
     unsafe fn load(at: *const i8) -> Self::Weights {

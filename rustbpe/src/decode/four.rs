@@ -33,12 +33,16 @@ pub struct Group {
 pub trait Nibbles {
     /// Numbers of 16 outputs and 4 columns.
     type Numbers: Copy;
-    /// Sums of each output, in one lane or several.
+    /// Sums of each output, in one lane or several; numbers: all bits 0 are zero.
     type Sums: Copy;
     /// Tokens for whose sums there are registers.
     const TOKENS: usize;
 
-    fn zero() -> Self::Sums;
+    #[inline(always)]
+    fn zero() -> Self::Sums {
+        // SAFETY: see `Sums`.
+        unsafe { std::mem::zeroed() }
+    }
     /// Asks for the memory at an address.
     #[inline(always)]
     fn prefetch(_at: *const u8) {}
@@ -253,10 +257,6 @@ impl Nibbles for PlainNibbles {
     type Sums = [i16; 64];
     const TOKENS: usize = 1;
 
-    #[inline(always)]
-    fn zero() -> [i16; 64] {
-        [0; 64]
-    }
     #[inline(always)]
     unsafe fn load(at: *const u8) -> [[i16; 64]; 2] {
         // SAFETY: as the caller promises.

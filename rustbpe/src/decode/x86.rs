@@ -57,10 +57,6 @@ impl Dot for Avx2F32 {
         prefetch(at);
     }
     #[inline(always)]
-    fn zero() -> __m256 {
-        unsafe { std::mem::zeroed() }
-    }
-    #[inline(always)]
     unsafe fn load(at: *const f32) -> __m256 {
         unsafe { _mm256_loadu_ps(at) }
     }
@@ -104,10 +100,6 @@ impl Dot for Avx2Bf16 {
         prefetch(at);
     }
     #[inline(always)]
-    fn zero() -> __m256 {
-        unsafe { std::mem::zeroed() }
-    }
-    #[inline(always)]
     unsafe fn load(at: *const u16) -> (__m256, __m256) {
         unsafe {
             let pairs = _mm256_loadu_si256(at as *const __m256i);
@@ -149,10 +141,6 @@ impl Dot for Avx2Int8 {
         prefetch(at);
     }
     #[inline(always)]
-    fn zero() -> __m256i {
-        unsafe { std::mem::zeroed() }
-    }
-    #[inline(always)]
     unsafe fn load(at: *const i8) -> __m256i {
         unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(at as *const __m128i)) }
     }
@@ -176,10 +164,6 @@ impl Nibbles for Avx2Nibbles {
     type Sums = [__m256i; 2];
     const TOKENS: usize = 2;
 
-    #[inline(always)]
-    fn zero() -> [__m256i; 2] {
-        unsafe { std::mem::zeroed() }
-    }
     #[inline(always)]
     fn prefetch(at: *const u8) {
         prefetch(at);
@@ -258,10 +242,6 @@ pub mod avx512 {
             prefetch(at);
         }
         #[inline(always)]
-        fn zero() -> __m512 {
-            unsafe { std::mem::zeroed() }
-        }
-        #[inline(always)]
         unsafe fn load(at: *const f32) -> __m512 {
             unsafe { _mm512_loadu_ps(at) }
         }
@@ -300,10 +280,6 @@ pub mod avx512 {
             prefetch(at);
         }
         #[inline(always)]
-        fn zero() -> __m512 {
-            unsafe { std::mem::zeroed() }
-        }
-        #[inline(always)]
         unsafe fn load(at: *const u16) -> __m512bh {
             unsafe { load_bf16(at) }
         }
@@ -338,10 +314,6 @@ pub mod avx512 {
             prefetch(at);
         }
         #[inline(always)]
-        fn zero() -> __m512i {
-            unsafe { std::mem::zeroed() }
-        }
-        #[inline(always)]
         unsafe fn load(at: *const i8) -> __m512i {
             unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(at as *const __m256i)) }
         }
@@ -364,10 +336,6 @@ pub mod avx512 {
         type Sums = __m512i;
         const TOKENS: usize = 8;
 
-        #[inline(always)]
-        fn zero() -> __m512i {
-            unsafe { std::mem::zeroed() }
-        }
         #[inline(always)]
         fn prefetch(at: *const u8) {
             prefetch(at);
