@@ -255,7 +255,7 @@ def test_neither_tools_nor_marks_come_within_an_answer(engine, grammars, tiny_to
 
 
 def test_greedy_answers_do_not_depend_on_the_company(engine, grammars, tiny_tokenizer):
-    constraint = grammars.json_object()
+    constraint = grammars.json_schema({"type": "object"})
     with BatchEngine(engine.model, tiny_tokenizer, max_batch_size=1) as alone:
         expected = answer(ask(alone, constraint, 40, temperature=0.0))[0]
     plain = [ask(engine, None, 40, seed) for seed in range(3)]
@@ -369,9 +369,9 @@ def test_sets_of_characters_are_their_utf_8():
 
 
 def test_white_space_and_nesting_are_bounded(grammars):
-    words = list(random_words(grammars.json_object()._masks.start, 60, longest=80))
+    words = list(random_words(grammars.json_schema({"type": "object"})._masks.start, 60, longest=80))
     assert not any(re.search(r"[{\[,:] {2}|\n", re.sub(r'"(?:[^"\\]|\\.)*"', '""', word)) for word in words)
-    state = grammars.json_object().start()
+    state = grammars.json_schema({"type": "object"}).start()
     state._masks.step(state._left, state._masks.tree.by_bytes[b"{"])
     depth = 0
     state.take(state._masks.tree.by_bytes[b"{"])

@@ -196,11 +196,6 @@ class BatchLoader(Generic[SomeCounts, SomeCursor]):
         self.counts += batch.counts
         return data.unbind()
 
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds that `next` has waited for data in all."""
-        return self._batches.wait_seconds
-
     def close(self) -> None:
         """Stop the background thread (it also stops by itself when the loader is gone)."""
         self._batches.close()

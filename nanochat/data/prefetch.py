@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -48,7 +47,6 @@ class Prefetch(Generic[T]):
     """
 
     def __init__(self, make: Callable[[], Iterator[T]], depth: int = 2) -> None:
-        self.wait_seconds = 0.0  # that the consumer has waited in all
         self._queue: queue.Queue[Future[T]] = queue.Queue(depth)  # each is done: an item, or the error that ends it all
         self._stop = threading.Event()
         self._ended = False
@@ -65,9 +63,7 @@ class Prefetch(Generic[T]):
     def __next__(self) -> T:
         if self._ended:
             raise StopIteration
-        start = time.perf_counter()
         entry = self._held or self._queue.get()
-        self.wait_seconds += time.perf_counter() - start
         self._ended = entry.exception() is not None
         return entry.result()  # or raises what the thread has met, StopIteration at the end
 

@@ -55,10 +55,6 @@ class Grammars:
         self._made: OrderedDict[tuple[str, str], GrammarConstraint] = OrderedDict()
         self._lock = threading.Lock()
 
-    def json_object(self) -> GrammarConstraint:
-        """Any JSON object."""
-        return self.json_schema({"type": "object"})
-
     def json_schema(self, schema: dict[str, Any] | bool) -> GrammarConstraint:
         """JSON that satisfies a schema of draft 2020-12, in the part of it that `SUPPORTED` lists.
 
