@@ -35,9 +35,6 @@ class ARC(Task):
             "allenai/ai2_arc", subset, split, f"arc/{subset}/{split}.jsonl", ("question", "choices", "answerKey")
         )
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> Conversation:
         row = self.rows[index]
         choices, labels = list(row["choices"]["text"]), list(row["choices"]["label"])

@@ -31,6 +31,7 @@ class Task:
     eval_type: EvalType = "generative"
     baseline: float = 0.0
     """Accuracy of random guessing, subtracted when scores are centered."""
+    rows: Sequence[Any]
 
     def __init__(self, *, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         """Raises ValueError for a slice that is not 0 <= start <= stop, step >= 1."""
@@ -42,8 +43,8 @@ class Task:
         self.start, self.stop, self.step = start, stop, step
 
     def num_examples(self) -> int:
-        """Number of examples before slicing."""
-        raise NotImplementedError
+        """Number of examples before slicing: of its `rows`, if it has a data set."""
+        return len(self.rows)
 
     def get_example(self, index: int) -> Conversation:
         """The conversation at `index`, 0 <= index < num_examples()."""

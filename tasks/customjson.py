@@ -18,10 +18,7 @@ class CustomJSON(Task):
         """Raises FileNotFoundError or ValueError, naming the file and a bad line."""
         self.name = Path(filepath).stem
         super().__init__(start=start, stop=stop, step=step)
-        self.conversations = load_conversations(Path(filepath))
-
-    def num_examples(self) -> int:
-        return len(self.conversations)
+        self.rows = load_conversations(Path(filepath))
 
     def get_example(self, index: int) -> Conversation:
-        return self.conversations[index]
+        return self.rows[index]

@@ -129,9 +129,6 @@ class GSM8K(Task):
         local_file = f"gsm8k/{split}.jsonl" if subset == "main" else f"gsm8k/{split}_socratic.jsonl"
         self.rows = load_rows("openai/gsm8k", subset, split, local_file, ("question", "answer"))
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> Conversation:
         row = self.rows[index]
         return {

@@ -209,9 +209,6 @@ class HumanEval(CodeTask):
             ("prompt", "canonical_solution", "test", "entry_point"),
         )
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> Conversation:
         row = self.rows[index]
         return {

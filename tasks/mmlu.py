@@ -35,9 +35,6 @@ class MMLU(Task):
         local_file = f"mmlu/{split if subset == 'all' else subset}.jsonl"
         self.rows = load_rows("cais/mmlu", subset, split, local_file, ())
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> Conversation:
         row: Row = self.rows[index]
         row = row.get("train", row)  # the hub wraps the rows of auxiliary_train in one column

@@ -25,9 +25,6 @@ class SmolTalk(Task):
         super().__init__(start=start, stop=stop, step=step)
         self.rows = load_rows("HuggingFaceTB/smol-smoltalk", None, split, f"smoltalk/{split}.jsonl", ("messages",))
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> Conversation:
         messages = self.rows[index]["messages"]
         return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}
