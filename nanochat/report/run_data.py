@@ -74,7 +74,6 @@ Verdict = Literal["right", "by another way", "wrong"]
 class Answer:
     """A question of an evaluation, and what the models of two stages or more said."""
 
-    task: str
     question: str
     expected: str
     said: Mapping[str, tuple[str, Verdict]]
@@ -189,10 +188,10 @@ def read_answers(folder: Path) -> list[Answer]:
             for record in _first_records(path):
                 said.setdefault((path.stem, record["index"]), {})[source] = record
     answers = []
-    for (task, _), records in said.items():
+    for records in said.values():
         first = next(iter(records.values()))
         texts = {source: (readable(r["completions"][0]), verdict(r)) for source, r in records.items()}
-        answers.append(Answer(task, str(first.get("question", "")), readable(first.get("answer", "")), texts))
+        answers.append(Answer(str(first.get("question", "")), readable(first.get("answer", "")), texts))
     return answers[:MAX_ANSWERS]
 
 
