@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -51,6 +53,33 @@ def no_fast_bfloat16():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanochat.precision.cpu_has_bf16", lambda: False)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = os.environ.get("NANOCHAT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        pytest.skip("chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def accessible():
+    """A function that lets axe-core look at a page of the browser."""
+    axe = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
+    script = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+
+    def check(page):
+        page.evaluate(script)
+        found = page.evaluate("axe.run().then(result => result.violations)")
+        assert [(v["id"], [n["html"][:200] for n in v["nodes"]][:5]) for v in found] == []
+
+    return check
 
 
 @pytest.fixture(scope="session")

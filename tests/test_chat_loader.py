@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_dataloader import rows as rows_of
 
 from nanochat.data import chat_rows
 from nanochat.data.chat_loader import ConversationLoader, load_conversations
@@ -22,7 +23,7 @@ from nanochat.messages import normalise
 from nanochat.tokenizer import RustBPETokenizer
 
 BYTES = RustBPETokenizer.from_ranks([bytes([i]) for i in range(256)])
-BOS, ASSISTANT_END = BYTES.get_bos_token_id(), BYTES.encode_special("<|assistant_end|>")
+BOS = BYTES.get_bos_token_id()
 
 short_text = st.text(max_size=12)
 part = st.fixed_dictionaries({"type": st.sampled_from(["text", "python", "python_output"]), "text": short_text})
@@ -59,17 +60,6 @@ def expected_pieces(conversation: dict[str, Any], capacity: int, supervise: str)
         if n == 2 and messages[0]["role"] == "system":  # a system message alone can't be rendered
             break
     return best
-
-
-def rows_of(loaders: list[ConversationLoader], steps: int) -> list[tuple[list[int], list[int]]]:
-    """(x, y) of all rows of the next global batches."""
-    out = []
-    for _ in range(steps):
-        for loader in loaders:
-            x, y = next(loader)
-            assert x.dtype == y.dtype == torch.int64
-            out += list(zip(x.tolist(), y.tolist(), strict=True))
-    return out
 
 
 def make_loaders(

@@ -944,7 +944,7 @@ def test_data_check_tells_chats_from_texts(tmp_path: Path) -> None:
 # --- what strangers bring ---------------------------------------------------------------------------------------------
 
 ANN_HI, BOB_HI = "2024-01-02T10:00:00", "2024-01-02T10:01:00"
-ME_OLD, ANN_NEW = "2024-01-01T03:00:00", "2024-01-02T10:02:00"
+ME_OLD = "2024-01-01T03:00:00"
 SAID = "user: Hi\nassistant: «Hello!»"
 
 

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from portable_model import CALCULATION, TEXT, portable_model, portable_tokenizer, scripted_model
 
-from dev.check_runtimes import CHROMIUM, node_folder, static_host, wllama_package
+from dev.check_runtimes import node_folder, static_host, wllama_package
 from nanochat.engine import Engine
 from nanochat.env import get_base_dir
 from nanochat.generate.calculator import use_calculator
@@ -313,17 +313,6 @@ class TestFolder:
 
 
 # --- a browser -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_web_page import CHROMIUM
 from web_server import serve
 
 from nanochat.config import run_script
@@ -318,16 +317,9 @@ def test_the_page_has_the_same_figures_and_escapes_the_log(running, monkeypatch)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_in_a_browser(running, scheme):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    axe = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    check = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
-    with sync_api.sync_playwright() as playwright, serve(monitor_app(Watcher(running), 1.0)) as client:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        size = {"width": 360, "height": 640}
-        page = browser.new_context(viewport=size, color_scheme=scheme, bypass_csp=True).new_page()
+def test_the_page_in_a_browser(running, scheme, browser, accessible):
+    with serve(monitor_app(Watcher(running), 1.0)) as client:
+        page = browser.new_page(viewport={"width": 360, "height": 640}, color_scheme=scheme, bypass_csp=True)
         problems = []
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -341,11 +333,9 @@ def test_the_page_in_a_browser(running, scheme):
                 assert page.evaluate("window.stayed") is True  # what is new came into the page
                 assert page.locator("svg.plot").count() == 1
             assert page.evaluate("document.documentElement.scrollWidth") == 360
-            page.evaluate(check)
-            found = page.evaluate("axe.run().then(result => result.violations)")
-            assert [(v["id"], [n["html"][:200] for n in v["nodes"]][:5]) for v in found] == []
+            accessible(page)
         assert problems == []
-        browser.close()
+        page.close()
 
 
 def test_cards_as_nvidia_smi_prints_them(tmp_path, monkeypatch):

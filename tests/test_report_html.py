@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_web_page import CHROMIUM
 
 from nanochat.config import run_script
 from nanochat.files import read_json, write_record
@@ -270,41 +269,31 @@ def test_wrong_use_is_explained(arguments, message, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser(page_path, scheme):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    axe = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 360, "height": 640}, color_scheme=scheme, offline=True)
-        page = context.new_page()
-        asked, problems = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(page_path.as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
-        assert page.evaluate("window.pwned") is None
-        assert page.locator("h2").count() == 8
-        assert page.locator("h2").first.inner_text() == "Before and after"
-        torn = """() => [...document.querySelectorAll(".facts dt")].map((dt) => {
-            const word = document.createRange(), text = dt.firstChild;
-            word.setStart(text, 0);
-            word.setEnd(text, /^\\w*/.exec(text.data)[0].length);
-            return [word.getClientRects().length, dt.textContent];
-        }).filter(([lines, text]) => lines > 1).map(([, text]) => text)"""
-        page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
-        assert page.evaluate(torn) == []  # no label has its first word in two lines
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (background == "rgb(250, 248, 244)") == (scheme == "light")
-        assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-        assert problems == []
-        context.close()
-        tester = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme, bypass_csp=True)
-        page = tester.new_page()
-        page.goto(page_path.as_uri())
-        page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
-        found = page.evaluate("axe.run().then(result => result.violations)")
-        assert [(v["id"], [n["html"][:200] for n in v["nodes"]][:5]) for v in found] == []
-        browser.close()
+def test_in_a_browser(page_path, scheme, browser, accessible):
+    page = browser.new_page(viewport={"width": 360, "height": 640}, color_scheme=scheme, offline=True)
+    asked, problems = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(page_path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("h2").count() == 8
+    assert page.locator("h2").first.inner_text() == "Before and after"
+    torn = """() => [...document.querySelectorAll(".facts dt")].map((dt) => {
+        const word = document.createRange(), text = dt.firstChild;
+        word.setStart(text, 0);
+        word.setEnd(text, /^\\w*/.exec(text.data)[0].length);
+        return [word.getClientRects().length, dt.textContent];
+    }).filter(([lines, text]) => lines > 1).map(([, text]) => text)"""
+    page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
+    assert page.evaluate(torn) == []  # no label has its first word in two lines
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(250, 248, 244)") == (scheme == "light")
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert problems == []
+    page.close()
+    page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=scheme, bypass_csp=True)
+    page.goto(page_path.as_uri())
+    accessible(page)
+    page.close()

@@ -232,12 +232,12 @@ def test_answers_do_not_depend_on_the_number_of_ranks(tiny_model, tiny_tokenizer
 class Judged(SayVowels):
     """Problems whose even ones fill a context of 128, judged by a rule for (number of the problem, answer)."""
 
-    def __init__(self, rule, too_long=True):
+    def __init__(self, rule):
         super().__init__(8)
-        self.rule, self.too_long = rule, too_long
+        self.rule = rule
 
     def __getitem__(self, i):
-        content = "word " * 80 if self.too_long and i % 2 == 0 else f"{i}"
+        content = "word " * 80 if i % 2 == 0 else f"{i}"
         return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}], "n": i}
 
     def reward(self, problem, completion):

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_out_of_memory import losses
 
 from nanochat.checkpoint import saver as saving
 from nanochat.checkpoint import writer as checkpoint_writer
@@ -69,11 +70,6 @@ def make(folder, steps=8, rows=4, accum=1, dtype="float32", n=0, replaces=None, 
         replaces=replaces,
         meta={"config": {"steps": steps}},
     )
-
-
-def losses(folder):
-    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -1,7 +1,6 @@
 """The chat page in headless Chromium: streams, stops, edits, regenerates, remembers, and shows nothing but text."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,7 +17,6 @@ from nanochat.serve.guard import Access
 
 HTML = (UI_FOLDER / "index.html").read_text(encoding="utf-8")
 SCRIPTS = "\n".join(p.read_text(encoding="utf-8") for p in sorted(UI_FOLDER.glob("*.js")))
-CHROMIUM = os.environ.get("NANOCHAT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = """<script>window.pwned = 1</script> <img src=x onerror="window.pwned = 2">
 [click](javascript:window.pwned=3) [data](data:text/html,x) ![pic](https://evil.example/p.png) <|assistant_start|>
 [ok](https://example.org/a?b=c) https://example.org/bare. `<b>code</b>`
@@ -77,17 +75,6 @@ class TestFiles:
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", SCRIPTS)
         assert ElementTree.fromstring((UI_FOLDER / "logo.svg").read_text(encoding="utf-8")).tag.endswith("svg")
         assert set(re.findall(r'byId\("([^"]+)"\)', SCRIPTS)) <= set(re.findall(r'id="([^"]+)"', HTML))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -493,8 +480,7 @@ def test_light_dark_and_phone(browser, site, engine):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(page, engine, scheme):
-    axe = pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
+def test_axe_finds_nothing(page, engine, scheme, accessible):
     page.emulate_media(color_scheme=scheme)
     engine.script = [
         ("text", f"# Title\n\n- item\n\n```python\nx = 1  # note\n```\n\n[link](https://a.b)\n\n{HOSTILE}")
@@ -505,7 +491,6 @@ def test_axe_finds_nothing(page, engine, scheme):
     say(page, "And so?")
     page.click(".work summary")
     say(page, "/temperature 9", wait=False)
-    page.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
     for opener, dialog in [
         (None, None),
         ("#open-settings", "#settings"),
@@ -516,8 +501,7 @@ def test_axe_finds_nothing(page, engine, scheme):
             page.click(opener)
             page.wait_for_selector(f"{dialog}[open]")
         page.wait_for_timeout(200)  # colours change slowly
-        found = page.evaluate("axe.run().then(result => result.violations)")
-        assert not found, "\n".join(f"{v['id']}: {n['html'][:100]}" for v in found for n in v["nodes"])
+        accessible(page)
         if opener:
             page.keyboard.press("Escape")
 

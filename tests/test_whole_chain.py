@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from test_pipeline import snapshot
 
 from nanochat.pipeline.profiles import TINY, Settings
 from nanochat.pipeline.stages import make_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [stage.name for stage in make_stages(TINY, Settings(), Path("/base"))]
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
 
 
 @dataclass

@@ -114,17 +114,14 @@ def wait_until(condition, seconds=20.0):
         time.sleep(0.01)
 
 
-def reverse_proxy(target, path, strip=True, headers=()):
-    """An application that passes requests under `path` on to `target` as nginx does by default: with that one's Host.
-
-    With `strip` it takes the path away first; it adds `headers`.
-    """
+def reverse_proxy(target, path):
+    """An application that passes requests under `path` on to `target`, which sees its own Host and no such path."""
 
     async def forward(request):
         kept = {k: v for k, v in request.headers.items() if k not in ("host", "connection", "accept-encoding")}
-        inner = request.url.path.removeprefix(path) if strip else request.url.path
+        inner = request.url.path.removeprefix(path)
         client = httpx.AsyncClient(base_url=target, timeout=60)
-        asked = client.build_request(request.method, inner, headers=kept | dict(headers), content=await request.body())
+        asked = client.build_request(request.method, inner, headers=kept, content=await request.body())
         response = await client.send(asked, stream=True)
         told = {k: v for k, v in response.headers.items() if k not in ("transfer-encoding", "connection", "date")}
         return StreamingResponse(
