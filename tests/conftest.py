@@ -1,4 +1,4 @@
-"""Shared fixtures: a folder of its own for every test, a tiny tokenizer and a tiny model."""
+"""Shared fixtures: a folder of its own for every test, a tiny tokenizer, a tiny model, and a browser."""
 
 from __future__ import annotations
 
