@@ -352,6 +352,24 @@ class TestLog:
         assert rows[0]["answer"] == rows[1]["answer"] == [{"type": "text", "text": text}]
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions", "/v1/responses"])
+    def test_a_client_that_leaves_before_a_word_is_said(self, model, tiny_tokenizer, tmp_path, path, stream):
+        log = tmp_path / "chats.jsonl"
+        app, engine = tiny_app(model, tiny_tokenizer, SlowEngine, Sampling(max_tokens=100), log_path=log)
+        key = "input" if path.endswith("responses") else "messages"
+        stream |= path == "/chat/completions"  # it knows nothing else
+        with serve(app) as client:
+            body = json.dumps({key: HELLO, "stream": stream}).encode()
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            raw = socket.create_connection((client.base_url.host, client.base_url.port))
+            raw.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            raw.close()
+            wait_until(lambda: engine.stats()["cancelled"] == 1)
+            wait_until(lambda: log.read_bytes().count(b"\n") == 1)
+        (row,) = read_jsonl(log)
+        assert (row["prompt"], row["finish_reason"]) == (HELLO, None)
+
 
 def test_slow_and_broken_requests_hold_up_nobody(client):
     host, port = client.base_url.host, client.base_url.port

@@ -90,9 +90,9 @@ class ConversationLog:
         self._lock = threading.Lock()
 
     def write(self, prompt: Any, events: Sequence[Event]) -> None:
-        """Add a question and its answer."""
+        """Add a question and its answer; of a client that left it is what was said until then, perhaps nothing."""
         answer = join_events(events)
-        reason = events[-1].finish_reason
+        reason = events[-1].finish_reason if events else None
         row = {"time": round(time.time(), 3), "prompt": prompt, "answer": answer, "finish_reason": reason}
         with self._lock:
             os.write(self._file, (json.dumps(row) + "\n").encode())
@@ -240,18 +240,27 @@ class AnswerStream:
         self._running = 0
         self._written = [0] * len(requests)  # tokens so far
         self._ended: dict[int, int] = {}  # tokens of answers that ended with a call
+        self._said: list[list[Event]] = []  # what the log does not have yet
         self._began = time.monotonic()
         try:
             self._start_waiting()
         except (QueueFull, EngineClosed, ValueError) as error:
             self.cancel()
             raise _refusal(error) from error
+        self._said = [[] for _ in requests]
 
     def cancel(self) -> None:
-        """Stop what still runs."""
+        """Stop what still runs; the log gets what was said."""
         self._waiting.clear()
         for generation in self._generations:
             generation.cancel()
+        self._log()
+
+    def _log(self) -> None:
+        said, self._said = self._said, []
+        if self._service.log is not None:
+            for prompt, events in zip(self._prompts, said, strict=bool(said)):
+                self._service.log.write(prompt, events)
 
     def _start_waiting(self) -> None:
         """Start as many of the generations that wait as there are places for."""
@@ -284,8 +293,7 @@ class AnswerStream:
         Raises:
             AnswerFailed: a generation failed or was cut short; the others are cancelled.
         """
-        said: list[list[Event]] = [[] for _ in self._prompts]
-        unfinished, first = len(said), True
+        unfinished, first = len(self._prompts), True
         try:
             while unfinished:
                 # Nothing of this request runs, and the queue was full: the next look is soon.
@@ -300,15 +308,13 @@ class AnswerStream:
                     self._service.metrics.first_token.observe(time.monotonic() - self._began)
                 for i, event in self._read(arrived):
                     unfinished -= event.kind == "done"
-                    if self._service.log is not None:
-                        said[i].append(event)
+                    if self._said and self._service.log is not None:
+                        self._said[i].append(event)
                     yield i, event
                 self._start_more()
             self._service.metrics.answer.observe(time.monotonic() - self._began)
-        finally:  # also when the client has gone: then with what was said until then
-            for prompt, events in zip(self._prompts, said, strict=True):
-                if self._service.log is not None and events:
-                    self._service.log.write(prompt, events)
+        finally:  # at once, so that the line is there when the client has its answer
+            self._log()
 
     def _read(self, arrived: list[tuple[int, Event]]) -> Iterator[tuple[int, Event]]:
         """What the client may know of what arrived."""
