@@ -285,7 +285,7 @@ def test_a_finished_pipeline(running, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "130")
     run_script(main, Config, ["--base_dir", str(running), "--once"])
     text = capsys.readouterr().out
-    assert text.count("nats per supervised token") == 2
+    assert text.count("nats per token learned") == 2
     assert "scripts.chat_web -i rl -g d4" in text
     with serve(monitor_app(Watcher(running), 2.0)) as client:
         first, again, report = client.get("/"), client.get("/"), client.get("/report")
@@ -295,7 +295,7 @@ def test_a_finished_pipeline(running, capsys, monkeypatch):
     for picture, last in zip(pictures, ("25", "100"), strict=True):
         assert f"step 1 to {last}" in picture
         assert re.findall(r">([\d.]+)<", picture)  # ticks
-        assert ">nats per supervised token<" in picture
+        assert ">nats per token learned<" in picture
         assert ">step<" in picture
     assert 'href="report"' in first.text
 

@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any
 
 MAX_POINTS = 400
-LOSS_UNIT = "nats per supervised token"
+LOSS_UNIT = "nats per token learned"
 WIDTH, HEIGHT = 3.6, 2.0  # inches; the page scales it
 # Colours that stand for CSS variables.
 TEXT, GRID = "#0000f0", "#0000f1"
