@@ -52,6 +52,8 @@ def dump(path: Path, *records: Any) -> Path:
 HI = "user: Hi\nassistant: «Hello!»"
 TWO = HI + "\nuser: 2+2?\nassistant: «4»"
 SYS = "system: Be brief\n"
+SAID = [{"type": "text", "text": "Hello!"}]
+CALLED = 'user: Hi\nassistant: «w({"c": 1})»[sun]«Hello!»'
 ONE = {
     # OpenAI, Mistral, TRL, Axolotl, unsloth, LLaMA-Factory
     "messages": ({"messages": PAIR, "id": 3, "source": "x"}, HI),
@@ -272,6 +274,70 @@ ONE = {
             "tools": "[]",
         },
         "user: 2+2?\nassistant: «2+2»[4]«4!»",
+    ),
+    # What chat_web --log_conversations writes
+    "own log": (
+        {
+            "time": 1.0,
+            "prompt": PAIR[:1],
+            "answer": [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, *SAID],
+            "finish_reason": "stop",
+        },
+        "user: Hi\nassistant: «1+1»[2]«Hello!»",
+    ),
+    "langfuse": ({"input": {"messages": PAIR[:1]}, "output": PAIR[1]}, HI),
+    "answer beside the messages": ({"messages": PAIR[:1], "response": "Hello!"}, HI),
+    "answer as OpenAI sends it": ({"messages": PAIR[:1], "response": {"choices": [{"message": PAIR[1]}]}}, HI),
+    "langchain": ({"messages": [{"type": "human", "content": "Hi"}, {"type": "ai", "content": "Hello!"}]}, HI),
+    "langchain, older": (
+        {"messages": [{"type": t, "data": {"content": c}} for t, c in (("human", "Hi"), ("ai", "Hello!"))]},
+        HI,
+    ),
+    "langchain's calls": (
+        {
+            "messages": [
+                {"type": "human", "content": "Hi"},
+                {"type": "ai", "content": "", "tool_calls": [{"id": "1", "name": "w", "args": {"c": 1}}]},
+                {"type": "tool", "content": "sun", "tool_call_id": "1"},
+                {"type": "ai", "content": "Hello!"},
+            ]
+        },
+        CALLED,
+    ),
+    "gemini's calls": (
+        {
+            "contents": [
+                {"role": U, "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"text": "secret", "thought": True}]},
+                {"role": "model", "parts": [{"functionCall": {"name": "w", "args": {"c": 1}}}]},
+                {"role": "function", "parts": [{"functionResponse": {"name": "w", "response": "sun"}}]},
+                {"role": "model", "parts": [{"text": "Hello!"}]},
+            ]
+        },
+        CALLED,
+    ),
+    "ai sdk": (
+        {
+            "messages": [
+                {"role": U, "parts": [{"type": "text", "text": "Hi"}]},
+                {"role": A, "parts": [{"type": "step-start"}, {"type": "reasoning", "text": "secret"}, *SAID]},
+            ]
+        },
+        HI,
+    ),
+    "ai sdk's calls": (
+        {
+            "messages": [
+                PAIR[0],
+                {"role": A, "content": [{"type": "tool-call", "toolCallId": "1", "toolName": "w", "input": {"c": 1}}]},
+                {
+                    "role": "tool",
+                    "content": [{"type": "tool-result", "toolCallId": "1", "output": {"type": "text", "value": "sun"}}],
+                },
+                PAIR[1],
+            ]
+        },
+        CALLED,
     ),
 }
 
