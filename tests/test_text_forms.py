@@ -649,6 +649,26 @@ def test_texts_with_line_breaks_and_commas_are_no_swallowed_rows(tmp_path: Path)
     assert read(tmp_path / "b.csv") == ["a, b", "c"]
     (tmp_path / "c.csv").write_text('id,text\n1,"say \\"hi\\", then go"\n2,x\n')
     assert read(tmp_path / "c.csv") == ['say "hi", then go', "x"]
+    (tmp_path / "d.csv").write_text("sep=;\nid;text\n1;a, b\n2;c\n")  # as Excel is told what is between the fields
+    assert read(tmp_path / "d.csv") == ["a, b", "c"]
+    (tmp_path / "d.csv").write_text("sep=;\nid;text\n1;a, b\n2;c;d\n")
+    with pytest.raises(ValueError, match=r"d\.csv, line 4: 3 fields, but the first line has 2"):
+        read(tmp_path / "d.csv")
+
+
+def test_names_that_say_something_else_than_the_content(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_text("Größe, unpacked by the browser")
+    (tmp_path / "b.jsonl").write_text('[\n{"text": "one"},\n{"text": "two"}\n]\n')
+    (tmp_path / "c.ndjson").write_text('[{"text": "three"},\n{"text": "four"}]\n')
+    (tmp_path / "d.jsonl").write_text('{\n "text": "five"\n}\n{\n "text": "six"\n}\n')
+    (tmp_path / "e.jsonl").write_text('["seven"]\n["eight"]\n')  # one value a line, as it should be
+    assert read(tmp_path / "a.txt.gz") == ["Größe, unpacked by the browser"]
+    for name, texts in (("b.jsonl", ["one", "two"]), ("c.ndjson", ["three", "four"]), ("d.jsonl", ["five", "six"])):
+        assert read(tmp_path / name) == texts
+    assert read(tmp_path / "e.jsonl") == ["seven", "eight"]
+    said = "\n".join(look_at_texts(tmp_path).lines())
+    assert "not packed, in spite of .gz in its name: a.txt.gz" in said
+    assert "one JSON value over many lines, not one a line: b.jsonl, c.ndjson, d.jsonl" in said
 
 
 def test_headers_and_columns(tmp_path: Path) -> None:

@@ -303,7 +303,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     packed = gzip.compress(b'"text"\n' * 1000)
     bad: dict[str, tuple[bytes, str]] = {
         "a.jsonl.gz": (packed[:-10], "can't be unpacked"),
-        "b.jsonl.zst": (b"no zstd", "can't be unpacked"),
+        "b.jsonl.zst": (b"\x28\xb5\x2f\xfdno zstd", "can't be unpacked"),
         "c.csv": (
             b"name,title\ny,x\n",
             r"no column 'text' \(it has: name, title\): say which one with TEXT_COLUMN or --text",

@@ -73,10 +73,11 @@ def read_csv(
     if not head:
         return
     dialect = detect_dialect(head, "\t" if tabs else None, whole)
-    all_lines = itertools.chain(head, iter(lambda: lines.readline(LONGEST_FIELD), ""))
-    counter = _LineCounter(all_lines)
+    skipped = int(head[0].lower().startswith("sep="))  # Excel's way to say what is between the fields
+    all_lines = itertools.chain(head[skipped:], iter(lambda: lines.readline(LONGEST_FIELD), ""))
+    counter = _LineCounter(all_lines, skipped)
     rows = dialect.rows(counter)
-    start = 1
+    start = 1 + skipped
     try:
         sample = []
         for row in itertools.islice(rows, SAMPLE_LINES):
@@ -105,8 +106,8 @@ def read_csv(
 class _LineCounter:
     """Passes lines on and counts them."""
 
-    def __init__(self, lines: Iterator[str]) -> None:
-        self.lines, self.number = lines, 0
+    def __init__(self, lines: Iterator[str], skipped: int) -> None:
+        self.lines, self.number = lines, skipped
 
     def __iter__(self) -> _LineCounter:
         return self

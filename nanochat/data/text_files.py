@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from nanochat.data.charset import REPAIR, Repairs, Utf8Stream, known_encoding
+from nanochat.data.charset_guess import fits
 from nanochat.data.documents import (
     read_docx,
     read_epub,
@@ -96,6 +97,12 @@ def kind_of_content(head: bytes) -> str | None:
     return "jsonl" if same and (is_chat(records[0]) or not records[0].keys().isdisjoint(TEXT_NAMES)) else None
 
 
+def _is_one_value(head: bytes) -> bool:
+    """True if the first line of JSON lines is the beginning of an array or object that goes on below."""
+    line, end, _ = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    return bool(end) and (line.strip() == b"{" or (line[:1] == b"[" and line.strip()[-1:] in b"[{,"))
+
+
 class TextReader:
     """Reads files and keeps count of what was found out on the way.
 
@@ -155,7 +162,7 @@ class TextReader:
             yield from self._archive(file)
         else:
             with open(file.path, "rb") as raw, damage_named(file.path):
-                stream = unpacked(raw, compression_of(file.path.name))
+                stream = self._unpacked(raw, file.path.name, file.name)
                 for document in self._documents(file.kind, file.path, file.name, stream):
                     yield raw.tell(), document
 
@@ -182,11 +189,20 @@ class TextReader:
             self.inventory.leave_out("in an archive (unpack it)", "file", shown, size)
         elif kind := kind_to_read(FoundFile(path, name, shown), size, head, self.options, self.inventory):
             try:
-                yield from self._documents(kind, Path(shown), shown, unpacked(content, compression_of(name)))
+                stream = self._unpacked(cast("io.BufferedReader", content), name, shown)
+                yield from self._documents(kind, Path(shown), shown, stream)
             except NotReadError as error:
                 self.inventory.leave_out(str(error), "file", shown, size)
             else:
                 self.inventory.count(f"{label_of(name).lstrip('.') or 'no suffix'} in {file.label}", 1, size)
+
+    def _unpacked(self, stream: io.BufferedReader, name: str, shown: str) -> IO[bytes]:
+        """The content of a file that is packed as its name says, or, as browsers save some downloads, not any more."""
+        packed = compression_of(name)
+        if packed and not what_it_is(head := stream.peek(SNIFF_BYTES)) and fits(head, "utf-8") and b"\0" not in head:
+            self.note(f"not packed, in spite of {packed} in its name", shown)
+            return stream
+        return unpacked(stream, packed)
 
     def _documents(self, kind: str, path: Path, name: str, stream: IO[bytes]) -> Iterator[str]:
         """The documents of a stream of bytes; `path` is for messages, `name` for the inventory."""
@@ -209,6 +225,9 @@ class TextReader:
         if kind in ("txt", "md") and (kind_inside := kind_of_content(head)):
             self.note(f"{kind_inside} under another name", name)
             kind = kind_inside
+        if kind == "jsonl" and _is_one_value(head):
+            self.note("one JSON value over many lines, not one a line", name)
+            kind = "json"
         declared = self._declared(head) if kind == "html" else None
         utf8 = Utf8Stream(
             stream, self.repairs, self.encoding, declared, lambda what, sure: self._charset(what, sure, name)

@@ -34,7 +34,7 @@ from nanochat.env import check_disk_space, get_base_dir, print0
 from nanochat.files import atomic_folder
 from nanochat.progress import Bar, progress
 
-VERSION = 11  # part of the folder's name: raise it when the same files would give other shards
+VERSION = 12  # part of the folder's name: raise it when the same files would give other shards
 VAL_SHARE = 1 / 20
 VAL_SHARE_IF_LARGE = 1 / 200
 LARGE_CHARS = 200_000_000
