@@ -17,7 +17,7 @@ from typing import Any
 
 from nanochat.data.chat_exports import is_export, read_export
 from nanochat.data.chat_media import MEDIA_KEYS, TAGS_TOO, is_about_images
-from nanochat.data.chat_parts import as_message, as_messages
+from nanochat.data.chat_parts import as_messages, usual_message
 from nanochat.data.chat_templates import ROLE_OF, read_template, without_end_of_turn
 from nanochat.data.json_stream import rows_of_lists
 from nanochat.messages import BETWEEN, Message
@@ -94,7 +94,7 @@ def is_message(value: Any) -> bool:
     """True of one message of a conversation, in any form: an array of them is one conversation."""
     if not isinstance(value, dict):
         return isinstance(value, str | int | float)
-    value = as_message(value)
+    value = usual_message(value)
     return is_export(value) or (
         _first(value, ROLE_KEYS) is not None and _first(value, (*TEXT_KEYS, "tool_calls", "function_call")) is not None
     )
@@ -241,7 +241,7 @@ def _history_pair(pair: Any) -> list[Message]:
 
 def _message(value: dict[str, Any], notes: Counter[str]) -> Message:
     """A message of any form with nanochat's names; its role stays as it is if it is not known."""
-    value = {key: v for key, v in as_message(value).items() if v is not None}
+    value = {key: v for key, v in usual_message(value).items() if v is not None}
     role_key, text_key = _first(value, ROLE_KEYS), _first(value, TEXT_KEYS)
     said = value.get(role_key) if role_key else None
     if isinstance(said, dict):  # {"author": {"role": "user"}}

@@ -8,7 +8,7 @@ from typing import Any
 _CALLS, _RESULTS = ("functionCall", "function_call"), ("functionResponse", "function_response")  # Gemini's
 
 
-def as_message(value: dict[str, Any]) -> dict[str, Any]:
+def usual_message(value: dict[str, Any]) -> dict[str, Any]:
     """A message with its role beside its text, its calls as OpenAI's, and the parts of its content as Anthropic's."""
     inner = value.get("data", value.get("kwargs"))
     if isinstance(inner, dict) and "content" in inner and "type" in value:  # LangChain, of either version
