@@ -22,6 +22,7 @@ from nanochat.config import run_script
 from nanochat.data import documents, text_files, text_walk
 from nanochat.data.corpus import open_corpus
 from nanochat.data.inventory import Inventory, UnusableInputError, check_inventories
+from nanochat.data.json_text import CHATS
 from nanochat.data.packed import LINK_INSIDE
 from nanochat.data.script import own_prompts
 from nanochat.data.text_files import TextReader, file_of
@@ -656,6 +657,18 @@ def test_texts_with_line_breaks_and_commas_are_no_swallowed_rows(tmp_path: Path)
         read(tmp_path / "d.csv")
 
 
+def test_a_table_of_conversations_is_no_text(tmp_path: Path) -> None:
+    said = pa.array([[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]] * 4)
+    pq.write_table(
+        pa.table({"prompt": [SENTENCE * 3] * 4, "prompt_id": ["x"] * 4, "messages": said}), tmp_path / "a.parquet"
+    )
+    (tmp_path / "b.csv").write_text("question,answer\n" + f"Why?,{SENTENCE * 3}\n" * 4)
+    inventory = look_at_texts(tmp_path)
+    assert inventory.left_out_line() == f"2 files: {CHATS} (a.parquet, b.csv)"
+    assert "give them as CHAT_DATA" in inventory.stop
+    assert read(tmp_path / "b.csv", "answer") == [SENTENCE * 3] * 4  # who asks for a column gets it
+
+
 def test_names_that_say_something_else_than_the_content(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_text("Größe, unpacked by the browser")
     (tmp_path / "b.jsonl").write_text('[\n{"text": "one"},\n{"text": "two"}\n]\n')
@@ -666,7 +679,13 @@ def test_names_that_say_something_else_than_the_content(tmp_path: Path) -> None:
     for name, texts in (("b.jsonl", ["one", "two"]), ("c.ndjson", ["three", "four"]), ("d.jsonl", ["five", "six"])):
         assert read(tmp_path / name) == texts
     assert read(tmp_path / "e.jsonl") == ["seven", "eight"]
+    with tarfile.open(tmp_path / "f.tar.gz", "w:") as tar:  # without gz
+        tar.add(tmp_path / "e.jsonl", "e.jsonl")
+    assert read_archive(tmp_path / "f.tar.gz") == ["seven", "eight"]
+    with zipfile.ZipFile(tmp_path / "g.txt.gz", "w") as archive:
+        archive.writestr("a.txt", "nine")
     said = "\n".join(look_at_texts(tmp_path).lines())
+    assert ".zip by its content (rename it, or unpack it) (g.txt.gz)" in said
     assert "not packed, in spite of .gz in its name: a.txt.gz" in said
     assert "one JSON value over many lines, not one a line: b.jsonl, c.ndjson, d.jsonl" in said
 

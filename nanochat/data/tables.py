@@ -17,7 +17,8 @@ from typing import Literal, TextIO
 import pyarrow as pa
 
 from nanochat.data.corpus import BLOCK_ROWS, is_text, open_parquet
-from nanochat.data.json_text import TEXT_NAMES, choose_name
+from nanochat.data.inventory import NotReadError
+from nanochat.data.json_text import CHATS, TEXT_NAMES, choose_name, is_chat
 
 LONGEST_FIELD = 256_000_000  # characters
 SAMPLE_LINES = 500  # the dialect is chosen by these
@@ -272,8 +273,11 @@ def choose_column(
     """The column with the documents: see `choose_name`.
 
     Raises:
+        NotReadError: the columns are those of conversations.
         ValueError: there is none, or it is not clear which; names them.
     """
+    if wanted is None and is_chat(dict.fromkeys(names)) and "text" not in names:
+        raise NotReadError(CHATS)  # of these only the questions, or the answers, would be learned
     name = choose_name(texts, lengths, wanted)
     if name is not None:
         return name

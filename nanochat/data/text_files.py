@@ -199,7 +199,10 @@ class TextReader:
     def _unpacked(self, stream: io.BufferedReader, name: str, shown: str) -> IO[bytes]:
         """The content of a file that is packed as its name says, or, as browsers save some downloads, not any more."""
         packed = compression_of(name)
-        if packed and not what_it_is(head := stream.peek(SNIFF_BYTES)) and fits(head, "utf-8") and b"\0" not in head:
+        head = stream.peek(SNIFF_BYTES) if packed else b""
+        if other := what_it_is(head):
+            return unpacked(stream, packed) if other.endswith(packed) else stream  # whoever reads it says what it is
+        if packed and fits(head, "utf-8") and b"\0" not in head:
             self.note(f"not packed, in spite of {packed} in its name", shown)
             return stream
         return unpacked(stream, packed)
