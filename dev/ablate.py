@@ -8,8 +8,9 @@
 
 Every run is `scripts.base_train` in a process of its own, with a base folder for each vocabulary (its tokenizer is
 trained on first use). A finished run is one line in the results file and is not repeated, so a matrix that was killed
-resumes. The validation text is the same for every vocabulary: the tokenizer's bytes per token determine the number of
-tokens. Times are comparable only on a machine that does nothing else; on a busy one use --flops.
+resumes, and the run that it was at goes on from its last checkpoint. The validation text is the same for every
+vocabulary: the tokenizer's bytes per token determine the number of tokens. Times are comparable only on a machine that
+does nothing else; on a busy one use --flops.
 
 A setting that wins at one size may lose at the next. `--ladder` trains each at three, prints its gain over the first
 setting at every rung, fits how its loss falls with compute, and draws it beside the results.
@@ -17,6 +18,7 @@ setting at every rung, fits how its loss falls with compute, and draws it beside
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -286,8 +288,8 @@ def prepare(cfg: Config, vocab_size: int) -> tuple[Path, float]:
     return base_dir, json.loads(record.read_text(encoding="utf-8"))
 
 
-def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, Any]:
-    """Train once; returns the figures that are compared, and the cost."""
+def run_one(cfg: Config, flags: dict[str, str]) -> tuple[dict[str, Any], Path]:
+    """Train once, or go on with what a kill has left: the figures that are compared, the cost, and the run's folder."""
     flags = dict(flags)
     base_dir, bytes_per_token = prepare(cfg, int(flags.pop("vocab_size")))
     flags |= {
@@ -295,9 +297,10 @@ def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, Any]:
         "eval_tokens": str(int(cfg.eval_bytes / bytes_per_token)),
         "eval_every": str(cfg.eval_every),
     }
-    flags |= {"sample_every": "0", "save_every_minutes": "1e9", "resume": "never", "model_tag": "ablate"}
-    folder = base_dir / "base_checkpoints" / "ablate"
-    shutil.rmtree(folder, ignore_errors=True)
+    flags |= {"sample_every": "0", "save_every_minutes": "15"}
+    # By its flags: only this very run goes on there.
+    flags["model_tag"] = f"ablate-{hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:12]}"
+    folder = base_dir / "base_checkpoints" / flags["model_tag"]
     run_module("scripts.base_train", flags, base_dir, base_dir / "base_train.log")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [r for r in records if "loss" in r][-1]
@@ -307,7 +310,7 @@ def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, Any]:
     own = [r.get("own_val_bpb", r["val_bpb"]) for r in evaluated]
     best, at = min(values)
     epochs = last["tokens"] * bytes_per_token / corpus_bytes(cfg)
-    return {
+    result = {
         "val_bpb": values[-1][0],
         "best_bpb": best,
         "own_bpb": own[-1],
@@ -320,6 +323,7 @@ def run_one(cfg: Config, flags: dict[str, str]) -> dict[str, Any]:
         "seconds": last["seconds"],
         "curve": [(step, round(value, 5)) for value, step in values],
     }
+    return result, folder
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -373,9 +377,11 @@ def run_rung(cfg: Config, flops: float | None) -> dict[str, list[dict[str, Any]]
             if result is None:
                 start = time.time()
                 result = {"experiment": cfg.experiment, "setting": label, **asked}
-                result |= run_one(cfg, flags) | {"date": time.strftime("%Y-%m-%d %H:%M")}
+                figures, folder = run_one(cfg, flags)
+                result |= figures | {"date": time.strftime("%Y-%m-%d %H:%M")}
                 with open(path, "a", encoding="utf-8") as f:
                     f.write(json.dumps(result) + "\n")
+                shutil.rmtree(folder, ignore_errors=True)  # only now: until here it can go on
                 print(f"{label}, seed {seed}: {result['val_bpb']:.4f} ({time.time() - start:.0f} s)", flush=True)
             rows.setdefault(label, []).append(result)
         print(table(rows), flush=True)

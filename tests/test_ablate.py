@@ -1,5 +1,6 @@
 """The ladder of dev/ablate.py: equal compute at every rung, the law through the rungs, and which gains last."""
 
+import json
 import re
 
 import pyarrow as pa
@@ -57,7 +58,8 @@ def test_the_ladder_trains_every_setting_at_every_rung_once(tmp_path, monkeypatc
         ran.append((depth, flops, flags["seed"]))
         label = {"4": "d4", "6": "d6", "8": "d8, half as wide"}[depth]
         seed = {"0": 0.999, "1": 1.001}[flags["seed"]]
-        return {"val_bpb": TRUE.bpb(flops) * gain[label][rung] * seed, "steps": 10, "tokens": 2e6, "seconds": 1.0}
+        figures = {"val_bpb": TRUE.bpb(flops) * gain[label][rung] * seed, "steps": 10, "tokens": 2e6, "seconds": 1.0}
+        return figures, tmp_path / "run"
 
     monkeypatch.setattr(ablate, "run_one", run_one)
     monkeypatch.setattr(ablate, "prepare", lambda cfg, vocab_size: (tmp_path, 4.0))
@@ -77,6 +79,35 @@ def test_the_ladder_trains_every_setting_at_every_rung_once(tmp_path, monkeypatc
     ablate.main(cfg)  # what is in the results file is not run again
     assert len(ran) == 18
     assert (tmp_path / "ablate.svg").read_text(encoding="utf-8") == picture
+
+
+def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path, monkeypatch):
+    """The folder is another one for every set of flags, and gone when the result is written."""
+    killed, ran = [True], []
+
+    def run_module(module, flags, base_dir, log):
+        folder = base_dir / "base_checkpoints" / flags["model_tag"]
+        ran.append((flags, folder.exists()))
+        folder.mkdir(parents=True, exist_ok=True)
+        if killed.pop() if killed else False:
+            raise KeyboardInterrupt
+        records = [{"loss": 1.0, "step": 1, "tokens": 9, "seconds": 1.0}, {"val_bpb": 1.0, "step": 1}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    monkeypatch.setattr(ablate, "run_module", run_module)
+    monkeypatch.setattr(ablate, "prepare", lambda cfg, vocab_size: (tmp_path, 4.0))
+    monkeypatch.setattr(ablate, "corpus_bytes", lambda cfg: 16_000_000)
+    monkeypatch.chdir(tmp_path)
+    cfg = ablate.Config(data="x", experiment="shape", flops=1e13, seeds=(0,), only=("d4", "d6"))
+    with pytest.raises(KeyboardInterrupt):
+        ablate.main(cfg)
+    ablate.main(cfg)
+    (first, was_there), (again, found), (other, found_other) = ran
+    assert (was_there, found, found_other) == (False, True, False)
+    assert first == again
+    assert first["model_tag"] != other["model_tag"]
+    assert first.get("resume", "auto") == "auto"
+    assert not list((tmp_path / "base_checkpoints").iterdir())
 
 
 def test_runs_without_a_law_still_end_with_their_table():
