@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from nanochat.env import error_text, printable
 
 T = TypeVar("T")
+MOST = 1e30  # that a number among the settings may be: products of larger ones end beyond what a float holds
 # The flags that `--help` of a script shows if it has more than MANY_FLAGS; `--help_all` shows all.
 MANY_FLAGS = 12
 FIRST_FLAGS = {

@@ -99,13 +99,15 @@ class GPTConfig:
             raise ValueError(f"window_pattern is {self.window_pattern!r}: use the letters S and L, as in SSSL")
         if self.init not in ("classic", "modern", "induction"):
             raise ValueError(f"init is {self.init!r}, expected classic, modern or induction")
-        if not (self.logit_softcap or 0) > 0:  # as a flag it is 0, where None leaves it to the recipe
+        if self.logit_softcap is not None and not self.logit_softcap < math.inf:
+            raise ValueError(f"logit_softcap must be finite, got {self.logit_softcap}; 0 is none")
+        if (self.logit_softcap or 0) <= 0:  # as a flag it is 0, where None leaves it to the recipe
             object.__setattr__(self, "logit_softcap", None)
         if self.residual_factors and self.residual_scalars:
             raise ValueError("residual_scalars holds the factors of residual_factors already: switch one of them off")
         for name in ("qk_scale", "rope_base"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.reach < 0 or self.recall < 0 or self.recall == 1:  # one token is followed by none
             raise ValueError(
                 f"reach and recall must be 0 or more, and recall not 1: got {self.reach} and {self.recall}"

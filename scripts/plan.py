@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.common import autodetect_device_type, get_base_dir, setup_compute
-from nanochat.config import Runtime, run_script
+from nanochat.config import MOST, Runtime, run_script
 from nanochat.hardware import free_memory, inspect_machine, speeds_key
 from nanochat.plan.card_names import card_table, parse_card
 from nanochat.plan.local_speed import SPEEDS_FILE, LocalMachine
@@ -84,8 +84,8 @@ class Config:
     """Print JSON and nothing else."""
 
     def __post_init__(self) -> None:
-        if self.hours <= 0:
-            raise ValueError(f"--hours must be positive, got {self.hours}")
+        if not 0 < self.hours < MOST:
+            raise ValueError(f"--hours must be above 0 and below {MOST:g}, got {self.hours}")
         if self.depth is not None and self.depth < 1:
             raise ValueError(f"--depth must be at least 1, got {self.depth}")
         if self.vocab_size == "auto" and self.card is None:

@@ -136,7 +136,7 @@ def test_a_model_that_does_not_fit_is_said_not_to(capsys):
         (["--card=T4 x2", "--num_cards=4"], "different numbers"),
         (["--card=tesla k80"], "no torch that this project supports has kernels"),
         (["--card=banana"], "is not in nanochat/cards.py"),
-        (["--card=p100", "--hours=0"], "--hours must be positive"),
+        *((["--card=p100", f"--hours={hours}"], "--hours must be above 0") for hours in ("0", "nan", "inf", "1e308")),
         (["--card=p100", "--num_cards=0"], "--num_cards must be at least 1"),
         (["--card=p100", "--depth=0"], "--depth must be at least 1"),
     ],

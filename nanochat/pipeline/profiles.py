@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nanochat.config import MOST
 from nanochat.data.chat_files import HUB
 from nanochat.data.chats import is_own_chats
 from nanochat.data.sources import SOURCES
@@ -365,15 +366,15 @@ class Settings:
 
 def _number(env: Mapping[str, str], name: str, kind: type[Any], smallest: float) -> Any:
     """The number in an environment variable, or None; for floats `smallest` itself is too small."""
-    text = env.get(name)
-    if not text:
+    if not (text := env.get(name)):
         return None
     try:
         value = kind(text)
     except ValueError:
         raise ValueError(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
-    if value < smallest if kind is int else not (smallest < value < math.inf):
-        raise ValueError(f"{name}={text}: must be {'at least' if kind is int else 'more than'} {smallest:.0f}")
+    if value < smallest if kind is int else not (smallest < value < MOST):
+        bounds = f"at least {smallest:.0f}" if kind is int else f"more than {smallest:.0f} and below {MOST:g}"
+        raise ValueError(f"{name}={text}: must be {bounds}")
     return value
 
 

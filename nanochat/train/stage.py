@@ -25,7 +25,7 @@ from nanochat.checkpoint_manager import (
     tokenizer_of,
 )
 from nanochat.common import Compute, print0, setup_compute
-from nanochat.config import Runtime, positive
+from nanochat.config import MOST, Runtime, positive
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.progress import format_seconds
@@ -46,6 +46,7 @@ from nanochat.train.resume import find_resume, model_hash, run_lock, saved_dtype
 from nanochat.train.tracking import TrackerName, init_tracker
 from nanochat.train.trainer import EXTRA_STATE, Loader, Trainer, TrainSettings
 
+MOST_RATE = 100.0  # Muon and AdamW move a number by about its rate: no recipe's is above 1
 AT_LEAST_ONE = ("device_batch_size", "keep_last", "eval_tokens", "eval_batches", "lora_rank", "last_layers")
 
 
@@ -94,12 +95,14 @@ class RunConfig:
             if name in AT_LEAST_ONE and isinstance(value, int) and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
             never = name == "save_every_minutes" and value == math.inf
-            if isinstance(value, float) and not (math.isfinite(value) or never):
-                raise ValueError(f"--{name} must be a finite number, got {value}")
+            if isinstance(value, float) and not (abs(value) < MOST or never):
+                raise ValueError(f"--{name} must be a number below {MOST:g}, got {value}")
             bounded = name.endswith(("_lr", "_frac")) or name in ("weight_decay", "grad_clip", "lr_scale")
             off = name == "grad_clip" and value == -1  # as in the flags that count steps
             if bounded and isinstance(value, int | float) and not (off or value >= 0):
                 raise ValueError(f"--{name} must be 0 or more, got {value}")
+            if bounded and name != "grad_clip" and (value or 0) > MOST_RATE:  # a run would end with a dead model
+                raise ValueError(f"--{name} must be at most {MOST_RATE:g}, got {value}")
         check_tag(self.model_tag)
         length = getattr(self, "max_seq_len", None)  # of the stages that read text
         if length is not None and length < 2:
