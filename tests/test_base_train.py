@@ -175,6 +175,15 @@ def test_without_a_softcap_float16_learns_like_float32(tiny_tokenizer, base_dir,
     assert "--pattern=runtimes" in capsys.readouterr().out  # this tokenizer has nanochat's pattern
 
 
+def test_what_keeps_a_portable_model_from_other_programs_is_said_before_it_is_trained(base_dir, capsys):
+    flags = ["--recipe=portable", "--depth=1", "--max_seq_len=64", "--device_type=cpu", "--dry_run"]
+    for more, lacking in (([], ""), (["--separate_documents=True"], ""), (["--recall=99", "--reach=9"], "recall=99")):
+        main(parse_config(Config, [*flags, *more]))
+        said = [line for line in capsys.readouterr().out.splitlines() if "llama.cpp" in line]
+        assert len(said) == bool(lacking)
+        assert not lacking or f"these lack {lacking}, reach=9" in said[0]
+
+
 def test_minus_one_switches_off_as_zero_does(base_dir, text, tiny_tokenizer):
     tiny_tokenizer.save(base_dir / "tokenizer")
     flags = ["--depth=1", "--max_seq_len=32", "--total_batch_size=64", "--device_batch_size=2", "--num_iterations=4"]

@@ -19,6 +19,7 @@ from nanochat.data.token_cache import TokenCache
 from nanochat.dataloader import PretrainLoader, first_tokens
 from nanochat.dataset import open_corpus, prepare_corpus
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.interop.qwen3 import obstacles
 from nanochat.loss_eval import corpus_bpb
 from nanochat.optim import MuonAdamW
 from nanochat.plan.local_speed import LONG_FLOPS, hours_sentence
@@ -262,6 +263,11 @@ def pretrain(cfg: PretrainConfig) -> None:
     with start_run("base", cfg, cfg.tag, clock, start.meta.get("dtype") if start else None) as run:
         if start is not None:
             print0(f"goes on from {start.folder}, with {cfg.lr_scale:g} of the recipe's learning rates")
+        elif cfg.recipe == "portable" and (lacking := obstacles(_model_config(cfg, 1))):  # of any vocabulary
+            print0(
+                "warning: --recipe=portable is for models that open in llama.cpp and others, and these lack "
+                f"{', '.join(lacking)}: with that scripts.export_gguf refuses the model"
+            )
         if cfg.dry_run:
             config = GPTConfig.from_dict(start.meta["model_config"]) if start else None
             plan = resolve_plan(cfg, _vocab_size(cfg), run.compute, model_config=config)
