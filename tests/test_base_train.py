@@ -148,6 +148,9 @@ def test_a_run_whose_model_looks_up_its_text_goes_on_where_it_was(tiny_tokenizer
         patch.setattr(Trainer, "train_step", lambda self: (self.state.step == 7 and 1 / 0) or original(self))
         with pytest.raises(ZeroDivisionError):
             main(parse_config(Config, [*flags, "--model_tag=killed"]))
+    for other in ("--recall=3000", "--separate_documents=False"):  # what can't be changed is not left out silently
+        with pytest.raises(ValueError, match="another shape"):
+            main(parse_config(Config, [*flags, "--model_tag=killed", "--force", other]))
     main(parse_config(Config, [*flags, "--model_tag=killed"]))
     whole, killed = (load_checkpoint(base_dir / "base_checkpoints" / tag) for tag in ("d2", "killed"))
     config = whole.meta["model_config"]

@@ -44,7 +44,7 @@ from nanochat.train.few_texts import TextSize, add_dropout, kept_weights
 from nanochat.train.going_on import load_start, settle
 from nanochat.train.micro_batch import choose_micro_batch, refuse_too_large, seconds_of
 from nanochat.train.pretrain_config import PretrainConfig
-from nanochat.train.resume import model_hash
+from nanochat.train.resume import flatten, model_hash
 from nanochat.train.samples import print_samples
 from nanochat.train.stage import TrainingRun, start_run, train
 
@@ -310,8 +310,9 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
         config = _model_config(cfg, tokenizer.get_vocab_size())  # what is wrong with it is said before a text is read
         of_the_text = {"document_start": tokenizer.get_bos_token_id()} if cfg.separate_documents else {}
         if checkpoint is not None:
-            before = GPTConfig.from_dict(checkpoint.meta["model_config"])
-            of_the_text = {"document_start": before.document_start, "recall": before.recall}
+            asked = flatten(checkpoint.meta["config"]).get("recall") or 0
+            if config.recall == asked:  # it has no more than there were; what --force changes does not fit, and is said
+                of_the_text["recall"] = GPTConfig.from_dict(checkpoint.meta["model_config"]).recall
         elif most := config.recall:
             carried = first_tokens(corpus, tokenizer, most, cfg.skip_bad_shards)
             of_the_text["recall"] = len(carried)
