@@ -301,7 +301,8 @@ def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
     if len(rows) > 1:
         flags = f"--depth={best.depth} --hours={cfg.hours:g} --dataset={cfg.dataset} --recipe={cfg.recipe}"
         flags += " --activation_checkpointing" if micro.activation_checkpointing else ""
-        lines.append(f"Best for {cfg.hours:g} hours: d{best.depth}. python -m scripts.base_train {flags}")
+        first = f"python -m scripts.tok_train --vocab_size={best.vocab_size}, then " if cfg.vocab_size == "auto" else ""
+        lines.append(f"Best for {cfg.hours:g} hours: d{best.depth}. {first}python -m scripts.base_train {flags}")
     return lines
 
 

@@ -332,6 +332,11 @@ def test_the_script_says_what_each_vocabulary_gives(capsys):
     assert re.search(r"each vocabulary: 4,096 d4 [\d.]+; 8,192 d4 .*; 65,536 d4 [\d.]+\.", capsys.readouterr().out)
     with pytest.raises(ValueError, match="--card"):
         script.Config(vocab_size="auto")
+    cfg = script.Config(card="p100", hours=1, vocab_size="auto")
+    target = script.target_card(cfg)
+    rows, _ = script.planned(cfg, target, (2, 3))
+    trains = f"python -m scripts.tok_train --vocab_size={rows[0].vocab_size}, then python -m scripts.base_train --d"
+    assert trains in script.notes(cfg, target, rows)[-1]
 
 
 def test_the_guides_night_takes_nine_hours():
