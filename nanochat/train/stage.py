@@ -377,7 +377,7 @@ def prepare_model(
             groups = trainable_groups(groups)
     if lora or cfg.last_layers:
         trained = sum(p.numel() for group in groups for p in group["params"])
-        size = sum(weight.numel() for weight in start.model.values())
+        size = sum(weight.numel() for weight in start.model.values() if weight.is_floating_point())  # not a text's ids
         print0(f"trains {trained:,} of {size:,} parameters")
     return model, MuonAdamW(groups)
 
