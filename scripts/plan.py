@@ -347,7 +347,10 @@ def compare_cards(cfg: Config) -> None:
     """Print one line per card."""
     if cfg.json:
         raise ValueError("--json plans one --card: leave out the others")
-    rows = [card_cells(cfg, name.strip()) for name in (cfg.card or "").split(",") if name.strip()]
+    names = [name.strip() for name in (cfg.card or "").split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--card={cfg.card} names no card: --card=list shows all")
+    rows = [card_cells(cfg, name) for name in names]
     title = setting(cfg, cfg.vocab_size or VOCAB_SIZE)
     if cfg.markdown:
         print(f"{title}\n\n{markdown(CARD_COLUMNS, rows)}\n")

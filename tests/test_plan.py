@@ -136,6 +136,7 @@ def test_a_model_that_does_not_fit_is_said_not_to(capsys):
         (["--card=T4 x2", "--num_cards=4"], "different numbers"),
         (["--card=tesla k80"], "no torch that this project supports has kernels"),
         (["--card=banana"], "is not in nanochat/cards.py"),
+        (["--card=,"], "names no card"),
         *((["--card=p100", f"--hours={hours}"], "--hours must be above 0") for hours in ("0", "nan", "inf", "1e308")),
         (["--card=p100", "--num_cards=0"], "--num_cards must be at least 1"),
         (["--card=p100", "--depth=0"], "--depth must be at least 1"),
@@ -287,7 +288,7 @@ def test_a_card_that_holds_it_gets_the_guides_d12_and_hears_what_auto_would_take
         f"{best['vocab_size']:,}: {best['bpb']:.3f} instead of {own['bpb']:.3f} bits per byte, planned for 8 hours on "
         f"{P100_CARD.name}, ± {ERROR:.0%}"
     )
-    chosen = profile_for(Settings.from_env({"DEPTH": "auto", "VOCAB_SIZE": "auto"}), [P100_CARD])
+    chosen = profile_for(Settings.from_env({"DEPTH": "auto", "VOCAB_SIZE": "Auto"}), [P100_CARD])
     assert (chosen.depth, chosen.vocab_size) == (best["depth"], best["vocab_size"])
     assert f"{best['bpb']:.3f} bits per byte" in chosen.about
 

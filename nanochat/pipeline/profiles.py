@@ -323,7 +323,7 @@ class Settings:
             ValueError: a value makes no sense; names the variable.
             FileNotFoundError: DATA_DIR, CHAT_DATA or WORLD is not there.
         """
-        auto_depth, auto_vocab = (env.get(name) == "auto" for name in ("DEPTH", "VOCAB_SIZE"))
+        auto_depth, auto_vocab = (env.get(name, "").lower() == "auto" for name in ("DEPTH", "VOCAB_SIZE"))
         settings = cls(
             profile=env.get("PROFILE") or "auto",
             depth=None if auto_depth else _number(env, "DEPTH", int, 1),
