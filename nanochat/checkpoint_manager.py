@@ -49,6 +49,11 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
+    @property
+    def unfinished(self) -> str:
+        """Behind the checkpoint's name: that its run has not come to its end, if so."""
+        return "" if self.meta.get("complete", True) else ", of an unfinished run"
+
     def release(self) -> None:
         """Drop the tensors once they are copied: a merged optimizer alone is twice the model, for the whole run."""
         self.model.clear()
@@ -237,8 +242,7 @@ def load_model(
     newest = saved_steps(folder)[-1]
     taken = checkpoint.meta["step"]
     which = "asked for" if step is not None else "the newest" if taken == newest else "the newest that is undamaged"
-    unfinished = "" if checkpoint.meta.get("complete", True) else ", of an unfinished run"
-    print0(f"checkpoint {checkpoint.folder}: tag {folder.name} ({why}), step {taken} ({which}{unfinished})")
+    print0(f"checkpoint {checkpoint.folder}: tag {folder.name} ({why}), step {taken} ({which}{checkpoint.unfinished})")
     return build_model(checkpoint, device, phase), tokenizer_of(checkpoint), checkpoint.meta
 
 

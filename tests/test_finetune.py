@@ -14,7 +14,7 @@ from nanochat.files import read_json, write_record
 from nanochat.recipe import PRESETS
 from nanochat.report import get_report
 from nanochat.train.finetune import MID, SFT, Conversations, DataBudget, FinetuneConfig, finetune, plan_budget
-from nanochat.train.stage import prepare_model
+from nanochat.train.stage import find_start, prepare_model
 from nanochat.train.tracking import METRICS_FILE
 from nanochat.train.trainer import Trainer
 from scripts import chat_sft, mid_train
@@ -102,6 +102,15 @@ def test_a_stage_moves_parameters_as_the_base_model_was_moved(saved_mid, recipe)
     (muon,) = (group for group in optimizer.param_groups if group["kind"] == "muon")
     assert muon["beta2"] == PRESETS[recipe].muon.get("beta2")
     assert sft().meta["recipe"] == "classic"  # a checkpoint that says nothing
+
+
+def test_a_start_from_half_a_run_is_said(saved_mid, capsys):
+    half = find_start("mid", config()).checkpoint
+    assert "unfinished" not in capsys.readouterr().out
+    save_checkpoint(checkpoint_folder("mid", "d2"), 2, half.model, None, half.meta | {"complete": False})
+    find_start("mid", config())
+    assert "step_000002 (" in (out := capsys.readouterr().out)
+    assert ", of an unfinished run)" in out
 
 
 def test_epochs_give_the_number_of_steps(saved_mid, capsys):

@@ -262,7 +262,8 @@ def pretrain(cfg: PretrainConfig) -> None:
     cfg = settle(cfg, start)
     with start_run("base", cfg, cfg.tag, clock, start.meta.get("dtype") if start else None) as run:
         if start is not None:
-            print0(f"goes on from {start.folder}, with {cfg.lr_scale:g} of the recipe's learning rates")
+            of = f"{start.folder}{start.unfinished}"
+            print0(f"goes on from {of}, with {cfg.lr_scale:g} of the recipe's learning rates")
         elif cfg.recipe == "portable" and (lacking := obstacles(_model_config(cfg, 1))):  # of any vocabulary
             print0(
                 "warning: --recipe=portable is for models that open in llama.cpp and others, and these lack "

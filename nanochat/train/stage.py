@@ -342,7 +342,7 @@ def find_start(source: str, cfg: StageConfig) -> Start:
     folder, why = choose_tag(source, cfg.model_tag)
     checkpoint = load_checkpoint(folder, cfg.step)
     tokenizer = tokenizer_of(checkpoint)
-    print0(f"starts from {checkpoint.folder} ({why})")
+    print0(f"starts from {checkpoint.folder} ({why}{checkpoint.unfinished})")
     return Start(folder.name, checkpoint, tokenizer)
 
 
