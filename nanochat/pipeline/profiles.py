@@ -348,9 +348,8 @@ class Settings:
             raise ValueError(f"DATASET={settings.dataset}: there are demo, {', '.join(SOURCES)}; own data is DATA_DIR")
         if settings.dataset and settings.data_dir:
             raise ValueError("DATASET and DATA_DIR are both set: unset one of them")
-        given = [name for name in ("DEPTH", "VOCAB_SIZE", "RECIPE") if settings.base and env.get(name)]
-        if given:
-            raise ValueError(f"{given[0]} and BASE are both set: the model of BASE has its own, unset one of them")
+        if settings.base and (given := next(filter(env.get, ("DEPTH", "VOCAB_SIZE", "RECIPE")), None)):
+            raise ValueError(f"{given} and BASE are both set: the model of BASE has its own, unset one of them")
         if settings.data_dir and not settings.data_dir.exists():
             raise FileNotFoundError(f"DATA_DIR={settings.data_dir}: there is no such file or folder")
         if is_own_chats(settings.chat_data) and not settings.chat_data.startswith(HUB):
