@@ -262,7 +262,7 @@ class _Session:
         self._homes[home] = lock
         if not self.namespaces:
             os.chmod(home, 0o777)  # the process may not be of this user
-        settings = settings | {"part": part, "namespaces": self.namespaces}
+        settings = settings | {"part": part, "namespaces": self.namespaces, "parent": os.getpid()}
         settings["limits"] = [self.memory_bytes or -1, math.ceil(self.timeout) + 1]
         if part != "worker":  # what is tested has no word in the verdict
             self._readable["report"], settings["report_fd"] = self.pipe()

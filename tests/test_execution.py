@@ -256,6 +256,14 @@ def test_the_next_run_removes_what_a_killed_one_left(monkeypatch, tmp_path):
         alive.wait()
 
 
+def test_a_program_whose_starter_has_gone_does_not_begin(monkeypatch):
+    """Killed before the child can ask for its own death, it would leave a loop behind that nobody ends."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    start = time.monotonic()
+    assert not execute_code("while True: pass", timeout=60).success
+    assert time.monotonic() - start < 30
+
+
 def test_files_are_limited_in_size():
     assert not execute_code("with open('big', 'wb') as f: f.write(b'x' * (20 << 20))").success
 

@@ -183,9 +183,9 @@ def _read_dict(
             if form == "list of turns" and isinstance(speakers, list) and len(speakers) == len(messages):
                 used.add("speakers")
                 _take_turns(messages, speakers)
-            if messages[-1]["role"] == "user" and (answer := _first(record, ANSWER_KEYS)):  # it stands beside them
-                used.add(answer)
-                messages += _pair("", record[answer], notes)[1:]
+            if messages[-1]["role"] == "user" and (beside := _first(record, ANSWER_KEYS)):  # it stands beside them
+                used.add(beside)
+                messages += _pair("", record[beside], notes)[1:]
             return _list_form(key, form), [*_system(record, messages), *messages]
     for name in TEMPLATE_KEYS:
         if name in ASKED_KEYS and _first(record, ANSWER_KEYS):

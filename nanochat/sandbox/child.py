@@ -333,14 +333,14 @@ def main() -> None:
     isolation, fence = load("isolation"), load("fence")
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)
-    isolation.die_with_parent()
+    isolation.die_with_parent(settings["parent"])
     threads = isolation.count_tasks() + isolation.MAX_THREADS if settings.get("is_function") else 0
     fence.leave_keyring()
     if namespaces:
         isolation.enter_namespaces(os.getcwd())
         os.environ["HOME"] = os.environ["TMPDIR"] = isolation.INSIDE
     else:
-        isolation.drop_privileges()
+        isolation.drop_privileges(settings["parent"])
     if part == "judge":
         isolation.hide_memory()
     folder, readable = os.path.realpath(os.getcwd()), isolation.readable_paths()

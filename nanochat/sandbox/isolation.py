@@ -67,10 +67,12 @@ def hide_memory() -> None:
         _prctl(PR_SET_DUMPABLE, 0)
 
 
-def die_with_parent() -> None:
-    """Be killed when the parent is."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Be killed when the parent is; end now if it has gone already, which the kernel tells nobody later."""
     with contextlib.suppress(OSError, AttributeError):
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 # --- namespaces ------------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
 # --- without namespaces ----------------------------------------------------------------------------------------------
 
 
-def drop_privileges() -> None:
+def drop_privileges(parent: int) -> None:
     """Become the user `nobody` if this is root and that user can read the interpreter; give up all capabilities."""
     if os.name != "posix":
         return
@@ -211,7 +213,7 @@ def drop_privileges() -> None:
             _become_nobody()
     with contextlib.suppress(OSError, AttributeError):
         _drop_capabilities(_libc())
-    die_with_parent()  # changing the user has undone it
+    die_with_parent(parent)  # changing the user has undone it
 
 
 def _nobody_can_read() -> bool:
