@@ -183,7 +183,7 @@ def _read_dict(
             if form == "list of turns" and isinstance(speakers, list) and len(speakers) == len(messages):
                 used.add("speakers")
                 _take_turns(messages, speakers)
-            if messages[-1]["role"] == "user" and (beside := _first(record, ANSWER_KEYS)):  # it stands beside them
+            if messages and messages[-1]["role"] == "user" and (beside := _first(record, ANSWER_KEYS)):
                 used.add(beside)
                 messages += _pair("", record[beside], notes)[1:]
             return _list_form(key, form), [*_system(record, messages), *messages]
