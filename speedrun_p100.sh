@@ -23,8 +23,8 @@ error: 1). Settings come from the environment:
                      hour), SFT a sixth (at most 20 minutes). The demo on a CPU: time for everything (default: 5
                      minutes, or what its fewest steps take)
   RECIPE             small (default), portable (opens in llama.cpp, Ollama and others), classic or modern
-  DATASET            climbmix, fineweb_edu (both downloaded) or demo. On a CPU the model carries a part of such a text
-                     with it (base_train --recall)
+  DATASET            climbmix, fineweb_edu (both downloaded) or demo. On a CPU, without DEPTH and RECIPE, the model
+                     carries a part of such a text with it (base_train --recall)
   DATA_DIR           your own text instead: a folder (or file) of nearly any form (docs/own_data.md)
   TEXT_COLUMN        the column or field with the text, ENCODING what its files are saved in (default: found by itself)
   SOURCE_CODE        1 learns the source code in DATA_DIR too, 0 leaves it out on purpose

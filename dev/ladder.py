@@ -31,7 +31,7 @@ class Config:
     """What is drawn, and where to."""
 
     runs: str = str(ROOT / "dev" / "ladder.jsonl")
-    """A line a run, with "setting", "flops" and "val_bpb"."""
+    """A line a run, with "setting", "flops" and "val_bpb", or the results of dev/ablate.py."""
     picture: str = "ladder.svg"
     """File that is written."""
 
@@ -65,8 +65,8 @@ def draw(ladder: Mapping[str, Sequence[tuple[float, float]]], path: Path, noise:
             axes.plot(*zip(*runs, strict=True), "o", color=color, markersize=4, label="_")
             axes.plot(x, y, color=color, linewidth=1.2, label=label.replace("$", r"\$"))
         axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="bits per byte")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1f}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.1f}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         ticks = sorted({flops for runs in ladder.values() for flops, _ in runs})
         axes.set_xticks(ticks, [f"{flops:.2g}".replace("+", "") for flops in ticks])
         axes.set_xticks([], minor=True)
@@ -82,7 +82,8 @@ def main(cfg: Config) -> None:
     ladder: dict[str, list[tuple[float, float]]] = {}
     for line in Path(cfg.runs).read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
-        ladder.setdefault(run["setting"], []).append((run["flops"], run["val_bpb"]))
+        flops = run["flops"] if "flops" in run else float(run["flags"]["target_flops"])  # of dev/ablate.py's results
+        ladder.setdefault(run["setting"], []).append((flops, run["val_bpb"]))
     draw(ladder, Path(cfg.picture))
     print(f"{len(ladder)} settings in {cfg.picture}")
 

@@ -301,7 +301,9 @@ def notes(cfg: Config, target: Target, rows: list[Row]) -> list[str]:
     if len(rows) > 1:
         flags = f"--depth={best.depth} --hours={cfg.hours:g} --dataset={cfg.dataset} --recipe={cfg.recipe}"
         flags += " --activation_checkpointing" if micro.activation_checkpointing else ""
-        first = f"python -m scripts.tok_train --vocab_size={best.vocab_size}, then " if cfg.vocab_size == "auto" else ""
+        pattern = " --pattern=runtimes" if cfg.recipe == "portable" else ""
+        tokenizer = f"--dataset={cfg.dataset} --vocab_size={best.vocab_size}{pattern}"
+        first = f"python -m scripts.tok_train {tokenizer}, then " if cfg.vocab_size == "auto" else ""
         lines.append(f"Best for {cfg.hours:g} hours: d{best.depth}. {first}python -m scripts.base_train {flags}")
     return lines
 

@@ -52,7 +52,7 @@ def dump(path: Path, *records: Any) -> Path:
 HI = "user: Hi\nassistant: «Hello!»"
 TWO = HI + "\nuser: 2+2?\nassistant: «4»"
 SYS = "system: Be brief\n"
-SAID = [{"type": "text", "text": "Hello!"}]
+HELLO_PARTS = [{"type": "text", "text": "Hello!"}]
 CALLED = 'user: Hi\nassistant: «w({"c": 1})»[sun]«Hello!»'
 ONE = {
     # OpenAI, Mistral, TRL, Axolotl, unsloth, LLaMA-Factory
@@ -280,13 +280,34 @@ ONE = {
         {
             "time": 1.0,
             "prompt": PAIR[:1],
-            "answer": [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, *SAID],
+            "answer": [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, *HELLO_PARTS],
             "finish_reason": "stop",
         },
         "user: Hi\nassistant: «1+1»[2]«Hello!»",
     ),
     "langfuse": ({"input": {"messages": PAIR[:1]}, "output": PAIR[1]}, HI),
     "answer beside the messages": ({"messages": PAIR[:1], "response": "Hello!"}, HI),
+    "langgraph, with the question again": ({"input": {"messages": PAIR[:1]}, "output": {"messages": PAIR}}, HI),
+    "the whole conversation beside its beginning": ({"messages": PAIR[:1], "output": PAIR}, HI),
+    "no answer beside the messages": (
+        {"messages": [*PAIR, PAIR[0]], "response": {"error": "timeout"}},
+        HI + "\nuser: Hi",
+    ),
+    "claude's calls by langchain, in both places": (
+        {
+            "messages": [
+                {"type": "human", "content": "Hi"},
+                {
+                    "type": "ai",
+                    "content": [{"type": "tool_use", "id": "1", "name": "w", "input": {"c": 1}}],
+                    "tool_calls": [{"id": "1", "name": "w", "args": {"c": 1}}],
+                },
+                {"type": "tool", "content": "sun", "tool_call_id": "1"},
+                {"type": "ai", "content": "Hello!"},
+            ]
+        },
+        CALLED,
+    ),
     "answer as OpenAI sends it": ({"messages": PAIR[:1], "response": {"choices": [{"message": PAIR[1]}]}}, HI),
     "langchain": ({"messages": [{"type": "human", "content": "Hi"}, {"type": "ai", "content": "Hello!"}]}, HI),
     "langchain, older": (
@@ -320,7 +341,7 @@ ONE = {
         {
             "messages": [
                 {"role": U, "parts": [{"type": "text", "text": "Hi"}]},
-                {"role": A, "parts": [{"type": "step-start"}, {"type": "reasoning", "text": "secret"}, *SAID]},
+                {"role": A, "parts": [{"type": "step-start"}, {"type": "reasoning", "text": "secret"}, *HELLO_PARTS]},
             ]
         },
         HI,
@@ -352,6 +373,17 @@ def test_every_form_is_read(name: str, tmp_path: Path) -> None:
     texts, again = look(dump(tmp_path / "b.json", [record, record]))
     assert texts == [expected] * 2
     assert again.read == inventory.read
+
+
+def test_what_the_servers_log_has_only_in_part_is_not_learned(tmp_path: Path) -> None:
+    rows = [{"prompt": PAIR[:1], "answer": HELLO_PARTS, "finish_reason": reason} for reason in ("stop", None, "length")]
+    rest = {"prompt": PAIR, "answer": HELLO_PARTS, "finish_reason": "stop"}
+    texts, inventory = look(dump(tmp_path / "a.jsonl", rows[0], *rows, rest))
+    assert texts == [HI] * 2
+    said = "\n".join(inventory.lines())
+    assert "1 conversation: with an answer that did not come to its end (the client left)" in said
+    assert "1 conversation: with an answer that did not come to its end (it was too long)" in said
+    assert "1 conversation: with the rest of an answer that the client had begun" in said
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,8 @@ def test_the_script_says_what_each_vocabulary_gives(capsys):
     cfg = script.Config(card="p100", hours=1, vocab_size="auto")
     target = script.target_card(cfg)
     rows, _ = script.planned(cfg, target, (2, 3))
-    trains = f"python -m scripts.tok_train --vocab_size={rows[0].vocab_size}, then python -m scripts.base_train --d"
+    tokenizer = f"python -m scripts.tok_train --dataset=climbmix --vocab_size={rows[0].vocab_size}"
+    trains = f"{tokenizer}, then python -m scripts.base_train --d"
     assert trains in script.notes(cfg, target, rows)[-1]
 
 

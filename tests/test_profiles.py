@@ -277,7 +277,8 @@ def test_where_text_does_not_end_a_cpu_trains_the_width_for_its_hours_and_the_mo
         assert (config.n_embd, config.n_head, config.window_pattern) == (channels, heads, "SSSL")
         expected = {"--window_pattern=SSSL", "--recall=16000000", "--separate_documents=True", "--max_seq_len=2048"}
         assert expected | {"--reach=1024", "--eval_every=100"} <= set(flags)
-    # Own text, a depth that is asked for, and other programs, which carry no text.
+    # A model that goes on is what it is; own text, a depth that is asked for, and other programs carry none.
+    assert not choose_profile(Settings(dataset="climbmix", base="d4"), 0).switches
     for config, flags in (made(dataset=None), made(depth=4), made(recipe="portable")):
         assert config.n_embd == 256
         assert not any(flag.startswith(("--window_pattern", "--recall", "--aspect", "--separate")) for flag in flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import email.message
 import gzip
 import io
@@ -652,6 +653,8 @@ def test_texts_with_line_breaks_and_commas_are_no_swallowed_rows(tmp_path: Path)
     assert read(tmp_path / "c.csv") == ['say "hi", then go', "x"]
     (tmp_path / "d.csv").write_text("sep=;\nid;text\n1;a, b\n2;c\n")  # as Excel is told what is between the fields
     assert read(tmp_path / "d.csv") == ["a, b", "c"]
+    (tmp_path / "e.csv").write_text("sep=value is how\nit goes on\nand on\n")
+    assert read(tmp_path / "e.csv") == ["sep=value is how", "it goes on", "and on"]
     (tmp_path / "d.csv").write_text("sep=;\nid;text\n1;a, b\n2;c;d\n")
     with pytest.raises(ValueError, match=r"d\.csv, line 4: 3 fields, but the first line has 2"):
         read(tmp_path / "d.csv")
@@ -662,11 +665,13 @@ def test_a_table_of_conversations_is_no_text(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"prompt": [SENTENCE * 3] * 4, "prompt_id": ["x"] * 4, "messages": said}), tmp_path / "a.parquet"
     )
-    (tmp_path / "b.csv").write_text("question,answer\n" + f"Why?,{SENTENCE * 3}\n" * 4)
+    (tmp_path / "b.csv").write_text("Question,Answer\n" + f"Why?,{SENTENCE * 3}\n" * 4)
     inventory = look_at_texts(tmp_path)
     assert inventory.left_out_line() == f"2 files: {CHATS} (a.parquet, b.csv)"
     assert "give them as CHAT_DATA" in inventory.stop
-    assert read(tmp_path / "b.csv", "answer") == [SENTENCE * 3] * 4  # who asks for a column gets it
+    assert read(tmp_path / "b.csv", "Answer") == [SENTENCE * 3] * 4  # who asks for a column gets it
+    (tmp_path / "c.csv").write_text("question,answer,Text\n" + f"Why?,So,{SENTENCE}\n" * 4)
+    assert read(tmp_path / "c.csv") == [SENTENCE] * 4
 
 
 def test_names_that_say_something_else_than_the_content(tmp_path: Path) -> None:
@@ -682,6 +687,8 @@ def test_names_that_say_something_else_than_the_content(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "f.tar.gz", "w:") as tar:  # without gz
         tar.add(tmp_path / "e.jsonl", "e.jsonl")
     assert read_archive(tmp_path / "f.tar.gz") == ["seven", "eight"]
+    (tmp_path / "h.tar.bz2").write_bytes(bz2.compress((tmp_path / "f.tar.gz").read_bytes(), 1))
+    assert read_archive(tmp_path / "h.tar.bz2") == ["seven", "eight"]
     with zipfile.ZipFile(tmp_path / "g.txt.gz", "w") as archive:
         archive.writestr("a.txt", "nine")
     said = "\n".join(look_at_texts(tmp_path).lines())

@@ -7,9 +7,7 @@ what programs export (chat_exports.py), and text with the marks of a chat templa
 
 from __future__ import annotations
 
-import ast
 import itertools
-import json
 import re
 import string
 from collections import Counter
@@ -17,12 +15,11 @@ from typing import Any
 
 from nanochat.data.chat_exports import is_export, read_export
 from nanochat.data.chat_media import MEDIA_KEYS, TAGS_TOO, is_about_images
-from nanochat.data.chat_parts import as_messages, usual_message
+from nanochat.data.chat_parts import ROLE_KEYS, as_messages, decoded, refuse_unfinished, usual_message
 from nanochat.data.chat_templates import ROLE_OF, read_template, without_end_of_turn
 from nanochat.data.json_stream import rows_of_lists
 from nanochat.messages import BETWEEN, Message
 
-ROLE_KEYS = ("role", "from", "author", "speaker", "sender", "user", "name")
 TEXT_KEYS = ("content", "value", "text", "parts", "message", "utterance", "content_text")
 LIST_KEYS = (
     *("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "turns", "chat", "contents"),
@@ -58,7 +55,7 @@ WEIGHTS = ("weight", "loss_weight", "loss", "train", "training", "trainable", "l
 HARMLESS = re.compile(
     r"(?!.*valid).*(id|ids|idx|index|hash|url|link|source|dataset|model|date|time|timestamp|lang|language|created.*|updated.*|tokens?"
     r"|count|num.*|category|topic|task|type|subset|license|name|title|metadata|meta|tags?"
-    r"|redacted|hashed_ip|country|state|turn(_?(id|identifier|index|number|count))?|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|synthetic)",
+    r"|redacted|hashed_ip|country|state|turn(_?(id|identifier|index|number|count))?|.*_slug|.*urls|plugin_.*|gizmo.*|moderation_.*|disabled_tool.*|memory_.*|voice|version|difficulty|subject|domain|_at|len|length|labels|emojis|toxicity|synthetic|finish_reason)",
     re.IGNORECASE,
 )
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -110,6 +107,7 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None) -> tuple[str,
     Raises:
         NotAConversation: its form is not known; names its keys.
         Marked: it must not be learned.
+        UnfinishedAnswer: it has only a part of an answer.
         AboutImages: it names files of images or sounds, and its text refers to them.
     """
     used, notes = set[str](), Counter[str]()
@@ -118,6 +116,7 @@ def read_chat_record(record: Any, columns: tuple[str, str] | None) -> tuple[str,
         return STRINGS if form == "list of turns" else form, messages, notes
     if not isinstance(record, dict):
         raise NotAConversation(f"expected an object or a list of messages, found {record!r:.60}")
+    refuse_unfinished(record)
     record = {key: value for key, value in record.items() if value is not None and isinstance(key, str)}
     for key in ("definition", "Definition"):  # of Super-NaturalInstructions; that of a word is another thing
         texts = record.get(key)
@@ -169,7 +168,7 @@ def _read_dict(
         used |= {good, *BAD_KEYS}
         return "preference", _read_preference(record, good, notes, used)
     for key in LIST_KEYS:
-        value = _decoded(record.get(key))
+        value = decoded(record.get(key))
         if isinstance(value, dict):  # {"role": ["user", ...], "content": ["Hi", ...]}
             rows = rows_of_lists(value)
             value = rows if all(is_message(row) for row in rows) else value
@@ -184,8 +183,10 @@ def _read_dict(
                 used.add("speakers")
                 _take_turns(messages, speakers)
             if messages and messages[-1]["role"] == "user" and (beside := _first(record, ANSWER_KEYS)):
-                used.add(beside)
-                messages += _pair("", record[beside], notes)[1:]
+                said = as_messages(decoded(record[beside]), "assistant")
+                if not isinstance(said, bool | dict) and said not in ("", []):
+                    used.add(beside)
+                    messages = _joined(messages, _pair("", said, notes)[1:])
             return _list_form(key, form), [*_system(record, messages), *messages]
     for name in TEMPLATE_KEYS:
         if name in ASKED_KEYS and _first(record, ANSWER_KEYS):
@@ -249,7 +250,7 @@ def _message(value: dict[str, Any], notes: Counter[str]) -> Message:
     role = ROLE_OF.get(str(said).strip().lower(), str(said))
     content = value.get(text_key) if text_key else None
     if role == "call":  # ShareGPT with tools
-        call = _decoded(content)
+        call = decoded(content)
         calls = call if isinstance(call, list) else [call]
         return {"role": "assistant", "content": None, "tool_calls": [{"function": c} for c in calls]}
     message: Message = {"role": role, "content": str(content) if isinstance(content, int | float) else content}
@@ -329,7 +330,7 @@ def _read_pair(record: dict[str, Any], notes: Counter[str], used: set[str]) -> t
 
 def _pair(question: Any, answer: Any, notes: Counter[str]) -> list[Message]:
     """The messages of a question and its answer; TRL has lists of messages for both."""
-    question, answer = as_messages(_decoded(question), "user"), as_messages(_decoded(answer), "assistant")
+    question, answer = as_messages(decoded(question), "user"), as_messages(decoded(answer), "assistant")
     if isinstance(question, int | float):
         question = str(question)
     lists = isinstance(question, list) and isinstance(answer, list) and len(question) == len(answer) > 1
@@ -338,7 +339,7 @@ def _pair(question: Any, answer: Any, notes: Counter[str]) -> list[Message]:
         return [m for pair in zip(question, answer, strict=True) for m in _history_pair(list(pair))]
     before = _read_list(question, notes)[1] if isinstance(question, list) else [{"role": "user", "content": question}]
     if isinstance(answer, list) and answer and isinstance(answer[0], dict):
-        return [*before, *_read_list(answer, notes)[1]]
+        return _joined(before, _read_list(answer, notes)[1])
     if isinstance(question, str):
         if found := read_template(question + " ", whole=True, notes=notes):
             before = found[1]
@@ -348,10 +349,15 @@ def _pair(question: Any, answer: Any, notes: Counter[str]) -> list[Message]:
     return [*before, {"role": "assistant", "content": _answer_text(answer, notes)}]
 
 
+def _joined(question: list[Message], answer: list[Message]) -> list[Message]:
+    """The messages of both, once where the answer repeats the question, as LangGraph's does."""
+    return answer if answer[: len(question)] == question else [*question, *answer]
+
+
 def _choices(record: dict[str, Any]) -> tuple[list[str], list[str], list[str]] | None:
     """(the options of a question with several, their labels, the keys that they stand under), None if it has none."""
     for key in ("choices", "options"):
-        value = _decoded(record.get(key))
+        value = decoded(record.get(key))
         texts: Any = value
         labels: Any = None
         if isinstance(value, dict):  # ARC: {"text": [...], "label": [...]}
@@ -392,11 +398,11 @@ def _answer_text(answer: Any, notes: Counter[str]) -> Any:
 
 def _read_preference(record: dict[str, Any], good: str, notes: Counter[str], used: set[str]) -> list[Message]:
     """The conversation with the preferred answer."""
-    answer = _decoded(record[good])
+    answer = decoded(record[good])
     if isinstance(answer, dict):
         answer = [answer]
     listed: str | None = next(
-        (key for key in LIST_KEYS if isinstance(_decoded(record.get(key)), list) and record[key]), None
+        (key for key in LIST_KEYS if isinstance(decoded(record.get(key)), list) and record[key]), None
     )
     asked = listed or _first(record, ASKED_KEYS)
     if asked is not None:
@@ -437,14 +443,3 @@ def _lowered(value: Any) -> Any:
 
 def _keys(record: dict[str, Any]) -> str:
     return ", ".join(f"{key:.30}" for key in list(record)[:12]) or "none"
-
-
-def _decoded(value: Any) -> Any:
-    """A list or object that a table holds as text."""
-    if isinstance(value, str) and value[:1] in ("[", "{") and value.rstrip()[-1:] in ("]", "}"):
-        for read in (json.loads, ast.literal_eval):  # pandas writes the second way
-            try:
-                return read(value)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-    return value

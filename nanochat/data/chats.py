@@ -17,14 +17,7 @@ from typing import Any, TypeGuard
 from nanochat.data.charset import Repairs
 from nanochat.data.chat_exports import read_mes, unwrapped
 from nanochat.data.chat_files import HUB, MALFORMED, Content, file_records, hub_records, open_contents
-from nanochat.data.chat_forms import (
-    THINKING,
-    UNUSED_KEY,
-    AboutImages,
-    Marked,
-    NotAConversation,
-    read_chat_record,
-)
+from nanochat.data.chat_forms import THINKING, UNUSED_KEY, AboutImages, Marked, NotAConversation, read_chat_record
 from nanochat.data.chat_logs import (
     NO_TIME,
     NOTHING_SAID,
@@ -43,6 +36,7 @@ from nanochat.data.chat_logs import (
     threads,
 )
 from nanochat.data.chat_media import is_about_images
+from nanochat.data.chat_parts import UnfinishedAnswer
 from nanochat.data.chat_people import read_log
 from nanochat.data.chat_store import Chats, digest_of
 from nanochat.data.chat_templates import questions_apart, read_template, texts_of
@@ -294,6 +288,8 @@ class _Reader:
             form, messages, notes = read_chat_record(record, self.source.columns)
         except Marked as error:
             self.inventory.leave_out(MARKED, "conversation", f"{where}: {error}", matters=False)
+        except UnfinishedAnswer as error:
+            self.inventory.leave_out(str(error), "conversation", where, matters=False)
         except AboutImages:
             self.inventory.leave_out(NO_PICTURES, "conversation", where, matters=False)
         except NotAConversation as error:

@@ -159,7 +159,8 @@ def _flat_members(name: str, raw: IO[bytes]) -> Iterator[tuple[str, int, IO[byte
                         yield info.filename, info.file_size, content
         return
     suffix = next((s for s in (*_ALIASES, *COMPRESSIONS) if lower.endswith(s)), "")
-    suffix = suffix if what_it_is(raw.read(16)) else ""  # a browser may have unpacked it, and left its name
+    if raw.read(512)[257:262] == b"ustar":  # a browser may have unpacked it, and left its name
+        suffix = ""
     raw.seek(0)
     with tarfile.open(fileobj=unpacked(raw, suffix), mode="r|") as tar:
         for member in tar:

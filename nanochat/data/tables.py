@@ -74,7 +74,8 @@ def read_csv(
     if not head:
         return
     dialect = detect_dialect(head, "\t" if tabs else None, whole)
-    skipped = int(head[0].lower().startswith("sep="))  # Excel's way to say what is between the fields
+    # Excel's way to say what is between the fields
+    skipped = int(head[0].lower().startswith("sep=") and len(head[0].rstrip("\r\n")) == 5)
     all_lines = itertools.chain(head[skipped:], iter(lambda: lines.readline(LONGEST_FIELD), ""))
     counter = _LineCounter(all_lines, skipped)
     rows = dialect.rows(counter)
@@ -276,7 +277,8 @@ def choose_column(
         NotReadError: the columns are those of conversations.
         ValueError: there is none, or it is not clear which; names them.
     """
-    if wanted is None and is_chat(dict.fromkeys(names)) and "text" not in names:
+    low = [name.strip().lower() for name in names]
+    if wanted is None and is_chat(dict.fromkeys([*names, *low])) and "text" not in low:
         raise NotReadError(CHATS)  # of these only the questions, or the answers, would be learned
     name = choose_name(texts, lengths, wanted)
     if name is not None:

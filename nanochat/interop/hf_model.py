@@ -138,7 +138,7 @@ def check_hf_model(name: str) -> None:
         if is_system_error(error):
             raise
         raise FileNotFoundError(
-            f"--hf_path {name}: there is no such folder, and no such model on the hub ({one_line(error)})"
+            f"--hf_path {name}: there is no such folder, and the hub gives no model of this name ({one_line(error)})"
         ) from error
 
 

@@ -395,7 +395,7 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         profile = replace(profile, device_batch_size=fitting[0] if fitting else 1)
     dataset = None if settings.data_dir else settings.dataset or (None if settings.base else profile.dataset)
     chat_data = settings.chat_data or ("demo" if dataset == "demo" else profile.chat_data)
-    if profile.name == "cpu" and dataset in SOURCES and not settings.depth and not settings.recipe:
+    if profile.name == "cpu" and dataset in SOURCES and not (settings.base or settings.depth or settings.recipe):
         about = "a public corpus on this CPU, by a model that carries text of it (DEPTH=4: one that does not)"
         ratio, head = next(shape for least, *shape in WIDTHS if (settings.hours or profile.hours or 0.0) >= least)
         switches = {"head_size": head, "window_pattern": "SSSL", "reach": 1024, "recall": 16_000_000}

@@ -337,7 +337,7 @@ def main() -> None:
     threads = isolation.count_tasks() + isolation.MAX_THREADS if settings.get("is_function") else 0
     fence.leave_keyring()
     if namespaces:
-        isolation.enter_namespaces(os.getcwd())
+        isolation.enter_namespaces(os.getcwd(), settings["parent"])
         os.environ["HOME"] = os.environ["TMPDIR"] = isolation.INSIDE
     else:
         isolation.drop_privileges(settings["parent"])

@@ -78,13 +78,14 @@ def die_with_parent(parent: int | None = None) -> None:
 # --- namespaces ------------------------------------------------------------------------------------------------------
 
 
-def enter_namespaces(folder: str) -> None:
+def enter_namespaces(folder: str, parent: int) -> None:
     """Move this process into namespaces of its own; returns in a grandchild, without privileges, in INSIDE.
 
     The grandchild's parent is process 1 of the namespace: when it goes, the kernel kills all that is left inside.
 
     Args:
         folder: an existing empty folder, to become the new root's mount point (seen from inside only).
+        parent: the process without which this one ends.
 
     Raises:
         OSError: the kernel or its configuration refuses; this process is then of no further use.
@@ -95,6 +96,7 @@ def enter_namespaces(folder: str) -> None:
     if not as_root:
         if os.getuid() == 0:
             _become_nobody()
+            die_with_parent(parent)  # changing the user has undone it
             _prctl(PR_SET_DUMPABLE, 1)  # else the maps below belong to root
         uid, gid = os.getuid(), os.getgid()
         _check(libc.unshare(ALL_BUT_USER | NEW_USER), "new namespaces")
