@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dev import ablate
+from dev import ablate, ladder
 from dev.fit_scaling_law import PowerLaw, power_law
 
 TRUE = PowerLaw(floor=0.9, scale=0.5, exponent=0.25)
@@ -79,6 +79,19 @@ def test_the_ladder_trains_every_setting_at_every_rung_once(tmp_path, monkeypatc
     ablate.main(cfg)  # what is in the results file is not run again
     assert len(ran) == 18
     assert (tmp_path / "ablate.svg").read_text(encoding="utf-8") == picture
+
+
+def test_the_lab_books_ladder_and_the_results_of_runs_are_drawn(tmp_path):
+    runs = [
+        json.loads(line) for line in (ladder.ROOT / "dev" / "ladder.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    ladder.main(ladder.Config(picture=str(tmp_path / "a.svg")))
+    picture = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert all(f">{run['setting']}</text>" in picture for run in runs)
+    own = [{**run, "flags": {"target_flops": str(run.pop("flops"))}} for run in runs]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(run) + "\n" for run in own), encoding="utf-8")
+    ladder.main(ladder.Config(runs=str(tmp_path / "own.jsonl"), picture=str(tmp_path / "b.svg")))
+    assert (tmp_path / "b.svg").read_text(encoding="utf-8") == picture
 
 
 def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path, monkeypatch):
