@@ -381,7 +381,9 @@ def run_rung(cfg: Config, flops: float | None) -> dict[str, list[dict[str, Any]]
                 result |= figures | {"date": time.strftime("%Y-%m-%d %H:%M")}
                 with open(path, "a", encoding="utf-8") as f:
                     f.write(json.dumps(result) + "\n")
-                shutil.rmtree(folder, ignore_errors=True)  # only now: until here it can go on
+                # Only now: until here it can go on. The latest model stays, for dev/bench/same_rows.py and base_loss.
+                shutil.rmtree(latest := folder.with_name("ablate"), ignore_errors=True)
+                folder.rename(latest)
                 print(f"{label}, seed {seed}: {result['val_bpb']:.4f} ({time.time() - start:.0f} s)", flush=True)
             rows.setdefault(label, []).append(result)
         print(table(rows), flush=True)

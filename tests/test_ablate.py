@@ -59,6 +59,7 @@ def test_the_ladder_trains_every_setting_at_every_rung_once(tmp_path, monkeypatc
         label = {"4": "d4", "6": "d6", "8": "d8, half as wide"}[depth]
         seed = {"0": 0.999, "1": 1.001}[flags["seed"]]
         figures = {"val_bpb": TRUE.bpb(flops) * gain[label][rung] * seed, "steps": 10, "tokens": 2e6, "seconds": 1.0}
+        (tmp_path / "run").mkdir()
         return figures, tmp_path / "run"
 
     monkeypatch.setattr(ablate, "run_one", run_one)
@@ -95,7 +96,7 @@ def test_the_lab_books_ladder_and_the_results_of_runs_are_drawn(tmp_path):
 
 
 def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path, monkeypatch):
-    """The folder is another one for every set of flags, and gone when the result is written."""
+    """The folder is another one for every set of flags; when the result is written, it is that of the latest run."""
     killed, ran = [True], []
 
     def run_module(module, flags, base_dir, log):
@@ -120,7 +121,7 @@ def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path, monkeypatch):
     assert first == again
     assert first["model_tag"] != other["model_tag"]
     assert first.get("resume", "auto") == "auto"
-    assert not list((tmp_path / "base_checkpoints").iterdir())
+    assert [folder.name for folder in (tmp_path / "base_checkpoints").iterdir()] == ["ablate"]
 
 
 def test_runs_without_a_law_still_end_with_their_table():
