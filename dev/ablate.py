@@ -301,6 +301,8 @@ def run_one(cfg: Config, flags: dict[str, str]) -> tuple[dict[str, Any], Path]:
     # By its flags: only this very run goes on there.
     flags["model_tag"] = f"ablate-{hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:12]}"
     folder = base_dir / "base_checkpoints" / flags["model_tag"]
+    if folder.exists():
+        print(f"goes on with the run in {folder} (if the code has changed since, delete it)", flush=True)
     run_module("scripts.base_train", flags, base_dir, base_dir / "base_train.log")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [r for r in records if "loss" in r][-1]

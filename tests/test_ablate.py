@@ -95,7 +95,7 @@ def test_the_lab_books_ladder_and_the_results_of_runs_are_drawn(tmp_path):
     assert (tmp_path / "b.svg").read_text(encoding="utf-8") == picture
 
 
-def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path, monkeypatch):
+def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path, monkeypatch, capsys):
     """The folder is another one for every set of flags; when the result is written, it is that of the latest run."""
     killed, ran = [True], []
 
@@ -117,6 +117,7 @@ def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path, monkeypatch):
         ablate.main(cfg)
     ablate.main(cfg)
     (first, was_there), (again, found), (other, found_other) = ran
+    assert capsys.readouterr().out.count("goes on with the run in ") == 1
     assert (was_there, found, found_other) == (False, True, False)
     assert first == again
     assert first["model_tag"] != other["model_tag"]

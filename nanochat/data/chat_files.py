@@ -54,7 +54,7 @@ AS_PAGE = " that can be read (export the chat as JSON or text)"
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\{|\[\s*(?:[\[{"\]]|\Z))')
 MALFORMED = (AttributeError, TypeError, KeyError, IndexError, RecursionError)  # a record that breaks its form's rules
 HUB = "hf:"  # hf:owner/name, hf:owner/name@split, hf:owner/name:config@split
-CHATS_VERSION = 5  # raise it when the same files would give other conversations: what was learned of them is outdated
+CHATS_VERSION = 6  # raise it when the same files would give other conversations: what was learned of them is outdated
 BATCH = 256  # rows of parquet or Arrow in memory
 
 Content = tuple[str, IO[bytes], Path | None]  # (name for people, bytes, where it lies if it is a plain file)
