@@ -30,7 +30,7 @@ from nanochat.ops.attention import Cache, Piece, attend, attention_block, plan_a
 from nanochat.ops.induction import start_induction
 from nanochat.ops.linear import Linear, embedding, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
-from nanochat.ops.recall import LONGEST, Recall
+from nanochat.ops.recall import WINDOW, Recall, first_trust
 from nanochat.precision import NARROW_RANGE, autocast_dtype
 
 LOGIT_SOFTCAP = 15.0  # nanochat's: logits lie between −15 and 15, 15·tanh(x/15)
@@ -434,6 +434,7 @@ class GPT(nn.Module):
             "backout_lambda": lambda p: p.fill_(0.2),
             "recall.followers.weight": uniform(-0.1 * table_bound, 0.1 * table_bound),
             "recall.scale": lambda p: p.fill_(1.0),
+            "recall.trust": lambda p: p.copy_(first_trust()),
         }
 
     def get_device(self) -> torch.device:
@@ -495,7 +496,7 @@ class GPT(nn.Module):
         plain = x = self._normed_wte(idx)
         if not (self.config.smear or self.config.recall):
             return x
-        n = LONGEST - 1 if self.config.recall else 1
+        n = WINDOW - 1 if self.config.recall else 1
         text = F.pad(idx, (n, 0), value=-1) if kv_cache is None else kv_cache.with_previous(idx, n)  # (B, n + T)
         before = text[:, n - 1 : -1]  # the token before each, (B, T); −1 where a sequence or a segment begins
         if first is not None:  # never with a cache

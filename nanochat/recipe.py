@@ -435,6 +435,7 @@ def _group_of(name: str, p: Tensor) -> str:
         "value_embeds.": "values",
         "recall.followers.": "values",
         "recall.scale": "gates",
+        "recall.trust": "gates",
         "resid_lambdas": "resid",
         "resid_logs": "resid",
         "x0_lambdas": "x0",

@@ -52,8 +52,8 @@ class Model(ctypes.Structure):
         ("layers", ctypes.POINTER(Layer)),
         *((name, _size) for name in ("num_layers", "channels", "mlp", "heads", "kv_heads", "vocab", "key_offset")),
         *((name, Floats) for name in ("embedding", "head", "smear_gate", "cos", "sin")),
-        *((name, Tokens) for name in ("text", "order")),
-        *((name, Floats) for name in ("followers", "follower_scale")),
+        *((name, Tokens) for name in ("text", "order", "token_weights")),
+        *((name, Floats) for name in ("followers", "trust", "follower_scale")),
         *((name, ctypes.c_float) for name in ("smear", "backout", "softcap", "eps")),
     )
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 import rustbpe
 
-VERSION = 2  # of the function below, that of src/matches.rs
-WIDTH = 5  # numbers per token: `Found` of src/matches.rs
+VERSION = 3  # of the function below, that of src/matches.rs
+WIDTH = 64  # numbers per token: `Found` of src/matches.rs
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def library() -> Any:
     lib = rustbpe._library_with("matches", VERSION)
     if lib is None:
         return None
-    lib.rustbpe_matches_find.argtypes = (ctypes.c_void_p, ctypes.c_size_t) * 7
+    lib.rustbpe_matches_find.argtypes = (ctypes.c_void_p, ctypes.c_size_t) * 8
     lib.rustbpe_matches_find.restype = ctypes.c_int
     return lib
 
@@ -32,6 +32,7 @@ def library() -> Any:
 def find(
     text: npt.ArrayLike,
     order: npt.ArrayLike,
+    weights: npt.ArrayLike,
     tokens: npt.ArrayLike,
     bounds: npt.ArrayLike,
     rank: npt.ArrayLike | None = None,
@@ -43,7 +44,7 @@ def find(
         ValueError: arrays that don't belong together, or an order with positions that are not in the text.
     """
     given = [
-        None if a is None else np.ascontiguousarray(a, np.int32) for a in (text, order, tokens, bounds, rank, begins)
+        None if a is None else np.ascontiguousarray(a, np.int32) for a in (text, order, weights, tokens, bounds, rank, begins)
     ]
     out = np.empty((np.size(tokens), WIDTH), np.int32)
     where = ((None, 0) if a is None else (a.ctypes.data, a.size) for a in (*given, out))

@@ -21,7 +21,8 @@ from nanochat.interop.hf_format import read_hf_folder, write_hf_folder
 from nanochat.interop.hf_model import CACHE_NAMES
 from nanochat.interop.hf_tokenizer import PLAIN_TEMPLATE
 from nanochat.messages import normalise
-from nanochat.ops.recall import LONGEST, Recall, find, order_of
+from nanochat.ops import recall as ops_recall
+from nanochat.ops.recall import KINDS, LEVELS, WINDOW, Recall
 from nanochat.tokenizer import RustBPETokenizer
 from tests.test_hf import FEW_IDS, MODELS, TEXT, load_theirs, random_model
 
@@ -308,18 +309,20 @@ def test_an_export_finds_in_its_text_what_we_find(seed, size, ids, asked):
     rng = np.random.default_rng(seed)
     text = rng.integers(0, ids, size).astype(np.int32)
     tokens = rng.integers(0, ids + 1, asked).astype(np.int32)
-    config = exported_code().NanoChatModernConfig(vocab_size=20, hidden_size=8, recall=size)
+    # Of so few ids each says something of a subject.
+    config = exported_code().NanoChatModernConfig(vocab_size=20, hidden_size=8, recall=size, recall_common=1)
     theirs, ours = exported_code().Recall(config), Recall(size, 20, 8)
     ours.carry(text)
     for p in ours.parameters():
         torch.nn.init.normal_(p)
     theirs.load_state_dict(ours.state_dict())
-    expected = find(text, order_of(text), tokens)
-    padded = F.pad(torch.from_numpy(tokens).long(), (LONGEST - 1, 0), value=-1)[None]
-    kind, followers, _ = theirs.find(padded)
-    assert (kind[0] + 1).tolist() == expected[:, 0].tolist()
-    assert followers[0].tolist() == expected[:, 1:].tolist()
-    torch.testing.assert_close(theirs(padded), ours(torch.from_numpy(expected)[None]))
+    padded = F.pad(torch.from_numpy(tokens).long(), (WINDOW - 1, 0), value=-1)[None]
+    followers, length, level = theirs.find(padded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops_recall, "COMMON", 1)
+        expected = ours.look_up(padded, WINDOW - 1)
+    assert torch.equal((followers * KINDS + length * LEVELS + level), expected.long())
+    torch.testing.assert_close(theirs(padded), ours(expected))
 
 
 RECALL = ["windows and recall", "reach and recall"]
@@ -343,7 +346,7 @@ def test_what_is_recalled_matters(recalling):
     theirs.recall.scale.zero_()
     assert (theirs(ids).logits - with_text).abs().mean() > 0.02  # 200 times what the tests below allow
     theirs.recall.scale.copy_(kept)
-    assert len(set(theirs.recall.find(F.pad(ids, (LONGEST - 1, 0), value=-1))[0].flatten().tolist())) > 8
+    assert len(set(theirs.recall.find(F.pad(ids, (WINDOW - 1, 0), value=-1))[1].flatten().tolist())) > 3
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from nanochat.generate.native_step import NativeStep, supports
 from nanochat.generate.rounding import Decoded, rounding_cost, rounding_notice
 from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.ops.recall import FOLLOWERS, KINDS
+from nanochat.ops.recall import KINDS, LEVELS, LONGEST
 from nanochat.optim import MuonAdamW
 from nanochat.precision import DTYPE_NAMES, Precision
 from nanochat.recipe import PRESETS, parameter_groups
@@ -322,7 +322,7 @@ def test_long_matches_are_found_step_by_step():
             expected = model(idx, kv_cache=theirs)[:, -1]
         torch.testing.assert_close(step(idx, ours), expected, atol=2e-5, rtol=2e-5)
     for row, n in enumerate(lengths, start=1):
-        assert model.recall.look_up(ours.tokens[row : row + 1, : n + 12])[0, -1, 0] > KINDS - FOLLOWERS
+        assert model.recall.look_up(ours.tokens[row : row + 1, : n + 12])[0, -1, 0] % KINDS // LEVELS == LONGEST
 
 
 def test_a_text_that_does_not_fit_is_refused():

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from nanochat.ops import recall
-from nanochat.ops.recall import FOLLOWERS, LONGEST, SHORTEST, find, order_of
+from nanochat.ops.recall import (
+    FOLLOWERS,
+    KINDS,
+    LEVEL,
+    LEVELS,
+    LONGEST,
+    SHORTEST,
+    WINDOW,
+    find,
+    order_of,
+    weights_of,
+)
 from rustbpe import matches
 
 needs_rust = pytest.mark.skipif(matches.library() is None, reason="rustbpe was not compiled here")
@@ -14,6 +25,11 @@ needs_rust = pytest.mark.skipif(matches.library() is None, reason="rustbpe was n
 
 def ints(values):
     return np.asarray(values, np.int32)
+
+
+def weights_for(text):
+    """Of tokens in a short text: different ones, so that every level occurs."""
+    return ints(np.random.default_rng(len(text)).integers(0, 20, max(int(np.max(text, initial=0)), 0) + 1))
 
 
 def text_of(documents):
@@ -69,7 +85,7 @@ def test_rust_finds_what_numpy_finds(ranked, monkeypatch):
         for looked_up in (documents, wanted_documents(rng, documents)):
             tokens, bounds = ints(np.concatenate(looked_up)), bounds_of(looked_up)
             known = (rank, begins_in(text, looked_up)) if ranked else ()
-            given = text, order, tokens, bounds, *known
+            given = text, order, weights_for(text), tokens, bounds, *known
             ours = matches.find(*given)
             with monkeypatch.context() as patch:
                 patch.setattr(matches, "library", lambda: None)
@@ -87,34 +103,46 @@ def test_no_context_reaches_beyond_the_token_that_begins_a_document(in_rust, mon
     for _ in range(40):
         documents = random_documents(rng)
         text, order, _ = text_of(documents)
-        np.testing.assert_array_equal(find(text, order, text), find(text, order, text, bounds_of(documents)))
+        weights = weights_for(text)
+        alone = find(text, order, weights, text, bounds_of(documents))
+        np.testing.assert_array_equal(find(text, order, weights, text), alone)
 
 
-def longest_matches(text, context, own):
-    """By trying every position: the length, and what followed each match of this length."""
-    longest, followed = 0, []
+def every_match(text, weights, context, own):
+    """By trying every position: (length, token that followed, level) of each match, the longest first."""
+    matches = []
     for position in range(len(text) - 1):
-        if own[0] <= position < own[1]:
-            continue
         length = 0
         while (
             length < min(LONGEST, len(context), position + 1) and text[position - length] == context[-1 - length] >= 0
         ):
             length += 1
-        if length > longest:
-            longest, followed = length, []
-        if length == longest:
-            followed.append(text[position + 1])
-    return (longest, followed) if longest >= SHORTEST else (0, [])
+        if length < SHORTEST or own[0] <= position < own[1]:
+            continue
+        before, at = set(), position - length
+        while at >= 0 and text[at] != text[0] and position - length - at < WINDOW:
+            before.add(text[at])
+            at -= 1
+        shared = sum(weights[token] for token in before & set(context[-WINDOW:]))
+        matches.append((length, int(text[position + 1]), min(int(shared) // LEVEL, LEVELS - 1)))
+    return sorted(matches, reverse=True)
+
+
+def unpacked(row):
+    """(length, token, level) of each match in a row that was found."""
+    kinds, tokens = row % KINDS, row // KINDS
+    return [
+        (length, token, level) for length, token, level in zip(kinds // LEVELS, tokens, kinds % LEVELS, strict=True) if length
+    ]
 
 
 @pytest.mark.parametrize("in_rust", [pytest.param(True, marks=needs_rust), False])
 @pytest.mark.parametrize("ranked", [False, True])
-def test_the_longest_match_is_that_of_trying_every_position(ranked, in_rust, monkeypatch):
+def test_the_longest_matches_are_those_of_trying_every_position(ranked, in_rust, monkeypatch):
     if not in_rust:
         monkeypatch.setattr(matches, "library", lambda: None)
     rng = np.random.default_rng(1)
-    for _ in range(200):
+    for _ in range(40):
         # As many positions as are looked at in one direction; no two documents equal, else which is its own is open.
         documents, room = {}, recall.NEIGHBOURS
         while room > 0:
@@ -123,43 +151,47 @@ def test_the_longest_match_is_that_of_trying_every_position(ranked, in_rust, mon
             documents[document] = None
         documents = [ints(document) for document in documents]
         text, order, rank = text_of(documents)
-        bounds = bounds_of(documents)
-        found = find(text, order, text, bounds, *((rank, bounds[:-1]) if ranked else ()))
+        bounds, weights = bounds_of(documents), weights_for(text)
+        found = find(text, order, weights, text, bounds, *((rank, bounds[:-1]) if ranked else ()))
         for begin, end in itertools.pairwise(bounds):
             for i in range(begin, end):
-                length, followed = longest_matches(text, text[begin : i + 1], (begin, end) if ranked else (0, 0))
-                many = min(FOLLOWERS, len(followed))
-                kind = 1 + (length - SHORTEST) * FOLLOWERS + many - 1 if many else 0
-                assert found[i, 0] == kind
-                assert sorted(found[i, 1 : 1 + many]) == sorted(followed) or len(followed) > FOLLOWERS
-                assert set(found[i, 1 : 1 + many]) <= set(followed)
-                assert not found[i, 1 + many :].any()
+                expected = every_match(text, weights, text[begin : i + 1], (begin, end) if ranked else (0, 0))
+                ours = unpacked(found[i])
+                assert [m[0] for m in ours] == [m[0] for m in expected[:FOLLOWERS]]
+                if len(expected) <= FOLLOWERS:
+                    assert sorted(ours, reverse=True) == expected
+                assert set(ours) <= set(expected)
+
+
+def test_rare_tokens_say_what_a_text_is_about():
+    text = ints([0] * 10 + [1] * 4000 + [2] * 20 + [3] * 10 + [4])
+    assert weights_of(text).tolist() == [2, 0, 1, 2, 5]  # 4041 // (200 · how often), its bits
 
 
 @needs_rust
 def test_arrays_that_do_not_fit_are_refused_and_no_other_memory_is_read():
     text, order, rank = text_of([ints([0, 1, 2, 3]), ints([0, 1, 2, 4])])
-    tokens, bounds = ints([0, 1, 2, 3]), ints([0, 4])
+    tokens, bounds, weights = ints([0, 1, 2, 3]), ints([0, 4]), weights_for(text)
     for wrong in ([], [0], [0, 3], [0, 5], [1, 4], [0, 3, 2, 4], [-1, 4], [0, -4], [2**31 - 1, 4]):
         with pytest.raises(ValueError, match="do not ascend"):
-            matches.find(text, order, tokens, ints(wrong))
+            matches.find(text, order, weights, tokens, ints(wrong))
     for wrong in (order[1:], np.r_[order, order], text[:0]):
         with pytest.raises(ValueError, match="has no order"):
-            matches.find(text, wrong, tokens, bounds)
+            matches.find(text, wrong, weights, tokens, bounds)
     for short in ([], [1]):
         with pytest.raises(ValueError, match="has no order"):
-            matches.find(ints(short), ints(short)[1:], tokens, bounds)
+            matches.find(ints(short), ints(short)[1:], weights, tokens, bounds)
     for outside in (-1, len(order), 2**31 - 1, -(2**31)):
         for known in ((), (rank, ints([4]))):
             with pytest.raises(ValueError, match="not in the text"):
-                matches.find(text, np.full_like(order, outside), tokens, bounds, *known)
-        matches.find(text, order, tokens, bounds, np.full_like(rank, outside), ints([0]))  # beside it is nothing
+                matches.find(text, np.full_like(order, outside), weights, tokens, bounds, *known)
+        matches.find(text, order, weights, tokens, bounds, np.full_like(rank, outside), ints([0]))  # beside it is nothing
     for wrong in ((rank[1:], ints([0])), (rank, ints([])), (rank, ints([0, 4]))):
         with pytest.raises(ValueError, match="another size"):
-            matches.find(text, order, tokens, bounds, *wrong)
+            matches.find(text, order, weights, tokens, bounds, *wrong)
     for begin in (5, 2**31 - 1):
         with pytest.raises(ValueError, match="does not end in the text"):
-            matches.find(text, order, tokens, bounds, rank, ints([begin]))
+            matches.find(text, order, weights, tokens, bounds, rank, ints([begin]))
 
 
 @needs_rust
@@ -170,19 +202,21 @@ def test_whatever_arrays_hold_is_survived():
         low, high = [(-3, 70), (-(2**31), 2**31 - 1), (0, n - 1)][rng.integers(3)]
         text, tokens = (rng.integers(-2, 4, size).astype(np.int32) for size in (n, 30))
         order, rank = (rng.integers(low, high, n - 1).astype(np.int32) for _ in range(2))
+        weights = rng.integers(low, high, rng.integers(0, 6)).astype(np.int32)
         try:
             begins = rng.integers(low, high, 3).astype(np.int32)
-            found = matches.find(text, order, tokens, ints([0, 10, 10, 30]), rank, begins)
+            found = matches.find(text, order, weights, tokens, ints([0, 10, 10, 30]), rank, begins)
         except ValueError:
             continue
-        assert ((found[:, 0] >= 0) & (found[:, 0] <= recall.KINDS)).all()
+        assert (found[:, 0] % KINDS // LEVELS <= LONGEST).all()
 
 
 @needs_rust
 def test_other_arrays_are_made_contiguous_int32():
     text, order, rank = text_of([ints([0, 1, 2, 3]), ints([0, 1, 2, 4])])
-    expected = matches.find(text, order, text[:4], ints([0, 4]), rank, ints([0]))
+    weights = weights_for(text)
+    expected = matches.find(text, order, weights, text[:4], ints([0, 4]), rank, ints([0]))
     wide = np.stack([text, text], axis=1).astype(np.int64)
-    got = matches.find(wide[:, 0], order.astype(np.int64), wide[:4, 1], [0, 4], rank.tolist(), [0])
+    got = matches.find(wide[:, 0], order.astype(np.int64), weights.tolist(), wide[:4, 1], [0, 4], rank.tolist(), [0])
     np.testing.assert_array_equal(got, expected)
-    assert matches.find(text, order, ints([]), ints([0])).shape == (0, 1 + FOLLOWERS)
+    assert matches.find(text, order, weights, ints([]), ints([0])).shape == (0, FOLLOWERS)

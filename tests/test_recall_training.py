@@ -13,7 +13,7 @@ import torch
 from nanochat.data.corpus import Corpus, open_corpus
 from nanochat.dataloader import PretrainLoader, first_tokens
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.ops.recall import FOLLOWERS, SHORTEST, Recall
+from nanochat.ops.recall import FOLLOWERS, KINDS, LEVELS, Recall
 from nanochat.tokenizer import RustBPETokenizer
 
 BOS = 256
@@ -59,9 +59,9 @@ def test_no_document_is_found_in_itself(corpus: Corpus, recall: Recall) -> None:
     for word, (a, b) in zip(("whale", "stone", "light"), pairwise(bounds.tolist()), strict=False):
         at = a + bytes(text[a + 1 : b].tolist()).rindex(word.encode()) + 1
         inside = slice(at + 2, at + 4)  # behind "wha" and "whal": what follows is in this document alone
-        lengths = (found[inside, 0] + FOLLOWERS - 1) // FOLLOWERS + SHORTEST - 1
+        lengths = found[inside, 0] % KINDS // LEVELS
         assert (lengths <= 2).all(), (word, lengths)
-        assert (itself[inside, 1] == text[at + 3 : at + 5]).all()
+        assert (itself[inside, 0] // KINDS == text[at + 3 : at + 5]).all()
     # What other documents say too is found in them.
     shared = bytes(text[: bounds[1]].tolist()[1:]).index(b"sea has a") + 7
     assert found[shared, 0] > 0
@@ -79,7 +79,7 @@ def test_batches_have_what_is_found_for_each_of_their_tokens(corpus: Corpus, rec
     loader = PretrainLoader(corpus, BYTES, 2, 16, mode=mode, look_up=look_up)  # type: ignore[arg-type]
     checked, stream = 0, list[int]()
     for batch in islice(loader, 40):
-        assert batch.found.shape == (2, 16, 1 + FOLLOWERS)
+        assert batch.found.shape == (2, 16, FOLLOWERS)
         for x, y, found in zip(batch.x.tolist(), batch.y.tolist(), batch.found.tolist(), strict=True):
             stream = stream if mode == "stream" else []
             for token, target, row in zip(x, y, found, strict=True):

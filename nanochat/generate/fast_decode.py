@@ -59,7 +59,7 @@ KNOWN_PARAMETERS = {
     *(f"transformer.h.mlp.{name}.weight" for name in ("c_fc", "c_proj")),
     "lm_head.weight",
     *("resid_lambdas", "x0_lambdas", "resid_logs", "value_embeds.weight", "backout_lambda"),
-    *("smear_gate.weight", "smear_lambda", "recall.followers.weight", "recall.scale"),  # in GPT.embed
+    *("smear_gate.weight", "smear_lambda", "recall.followers.weight", "recall.trust", "recall.scale"),  # in GPT.embed
 }
 KNOWN_SETTINGS = {
     *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "init"),

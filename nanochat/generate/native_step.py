@@ -67,8 +67,10 @@ class NativeStep:
         raw.key_offset, raw.softcap = c.key_offset, c.logit_softcap or 0.0
         if c.recall:
             recall = model.recall
-            raw.text, raw.order = (decoding.Tokens(*self._where(t)) for t in (recall.text, recall.order))
-            raw.followers, raw.follower_scale = self._at(recall.followers.weight), self._at(recall.scale)
+            tables = recall.text, recall.order, recall.token_weights()
+            raw.text, raw.order, raw.token_weights = (decoding.Tokens(*self._where(t)) for t in tables)
+            raw.followers, raw.trust = self._at(recall.followers.weight), self._at(recall.trust)
+            raw.follower_scale = self._at(recall.scale)
         if c.smear:
             raw.smear_gate, raw.smear = self._at(model.smear_gate.weight), model.smear_lambda.item()
         if c.backout:

@@ -43,7 +43,7 @@ from nanochat.interop.foreign import (
 )
 from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, from_hf_json, to_hf_json
 from nanochat.interop.qwen3 import ULPS, check_folds, config_of, fold_weights, qwen3_config, remainder, unfold
-from nanochat.ops.recall import FOLLOWERS, LONGEST, NEIGHBOURS, SHORTEST
+from nanochat.ops.recall import COMMON, FOLLOWERS, LEVEL, LEVELS, LONGEST, NEIGHBOURS, SHORTEST, SURENESS, WINDOW
 from nanochat.tokenizer import RustBPETokenizer
 
 OWN_FILE = "nanochat.json"
@@ -149,6 +149,10 @@ def _modern_config(config: GPTConfig) -> dict[str, Any]:
         "recall_lengths": [SHORTEST, LONGEST],
         "recall_followers": FOLLOWERS,
         "recall_neighbours": NEIGHBOURS,
+        "recall_window": WINDOW,
+        "recall_levels": [LEVELS, LEVEL],
+        "recall_common": COMMON,
+        "recall_sureness": list(SURENESS[1:]),
     }
 
 

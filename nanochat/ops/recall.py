@@ -14,6 +14,7 @@ Shapes: N tokens of text, n tokens that are looked up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -27,9 +28,15 @@ from torch import Tensor, nn
 from nanochat.ops.linear import embedding
 
 LONGEST, SHORTEST = 8, 2  # tokens of a match: more are not told apart, fewer do not count
-FOLLOWERS = 4  # tokens that followed, at most
-NEIGHBOURS = 16  # how far to look in either direction, past those that do not count
-KINDS = (LONGEST - SHORTEST + 1) * FOLLOWERS  # of matches: by their length and the number of followers
+FOLLOWERS = 64  # matches that are taken, at most
+NEIGHBOURS = 96  # how far to look for them in either direction, past those that do not count
+WINDOW = 128  # tokens before a match, and of the context, that are compared for their subject
+LEVELS, LEVEL = 12, 8  # how alike two subjects are, and the weight of the tokens in common for each level
+KINDS = (LONGEST + 1) * LEVELS  # of a match, by its length and its level
+COMMON = 200  # a token that is one of so many or more of a text says nothing of a subject
+SURENESS = (LONGEST - SHORTEST + 1, 4, 4)  # how good the best matches are: length, their number, level // 3
+
+NONE = -1e4  # finite: a softmax of nothing else has gradients, too
 
 Ints = npt.NDArray[np.int32]
 
@@ -75,63 +82,83 @@ def places(text: Ints, order: Ints, wanted: Ints) -> npt.NDArray[np.int64]:
     return low
 
 
+def weights_of(text: Ints) -> Ints:
+    """What each token says of the subject of a text that it stands in: 0 for a frequent one, + 1 for each half as frequent."""
+    ratio = len(text) // (COMMON * np.maximum(np.bincount(text), 1))
+    return np.frexp(ratio)[1].astype(np.int32)  # the bits of a whole number
+
+
 def find(
     text: Ints,
     order: Ints,
+    weights: Ints,
     tokens: Ints,
     bounds: Ints | None = None,
     rank: Ints | None = None,
     begins: Ints | None = None,
 ) -> Ints:
-    """What followed the longest match of each of `tokens` and those before it.
+    """What followed the longest matches of each of `tokens` and those before it.
 
     Args:
         text: (N,) tokens, at least two. Its first is what documents begin with: no context reaches beyond such a one.
         order: `order_of(text)`.
+        weights: `weights_of(text)`.
         tokens: (n,); −1 where there is none.
         bounds: document i is tokens[bounds[i]:bounds[i+1]], and no context reaches beyond its beginning; None: one.
         rank: the inverse of `order`, in training.
         begins: with `rank`: where each document stands in the text, in which it is not found then; −1: nowhere.
 
     Returns:
-        (n, 1 + FOLLOWERS): the kind of the match, 0 for none, and what followed it, filled up with 0. Kinds are
-        1 + (length − SHORTEST)·FOLLOWERS + (number of followers − 1).
+        (n, FOLLOWERS), the longest matches first: token that followed × KINDS + length × LEVELS + level, 0 where there
+        are no more.
     """
     ends = np.array([0, len(tokens)], np.int32) if bounds is None else bounds
     if (crate := _crate()) is not None:
-        return np.asarray(crate.find(text, order, tokens, ends, rank, begins))
+        return np.asarray(crate.find(text, order, weights, tokens, ends, rank, begins))
     at, lengths = np.arange(len(tokens)), np.diff(ends)
     start = np.repeat(ends[:-1], lengths).astype(np.int64)
+    opens = np.where(tokens == text[0], at, 0)
+    start = np.maximum(start, np.maximum.accumulate(opens)) if len(tokens) else start
     wanted = keys(tokens, at, start)  # (n, LONGEST)
-    opens = wanted == text[0]
-    wanted[opens.cumsum(1) > opens] = -1
     place = np.full(len(tokens), -1)
     own = np.zeros((len(tokens), 2), np.int64)  # of the text: what is not looked at
     if rank is not None and begins is not None:
         for (a, b), stands in zip(pairwise(ends.tolist()), begins.tolist(), strict=True):
             if stands >= 0:
                 own[a:b] = stands, stands + b - a
-                place[a:b] = rank[np.minimum(stands + np.arange(b - a), len(rank) - 1)]
+                place[a : min(b, a + len(rank) - stands)] = rank[stands : stands + b - a]  # the last one has none
     unknown = place < 0
     place[unknown] = places(text, order, wanted[unknown])
-    # By turns the next above and the next below: (n, 2·NEIGHBOURS) places.
-    steps = np.stack([np.arange(NEIGHBOURS), -1 - np.arange(NEIGHBOURS)], axis=1).ravel()
-    beside = place[:, None] + steps
-    found = order[np.clip(beside, 0, len(order) - 1)].astype(np.int64)
-    counts = (beside >= 0) & (beside < len(order)) & ~((found >= own[:, :1]) & (found < own[:, 1:]))
-    same = keys(text, found.ravel()).reshape(*found.shape, LONGEST) == wanted[:, None]
-    same &= wanted[:, None] >= 0
-    length = np.where(counts, np.cumprod(same, axis=2).sum(2), 0)  # (n, 2·NEIGHBOURS)
-    longest = length.max(1)
-    best = (length == longest[:, None]) & (longest >= SHORTEST)[:, None]
-    number = best.cumsum(1)
-    chosen = best & (number <= FOLLOWERS)
-    out = np.zeros((len(tokens), 1 + FOLLOWERS), np.int32)
-    row, column = np.nonzero(chosen)
-    out[row, number[row, column]] = text[found[row, column] + 1]
-    many = chosen.sum(1)
-    out[:, 0] = np.where(many > 0, (longest - SHORTEST) * FOLLOWERS + many, 0)
+    out = np.zeros((len(tokens), FOLLOWERS), np.int32)
+    for i in range(len(tokens)):
+        # By turns the next above and the next below; a stable sort leaves the nearer first.
+        steps = np.stack([np.arange(NEIGHBOURS), -1 - np.arange(NEIGHBOURS)], axis=1).ravel()
+        beside = place[i] + steps
+        found = order[beside[(beside >= 0) & (beside < len(order))]].astype(np.int64)
+        found = found[(found < own[i, 0]) | (found >= own[i, 1])]
+        same = (keys(text, found) == wanted[i]) & (wanted[i] >= 0)
+        length = np.cumprod(same, axis=1).sum(1)
+        best = np.argsort(-length, kind="stable")[:FOLLOWERS]
+        best = best[length[best] >= SHORTEST]
+        found, length = found[best], length[best]
+        level = levels(text, weights, found - length, tokens[max(start[i], i + 1 - WINDOW) : i + 1])
+        out[i, : len(found)] = text[found + 1] * KINDS + length * LEVELS + level
     return out
+
+
+def levels(text: Ints, weights: Ints, at: npt.NDArray[np.int64], subject: Ints) -> npt.NDArray[np.int64]:
+    """How much the tokens up to positions `at` (n,) have in common with those of a context, each counted once."""
+    back = at[:, None] - np.arange(WINDOW)
+    before = np.where(back >= 0, text[np.maximum(back, 0)], text[0])  # (n, WINDOW)
+    counts = np.logical_and.accumulate(before != text[0], axis=1) & np.isin(before, subject)
+    before = np.sort(np.where(counts, before, -1), axis=1)
+    first = np.diff(before, axis=1, prepend=-1) != 0
+    return np.minimum((weights[before] * first).sum(1) // LEVEL, LEVELS - 1)
+
+
+def first_trust() -> Tensor:
+    """What a model trusts before it has learned: each token more of a match, or each level of its subject."""
+    return torch.cat([0.7 * torch.arange(LONGEST + 1), 0.2 * torch.arange(LEVELS)])
 
 
 class Recall(nn.Module):
@@ -149,27 +176,33 @@ class Recall(nn.Module):
     def __init__(self, size: int, vocab_size: int, channels: int) -> None:
         super().__init__()
         self.followers = embedding(vocab_size, channels)
-        self.scale = nn.Parameter(torch.ones(KINDS, channels))
+        self.trust = nn.Parameter(torch.empty(LONGEST + 1 + LEVELS))  # by length, and by level
+        self.scale = nn.Parameter(torch.ones(math.prod(SURENESS), channels))
         # In the model's checkpoints: without its text it is another model.
         self.register_buffer("text", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("order", torch.zeros(size - 1, dtype=torch.int32))
-        self._copied: tuple[list[tuple[int, int]], tuple[Ints, Ints]] | None = None
+        self._copied: tuple[list[tuple[int, int]], tuple[Ints, Ints, Ints]] | None = None
 
     def carry(self, text: Ints) -> None:
         """Take a text of `size` tokens."""
         self.text.copy_(torch.from_numpy(text))
         self.order.copy_(torch.from_numpy(order_of(text)))
 
-    def _on_host(self) -> tuple[Ints, Ints]:
-        """Text and order where `find` can read them; copied from a card once."""
+    def token_weights(self) -> Tensor:
+        """`weights_of` the text."""
+        return torch.from_numpy(self._on_host()[2])
+
+    def _on_host(self) -> tuple[Ints, Ints, Ints]:
+        """Text, order and weights where `find` can read them; copied from a card once."""
         now = [(tensor.data_ptr(), tensor._version) for tensor in (self.text, self.order)]
         if self._copied is None or self._copied[0] != now:
-            self._copied = now, (self.text.cpu().numpy(), self.order.cpu().numpy())
+            text = self.text.cpu().numpy()
+            self._copied = now, (text, self.order.cpu().numpy(), weights_of(text))
         return self._copied[1]
 
     def elsewhere(self) -> Callable[[Ints, Ints], Ints]:
         """For training: what followed each token's match in another document, from (tokens, bounds), see `find`."""
-        text, order = self._on_host()
+        text, order, weights = self._on_host()
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order), dtype=np.int32)
         # Of equal documents the last one: the others are texts that were read elsewhere, too.
@@ -178,33 +211,41 @@ class Recall(nn.Module):
 
         def look_up(tokens: Ints, bounds: Ints) -> Ints:
             begins = [stands.get(hash(tokens[a:b].tobytes()), -1) for a, b in pairwise(bounds.tolist())]
-            return find(text, order, tokens, bounds, rank, np.array(begins, np.int32))
+            return find(text, order, weights, tokens, bounds, rank, np.array(begins, np.int32))
 
         return look_up
 
     def nothing(self, idx: Tensor) -> Tensor:
         """What `look_up` returns where it finds nothing: to time a pass without it."""
-        return idx.new_zeros(*idx.shape, 1 + FOLLOWERS)
+        return idx.new_zeros(*idx.shape, FOLLOWERS)
 
     def look_up(self, idx: Tensor, n: int = 0, first: Tensor | None = None) -> Tensor:
-        """What followed tokens like the last ones of each row, see `find`: (B, n + T) -> (B, T, 1 + FOLLOWERS).
+        """What followed tokens like the last ones of each row, see `find`: (B, n + T) -> (B, T, FOLLOWERS).
 
         The first `n` tokens are context only; `first` (B, T) is true where a document begins.
         """
-        text, order = self._on_host()
+        text, order, weights = self._on_host()
         rows = []
         for i, row in enumerate(idx.to("cpu", torch.int32).numpy()):
             starts = [] if first is None else (first[i].nonzero()[:, 0].cpu() + n).tolist()
-            rows.append(find(text, order, row, np.array([0, *starts, len(row)], np.int32))[n:])
+            rows.append(find(text, order, weights, row, np.array([0, *starts, len(row)], np.int32))[n:])
         return torch.from_numpy(np.stack(rows)).to(idx.device)
 
     def forward(self, found: Tensor) -> Tensor:
-        """(B, T, 1 + FOLLOWERS) -> (B, T, C): the mean embedding of what followed, × a factor by the kind of match."""
-        kind, followers = found[..., 0].long(), found[..., 1:].long()  # (B, T), (B, T, FOLLOWERS)
-        many = (kind - 1).clamp(min=0) % FOLLOWERS + 1
-        share = (torch.arange(FOLLOWERS, device=kind.device) < many[..., None]) / many[..., None]
-        share = share * (kind > 0)[..., None]  # nothing where nothing was found
+        """(B, T, FOLLOWERS) -> (B, T, C): a mean embedding of what followed, × a factor by how good the matches are."""
+        kinds, ids = found % KINDS, found // KINDS  # (B, T, FOLLOWERS)
+        lengths, levels = kinds // LEVELS, kinds % LEVELS
+        none = lengths == 0
+        by_length, by_level = self.trust.float().split([LONGEST + 1, LEVELS])
+        trust = by_length[lengths] + by_level[levels]
+        share = trust.masked_fill(none, NONE).softmax(-1).masked_fill(none, 0)  # all 0 where nothing was found
         weights = share.reshape(-1, FOLLOWERS).to(self.followers.weight.dtype)
-        ids = followers.reshape(-1, FOLLOWERS)
-        mean = F.embedding_bag(ids, self.followers.weight, mode="sum", per_sample_weights=weights)
-        return mean.view(*kind.shape, -1) * F.embedding((kind - 1).clamp(min=0), self.scale)
+        mean = F.embedding_bag(
+            ids.reshape(-1, FOLLOWERS), self.followers.weight, mode="sum", per_sample_weights=weights
+        ).view(*found.shape[:-1], -1)
+        longest = lengths[..., 0]
+        _, many, thirds = SURENESS
+        number = (lengths == longest[..., None]).sum(-1).clamp(max=many) - 1
+        level = levels.amax(-1) * thirds // LEVELS
+        sureness = ((longest - SHORTEST).clamp(min=0) * many + number) * thirds + level
+        return mean * F.embedding(sureness, self.scale)

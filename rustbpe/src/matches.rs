@@ -5,31 +5,37 @@
 //! matches of a context are its neighbours there. What takes time is waiting for memory, at other places for every
 //! token: so [`Text::places`] searches for several contexts at a time.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::os::raw::c_int;
 
 use crate::abi::{guarded, view, view_mut};
 
 /// Counts the functions below and their arguments: `matches.py` refuses a library with another number.
-const VERSION: c_int = 2;
+const VERSION: c_int = 3;
 
 /// Tokens of a match: more are not told apart, fewer do not count.
 pub const LONGEST: usize = 8;
 pub const SHORTEST: usize = 2;
-/// Tokens that followed, at most.
-pub const FOLLOWERS: usize = 4;
-/// Kinds of matches: by their length and the number of followers.
-pub const KINDS: usize = (LONGEST - SHORTEST + 1) * FOLLOWERS;
+/// Matches that are taken, at most.
+pub const FOLLOWERS: usize = 64;
 /// How far to look in either direction.
-const NEIGHBOURS: i64 = 16;
+const NEIGHBOURS: i64 = 96;
+/// Tokens before a match, and of the context, that are compared for their subject.
+pub const WINDOW: usize = 128;
+/// How alike two subjects are: levels, and the weight of the tokens in common for each.
+pub const LEVELS: usize = 12;
+const LEVEL: i32 = 8;
+/// Kinds of a match: by its length and its level.
+pub const KINDS: i32 = ((LONGEST + 1) * LEVELS) as i32;
 /// Contexts that are searched for together.
 const TOGETHER: usize = 16;
 
 /// The last tokens of a context, the last one first; -1 where there is none.
 pub type Key = [i32; LONGEST];
 
-/// The kind of a match, 0 for none, and what followed it, filled up with 0.
-pub type Found = [i32; 1 + FOLLOWERS];
+/// What followed each match, the longest first: token · KINDS + length · LEVELS + level; 0 where there is none.
+pub type Found = [i32; FOLLOWERS];
 
 /// The key of a context, whose last token is its last.
 pub fn key_of(context: &[i32]) -> Key {
@@ -38,32 +44,105 @@ pub fn key_of(context: &[i32]) -> Key {
     key
 }
 
-/// A text, and the positions that a token follows in the order of their keys.
+/// The last tokens of a context, to be compared with those before a match.
+#[derive(Default)]
+struct Subject {
+    /// By token: how often it is among them, its weight if it is, and the comparison that has seen it last.
+    times: Vec<u16>,
+    weight: Vec<i32>,
+    seen: Vec<u32>,
+    now: u32,
+}
+
+impl Subject {
+    fn grow(&mut self, vocab: usize) {
+        if self.times.len() < vocab {
+            self.times.resize(vocab, 0);
+            self.weight.resize(vocab, 0);
+            self.seen.resize(vocab, 0);
+        }
+    }
+
+    fn enter(&mut self, token: i32, weights: &[i32]) {
+        if let Some(&weight) = weights.get(token as usize) {
+            self.times[token as usize] += 1;
+            self.weight[token as usize] = weight;
+        }
+    }
+
+    fn leave(&mut self, token: i32, weights: &[i32]) {
+        if (token as usize) < weights.len() {
+            self.times[token as usize] -= 1;
+            if self.times[token as usize] == 0 {
+                self.weight[token as usize] = 0;
+            }
+        }
+    }
+
+    /// How alike the tokens before a match are, which belong to its document: a token counts once.
+    #[inline(always)]
+    fn level(&mut self, before: &[i32], begin: i32) -> i32 {
+        if self.now == u32::MAX {
+            self.seen.fill(0);
+            self.now = 0;
+        }
+        self.now += 1;
+        let mut sum = 0;
+        for &token in before.iter().rev() {
+            if token == begin {
+                break;
+            }
+            let weight = self.weight.get(token as usize).copied().unwrap_or(0);
+            if weight > 0 && self.seen[token as usize] != self.now {
+                self.seen[token as usize] = self.now;
+                sum += weight;
+            }
+        }
+        (sum / LEVEL).min(LEVELS as i32 - 1)
+    }
+}
+
+thread_local! {
+    /// Empty between two calls.
+    static SUBJECT: RefCell<Subject> = RefCell::default();
+}
+
+/// A text, the positions that a token follows in the order of their keys, and the weight of each token of the vocabulary.
 #[derive(Clone, Copy)]
 pub struct Text<'a> {
     tokens: &'a [i32],
     order: &'a [i32],
+    weights: &'a [i32],
 }
 
 impl<'a> Text<'a> {
     /// # Errors
     /// Sizes that do not belong together. What the order holds is looked at when it is used.
-    pub fn new(tokens: &'a [i32], order: &'a [i32]) -> Result<Text<'a>, String> {
+    pub fn new(tokens: &'a [i32], order: &'a [i32], weights: &'a [i32]) -> Result<Text<'a>, String> {
         if tokens.len() < 2 || order.len() != tokens.len() - 1 || tokens.len() > i32::MAX as usize {
             return Err(format!("a text of {} tokens has no order of {} positions", tokens.len(), order.len()));
         }
-        Ok(Text { tokens, order })
+        Ok(Text { tokens, order, weights })
     }
 
-    /// What followed the longest match of one context.
+    /// What followed the longest matches of one context.
     pub fn find(&self, context: &[i32]) -> Result<Found, String> {
         let mut places = [0];
         let keys = [self.key(context)];
         self.places(&keys, &mut places)?;
-        self.beside(&keys[0], places[0], 0..0, true)
+        let begin = context.iter().rposition(|&token| token == self.tokens[0]).unwrap_or(0);
+        let window = &context[begin.max(context.len().saturating_sub(WINDOW))..];
+        SUBJECT.with(|subject| {
+            let subject = &mut *subject.borrow_mut();
+            subject.grow(self.weights.len());
+            window.iter().for_each(|&token| subject.enter(token, self.weights));
+            let found = self.beside(&keys[0], places[0], 0..0, subject);
+            window.iter().for_each(|&token| subject.leave(token, self.weights));
+            found
+        })
     }
 
-    /// What followed the longest match of each of some tokens and those before it.
+    /// What followed the longest matches of each of some tokens and those before it.
     ///
     /// Document i is `tokens[bounds[i]..bounds[i + 1]]`. `own` is the inverse of the order, and where each document
     /// stands in the text, in which it is not found then; negative: nowhere.
@@ -92,13 +171,29 @@ impl<'a> Text<'a> {
             if known.map_or(false, |(begin, _)| begin + document.len() > self.tokens.len()) {
                 return Err("a document does not end in the text".into());
             }
-            self.find_document(&tokens[document.clone()], known, &mut out[document])?;
+            SUBJECT.with(|subject| {
+                let subject = &mut *subject.borrow_mut();
+                subject.grow(self.weights.len());
+                let (document, out) = (&tokens[document.clone()], &mut out[document]);
+                let result = self.find_document(document, known, out, subject);
+                if result.is_err() {
+                    *subject = Subject::default();
+                }
+                result
+            })?;
         }
         Ok(())
     }
 
-    fn find_document(&self, document: &[i32], known: Option<(usize, &[i32])>, out: &mut [Found]) -> Result<(), String> {
+    fn find_document(
+        &self,
+        document: &[i32],
+        known: Option<(usize, &[i32])>,
+        out: &mut [Found],
+        subject: &mut Subject,
+    ) -> Result<(), String> {
         let own = known.map_or(0..0, |(begin, _)| begin..begin + document.len());
+        let mut begin = 0; // of what the subject may know
         for (group, out) in out.chunks_mut(TOGETHER).enumerate() {
             let first = group * TOGETHER;
             let mut keys = [[-1; LONGEST]; TOGETHER];
@@ -110,8 +205,9 @@ impl<'a> Text<'a> {
             let mut places = [-1; TOGETHER];
             let places = &mut places[..out.len()];
             if let Some((begin, rank)) = known {
+                // The text's last position has no rank.
                 for (i, place) in places.iter_mut().enumerate() {
-                    *place = i64::from(rank[(begin + first + i).min(rank.len() - 1)]);
+                    *place = rank.get(begin + first + i).map_or(-1, |&rank| i64::from(rank));
                 }
             }
             if places.iter().any(|&place| place < 0) {
@@ -120,11 +216,19 @@ impl<'a> Text<'a> {
                 places.iter_mut().zip(searched).filter(|(place, _)| **place < 0).for_each(|(place, s)| *place = s);
             }
             for (i, out) in out.iter_mut().enumerate() {
-                // The text's last position has no rank: it is given that of another one.
-                let sorted = known.map_or(true, |(begin, _)| begin + first + i < self.order.len());
-                *out = self.beside(&keys[i], places[i], own.clone(), sorted)?;
+                let at = first + i;
+                if document[at] == self.tokens[0] {
+                    document[begin.max(at.saturating_sub(WINDOW))..at].iter().for_each(|&t| subject.leave(t, self.weights));
+                    begin = at;
+                }
+                subject.enter(document[at], self.weights);
+                if at - begin >= WINDOW {
+                    subject.leave(document[at - WINDOW], self.weights);
+                }
+                *out = self.beside(&keys[i], places[i], own.clone(), subject)?;
             }
         }
+        document[begin.max(document.len().saturating_sub(WINDOW))..].iter().for_each(|&t| subject.leave(t, self.weights));
         Ok(())
     }
 
@@ -201,44 +305,38 @@ impl<'a> Text<'a> {
         before.iter().rev().zip(key).take_while(|(token, wanted)| token == wanted && **wanted >= 0).count()
     }
 
-    /// What followed the longest matches of a key beside its place, by turns the next above and the next below, but for
-    /// positions of `own`. `sorted`: the matches become shorter from there on, in both directions.
+    /// What followed the longest matches of a key beside its place, but for positions of `own`. They become shorter from
+    /// there on, in both directions; of equally long ones the nearer comes first, then the one above.
     #[inline(always)]
-    fn beside(&self, key: &Key, place: i64, own: Range<usize>, sorted: bool) -> Result<Found, String> {
-        let most = key.iter().take_while(|&&token| token >= 0).count();
-        let (mut longest, mut many, mut found) = (SHORTEST, 0, [0; 1 + FOLLOWERS]);
-        let mut closed = [false; 2];
-        if most < SHORTEST {
-            return Ok(found);
-        }
-        for step in 0..NEIGHBOURS {
-            for (closed, beside) in closed.iter_mut().zip([place + step, place - 1 - step]) {
-                if *closed || beside < 0 || beside >= self.order.len() as i64 {
-                    continue;
+    fn beside(&self, key: &Key, place: i64, own: Range<usize>, subject: &mut Subject) -> Result<Found, String> {
+        let mut found = [0; FOLLOWERS];
+        let mut steps = [0; 2];
+        let next = |side: usize, steps: &mut [i64; 2]| -> Result<(usize, usize), String> {
+            while steps[side] < NEIGHBOURS {
+                let beside = if side == 0 { place + steps[0] } else { place - 1 - steps[1] };
+                if beside < 0 || beside >= self.order.len() as i64 {
+                    break;
                 }
+                steps[side] += 1;
                 let position = self.position(beside as usize)?;
-                if own.contains(&position) {
-                    continue;
-                }
-                let length = self.common(position, key);
-                if length < longest {
-                    *closed = sorted;
-                    continue;
-                }
-                if length > longest {
-                    (longest, many, found) = (length, 0, [0; 1 + FOLLOWERS]);
-                }
-                if many < FOLLOWERS {
-                    many += 1;
-                    found[many] = self.tokens[position + 1];
+                if !own.contains(&position) {
+                    return Ok((position, self.common(position, key)));
                 }
             }
-            if closed == [true; 2] || (many == FOLLOWERS && longest == most) {
+            Ok((0, 0)) // no more
+        };
+        let mut open = [next(0, &mut steps)?, next(1, &mut steps)?]; // positions, and how long they match
+        for out in &mut found {
+            let side = usize::from(open[1].1 > open[0].1 || (open[1].1 == open[0].1 && steps[1] < steps[0]));
+            let (position, length) = open[side];
+            if length < SHORTEST {
                 break;
             }
-        }
-        if many > 0 {
-            found[0] = ((longest - SHORTEST) * FOLLOWERS + many) as i32;
+            let end = position + 1 - length;
+            let level = subject.level(&self.tokens[end.saturating_sub(WINDOW)..end], self.tokens[0]);
+            let kind = length as i32 * LEVELS as i32 + level;
+            *out = self.tokens[position + 1].wrapping_mul(KINDS) + kind;
+            open[side] = next(side, &mut steps)?;
         }
         Ok(found)
     }
@@ -249,7 +347,7 @@ pub extern "C" fn rustbpe_matches_version() -> c_int {
     VERSION
 }
 
-/// Writes what `Text::find_documents` finds, (tokens, 1 + FOLLOWERS) numbers. `rank` is null where documents are found in
+/// Writes what `Text::find_documents` finds, (tokens, FOLLOWERS) numbers. `rank` is null where documents are found in
 /// themselves, too.
 ///
 /// # Safety
@@ -260,6 +358,8 @@ pub unsafe extern "C" fn rustbpe_matches_find(
     text_len: usize,
     order: *const i32,
     order_len: usize,
+    weights: *const i32,
+    num_weights: usize,
     tokens: *const i32,
     num_tokens: usize,
     bounds: *const i32,
@@ -275,11 +375,11 @@ pub unsafe extern "C" fn rustbpe_matches_find(
         // SAFETY: as the caller promises.
         let (text, tokens, bounds, own, out) = unsafe {
             (
-                Text::new(view(text, text_len)?, view(order, order_len)?)?,
+                Text::new(view(text, text_len)?, view(order, order_len)?, view(weights, num_weights)?)?,
                 view(tokens, num_tokens)?,
                 view(bounds, num_bounds)?,
                 if rank.is_null() { None } else { Some((view(rank, rank_len)?, view(begins, num_begins)?)) },
-                view_mut(out as *mut Found, out_len / (1 + FOLLOWERS))?,
+                view_mut(out as *mut Found, out_len / FOLLOWERS)?,
             )
         };
         text.find_documents(tokens, bounds, own, out)

@@ -26,8 +26,12 @@ DEFAULTS = {
     "backout": False,
     "recall": 0,
     "recall_lengths": [2, 8],
-    "recall_followers": 4,
-    "recall_neighbours": 16,
+    "recall_followers": 64,
+    "recall_neighbours": 96,
+    "recall_window": 128,
+    "recall_levels": [12, 8],
+    "recall_common": 200,
+    "recall_sureness": [4, 4],
 }
 
 

@@ -141,18 +141,31 @@ class Recall(nn.Module):
     """What followed the longest matches of the last tokens in a text that the model carries.
 
     The positions of the text are in the order of the tokens up to them, read backwards: `keys`. The longest matches of
-    a context are the neighbours of the place that it would have there. N: tokens of the text, L: length of a key.
+    a context are the neighbours of the place that it would have there. The more rare tokens the text before a match has
+    in common with the context, the higher its level. N: tokens of the text, L: length of a key, W: of a window, F: matches.
     """
 
     def __init__(self, config):
         super().__init__()
         self.shortest, self.longest = config.recall_lengths
         self.most, self.neighbours = config.recall_followers, config.recall_neighbours
-        kinds = (self.longest - self.shortest + 1) * self.most  # of matches: length and number of followers
+        self.window, self.common = config.recall_window, config.recall_common
+        self.levels, self.level = config.recall_levels
+        self.numbers, self.thirds = config.recall_sureness
+        rows = (self.longest - self.shortest + 1) * self.numbers * self.thirds
         self.followers = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.scale = nn.Parameter(torch.ones(kinds, config.hidden_size))
+        self.trust = nn.Parameter(torch.zeros(self.longest + 1 + self.levels))
+        self.scale = nn.Parameter(torch.ones(rows, config.hidden_size))
         self.register_buffer("text", torch.zeros(config.recall, dtype=torch.int32))
         self.register_buffer("order", torch.arange(config.recall - 1, dtype=torch.int32))
+        self.counted = None
+
+    def weights(self):
+        """(V,): what each token says of a subject. Counted at its first use, when the text is there."""
+        if self.counted is None or self.counted.device != self.text.device:
+            counts = torch.bincount(self.text, minlength=self.followers.num_embeddings).clamp(min=1)
+            self.counted = torch.frexp((len(self.text) // (self.common * counts)).double())[1].long()
+        return self.counted
 
     def keys(self, at):
         """The tokens of the text up to positions `at`, backwards: (…,) -> (…, L); −1 before its beginning."""
@@ -172,39 +185,55 @@ class Recall(nn.Module):
             low, high = torch.where(smaller, middle + 1, low), torch.where(smaller, high, middle)
         return low
 
-    def find(self, ids):
-        """Look up each of the last T tokens of ids (B, L − 1 + T); −1: none.
+    def subject_levels(self, at, subject):
+        """How much the text up to positions `at` (F,) has in common with the tokens of a context (W,): (F,)."""
+        back = at.unsqueeze(-1) - torch.arange(self.window, device=at.device)
+        before = self.text[back.clamp(min=0)].masked_fill(back < 0, self.text[0]).long()  # (F, W)
+        present = torch.zeros(self.followers.num_embeddings, dtype=torch.bool, device=at.device)
+        present[subject] = True
+        inside = (before == self.text[0]).cumsum(-1) == 0  # the same document
+        before = before.masked_fill(~(inside & present[before]), -1).sort(-1).values
+        once = before.diff(dim=-1, prepend=torch.full_like(before[:, :1], -1)) != 0
+        shared = (self.weights()[before.clamp(min=0)] * once).sum(-1)
+        return (shared // self.level).clamp(max=self.levels - 1)
 
-        Returns the kind of its match (B, T), −1 without one, what followed it, filled up with 0, and each one's share.
+    def find(self, ids):
+        """Look up each of the last T tokens of ids (B, W − 1 + T); −1: none.
+
+        Returns the longest matches, what followed, how long they are, 0 without one, and their levels: (B, T, F) each.
         """
-        wanted = ids.unfold(1, self.longest, 1).flip(-1).int()  # (B, T, L)
-        opens = wanted == self.text[0]  # the token that a document begins with
-        # Nothing counts beyond a gap, nor before a document's beginning.
-        wanted = wanted.masked_fill(((wanted < 0).cumsum(-1) > 0) | (opens.cumsum(-1) > opens), -1)
+        windows = ids.unfold(1, self.window, 1).flip(-1).int()  # (B, T, W), the last token first
+        opens = windows == self.text[0]  # the token that a document begins with
+        # Nothing counts before a document's beginning, and in a match nothing beyond a gap.
+        windows = windows.masked_fill(opens.cumsum(-1) > opens, -1)
+        wanted = windows[..., : self.longest]
+        wanted = wanted.masked_fill((wanted < 0).cumsum(-1) > 0, -1)
         ahead = torch.arange(self.neighbours, device=ids.device)
-        # By turns the next above and the next below: (B, T, 2·neighbours).
+        # By turns the next above and the next below: (B, T, 2·neighbours). A stable sort leaves the nearer first.
         beside = self.places(wanted).unsqueeze(-1) + torch.stack((ahead, -1 - ahead), -1).flatten()
         there = (beside >= 0) & (beside < len(self.order))
         found = self.order[beside.clamp(0, len(self.order) - 1)].long()
         same = (self.keys(found) == wanted.unsqueeze(-2)) & (wanted >= 0).unsqueeze(-2)
         length = same.int().cumprod(-1).sum(-1) * there
-        longest = length.amax(-1)  # (B, T)
-        best = (length == longest.unsqueeze(-1)) & (longest >= self.shortest).unsqueeze(-1)
-        number = best.cumsum(-1)
-        chosen = best & (number <= self.most)
-        many = chosen.sum(-1)
-        slot = torch.where(chosen, number - 1, self.most)  # the last one takes what is not chosen
-        tokens = torch.zeros(*many.shape, self.most + 1, dtype=torch.long, device=ids.device)
-        tokens = tokens.scatter(-1, slot, self.text[found + 1].long() * chosen)[..., : self.most]
-        kind = torch.where(many > 0, (longest - self.shortest) * self.most + many - 1, -1)
-        share = (torch.arange(self.most, device=ids.device) < many.unsqueeze(-1)) / many.clamp(min=1).unsqueeze(-1)
-        return kind, tokens, share
+        length, best = length.sort(dim=-1, descending=True, stable=True)
+        length = length[..., : self.most].masked_fill(length[..., : self.most] < self.shortest, 0)
+        found = found.gather(-1, best[..., : self.most])  # (B, T, F)
+        rows = zip((found - length).flatten(0, 1), windows.flatten(0, 1))
+        levels = torch.stack([self.subject_levels(at, window[window >= 0]) for at, window in rows])
+        return self.text[found + 1].long() * (length > 0), length, levels.view_as(length) * (length > 0)
 
     def forward(self, ids):
-        """ids (B, L − 1 + T) -> (B, T, C)."""
-        kind, tokens, share = self.find(ids)
+        """ids (B, W − 1 + T) -> (B, T, C)."""
+        tokens, length, level = self.find(ids)
+        by_length, by_level = self.trust.float().split((self.longest + 1, self.levels))
+        trust = (by_length[length] + by_level[level]).masked_fill(length == 0, -1e4)
+        share = trust.softmax(-1) * (length > 0)
         mean = (share.unsqueeze(-1).to(self.scale.dtype) * self.followers(tokens)).sum(-2)
-        return mean * F.embedding(kind.clamp(min=0), self.scale)
+        longest = length[..., 0]
+        number = (length == longest.unsqueeze(-1)).sum(-1).clamp(max=self.numbers) - 1
+        third = level.amax(-1) * self.thirds // self.levels
+        row = ((longest - self.shortest).clamp(min=0) * self.numbers + number) * self.thirds + third
+        return mean * F.embedding(row, self.scale)
 
 
 class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
@@ -240,7 +269,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
             self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
         if config.recall:
             self.recall = Recall(config)
-        self.looks_back = config.recall_lengths[1] - 1 if config.recall else int(config.smear)  # how many tokens
+        self.looks_back = config.recall_window - 1 if config.recall else int(config.smear)  # how many tokens
         self.post_init()
 
     def get_input_embeddings(self):

@@ -59,7 +59,9 @@ pub struct RawModel {
     /// Of recall; empty where it is off.
     text: RawTokens,
     order: RawTokens,
+    token_weights: RawTokens,
     followers: RawFloats,
+    trust: RawFloats,
     follower_scale: RawFloats,
     smear: f32,
     backout: f32,
@@ -164,8 +166,9 @@ pub unsafe extern "C" fn rustbpe_decoder_new(
             let recall = match view(raw.text.data, raw.text.len)? {
                 [] => None,
                 text => {
-                    let text = Text::new(text, view(raw.order.data, raw.order.len)?)?;
-                    Some(Recall { text, followers: raw.followers.get()?, scale: raw.follower_scale.get()? })
+                    let (order, weights) = (view(raw.order.data, raw.order.len)?, view(raw.token_weights.data, raw.token_weights.len)?);
+                    let (trust, scale) = (raw.trust.get()?, raw.follower_scale.get()?);
+                    Some(Recall { text: Text::new(text, order, weights)?, followers: raw.followers.get()?, trust, scale })
                 }
             };
             let weights = Weights {

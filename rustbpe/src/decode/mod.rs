@@ -27,7 +27,7 @@ use dot::{from_bf16, fused, multiply, quantize, to_bf16, Dot, Out, Portable, Pro
 use memory::Buffer;
 use pool::{Job, Pool};
 
-use crate::matches::{Text, FOLLOWERS, KINDS, LONGEST};
+use crate::matches::{Text, FOLLOWERS, KINDS, LEVELS, LONGEST, SHORTEST, WINDOW};
 
 /// Phases of a layer.
 const PROJECT: usize = 0;
@@ -137,7 +137,9 @@ pub struct Recall {
     pub text: Text<'static>,
     /// (vocabulary or more, C), of the tokens that followed.
     pub followers: Floats,
-    /// (KINDS, C), a factor for each kind of match.
+    /// By the length of a match, and by its level.
+    pub trust: Floats,
+    /// A factor for each sureness, (…, C).
     pub scale: Floats,
 }
 
@@ -301,33 +303,49 @@ fn check(len: usize, expected: Option<usize>, what: &str) -> Result<(), String> 
 }
 
 impl Recall {
-    /// Adds what followed the longest match of a context: its mean embedding, times the factor of the match's kind.
+    /// Adds what followed the longest matches of a context: `Recall.forward` has the arithmetic.
     fn add(&self, context: &[i64], out: &mut [f32]) -> Result<(), String> {
-        let mut last = [0; LONGEST];
+        let mut last = [0; WINDOW];
         last.iter_mut().zip(context).for_each(|(last, &token)| *last = i32::try_from(token).unwrap_or(-1));
-        let found = self.text.find(&last[..context.len().min(LONGEST)])?;
-        if found[0] == 0 {
+        let found = self.text.find(&last[..context.len().min(WINDOW)])?;
+        let kinds = found.map(|packed| (packed.rem_euclid(KINDS) as usize / LEVELS, packed.rem_euclid(KINDS) as usize % LEVELS));
+        let all = kinds.iter().take_while(|(length, _)| *length > 0).count();
+        if all == 0 {
             return Ok(());
         }
-        let (c, kind) = (out.len(), found[0] as usize - 1);
-        let many = kind % FOLLOWERS + 1;
-        let share = 1.0 / many as f32;
-        let mut rows: [&[f32]; FOLLOWERS] = [&[]; FOLLOWERS];
-        for (row, &token) in rows.iter_mut().zip(&found[1..=many]) {
-            let at = token as usize; // a negative one becomes large
-            *row = at
+        let c = out.len();
+        let mut shares = [0.0; FOLLOWERS];
+        let mut most = f32::NEG_INFINITY;
+        for (share, (length, level)) in shares.iter_mut().zip(&kinds[..all]) {
+            *share = self.trust[*length] + self.trust[LONGEST + 1 + level];
+            most = most.max(*share);
+        }
+        shares[..all].iter_mut().for_each(|share| *share = (*share - most).exp());
+        let sum: f32 = shares[..all].iter().sum();
+        let mut mean = vec![0.0; c];
+        for (share, packed) in shares[..all].iter().zip(&found) {
+            let at = packed.div_euclid(KINDS) as usize; // a negative one becomes large
+            let row = at
                 .checked_mul(c)
                 .and_then(|first| self.followers.get(first..)?.get(..c))
                 .ok_or("the text has a token that is not in the vocabulary")?;
+            mean.iter_mut().zip(row).for_each(|(mean, row)| *mean += share / sum * row);
         }
-        let scale = &self.scale[kind * c..(kind + 1) * c];
+        let [_, many, third] = SURENESS;
+        let longest = kinds[0].0;
+        let number = kinds[..all].iter().filter(|kind| kind.0 == longest).count().min(many) - 1;
+        let level = kinds[..all].iter().map(|kind| kind.1).max().unwrap_or(0) * third / LEVELS;
+        let sureness = ((longest - SHORTEST) * many + number) * third + level;
+        let scale = &self.scale[sureness * c..(sureness + 1) * c];
         for i in 0..c {
-            let mean: f32 = rows[..many].iter().map(|row| share * row[i]).sum();
-            out[i] += mean * scale[i];
+            out[i] += mean[i] * scale[i];
         }
         Ok(())
     }
 }
+
+/// How good the best matches are: their length, their number, their level. As in nanochat/ops/recall.py.
+const SURENESS: [usize; 3] = [LONGEST - SHORTEST + 1, 4, 4];
 
 impl Weights {
     fn head_dim(&self) -> usize {
@@ -370,7 +388,8 @@ impl Weights {
             return Err("the embedding or a table has another size".into());
         }
         if let Some(recall) = &self.recall {
-            check(recall.scale.len(), square(KINDS, c), "recall's scale")?;
+            check(recall.scale.len(), square(SURENESS.iter().product(), c), "recall's scale")?;
+            check(recall.trust.len(), Some(LONGEST + 1 + LEVELS), "recall's trust")?;
             if recall.followers.len() / c < self.vocab {
                 return Err("recall's table has another size".into());
             }
@@ -708,7 +727,7 @@ impl Step {
             // This token and those before it, as many as a switch looks at; none where none does.
             let mut context: &[i64] = &[];
             if !call.cache.tokens.is_null() {
-                let first = (position + 1).saturating_sub(LONGEST);
+                let first = (position + 1).saturating_sub(WINDOW);
                 let row = (call.first_row + b) * call.cache.token_positions;
                 // SAFETY: as above.
                 unsafe {
