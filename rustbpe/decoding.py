@@ -13,7 +13,7 @@ from typing import Any
 
 import rustbpe
 
-VERSION = 4  # of the layouts below, that of src/decode/abi.rs
+VERSION = 5  # of the layouts below, that of src/decode/abi.rs
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 LEVELS = ("best", "portable", "avx2", "avx512", "amx")
 

@@ -44,7 +44,8 @@ def find(
         ValueError: arrays that don't belong together, or an order with positions that are not in the text.
     """
     given = [
-        None if a is None else np.ascontiguousarray(a, np.int32) for a in (text, order, weights, tokens, bounds, rank, begins)
+        None if a is None else np.ascontiguousarray(a, np.int32)
+        for a in (text, order, weights, tokens, bounds, rank, begins)
     ]
     out = np.empty((np.size(tokens), WIDTH), np.int32)
     where = ((None, 0) if a is None else (a.ctypes.data, a.size) for a in (*given, out))

@@ -17,13 +17,19 @@ from nanochat.generate.native_step import NativeStep, supports
 from nanochat.generate.rounding import Decoded, rounding_cost, rounding_notice
 from nanochat.gpt import GPT, NANOCHAT_2026, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.ops.recall import KINDS, LEVELS, LONGEST
+from nanochat.ops import recall as ops_recall
 from nanochat.optim import MuonAdamW
 from nanochat.precision import DTYPE_NAMES, Precision
 from nanochat.recipe import PRESETS, parameter_groups
 from rustbpe import decoding
 
 pytestmark = pytest.mark.skipif(decoding.library() is None, reason="rustbpe was not compiled here")
+
+
+@pytest.fixture(autouse=True)
+def of_so_few_tokens_each_says_something_of_a_subject(monkeypatch):
+    monkeypatch.setattr(ops_recall, "COMMON", 10)
+
 
 SHAPES = {
     "plain": {},
@@ -322,7 +328,8 @@ def test_long_matches_are_found_step_by_step():
             expected = model(idx, kv_cache=theirs)[:, -1]
         torch.testing.assert_close(step(idx, ours), expected, atol=2e-5, rtol=2e-5)
     for row, n in enumerate(lengths, start=1):
-        assert model.recall.look_up(ours.tokens[row : row + 1, : n + 12])[0, -1, 0] % KINDS // LEVELS == LONGEST
+        longest = model.recall.look_up(ours.tokens[row : row + 1, : n + 12])[0, -1, 0].item()
+        assert longest % ops_recall.KINDS // ops_recall.LEVELS == ops_recall.LONGEST
 
 
 def test_a_text_that_does_not_fit_is_refused():

@@ -265,7 +265,9 @@ def test_a_demo_in_hours_trains_by_steps_as_long_as_it_is_told_to(tmp_path):
     assert "--hours=1" in make_stages(card, Settings(), tmp_path)[4].flags
 
 
-def test_where_text_does_not_end_a_cpu_trains_the_width_for_its_hours_and_the_model_carries_text(tmp_path):
+def test_where_text_does_not_end_a_cpu_trains_the_width_for_its_hours_and_the_model_carries_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "in_rust", lambda: True)
+
     def made(dataset="climbmix", **more):
         settings = Settings(dataset=dataset, data_dir=None if dataset else tmp_path, **more)
         profile = choose_profile(settings, 0)
@@ -277,6 +279,10 @@ def test_where_text_does_not_end_a_cpu_trains_the_width_for_its_hours_and_the_mo
         assert (config.n_embd, config.n_head, config.window_pattern) == (channels, heads, "SSSL")
         expected = {"--window_pattern=SSSL", "--recall=16000000", "--separate_documents=True", "--max_seq_len=2048"}
         assert expected | {"--reach=1024", "--eval_every=100"} <= set(flags)
+    with monkeypatch.context() as patch:  # where nothing was compiled, looking up would take longer than learning
+        patch.setattr(profiles, "in_rust", lambda: False)
+        assert made()[0].n_embd == 256
+        assert not choose_profile(Settings(dataset="climbmix"), 0).switches
     # A model that goes on is what it is; own text, a depth that is asked for, and other programs carry none.
     assert not choose_profile(Settings(dataset="climbmix", base="d4"), 0).switches
     for config, flags in (made(dataset=None), made(depth=4), made(recipe="portable")):

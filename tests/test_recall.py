@@ -132,7 +132,9 @@ def unpacked(row):
     """(length, token, level) of each match in a row that was found."""
     kinds, tokens = row % KINDS, row // KINDS
     return [
-        (length, token, level) for length, token, level in zip(kinds // LEVELS, tokens, kinds % LEVELS, strict=True) if length
+        (length, token, level)
+        for length, token, level in zip(kinds // LEVELS, tokens, kinds % LEVELS, strict=True)
+        if length
     ]
 
 
@@ -185,7 +187,9 @@ def test_arrays_that_do_not_fit_are_refused_and_no_other_memory_is_read():
         for known in ((), (rank, ints([4]))):
             with pytest.raises(ValueError, match="not in the text"):
                 matches.find(text, np.full_like(order, outside), weights, tokens, bounds, *known)
-        matches.find(text, order, weights, tokens, bounds, np.full_like(rank, outside), ints([0]))  # beside it is nothing
+        matches.find(
+            text, order, weights, tokens, bounds, np.full_like(rank, outside), ints([0])
+        )  # beside it is nothing
     for wrong in ((rank[1:], ints([0])), (rank, ints([])), (rank, ints([0, 4]))):
         with pytest.raises(ValueError, match="another size"):
             matches.find(text, order, weights, tokens, bounds, *wrong)

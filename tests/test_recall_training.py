@@ -132,3 +132,10 @@ def test_separate_documents_are_computed_as_if_each_were_alone() -> None:
         together = model(torch.cat([first, second], dim=1))
         alone = torch.cat([model(first), model(second)], dim=1)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_of_the_older_form_is_named(recall: Recall) -> None:
+    state = recall.state_dict()
+    state.pop("trust")
+    with pytest.raises(ValueError, match=r"as an older version did.*train it again"):
+        recall.load_state_dict(state)

@@ -49,6 +49,11 @@ def _crate() -> Any:
     return None if matches.library() is None else matches
 
 
+def in_rust() -> bool:
+    """Whether a text is looked up in Rust: numpy takes longer for a token than a small model's training step."""
+    return _crate() is not None
+
+
 def keys(text: Ints, at: npt.NDArray[np.int64], start: npt.NDArray[np.int64] | int = 0) -> Ints:
     """The tokens up to positions `at` (n,), backwards, (n, LONGEST); −1 before `start`, where a text begins."""
     back = at[:, None] - np.arange(LONGEST)
@@ -83,7 +88,7 @@ def places(text: Ints, order: Ints, wanted: Ints) -> npt.NDArray[np.int64]:
 
 
 def weights_of(text: Ints) -> Ints:
-    """What each token says of the subject of a text that it stands in: 0 for a frequent one, + 1 for each half as frequent."""
+    """What each token says of the subject of a text: 0 for a frequent one, + 1 for each time it is half as frequent."""
     ratio = len(text) // (COMMON * np.maximum(np.bincount(text), 1))
     return np.frexp(ratio)[1].astype(np.int32)  # the bits of a whole number
 
@@ -161,6 +166,14 @@ def first_trust() -> Tensor:
     return torch.cat([0.7 * torch.arange(LONGEST + 1), 0.2 * torch.arange(LEVELS)])
 
 
+def _refuse_older(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    if f"{prefix}scale" in state and f"{prefix}trust" not in state:
+        raise ValueError(
+            "the model looks up its text as an older version did (the mean of four followers): use the version that "
+            "trained it, or train it again"
+        )
+
+
 class Recall(nn.Module):
     """The text that a model carries, and what it makes of what it finds there.
 
@@ -181,6 +194,7 @@ class Recall(nn.Module):
         # In the model's checkpoints: without its text it is another model.
         self.register_buffer("text", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("order", torch.zeros(size - 1, dtype=torch.int32))
+        self.register_load_state_dict_pre_hook(_refuse_older)
         self._copied: tuple[list[tuple[int, int]], tuple[Ints, Ints, Ints]] | None = None
 
     def carry(self, text: Ints) -> None:

@@ -17,6 +17,7 @@ from nanochat.data.chats import is_own_chats
 from nanochat.data.sources import SOURCES
 from nanochat.data.worlds import SHIPPED, world_by_hours, world_names
 from nanochat.gpt import GPTConfig
+from nanochat.ops.recall import in_rust
 from nanochat.precision import cpu_has_bf16
 from nanochat.recipe import DEFAULT_RECIPE, PRESETS
 
@@ -286,8 +287,7 @@ D20 = Profile(
     needs_cards=True,
 )
 
-# Of a public corpus, which has no end, a model on a CPU carries some. From so many hours on: channels for a layer and
-# for a head. In little time a narrow model learns most; from little text a wider one does (dev/LOG.md).
+# Hours from which on: channels for a layer, and for a head. In little time a narrow model learns most (dev/LOG.md).
 WIDTHS = ((1.0, 64, 128), (0.25, 48, 96), (0.0, 32, 128))
 PROFILES = {profile.name: profile for profile in (DEMO, TINY, CPU, P100, D20)}
 # Rows per forward pass that are meant to fit into a P100's 16 GB at 2048 tokens, up to this depth.
@@ -395,13 +395,13 @@ def choose_profile(settings: Settings, num_cards: int) -> Profile:
         profile = replace(profile, device_batch_size=fitting[0] if fitting else 1)
     dataset = None if settings.data_dir else settings.dataset or (None if settings.base else profile.dataset)
     chat_data = settings.chat_data or ("demo" if dataset == "demo" else profile.chat_data)
-    if profile.name == "cpu" and dataset in SOURCES and not (settings.base or settings.depth or settings.recipe):
-        about = "a public corpus on this CPU, by a model that carries text of it (DEPTH=4: one that does not)"
+    carries = profile.name == "cpu" and dataset in SOURCES and in_rust()
+    if carries and not (settings.base or settings.depth or settings.recipe):
         ratio, head = next(shape for least, *shape in WIDTHS if (settings.hours or profile.hours or 0.0) >= least)
         switches = {"head_size": head, "window_pattern": "SSSL", "reach": 1024, "recall": 16_000_000}
         flags = {**profile.flags, "base_train": (*profile.flags["base_train"], "--separate_documents=True")}
-        profile = replace(profile, about=about, aspect_ratio=ratio, switches=switches, flags=flags)
-        profile = replace(profile, max_seq_len=2048, device_batch_size=2)
+        profile = replace(profile, about="a public corpus; the model carries text (DEPTH=4: none)", aspect_ratio=ratio)
+        profile = replace(profile, switches=switches, flags=flags, max_seq_len=2048, device_batch_size=2)
     profile = replace(
         profile,
         depth=settings.depth or profile.depth,

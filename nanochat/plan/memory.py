@@ -20,6 +20,7 @@ import torch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.ops.attention import MAX_PROBABILITY_BYTES, plan_attention, probability_bytes, split_causal
 from nanochat.ops.loss import chunk_tokens
+from nanochat.ops.recall import FOLLOWERS
 from nanochat.optim import STACK_ELEMENTS
 from nanochat.precision import NARROW_RANGE
 
@@ -30,6 +31,8 @@ CONTEXT_BYTES = 600 * 2**20
 FRAGMENTATION = 0.08
 # Float32 copies of its largest stack that Muon holds at once: gradient, normalised, two of the iteration, update.
 MUON_COPIES = 5
+# Of each of a token's matches: what was found, its token, length, level, trust and share, some of them twice.
+RECALL_BYTES = 64 * FOLLOWERS
 # Chunks of the loss that are tried when one row does not fit with the usual one, in bytes of float32 logits.
 SMALL_CHUNKS = (64 << 20, 16 << 20)
 # More tokens than this in a micro-batch make a step no faster: a matmul is large enough long before. A guess.
@@ -232,6 +235,8 @@ def estimate_training_memory(
     # saves is made again too.
     moment = tokens * max(layer_bytes_per_token(config, setup, i) for i in range(config.n_layer))
     activations = saved + round(moment * (2 if micro.activation_checkpointing else 1))
+    if config.recall:
+        activations += tokens * RECALL_BYTES
     loss = _loss_bytes(config, tokens, setup.dtype, micro.loss_chunk_bytes, setup.device_type)
     # Muon keeps one moment, AdamW two; each rank keeps its share.
     optimizer = 4 * (counts.matrices + 2 * (counts.total - counts.matrices)) // setup.world_size

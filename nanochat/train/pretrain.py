@@ -21,6 +21,7 @@ from nanochat.dataset import open_corpus, prepare_corpus
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.interop.qwen3 import obstacles
 from nanochat.loss_eval import corpus_bpb
+from nanochat.ops.recall import in_rust
 from nanochat.optim import MuonAdamW
 from nanochat.plan.local_speed import LONG_FLOPS, hours_sentence
 from nanochat.plan.memory import MicroBatch, divisors
@@ -321,6 +322,8 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
                 f"the model carries the first {len(carried):,} tokens of the training text, to look up what followed: "
                 "who is given the model is given this text"
             )
+            if not in_rust():
+                print0("WARNING: rustbpe is not compiled here, so looking up takes most of the time: bash setup_env.sh")
         config = _model_config(cfg, tokenizer.get_vocab_size(), **of_the_text)
 
     plan = resolve_plan(cfg, tokenizer.get_vocab_size(), compute, checkpoint, config, text)

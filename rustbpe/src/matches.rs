@@ -218,7 +218,9 @@ impl<'a> Text<'a> {
             for (i, out) in out.iter_mut().enumerate() {
                 let at = first + i;
                 if document[at] == self.tokens[0] {
-                    document[begin.max(at.saturating_sub(WINDOW))..at].iter().for_each(|&t| subject.leave(t, self.weights));
+                    document[begin.max(at.saturating_sub(WINDOW))..at]
+                        .iter()
+                        .for_each(|&t| subject.leave(t, self.weights));
                     begin = at;
                 }
                 subject.enter(document[at], self.weights);
@@ -228,7 +230,9 @@ impl<'a> Text<'a> {
                 *out = self.beside(&keys[i], places[i], own.clone(), subject)?;
             }
         }
-        document[begin.max(document.len().saturating_sub(WINDOW))..].iter().for_each(|&t| subject.leave(t, self.weights));
+        document[begin.max(document.len().saturating_sub(WINDOW))..]
+            .iter()
+            .for_each(|&t| subject.leave(t, self.weights));
         Ok(())
     }
 
@@ -397,26 +401,42 @@ mod tests {
         order
     }
 
-    fn kind(length: usize, followers: usize) -> i32 {
-        ((length - SHORTEST) * FOLLOWERS + followers) as i32
+    /// (length, token that followed, level) of each match, the longest last.
+    fn unpacked(found: &Found) -> Vec<(usize, i32, usize)> {
+        let kind = |packed: i32| (packed % KINDS) as usize;
+        let some = found.iter().filter(|&&packed| packed != 0);
+        let mut all: Vec<_> = some.map(|&p| (kind(p) / LEVELS, p / KINDS, kind(p) % LEVELS)).collect();
+        assert!(all.windows(2).all(|pair| pair[0].0 >= pair[1].0));
+        all.sort_unstable();
+        all
     }
 
     #[test]
-    fn the_longest_match_is_found_with_what_followed() {
+    fn the_longest_matches_come_first() {
         let tokens = [0, 1, 2, 3, 7, 0, 4, 2, 3, 8, 0, 1, 2, 3, 9];
         let order = order_of(&tokens);
-        let text = Text::new(&tokens, &order).unwrap();
-        let found = text.find(&[4, 2, 3]).unwrap();
-        assert_eq!(found, [kind(3, 1), 8, 0, 0, 0]);
-        let found = text.find(&[5, 0, 1, 2, 3]).unwrap();
-        assert_eq!(found[0], kind(4, 2));
-        let mut followers = found[1..3].to_vec();
-        followers.sort_unstable();
-        assert_eq!(followers, [7, 9]);
-        assert_eq!(text.find(&[3]).unwrap(), [0; 5]);
-        assert_eq!(text.find(&[]).unwrap(), [0; 5]);
-        assert_eq!(text.find(&[9, 9]).unwrap(), [0; 5]);
-        assert_eq!(text.find(&[-1, 3]).unwrap(), [0; 5]);
+        let text = Text::new(&tokens, &order, &[]).unwrap();
+        let find = |context: &[i32]| unpacked(&text.find(context).unwrap());
+        assert_eq!(find(&[4, 2, 3]), [(2, 7, 0), (2, 9, 0), (3, 8, 0)]);
+        assert_eq!(find(&[5, 0, 1, 2, 3]), [(2, 8, 0), (4, 7, 0), (4, 9, 0)]);
+        assert_eq!(text.find(&[4, 2, 3]).unwrap()[3..], [0; FOLLOWERS - 3]);
+        for nowhere in [&[3][..], &[], &[9, 9], &[-1, 3]] {
+            assert_eq!(find(nowhere), []);
+        }
+    }
+
+    #[test]
+    fn a_match_in_a_text_of_the_same_subject_has_a_higher_level() {
+        // 6 and 7 say what the documents are about; the last one only repeats itself.
+        let tokens = [0, 6, 7, 1, 2, 3, 0, 6, 6, 1, 2, 4, 0, 7, 6, 0, 1, 2, 5];
+        let order = order_of(&tokens);
+        let text = Text::new(&tokens, &order, &[0, 0, 0, 0, 0, 0, LEVEL, 2 * LEVEL]).unwrap();
+        let find = |context: &[i32]| unpacked(&text.find(context).unwrap());
+        assert_eq!(find(&[0, 7, 6, 5, 1, 2]), [(2, 3, 3), (2, 4, 1), (2, 5, 0)]);
+        assert_eq!(find(&[7, 0, 6, 5, 1, 2]), [(2, 3, 1), (2, 4, 1), (2, 5, 0)]); // the 7 is of another document
+        let mut out = [[0; FOLLOWERS]; 6];
+        text.find_documents(&[0, 7, 6, 5, 1, 2], &[0, 6], None, &mut out).unwrap();
+        assert_eq!(out[5], text.find(&[0, 7, 6, 5, 1, 2]).unwrap());
     }
 
     #[test]
@@ -425,22 +445,23 @@ mod tests {
         let order = order_of(&tokens);
         let mut rank = vec![0; order.len()];
         order.iter().enumerate().for_each(|(place, &position)| rank[position as usize] = place as i32);
-        let text = Text::new(&tokens, &order).unwrap();
-        let mut out = [[0; 5]; 4];
+        let text = Text::new(&tokens, &order, &[]).unwrap();
+        let mut out = [[0; FOLLOWERS]; 4];
         text.find_documents(&tokens[..4], &[0, 4], Some((&rank, &[0])), &mut out).unwrap();
-        assert_eq!(out, [[0; 5], [kind(2, 1), 2, 0, 0, 0], [kind(3, 1), 4, 0, 0, 0], [0; 5]]);
+        let found: Vec<_> = out.iter().map(unpacked).collect();
+        assert_eq!(found, [vec![], vec![(2, 2, 0)], vec![(3, 4, 0)], vec![]]);
         text.find_documents(&tokens[..4], &[0, 4], None, &mut out).unwrap();
-        assert_eq!(out[3], [kind(4, 1), 0, 0, 0, 0]);
+        assert_eq!(unpacked(&out[3]), [(4, 0, 0)]);
     }
 
     #[test]
     fn what_does_not_fit_is_an_error() {
         let tokens = [0, 1, 2, 1, 2];
-        assert!(Text::new(&tokens, &[0; 5]).is_err());
-        assert!(Text::new(&tokens[..1], &[]).is_err());
+        assert!(Text::new(&tokens, &[0; 5], &[]).is_err());
+        assert!(Text::new(&tokens[..1], &[], &[]).is_err());
         let order = order_of(&tokens);
-        let text = Text::new(&tokens, &order).unwrap();
-        let mut out = [[0; 5]; 3];
+        let text = Text::new(&tokens, &order, &[]).unwrap();
+        let mut out = [[0; FOLLOWERS]; 3];
         for bounds in [&[][..], &[0], &[0, 4], &[1, 3], &[0, 2, 1, 3], &[-1, 3], &[0, -3]] {
             assert!(text.find_documents(&[1, 2, 1], bounds, None, &mut out).is_err());
         }
@@ -453,7 +474,7 @@ mod tests {
         }
         for bad in [-1, 4, i32::MAX, i32::MIN] {
             let order = [bad; 4];
-            assert!(Text::new(&tokens, &order).unwrap().find(&[1, 2]).is_err());
+            assert!(Text::new(&tokens, &order, &[]).unwrap().find(&[1, 2]).is_err());
         }
     }
 }

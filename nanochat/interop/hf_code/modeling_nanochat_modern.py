@@ -142,7 +142,7 @@ class Recall(nn.Module):
 
     The positions of the text are in the order of the tokens up to them, read backwards: `keys`. The longest matches of
     a context are the neighbours of the place that it would have there. The more rare tokens the text before a match has
-    in common with the context, the higher its level. N: tokens of the text, L: length of a key, W: of a window, F: matches.
+    in common with the context, the higher its level. N: tokens of the text, L: of a key, W: of a window, F: matches.
     """
 
     def __init__(self, config):
@@ -218,7 +218,7 @@ class Recall(nn.Module):
         length, best = length.sort(dim=-1, descending=True, stable=True)
         length = length[..., : self.most].masked_fill(length[..., : self.most] < self.shortest, 0)
         found = found.gather(-1, best[..., : self.most])  # (B, T, F)
-        rows = zip((found - length).flatten(0, 1), windows.flatten(0, 1))
+        rows = zip((found - length).flatten(0, 1), windows.flatten(0, 1), strict=True)
         levels = torch.stack([self.subject_levels(at, window[window >= 0]) for at, window in rows])
         return self.text[found + 1].long() * (length > 0), length, levels.view_as(length) * (length > 0)
 

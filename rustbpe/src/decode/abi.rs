@@ -9,7 +9,7 @@ use crate::abi::{borrow, free, guarded, put, view, view_mut};
 use crate::matches::Text;
 
 /// Counts the layouts below: `decoding.py` refuses a library with another number.
-const VERSION: c_int = 4;
+const VERSION: c_int = 5;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -166,9 +166,15 @@ pub unsafe extern "C" fn rustbpe_decoder_new(
             let recall = match view(raw.text.data, raw.text.len)? {
                 [] => None,
                 text => {
-                    let (order, weights) = (view(raw.order.data, raw.order.len)?, view(raw.token_weights.data, raw.token_weights.len)?);
+                    let (order, weights) =
+                        (view(raw.order.data, raw.order.len)?, view(raw.token_weights.data, raw.token_weights.len)?);
                     let (trust, scale) = (raw.trust.get()?, raw.follower_scale.get()?);
-                    Some(Recall { text: Text::new(text, order, weights)?, followers: raw.followers.get()?, trust, scale })
+                    Some(Recall {
+                        text: Text::new(text, order, weights)?,
+                        followers: raw.followers.get()?,
+                        trust,
+                        scale,
+                    })
                 }
             };
             let weights = Weights {

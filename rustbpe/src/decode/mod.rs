@@ -308,7 +308,8 @@ impl Recall {
         let mut last = [0; WINDOW];
         last.iter_mut().zip(context).for_each(|(last, &token)| *last = i32::try_from(token).unwrap_or(-1));
         let found = self.text.find(&last[..context.len().min(WINDOW)])?;
-        let kinds = found.map(|packed| (packed.rem_euclid(KINDS) as usize / LEVELS, packed.rem_euclid(KINDS) as usize % LEVELS));
+        let kinds = found
+            .map(|packed| (packed.rem_euclid(KINDS) as usize / LEVELS, packed.rem_euclid(KINDS) as usize % LEVELS));
         let all = kinds.iter().take_while(|(length, _)| *length > 0).count();
         if all == 0 {
             return Ok(());
