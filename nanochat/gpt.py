@@ -30,7 +30,7 @@ from nanochat.ops.attention import Cache, Piece, attend, attention_block, plan_a
 from nanochat.ops.induction import start_induction
 from nanochat.ops.linear import Linear, embedding, training_product_dtype
 from nanochat.ops.loss import linear_cross_entropy, softcap
-from nanochat.ops.recall import WINDOW, Recall, first_trust
+from nanochat.ops.recall import MOST_IDS, WINDOW, Recall, first_trust
 from nanochat.precision import NARROW_RANGE, autocast_dtype
 
 LOGIT_SOFTCAP = 15.0  # nanochat's: logits lie between −15 and 15, 15·tanh(x/15)
@@ -112,6 +112,8 @@ class GPTConfig:
             raise ValueError(
                 f"reach and recall must be 0 or more, and recall not 1: got {self.reach} and {self.recall}"
             )
+        if self.recall and self.vocab_size > MOST_IDS:
+            raise ValueError(f"recall works with at most {MOST_IDS} token ids, got vocab_size {self.vocab_size}")
         if self.key_offset and self.head_dim % 4:
             raise ValueError(f"key_offset needs heads of a multiple of 4 channels, got {self.head_dim}")
         if self.smear and self.n_embd < SMEAR_GATE_CHANNELS:

@@ -37,6 +37,7 @@ def find(
     bounds: npt.ArrayLike,
     rank: npt.ArrayLike | None = None,
     begins: npt.ArrayLike | None = None,
+    skip: int = 0,
 ) -> npt.NDArray[np.int32]:
     """See `nanochat.ops.recall.find`; arrays of int32.
 
@@ -47,7 +48,7 @@ def find(
         None if a is None else np.ascontiguousarray(a, np.int32)
         for a in (text, order, weights, tokens, bounds, rank, begins)
     ]
-    out = np.empty((np.size(tokens), WIDTH), np.int32)
+    out = np.empty((np.size(tokens) - skip, WIDTH), np.int32)
     where = ((None, 0) if a is None else (a.ctypes.data, a.size) for a in (*given, out))
     rustbpe._check(library().rustbpe_matches_find(*(x for pair in where for x in pair)))
     return out

@@ -24,7 +24,14 @@ from nanochat.messages import normalise
 from nanochat.ops import recall as ops_recall
 from nanochat.ops.recall import KINDS, LEVELS, WINDOW, Recall
 from nanochat.tokenizer import RustBPETokenizer
-from tests.test_hf import FEW_IDS, MODELS, TEXT, load_theirs, random_model
+from tests.test_hf import (
+    MODELS,
+    TEXT,
+    few_ids,
+    load_theirs,
+    random_model,
+    rarer_ids_say_what_a_short_text_is_about,  # noqa: F401 (for every test here)
+)
 
 LOOK_BACK = [
     "small",
@@ -325,6 +332,24 @@ def test_an_export_finds_in_its_text_what_we_find(seed, size, ids, asked):
     torch.testing.assert_close(theirs(padded), ours(expected))
 
 
+def test_an_export_compares_as_long_windows_as_we_do(monkeypatch):
+    """Documents longer than a window, in which a context and what is before a match have much and little in common."""
+    rng = np.random.default_rng(0)
+    text = np.concatenate([[0], *(rng.integers(1 + 20 * i, 61 + 20 * i, 400) for i in range(4))]).astype(np.int32)
+    text[900:1100] = np.where(rng.random(200) < 0.8, text[300:500], text[900:1100])
+    tokens = torch.from_numpy(text[np.r_[250:550, 0, 700:750]]).long()
+    config = exported_code().NanoChatModernConfig(vocab_size=140, hidden_size=8, recall=len(text), recall_common=60)
+    theirs, ours = exported_code().Recall(config), Recall(len(text), 140, 8)
+    ours.carry(text)
+    theirs.load_state_dict(ours.state_dict())
+    padded = F.pad(tokens, (WINDOW - 1, 0), value=-1)[None]
+    followers, length, level = theirs.find(padded)
+    monkeypatch.setattr(ops_recall, "COMMON", 60)
+    expected = ours.look_up(padded, WINDOW - 1)
+    assert torch.equal((followers * KINDS + length * LEVELS + level), expected.long())
+    assert len(level[0, 200:300].unique()) > 5
+
+
 RECALL = ["windows and recall", "reach and recall"]
 
 
@@ -332,8 +357,8 @@ RECALL = ["windows and recall", "reach and recall"]
 def recalling(request, tokenizer, tmp_path_factory):
     """(our model, transformers', a whole context of ids that recall something almost everywhere)."""
     folder = tmp_path_factory.mktemp("recall") / "model"
-    model = export(tokenizer, folder, request.param)
-    ids = torch.randint(FEW_IDS, (2, model.config.sequence_len), generator=torch.Generator().manual_seed(2))
+    model = export(tokenizer, folder, request.param, sequence_len=300)
+    ids = few_ids(torch.randint(300, (2, model.config.sequence_len), generator=torch.Generator().manual_seed(2)))
     return model, load_theirs(folder), ids
 
 
@@ -346,19 +371,21 @@ def test_what_is_recalled_matters(recalling):
     theirs.recall.scale.zero_()
     assert (theirs(ids).logits - with_text).abs().mean() > 0.02  # 200 times what the tests below allow
     theirs.recall.scale.copy_(kept)
-    assert len(set(theirs.recall.find(F.pad(ids, (WINDOW - 1, 0), value=-1))[1].flatten().tolist())) > 3
+    _, lengths, levels = theirs.recall.find(F.pad(ids, (WINDOW - 1, 0), value=-1))
+    assert len(lengths.unique()) > 3
+    assert len(levels.unique()) > 3
 
 
 @torch.no_grad()
 def test_a_text_that_is_read_in_pieces_gives_the_logits_of_the_whole(recalling):
-    """With a dynamic and a static cache: single tokens, fewer and more than a match has, from the very first on."""
+    """With a dynamic and a static cache: single tokens, fewer and more than are looked back at, from the first on."""
     from transformers import StaticCache
 
     model, theirs, ids = recalling
-    ids = ids[:, :120]
+    ids = ids[:, :140]
     expected = model(ids)
-    for make in (lambda: None, lambda: StaticCache(config=theirs.config, max_cache_len=128)):
-        for steps in ([1] * 120, [3, 1, 1, 5, 20, 1, 2, 87], [119, 1]):
+    for make in (lambda: None, lambda: StaticCache(config=theirs.config, max_cache_len=144)):
+        for steps in ([1] * 140, [3, 1, 1, 5, 20, 1, 2, 107], [130, 1, 9]):
             cache, at, logits = make(), 0, []
             for n in steps:
                 out = theirs(ids[:, at : at + n], past_key_values=cache, use_cache=True)
@@ -399,10 +426,18 @@ def test_a_cache_that_was_cropped_repeated_and_reordered_goes_on_as_its_rows_do(
     cache.batch_repeat_interleave(2)
     cache.reorder_cache(torch.tensor([3, 0, 2, 1]))
     rows = torch.stack([ids[1, :25], ids[0, :25], ids[1, :25], ids[0, :25]])
-    new = torch.randint(FEW_IDS, (4, 4), generator=torch.Generator().manual_seed(3))
+    new = few_ids(torch.randint(300, (4, 4), generator=torch.Generator().manual_seed(3)))
     expected = model(torch.cat((rows, new), 1))[:, 25:]
     logits = torch.cat([theirs(new[:, i, None], past_key_values=cache, use_cache=True).logits for i in range(4)], 1)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_an_export_that_finds_in_another_way_is_named(tokenizer, tmp_path):
+    export(tokenizer, tmp_path / "m", "reach and recall")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"recall_followers": 4}))
+    with pytest.raises(ValueError, match="another version does.*or train it again"):
+        read_hf_folder(tmp_path / "m")
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])

@@ -332,6 +332,24 @@ def test_long_matches_are_found_step_by_step():
         assert longest % ops_recall.KINDS // ops_recall.LEVELS == ops_recall.LONGEST
 
 
+def test_what_is_found_goes_by_the_subject_of_a_long_context(monkeypatch):
+    """Of more tokens than a window has, a part of the text with some changed: matches are of many levels."""
+    monkeypatch.setattr(ops_recall, "COMMON", 200)
+    model = random_model({"recall": 3000})
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.stack([model.recall.text[at : at + 210].long() for at in (100, 1200, 2000)])
+    rows = torch.where(torch.rand(rows.shape, generator=generator) < 0.2, rows.flip(0), rows)
+    ours, theirs = (KVCache.for_model(model, 3, 320, torch.float32) for _ in range(2))
+    with torch.inference_mode():
+        for cache in (ours, theirs):
+            model.hidden(rows[:, :200], kv_cache=cache)
+        step = NativeStep(model, "float32")
+        for i in range(200, 210):
+            expected = model(rows[:, i : i + 1], kv_cache=theirs)[:, -1]
+            torch.testing.assert_close(step(rows[:, i : i + 1], ours), expected, atol=2e-5, rtol=2e-5)
+    assert len((model.recall.look_up(rows, 100) % ops_recall.LEVELS).unique()) > 3
+
+
 def test_a_text_that_does_not_fit_is_refused():
     model = random_model(SHAPES["recall"])
     model.recall.order.fill_(2999)  # the last one is followed by nothing

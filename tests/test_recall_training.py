@@ -1,8 +1,10 @@
 """Recall in training: no document finds itself, every rank and resume sees the same, and a run goes on where it was."""
 
 import json
+from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nanochat.data import token_stream
 from nanochat.data.corpus import Corpus, open_corpus
 from nanochat.dataloader import PretrainLoader, first_tokens
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.ops.recall import FOLLOWERS, KINDS, LEVELS, Recall
+from nanochat.ops.recall import FOLLOWERS, KINDS, LEVELS, Ints, Recall
 from nanochat.tokenizer import RustBPETokenizer
 
 BOS = 256
@@ -134,8 +137,38 @@ def test_separate_documents_are_computed_as_if_each_were_alone() -> None:
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_of_the_older_form_is_named(recall: Recall) -> None:
+def test_a_model_of_another_form_is_named(recall: Recall) -> None:
     state = recall.state_dict()
     state.pop("trust")
-    with pytest.raises(ValueError, match=r"as an older version did.*train it again"):
+    with pytest.raises(ValueError, match=r"as another version does.*train it again"):
         recall.load_state_dict(state)
+
+
+def test_blocks_are_looked_up_in_pieces_and_a_resume_looks_up_only_what_is_to_come(
+    corpus: Corpus, recall: Recall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[int]()
+
+    def look_up(tokens: Ints, bounds: Ints) -> Ints:
+        seen.append(len(tokens))
+        return recall.elsewhere()(tokens, bounds)
+
+    def batches(**more: Any) -> Iterator[Any]:
+        return iter(PretrainLoader(corpus, BYTES, 1, 8, mode=mode, look_up=look_up, **more))
+
+    for mode in ("stream", "bestfit"):
+        whole = list(islice(batches(), 60))
+        with monkeypatch.context() as patch:
+            patch.setattr(token_stream, "PIECE_TOKENS", 50)
+            for a, b in zip(whole, batches(), strict=False):
+                assert torch.equal(a.x, b.x)
+                assert torch.equal(a.found, b.found)
+            loader = PretrainLoader(corpus, BYTES, 1, 8, mode=mode, look_up=look_up)
+            first = [next(loader) for _ in range(17)][-1]
+            state = json.loads(json.dumps(loader.state_dict()))
+            assert torch.equal(first.found, whole[16].found)
+            for a, b in zip(whole[17:], batches(state=state), strict=False):
+                assert torch.equal(a.x, b.x)
+                assert torch.equal(a.found, b.found)
+    assert max(seen) > 150
+    assert min(n for n in seen if n) < 60

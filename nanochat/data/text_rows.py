@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 
 from nanochat.data.loader import Counts, TrainingSequence
-from nanochat.data.token_stream import TextCursor, TokenBlock, TokenStream
+from nanochat.data.token_stream import TextCursor, TokenStream, skipped
 from nanochat.tokenizer import Tokens
 
 WINDOW_ROWS = 128  # more pack tighter, fewer resume faster: a resume packs its window again
@@ -48,11 +48,6 @@ class TextCounts(Counts):
 TextSequences = Iterator[TrainingSequence[TextCounts, TextCursor]]
 
 
-def skipped(block: TokenBlock, start: TextCursor) -> int:
-    """Tokens of the block that lie before `start`."""
-    return start.token if block.cursor == replace(start, token=0, rows=0) else 0
-
-
 def stream_rows(stream: TokenStream, start: TextCursor, sequence_len: int) -> TextSequences:
     """The sequences of the classic stream; at the end of validation a shorter one."""
     rest, after = stream.nothing, start  # tokens of the blocks before that filled no sequence
@@ -63,9 +58,9 @@ def stream_rows(stream: TokenStream, start: TextCursor, sequence_len: int) -> Te
         while len(tokens) - at > sequence_len:  # T+1 are left: the last one is the target of the one before it
             at += sequence_len  # T, not T+1: the last target is the next sequence's first token
             # `rest` has at most T tokens, so the next sequence begins in this block.
-            after = replace(block.cursor, token=skip + at - len(rest))
+            after = replace(block.cursor, token=block.cursor.token + skip + at - len(rest))
             yield TrainingSequence(tokens[at - sequence_len : at + 1], TextCounts(1, sequence_len), after)
-        rest, after = tokens[at:], replace(block.cursor, token=len(block.tokens))
+        rest, after = tokens[at:], replace(block.cursor, token=block.cursor.token + len(block.tokens))
     if len(rest) >= 2:
         yield TrainingSequence(rest, TextCounts(1, len(rest) - 1, 0, sequence_len + 1 - len(rest)), after)
 
@@ -102,7 +97,7 @@ def _windows(
         first = int(np.searchsorted(block.bounds, skipped(block, start)))
         for a, b in pairwise(block.bounds[first:].tolist()):
             window.append(block.tokens[a:b])
-            held, end = held + b - a, replace(block.cursor, token=b)
+            held, end = held + b - a, replace(block.cursor, token=block.cursor.token + b)
             if held >= num_tokens:
                 yield window, begin, end
                 window, held, begin = [], 0, end

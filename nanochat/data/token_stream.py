@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from nanochat.data.corpus import BadShardError, Chunk, Corpus
 from nanochat.data.token_cache import TokenCache
 from nanochat.env import print0
 from nanochat.tokenizer import Bounds, RustBPETokenizer, Tokens
+
+PIECE_TOKENS = 1 << 16  # that are looked up at a time
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class TokenBlock(NamedTuple):
     tokens: Tokens
     bounds: Bounds
     cursor: TextCursor
-    """Of the block's beginning (its `token` is 0)."""
+    """Of its beginning. Its `token` is 0, but for later pieces of a block that is looked up piece by piece."""
 
 
 def chunk_order(num_chunks: int, epoch: int) -> list[int]:
@@ -78,6 +80,13 @@ def reorder(tokens: Tokens, bounds: Bounds, order: list[int]) -> tuple[Tokens, B
     return out, np.concatenate([[0], np.cumsum(np.diff(bounds)[order])])
 
 
+def skipped(block: TokenBlock, start: TextCursor) -> int:
+    """Tokens of the block that lie before `start`."""
+    if replace(block.cursor, token=0) != replace(start, token=0, rows=0):
+        return 0
+    return min(max(0, start.token - block.cursor.token), len(block.tokens))
+
+
 LookUp = Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32]], npt.NDArray[np.int32]]
 
 
@@ -92,7 +101,8 @@ class TokenStream:
         skip_bad_shards: pass over the rest of a shard that can't be read, with a warning, instead of stopping.
         cache: tokens of before, used where it has them.
         stopped: asked while waiting for a shard; True ends the stream.
-        look_up: F more numbers for each token, (n, F), from a block's tokens (n,) and bounds; blocks have (n, 1 + F).
+        look_up: F more numbers for each token, (n, F), from tokens (n,) and bounds; blocks are (n, 1 + F) then, and are
+            pieces of some documents each, since these numbers take more memory than their tokens.
     """
 
     def __init__(
@@ -108,7 +118,7 @@ class TokenStream:
     ) -> None:
         self.look_up, self.nothing = look_up, np.empty(0, tokenizer.dtype)
         if look_up is not None:
-            self.nothing = self._with_found(np.empty(0, np.int32), np.zeros(1, np.int32))
+            self.nothing = np.empty((0, 1 + look_up(np.empty(0, np.int32), np.zeros(1, np.int32)).shape[1]), np.int32)
         self.corpus, self.tokenizer, self.split, self.num_threads = corpus, tokenizer, split, num_threads
         self.skip_bad_shards, self.cache, self.stopped = skip_bad_shards, cache, stopped
         self.chunks: list[Chunk] = corpus.chunks(split)  # grows while shards arrive
@@ -123,8 +133,7 @@ class TokenStream:
         while True:
             found = False
             for index, chunk in self._epoch(epoch, first_index):
-                first_row = start.row if (epoch, index) == (start.epoch, start.index) else None
-                for block in self._chunk_blocks(chunk, TextCursor(epoch, index), first_row):
+                for block in self._chunk_blocks(chunk, TextCursor(epoch, index), start):
                     if len(block.tokens):
                         found = True
                         yield block
@@ -147,13 +156,27 @@ class TokenStream:
         for index in range(first, len(order)):
             yield index, self.chunks[order[index]]
 
-    def _with_found(self, tokens: Tokens, bounds: Bounds) -> Tokens:
+    def _pieces(self, block: TokenBlock, start: TextCursor) -> Iterator[TokenBlock]:
+        """The block, in pieces with what is found; what lies before `start` is not looked up."""
         if self.look_up is None:
-            return tokens
-        tokens = np.ascontiguousarray(tokens, np.int32)
-        return np.column_stack([tokens, self.look_up(tokens, np.ascontiguousarray(bounds, np.int32))])
+            yield block
+            return
+        tokens, bounds = np.ascontiguousarray(block.tokens, np.int32), block.bounds
+        first = 0
+        while first < len(bounds) - 1:
+            last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + PIECE_TOKENS)))
+            last = min(last, len(bounds) - 1)
+            a, b = int(bounds[first]), int(bounds[last])
+            cursor, piece = replace(block.cursor, token=a), bounds[first : last + 1] - a
+            rows = np.zeros((b - a, self.nothing.shape[1]), np.int32)
+            rows[:, 0] = tokens[a:b]
+            if skipped(TokenBlock(tokens[a:b], piece, cursor), start) < b - a:
+                rows[:, 1:] = self.look_up(tokens[a:b], piece.astype(np.int32))
+            yield TokenBlock(rows, piece, cursor)
+            first = last
 
-    def _chunk_blocks(self, chunk: Chunk, at: TextCursor, first_row: int | None) -> Iterator[TokenBlock]:
+    def _chunk_blocks(self, chunk: Chunk, at: TextCursor, start: TextCursor) -> Iterator[TokenBlock]:
+        first_row = start.row if (at.epoch, at.index) == (start.epoch, start.index) else None
         try:
             for row, texts in chunk.read(first_row):  # some documents at a time, however large the row group
                 encoded = self.cache.get(chunk, row, len(texts)) if self.cache is not None else None
@@ -162,7 +185,7 @@ class TokenStream:
                 tokens, bounds = insert_bos(ids, offsets, self.tokenizer.get_bos_token_id())
                 if at.epoch > 0:
                     tokens, bounds = reorder(tokens, bounds, document_order(len(bounds) - 1, at.epoch, chunk, row))
-                yield TokenBlock(self._with_found(tokens, bounds), bounds, TextCursor(at.epoch, at.index, row))
+                yield from self._pieces(TokenBlock(tokens, bounds, TextCursor(at.epoch, at.index, row)), start)
         except BadShardError as error:
             if not self.skip_bad_shards:
                 raise

@@ -43,7 +43,7 @@ from nanochat.interop.foreign import (
 )
 from nanochat.interop.hf_tokenizer import CHAT_TEMPLATE, from_hf_json, to_hf_json
 from nanochat.interop.qwen3 import ULPS, check_folds, config_of, fold_weights, qwen3_config, remainder, unfold
-from nanochat.ops.recall import COMMON, FOLLOWERS, LEVEL, LEVELS, LONGEST, NEIGHBOURS, SHORTEST, SURENESS, WINDOW
+from nanochat.ops.recall import FORM, OTHER_FORM
 from nanochat.tokenizer import RustBPETokenizer
 
 OWN_FILE = "nanochat.json"
@@ -146,13 +146,7 @@ def _modern_config(config: GPTConfig) -> dict[str, Any]:
         "value_embedding_layers": [i for i in range(config.n_layer) if config.has_value_embedding(i)],
         "value_gate_channels": VALUE_GATE_CHANNELS,
         "smear_gate_channels": SMEAR_GATE_CHANNELS,
-        "recall_lengths": [SHORTEST, LONGEST],
-        "recall_followers": FOLLOWERS,
-        "recall_neighbours": NEIGHBOURS,
-        "recall_window": WINDOW,
-        "recall_levels": [LEVELS, LEVEL],
-        "recall_common": COMMON,
-        "recall_sureness": list(SURENESS[1:]),
+        **FORM,
     }
 
 
@@ -284,6 +278,8 @@ def _read_checked(folder: Path) -> tuple[dict[str, Tensor], GPTConfig, RustBPETo
         weights = unfold(weights, config, read_remainder(folder / REMAINDER_FILE, size) if there else {})
     else:
         config = GPTConfig.from_dict(own["model_config"]) if own else own_config(stored)
+        if config.recall and any(stored.get(name) != value for name, value in FORM.items()):
+            raise ValueError(f"{folder}: {OTHER_FORM}")
         check_config(config, weights, str(folder))
     check_ids(own["tokenizer"]["special_tokens"].values() if own else _added_ids(folder), config, folder)
     if own:

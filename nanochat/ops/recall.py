@@ -1,4 +1,4 @@
-"""Recall: what followed the longest earlier match of the last tokens, in a text that the model carries along.
+"""Recall: what followed the longest earlier matches of the last tokens, in a text that the model carries along.
 
     the cat sat on the ...      <- a context; its last tokens are looked up
     ... a dog lay on the mat    <- 2 tokens match: "mat" followed
@@ -6,8 +6,10 @@
 
 The text is a row of tokens with its positions in the order of what stands before them, read backwards, so that the
 longest matches of a context are its neighbours in that order (a suffix array, as in infini-gram, arXiv 2401.17377).
-What followed them is an input of the model (`GPT.embed`) that costs no product. In training a document is never found
-in itself, else a model would learn to copy what no new text has.
+Long matches are few and right, short ones many and vague, and any is worth more where the text before it has rare
+tokens in common with the context: a model learns how much to trust each length and each such level, and the mean of
+what followed, weighed by that, is an input of it (`GPT.embed`). It costs no product. In training a document is never
+found in itself, else a model would learn to copy what no new text has.
 
 Shapes: N tokens of text, n tokens that are looked up.
 """
@@ -33,9 +35,20 @@ NEIGHBOURS = 96  # how far to look for them in either direction, past those that
 WINDOW = 128  # tokens before a match, and of the context, that are compared for their subject
 LEVELS, LEVEL = 12, 8  # how alike two subjects are, and the weight of the tokens in common for each level
 KINDS = (LONGEST + 1) * LEVELS  # of a match, by its length and its level
+MOST_IDS = 2**31 // KINDS  # a token and a kind are one number
 COMMON = 200  # a token that is one of so many or more of a text says nothing of a subject
-SURENESS = (LONGEST - SHORTEST + 1, 4, 4)  # how good the best matches are: length, their number, level // 3
+SURENESS = (LONGEST - SHORTEST + 1, 4, 4)  # how good the best matches are: length, number of these, level in 4 grades
 
+# How matches are found and told apart, as an export's config.json says it: its own code goes by that, ours does not.
+FORM = {
+    "recall_lengths": [SHORTEST, LONGEST],
+    "recall_followers": FOLLOWERS,
+    "recall_neighbours": NEIGHBOURS,
+    "recall_window": WINDOW,
+    "recall_levels": [LEVELS, LEVEL],
+    "recall_common": COMMON,
+    "recall_sureness": [*SURENESS[1:]],
+}
 NONE = -1e4  # finite: a softmax of nothing else has gradients, too
 
 Ints = npt.NDArray[np.int32]
@@ -101,6 +114,7 @@ def find(
     bounds: Ints | None = None,
     rank: Ints | None = None,
     begins: Ints | None = None,
+    skip: int = 0,
 ) -> Ints:
     """What followed the longest matches of each of `tokens` and those before it.
 
@@ -112,14 +126,15 @@ def find(
         bounds: document i is tokens[bounds[i]:bounds[i+1]], and no context reaches beyond its beginning; None: one.
         rank: the inverse of `order`, in training.
         begins: with `rank`: where each document stands in the text, in which it is not found then; −1: nowhere.
+        skip: so many of the first tokens are context only.
 
     Returns:
-        (n, FOLLOWERS), the longest matches first: token that followed × KINDS + length × LEVELS + level, 0 where there
-        are no more.
+        (n − skip, FOLLOWERS), the longest matches first: token that followed × KINDS + length × LEVELS + level, 0 where
+        there are no more.
     """
     ends = np.array([0, len(tokens)], np.int32) if bounds is None else bounds
     if (crate := _crate()) is not None:
-        return np.asarray(crate.find(text, order, weights, tokens, ends, rank, begins))
+        return np.asarray(crate.find(text, order, weights, tokens, ends, rank, begins, skip))
     at, lengths = np.arange(len(tokens)), np.diff(ends)
     start = np.repeat(ends[:-1], lengths).astype(np.int64)
     opens = np.where(tokens == text[0], at, 0)
@@ -135,9 +150,9 @@ def find(
     unknown = place < 0
     place[unknown] = places(text, order, wanted[unknown])
     out = np.zeros((len(tokens), FOLLOWERS), np.int32)
-    for i in range(len(tokens)):
-        # By turns the next above and the next below; a stable sort leaves the nearer first.
-        steps = np.stack([np.arange(NEIGHBOURS), -1 - np.arange(NEIGHBOURS)], axis=1).ravel()
+    # By turns the next above and the next below; a stable sort leaves the nearer first.
+    steps = np.stack([np.arange(NEIGHBOURS), -1 - np.arange(NEIGHBOURS)], axis=1).ravel()
+    for i in range(skip, len(tokens)):
         beside = place[i] + steps
         found = order[beside[(beside >= 0) & (beside < len(order))]].astype(np.int64)
         found = found[(found < own[i, 0]) | (found >= own[i, 1])]
@@ -148,15 +163,16 @@ def find(
         found, length = found[best], length[best]
         level = levels(text, weights, found - length, tokens[max(start[i], i + 1 - WINDOW) : i + 1])
         out[i, : len(found)] = text[found + 1] * KINDS + length * LEVELS + level
-    return out
+    return out[skip:]
 
 
 def levels(text: Ints, weights: Ints, at: npt.NDArray[np.int64], subject: Ints) -> npt.NDArray[np.int64]:
-    """How much the tokens up to positions `at` (n,) have in common with those of a context, each counted once."""
-    back = at[:, None] - np.arange(WINDOW)
-    before = np.where(back >= 0, text[np.maximum(back, 0)], text[0])  # (n, WINDOW)
-    counts = np.logical_and.accumulate(before != text[0], axis=1) & np.isin(before, subject)
-    before = np.sort(np.where(counts, before, -1), axis=1)
+    """How much the tokens up to positions `at` (n,), before matches, have in common with `subject`, each once: (n,)."""
+    back = at[:, None] - np.arange(-1, WINDOW)  # the match's first token, too: nothing is before a document
+    before = np.where(back >= 0, text[np.maximum(back, 0)], text[0])
+    inside = np.logical_and.accumulate(before != text[0], axis=1)[:, 1:]
+    before = before[:, 1:]  # (n, WINDOW)
+    before = np.sort(np.where(inside & np.isin(before, subject), before, -1), axis=1)
     first = np.diff(before, axis=1, prepend=-1) != 0
     return np.minimum((weights[before] * first).sum(1) // LEVEL, LEVELS - 1)
 
@@ -166,12 +182,15 @@ def first_trust() -> Tensor:
     return torch.cat([0.7 * torch.arange(LONGEST + 1), 0.2 * torch.arange(LEVELS)])
 
 
-def _refuse_older(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+OTHER_FORM = (
+    "the model looks up its text as another version does (until November 2026: the mean of four followers): use the "
+    "version that trained it, or train it again"
+)
+
+
+def _refuse_other_forms(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
     if f"{prefix}scale" in state and f"{prefix}trust" not in state:
-        raise ValueError(
-            "the model looks up its text as an older version did (the mean of four followers): use the version that "
-            "trained it, or train it again"
-        )
+        raise ValueError(OTHER_FORM)
 
 
 class Recall(nn.Module):
@@ -194,7 +213,7 @@ class Recall(nn.Module):
         # In the model's checkpoints: without its text it is another model.
         self.register_buffer("text", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("order", torch.zeros(size - 1, dtype=torch.int32))
-        self.register_load_state_dict_pre_hook(_refuse_older)
+        self.register_load_state_dict_pre_hook(_refuse_other_forms)
         self._copied: tuple[list[tuple[int, int]], tuple[Ints, Ints, Ints]] | None = None
 
     def carry(self, text: Ints) -> None:
@@ -242,7 +261,8 @@ class Recall(nn.Module):
         rows = []
         for i, row in enumerate(idx.to("cpu", torch.int32).numpy()):
             starts = [] if first is None else (first[i].nonzero()[:, 0].cpu() + n).tolist()
-            rows.append(find(text, order, weights, row, np.array([0, *starts, len(row)], np.int32))[n:])
+            bounds = np.array([0, *starts, len(row)], np.int32)
+            rows.append(find(text, order, weights, row, bounds, skip=n))
         return torch.from_numpy(np.stack(rows)).to(idx.device)
 
     def forward(self, found: Tensor) -> Tensor:
@@ -258,8 +278,8 @@ class Recall(nn.Module):
             ids.reshape(-1, FOLLOWERS), self.followers.weight, mode="sum", per_sample_weights=weights
         ).view(*found.shape[:-1], -1)
         longest = lengths[..., 0]
-        _, many, thirds = SURENESS
+        _, many, grades = SURENESS
         number = (lengths == longest[..., None]).sum(-1).clamp(max=many) - 1
-        level = levels.amax(-1) * thirds // LEVELS
-        sureness = ((longest - SHORTEST).clamp(min=0) * many + number) * thirds + level
+        grade = levels.amax(-1) * grades // LEVELS
+        sureness = ((longest - SHORTEST).clamp(min=0) * many + number) * grades + grade
         return mean * F.embedding(sureness, self.scale)

@@ -6,6 +6,7 @@
 //! token: so [`Text::places`] searches for several contexts at a time.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::raw::c_int;
 
@@ -47,6 +48,7 @@ pub fn key_of(context: &[i32]) -> Key {
 /// The last tokens of a context, to be compared with those before a match.
 #[derive(Default)]
 struct Subject {
+    last: VecDeque<i32>,
     /// By token: how often it is among them, its weight if it is, and the comparison that has seen it last.
     times: Vec<u16>,
     weight: Vec<i32>,
@@ -54,32 +56,58 @@ struct Subject {
     now: u32,
 }
 
+thread_local! {
+    /// Without tokens between two uses; a new one after an error.
+    static SUBJECT: RefCell<Subject> = RefCell::default();
+}
+
 impl Subject {
-    fn grow(&mut self, vocab: usize) {
-        if self.times.len() < vocab {
-            self.times.resize(vocab, 0);
-            self.weight.resize(vocab, 0);
-            self.seen.resize(vocab, 0);
-        }
+    fn with<T>(text: &Text, run: impl FnOnce(&mut Subject) -> Result<T, String>) -> Result<T, String> {
+        SUBJECT.with(|kept| {
+            let mut subject = kept.take();
+            if subject.times.len() < text.weights.len() {
+                subject.times.resize(text.weights.len(), 0);
+                subject.weight.resize(text.weights.len(), 0);
+                subject.seen.resize(text.weights.len(), 0);
+            }
+            let result = run(&mut subject)?;
+            subject.clear();
+            kept.replace(subject);
+            Ok(result)
+        })
     }
 
-    fn enter(&mut self, token: i32, weights: &[i32]) {
-        if let Some(&weight) = weights.get(token as usize) {
+    fn clear(&mut self) {
+        while self.forget_first() {}
+    }
+
+    /// The context's next token.
+    fn read(&mut self, token: i32, text: &Text) {
+        if token == text.tokens[0] {
+            self.clear(); // a document begins
+        }
+        if self.last.len() == WINDOW {
+            self.forget_first();
+        }
+        self.last.push_back(token);
+        if let Some(&weight) = text.weights.get(token as usize) {
             self.times[token as usize] += 1;
             self.weight[token as usize] = weight;
         }
     }
 
-    fn leave(&mut self, token: i32, weights: &[i32]) {
-        if (token as usize) < weights.len() {
-            self.times[token as usize] -= 1;
-            if self.times[token as usize] == 0 {
+    fn forget_first(&mut self) -> bool {
+        let Some(token) = self.last.pop_front() else { return false };
+        if let Some(times) = self.times.get_mut(token as usize).filter(|times| **times > 0) {
+            *times -= 1;
+            if *times == 0 {
                 self.weight[token as usize] = 0;
             }
         }
+        true
     }
 
-    /// How alike the tokens before a match are, which belong to its document: a token counts once.
+    /// How much the tokens before a match, back to where its document begins, have in common with these: each counts once.
     #[inline(always)]
     fn level(&mut self, before: &[i32], begin: i32) -> i32 {
         if self.now == u32::MAX {
@@ -87,7 +115,7 @@ impl Subject {
             self.now = 0;
         }
         self.now += 1;
-        let mut sum = 0;
+        let mut sum = 0i32;
         for &token in before.iter().rev() {
             if token == begin {
                 break;
@@ -95,16 +123,11 @@ impl Subject {
             let weight = self.weight.get(token as usize).copied().unwrap_or(0);
             if weight > 0 && self.seen[token as usize] != self.now {
                 self.seen[token as usize] = self.now;
-                sum += weight;
+                sum = sum.saturating_add(weight);
             }
         }
         (sum / LEVEL).min(LEVELS as i32 - 1)
     }
-}
-
-thread_local! {
-    /// Empty between two calls.
-    static SUBJECT: RefCell<Subject> = RefCell::default();
 }
 
 /// A text, the positions that a token follows in the order of their keys, and the weight of each token of the vocabulary.
@@ -130,19 +153,14 @@ impl<'a> Text<'a> {
         let mut places = [0];
         let keys = [self.key(context)];
         self.places(&keys, &mut places)?;
-        let begin = context.iter().rposition(|&token| token == self.tokens[0]).unwrap_or(0);
-        let window = &context[begin.max(context.len().saturating_sub(WINDOW))..];
-        SUBJECT.with(|subject| {
-            let subject = &mut *subject.borrow_mut();
-            subject.grow(self.weights.len());
-            window.iter().for_each(|&token| subject.enter(token, self.weights));
-            let found = self.beside(&keys[0], places[0], 0..0, subject);
-            window.iter().for_each(|&token| subject.leave(token, self.weights));
-            found
+        Subject::with(self, |subject| {
+            context[context.len().saturating_sub(WINDOW)..].iter().for_each(|&token| subject.read(token, self));
+            self.beside(&keys[0], places[0], 0..0, subject)
         })
     }
 
-    /// What followed the longest matches of each of some tokens and those before it.
+    /// What followed the longest matches of each of some tokens and those before it; the first ones, as many as `out` has
+    /// fewer, are context only.
     ///
     /// Document i is `tokens[bounds[i]..bounds[i + 1]]`. `own` is the inverse of the order, and where each document
     /// stands in the text, in which it is not found then; negative: nowhere.
@@ -154,32 +172,31 @@ impl<'a> Text<'a> {
         tokens: &[i32],
         bounds: &[i32],
         own: Option<(&[i32], &[i32])>,
-        out: &mut [Found],
+        mut out: &mut [Found],
     ) -> Result<(), String> {
         let fits =
             |(rank, begins): (&[i32], &[i32])| rank.len() == self.order.len() && begins.len() + 1 == bounds.len();
-        if out.len() != tokens.len() || !own.map_or(true, fits) {
+        if out.len() > tokens.len() || !own.map_or(true, fits) {
             return Err("the rank, the beginnings or the result have another size".into());
         }
         let ends_meet = bounds.first() == Some(&0) && bounds.last().map(|&end| end as usize) == Some(tokens.len());
         if !ends_meet || bounds.windows(2).any(|pair| pair[0] > pair[1]) {
             return Err(format!("the bounds do not ascend from 0 to the {} tokens", tokens.len()));
         }
+        let mut skip = tokens.len() - out.len();
         for (i, pair) in bounds.windows(2).enumerate() {
-            let document = pair[0] as usize..pair[1] as usize;
+            let document = &tokens[pair[0] as usize..pair[1] as usize];
             let known = own.and_then(|(rank, begins)| Some((usize::try_from(begins[i]).ok()?, rank)));
             if known.map_or(false, |(begin, _)| begin + document.len() > self.tokens.len()) {
                 return Err("a document does not end in the text".into());
             }
-            SUBJECT.with(|subject| {
-                let subject = &mut *subject.borrow_mut();
-                subject.grow(self.weights.len());
-                let (document, out) = (&tokens[document.clone()], &mut out[document]);
-                let result = self.find_document(document, known, out, subject);
-                if result.is_err() {
-                    *subject = Subject::default();
-                }
-                result
+            let skipped = skip.min(document.len());
+            skip -= skipped;
+            let (now, later) = std::mem::take(&mut out).split_at_mut(document.len() - skipped);
+            out = later;
+            Subject::with(self, |subject| {
+                document[..skipped].iter().for_each(|&token| subject.read(token, self));
+                self.find_document(document, skipped, known, now, subject)
             })?;
         }
         Ok(())
@@ -188,14 +205,14 @@ impl<'a> Text<'a> {
     fn find_document(
         &self,
         document: &[i32],
+        skipped: usize,
         known: Option<(usize, &[i32])>,
         out: &mut [Found],
         subject: &mut Subject,
     ) -> Result<(), String> {
         let own = known.map_or(0..0, |(begin, _)| begin..begin + document.len());
-        let mut begin = 0; // of what the subject may know
         for (group, out) in out.chunks_mut(TOGETHER).enumerate() {
-            let first = group * TOGETHER;
+            let first = skipped + group * TOGETHER;
             let mut keys = [[-1; LONGEST]; TOGETHER];
             for (i, key) in keys[..out.len()].iter_mut().enumerate() {
                 let end = first + i + 1;
@@ -216,23 +233,10 @@ impl<'a> Text<'a> {
                 places.iter_mut().zip(searched).filter(|(place, _)| **place < 0).for_each(|(place, s)| *place = s);
             }
             for (i, out) in out.iter_mut().enumerate() {
-                let at = first + i;
-                if document[at] == self.tokens[0] {
-                    document[begin.max(at.saturating_sub(WINDOW))..at]
-                        .iter()
-                        .for_each(|&t| subject.leave(t, self.weights));
-                    begin = at;
-                }
-                subject.enter(document[at], self.weights);
-                if at - begin >= WINDOW {
-                    subject.leave(document[at - WINDOW], self.weights);
-                }
+                subject.read(document[first + i], self);
                 *out = self.beside(&keys[i], places[i], own.clone(), subject)?;
             }
         }
-        document[begin.max(document.len().saturating_sub(WINDOW))..]
-            .iter()
-            .for_each(|&t| subject.leave(t, self.weights));
         Ok(())
     }
 
@@ -336,8 +340,9 @@ impl<'a> Text<'a> {
             if length < SHORTEST {
                 break;
             }
-            let end = position + 1 - length;
-            let level = subject.level(&self.tokens[end.saturating_sub(WINDOW)..end], self.tokens[0]);
+            let start = position + 1 - length; // of the match, before which its subject is
+            let before = if self.tokens[start] == self.tokens[0] { start } else { start.saturating_sub(WINDOW) };
+            let level = subject.level(&self.tokens[before..start], self.tokens[0]);
             let kind = length as i32 * LEVELS as i32 + level;
             *out = self.tokens[position + 1].wrapping_mul(KINDS) + kind;
             open[side] = next(side, &mut steps)?;

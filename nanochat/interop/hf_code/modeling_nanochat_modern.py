@@ -151,8 +151,8 @@ class Recall(nn.Module):
         self.most, self.neighbours = config.recall_followers, config.recall_neighbours
         self.window, self.common = config.recall_window, config.recall_common
         self.levels, self.level = config.recall_levels
-        self.numbers, self.thirds = config.recall_sureness
-        rows = (self.longest - self.shortest + 1) * self.numbers * self.thirds
+        self.numbers, self.grades = config.recall_sureness
+        rows = (self.longest - self.shortest + 1) * self.numbers * self.grades
         self.followers = nn.Embedding(config.vocab_size, config.hidden_size)
         self.trust = nn.Parameter(torch.zeros(self.longest + 1 + self.levels))
         self.scale = nn.Parameter(torch.ones(rows, config.hidden_size))
@@ -161,11 +161,14 @@ class Recall(nn.Module):
         self.counted = None
 
     def weights(self):
-        """(V,): what each token says of a subject. Counted at its first use, when the text is there."""
-        if self.counted is None or self.counted.device != self.text.device:
+        """(V,): what each token says of a subject. Counted when a text is there, and again for another one."""
+        of = self.text.device, self.text._version
+        if self.counted is None or self.counted[0] != of:
             counts = torch.bincount(self.text, minlength=self.followers.num_embeddings).clamp(min=1)
-            self.counted = torch.frexp((len(self.text) // (self.common * counts)).double())[1].long()
-        return self.counted
+            ratio = len(self.text) // (self.common * counts)
+            bits = (ratio.unsqueeze(-1) >= 2 ** torch.arange(31, device=ratio.device)).sum(-1)
+            self.counted = of, bits
+        return self.counted[1]
 
     def keys(self, at):
         """The tokens of the text up to positions `at`, backwards: (…,) -> (…, L); −1 before its beginning."""
@@ -185,15 +188,19 @@ class Recall(nn.Module):
             low, high = torch.where(smaller, middle + 1, low), torch.where(smaller, high, middle)
         return low
 
-    def subject_levels(self, at, subject):
-        """How much the text up to positions `at` (F,) has in common with the tokens of a context (W,): (F,)."""
-        back = at.unsqueeze(-1) - torch.arange(self.window, device=at.device)
-        before = self.text[back.clamp(min=0)].masked_fill(back < 0, self.text[0]).long()  # (F, W)
-        present = torch.zeros(self.followers.num_embeddings, dtype=torch.bool, device=at.device)
-        present[subject] = True
-        inside = (before == self.text[0]).cumsum(-1) == 0  # the same document
-        before = before.masked_fill(~(inside & present[before]), -1).sort(-1).values
-        once = before.diff(dim=-1, prepend=torch.full_like(before[:, :1], -1)) != 0
+    def subject_levels(self, at, windows):
+        """How much the text up to positions `at` (n, F), before matches, has in common with contexts (n, W): (n, F)."""
+        # The match's first token, too: nothing is before a document.
+        back = at.unsqueeze(-1) - torch.arange(-1, self.window, device=at.device)
+        before = self.text[back.clamp(min=0)].masked_fill(back < 0, self.text[0]).long()  # (n, F, 1 + W)
+        inside = ((before == self.text[0]).cumsum(-1) == 0)[..., 1:]
+        before = before[..., 1:]
+        V = self.followers.num_embeddings
+        present = torch.zeros(len(at), V + 1, dtype=torch.bool, device=at.device)
+        present.scatter_(1, windows.masked_fill(windows < 0, V).long(), True)  # the last one takes the gaps
+        present = present.gather(1, before.flatten(1)).view_as(before)
+        before = before.masked_fill(~(inside & present), -1).sort(-1).values
+        once = before.diff(dim=-1, prepend=torch.full_like(before[..., :1], -1)) != 0  # each token counts once
         shared = (self.weights()[before.clamp(min=0)] * once).sum(-1)
         return (shared // self.level).clamp(max=self.levels - 1)
 
@@ -218,8 +225,9 @@ class Recall(nn.Module):
         length, best = length.sort(dim=-1, descending=True, stable=True)
         length = length[..., : self.most].masked_fill(length[..., : self.most] < self.shortest, 0)
         found = found.gather(-1, best[..., : self.most])  # (B, T, F)
-        rows = zip((found - length).flatten(0, 1), windows.flatten(0, 1), strict=True)
-        levels = torch.stack([self.subject_levels(at, window[window >= 0]) for at, window in rows])
+        # Some tokens at a time: each has F windows of W tokens.
+        parts = zip((found - length).flatten(0, 1).split(64), windows.flatten(0, 1).split(64), strict=True)
+        levels = torch.cat([self.subject_levels(at, subjects) for at, subjects in parts])
         return self.text[found + 1].long() * (length > 0), length, levels.view_as(length) * (length > 0)
 
     def forward(self, ids):
@@ -228,11 +236,16 @@ class Recall(nn.Module):
         by_length, by_level = self.trust.float().split((self.longest + 1, self.levels))
         trust = (by_length[length] + by_level[level]).masked_fill(length == 0, -1e4)
         share = trust.softmax(-1) * (length > 0)
-        mean = (share.unsqueeze(-1).to(self.scale.dtype) * self.followers(tokens)).sum(-2)
+        mean = F.embedding_bag(
+            tokens.flatten(0, 1),
+            self.followers.weight,
+            mode="sum",
+            per_sample_weights=share.flatten(0, 1).to(self.followers.weight.dtype),
+        ).view(*ids.shape[:1], -1, self.followers.embedding_dim)
         longest = length[..., 0]
         number = (length == longest.unsqueeze(-1)).sum(-1).clamp(max=self.numbers) - 1
-        third = level.amax(-1) * self.thirds // self.levels
-        row = ((longest - self.shortest).clamp(min=0) * self.numbers + number) * self.thirds + third
+        grade = level.amax(-1) * self.grades // self.levels
+        row = ((longest - self.shortest).clamp(min=0) * self.numbers + number) * self.grades + grade
         return mean * F.embedding(row, self.scale)
 
 

@@ -132,6 +132,9 @@ pub struct LayerWeights {
     pub window: usize,
 }
 
+/// How good the best matches are: their length, their number, their level in grades. As in nanochat/ops/recall.py.
+const SURENESS: [usize; 3] = [LONGEST - SHORTEST + 1, 4, 4];
+
 /// The text in which a model looks up its last tokens, and what it makes of what followed there.
 pub struct Recall {
     pub text: Text<'static>,
@@ -332,11 +335,11 @@ impl Recall {
                 .ok_or("the text has a token that is not in the vocabulary")?;
             mean.iter_mut().zip(row).for_each(|(mean, row)| *mean += share / sum * row);
         }
-        let [_, many, third] = SURENESS;
+        let [_, many, grades] = SURENESS;
         let longest = kinds[0].0;
         let number = kinds[..all].iter().filter(|kind| kind.0 == longest).count().min(many) - 1;
-        let level = kinds[..all].iter().map(|kind| kind.1).max().unwrap_or(0) * third / LEVELS;
-        let sureness = ((longest - SHORTEST) * many + number) * third + level;
+        let grade = kinds[..all].iter().map(|kind| kind.1).max().unwrap_or(0) * grades / LEVELS;
+        let sureness = ((longest - SHORTEST) * many + number) * grades + grade;
         let scale = &self.scale[sureness * c..(sureness + 1) * c];
         for i in 0..c {
             out[i] += mean[i] * scale[i];
@@ -344,9 +347,6 @@ impl Recall {
         Ok(())
     }
 }
-
-/// How good the best matches are: their length, their number, their level. As in nanochat/ops/recall.py.
-const SURENESS: [usize; 3] = [LONGEST - SHORTEST + 1, 4, 4];
 
 impl Weights {
     fn head_dim(&self) -> usize {
