@@ -436,7 +436,7 @@ def test_an_export_that_finds_in_another_way_is_named(tokenizer, tmp_path):
     export(tokenizer, tmp_path / "m", "reach and recall")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"recall_followers": 4}))
-    with pytest.raises(ValueError, match="another version does.*or train it again"):
+    with pytest.raises(ValueError, match=r"another version does.*or train it again"):
         read_hf_folder(tmp_path / "m")
 
 

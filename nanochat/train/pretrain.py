@@ -323,7 +323,9 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
                 "who is given the model is given this text"
             )
             if not in_rust():
-                print0("WARNING: rustbpe is not compiled here, so looking up takes most of the time: bash setup_env.sh")
+                print0(
+                    "WARNING: rustbpe is not compiled here, so looking up will take most of the time: bash setup_env.sh"
+                )
         config = _model_config(cfg, tokenizer.get_vocab_size(), **of_the_text)
 
     plan = resolve_plan(cfg, tokenizer.get_vocab_size(), compute, checkpoint, config, text)
