@@ -324,7 +324,7 @@ def _pretrain(cfg: PretrainConfig, run: TrainingRun, start: Checkpoint | None) -
             )
             if not in_rust():
                 print0(
-                    "WARNING: rustbpe is not compiled here, so looking up will take most of the time: bash setup_env.sh"
+                    "WARNING: rustbpe is not compiled here: looking up will take most of the time (bash setup_env.sh)"
                 )
         config = _model_config(cfg, tokenizer.get_vocab_size(), **of_the_text)
 
