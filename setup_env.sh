@@ -278,7 +278,8 @@ find_rust() {
         return
     fi
     echo "setup: no Rust compiler: PyPI's rustbpe will train the tokenizer (the same merges) and tiktoken encode (the" \
-        "same ids, several times slower). Install cargo and gcc, then run this again, for ours"
+        "same ids, several times slower); a public corpus is learned without --recall. Install cargo and gcc, then run" \
+        "this again, for ours"
 }
 
 install_portable_rustbpe() {
@@ -335,7 +336,8 @@ install_project() {
         [[ -z "$extras" ]] || step "installing PyPI's rustbpe" install_portable_rustbpe || true
         return
     fi
-    ! rust_works || echo "setup: rustbpe could not be compiled (see $LOG): PyPI's takes its place, more slowly"
+    ! rust_works || echo "setup: rustbpe could not be compiled (see $LOG): PyPI's takes its place, more slowly;" \
+        "a public corpus is learned without --recall"
     step "installing PyPI's rustbpe" install_portable_rustbpe
 }
 

@@ -31,7 +31,7 @@ CONTEXT_BYTES = 600 * 2**20
 FRAGMENTATION = 0.08
 # Float32 copies of its largest stack that Muon holds at once: gradient, normalised, two of the iteration, update.
 MUON_COPIES = 5
-# Of each of a token's matches: what was found, its token, length, level, trust and share, some of them twice.
+# Of a token's matches: what was found, tokens, lengths, levels, trust and shares, 64 bytes for each match. A guess.
 RECALL_BYTES = 64 * FOLLOWERS
 # Chunks of the loss that are tried when one row does not fit with the usual one, in bytes of float32 logits.
 SMALL_CHUNKS = (64 << 20, 16 << 20)
