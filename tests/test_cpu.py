@@ -1,6 +1,7 @@
 """Threads follow what was faster and are put back after every step; freed memory is used again without new pages."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,15 +12,16 @@ import torch
 
 from nanochat.ops import cpu
 from nanochat.ops.cpu import (
+    CONTENDED,
     FIRST_PATIENCE,
     LOOK_SECONDS,
     MOST_PATIENCE,
     TRIAL_EVERY,
     TRIAL_STEPS,
+    RunDelay,
     ThreadChoice,
     WaitingPolicy,
     release_workers,
-    run_delay,
     watch_cores,
 )
 
@@ -171,7 +173,7 @@ def world():
 def test_workers_sleep_beside_other_programs_only(world):
     policy = WaitingPolicy(Team(), now=lambda: world.now)
     assert not any(look(policy, world, 60, 0.02))
-    assert all(look(policy, world, 60, 0.6))
+    assert all(look(policy, world, 60, 0.6)[2:])  # from the second look on
     assert all(look(policy, world, 30, 0.1))  # less, but not nothing
     slept = look(policy, world, 2 * FIRST_PATIENCE, 0.01)
     assert slept[0]
@@ -196,14 +198,61 @@ def test_who_spins_again_too_soon_waits_longer_for_the_next_try(world):
     assert world.now - start == pytest.approx(FIRST_PATIENCE, abs=1)
 
 
-def test_threads_that_end_take_their_waiting_along(world):
+def test_a_moment_without_a_core_is_no_other_program(world):
     policy = WaitingPolicy(Team(), now=lambda: world.now)
-    look(policy, world, 1, 0.02)
-    world.delay = 0.0
-    assert not any(look(policy, world, 1, 0.02))
+    for _ in range(20):
+        assert not any(look(policy, world, LOOK_SECONDS, 0.4) + look(policy, world, 2, 0.02))
 
 
-@pytest.mark.skipif(run_delay() is None, reason="this system does not tell how long threads wait for a core")
+@pytest.fixture
+def threads(monkeypatch, tmp_path):
+    """Writes what the kernel says of each thread: {name: (seconds on a core, seconds waiting for one)}."""
+    clock = SimpleNamespace(now=0.0)
+    names = ["main", "worker", "loader"]
+
+    def at(seconds, **threads):
+        clock.now = seconds
+        for task in tmp_path.glob("*"):
+            shutil.rmtree(task)
+        for name, (on_core, waited) in threads.items():
+            (tmp_path / str(names.index(name))).mkdir()
+            text = f"{round(on_core * 1e9)} {round(waited * 1e9)} 9\n"
+            (tmp_path / str(names.index(name)) / "schedstat").write_text(text, encoding="ascii")
+
+    helper = SimpleNamespace(name=cpu.HELPER, native_id=2)
+    own = SimpleNamespace(enumerate=lambda: [SimpleNamespace(name="MainThread", native_id=0), helper])
+    monkeypatch.setattr(cpu, "threading", own)
+    monkeypatch.setattr(cpu, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(cpu, "os", SimpleNamespace(listdir=lambda path: [task.name for task in tmp_path.iterdir()]))
+    monkeypatch.setattr(cpu, "Path", lambda path: tmp_path / path.removeprefix("/proc/self/task/"))
+    return at
+
+
+def test_what_a_helper_takes_is_no_other_programs(threads):
+    delay = RunDelay()
+    threads(0.0, main=(5, 1), worker=(5, 1), loader=(1, 9))
+    assert delay() == 0
+    # In each second the loader works 0.1 s, for which one of the others waits; its own waiting says nothing.
+    threads(1.0, main=(5.9, 1.08), worker=(6, 1.02), loader=(1.1, 9.7))
+    assert delay() == 0
+    threads(2.0, main=(6.4, 1.58), worker=(6.5, 1.52), loader=(1.2, 9.9))  # now there is another program
+    assert delay() == pytest.approx(0.9)
+    # A helper that works all the time has a core of its own, or the threads would wait much longer.
+    threads(3.0, main=(6.9, 2.08), worker=(7.0, 2.02), loader=(2.2, 9.9))
+    assert delay() == pytest.approx(0.9 + 1.0 - CONTENDED)
+
+
+def test_threads_that_end_or_begin_change_nothing(threads):
+    delay = RunDelay()
+    threads(0.0, main=(5, 1), loader=(50, 9))
+    delay()
+    threads(1.0, main=(6, 1))
+    assert delay() == 0
+    threads(2.0, main=(7, 1), worker=(20, 30))
+    assert delay() == 0
+
+
+@pytest.mark.skipif(RunDelay()() is None, reason="this system does not tell how long threads wait for a core")
 def test_held_workers_do_not_spin():
     env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run([sys.executable, "-c", HOLD], env=env, capture_output=True, text=True, check=True)
@@ -220,7 +269,7 @@ def test_a_process_is_watched_where_that_helps(monkeypatch, clock, setting, thre
     openmp = SimpleNamespace(GOMP_parallel=None, omp_get_num_procs=lambda: 2)
     monkeypatch.setattr(cpu, "ctypes", SimpleNamespace(CDLL=lambda name: openmp))
     monkeypatch.setattr(cpu, "_watching", None)
-    monkeypatch.setattr(cpu, "run_delay", lambda: delay)
+    monkeypatch.setattr(cpu, "RunDelay", lambda: lambda: delay)
     start = SimpleNamespace(start=lambda: started.append(1))
     monkeypatch.setattr(cpu, "threading", SimpleNamespace(Thread=lambda **kwargs: start))
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nanochat.ops.cpu import HELPER
+
 T = TypeVar("T")
 EXIT_SECONDS = 10.0  # to wait for the threads when the program ends
 _running: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
@@ -52,7 +54,7 @@ class Prefetch(Generic[T]):
         self._ended = False
         self._held: Future[T] | None = None  # the end or an error that next_if_ready met: for the next `next`
         # The thread must not hold `self`: one that is dropped could never become garbage.
-        self._thread = threading.Thread(target=_work, args=(make, self._queue, self._stop), daemon=True)
+        self._thread = threading.Thread(target=_work, args=(make, self._queue, self._stop), name=HELPER, daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
         _running[self._thread] = self._stop
         self._thread.start()

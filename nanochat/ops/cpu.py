@@ -47,19 +47,43 @@ LOOK_SECONDS = 0.2  # between two looks at how long this process waits for cores
 # Threads that are ready and have no core, on average. A spinning team beside one other program has 2/3 on two cores and
 # nearly 1 on many; one that sleeps at once about a half. On a machine of its own it has 0.01.
 CONTENDED, CALM = 0.2, 0.05
+NEWEST = 0.25  # weight of a look in the mean
 MOST_CORES = 128  # the sleeping team has a thread for each
 FIRST_PATIENCE, MOST_PATIENCE = 2.0, 60.0  # seconds of calm before the threads may spin again
+HELPER = "nanochat-helper"  # name of a thread that works for those that compute, such as a loader's
 
 
-def run_delay() -> float | None:
-    """Seconds for which threads of this process were ready and waited for a core; None where the kernel doesn't say."""
-    delays = []
-    with contextlib.suppress(OSError):  # a thread may end on the way
-        for task in os.listdir("/proc/self/task"):
-            # Nanoseconds on a core, nanoseconds ready but waiting for one, number of time slices.
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                delays.append(int(Path(f"/proc/self/task/{task}/schedstat").read_text(encoding="ascii").split()[1]))
-    return sum(delays) / 1e9 if delays else None
+class RunDelay:
+    """Counts the seconds for which threads of this process were ready while other programs had their cores.
+
+    A loader's thread also takes cores from those that compute, a little at a time. Taken for another program it put
+    them to sleep, and a model with many conversations to draw trained at half its speed.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, int]] = {}  # nanoseconds on a core and waiting for one, of each thread
+        self._last, self._total = time.monotonic(), 0.0
+
+    def __call__(self) -> float | None:
+        """The seconds since the first call; None where the kernel doesn't say."""
+        helpers = {str(thread.native_id) for thread in threading.enumerate() if thread.name == HELPER}
+        now: dict[str, tuple[int, int]] = {}
+        with contextlib.suppress(OSError):
+            for task in os.listdir("/proc/self/task"):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread may end on the way
+                    on_core, waited = Path(f"/proc/self/task/{task}/schedstat").read_text(encoding="ascii").split()[:2]
+                    now[task] = int(on_core), int(waited)
+        if not now:
+            return None
+        before, self._seen = self._seen, now
+        last, self._last = self._last, time.monotonic()
+        known = now.keys() & before.keys()
+        helped = sum(now[task][0] - before[task][0] for task in known & helpers) / 1e9
+        waited_for = sum(now[task][1] - before[task][1] for task in known - helpers) / 1e9
+        # Not more than this: on a machine with cores to spare a busy helper has its own and takes nothing.
+        helped = min(helped, CONTENDED * (self._last - last))
+        self._total += max(0.0, waited_for - helped)
+        return self._total
 
 
 class SleepingTeam:
@@ -101,25 +125,27 @@ class WaitingPolicy:
         """True while the workers sleep."""
         self._patience = FIRST_PATIENCE
         self._before: tuple[float, float] | None = None  # time and delay at the last look
+        self._mean = 0.0  # of threads that waited, over a second or so: for a moment every machine has something else
         self._calm_since = self._spinning_since = now()
 
     def look(self, delay: float) -> None:
-        """Decide by `run_delay()`."""
+        """Decide by what a `RunDelay` has counted."""
         now = self._now()
         before, self._before = self._before, (now, delay)
         if before is None or now <= before[0]:
             return
-        waiting = max(0.0, delay - before[1]) / (now - before[0])  # threads that have ended take theirs along
+        waiting = (delay - before[1]) / (now - before[0])
+        self._mean += (waiting - self._mean) * NEWEST
         if waiting > CALM:
             self._calm_since = now
-        if not self.patient and waiting > CONTENDED:
+        if not self.patient and self._mean > CONTENDED:
             # Each time it was wrong to spin again so soon, wait longer before the next try.
             soon = now - self._spinning_since < 2 * self._patience
             self._patience = min(MOST_PATIENCE, 2 * self._patience) if soon else FIRST_PATIENCE
             self.patient = True
             self._team.hold()
         elif self.patient and now - self._calm_since >= self._patience:
-            self.patient, self._spinning_since = False, now
+            self.patient, self._spinning_since, self._mean = False, now, 0.0
             self._team.let_go()
 
 
@@ -133,7 +159,7 @@ def watch_cores() -> None:
     """
     global _watching
     told = any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
-    if _watching is not None or told or torch.get_num_threads() == 1 or run_delay() is None:
+    if _watching is not None or told or torch.get_num_threads() == 1 or RunDelay()() is None:
         return
     with contextlib.suppress(OSError, TypeError, AttributeError):  # as where torch has another OpenMP
         openmp = ctypes.CDLL(None)
@@ -143,12 +169,12 @@ def watch_cores() -> None:
 
 
 def _watch() -> None:
-    policy = WaitingPolicy(SleepingTeam())
+    policy, delay = WaitingPolicy(SleepingTeam()), RunDelay()
     while True:
         time.sleep(LOOK_SECONDS)
-        delay = run_delay()
-        if delay is not None:
-            policy.look(delay)
+        waited = delay()
+        if waited is not None:
+            policy.look(waited)
 
 
 def keep_freed_memory() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
-from nanochat.ops.cpu import CONTENDED, run_delay
+from nanochat.ops.cpu import CONTENDED, RunDelay
 from nanochat.progress import format_seconds
 
 REHEARSE_AFTER = 3  # steps: the first ones may compile and warm up
@@ -45,8 +45,8 @@ class Clock:
     """Rank 0's number on every rank (`Compute.broadcast`)."""
     ticked: float = 0.0
     """Seconds used at the last tick."""
-    delay: Callable[[], float | None] = run_delay
-    """Seconds for which this process's threads were ready and waited for a core; None if that is not known."""
+    delay: Callable[[], float | None] = field(default_factory=RunDelay)
+    """Seconds for which this process's threads were ready and other programs had their cores; None: not known."""
 
     def __post_init__(self) -> None:
         self.start = self.now()
