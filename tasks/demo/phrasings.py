@@ -427,7 +427,7 @@ _SHORT_FORMS = (
     (r"\byou\b", ("u",)),
     (r"\bplease\b", ("pls", "plz")),
 )
-MORE_SHARE = 0.35  # of the questions about a fact comes from its `more:`
+MORE_SHARE = 0.5  # of the questions about a fact comes from its `more:`
 HURRY_SHARE = 0.18  # of the questions is typed without care
 
 
