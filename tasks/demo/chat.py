@@ -225,14 +225,14 @@ class DemoChat(DemoTask):
 
 def demo_mid_mixture(
     *,
-    facts: int = 9400,
+    facts: int = 9300,
     identity: int = 1800,
-    arithmetic: int = 2300,
+    arithmetic: int = 2500,
     repeat: int = 1300,
-    spelling: int = 1150,
-    counting: int = 700,
+    spelling: int = 1350,
+    counting: int = 750,
     small_talk: int = 650,
-    unknown: int = 2000,
+    unknown: int = 1900,
     chat: int = 1000,
     seed: int = 1,
     world: World | str | Path | None = None,
@@ -257,12 +257,12 @@ def demo_mid_mixture(
 def demo_sft_mixture(*, seed: int = 2, world: World | str | Path | None = None) -> TaskMixture:
     """The mixture for SFT: the tasks of mid-training with other random draws."""
     return demo_mid_mixture(
-        facts=8000,
+        facts=7800,
         identity=1500,
-        arithmetic=1800,
+        arithmetic=2000,
         repeat=900,
-        spelling=900,
-        counting=550,
+        spelling=1050,
+        counting=600,
         small_talk=550,
         unknown=1900,
         chat=900,
