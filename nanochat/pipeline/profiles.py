@@ -133,7 +133,7 @@ DEMO = Profile(
     chat_data="demo",
     bfloat16_on_cpu=True,
     recipe="portable",  # what people show around should open anywhere
-    steps={"base_train": 170, "mid_train": 340, "chat_sft": 320},
+    steps={"base_train": 125, "mid_train": 350, "chat_sft": 330},
     flags={
         "tok_eval": ("--no-compare",),
         "base_train": (
@@ -167,13 +167,13 @@ DEMO = Profile(
         "data": 4,
         "tok_train": 1,
         "tok_eval": 1,
-        "base_train": 33,
+        "base_train": 22,
         "base_loss": 2,
         "base_eval": 1,
-        "mid_train": 62,
+        "mid_train": 65,
         "chat_eval_mid": 2,
-        "chat_sft": 60,
-        "chat_eval_sft": 11,
+        "chat_sft": 62,
+        "chat_eval_sft": 6,
         "report": 1,
         "answer": 1,
     },
