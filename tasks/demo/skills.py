@@ -382,6 +382,14 @@ def _number(rng: random.Random, lengths: Sequence[int]) -> int:
     return rng.randrange(10 ** (digits - 1), 10**digits)
 
 
+def _repeating(rng: random.Random, number: int) -> int:
+    """A number of as many digits, some of which stand twice or more in a row: 24227."""
+    digits = list(str(number))
+    for i in range(1, len(digits)):
+        digits[i] = digits[i - 1] if rng.random() < 0.5 else digits[i]
+    return int("".join(digits))
+
+
 def random_sum(rng: random.Random, *, held_out: bool) -> Sum:
     """A sum of numbers with one to five digits, mostly two or three; `held_out` selects the pairs for evaluation."""
     while True:
@@ -405,6 +413,11 @@ def random_sum(rng: random.Random, *, held_out: bool) -> Sum:
             then = (rng.choice("+-*"), _number(rng, (1, 2)))
         elif op == "-" and a < b and rng.random() < 0.6:
             a, b = b, a
+        if not held_out and isinstance(a, int) and isinstance(b, int):  # whose digits are easily lost or doubled
+            if op == "/" and rng.random() < 0.12:
+                a, b = _number(rng, (3, 4, 5)), rng.choice((3, 6, 9, 11, 12, 27, 33))
+            elif op in "+-*" and rng.random() < 0.25:
+                a, b = _repeating(rng, a), _repeating(rng, b)
         if is_held_out_pair(a, b) == held_out:
             return Sum(a, op, b, then)
 
