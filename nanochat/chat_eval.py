@@ -236,9 +236,9 @@ FEWEST_RIGHT = 20  # below it nothing can be said
 # two or more then change in one of 57 rounds of questions, and not every change is for the worse.
 TOLERANCE = 0.005
 # How likely an answer must be to be given: the most of these that withholds no more than this share of the right ones.
-# A wrong answer costs more trust than a missing one; but at 7 % the demo lost two right ones for a wrong one (dev/LOG.md).
-LEAST_LIKELY = (0.1, 0.2, 0.3, 0.4)
-MOST_WITHHELD = 0.03
+# A wrong answer costs more trust than a missing one; but from a third on it takes two right ones to save one wrong one.
+LEAST_LIKELY = (0.1, 0.2, 0.3)
+MOST_WITHHELD = 0.05
 RISK_TOKENS = 4096  # read at once
 
 

@@ -225,9 +225,9 @@ class DemoChat(DemoTask):
 
 def demo_mid_mixture(
     *,
-    facts: int = 9300,
-    identity: int = 1800,
-    arithmetic: int = 2400,
+    facts: int = 9000,
+    identity: int = 2000,
+    arithmetic: int = 2900,
     repeat: int = 1200,
     spelling: int = 1350,
     counting: int = 750,
@@ -257,9 +257,9 @@ def demo_mid_mixture(
 def demo_sft_mixture(*, seed: int = 2, world: World | str | Path | None = None) -> TaskMixture:
     """The mixture for SFT: the tasks of mid-training with other random draws."""
     return demo_mid_mixture(
-        facts=7800,
-        identity=1500,
-        arithmetic=1900,
+        facts=7500,
+        identity=1700,
+        arithmetic=2300,
         repeat=850,
         spelling=1050,
         counting=600,
