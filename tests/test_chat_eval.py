@@ -121,7 +121,10 @@ def test_a_guess_is_judged_as_what_is_said_instead(evaluate):
     assert none == [["Who knows?"] if texts else [] for texts in plain]
 
 
-@pytest.mark.parametrize(("shares", "least"), [([1.0] * 20, 0.4), ([0.25] * 2 + [1.0] * 18, 0.2), ([0.05] * 20, 0.0)])
+@pytest.mark.parametrize(
+    ("shares", "least"),
+    [([1.0] * 20, 0.3), ([0.25] + [1.0] * 19, 0.3), ([0.25] * 2 + [1.0] * 18, 0.2), ([0.05] * 20, 0.0)],
+)
 def test_few_right_answers_are_withheld(tiny_tokenizer, monkeypatch, shares, least):
     conversations = [
         {"messages": [{"role": "user", "content": f"Why {i}?"}, {"role": "assistant", "content": f"So it is {i}"}]}
@@ -508,7 +511,7 @@ def test_the_warmest_setting_that_changes_next_to_nothing_is_chosen(
     monkeypatch.setattr(chat_evaluation, "answer_shares", lambda *args: [1.0] * len(args[2]))
     assert choose_sampling(engine, tiny_tokenizer, conversations) == chosen
     assert judged == [6 * known] * bool(known)  # right answers only
-    sure = {"min_answer_p": 0.4, "unsure": "Who knows?"} if known else {}
+    sure = {"min_answer_p": 0.3, "unsure": "Who knows?"} if known else {}
     assert choose_sampling(engine, tiny_tokenizer, conversations, "Who knows?") == chosen | sure
     assert choose_sampling(engine, tiny_tokenizer, conversations[:5]) == {}  # too few to say
 

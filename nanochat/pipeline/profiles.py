@@ -133,7 +133,7 @@ DEMO = Profile(
     chat_data="demo",
     bfloat16_on_cpu=True,
     recipe="portable",  # what people show around should open anywhere
-    steps={"base_train": 125, "mid_train": 350, "chat_sft": 330},
+    steps={"base_train": 120, "mid_train": 350, "chat_sft": 330},
     flags={
         "tok_eval": ("--no-compare",),
         "base_train": (
@@ -167,7 +167,7 @@ DEMO = Profile(
         "data": 4,
         "tok_train": 1,
         "tok_eval": 1,
-        "base_train": 22,
+        "base_train": 21,
         "base_loss": 2,
         "base_eval": 1,
         "mid_train": 63,
